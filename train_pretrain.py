@@ -8,7 +8,13 @@ from pathlib import Path
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse, published_options
+from tinystory.config import (
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    parse,
+    published_options,
+)
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
@@ -37,7 +43,8 @@ OPENING = "Once upon a time,"
 
 @dataclass
 class RunState:
-    """What a checkpoint holds besides weights and optimizer state. words, tokens: trained on, counting repeats."""
+    """What a checkpoint holds besides weights and optimizer state. words, tokens: trained on,
+    counting repeats."""
 
     corpus: str  # fingerprint
     step: int = 0
@@ -51,19 +58,30 @@ def steps_ahead(device: torch.device) -> int:
 
 
 def train_step(
-    student: Student, optimizer: torch.optim.Optimizer, batch: torch.Tensor, config: PretrainConfig,
-    dtype: torch.dtype, step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One update on a batch, (B, T + 1) int64, sharded over processes. Returns the mean loss in nats per token and the
-    gradient norm. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    batch: torch.Tensor,
+    config: PretrainConfig,
+    dtype: torch.dtype,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update on a batch, (B, T + 1) int64, sharded over processes. Returns the mean loss in
+    nats per token and the gradient norm. Randomness is a function of (seed, step), so a resumed run
+    repeats an unbroken one."""
     rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
-    attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # torch's draws would wait for a GPU
+    # torch's draws would wait for a GPU
+    attention_seeds = random.Random(f"{config.seed} {step} {rank}")
     micro = config.micro_batch_size
-    loss = next_token_loss(student, batch, micro, dtype, dropout=config.dropout, seeds=attention_seeds)
+    loss = next_token_loss(
+        student, batch, micro, dtype, dropout=config.dropout, seeds=attention_seeds
+    )
     distributed.all_reduce_gradients(student.parameters())
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-    # The optimizer divides by it as it reads the gradient, so clipping takes no extra pass over memory.
+    grad_norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in student.parameters() if p.grad is not None]
+    )
+    # The optimizer divides by it as it reads the gradient, so clipping takes no extra pass over
+    # memory.
     scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
@@ -82,10 +100,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
-    """The corpus's fingerprint, and its tokens. Raises UserError if the preset does not allow so many words."""
+    """The corpus's fingerprint, and its tokens. Raises UserError if the preset does not allow so
+    many words."""
     corpus = open_corpus(config.corpus, config.documents)
     data = distributed.rank0_first(
-        lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+        lambda: prepare(
+            corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
+        )
     )
     if config.preset in babylm.TRACKS:
         last_step = config.batch_size * config.context
@@ -99,12 +120,16 @@ def pretrain(config: PretrainConfig) -> None:
     compute = resolve(config.device, config.dtype)
     device = compute.device
     memory.require_for_pretraining(config, device)
-    resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
+    resume_from = (
+        distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
+    )
 
     fingerprint, data = load_data(config)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
-    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
+    shape = StudentConfig(
+        config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size
+    )
     torch.manual_seed(config.seed)
     student = to_device(Student(shape, config.weights_init), device)
     optimizer = make_optimizer(student, config, compute.dtype)
@@ -113,14 +138,20 @@ def pretrain(config: PretrainConfig) -> None:
         checkpoint.restore(student, resume_from)
         tensors, state = checkpoint.load_trainer(resume_from, RunState)
         if state.corpus != fingerprint:
-            raise UserError(f"the corpus changed since {resume_from} was saved; start a new run with another --out")
+            raise UserError(
+                f"the corpus changed since {resume_from} was saved; start a new run with another --out"
+            )
         checkpoint.unpack_optimizer(optimizer, tensors)
 
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
     size = sum(p.numel() for p in student.parameters())
-    log.config(asdict(config) | compute.recorded | {"student": {"parameters": size, "corpus": config.corpus}})
+    log.config(
+        asdict(config)
+        | compute.recorded
+        | {"student": {"parameters": size, "corpus": config.corpus}}
+    )
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "
         f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
@@ -135,40 +166,79 @@ def pretrain(config: PretrainConfig) -> None:
         sequences = config.eval_sequences if state.words < config.words else None
         with compute.autocast():
             loss, bits = validate(
-                student, data.val, tokenizer.token_sizes, sequences, config.micro_batch_size, config.packing
+                student,
+                data.val,
+                tokenizer.token_sizes,
+                sequences,
+                config.micro_batch_size,
+                config.packing,
             )
         return dict(val_loss=loss, val_bits_per_byte=bits)
 
     def save(name: str) -> None:
         if not rank0:  # it would delete, as incomplete, what rank 0 is writing
             return
-        history = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
+        history = dict(
+            words=state.words,
+            tokens=state.tokens,
+            corpus=config.corpus,
+            corpus_words=data.train.word_count,
+        )
         # These identify the held-out documents, for --replay-weight.
-        history |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
+        history |= dict(
+            corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents
+        )
         tensors = checkpoint.pack_optimizer(optimizer)
         folder = run / "checkpoints" / name
-        checkpoint.save(folder, student, tokenizer, history=history, state=tensors, counters=asdict(state))
+        checkpoint.save(
+            folder, student, tokenizer, history=history, state=tensors, counters=asdict(state)
+        )
         checkpoint.drop_older(folder)
 
     bar = Progress(
-        total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining: ", mininterval=0.5,
+        total=config.words,
+        initial=state.words,
+        unit="word",
+        unit_scale=True,
+        desc="pretraining: ",
+        mininterval=0.5,
         disable=not rank0,
-    )  # fmt: skip
-    steps = StepLog(log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add)
+    )
+    steps = StepLog(
+        log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add
+    )
     next_batch = load_batch(state.step)
     with log, Stop().listening() as stop, live_report(run, rank0) as update_report, bar:
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began, (batch, words) = time.perf_counter(), next_batch
             rate = set_learning_rate(optimizer, config, state.words)
-            statistics = Download(torch.stack(train_step(student, optimizer, batch, config, compute.dtype, state.step)))
+            statistics = Download(
+                torch.stack(
+                    train_step(student, optimizer, batch, config, compute.dtype, state.step)
+                )
+            )
             next_batch = load_batch(state.step + 1)  # while a GPU computes
-            milestones = [babylm.milestone_name(m) for m in MILESTONES if state.words < m <= state.words + words]
-            state = RunState(state.corpus, state.step + 1, state.words + words, state.tokens + batch[:, 1:].numel())
+            milestones = [
+                babylm.milestone_name(m)
+                for m in MILESTONES
+                if state.words < m <= state.words + words
+            ]
+            state = RunState(
+                state.corpus,
+                state.step + 1,
+                state.words + words,
+                state.tokens + batch[:, 1:].numel(),
+            )
             steps.launch(
-                began, statistics, step=state.step, words=state.words, tokens=state.tokens, lr=rate,
+                began,
+                statistics,
+                step=state.step,
+                words=state.words,
+                tokens=state.tokens,
+                lr=rate,
                 peak_memory_mb=peak_memory_mb(device),
-            )  # fmt: skip
+            )
 
             evaluates = state.step % config.eval_every == 0 or state.words >= config.words
             steps.write(0 if evaluates else steps_ahead(device), validation if evaluates else None)
@@ -186,10 +256,15 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def report(
-    config: PretrainConfig, student: Student, tokenizer: Tokenizer, compute: Compute, words: int, last: Record
+    config: PretrainConfig,
+    student: Student,
+    tokenizer: Tokenizer,
+    compute: Compute,
+    words: int,
+    last: Record,
 ) -> None:
-    """Print how to resume a run that was asked to stop, or a finished student's story and validation. last: metrics of
-    the last step; {} if the run was finished before it was resumed."""
+    """Print how to resume a run that was asked to stop, or a finished student's story and
+    validation. last: metrics of the last step; {} if the run was finished before it was resumed."""
     run = Path(config.out)
     if words < config.words:
         resume = hint("train_pretrain.py", "--out", run, "--resume")
@@ -199,12 +274,20 @@ def report(
     if room > 0:
         with compute.autocast():
             (story,) = generate(
-                student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
-                temperature=InteractConfig.temperature, seed=config.seed,
-            )  # fmt: skip
+                student,
+                None,
+                tokenizer,
+                [OPENING],
+                first_index=0,
+                max_new_tokens=min(90, config.context // 2, room),
+                temperature=InteractConfig.temperature,
+                seed=config.seed,
+            )
         print(f"\n{OPENING} {printable(story.text)}\n")
     if last:
-        print(f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte")
+        print(
+            f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
+        )
     print(f"report: {run / 'report.html'}")
     more = ["--out", f"{run}-interact"] if holds_run(Path(InteractConfig.out)) else []
     print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run), *more)}")

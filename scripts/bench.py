@@ -1,10 +1,16 @@
-"""Speed of training, generation and kernels on this machine, as one JSON line: medians over runs with random weights.
+"""Speed of training, generation and kernels on this machine, as one JSON line: medians over runs
+with random weights.
 
-python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimizer
-python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the teacher
-python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
-python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
-python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and TRL
+python scripts/bench.py pretrain --shape small              a training step: forward, backward,
+optimizer
+python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the
+teacher
+python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a
+constant reward
+python scripts/bench.py kernels                             each operator and PyTorch's own,
+interleaved
+python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and
+TRL
 """
 
 import argparse
@@ -42,14 +48,25 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("bench", choices=("kernels", *WORK, "peers"))
     add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
-    add_number(parser, "--batch", 0, "[0, 1e6]", "sequences or stories; 0: as in the published figures")
+    add_number(
+        parser, "--batch", 0, "[0, 1e6]", "sequences or stories; 0: as in the published figures"
+    )
     add_number(parser, "--new", 90, "[1, 1e6]", "tokens per story")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the GEMMs")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the GEMMs",
+    )
     add("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     add_number(parser, "--runs", 5, "[1, 1e6]", "timed runs, after a warm-up run")
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
-    add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
+    add(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        help="of pretraining (default: muon; peers: adamw, as nanoGPT's)",
+    )
     a = parser.parse_args(argv)
     compute = resolve(a.device, a.dtype)
     config, device = SHAPES[a.shape], compute.device
@@ -60,10 +77,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--nanogpt and --trl go with the bench peers")
     writes = a.bench in ("rollout", "ppo", "peers")
     if writes and PROMPT + a.new > config.context:
-        raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
+        raise UserError(
+            f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens"
+        )
     setup = Setup(config, batch, a.new, compute)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts: dict[str, Any] = dict(bench=a.bench, shape=a.shape, device=name, dtype=str(compute.dtype)[6:], runs=a.runs)
+    facts: dict[str, Any] = dict(
+        bench=a.bench, shape=a.shape, device=name, dtype=str(compute.dtype)[6:], runs=a.runs
+    )
     facts |= dict(threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2))
     facts |= ({} if a.bench == "peers" else dict(batch=batch)) | (dict(new=a.new) if writes else {})
     if device.type == "cpu":
@@ -86,13 +107,17 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
 
 
-# ---- other programs, timed in turns with ours ------------------------------------------------------------------------
+# ---- other programs, timed in turns with ours ----------------------------------------------------
 
 
 @contextlib.contextmanager
 def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the seconds of a run in a process of scripts/peer.py, or raises UserError."""
-    argv, pipe = [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)], subprocess.PIPE
+    """Yields a function that returns the seconds of a run in a process of scripts/peer.py, or
+    raises UserError."""
+    argv, pipe = (
+        [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)],
+        subprocess.PIPE,
+    )
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
 
     def run() -> float:
@@ -112,7 +137,9 @@ def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[
 
 def require_peers(a: argparse.Namespace, device: torch.device) -> None:
     if device.type != "cpu" or a.batch:
-        raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
+        raise UserError(
+            "peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch"
+        )
     files = [path for path in (a.nanogpt and a.nanogpt / "model.py", a.trl) if path]
     if not files or not all(path.is_file() for path in files):
         raise UserError(
@@ -122,9 +149,9 @@ def require_peers(a: argparse.Namespace, device: torch.device) -> None:
 
 
 def compare_peers(setup: Setup, a: argparse.Namespace, optimizer: str) -> dict[str, dict[str, Any]]:
-    """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so that a machine's drift
-    affects both; ratio: median over turns of the peer's seconds, in its faster dtype, over ours (above 1: ours is
-    faster)."""
+    """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so
+    that a machine's drift affects both; ratio: median over turns of the peer's seconds, in its
+    faster dtype, over ours (above 1: ours is faster)."""
     results: dict[str, dict[str, Any]] = {}
     peers = {"pretrain": ("nanogpt", sys.executable)} if a.nanogpt else {}
     peers |= {"rollout": ("transformers", str(a.trl)), "ppo": ("trl", str(a.trl))} if a.trl else {}
@@ -132,18 +159,26 @@ def compare_peers(setup: Setup, a: argparse.Namespace, optimizer: str) -> dict[s
         make_run, key, batches = WORK[work]
         setup = dataclasses.replace(setup, batch=batches[a.shape])
         ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
-        settings = dict(model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT)
+        settings = dict(
+            model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT
+        )
         settings |= dict(threads=torch.get_num_threads(), repo=str(a.nanogpt))
         # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
         dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
         with contextlib.ExitStack() as stack:
-            theirs = [stack.enter_context(peer(python, name, settings | {"dtype": dtype})) for dtype in dtypes]
+            theirs = [
+                stack.enter_context(peer(python, name, settings | {"dtype": dtype}))
+                for dtype in dtypes
+            ]
             turns = tqdm(range(a.runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
-            laps = [[ours()[key], *(run() for run in theirs)] for _ in turns][1:]  # the first warms up
+            # the first warms up
+            laps = [[ours()[key], *(run() for run in theirs)] for _ in turns][1:]
         ours_s, *peer_s = (round(median(column), 4) for column in zip(*laps, strict=True))
         best = peer_s.index(min(peer_s))
         ratio = round(median(lap[1 + best] / lap[0] for lap in laps), 2)
-        results[work] = dict(batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio)
+        results[work] = dict(
+            batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio
+        )
         results[work]["peer_s"] = dict(zip(dtypes, peer_s, strict=True))
     return results
 

@@ -1,13 +1,15 @@
 """Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
 
     python scripts/doctor.py                                            the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the capabilities of the teacher there
-    python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the capabilities of
+    the teacher there python scripts/doctor.py --teacher-url URL --calibrate              ... and
+    whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
-    python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
+    python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a
+    reader, side by side
 
-It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 200 more. A
-human is a teacher too: run scripts/teach.py, and give its URL.
+It builds nothing and changes nothing. Asking a teacher takes about eight short requests,
+calibrating it 200 more. A human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
 import argparse
@@ -29,7 +31,15 @@ import torch
 
 from tinystory.config import InteractConfig, check
 from tinystory.data.corpus import BUILTIN, open_corpus
-from tinystory.evaluate.calibration import FULL, GradeKnown, calibrate, of_grader, require, table, verdict
+from tinystory.evaluate.calibration import (
+    FULL,
+    GradeKnown,
+    calibrate,
+    of_grader,
+    require,
+    table,
+    verdict,
+)
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda
@@ -42,9 +52,20 @@ from tinystory.run.text import aligned
 from tinystory.teacher.grader import open_grader
 
 PACKAGES = (
-    "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
-    "tqdm", "huggingface_hub", "transformers",  # the last two are optional
-)  # fmt: skip
+    "pybind11",
+    "ninja",
+    "setuptools",
+    "numpy",
+    "tokenizers",
+    "tiktoken",
+    "safetensors",
+    "openai",
+    "httpx2",
+    "aiohttp",
+    "tqdm",
+    "huggingface_hub",
+    "transformers",  # the last two are optional
+)
 GRADER = "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward".split()
 
 
@@ -53,13 +74,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add_options(parser, InteractConfig, GRADER)
-    add("--calibrate", action="store_true", help="measure how well the teacher, or the built-in one, judges stories")
-    add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure how well the teacher, or the built-in one, judges stories",
+    )
+    add(
+        "--reader",
+        metavar="NAME",
+        help="calibrate a reader too: smollm2, or a causal language model",
+    )
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
-    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
+    add(
+        "--corpus",
+        nargs="+",
+        default=["builtin"],
+        metavar="NAME|FILE",
+        help="their corpus (default: builtin)",
+    )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     options = parser.parse_args(argv)
-    config = InteractConfig(**{name: value for name, value in vars(options).items() if name in GRADER})
+    config = InteractConfig(
+        **{name: value for name, value in vars(options).items() if name in GRADER}
+    )
     check(config)
 
     for component, state in machine():
@@ -93,9 +130,12 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
 
 
 def builtin_scores(names: list[str]) -> GradeKnown:
-    """The built-in teacher, fitted to a corpus without the documents that known stories are drawn from."""
+    """The built-in teacher, fitted to a corpus without the documents that known stories are drawn
+    from."""
     files = [name for name in names if name not in BUILTIN]
-    rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
+    rubric = Rubric.from_corpus(
+        islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None)
+    )
     return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
@@ -153,7 +193,9 @@ def kernels() -> str:
 
 def cache() -> str:
     folder = cache_dir()
-    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+    there = next(
+        parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent)
+    )
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
     return f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free"

@@ -1,13 +1,18 @@
-"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio, or upload a run's milestones to the Hub.
+"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio, or upload a run's
+    milestones to the Hub.
 
-    python scripts/export_hf.py runs/pretrain exported                   its best or newest checkpoint -> exported/
-    python scripts/export_hf.py runs/pretrain --gguf student.gguf        ... and -> student.gguf
-    python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
+    python scripts/export_hf.py runs/pretrain exported                   its best or newest
+    checkpoint -> exported/ python scripts/export_hf.py runs/pretrain --gguf student.gguf        ...
+    and -> student.gguf
+    python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M,
+    exported/chck_2M, ...
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
 
-Each folder has a model card, README.md, written from the records of the run. --push uploads each milestone as a branch
-of that name, and the best or newest checkpoint as `main`; it needs `pip install huggingface_hub` and a token, from
-`hf auth login` or HF_TOKEN. For a local folder BabyLM's pipeline ignores --revision_name: give it one per milestone.
+Each folder has a model card, README.md, written from the records of the run. --push uploads each
+milestone as a branch of that name, and the best or newest checkpoint as `main`; it needs `pip
+install huggingface_hub` and a token, from
+`hf auth login` or HF_TOKEN. For a local folder BabyLM's pipeline ignores --revision_name: give it
+one per milestone.
 """
 
 import sys
@@ -31,13 +36,23 @@ MAIN = "main"  # branch of the best or newest checkpoint, the Hub's default bran
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)")
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)"
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="new folder to write")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of GGUF to write")
-    parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")
-    parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository on the Hub")
+    parser.add_argument(
+        "--all-checkpoints",
+        action="store_true",
+        help="write all chck_* of the run, one folder each",
+    )
+    parser.add_argument(
+        "--push", metavar="REPO", default="", help="then upload to this repository on the Hub"
+    )
     options = parser.parse_args(argv)
-    if not (options.folder or options.gguf) or ((options.push or options.all_checkpoints) and not options.folder):
+    if not (options.folder or options.gguf) or (
+        (options.push or options.all_checkpoints) and not options.folder
+    ):
         raise UserError("there is nothing to write: give a new folder, or --gguf FILE alone")
     best = checkpoint.find(options.checkpoint)
     several = milestones(options.checkpoint) if options.all_checkpoints else []
@@ -58,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         revision = branch if options.push and branch != MAIN else ""
         card = model_card(options.push or folder.name, sources[branch], student, history, revision)
         atomic_write(folder / "README.md", card)
-    babylm = options.all_checkpoints or any(name.startswith("babylm") for name in history.get("corpus", []))
+    babylm = options.all_checkpoints or any(
+        name.startswith("babylm") for name in history.get("corpus", [])
+    )
     if babylm and student.config.context < hf.FINE_TUNING:
         print(
             f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning uses "
@@ -73,9 +90,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def milestones(run: Path) -> list[Path]:
     """The chck_* folders of a run, earliest first. Raises UserError if there are none."""
-    folders = [folder for _, folder in checkpoint.checkpoints(run) if folder.name.startswith("chck_")]
+    folders = [
+        folder for _, folder in checkpoint.checkpoints(run) if folder.name.startswith("chck_")
+    ]
     if not folders:
-        raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
+        raise UserError(
+            f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some"
+        )
     return folders[::-1]
 
 
@@ -94,9 +115,12 @@ def push(api: Any, repository: str, folders: dict[str, Path]) -> None:
             if branch != MAIN:
                 api.create_branch(repository, branch=branch, exist_ok=True)
             api.upload_folder(
-                repo_id=repository, folder_path=folder, revision=branch, delete_patterns="*",
+                repo_id=repository,
+                folder_path=folder,
+                revision=branch,
+                delete_patterns="*",
                 commit_message=f"{branch} of a tinystory student",
-            )  # fmt: skip
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""One peer of `bench.py peers`, run by a Python that has its packages. Prints the seconds of a run per line of input.
+"""One peer of `bench.py peers`, run by a Python that has its packages. Prints the seconds of a run
+    per line of input.
 
-    python scripts/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, "threads": 2}'
+    python scripts/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90,
+    "threads": 2}'
 
 Made for trl 0.9.4 and transformers 4.53.
 """
@@ -42,14 +44,23 @@ def gpt2(model: dict) -> Any:  # a transformers model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = dict(model)
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=sizes.pop("context"), **sizes))
+    return GPT2LMHeadModel(
+        GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=sizes.pop("context"), **sizes)
+    )
 
 
 def transformers(a: SimpleNamespace) -> Callable:
     """generate() by pure sampling, without an early end, so that the work is fixed."""
     model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
     ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
-    options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=a.new, min_new_tokens=a.new, pad_token_id=0)
+    options = dict(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=a.new,
+        min_new_tokens=a.new,
+        pad_token_id=0,
+    )
 
     def run() -> None:
         with torch.no_grad():
@@ -59,19 +70,26 @@ def transformers(a: SimpleNamespace) -> Callable:
 
 
 def trl(a: SimpleNamespace) -> Callable:
-    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities under student and
-    reference, four epochs over one batch. The reward is constant, so that only the student's work is timed."""
+    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities
+    under student and reference, four epochs over one batch. The reward is constant, so that only
+    the student's work is timed."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(a.model["vocab_size"])}, unk_token="t0"))
+    tokenizer = Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(a.model["vocab_size"])}, unk_token="t0")
+    )
     special = dict(pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t0")
     with tempfile.TemporaryDirectory() as folder:
         gpt2(a.model).save_pretrained(folder)
-        policy, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in range(2))
+        policy, reference = (
+            AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in range(2)
+        )
     options = PPOConfig(batch_size=a.batch, mini_batch_size=a.batch, learning_rate=1e-6)
-    trainer = PPOTrainer(options, policy, reference, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special))
+    trainer = PPOTrainer(
+        options, policy, reference, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    )
     queries = [torch.randint(5, a.model["vocab_size"], (a.prompt,)) for _ in range(a.batch)]
     sampling = dict(max_new_tokens=a.new, min_length=-1, top_k=0, top_p=1.0, do_sample=True)
     sampling |= dict(pad_token_id=0, eos_token_id=-1)

@@ -3,7 +3,8 @@
     python scripts/prepare_data.py --corpus builtin
     python scripts/prepare_data.py --corpus tales.txt.gz more.jsonl --vocab-size 16000
 
-train_pretrain.py does the same, or uses the result if its --corpus, --vocab-size, --val-fraction and --seed are equal.
+train_pretrain.py does the same, or uses the result if its --corpus, --vocab-size, --val-fraction
+and --seed are equal.
 """
 
 import sys
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
 
     corpus = open_corpus(config.corpus)
-    data = prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    data = prepare(
+        corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
+    )
     print(f"{'':12}{'documents':>12}{'words':>14}{'tokens':>14}{'words/token':>13}")
     for name, split in (("train", data.train), ("validation", data.val)):
         documents, words, tokens = len(split.offsets) - 1, split.word_count, len(split)

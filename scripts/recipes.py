@@ -1,14 +1,16 @@
-"""Compare recipes of interaction with controls that need no teacher or no training: the tables of docs/results.md.
+"""Compare recipes of interaction with controls that need no teacher or no training: the tables of
+    docs/results.md.
 
     python scripts/recipes.py --seeds 1 2 3
     python scripts/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"
 
-Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by train_interact.py once per text of
---options (default: the demo, and with the student's likelihood or a constant as the score). Finished runs are not
-repeated. The untouched and the trained students then write a story to each held-out opening, which the built-in teacher
-grades; further controls are lower temperatures, and the likeliest or best-rewarded of four stories. Prints Markdown:
-means over the seeds, and the reward's standard error over the openings. Writes OUT/rows.jsonl, with each seed's
-measures and each story's reward, and OUT/reward.svg, README's picture.
+Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by
+train_interact.py once per text of --options (default: the demo, and with the student's likelihood
+or a constant as the score). Finished runs are not repeated. The untouched and the trained students
+then write a story to each held-out opening, which the built-in teacher grades; further controls are
+lower temperatures, and the likeliest or best-rewarded of four stories. Prints Markdown: means over
+the seeds, and the reward's standard error over the openings. Writes OUT/rows.jsonl, with each
+seed's measures and each story's reward, and OUT/reward.svg, README's picture.
 """
 
 import functools
@@ -49,7 +51,8 @@ from tinystory.teacher.grader import open_grader
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
 COREFERENCE = 300  # stories
-UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")  # on them; of a student itself, so not of a control
+# on them; of a student itself, so not of a control
+UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
 CLUSTERED = 64  # stories for distinct_4 and clusters
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
@@ -59,21 +62,37 @@ class Row(NamedTuple):
     folder: Path
     temperature: float = 1.0
     n: int = 1  # stories per opening
-    chosen_by: str = "first"  # one of the n: the first, the likeliest ("likelihood") or the best ("reward")
+    # one of the n: the first, the likeliest ("likelihood") or the best ("reward")
+    chosen_by: str = "first"
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of pretraining and interaction")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="N",
+        help="of pretraining and interaction",
+    )
     controls = ["", "--reward likelihood", "--reward constant"]
-    parser.add_argument("--options", nargs="+", default=controls, metavar="TEXT", help="of train_interact.py, per run")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=controls,
+        metavar="TEXT",
+        help="of train_interact.py, per run",
+    )
     options = parser.parse_args(argv)
     try:
         flags = {text: shlex.split(text) for text in options.options}
     except ValueError as error:
-        raise UserError(f"--options: {str(error).lower()}; write each text as on a command line") from None
+        raise UserError(
+            f"--options: {str(error).lower()}; write each text as on a command line"
+        ) from None
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
@@ -89,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
-                records.append({"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS))
+                records.append(
+                    {"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS)
+                )
                 with open(options.out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
@@ -98,21 +119,33 @@ def main(argv: list[str] | None = None) -> None:
     for name in dict.fromkeys(record["name"] for record in records):
         same = [record for record in records if record["name"] == name]
         means = [mean_of(record[column] for record in same) for column in columns]
-        openings = [x for x in map(mean_of, zip(*(record["rewards"] for record in same), strict=True)) if x is not None]
+        openings = [
+            x
+            for x in map(mean_of, zip(*(record["rewards"] for record in same), strict=True))
+            if x is not None
+        ]
         standard_error = stdev(openings) / math.sqrt(len(openings))
         bars.append((name.strip("`"), fmean(openings), standard_error))
         cells = ["" if x is None else f"{x:.3f}" for x in [*means, standard_error]]
         print(f"| {name} | {' | '.join(cells)} |")
     title = "Reward of stories to held-out openings, with the standard error over openings"
-    atomic_write(options.out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo")))
+    atomic_write(
+        options.out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo"))
+    )
 
 
 @functools.lru_cache(1)
 @torch.no_grad()
 def written(
-    folder: Path, temperature: float, openings: tuple[str, ...], max_new_tokens: int, device: str, grader: Grader
+    folder: Path,
+    temperature: float,
+    openings: tuple[str, ...],
+    max_new_tokens: int,
+    device: str,
+    grader: Grader,
 ) -> tuple[list[Story], list[float | None]]:
-    """A story to each opening by a run's newest checkpoint (`best` would be selected by score), and their scores."""
+    """A story to each opening by a run's newest checkpoint (`best` would be selected by score), and
+    their scores."""
     compute = resolve(device, "auto")
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, compute.device)
     sampling: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
@@ -122,10 +155,14 @@ def written(
     return stories, [grade.score for grade in grades]
 
 
-def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]) -> dict[str, Any]:
+def measure(
+    row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]
+) -> dict[str, Any]:
     """Measures of a row. A reward compares a story with the other chosen ones, one per opening."""
     drawn = (*openings,) * row.n
-    candidates, scores = written(row.folder, row.temperature, drawn, config.max_new_tokens, config.device, grader)
+    candidates, scores = written(
+        row.folder, row.temperature, drawn, config.max_new_tokens, config.device, grader
+    )
     values: dict[str, Sequence[Any]] = {
         "first": [-i for i in range(len(candidates))],
         "likelihood": [story.likelihood for story in candidates],
@@ -149,9 +186,13 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
         "rewards": rewards,
     }
     if row.chosen_by == "first" and row.temperature == 1:
-        student, tokenizer, _ = checkpoint.load(checkpoint.newest(row.folder) or row.folder, torch.device("cpu"))
+        student, tokenizer, _ = checkpoint.load(
+            checkpoint.newest(row.folder) or row.folder, torch.device("cpu")
+        )
         unseen = unseen_stories(COREFERENCE)
-        reading = coreference(student, tokenizer, unseen) | bits_per_byte(student, tokenizer, unseen)
+        reading = coreference(student, tokenizer, unseen) | bits_per_byte(
+            student, tokenizer, unseen
+        )
         measures |= {name: reading[name] for name in UNSEEN}
     return measures
 

@@ -1,19 +1,25 @@
-"""The paper's experiment as one command: does interaction replace pretraining on many times as many words?
+"""The paper's experiment as one command: does interaction replace pretraining on many times as many
+    words?
 
-    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, with fewer stories
-    python scripts/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
+    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, with
+    fewer stories python scripts/reproduce.py --scale small --pretrain "--corpus stories.txt" --out
+    runs/small
     python scripts/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
-One student is pretrained, with a checkpoint at every milestone of words. From some of these it continues in three ways:
+One student is pretrained, with a checkpoint at every milestone of words. From some of these it
+continues in three ways:
 
     interact   it writes stories and the teacher scores them, for several seeds
-    random     the same with a control, here a random score (--controls: values of train_interact.py's --reward)
-    more       pretraining on as many further words as interaction took in and wrote, the learning rate decaying to 0
+    random     the same with a control, here a random score (--controls: values of
+    train_interact.py's --reward)
+    more       pretraining on as many further words as interaction took in and wrote, the learning
+    rate decaying to 0
 
-Every checkpoint then writes stories with the same random numbers, the teacher grades them, and OUT/report.html compares
-them. The reward of `small` and `paper` is the paper's, for a single opening, unless --interact has other options.
-Each run of a train command has its own folder. After Ctrl-C or a kill, the same command resumes interrupted runs and
-skips finished ones.
+Every checkpoint then writes stories with the same random numbers, the teacher grades them, and
+OUT/report.html compares them. The reward of `small` and `paper` is the paper's, for a single
+opening, unless --interact has other options.
+Each run of a train command has its own folder. After Ctrl-C or a kill, the same command resumes
+interrupted runs and skips finished ones.
 """
 
 import itertools
@@ -34,7 +40,14 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 from tqdm import tqdm
 
 from scripts import recipes
-from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.config import (
+    INTERACT_PRESETS,
+    PAPER_OPENING,
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    parse,
+)
 from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
@@ -56,14 +69,16 @@ from tinystory.teacher.grader import open_grader
 
 MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
-OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")  # columns for any corpus
+# columns for any corpus
+OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")
 BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
 COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # by arm
 
 
 class Scale(NamedTuple):
-    """pretrain, interact: options of the train commands; starts: millions of pretraining words before interaction;
-    seeds: per arm and start; stories: graded per checkpoint; controls: values of --reward."""
+    """pretrain, interact: options of the train commands; starts: millions of pretraining words
+    before interaction; seeds: per arm and start; stories: graded per checkpoint; controls: values
+    of --reward."""
 
     pretrain: str
     interact: str
@@ -73,12 +88,16 @@ class Scale(NamedTuple):
     controls: Sequence[str]
 
 
-# `small`, the settings of docs/results.md whatever the demo's are, learned most in minutes on a CPU (LOG.md): one epoch
-# over more stories, a weak KL penalty, and the paper's reward.
+# `small`, the settings of docs/results.md whatever the demo's are, learned most in minutes on a CPU
+# (LOG.md): one epoch over more stories, a weak KL penalty, and the paper's reward.
 SCALES = {
     "tiny": Scale(
-        "--words 3M", "--stories-per-step 512 --minibatch-size 64 --eval-every 0",
-        (1, 2, 3), 2, 200, ("likelihood", "constant"),
+        "--words 3M",
+        "--stories-per-step 512 --minibatch-size 64 --eval-every 0",
+        (1, 2, 3),
+        2,
+        200,
+        ("likelihood", "constant"),
     ),
     "small": Scale(
         "--weights-init gpt2 --optimizer adamw --packing stream --learning-rate 1.5e-3 --warmup 0.05 --corpus "
@@ -86,10 +105,15 @@ SCALES = {
         "--stories-per-step 64 --steps 60 --learning-rate 1e-4 --no-lr-decay --sharpness-rate 0 --learner gae "
         "--value-coef 1 --kl-coef 0.02 --kl-target 12 --kl-horizon 10000 --eval-every 0 --max-new-tokens 90 "
         f"--diversity 0 --unfinished 1 --openings {shlex.quote(PAPER_OPENING)}",
-        (1, 2, 5, 10), 3, 256, ("random",),
+        (1, 2, 5, 10),
+        3,
+        256,
+        ("random",),
     ),
-    "paper": Scale("--preset paper", "--preset paper", (20, 50, 90, 200, 500, 900), 1, 512, ("random",)),
-}  # fmt: skip
+    "paper": Scale(
+        "--preset paper", "--preset paper", (20, 50, 90, 200, 500, 900), 1, 512, ("random",)
+    ),
+}
 
 
 @command
@@ -98,12 +122,44 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny")
     add("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
-    add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py, over those of the scale")
-    add("--interact", default="", metavar="TEXT", help="options of train_interact.py, over those of the scale")
-    add("--teacher", default="", metavar="TEXT", help="further ones, that name the teacher (default: built in)")
-    add("--controls", nargs="*", metavar="REWARD", help="interactions for these (default: as --scale has it)")
-    add("--milestones", nargs="+", type=int, metavar="M", help="starts of interaction, million words")
-    add_number(parser, "--seeds", 0, "[0, 1000]", "interactions per milestone and arm; 0: as --scale has it")
+    add(
+        "--pretrain",
+        default="",
+        metavar="TEXT",
+        help="options of train_pretrain.py, over those of the scale",
+    )
+    add(
+        "--interact",
+        default="",
+        metavar="TEXT",
+        help="options of train_interact.py, over those of the scale",
+    )
+    add(
+        "--teacher",
+        default="",
+        metavar="TEXT",
+        help="further ones, that name the teacher (default: built in)",
+    )
+    add(
+        "--controls",
+        nargs="*",
+        metavar="REWARD",
+        help="interactions for these (default: as --scale has it)",
+    )
+    add(
+        "--milestones",
+        nargs="+",
+        type=int,
+        metavar="M",
+        help="starts of interaction, million words",
+    )
+    add_number(
+        parser,
+        "--seeds",
+        0,
+        "[0, 1000]",
+        "interactions per milestone and arm; 0: as --scale has it",
+    )
     add_number(parser, "--stories", 0, "[0, 1e6]", "stories of an evaluation; 0: as --scale has it")
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     add("--device", default="auto")
@@ -116,11 +172,18 @@ def main(argv: list[str] | None = None) -> None:
         "blimp": options.blimp,
     }
     controls = scale.controls if options.controls is None else options.controls
-    arms = {INTERACT: shlex.split(options.teacher)} | {control: ["--reward", control] for control in controls}
+    arms = {INTERACT: shlex.split(options.teacher)} | {
+        control: ["--reward", control] for control in controls
+    }
     on_device = ["--device", options.device]
-    pretrain_argv, interact_argv = (shlex.split(settings[name]) for name in ("pretrain", "interact"))
+    pretrain_argv, interact_argv = (
+        shlex.split(settings[name]) for name in ("pretrain", "interact")
+    )
     pretrain: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*pretrain_argv, *on_device])
-    config, *_ = [parse(InteractConfig, INTERACT_PRESETS, [*interact_argv, *scorer]) for scorer in arms.values()]
+    config, *_ = [
+        parse(InteractConfig, INTERACT_PRESETS, [*interact_argv, *scorer])
+        for scorer in arms.values()
+    ]
     starts = [start * MILLION for start in options.milestones or scale.starts]
     if missing := [start for start in starts if start not in MILESTONES or start > pretrain.words]:
         raise UserError(
@@ -130,10 +193,14 @@ def main(argv: list[str] | None = None) -> None:
     require_same(out / "experiment.json", settings)
 
     train(out / "pretrain", pretrain_argv, on_device, pretrain.words)
-    milestones = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
-    # Arm, pretraining words before it, seed, words of pretraining and taken in, last checkpoint (the best one would be
-    # selected by its score).
-    students = [(BEFORE, words, 0, words, path) for words, path in milestones.items() if path.exists()]
+    milestones = {
+        words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES
+    }
+    # Arm, pretraining words before it, seed, words of pretraining and taken in, last checkpoint
+    # (the best one would be selected by its score).
+    students = [
+        (BEFORE, words, 0, words, path) for words, path in milestones.items() if path.exists()
+    ]
     for arm, scorer in arms.items():
         for seed, start in itertools.product(range(options.seeds or scale.seeds), starts):
             folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
@@ -142,13 +209,18 @@ def main(argv: list[str] | None = None) -> None:
             spent = checkpoint.read_counters(last)
             students.append((arm, start, seed, start + spent["words_in"], last))
             if (arm, seed) == (INTERACT, 0):
-                more, words = out / MORE / folder.name, start + spent["words_in"] + spent["words_out"]
+                more, words = (
+                    out / MORE / folder.name,
+                    start + spent["words_in"] + spent["words_out"],
+                )
                 copy_milestone(milestones[start], more)
                 last = train(more, (), ["--words", str(words), *on_device], words)
                 students.append((MORE, start, 0, words, last))
 
     config, records = replace(config, device=options.device), []
-    with open_grader(config, builtin_teacher, corpus=pretrain.corpus, replies=out / "replies.jsonl") as grader:
+    with open_grader(
+        config, builtin_teacher, corpus=pretrain.corpus, replies=out / "replies.jsonl"
+    ) as grader:
         for arm, start, seed, words, folder in tqdm(students, desc="evaluation", unit="checkpoint"):
             path = out / "evaluation" / f"{'-'.join(folder.relative_to(out).parts)}.json"
             if not path.exists():
@@ -162,12 +234,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def require_same(path: Path, settings: Record) -> None:
-    """Write the settings that all runs of an experiment share. Raises UserError if the file has others."""
+    """Write the settings that all runs of an experiment share. Raises UserError if the file has
+    others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_bytes()) if path.exists() else settings
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         old, new = before.get(changed[0]), settings[changed[0]]
-        raise UserError(f"{path.parent} was begun with {changed[0]} {old!r}, not {new!r}: choose another --out")
+        raise UserError(
+            f"{path.parent} was begun with {changed[0]} {old!r}, not {new!r}: choose another --out"
+        )
     atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
 
@@ -178,41 +253,68 @@ def copy_milestone(milestone: Path, run: Path) -> None:
         atomic_write(run / CONFIG, (milestone.parents[1] / CONFIG).read_bytes())
 
 
-def measure(folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record) -> Record:
-    """The page's columns for a checkpoint; random numbers, teacher and texts are the same for all."""
+def measure(
+    folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
+) -> Record:
+    """The page's columns for a checkpoint; random numbers, teacher and texts are the same for
+    all."""
     openings = itertools.cycle(Openings(load_openings(config.openings), 0).held_out)
     written = [*itertools.islice(openings, settings["stories"])]
     columns = recipes.measure(recipes.Row("", folder, config.temperature), grader, config, written)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
     if not has_dull_tellers(history):  # nor was it trained for the grammar's text
-        corpus, sizes = open_corpus(pretrain.corpus, pretrain.documents), (pretrain.vocab_size, pretrain.val_fraction)
+        corpus, sizes = (
+            open_corpus(pretrain.corpus, pretrain.documents),
+            (pretrain.vocab_size, pretrain.val_fraction),
+        )
         val = prepare(corpus, vocab_size=sizes[0], val_fraction=sizes[1], seed=pretrain.seed).val
         columns = {name: columns[name] for name in OF_STORIES}
-        columns["bits_per_byte"] = validate(student, val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")[1]
+        columns["bits_per_byte"] = validate(
+            student, val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream"
+        )[1]
     if settings["blimp"]:
         columns["BLiMP"] = evaluate_pairs(student, tokenizer, settings["blimp"])["accuracy"]
     return columns
 
 
-def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
-    """Write OUT/report.html and OUT/figure.svg, and return the report's path. scorers: the arms of interaction."""
-    columns = [*dict.fromkeys(name for record in records for name in record["measures"] if name != "rewards")]
+def write_page(
+    out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]
+) -> Path:
+    """Write OUT/report.html and OUT/figure.svg, and return the report's path. scorers: the arms of
+    interaction."""
+    columns = [
+        *dict.fromkeys(
+            name for record in records for name in record["measures"] if name != "rewards"
+        )
+    ]
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     lines, rows = [], list[tuple[int, list[str]]]()
     for arm, colour in zip((BEFORE, INTERACT, MORE, *scorers[1:]), COLOURS, strict=False):
-        name, own = names.get(arm, f"+ --reward {arm}"), [record for record in records if record["arm"] == arm]
+        name, own = (
+            names.get(arm, f"+ --reward {arm}"),
+            [record for record in records if record["arm"] == arm],
+        )
         points = []
         for start in sorted({record["start"] for record in own}):
             group = [record for record in own if record["start"] == start]
-            points.append((fmean(record["words"] for record in group), *mean_and_error(group, "score")))
+            points.append(
+                (fmean(record["words"] for record in group), *mean_and_error(group, "score"))
+            )
             cells = [f"{start / MILLION:.3g} M {name}", str(len(group))]
             for mean, error in (mean_and_error(group, column) for column in columns):
-                cells.append(charts.number(mean) + (f" ± {charts.number(error)}" if error is not None else ""))
+                cells.append(
+                    charts.number(mean)
+                    + (f" ± {charts.number(error)}" if error is not None else "")
+                )
             rows.append((start, cells))
         words, means, errors = zip(*points, strict=True)
         lines.append(charts.Line(words, means, colour, name, errors))
     figure = charts.chart(
-        "Teacher’s score, 0 to 9", lines, x_name="words of pretraining and taken in", log_x=True, size=(640, 380)
+        "Teacher’s score, 0 to 9",
+        lines,
+        x_name="words of pretraining and taken in",
+        log_x=True,
+        size=(640, 380),
     )
     atomic_write(out / "figure.svg", charts.standalone(figure))
     note = (
@@ -220,14 +322,18 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
         "...: the fraction that each kind of teller tells; distinct_4 and clusters: over 64 stories; bits_per_byte, "
         "repeated_name and he_or_she: on unseen text, the latter two the probability of the right one."
     )
-    table = page.table(["Student", "Seeds", *columns], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    table = page.table(
+        ["Student", "Seeds", *columns], [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+    )
     sections = [
         f'<div style="max-width: 44rem">{figure}</div>',
         page.section("What was rewarded and what was not", note, table),
         page.details("How it was run", "", page.facts(settings.items())),
     ]
     subtitle = escape(f"scored by {settings['scored by']}")
-    return page.write(out / "report.html", "Does interaction replace pretraining?", subtitle, sections)
+    return page.write(
+        out / "report.html", "Does interaction replace pretraining?", subtitle, sections
+    )
 
 
 def mean_and_error(records: Sequence[Record], column: str) -> tuple[float | None, float | None]:

@@ -1,10 +1,13 @@
-"""The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat completions.
+"""The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat
+    completions.
 
-    python scripts/serve_teacher.py                                    measure stories against the built-in corpus
-    python scripts/serve_teacher.py --corpus my_stories.txt            ... against your own stories
+    python scripts/serve_teacher.py                                    measure stories against the
+    built-in corpus python scripts/serve_teacher.py --corpus my_stories.txt            ... against
+    your own stories
     python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
 
-It is a rubric that stands in for a language model. Use a real one if you have one: the interface is the same.
+It is a rubric that stands in for a language model. Use a real one if you have one: the interface is
+the same.
 """
 
 import asyncio
@@ -33,18 +36,34 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0 takes a free one")
-    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)")
-    add("--die-with-parent", action="store_true", help="exit when standard input closes; once fitted, yield cores")
+    add(
+        "--corpus",
+        nargs="+",
+        default=["builtin"],
+        metavar="NAME|FILE",
+        help="corpus to measure by (default: builtin)",
+    )
+    add(
+        "--die-with-parent",
+        action="store_true",
+        help="exit when standard input closes; once fitted, yield cores",
+    )
     options = parser.parse_args(argv)
-    documents, names, start = open_corpus(options.corpus).mixed(), " ".join(options.corpus), time.monotonic()
+    documents, names, start = (
+        open_corpus(options.corpus).mixed(),
+        " ".join(options.corpus),
+        time.monotonic(),
+    )
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
         rubric = Rubric.from_corpus(documents, bar.update)
     message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {time.monotonic() - start:.1f} s"
     print(message, file=sys.stderr, flush=True)
-    if options.die_with_parent:  # the parent's threads wait for each other: one without a core stops all
+    # the parent's threads wait for each other: one without a core stops all
+    if options.die_with_parent:
         os.nice(NICENESS)  # not before: the parent waits until the teacher is fitted
-        if os.getsid(0) == os.getpid():  # Linux divides cores among sessions first, and this one is no terminal's
+        # Linux divides cores among sessions first, and this one is no terminal's
+        if os.getsid(0) == os.getpid():
             with contextlib.suppress(OSError):
                 Path("/proc/self/autogroup").write_text(str(NICENESS))
     asyncio.run(_serve(rubric, options.port, options.die_with_parent))

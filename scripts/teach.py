@@ -1,12 +1,15 @@
-"""Be the teacher: a page on which you read the student's stories and grade them, and an endpoint for the trainer.
+"""Be the teacher: a page on which you read the student's stories and grade them, and an endpoint
+    for the trainer.
 
-    python scripts/teach.py                          then open the page that it names, and in another terminal
+    python scripts/teach.py                          then open the page that it names, and in
+    another terminal
     python train_interact.py --teacher-url ...       the command that it prints
 
-    python scripts/teach.py --compare                which of two stories is better, without knowing which is which:
-    python scripts/evaluate.py --compare runs/interact --teacher-url ...
+    python scripts/teach.py --compare                which of two stories is better, without knowing
+    which is which: python scripts/evaluate.py --compare runs/interact --teacher-url ...
 
-Keys 0 to 3 grade; B goes back, S skips, P pauses. Each grade is saved in --grades at once and never asked for again.
+Keys 0 to 3 grade; B goes back, S skips, P pauses. Each grade is saved in --grades at once and never
+asked for again.
 """
 
 import argparse
@@ -33,9 +36,24 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
     grades = Path("runs/teach/grades.jsonl")
-    add("--grades", type=Path, default=grades, metavar="FILE", help=f"where grades are kept (default: {grades})")
-    add("--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer")
-    add("--compare", action="store_true", help="compare the pairs of stories that evaluate.py --compare sends")
+    add(
+        "--grades",
+        type=Path,
+        default=grades,
+        metavar="FILE",
+        help=f"where grades are kept (default: {grades})",
+    )
+    add(
+        "--teacher-prompt",
+        default="",
+        metavar="FILE",
+        help="JSON file of criteria, as for the trainer",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="compare the pairs of stories that evaluate.py --compare sends",
+    )
     options = parser.parse_args(argv)
     template = COMPARISON if options.compare else load_template(options.teacher_prompt)
     with contextlib.closing(Desk(options.grades, template)) as desk:
@@ -46,7 +64,9 @@ async def _serve(desk: Desk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
         flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
-        client = "scripts/evaluate.py --compare RUN" if options.compare else f"train_interact.py {flags}"
+        client = (
+            "scripts/evaluate.py --compare RUN" if options.compare else f"train_interact.py {flags}"
+        )
         print(f"and start: python {client} --teacher-url {url}/v1", flush=True)
         await until_stopped()
 

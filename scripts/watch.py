@@ -19,15 +19,28 @@ from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import holds_run, in_use, newest_run, read_config, read_metrics, read_stories
+from tinystory.run.folder import (
+    holds_run,
+    in_use,
+    newest_run,
+    read_config,
+    read_metrics,
+    read_stories,
+)
 from tinystory.run.options import script_parser
 from tinystory.run.text import printable
 
 CURVES = {
-    "reward_mean": "reward", "held_out_reward": "held-out reward", "score_mean": "score", "kl": "KL, nats",
-    "story_clusters": "story clusters", "length_mean": "words per story", "loss": "loss, nats per token",
-    "val_loss": "validation loss", "tokens_per_s": "tokens per second",
-}  # fmt: skip
+    "reward_mean": "reward",
+    "held_out_reward": "held-out reward",
+    "score_mean": "score",
+    "kl": "KL, nats",
+    "story_clusters": "story clusters",
+    "length_mean": "words per story",
+    "loss": "loss, nats per token",
+    "val_loss": "validation loss",
+    "tokens_per_s": "tokens per second",
+}
 HEADING, CURVE = 36, 43  # characters
 STORIES, STORY = 3, 2000  # stories shown, and characters of each
 PAUSE_S = 5.0
@@ -37,7 +50,9 @@ CLEAR = "\x1b[H\x1b[2J"
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("run", type=Path, nargs="?", help="folder of a run (default: the newest under runs/)")
+    parser.add_argument(
+        "run", type=Path, nargs="?", help="folder of a run (default: the newest under runs/)"
+    )
     run = parser.parse_args(argv).run or newest_run()
     if not holds_run(run):
         raise UserError(f"{run} holds no run: give the folder that --out named")
@@ -45,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     while (running := in_use(run)) and terminal:
         start = time.monotonic()
         print(CLEAR + screen(run, running), flush=True)
-        time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))  # at most a twentieth of a processor
+        # at most a twentieth of a processor
+        time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))
     columns = shutil.get_terminal_size((100, 0)).columns
     print(CLEAR + screen(run, running) if terminal else "\n".join(page(run, columns, running)))
 
@@ -60,8 +76,12 @@ def screen(run: Path, running: bool) -> str:
 def page(run: Path, width: int, running: bool) -> list[str]:
     metrics, config = read_metrics(run), read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
-    lines = textwrap.wrap(f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width)
-    for step, warning in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+    lines = textwrap.wrap(
+        f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width
+    )
+    for step, warning in CollapseDetector(
+        metrics, number_option(config, "kl_target") or math.inf
+    ).warnings.values():
         lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
     curves = from_start(run, metrics)
     lines += [""] * bool(curves)

@@ -1,4 +1,5 @@
-"""Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short retry pauses."""
+"""Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short
+retry pauses."""
 
 import contextlib
 import hashlib
@@ -21,7 +22,8 @@ from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import pool
 
 os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # on a Mac too
-# TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow machine is no failure.
+# TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow
+# machine is no failure.
 examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
 hypothesis.settings.load_profile("patient")
@@ -35,8 +37,33 @@ PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 
 # Text that is difficult for a tokenizer.
 AWKWARD = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-AWKWARD += ["<|endoftext|>", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u200b"]
-AWKWARD += ["\u2028", "\u3000", "\ufeff", "\ufffd", "\U0010ffff", "'s", "'LL", "e\u0301", "🐈‍⬛", "猫", "१", " 12"]
+AWKWARD += [
+    "<|endoftext|>",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\x00",
+    "\x1c",
+    "\x85",
+    "\u00a0",
+    "\u200b",
+]
+AWKWARD += [
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+    "\ufffd",
+    "\U0010ffff",
+    "'s",
+    "'LL",
+    "e\u0301",
+    "🐈‍⬛",
+    "猫",
+    "१",
+    " 12",
+]
 
 
 @contextlib.contextmanager
@@ -48,15 +75,17 @@ def using(kernels: str):
 
 
 def on_gpu() -> bool:
-    """Whether tensors are created on a GPU by default, as when tests/ops/test_gpu.py runs the tests of other files."""
+    """Whether tensors are created on a GPU by default, as when tests/ops/test_gpu.py runs the tests
+    of other files."""
     return torch.empty(0).is_cuda
 
 
 def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float]:
-    """The root mean square error of `ours` is at most twice that of `theirs`, PyTorch's result in the same dtype, or at
-    most one rounding error of the result. scale: the tensor whose rounding errors count, if not the result's: a sum
-    that cancels is exact only up to the rounding errors of its terms. Returns the maximum errors of both, in rounding
-    errors of the largest entry. In float64, where PyTorch's result is the exact one, the bound is 256 of them."""
+    """The root mean square error of `ours` is at most twice that of `theirs`, PyTorch's result in
+    the same dtype, or at most one rounding error of the result. scale: the tensor whose rounding
+    errors count, if not the result's: a sum that cancels is exact only up to the rounding errors of
+    its terms. Returns the maximum errors of both, in rounding errors of the largest entry. In
+    float64, where PyTorch's result is the exact one, the bound is 256 of them."""
     eps = torch.finfo(ours.dtype).eps
     scale = (exact if scale is None else scale).double()
     error, own = ours.double() - exact, theirs.double() - exact
@@ -71,10 +100,13 @@ def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float
 
 
 def assert_largest_no_worse(errors: dict[str, list[tuple[float, float]]]) -> None:
-    """Over all shapes, the maximum error is at most twice PyTorch's. (For one small result it depends on chance.)"""
+    """Over all shapes, the maximum error is at most twice PyTorch's. (For one small result it
+    depends on chance.)"""
     for name, pairs in errors.items():
         ours, theirs = (max(column) for column in zip(*pairs, strict=True))
-        assert ours <= max(2 * theirs, 1), f"{name}: {ours:.2f} roundings against PyTorch's {theirs:.2f}"
+        assert ours <= max(2 * theirs, 1), (
+            f"{name}: {ours:.2f} roundings against PyTorch's {theirs:.2f}"
+        )
 
 
 def tiny_stories(count: int) -> list[str]:
@@ -110,22 +142,31 @@ def short_pauses(monkeypatch):
 @pytest.fixture
 def student(tokenizer) -> Student:
     torch.manual_seed(0)
-    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
+    student = Student(
+        StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size)
+    )
     for p in student.parameters():  # far enough from zero that every path contributes
-        torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
+        torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(
+            p, mean=float(p[0] == 1), std=0.1
+        )
     return student
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --eval-every 5"
+SMALL = (
+    "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --eval-every 5"
+)
 SMALL = [*SMALL.split(), "--device", "cpu"]
-SHORT = "--stories-per-step 6 --max-new-tokens 16 --steps 4 --save-every 2 --device cpu --opening Once"
+SHORT = (
+    "--stories-per-step 6 --max-new-tokens 16 --steps 4 --save-every 2 --device cpu --opening Once"
+)
 SHORT += " --eval-every 2 --eval-stories 4 --no-calibrate"
 SHORT = SHORT.split(" ")
 
 
 def fails(main, argv, capsys) -> str:
-    """Run a command that must fail with exit code 2 and one error line on stderr; returns the line."""
+    """Run a command that must fail with exit code 2 and one error line on stderr; returns the
+    line."""
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2
@@ -135,7 +176,12 @@ def fails(main, argv, capsys) -> str:
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, 2**63, 1e300, -1]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([10**400, 2**63, 1e300, -1]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
@@ -155,15 +201,19 @@ def send_hub_file(handler, body: bytes, commit: str, status: int = 200, error: s
 
 
 def damage(path: Path, data) -> None:
-    """Cut the file, flip a bit or insert bytes; or, of JSON and JSON Lines, take a key or give it any value. data: of
-    hypothesis, which draws what is done and where."""
+    """Cut the file, flip a bit or insert bytes; or, of JSON and JSON Lines, take a key or give it
+    any value. data: of hypothesis, which draws what is done and where."""
     content = path.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 400) - 1))
     how = data.draw(st.sampled_from(["cut", "flip", "insert", "value", "key"]))
     if how == "cut":
         content = content[:at]
     elif how == "flip":
-        content = content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :]
+        content = (
+            content[:at]
+            + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))])
+            + content[at + 1 :]
+        )
     elif how == "insert" or path.suffix not in (".json", ".jsonl"):
         content = content[:at] + data.draw(st.binary(max_size=20)) + content[at:]
     else:
@@ -182,7 +232,14 @@ def damage(path: Path, data) -> None:
 
 def story_record(step: int, index: int = 0, **other) -> dict:
     """A line of stories.jsonl, evaluations.jsonl or, with `when`, samples.jsonl."""
-    record = dict(step=step, index=index, opening="Once", story="Tim said “no”.\nHe ran.", reply="1 1 1", scores=None)
+    record = dict(
+        step=step,
+        index=index,
+        opening="Once",
+        story="Tim said “no”.\nHe ran.",
+        reply="1 1 1",
+        scores=None,
+    )
     return record | dict(reward=0.5, words=5, ended="eos") | other
 
 
@@ -216,7 +273,8 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder with a corpus, a pretrained student and callables for --reward; its shards have their own cache."""
+    """A folder with a corpus, a pretrained student and callables for --reward; its shards have
+    their own cache."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "reward.py").write_text(
@@ -227,6 +285,14 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tinystory.data.shards.cache_dir", lambda: folder / "cache")
         train_pretrain.main(
-            ["--corpus", str(folder / "corpus.txt"), "--words", "2500", "--out", str(folder / "p"), *SMALL]
+            [
+                "--corpus",
+                str(folder / "corpus.txt"),
+                "--words",
+                "2500",
+                "--out",
+                str(folder / "p"),
+                *SMALL,
+            ]
         )
     return folder

@@ -20,11 +20,17 @@ KEY = "sk-planted-0123456789"
 
 
 class FaultServer:
-    """An OpenAI-compatible server on a free port. `script(story, n)` is the response to the n-th request, from 0, for a
-    story: a fault by name, a reply, or an aiohttp response. The story of the client's probe gets "2 1 3", and
-    `other(request)` is the response to requests without a story."""
+    """An OpenAI-compatible server on a free port. `script(story, n)` is the response to the n-th
+    request, from 0, for a story: a fault by name, a reply, or an aiohttp response. The story of the
+    client's probe gets "2 1 3", and `other(request)` is the response to requests without a
+    story."""
 
-    def __init__(self, script=lambda story, n: "2 1 3", models=("first", "second"), other=lambda asked: "A fox."):
+    def __init__(
+        self,
+        script=lambda story, n: "2 1 3",
+        models=("first", "second"),
+        other=lambda asked: "A fox.",
+    ):
         self.script, self.models, self.other = script, models, other
         self.requests: list[dict] = []  # for stories
         self.others: list[dict] = []
@@ -82,7 +88,11 @@ class FaultServer:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            what = self.first() if story.startswith("a cat sat down") and n == 0 else self.script(story, n)
+            what = (
+                self.first()
+                if story.startswith("a cat sat down") and n == 0
+                else self.script(story, n)
+            )
             return await self._answer(request, story, what)
         finally:
             self.in_flight -= 1
@@ -103,17 +113,23 @@ class FaultServer:
             case "500":
                 return web.json_response({"error": {"message": "oops"}}, status=500)
             case "429":
-                return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "0"})
+                return web.json_response(
+                    {"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "0"}
+                )
             case "empty":
                 return web.Response()
             case "html":
-                return web.Response(text="<html><body>3 3 3</body></html>", content_type="text/html")
+                return web.Response(
+                    text="<html><body>3 3 3</body></html>", content_type="text/html"
+                )
             case "malformed":
                 return web.Response(text=whole[:-9], content_type="application/json")
             case "shape":
                 return web.json_response({"choices": [{"message": "3 3 3"}]})
             case "huge":
-                return web.Response(text=completion("3 3 3 " * 1_000_000), content_type="application/json")
+                return web.Response(
+                    text=completion("3 3 3 " * 1_000_000), content_type="application/json"
+                )
             case "reset" | "drip":
                 self.hanging |= {story} if what == "drip" else set()
                 response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
@@ -153,26 +169,37 @@ def time_out_hanging_requests(server, monkeypatch):
 
 
 def completion(reply):
-    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}}]})
+    return json.dumps(
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}}]}
+    )
 
 
 def error(status, message, headers=None, **more):
-    return web.json_response({"error": {"message": message, **more}}, status=status, headers=headers)
+    return web.json_response(
+        {"error": {"message": message, **more}}, status=status, headers=headers
+    )
 
 
 def counted(reply, asked=500, said=6):
     """A completion from a server that counts tokens."""
     usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-    return web.json_response({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage})
+    return web.json_response(
+        {"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage}
+    )
 
 
 def weighed(reply, doubt):
-    """A completion with log-probabilities, one token per character: with probability `doubt` a digit is the next lower
-    one (3 for 0)."""
+    """A completion with log-probabilities, one token per character: with probability `doubt` a
+    digit is the next lower one (3 for 0)."""
     places = []
     for char in reply:
-        chances = {char: 1 - doubt, str((int(char) - 1) % 4): doubt} if char.isdigit() else {char: 1.0}
-        others = [{"token": other, "logprob": math.log(chance), "bytes": None} for other, chance in chances.items()]
+        chances = (
+            {char: 1 - doubt, str((int(char) - 1) % 4): doubt} if char.isdigit() else {char: 1.0}
+        )
+        others = [
+            {"token": other, "logprob": math.log(chance), "bytes": None}
+            for other, chance in chances.items()
+        ]
         places.append({**others[0], "top_logprobs": others})
     choice = {"message": {"role": "assistant", "content": reply}, "logprobs": {"content": places}}
     return web.json_response({"choices": [choice]})

@@ -1,6 +1,8 @@
-"""Every option of both train commands: the dataclasses define the command line and the record in config.json.
+"""Every option of both train commands: the dataclasses define the command line and the record in
+config.json.
 
-Flags override the preset, which overrides the defaults: `python train_pretrain.py --preset paper --n-layer 6`."""
+Flags override the preset, which overrides the defaults: `python train_pretrain.py --preset paper
+--n-layer 6`."""
 
 import argparse
 import dataclasses
@@ -18,7 +20,9 @@ from tinystory.run.folder import CONFIG, recorded_options, without_passwords
 from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
 from tinystory.run.track import TRACKERS
 
-DTYPE_HELP = "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
+DTYPE_HELP = (
+    "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
+)
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
 RESUME_HELP = "continue the run in --out from its newest checkpoint, with its recorded options"
 SAVE_HELP = "steps between the checkpoints that --resume starts from"
@@ -33,7 +37,8 @@ DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 CONTROLS = ("random", "constant", "likelihood")  # values of --reward that name no file
 FEWEST_GRADED = 8  # minimum of --graded
-LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # defined in tinystory/rl/learners.py
+# defined in tinystory/rl/learners.py
+LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
 
 
 @dataclass
@@ -54,8 +59,12 @@ class PretrainConfig:
     n_head: int = option(0, "attention heads; 0: heads of size 64", "[0, 1000]")
     n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
-    vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
-    weights_init: str = option("unit", "scale of the initial weights: by width, or as GPT-2's", ("unit", "gpt2"))
+    vocab_size: int = option(
+        2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]"
+    )
+    weights_init: str = option(
+        "unit", "scale of the initial weights: by width, or as GPT-2's", ("unit", "gpt2")
+    )
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
     corpus: list[str] = option(
@@ -64,16 +73,30 @@ class PretrainConfig:
         group="data",
     )
     words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
-    val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
-    packing: str = option("whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream"))
-    documents: str = option("passage", "unit of a .txt file that counts as a document", ("passage", "row"))
+    val_fraction: float = option(
+        0.05, "fraction of the documents held out for validation", "(0, 1)"
+    )
+    packing: str = option(
+        "whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream")
+    )
+    documents: str = option(
+        "passage", "unit of a .txt file that counts as a document", ("passage", "row")
+    )
 
     batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
-    micro_batch_size: int = option(16, "sequences per forward pass; gradients accumulate over a step", "[1, 1e9]")
-    optimizer: str = option("muon", "Muon for the blocks' matrices, or AdamW for all weights", ("muon", "adamw"))
+    micro_batch_size: int = option(
+        16, "sequences per forward pass; gradients accumulate over a step", "[1, 1e9]"
+    )
+    optimizer: str = option(
+        "muon", "Muon for the blocks' matrices, or AdamW for all weights", ("muon", "adamw")
+    )
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
-    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]")
-    warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
+    learning_rate: float = option(
+        0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]"
+    )
+    warmup: float = option(
+        0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
+    )
     beta1: float = option(0.9, "", "[0, 1)")  # AdamW's
     beta2: float = option(0.99, "", "[0, 1)")
     eps: float = option(1e-8, "", "(0, 1]")
@@ -81,10 +104,13 @@ class PretrainConfig:
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     eval_every: int = option(100, "steps between validations", "[1, 1e9]", group="evaluation")
-    eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
+    eval_sequences: int = option(
+        32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]"
+    )
 
     def __post_init__(self) -> None:
-        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # `check` refuses other types
+        # `check` refuses other types
+        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:
             self.n_head = max(1, self.n_embd // 64)
         if type(self.learning_rate) in (int, float) and self.learning_rate == 0:
             self.learning_rate = 2.4e-2 if self.optimizer == "muon" else 2.4e-3
@@ -92,66 +118,126 @@ class PretrainConfig:
 
 @dataclass
 class InteractConfig:
-    """Train a student by interaction: it writes stories, a teacher scores them, PPO learns from the scores."""
+    """Train a student by interaction: it writes stories, a teacher scores them, PPO learns from the
+    scores."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
-    init: str = option("", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run")
+    init: str = option(
+        "", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run"
+    )
     out: str = option("runs/interact", "folder of the run")
     resume: bool = option(False, RESUME_HELP)
-    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
+    seed: int = option(
+        0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS
+    )
     device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     track: str = option("none", TRACK_HELP, TRACKERS)
-    stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
+    stop_on_collapse: bool = option(
+        False, "end the run, with everything saved, when the stories collapse"
+    )
 
     teacher_url: list[str] = option(
-        [], "OpenAI-compatible endpoints, such as http://127.0.0.1:11434/v1 (default: built in)", group="teacher"
+        [],
+        "OpenAI-compatible endpoints, such as http://127.0.0.1:11434/v1 (default: built in)",
+        group="teacher",
     )
-    teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
-    teacher_mode: str = option("score", "score each story, or rank the stories of an opening", ("score", "rank"))
-    teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
+    teacher_model: list[str] = option(
+        [], "model name, or one per --teacher-url (default: the server's first one)"
+    )
+    teacher_mode: str = option(
+        "score", "score each story, or rank the stories of an opening", ("score", "rank")
+    )
+    teacher_concurrency: int = option(
+        16, "maximum number of requests in flight per server", "[1, 10000]"
+    )
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
-    teacher_extra: str = option("", "JSON object whose fields are merged into each request, such as a service_tier")
-    teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(300.0, "time limit in seconds per story, or per call of --reward", "(0, 86400]")
-    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
-    teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
+    teacher_extra: str = option(
+        "", "JSON object whose fields are merged into each request, such as a service_tier"
+    )
+    teacher_max_tokens: int = option(
+        16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]"
+    )
+    teacher_timeout: float = option(
+        300.0, "time limit in seconds per story, or per call of --reward", "(0, 86400]"
+    )
+    teacher_prompt: str = option(
+        "", "JSON file with other criteria, levels and weights (see docs/teachers.md)"
+    )
+    teacher_logprobs: bool = option(
+        False, "use expected scores under the teacher's token probabilities"
+    )
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
-    budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
-    teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
+    budget_cost: float = option(
+        0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]"
+    )
+    teacher_corpus: list[str] = option(
+        [], "corpus of the built-in teacher (default: the student's own)"
+    )
     reward: str = option(
         "",
         "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: random, constant, "
         "likelihood (of the starting checkpoint)",
     )
-    calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
-    require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
-    max_unscored: float = option(0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)")
-    graded: int = option(0, "stories per step that the teacher grades; a model predicts the others; 0: all", "[0, 1e9]")
+    calibrate: bool = option(
+        True, "before the run, measure whether --teacher-url scores stories above shuffled words"
+    )
+    require_judgement: float = option(
+        0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)"
+    )
+    max_unscored: float = option(
+        0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)"
+    )
+    graded: int = option(
+        0,
+        "stories per step that the teacher grades; a model predicts the others; 0: all",
+        "[0, 1e9]",
+    )
 
     openings: str = option(
-        "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
+        "builtin",
+        "builtin, a file of one opening per line, or the text of one",
+        group="story",
+        flags=("--opening",),
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
     stories_per_step: int = option(768, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
-    budget_words: int = option(1_000_000, "budget of words taken in: each opening once, and all replies", "[1, 1e15]")
-    budget_words_out: int = option(100_000_000, "budget of words written by the student", "[1, 1e15]")
-    length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
+    budget_words: int = option(
+        1_000_000, "budget of words taken in: each opening once, and all replies", "[1, 1e15]"
+    )
+    budget_words_out: int = option(
+        100_000_000, "budget of words written by the student", "[1, 1e15]"
+    )
+    length_weight: float = option(
+        0.4, "weight of the length term relative to the teacher's score", "[0, 100]"
+    )
     length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
-    diversity: float = option(0.5, "fraction of the score multiplied by the difference from other stories", "[0, 1]")
-    unfinished: float = option(0.5, "fraction of the reward that an unfinished story keeps", "[0, 1]")
+    diversity: float = option(
+        0.5, "fraction of the score multiplied by the difference from other stories", "[0, 1]"
+    )
+    unfinished: float = option(
+        0.5, "fraction of the reward that an unfinished story keeps", "[0, 1]"
+    )
 
-    learning_rate: float = option(4e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
-    lr_decay: bool = option(True, "linear decay of the learning rates to 0 over all updates of --steps")
-    sharpness_rate: float = option(0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
+    learning_rate: float = option(
+        4e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser"
+    )
+    lr_decay: bool = option(
+        True, "linear decay of the learning rates to 0 over all updates of --steps"
+    )
+    sharpness_rate: float = option(
+        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]"
+    )
     minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
-    micro_batch_size: int = option(32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]")
+    micro_batch_size: int = option(
+        32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]"
+    )
     adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
@@ -163,54 +249,126 @@ class InteractConfig:
         LEARNERS,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
-    lam: float = option(0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]")
+    lam: float = option(
+        0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]"
+    )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
-    max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped
+    # mean policy ratio above which a minibatch is skipped
+    max_ratio: float = option(10.0, "", "[1, 1e9]")
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
-    kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
-    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
-    kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
-    replay_weight: float = option(0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]")
-    replay_batch: int = option(32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]")
-
-    eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
-    eval_stories: int = option(
-        40, "stories per evaluation; `best`: the latest within a standard error of the highest", "[1, 1e9]"
+    kl_coef: float = option(
+        0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]"
     )
-    reader: str = option("none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)")
+    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
+    kl_horizon: float = option(
+        2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]"
+    )
+    replay_weight: float = option(
+        0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]"
+    )
+    replay_batch: int = option(
+        32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]"
+    )
 
-    rollout_dropout: float = option(0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published")
-    unreadable_score: str = option("none", "score of a story whose reply is unreadable", ("none", "0.5"))
+    eval_every: int = option(
+        1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation"
+    )
+    eval_stories: int = option(
+        40,
+        "stories per evaluation; `best`: the latest within a standard error of the highest",
+        "[1, 1e9]",
+    )
+    reader: str = option(
+        "none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)"
+    )
+
+    rollout_dropout: float = option(
+        0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published"
+    )
+    unreadable_score: str = option(
+        "none", "score of a story whose reply is unreadable", ("none", "0.5")
+    )
     charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
     @property
     def updates_per_step(self) -> int:
-        return self.epochs * -(-self.stories_per_step // (self.minibatch_size or self.stories_per_step))
+        return self.epochs * -(
+            -self.stories_per_step // (self.minibatch_size or self.stories_per_step)
+        )
 
     @property
     def graded_per_step(self) -> int:
         return self.graded or self.stories_per_step
 
 
-# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
-# (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
+# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
+# their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
+# interaction: TRL).
 _PAPER_PRETRAIN = dict(
-    n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
-    packing="stream", dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256,
-    micro_batch_size=32, learning_rate=5e-4, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
-    weight_decay=0.0, grad_clip=1.0, eval_every=250, eval_sequences=64, save_every=250,
-)  # fmt: skip
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    context=512,
+    vocab_size=16_000,
+    weights_init="gpt2",
+    optimizer="adamw",
+    packing="stream",
+    dropout=0.1,
+    corpus=["babylm-100m"],
+    words=990_000_000,
+    val_fraction=0.1,
+    batch_size=256,
+    micro_batch_size=32,
+    learning_rate=5e-4,
+    warmup=0.01,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    grad_clip=1.0,
+    eval_every=250,
+    eval_sequences=64,
+    save_every=250,
+)
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
-    dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
-    stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
-    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, learner="gae",
-    adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
-    max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
-)  # fmt: skip
+    dtype="float32",
+    openings=PAPER_OPENING,
+    teacher_temperature=0.2,
+    teacher_max_tokens=6,
+    steps=920,
+    stories_per_step=360,
+    stories_per_opening=1,
+    max_new_tokens=90,
+    temperature=1.0,
+    budget_words=1_000_000,
+    budget_words_out=100_000_000,
+    length_weight=0.4,
+    length_words=90,
+    diversity=0.0,
+    unfinished=1.0,
+    eval_every=0,
+    save_every=20,
+    learning_rate=1e-6,
+    lr_decay=False,
+    sharpness_rate=0.0,
+    learner="gae",
+    adam_eps=1e-8,
+    epochs=4,
+    minibatch_size=0,
+    gamma=1.0,
+    lam=0.95,
+    clip_ratio=0.2,
+    clip_value=0.2,
+    value_coef=0.1,
+    max_ratio=10.0,
+    grad_clip=0.0,
+    kl_coef=0.2,
+    kl_target=6.0,
+    kl_horizon=10_000.0,
+)
 # Further behaviour of the authors' code, followed only on request (docs/paper.md).
 AS_PUBLISHED = {
     "documents": "an end token follows each row of a text file, so the student ends its stories sooner",
@@ -222,7 +380,8 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
     "paper-published": dict(_PAPER_PRETRAIN, documents="row"),
-    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the teacher's words.
+    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
+    # teacher's words.
     "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
     "babylm-2026-strict-small": dict(
         _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
@@ -231,19 +390,29 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
 INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_INTERACT,
-    "paper-published": dict(  # 920 steps take in 999 360 words; the rest is room for the longest replies
-        _PAPER_INTERACT, rollout_dropout=0.1, unreadable_score="0.5", charge_opening=True, budget_words=1_010_000
+    # 920 steps take in 999 360 words; the rest is room for the longest replies
+    "paper-published": dict(
+        _PAPER_INTERACT,
+        rollout_dropout=0.1,
+        unreadable_score="0.5",
+        charge_opening=True,
+        budget_words=1_010_000,
     ),
     "babylm-2026-strict": _PAPER_INTERACT,
     "babylm-2026-strict-small": _PAPER_INTERACT,
 }
 
 
-def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Parse a command line into a `config_class`, whose `preset` is the preset's name. With --resume, options not given
-    come from the run's config.json. Raises UserError for an unknown option or a value out of range."""
+def parse(
+    config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None
+) -> Any:
+    """Parse a command line into a `config_class`, whose `preset` is the preset's name. With
+    --resume, options not given come from the run's config.json. Raises UserError for an unknown
+    option or a value out of range."""
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False
+    )
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
     parser.add_argument("--preset", choices=presets, help="named set of options (default: demo)")
     add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
@@ -264,8 +433,8 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 
 def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
-    """The config of a run to be resumed. Raises UserError if another command or version began it, or for another preset
-    or start in `typed`, which would have no effect."""
+    """The config of a run to be resumed. Raises UserError if another command or version began it,
+    or for another preset or start in `typed`, which would have no effect."""
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     recorded = recorded_options(folder)
     if missing := [f.name for f in dataclasses.fields(config_class) if f.name not in recorded]:
@@ -279,26 +448,37 @@ def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
                 f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
                 "leave it out, or start a new run in another --out"
             )
-    return recorded_config(config_class, folder, typed | {"preset": recorded["preset"]}, resumes=True)
+    return recorded_config(
+        config_class, folder, typed | {"preset": recorded["preset"]}, resumes=True
+    )
 
 
-def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, resumes: bool = False) -> Any:
+def recorded_config(
+    config_class: type, run: Path, typed: dict[str, Any], *, resumes: bool = False
+) -> Any:
     """The config in a run's config.json, overridden by `typed`, options from the command line.
 
-    The run may come from somebody else, so it must not decide what code is run nor who gets the user's key: raises
-    UserError for such options (`leads_out`) that `typed` does not repeat, and for what `check` refuses."""
+    The run may come from somebody else, so it must not decide what code is run nor who gets the
+    user's key: raises UserError for such options (`leads_out`) that `typed` does not repeat, and
+    for what `check` refuses."""
     recorded = recorded_options(run)
-    options = {f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded} | typed
+    options = {
+        f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded
+    } | typed
     preset = options.pop("preset", "demo")
     if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
-        raise UserError(f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy")
+        raise UserError(
+            f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy"
+        )
     config = config_class(**options)
     config.preset = preset
     try:
         check(config)
     except UserError as error:
         raise UserError(f"{run / CONFIG}: {error}; correct it there, or by a flag") from None
-    if flags := leads_out({name: value for name, value in vars(config).items() if name not in typed}, resumes):
+    if flags := leads_out(
+        {name: value for name, value in vars(config).items() if name not in typed}, resumes
+    ):
         raise UserError(
             f"{run / CONFIG} asks for {shlex.join(flags)}, which runs code, or sends stories and your key to a server; "
             "a run's folder may come from somebody else, so add exactly that to the command if you trust it"
@@ -307,8 +487,8 @@ def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, res
 
 
 def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
-    """The flags that config.json may not set by itself: --reward FILE.py:FUNCTION, and --teacher-url, which a resumed
-    run may set if there is no key to send."""
+    """The flags that config.json may not set by itself: --reward FILE.py:FUNCTION, and
+    --teacher-url, which a resumed run may set if there is no key to send."""
     words: list[str] = []
     if options.get("reward", "") not in ("", *CONTROLS):
         words += ["--reward", options["reward"]]
@@ -329,15 +509,27 @@ def check(config: Any) -> None:
 
 
 def published_options(config: Any) -> list[str]:
-    """A warning for each option set to the behaviour of the authors' code instead of our default."""
-    chosen = [f for f in fields(type(config)) if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default]
-    return [f"{flag_of(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}" for f in chosen]
+    """A warning for each option set to the behaviour of the authors' code instead of our
+    default."""
+    chosen = [
+        f
+        for f in fields(type(config))
+        if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default
+    ]
+    return [
+        f"{flag_of(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}"
+        for f in chosen
+    ]
 
 
 def changed_options(config: InteractConfig) -> dict[str, str]:
     """Flags, by option name, of the options whose value is neither the default nor the preset's."""
     usual = vars(InteractConfig()), INTERACT_PRESETS[config.preset]
-    changed = [f for f in fields(InteractConfig) if getattr(config, f.name) not in [o.get(f.name) for o in usual]]
+    changed = [
+        f
+        for f in fields(InteractConfig)
+        if getattr(config, f.name) not in [o.get(f.name) for o in usual]
+    ]
     return {f.name: flag_of(f) for f in changed}
 
 
@@ -359,7 +551,9 @@ def _check_together(config: Any) -> Iterator[str]:
             "reach the student"
         )
     group = config.stories_per_opening
-    comparable = 2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
+    comparable = (
+        2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
+    )
     if config.teacher_mode == "rank" and not (config.teacher_url and comparable):
         yield (
             "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "

@@ -1,6 +1,6 @@
-"""Kernels of the simulated device: every operator on device tensors runs on the CPU, at once, over the same memory.
-Before it does, it is checked for what a GPU would refuse, its reads and writes are told to the machine, and a stream
-that is being captured records it.
+"""Kernels of the simulated device: every operator on device tensors runs on the CPU, at once, over
+the same memory. Before it does, it is checked for what a GPU would refuse, its reads and writes are
+told to the machine, and a stream that is being captured records it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,14 +23,20 @@ WAITING = set(
     "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive equal repeat_interleave bincount "
     "_linalg_svd _linalg_eigh linalg_eig".split()
 )
-INDEXING = set("index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split())
+INDEXING = set(
+    "index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split()
+)
 # Not pointwise by their tags, and still take a CPU scalar.
 SCALAR = set(
     "masked_fill masked_fill_ fill_ lerp where index_fill_ index_put_ _index_put_impl_ _foreach_mul_ _foreach_div_ "
     "_foreach_add_".split()
 )
 # Take a number in a tensor's place; the others want a tensor.
-NUMBER = {name + end for name in "add sub mul div subtract multiply divide true_divide".split() for end in ("", "_")}
+NUMBER = {
+    name + end
+    for name in "add sub mul div subtract multiply divide true_divide".split()
+    for end in ("", "_")
+}
 GEMM = set("mm bmm addmm baddbmm addmm_ _addmm_activation linear matmul mv addmv_ dot".split())
 OURS = (
     "causal_attention causal_attention_backward decode_attention sample token_logprob token_logprob_backward "
@@ -41,12 +47,15 @@ OURS = (
 def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """One operator."""
     name = op._schema.name.split("::")[1]
-    args = tuple(number_as_tensor(name, a, x) for a, x in zip(op._schema.arguments, args, strict=False))
+    args = tuple(
+        number_as_tensor(name, a, x) for a, x in zip(op._schema.arguments, args, strict=False)
+    )
     leaves, tree = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     graph = GRAPHS.get(device.stream()) if machine.capturing is not None else None
     check(op, name, args, tensors, graph is not None)
-    on_cpu: dict[int, tuple[Tensor, Tensor]] = {}  # id of a device tensor: itself, and a CPU tensor on its memory
+    # id of a device tensor: itself, and a CPU tensor on its memory
+    on_cpu: dict[int, tuple[Tensor, Tensor]] = {}
 
     def lower(x: Any) -> Any:
         if isinstance(x, torch.device):
@@ -62,7 +71,11 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     lowered = pytree.tree_unflatten([lower(x) for x in leaves], tree)
     view = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)
-    accesses = [] if view else list(accessed(op, name, args, kwargs, lambda x: on_cpu.get(id(x), (None, None))[1]))
+    accesses = (
+        []
+        if view
+        else list(accessed(op, name, args, kwargs, lambda x: on_cpu.get(id(x), (None, None))[1]))
+    )
     clock = None if view or graph else machine.launch(name)
     if clock is not None:
         for access in accesses:
@@ -127,7 +140,11 @@ def check(op: Any, name: str, args: tuple, tensors: list[Tensor], captured: bool
         )
     if name in OURS:
         check_ours(name, args)
-    masks = [x for x in args[1] if isinstance(x, Tensor) and x.dtype == torch.bool] if name in INDEXING else []
+    masks = (
+        [x for x in args[1] if isinstance(x, Tensor) and x.dtype == torch.bool]
+        if name in INDEXING
+        else []
+    )
     if name in WAITING or masks:
         kind = "index by a mask" if masks else "item" if name == "_local_scalar_dense" else name
         machine.wait_for_stream(kind)
@@ -146,7 +163,9 @@ def check_ours(name: str, args: tuple) -> None:
     if "attention" in name:
         qkv = args[1] if name.endswith("backward") else first
         if qkv.shape[-1] not in (32, 64, 128) or qkv.dtype == torch.float64:
-            raise RuntimeError(f"{name}: qkv's head size D must be 32, 64 or 128 on CUDA, not {qkv.shape[-1]}")
+            raise RuntimeError(
+                f"{name}: qkv's head size D must be 32, 64 or 128 on CUDA, not {qkv.shape[-1]}"
+            )
         if qkv.data_ptr() % 16:
             raise RuntimeError(f"{name}: qkv must begin at a multiple of 16 bytes")
     if first.dtype == torch.float64:
@@ -155,18 +174,25 @@ def check_ours(name: str, args: tuple) -> None:
         raise RuntimeError("token_logprob: only the CPU's kernel keeps logits")
 
 
-def accessed(op: Any, name: str, args: tuple, kwargs: dict, on_cpu: Callable) -> Iterator[tuple[Tensor, bool, Any]]:
-    """(CPU tensor, whether it is written, index) of what a kernel touches. Exact for indexing; other kernels count as
-    touching all elements of a view."""
+def accessed(
+    op: Any, name: str, args: tuple, kwargs: dict, on_cpu: Callable
+) -> Iterator[tuple[Tensor, bool, Any]]:
+    """(CPU tensor, whether it is written, index) of what a kernel touches. Exact for indexing;
+    other kernels count as touching all elements of a view."""
     if name in ("index", "index_put_", "_index_put_impl_"):
         index = [on_cpu(i) if isinstance(i, Tensor) and i.is_cuda else i for i in args[1]]
-        yield from ((on_cpu(i), False, None) for i in args[1] if isinstance(i, Tensor) and i.is_cuda)
+        yield from (
+            (on_cpu(i), False, None) for i in args[1] if isinstance(i, Tensor) and i.is_cuda
+        )
         yield on_cpu(args[0]), name != "index", index
         if name != "index" and args[2].is_cuda:
             yield on_cpu(args[2]), False, None
         return
     arguments = op._schema.arguments
-    named = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    named = [
+        *zip(arguments, args, strict=False),
+        *((a, kwargs[a.name]) for a in arguments if a.name in kwargs),
+    ]
     for argument, value in named:
         write = argument.alias_info is not None and argument.alias_info.is_write
         for x in value if isinstance(value, list | tuple) else [value]:
@@ -213,7 +239,8 @@ def tf32(x: Any) -> Any:
 
 
 def copy_(to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies between the host and the device. One to pinned memory has not arrived until the host waits."""
+    """Copies between the host and the device. One to pinned memory has not arrived until the host
+    waits."""
     if to.is_cuda and x.is_cuda:
         run(aten.copy_.default, to, x)
         return to

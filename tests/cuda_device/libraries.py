@@ -3,8 +3,8 @@
 device_library()  device.cpp, alone
 kernel_library()  the project's CUDA binding and kernels on the SIMT machine of tests/native/simt
 
-As a script, which those two start: libraries.py NAME FOLDER. Compiling loads a library into the process that asked,
-which would then have the device; so that is never a process of the tests.
+As a script, which those two start: libraries.py NAME FOLDER. Compiling loads a library into the
+process that asked, which would then have the device; so that is never a process of the tests.
 """
 
 import hashlib
@@ -27,16 +27,21 @@ def device_library() -> Path:
 
 def kernel_library() -> Path:
     folders = [SIMT, SIMT / "torch", SIMT / "torch/c10/cuda", CUDA, ROOT / "csrc"]
-    return library("simulated_kernels", [file for folder in folders for file in sorted(folder.glob("*.[ch]*"))])
+    return library(
+        "simulated_kernels", [file for folder in folders for file in sorted(folder.glob("*.[ch]*"))]
+    )
 
 
 def library(name: str, files: list[Path]) -> Path:
-    """The library, compiled if none has been made of these files by this compiler for this torch."""
+    """The library, compiled if none has been made of these files by this compiler for this
+    torch."""
     sys.path.insert(0, str(ROOT))
     from tinystory.run.paths import cache_dir  # which does not import torch
 
     versions = [sys.version, importlib.metadata.version("torch"), os.environ.get("CXX", "c++")]
-    digest = hashlib.sha256("\0".join(versions).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
+    digest = hashlib.sha256(
+        "\0".join(versions).encode() + b"".join(file.read_bytes() for file in files)
+    ).hexdigest()
     folder = cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
     if not (folder / "whole").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,17 +67,23 @@ def main(name: str, folder: Path) -> None:
         if (folder / "whole").exists():
             return
         if name == "simulated_kernels":
-            flags += ["-march=native", "-ffp-contract=off"]  # as SIMT's own CMakeLists.txt compiles them
+            # as SIMT's own CMakeLists.txt compiles them
+            flags += ["-march=native", "-ffp-contract=off"]
             include = [str(SIMT), str(SIMT / "torch")]
             sources = [SIMT / "simt.cpp", SIMT / "trace.cpp", SIMT / "torch/backend.cpp"]
             for kernel in sorted(CUDA.glob("*.cu")):  # which ninja would give to nvcc
                 sources.append(folder / f"{kernel.stem}_cu.cpp")
                 sources[-1].write_text(f'#include "{kernel}"\n')
         cpp_extension.load(
-            name, [str(source) for source in sources], extra_cflags=flags, extra_include_paths=include,
+            name,
+            [str(source) for source in sources],
+            extra_cflags=flags,
+            extra_include_paths=include,
             extra_ldflags=[f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()],
-            build_directory=str(folder), is_python_module=False, with_cuda=False,
-        )  # fmt: skip
+            build_directory=str(folder),
+            is_python_module=False,
+            with_cuda=False,
+        )
         (folder / "whole").touch()
 
 

@@ -1,5 +1,6 @@
-"""What the simulated device knows of time: vector clocks of its streams and of the host, who touched which memory when,
-copies that have not arrived, and every wait. Import it before torch, which asks for a device's hooks once.
+"""What the simulated device knows of time: vector clocks of its streams and of the host, who
+touched which memory when, copies that have not arrived, and every wait. Import it before torch,
+which asks for a device's hooks once.
 """
 
 import ctypes
@@ -38,8 +39,9 @@ def join(clock: Clock, other: Clock) -> None:
 
 
 def where() -> str:
-    """The project's functions that are running, the innermost first and with its line: "run/device.py:59 wait < step".
-    In the device's backward passes there are none: autograd runs them in a thread of its own."""
+    """The project's functions that are running, the innermost first and with its line:
+    "run/device.py:59 wait < step". In the device's backward passes there are none: autograd runs
+    them in a thread of its own."""
     names, frame = [], sys._getframe(1)
     while frame:
         file = frame.f_code.co_filename
@@ -51,14 +53,17 @@ def where() -> str:
 
 
 class Machine:
-    """One device and its host. `waits` and `problems` count by (kind, `where`), launches by the operator's name."""
+    """One device and its host. `waits` and `problems` count by (kind, `where`), launches by the
+    operator's name."""
 
     def __init__(self) -> None:
         self.clocks: dict[int, Clock] = {}
         self.host: Clock = {}
-        # Per block of memory, by `born`: the time of each stream's last read and last write of each cell.
+        # Per block of memory, by `born`: the time of each stream's last read and last write of each
+        # cell.
         self.touched: dict[int, tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
-        # Copies under way between the device and pinned memory: (stream, time, the pinned tensor, its value).
+        # Copies under way between the device and pinned memory: (stream, time, the pinned tensor,
+        # its value).
         self.downloads: list[tuple[int, int, Tensor, Tensor]] = []
         self.uploads: list[tuple[int, int, Tensor, Tensor]] = []
         self.waits: Counter = Counter()
@@ -77,11 +82,13 @@ class Machine:
 
     def refuse_in_capture(self, what: str) -> None:
         if self.capturing is not None:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what} ({where()})")
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing: {what} ({where()})"
+            )
 
     def launch(self, name: str) -> Clock:
-        """The clock of the current stream after one more launch, which is ordered after all that the host has waited
-        for."""
+        """The clock of the current stream after one more launch, which is ordered after all that
+        the host has waited for."""
         stream = device.stream()
         clock = self.clocks.setdefault(stream, {})
         join(clock, self.host)
@@ -90,7 +97,8 @@ class Machine:
         return clock
 
     def wait(self, kind: str, clock: Clock) -> None:
-        """The host waits until the device is as far as `clock`; copies that are done by then arrive."""
+        """The host waits until the device is as far as `clock`; copies that are done by then
+        arrive."""
         self.refuse_in_capture(kind)
         self.waits[kind, where()] += 1
         join(self.host, clock)
@@ -113,9 +121,9 @@ class Machine:
         self.wait("synchronize", everything)
 
     def access(self, x: Tensor, write: bool, clock: Clock, index: list | None = None) -> None:
-        """A kernel of the current stream, launched at `clock`, reads or writes x, a CPU tensor on device memory, or
-        x[index]. It is a race if another stream has written it, or read what is written now, and nothing orders the
-        two."""
+        """A kernel of the current stream, launched at `clock`, reads or writes x, a CPU tensor on
+        device memory, or x[index]. It is a race if another stream has written it, or read what is
+        written now, and nothing orders the two."""
         block = device.block_of(x.untyped_storage().data_ptr()) if x.numel() else None
         if block is None:
             return
@@ -125,12 +133,18 @@ class Machine:
                 self.touched.pop(gone, None)
         reads, writes = self.touched.setdefault(born, ({}, {}))
         at = cells(x, base, index)
-        for verb, others in (("written", writes), ("read", reads)) if write else (("written", writes),):
+        for verb, others in (
+            (("written", writes), ("read", reads)) if write else (("written", writes),)
+        ):
             for other, times in others.items():
                 if other != stream and int(times[at].max()) > clock.get(other, 0):
                     access = "writes" if write else "reads"
-                    self.problem(f"stream {stream} {access} what stream {other} has {verb}, without waiting for it")
-        times = (writes if write else reads).setdefault(stream, np.zeros(size // CELL, dtype=np.int32))
+                    self.problem(
+                        f"stream {stream} {access} what stream {other} has {verb}, without waiting for it"
+                    )
+        times = (writes if write else reads).setdefault(
+            stream, np.zeros(size // CELL, dtype=np.int32)
+        )
         times[at] = clock[stream]
 
 

@@ -1,5 +1,6 @@
-"""What whole_runs.py leaves out because it takes longer: every learner and dtype, the scripts, and the CUDA kernels of
-the SIMT machine under a policy's own likelihood. test_cuda_device.py starts it, with those kernels and without.
+"""What whole_runs.py leaves out because it takes longer: every learner and dtype, the scripts, and
+the CUDA kernels of the SIMT machine under a policy's own likelihood. test_cuda_device.py starts it,
+with those kernels and without.
 """
 
 import os
@@ -33,7 +34,8 @@ def on(device: str, options: list[str], *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A corpus and a reward, and a small student and the demo's, pretrained a little by the CPU's kernels."""
+    """A corpus and a reward, and a small student and the demo's, pretrained a little by the CPU's
+    kernels."""
     folder = tmp_path_factory.mktemp("more")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "reward.py").write_text(
@@ -41,13 +43,25 @@ def place(tmp_path_factory):
     )
     small = ["--corpus", str(folder / "corpus.txt"), "--words", "2500", *SMALL]
     for name, options in (("p", small), ("demo", ["--words", "60000", "--device", "cpu"])):
-        script = [sys.executable, str(ROOT / "train_pretrain.py"), "--out", str(folder / name), "--dtype", "float32"]
+        script = [
+            sys.executable,
+            str(ROOT / "train_pretrain.py"),
+            "--out",
+            str(folder / name),
+            "--dtype",
+            "float32",
+        ]
         subprocess.run([*script, *options], check=True)
     return folder
 
 
 def run(place: Path, out: Path, device: str, *options: str, student: str = "p") -> list[dict]:
-    files = ["--init", str(checkpoint.newest(place / student)), "--reward", f"{place / 'reward.py'}:score"]
+    files = [
+        "--init",
+        str(checkpoint.newest(place / student)),
+        "--reward",
+        f"{place / 'reward.py'}:score",
+    ]
     interact.main([*files, "--out", str(out), *on(device, SHORT, *options)])
     return metrics(out)
 
@@ -60,16 +74,23 @@ def test_every_learner_is_the_cpus(place, tmp_path, device_machine, options):
     for a, b in zip(here, there, strict=True):
         for name in ("kl", "policy_loss", "value_loss", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
-    stories = ([x["story"] for x in read_lines(tmp_path / device / "stories.jsonl")] for device in ("cpu", "cuda"))
+    stories = (
+        [x["story"] for x in read_lines(tmp_path / device / "stories.jsonl")]
+        for device in ("cpu", "cuda")
+    )
     assert next(stories) == next(stories)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tf32"])
 def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, monkeypatch, dtype):
     decode, decoded = ops.decode_attention, set()
-    monkeypatch.setattr(ops, "decode_attention", lambda qkv, *more: (decoded.add(qkv.dtype), decode(qkv, *more))[1])
+    monkeypatch.setattr(
+        ops, "decode_attention", lambda qkv, *more: (decoded.add(qkv.dtype), decode(qkv, *more))[1]
+    )
     corpus = ["--corpus", str(place / "corpus.txt"), "--words", "1500", "--dtype", dtype]
-    pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL, "--optimizer", "muon")])
+    pretrain.main(
+        [*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL, "--optimizer", "muon")]
+    )
     losses = [record["loss"] for record in metrics(tmp_path / "p")]
     assert losses[-1] < losses[0] - 0.3
     assert decoded == {pick_dtype(dtype, torch.device("cuda"))}  # of the closing story
@@ -80,21 +101,43 @@ def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, monke
 @pytest.mark.parametrize("preset", ["paper", "paper-published"])
 def test_presets_run(place, tmp_path, device_machine, preset):
     """The paper's options at a small size, AdamW and the dropout of its rollouts among them."""
-    corpus = ["--preset", preset, "--corpus", str(place / "corpus.txt"), "--words", "600", "--micro-batch-size", "2"]
+    corpus = [
+        "--preset",
+        preset,
+        "--corpus",
+        str(place / "corpus.txt"),
+        "--words",
+        "600",
+        "--micro-batch-size",
+        "2",
+    ]
     pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL)])
     assert waits_within("train_step") == []
-    files = ["--init", str(tmp_path / "p"), "--reward", f"{place / 'reward.py'}:score", "--out", str(tmp_path / "i")]
-    interact.main(["--preset", preset, *files, *on("cuda", SHORT, "--steps", "2", "--micro-batch-size", "2")])
+    files = [
+        "--init",
+        str(tmp_path / "p"),
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        "--out",
+        str(tmp_path / "i"),
+    ]
+    interact.main(
+        ["--preset", preset, *files, *on("cuda", SHORT, "--steps", "2", "--micro-batch-size", "2")]
+    )
     assert len(metrics(tmp_path / "i")) == 2
 
 
 @needs_kernels
 @pytest.mark.parametrize("options", ["", "--learner rloo --stories-per-opening 4"])
 def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_machine, options):
-    """In bfloat16, by logits that are kept in float32 on both sides: 8e-6, and 3e-5 where the sampler's were rounded to
-    bfloat16. One epoch of one minibatch measures before it updates."""
-    options = f"{options} --dtype bfloat16 --steps 1 --stories-per-step 16 --max-new-tokens 90 --epochs 1"
-    (step,) = run(place, tmp_path / "i", "cuda", *options.split(), "--minibatch-size", "0", student="demo")
+    """In bfloat16, by logits that are kept in float32 on both sides: 8e-6, and 3e-5 where the
+    sampler's were rounded to bfloat16. One epoch of one minibatch measures before it updates."""
+    options = (
+        f"{options} --dtype bfloat16 --steps 1 --stories-per-step 16 --max-new-tokens 90 --epochs 1"
+    )
+    (step,) = run(
+        place, tmp_path / "i", "cuda", *options.split(), "--minibatch-size", "0", student="demo"
+    )
     assert step["approx_kl"] < 1.6e-5 and step["clip_fraction"] == 0
 
 

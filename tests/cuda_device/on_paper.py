@@ -1,10 +1,12 @@
-"""What one step must compute and move on a GPU, and what it asks of the host: the table in docs/kernels.md.
+"""What one step must compute and move on a GPU, and what it asks of the host: the table in
+docs/kernels.md.
 
 python tests/cuda_device/on_paper.py
 
-FLOPs and bytes come from the shapes alone: GEMMs and causal attention (half of the square); each operator of the path
-on a GPU reads its inputs once and writes its outputs once, whatever the caches keep. Launches and waits are counted on
-the simulated device, by a step of as many layers, micro-batches and updates on a student that is small otherwise.
+FLOPs and bytes come from the shapes alone: GEMMs and causal attention (half of the square); each
+operator of the path on a GPU reads its inputs once and writes its outputs once, whatever the caches
+keep. Launches and waits are counted on the simulated device, by a step of as many layers,
+micro-batches and updates on a student that is small otherwise.
 """
 
 from dataclasses import dataclass, replace
@@ -56,21 +58,23 @@ class Shape:
         return tokens * (2 * self.matrices + 2 * self.L * length * self.C)
 
     def activations(self, tokens: float, trains: bool = False) -> float:
-        """Bytes of a forward pass of the trunk. Two norms of a layer read and write the float32 stream; the others are
-        elements of the matmuls' dtype: of the norms 4 C, qkv 4 C, attention 4 C, its projection 2 C, the MLP 10 C, and
-        8 C for a GELU that cuBLAS does not apply. A backward pass moves about twice as much."""
+        """Bytes of a forward pass of the trunk. Two norms of a layer read and write the float32
+        stream; the others are elements of the matmuls' dtype: of the norms 4 C, qkv 4 C, attention
+        4 C, its projection 2 C, the MLP 10 C, and 8 C for a GELU that cuBLAS does not apply. A
+        backward pass moves about twice as much."""
         gelu = 8 if trains or self.dtype == torch.float32 else 0
         return tokens * self.L * self.C * (16 + (24 + gelu) * self.dtype.itemsize)
 
     def weights(self, forward: int, backward: int, updates: int) -> float:
-        """Bytes of weights and gradients in so many passes: a GEMM reads its weight, and writes its gradient in
-        float32, which is added to that of the micro-batches before."""
+        """Bytes of weights and gradients in so many passes: a GEMM reads its weight, and writes its
+        gradient in float32, which is added to that of the micro-batches before."""
         reads = (forward + backward) * self.dtype.itemsize
         copies = 6 * updates if self.dtype != torch.float32 else 0
         return self.parameters * (reads + 4 * backward + 12 * (backward - updates) + copies)
 
     def logits(self, trains: bool) -> int:
-        """Bytes per logit of a forward pass of token_logprob, and of a backward pass, which computes it again."""
+        """Bytes per logit of a forward pass of token_logprob, and of a backward pass, which
+        computes it again."""
         return 8 + (8 + 3 * self.dtype.itemsize if trains else 0)
 
 
@@ -86,10 +90,16 @@ class Work:
     def row(self) -> tuple[str, ...]:
         ms = 1e3 * max(self.flops / PEAK[self.shape.dtype], self.bytes / BANDWIDTH)
         numbers = (f"{float(f'{x:.3g}'):,g}" for x in (self.flops / 1e12, self.bytes / 1e9, ms))
-        return self.name, str(self.shape.dtype).removeprefix("torch."), *numbers, self.launches, self.waits
+        return (
+            self.name,
+            str(self.shape.dtype).removeprefix("torch."),
+            *numbers,
+            self.launches,
+            self.waits,
+        )
 
 
-# --- on the simulated device ------------------------------------------------------------------------------------------
+# --- on the simulated device ----------------------------------------------------------------------
 def counted(f) -> tuple[str, str]:
     """Launches and waits of f, when it has run before."""
     f()
@@ -105,8 +115,15 @@ def small_student(s: Shape) -> Student:
 def count_pretraining(s: Shape, config: PretrainConfig) -> tuple[str, str]:
     parts = -(-config.batch_size // config.micro_batch_size)
     config, student = replace(config, batch_size=parts, micro_batch_size=1), small_student(s)
-    optimizer, batch = make_optimizer(student, config, s.dtype), torch.randint(320, (parts, 17), device=CUDA)
-    return counted(lambda: Download(torch.stack(train_step(student, optimizer, batch, config, s.dtype, 0))).wait())
+    optimizer, batch = (
+        make_optimizer(student, config, s.dtype),
+        torch.randint(320, (parts, 17), device=CUDA),
+    )
+    return counted(
+        lambda: Download(
+            torch.stack(train_step(student, optimizer, batch, config, s.dtype, 0))
+        ).wait()
+    )
 
 
 def count_token_step(s: Shape, head: bool) -> int:
@@ -125,16 +142,29 @@ def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
     config = replace(config, stories_per_step=rows, minibatch_size=size, micro_batch_size=1)
     zeros, each = torch.zeros(12), dict(text="", ended="length")
     stories = [
-        Story(i, "", prompt_ids=torch.arange(5), tokens=torch.randint(320, (12,)), logprobs=zeros - 5.8, values=zeros,
-              entropies=zeros, **each)
+        Story(
+            i,
+            "",
+            prompt_ids=torch.arange(5),
+            tokens=torch.randint(320, (12,)),
+            logprobs=zeros - 5.8,
+            values=zeros,
+            entropies=zeros,
+            **each,
+        )
         for i in range(rows)
-    ]  # fmt: skip
+    ]
     student, reference = small_student(s), small_student(s)
     critic = (RidgeCritic if config.learner == "ridge" else ValueHead)(64).to(CUDA)
     policy = Policy(
-        student=student, critic=critic, optimizer=SharpAdam(student, critic, config), config=config,
-        autocast=lambda: autocast(s), tokenizer=None, history={},
-    )  # fmt: skip
+        student=student,
+        critic=critic,
+        optimizer=SharpAdam(student, critic, config),
+        config=config,
+        autocast=lambda: autocast(s),
+        tokenizer=None,
+        history={},
+    )
 
     def step() -> None:
         batch = collate(stories, CUDA)
@@ -149,7 +179,7 @@ def autocast(s: Shape) -> torch.autocast:
     return Compute(CUDA, s.dtype, {}).autocast()
 
 
-# --- on paper ---------------------------------------------------------------------------------------------------------
+# --- on paper -------------------------------------------------------------------------------------
 def pretraining(name: str, s: Shape, config: PretrainConfig) -> Work:
     rows, parts = config.batch_size, -(-config.batch_size // config.micro_batch_size)
     tokens = rows * s.T
@@ -159,8 +189,11 @@ def pretraining(name: str, s: Shape, config: PretrainConfig) -> Work:
     if config.optimizer == "muon":
         m, heads = s.C, s.C // 64
         flops += s.L * (2 * (4 * 4 * m**3 + 18 * m**3) + 4 * heads * (4 * 64**2 * m + 18 * 64**3))
-        moved += s.matrices * 30  # twice two momenta, the cast, Newton-Schulz and its Gram matrices, instead of AdamW
-    return Work(f"{name}: pretraining, {rows} x {s.T}", s, flops, moved, *count_pretraining(s, config))
+        # twice two momenta, the cast, Newton-Schulz and its Gram matrices, instead of AdamW
+        moved += s.matrices * 30
+    return Work(
+        f"{name}: pretraining, {rows} x {s.T}", s, flops, moved, *count_pretraining(s, config)
+    )
 
 
 def rollout(name: str, s: Shape, rows: int, new: int, head: bool) -> Work:
@@ -174,10 +207,19 @@ def rollout(name: str, s: Shape, rows: int, new: int, head: bool) -> Work:
 
 
 def learning(name: str, s: Shape, config: InteractConfig) -> Work:
-    """The reference's pass, advantages, then epochs of forward and backward passes; token_logprob computes logits again
-    to go back."""
-    rows, new, epochs, updates = config.stories_per_step, config.max_new_tokens, config.epochs, config.updates_per_step
-    tokens, written, parts = rows * (s.prompt + new), rows * new, -(-rows // config.micro_batch_size)
+    """The reference's pass, advantages, then epochs of forward and backward passes; token_logprob
+    computes logits again to go back."""
+    rows, new, epochs, updates = (
+        config.stories_per_step,
+        config.max_new_tokens,
+        config.epochs,
+        config.updates_per_step,
+    )
+    tokens, written, parts = (
+        rows * (s.prompt + new),
+        rows * new,
+        -(-rows // config.micro_batch_size),
+    )
     trunk, logits = s.forward(tokens, s.prompt + new), 2 * written * s.V * s.C
     flops = trunk + logits + epochs * (3 * trunk + 4 * logits)
     moved = s.activations(tokens) + epochs * 3 * s.activations(tokens, True)
@@ -187,22 +229,30 @@ def learning(name: str, s: Shape, config: InteractConfig) -> Work:
     if config.learner == "ridge":  # in float64, twice over features of 2 C + 5
         D = 2 * s.C + 5
         flops, moved = flops + written * 2 * D**2, moved + 2 * written * (24 * s.C + 44 * D)
-    return Work(f"{name}: PPO, {rows} x {new}, {epochs} epochs", s, flops, moved, *count_ppo(s, config))
+    return Work(
+        f"{name}: PPO, {rows} x {new}, {epochs} epochs", s, flops, moved, *count_ppo(s, config)
+    )
 
 
 def main() -> None:
     install()
     install_project()
     demo, large = Shape(3, 192, 2048, 256, prompt=8), Shape(12, 768, 16_000, 512, prompt=20)
-    paper_ppo, paper32 = InteractConfig(**INTERACT_PRESETS["paper"]), replace(large, dtype=torch.float32)
+    paper_ppo, paper32 = (
+        InteractConfig(**INTERACT_PRESETS["paper"]),
+        replace(large, dtype=torch.float32),
+    )
     table = [
-        pretraining("demo", demo, PretrainConfig()), rollout("demo", demo, 768, 200, False),
+        pretraining("demo", demo, PretrainConfig()),
+        rollout("demo", demo, 768, 200, False),
         learning("demo", demo, InteractConfig()),
-        pretraining("gpt2s", large, PretrainConfig(batch_size=32)), rollout("gpt2s", large, 360, 90, True),
+        pretraining("gpt2s", large, PretrainConfig(batch_size=32)),
+        rollout("gpt2s", large, 360, 90, True),
         learning("gpt2s", large, replace(paper_ppo, stories_per_step=64)),
         pretraining("paper", large, PretrainConfig(**PRETRAIN_PRESETS["paper"])),
-        rollout("paper", paper32, 360, 90, True), learning("paper", paper32, paper_ppo),
-    ]  # fmt: skip
+        rollout("paper", paper32, 360, 90, True),
+        learning("paper", paper32, paper_ppo),
+    ]
     print("| " + " | ".join(NAMES) + " |\n|" + "---|" * len(NAMES))
     for work in table:
         print("| " + " | ".join(work.row()) + " |")

@@ -1,5 +1,6 @@
-"""Plant the bugs of planted_bugs.txt, one at a time, in a copy of the project, run a command on the simulated device,
-and say what gives each away, and after how many seconds. Exits with 1 if one is missed.
+"""Plant the bugs of planted_bugs.txt, one at a time, in a copy of the project, run a command on the
+simulated device, and say what gives each away, and after how many seconds. Exits with 1 if one is
+missed.
 
 python tests/cuda_device/planted_bugs.py [NUMBER ...]
 """
@@ -51,13 +52,20 @@ def read_bugs() -> list[Bug]:
                 changes[-1][1 if line[4] == "-" else 2].append(line[5:])
             else:
                 changes.append((line.strip(), [], []))
-        bugs.append(Bug(name, command.strip(), [(file, "\n".join(a), "\n".join(b)) for file, a, b in changes]))
+        bugs.append(
+            Bug(
+                name,
+                command.strip(),
+                [(file, "\n".join(a), "\n".join(b)) for file, a, b in changes],
+            )
+        )
     return bugs
 
 
 @dataclass
 class Outcome:
-    """Of a command: its exit code and last error, the stories and losses, and what it cost on the device."""
+    """Of a command: its exit code and last error, the stories and losses, and what it cost on the
+    device."""
 
     code: int
     error: str
@@ -72,13 +80,23 @@ def run(root: Path, command: str, work: Path, device: str) -> Outcome:
     start = [] if device == "cpu" else [root / "tests/cuda_device/run.py"]
     script, *options = COMMANDS[command].split()
     script = script if start else str(root / script)
-    env = os.environ | {"PYTHONPATH": str(root), "CUDA_DEVICE_COUNTS": str(counts), "TINYSTORY_KERNELS": "ours"}
+    env = os.environ | {
+        "PYTHONPATH": str(root),
+        "CUDA_DEVICE_COUNTS": str(counts),
+        "TINYSTORY_KERNELS": "ours",
+    }
     line = [sys.executable, *start, script, *options, "--device", device, "--out", "out"]
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=env, cwd=work)
     results = []
-    for name, key in (("metrics.jsonl", "loss"), ("stories.jsonl", "story"), ("evaluations.jsonl", "story")):
+    for name, key in (
+        ("metrics.jsonl", "loss"),
+        ("stories.jsonl", "story"),
+        ("evaluations.jsonl", "story"),
+    ):
         if (file := work / "out" / name).exists():
-            results += [record.get(key) for record in map(json.loads, file.read_text().splitlines())]
+            results += [
+                record.get(key) for record in map(json.loads, file.read_text().splitlines())
+            ]
     errors = [x for x in done.stderr.splitlines() if re.match(r"^\S*(Error|Problem|error)\b", x)]
     counted = json.loads(counts.read_text()) if counts.exists() else {}
     costs = {name: counted.get(name, 0) for name in ("captures", "pools", "reserved")}
@@ -92,7 +110,10 @@ def run(root: Path, command: str, work: Path, device: str) -> Outcome:
 def differing(a: list, b: list) -> int:
     """How many results are not the same, losses within 1e-4."""
     pairs = zip(a, b, strict=False)
-    near = (abs(x - y) < 1e-4 if isinstance(x, float) and isinstance(y, float) else x == y for x, y in pairs)
+    near = (
+        abs(x - y) < 1e-4 if isinstance(x, float) and isinstance(y, float) else x == y
+        for x, y in pairs
+    )
     return sum(not same for same in near) + abs(len(a) - len(b))
 
 
@@ -104,7 +125,8 @@ def evidence(clean: Outcome, planted: Outcome) -> list[str]:
         found.append(f"{count} of {len(clean.results)} results differ")
     for key, n in planted.costs.items():
         was = clean.costs.get(key, 0)
-        if n > was * (1.02 if key == "launches" else 1):  # the planted text may launch something itself
+        # the planted text may launch something itself
+        if n > was * (1.02 if key == "launches" else 1):
             found.append(f"{key}: {n} instead of {was}")
     return found
 
@@ -148,8 +170,13 @@ def main(numbers: list[str]) -> int:
                 here = run(ROOT, command, work, "cpu").results  # rounding may turn a draw
                 assert here and differing(here, clean[command].results) <= 0.1 * len(here), command
             plant([], work / "planted")  # nothing, which must not be caught
-            assert evidence(clean[command], run(work / "planted", command, work, "cuda")) == [], command
-            print(f"{command}: exit {clean[command].code}, {len(clean[command].results)} results", flush=True)
+            assert evidence(clean[command], run(work / "planted", command, work, "cuda")) == [], (
+                command
+            )
+            print(
+                f"{command}: exit {clean[command].code}, {len(clean[command].results)} results",
+                flush=True,
+            )
         for bug in chosen:
             start = time.monotonic()
             plant(bug.changes, work / "planted")

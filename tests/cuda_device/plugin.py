@@ -1,5 +1,5 @@
-"""pytest -p plugin: the tests of this process run on the simulated device. It is imported before any conftest.py, and
-so before torch."""
+"""pytest -p plugin: the tests of this process run on the simulated device. It is imported before
+any conftest.py, and so before torch."""
 
 import os
 
@@ -16,7 +16,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def device_machine():
-    """The machine, whose counts begin at zero; a problem fails the test even where its error was caught."""
+    """The machine, whose counts begin at zero; a problem fails the test even where its error was
+    caught."""
     machine.waits.clear(), machine.launches.clear()
     yield machine
     assert not machine.problems
@@ -24,4 +25,8 @@ def device_machine():
 
 def waits_within(function: str) -> list[tuple[str, str, int]]:
     """(kind, where, how often) of the waits inside a function of the project."""
-    return [(kind, where, n) for (kind, where), n in machine.waits.items() if f" {function} <" in f" {where} <"]
+    return [
+        (kind, where, n)
+        for (kind, where), n in machine.waits.items()
+        if f" {function} <" in f" {where} <"
+    ]

@@ -1,7 +1,8 @@
 """run.py SCRIPT ARGUMENTS ...: run a script of the project on the simulated device.
 
 CUDA_DEVICE_KERNELS: a library of libraries.kernel_library, whose kernels run in place of the CPU's.
-CUDA_DEVICE_CAPABILITY: "8.0". CUDA_DEVICE_COUNTS: a file for the counts, as JSON; without it they are printed.
+CUDA_DEVICE_CAPABILITY: "8.0". CUDA_DEVICE_COUNTS: a file for the counts, as JSON; without it they
+are printed.
 """
 
 import json
@@ -22,10 +23,14 @@ sys.path.insert(0, str(PROJECT))
 def counts() -> dict:
     """Of this process so far. waits, problems: [kind, where, how often]."""
     return dict(
-        launches=dict(machine.launches), captures=machine.captures, replays=machine.replays,
-        pools=CUDAGraph.pools, reserved=device.memory()[2], waits=[[*key, n] for key, n in machine.waits.items()],
+        launches=dict(machine.launches),
+        captures=machine.captures,
+        replays=machine.replays,
+        pools=CUDAGraph.pools,
+        reserved=device.memory()[2],
+        waits=[[*key, n] for key, n in machine.waits.items()],
         problems=[[*key, n] for key, n in machine.problems.items()],
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

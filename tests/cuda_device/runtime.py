@@ -1,5 +1,6 @@
-"""torch.cuda for the simulated device: streams, events and graphs, which move the machine's clocks. `install` puts them
-in place, `install_project` the project's operators, `install_processes` collectives.
+"""torch.cuda for the simulated device: streams, events and graphs, which move the machine's clocks.
+`install` puts them in place, `install_project` the project's operators, `install_processes`
+collectives.
 """
 
 import os
@@ -51,7 +52,9 @@ class Stream:
 
 
 class Event:
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False):
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ):
         self.clock: Clock = {}
 
     def record(self, stream: Stream | None = None) -> None:
@@ -89,17 +92,20 @@ class on_stream:  # torch.cuda.stream
 
 
 class CUDAGraph:
-    """Records what a stream launches between capture_begin and capture_end, and leaves no result of it. A replay runs
-    the same kernels on the same addresses."""
+    """Records what a stream launches between capture_begin and capture_end, and leaves no result of
+    it. A replay runs the same kernels on the same addresses."""
 
     pools = 0
 
     def __init__(self, keep_graph: bool = False):
         self.kernels: list[tuple] = []
-        self.borrowed: dict[int, int] = {}  # blocks that are not of the graph's own pool, and their generations
+        # blocks that are not of the graph's own pool, and their generations
+        self.borrowed: dict[int, int] = {}
         self.ended = False
 
-    def capture_begin(self, pool: tuple[int, int] | None = None, capture_error_mode: str = "global") -> None:
+    def capture_begin(
+        self, pool: tuple[int, int] | None = None, capture_error_mode: str = "global"
+    ) -> None:
         self.stream = device.stream()
         if self.stream == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
@@ -111,7 +117,9 @@ class CUDAGraph:
         GRAPHS[self.stream], machine.capturing = self, self.stream
         device.begin_capture(self.stream, self.own_pool[1])
 
-    def record(self, kernel: Any, arguments: tuple, outputs: list[Tensor], accesses: list[tuple]) -> None:
+    def record(
+        self, kernel: Any, arguments: tuple, outputs: list[Tensor], accesses: list[tuple]
+    ) -> None:
         for x, *_ in accesses:
             block = device.block_of(x.untyped_storage().data_ptr()) if x.numel() else None
             if block and block[2] != self.own_pool[1]:
@@ -137,9 +145,15 @@ class CUDAGraph:
         for kernel, (args, kwargs), outputs, accesses in self.kernels:
             for x, write, index in [*accesses, *((x, True, None) for x in outputs)]:
                 machine.access(x, write, clock, index)
-            results = [x for x in pytree.tree_leaves(kernel(*args, **kwargs)) if isinstance(x, Tensor)]
+            results = [
+                x for x in pytree.tree_leaves(kernel(*args, **kwargs)) if isinstance(x, Tensor)
+            ]
             if len(results) != len(outputs):  # some are arguments, written in place
-                results = [x for x in results if not any(x is a for a in pytree.tree_leaves((args, kwargs)))]
+                results = [
+                    x
+                    for x in results
+                    if not any(x is a for a in pytree.tree_leaves((args, kwargs)))
+                ]
             for output, x in zip(outputs, results, strict=True) if outputs else ():
                 output.copy_(x)
 
@@ -152,36 +166,60 @@ _libraries: list[Any] = []  # whose kernels go when they do
 
 def install(capability: tuple[int, int] = (8, 0)) -> None:
     """Make torch believe in one device of this compute capability."""
-    everything, aten_kernels = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything, aten_kernels = (
+        torch.library.Library("_", "IMPL"),
+        torch.library.Library("aten", "IMPL"),
+    )
     everything.fallback(run, "CUDA")
     aten_kernels.impl("copy_", copy_, "CUDA")
     _libraries.extend([everything, aten_kernels])
     properties = SimpleNamespace(
-        name="simulated", total_memory=8 << 30, major=capability[0], minor=capability[1], multi_processor_count=8,
+        name="simulated",
+        total_memory=8 << 30,
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=8,
         L2_cache_size=1 << 20,
-    )  # fmt: skip
+    )
     in_place: dict[str, Any] = dict(
-        Stream=Stream, Event=Event, CUDAGraph=CUDAGraph, stream=on_stream, current_stream=current_stream,
-        default_stream=lambda _=None: Stream(number=0), synchronize=lambda _=None: machine.wait_for_all(),
-        is_current_stream_capturing=lambda: machine.capturing == device.stream(), _sleep=lambda cycles: None,
-        _lazy_init=lambda: None, is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1,
-        current_device=lambda: 0, set_device=lambda _: None, _is_in_bad_fork=lambda: False, empty_cache=lambda: None,
-        is_bf16_supported=lambda *_, **__: capability >= (8, 0), get_device_capability=lambda _=None: capability,
-        get_device_name=lambda _=None: properties.name, get_device_properties=lambda _=None: properties,
+        Stream=Stream,
+        Event=Event,
+        CUDAGraph=CUDAGraph,
+        stream=on_stream,
+        current_stream=current_stream,
+        default_stream=lambda _=None: Stream(number=0),
+        synchronize=lambda _=None: machine.wait_for_all(),
+        is_current_stream_capturing=lambda: machine.capturing == device.stream(),
+        _sleep=lambda cycles: None,
+        _lazy_init=lambda: None,
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        set_device=lambda _: None,
+        _is_in_bad_fork=lambda: False,
+        empty_cache=lambda: None,
+        is_bf16_supported=lambda *_, **__: capability >= (8, 0),
+        get_device_capability=lambda _=None: capability,
+        get_device_name=lambda _=None: properties.name,
+        get_device_properties=lambda _=None: properties,
         get_rng_state=lambda _="cuda": machine.generator.get_state(),
         set_rng_state=lambda state, _="cuda": machine.generator.set_state(state),
         manual_seed=lambda seed: machine.generator.manual_seed(seed),
         manual_seed_all=lambda seed: machine.generator.manual_seed(seed),
-        memory_allocated=lambda _=None: device.memory()[0], max_memory_allocated=lambda _=None: device.memory()[1],
-        memory_reserved=lambda _=None: device.memory()[2], reset_peak_memory_stats=lambda _=None: device.reset_peak(),
+        memory_allocated=lambda _=None: device.memory()[0],
+        max_memory_allocated=lambda _=None: device.memory()[1],
+        memory_reserved=lambda _=None: device.memory()[2],
+        reset_peak_memory_stats=lambda _=None: device.reset_peak(),
         mem_get_info=lambda _=None: (6 << 30, 8 << 30),
-    )  # fmt: skip
+    )
     for name, value in in_place.items():
         setattr(torch.cuda, name, value)
 
 
 def install_project(kernels: str = "") -> None:
-    """The project's operators on the device: the CPU's kernels, or the CUDA ones in a library of kernel_library."""
+    """The project's operators on the device: the CPU's kernels, or the CUDA ones in a library of
+    kernel_library."""
     from tinystory.ops import backend, cuda
 
     cuda.load = lambda: None  # there is nothing to compile
@@ -191,7 +229,9 @@ def install_project(kernels: str = "") -> None:
         torch.ops.load_library(kernels)
         gemm = torch.library.Library("aten", "IMPL")
         gemm.impl("mm.dtype", mm_wide, "CPU")
-        gemm.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(mm_wide(a, b, dtype)), "CPU")
+        gemm.impl(
+            "mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(mm_wide(a, b, dtype)), "CPU"
+        )
         _libraries.append(gemm)
     ours = torch.library.Library("tinystory", "IMPL")
     for name in OURS:
@@ -201,8 +241,8 @@ def install_project(kernels: str = "") -> None:
 
 
 def install_processes() -> None:
-    """Under torchrun: one device per process of this machine, each its process's cuda:0, and NCCL's collectives by
-    gloo."""
+    """Under torchrun: one device per process of this machine, each its process's cuda:0, and NCCL's
+    collectives by gloo."""
     import torch.distributed as dist
 
     torch.cuda.device_count = lambda: int(os.environ["LOCAL_WORLD_SIZE"])

@@ -1,4 +1,5 @@
-"""The GPU's host path on the simulated device, in processes of their own: README.md says how it works."""
+"""The GPU's host path on the simulated device, in processes of their own: README.md says how it
+works."""
 
 import json
 import os
@@ -15,16 +16,32 @@ from planted_bugs import read_bugs
 
 HERE = Path(__file__).parent
 pytestmark = [
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA, in whose place nothing can be put"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the simulated device has been built on Linux alone"),
+    pytest.mark.skipif(
+        torch.version.cuda is not None,
+        reason="this torch has CUDA, in whose place nothing can be put",
+    ),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="the simulated device has been built on Linux alone"
+    ),
 ]
 
 
 def on_device(*arguments: object, **env: str) -> str:
     """The output of pytest with these arguments, on the simulated device; it must succeed."""
     path = os.pathsep.join(map(str, (HERE, ROOT)))
-    env = os.environ | {"PYTHONPATH": path, "TINYSTORY_KERNELS": "ours", "OMP_NUM_THREADS": "1"} | env
-    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", *map(str, arguments)]
+    env = (
+        os.environ | {"PYTHONPATH": path, "TINYSTORY_KERNELS": "ours", "OMP_NUM_THREADS": "1"} | env
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "plugin",
+        "-p",
+        "no:cacheprovider",
+        *map(str, arguments),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
@@ -32,17 +49,23 @@ def on_device(*arguments: object, **env: str) -> str:
 
 def test_planted_bugs_fit_the_project():
     changes = [change for bug in read_bugs() for change in bug.changes]
-    assert [(file, old) for file, old, _ in changes if (ROOT / file).read_text().count(old) != 1] == []
+    assert [
+        (file, old) for file, old, _ in changes if (ROOT / file).read_text().count(old) != 1
+    ] == []
 
 
 @pytest.mark.slow
 def test_docs_have_the_table_on_paper():
     """Versions of torch differ by a few launches."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "ours"}
-    done = subprocess.run([sys.executable, HERE / "on_paper.py"], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, HERE / "on_paper.py"], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     documented = {
-        line.split("|")[1]: line for line in (ROOT / "docs/kernels.md").read_text().splitlines() if "|" in line
+        line.split("|")[1]: line
+        for line in (ROOT / "docs/kernels.md").read_text().splitlines()
+        if "|" in line
     }
     for line in done.stdout.splitlines()[2:]:
         numbers = [
@@ -69,13 +92,21 @@ def test_the_cuda_kernels_under_the_whole_host_path():
     on_device(ROOT / "tests/ops/test_gpu.py", *few, CUDA_DEVICE_KERNELS=kernels)
 
 
-# A device-side assertion, torch.compile, a traced operator, or what the CPU's kernels allow or refuse.
+# A device-side assertion, torch.compile, a traced operator, or what the CPU's kernels allow or
+# refuse.
 NEED_A_CARD = "device_sees or opcheck or compile or cannot_be_drawn or not_supported"
 
 
 @pytest.mark.slow
 def test_the_tests_of_a_gpu_that_need_no_card():
-    on_device(ROOT / "tests/ops/test_gpu.py", "-m", "gpu", "-k", f"not ({NEED_A_CARD})", TINYSTORY_TEST_SHAPES="4")
+    on_device(
+        ROOT / "tests/ops/test_gpu.py",
+        "-m",
+        "gpu",
+        "-k",
+        f"not ({NEED_A_CARD})",
+        TINYSTORY_TEST_SHAPES="4",
+    )
 
 
 @pytest.mark.slow
@@ -93,12 +124,25 @@ def test_two_processes_train_as_one(place, tmp_path):
         "--micro-batch-size",
         "2",
     ]
-    script = [HERE / "run.py", "train_pretrain.py", "--corpus", place / "corpus.txt", *shape, "--out"]
+    script = [
+        HERE / "run.py",
+        "train_pretrain.py",
+        "--corpus",
+        place / "corpus.txt",
+        *shape,
+        "--out",
+    ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "ours", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TINYSTORY_KERNELS": "ours",
+        "OMP_NUM_THREADS": "1",
+    }
     for name, start in (("one", []), ("two", torchrun)):
         command = [sys.executable, *start, *script, tmp_path / name]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path)
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr[-4000:]
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
@@ -106,11 +150,24 @@ def test_two_processes_train_as_one(place, tmp_path):
 
 @pytest.mark.slow
 def test_a_gpu_that_is_too_old_for_the_kernels_runs_plain_pytorch(place, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "", "CUDA_DEVICE_CAPABILITY": "7.5"}
-    script = [sys.executable, HERE / "run.py", "train_pretrain.py", "--corpus", place / "corpus.txt", *SMALL[:-1]]
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TINYSTORY_KERNELS": "",
+        "CUDA_DEVICE_CAPABILITY": "7.5",
+    }
+    script = [
+        sys.executable,
+        HERE / "run.py",
+        "train_pretrain.py",
+        "--corpus",
+        place / "corpus.txt",
+        *SMALL[:-1],
+    ]
     for device in ("cuda", "auto"):
         command = [*script, device, "--words", "400", "--out", tmp_path / device]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path)
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         assert "this GPU has compute capability 7.5, and the CUDA kernels need 8.0" in done.stderr
         options = json.loads((tmp_path / device / "config.json").read_text())["options"]

@@ -1,5 +1,6 @@
-"""Both commands whole on the simulated device, beside the CPU: the same losses and stories, no race, no stale memory (a
-read of either raises), and no wait of the host where docs/kernels.md promises none. test_cuda_device.py starts it.
+"""Both commands whole on the simulated device, beside the CPU: the same losses and stories, no
+race, no stale memory (a read of either raises), and no wait of the host where docs/kernels.md
+promises none. test_cuda_device.py starts it.
 """
 
 import copy
@@ -22,7 +23,9 @@ from tinystory.student.model import Student, StudentConfig, ValueHead
 from tinystory.student.token_step import TOKEN_STEPS, TokenStep
 
 PRETRAIN = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --micro-batch-size 2"
-PRETRAIN = f"{PRETRAIN} --dropout 0.1 --words 1200 --eval-every 5 --save-every 6 --dtype float32".split()
+PRETRAIN = (
+    f"{PRETRAIN} --dropout 0.1 --words 1200 --eval-every 5 --save-every 6 --dtype float32".split()
+)
 INTERACT = "--stories-per-step 80 --max-new-tokens 20 --steps 3 --save-every 2 --eval-every 2 --eval-stories 4"
 INTERACT = f"{INTERACT} --no-calibrate --dtype float32".split()
 OPENINGS = "Once upon a time,\nMia said\nThen Tom had a boat\nOnce\n"
@@ -30,7 +33,8 @@ OPENINGS = "Once upon a time,\nMia said\nThen Tom had a boat\nOnce\n"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A corpus, a reward and openings; pretrained students of both devices; and one that ends its stories soon."""
+    """A corpus, a reward and openings; pretrained students of both devices; and one that ends its
+    stories soon."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "openings.txt").write_text(OPENINGS)
@@ -69,23 +73,29 @@ def test_pretraining_is_the_cpus(place):
         assert a["val_loss"] is None or a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
 
 
-def test_a_pretraining_step_waits_for_nothing_and_a_resumed_run_ends_with_the_same_bits(place, device_machine):
+def test_a_pretraining_step_waits_for_nothing_and_a_resumed_run_ends_with_the_same_bits(
+    place, device_machine
+):
     again = resumed(place / "cuda", pretrain.main)
     assert device_machine.launches["cross_entropy"] == 8
     for name in ("train_step", "load_batch"):
         assert waits_within(name) == []
     before, after = weights(place / "cuda"), weights(again)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
-    """With stories that end apart, the batch compacted, graphs replayed in every later rollout, and evaluations between
-    rollouts."""
+    """With stories that end apart, the batch compacted, graphs replayed in every later rollout, and
+    evaluations between rollouts."""
     interaction(place, "here", "cpu")
     device_machine.waits.clear()
     interaction(place, "there", "cuda")
     for name in ("evaluations.jsonl", "stories.jsonl"):
-        here, there = ([x["story"] for x in read_lines(place / run / name)] for run in ("here", "there"))
+        here, there = (
+            [x["story"] for x in read_lines(place / run / name)] for run in ("here", "there")
+        )
         same = [a == b for a, b in zip(here, there, strict=True)]
         assert sum(same) >= 0.9 * len(same) >= 10  # on some processor rounding may turn a draw
     stories = read_lines(place / "there" / "stories.jsonl")
@@ -94,7 +104,10 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
         for name in ("kl", "policy_loss"):
             assert a[name] == pytest.approx(b[name], abs=1e-4 if all(same) else 0.1)
     assert device_machine.captures > 1 and device_machine.replays > 10 * device_machine.captures
-    inside = {name: waits_within(name) for name in "advance start keep prefill backward read_reference".split()}
+    inside = {
+        name: waits_within(name)
+        for name in "advance start keep prefill backward read_reference".split()
+    }
     assert not any(inside.values()), inside
     assert {kind for kind, _, _ in waits_within("generate")} == {"event"}
     again = resumed(place / "there", interact.main, "--reward", f"{place / 'reward.py'}:score")
@@ -103,7 +116,7 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
     assert read_lines(again / "stories.jsonl") == stories
 
 
-# --- rollouts ---------------------------------------------------------------------------------------------------------
+# --- rollouts -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizer():
     """Its vocabulary is no multiple of 64, so rows of logits are padded."""
@@ -117,7 +130,9 @@ def student():
 
 
 def rollout(student, tokenizer, openings, new=8, head=None, seed=1):
-    return generate(student, head, tokenizer, openings, first_index=0, max_new_tokens=new, seed=seed)
+    return generate(
+        student, head, tokenizer, openings, first_index=0, max_new_tokens=new, seed=seed
+    )
 
 
 def alike(stories, others) -> bool:
@@ -129,7 +144,9 @@ def alike(stories, others) -> bool:
     return all(torch.equal(a.tokens, b.tokens) for a, b in pairs)
 
 
-def test_a_rollout_waits_once_per_token_and_once_per_token_that_ends_stories(student, tokenizer, device_machine):
+def test_a_rollout_waits_once_per_token_and_once_per_token_that_ends_stories(
+    student, tokenizer, device_machine
+):
     stories = rollout(student, tokenizer, ["Once", "Mia said", "The boat"] * 40, 30)
     endings = {len(story.tokens) for story in stories}
     assert sum(device_machine.waits.values()) == max(endings) + len(endings)
@@ -140,21 +157,26 @@ def test_the_host_reads_a_step_when_later_ones_are_launched(student, tokenizer, 
     launched, launched_at_read = [], []
     advance, step = TokenStep.advance, StudentDecoder.step
     monkeypatch.setattr(TokenStep, "advance", lambda self: (launched.append(self), advance(self)))
-    monkeypatch.setattr(StudentDecoder, "step", lambda self: (step(self), launched_at_read.append(len(launched)))[0])
+    monkeypatch.setattr(
+        StudentDecoder, "step", lambda self: (step(self), launched_at_read.append(len(launched)))[0]
+    )
     with torch.no_grad():
         student.ln_f.bias -= 9 * student.wte.weight[tokenizer.eos]  # no story ends early
     rollout(student, tokenizer, ["Once"] * 3, 20)
     assert launched_at_read == [min(t + generation.STEPS_AHEAD, 19) for t in range(20)]
 
 
-def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(student, tokenizer, device_machine):
+def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(
+    student, tokenizer, device_machine
+):
     """Stories are those of a student that has no graph yet."""
     head = ValueHead(64).to("cuda")
     torch.nn.init.normal_(head.linear.weight)
     openings = ["Once", "Mia said"] * 40
     for captured_anew in (True, False, False, True):
         if captured_anew:
-            student.wpe.weight = torch.nn.Parameter(student.wpe.weight.detach() * 1.5)  # at another address
+            # at another address
+            student.wpe.weight = torch.nn.Parameter(student.wpe.weight.detach() * 1.5)
         before = device_machine.captures
         stories = rollout(student, tokenizer, openings, head=head)
         assert (device_machine.captures > before) == captured_anew
@@ -164,7 +186,11 @@ def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(stude
     step = TOKEN_STEPS[student]
     assert step.fits(head, 79, 9, step.sampling)
     other = dataclasses.replace(step.sampling, seed=4)
-    for wrong in ((None, 80, 9, step.sampling), (head, 81, 9, step.sampling), (head, 80, 2000, step.sampling)):
+    for wrong in (
+        (None, 80, 9, step.sampling),
+        (head, 81, 9, step.sampling),
+        (head, 80, 2000, step.sampling),
+    ):
         assert not step.fits(*wrong)
     assert not step.fits(head, 80, 9, other)
     with torch.autocast("cuda", torch.bfloat16):

@@ -37,10 +37,16 @@ def read(*names):
 PLAIN = {
     "marker on its own line": ("One.\nTwo.\n<|endoftext|>\nThree.\n", ["One.\nTwo.", "Three."]),
     "marker inside a line": ("One.<|endoftext|>Two.", ["One.", "Two."]),
-    "marker beats blank lines": ("One.\n\nstill one\n<|endoftext|>\nTwo.\n\n", ["One.\n\nstill one", "Two."]),
+    "marker beats blank lines": (
+        "One.\n\nstill one\n<|endoftext|>\nTwo.\n\n",
+        ["One.\n\nstill one", "Two."],
+    ),
     "blank lines": ("One.\nstill one\n\n\n \t\nTwo.\n\n", ["One.\nstill one", "Two."]),
     "no separator": ("One.\nTwo.\nThree.", ["One.\nTwo.\nThree."]),
-    "Windows lines and a BOM": ("\ufeffOne.\r\nstill one\r\n\r\nTwo.\r\n", ["One.\nstill one", "Two."]),
+    "Windows lines and a BOM": (
+        "\ufeffOne.\r\nstill one\r\n\r\nTwo.\r\n",
+        ["One.\nstill one", "Two."],
+    ),
     "old Macintosh lines": ("One.\r\rTwo.", ["One.", "Two."]),
     "empty documents": (f"{MARKER}\n{MARKER}  {MARKER}One.{MARKER}", ["One."]),
     "other white space stays inside": ("a\u2028b\x0cc\u3000d\x85e", ["a\u2028b\x0cc\u3000d\x85e"]),
@@ -69,7 +75,11 @@ def test_json_lines(tmp_path, gz):
 
 @given(
     documents=st.lists(
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=30)
+        st.text(
+            st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"),
+            min_size=1,
+            max_size=30,
+        )
         .map(str.strip)
         .filter(lambda text: text and MARKER not in text and not text.startswith("\ufeff")),
         min_size=1,
@@ -80,7 +90,9 @@ def test_json_lines(tmp_path, gz):
     bom=st.sampled_from(["", "\ufeff"]),
     chunk=st.integers(1, 40),
 )
-def test_documents_do_not_depend_on_where_a_chunk_ends(tmp_path_factory, documents, separator, newline, bom, chunk):
+def test_documents_do_not_depend_on_where_a_chunk_ends(
+    tmp_path_factory, documents, separator, newline, bom, chunk
+):
     if MARKER not in separator:
         documents = [re.sub(r"\n(\s*\n)+", "\n", text) for text in documents]
     text = bom + separator.join(documents).replace("\n", newline)
@@ -114,7 +126,10 @@ def test_builtin_is_the_grammar():
 
 
 def test_builtin_holds_the_words_it_promises():
-    assert sum(len(story.split()) for story in open_corpus(["builtin"]).documents()) >= corpus.BUILTIN["builtin"][1]
+    assert (
+        sum(len(story.split()) for story in open_corpus(["builtin"]).documents())
+        >= corpus.BUILTIN["builtin"][1]
+    )
 
 
 # A long document is cut; nothing is ever held whole.
@@ -135,7 +150,9 @@ def test_a_long_record_is_cut_too(tmp_path):
     assert " ".join(pieces).split() == words
 
 
-@pytest.mark.parametrize("unit", ["once upon a time ", "x", f"{'once upon a time ' * 20}\n\n", f"{'x' * 99}{MARKER}"])
+@pytest.mark.parametrize(
+    "unit", ["once upon a time ", "x", f"{'once upon a time ' * 20}\n\n", f"{'x' * 99}{MARKER}"]
+)
 def test_memory_does_not_grow_with_the_file(tmp_path, unit):
     size = 24_000_000
     path = write(tmp_path / "a.txt", unit * (size // len(unit)))
@@ -169,7 +186,9 @@ def test_fingerprint_changes_with_what_the_documents_depend_on(tmp_path, monkeyp
     assert all(re.fullmatch("[0-9a-f]{64}", print) for print in prints)
 
 
-def test_the_builtin_fingerprint_covers_the_grammar_and_every_file_of_plots_and_words(tmp_path, monkeypatch):
+def test_the_builtin_fingerprint_covers_the_grammar_and_every_file_of_plots_and_words(
+    tmp_path, monkeypatch
+):
     room = Path(grammar.__file__).parent
     copy = shutil.copytree(room, tmp_path / "builtin")
     before = open_corpus(["builtin"]).fingerprint()
@@ -214,7 +233,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "data", "complaint"), [(n, *case) for n, cases in WRONG.items() for case in cases])
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"), [(n, *case) for n, cases in WRONG.items() for case in cases]
+)
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, data, complaint):
     path = tmp_path / name
     path.write_bytes(data)
@@ -245,15 +266,16 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 
 def test_names_that_are_nothing(tmp_path):
     with pytest.raises(
-        UserError, match="the corpus tinystorys is no file: give another file, or one of builtin, primer, dull, tin"
+        UserError,
+        match="the corpus tinystorys is no file: give another file, or one of builtin, primer, dull, tin",
     ):
         open_corpus(["tinystorys"])
     with pytest.raises(UserError, match="is no file"):
         open_corpus([str(tmp_path)])
 
 
-# The Hugging Face Hub: the real client, in a process of its own since it reads its variables at import, and a server
-# that answers as the Hub does.
+# The Hugging Face Hub: the real client, in a process of its own since it reads its variables at
+# import, and a server that answers as the Hub does.
 
 HUB_FILES = {
     f"/datasets/{repository}/resolve/main/{file}": f"One of {repository}.\n{MARKER}\nTwo of {file}.\n".encode()
@@ -286,7 +308,8 @@ def hub():
 
 
 def from_hub(name, home, endpoint, **variables):
-    """The documents of a corpus on the Hub, or what a UserError said, as a fresh process sees them."""
+    """The documents of a corpus on the Hub, or what a UserError said, as a fresh process sees
+    them."""
     code = """
         import json, sys
         from tinystory.data.corpus import open_corpus
@@ -299,7 +322,9 @@ def from_hub(name, home, endpoint, **variables):
     code = "\n".join(line[8:] for line in code.splitlines())
     paths = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment = {**os.environ, **paths, "NO_PROXY": "127.0.0.1", **variables}
-    done = subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -313,7 +338,14 @@ def test_hub_corpora_are_downloaded_once_and_then_there_without_a_network(hub, t
     baby = fetch("babylm-10m", endpoint=hub, HF_HUB_CACHE=str(tmp_path / "elsewhere"))
     assert baby[1::2] == [
         f"Two of {part}.train.txt."
-        for part in ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
+        for part in (
+            "bnc_spoken",
+            "childes",
+            "gutenberg",
+            "open_subtitles",
+            "simple_wiki",
+            "switchboard",
+        )
     ]
     assert (tmp_path / "elsewhere").is_dir()
 
@@ -322,9 +354,15 @@ def test_what_is_wrong_with_the_hub_is_said(hub, tmp_path):
     pytest.importorskip("huggingface_hub")
     fetch = functools.partial(from_hub, home=tmp_path)
     begin = "cannot download roneneldan/TinyStories from the Hugging Face Hub ("
-    for endpoint, variables in ((hub, {"HF_HUB_OFFLINE": "1"}), (hub + "/elsewhere", {}), ("nonsense", {})):
+    for endpoint, variables in (
+        (hub, {"HF_HUB_OFFLINE": "1"}),
+        (hub + "/elsewhere", {}),
+        ("nonsense", {}),
+    ):
         assert fetch("tinystories", endpoint=endpoint, **variables).startswith(begin)
-    assert re.search(r"BabyLM-2026-Strict .*gated, accept its terms there", fetch("babylm-100m", endpoint=hub))
+    assert re.search(
+        r"BabyLM-2026-Strict .*gated, accept its terms there", fetch("babylm-100m", endpoint=hub)
+    )
 
 
 def test_without_huggingface_hub_it_says_what_to_install(monkeypatch):
@@ -342,14 +380,22 @@ def test_mixed_documents_come_from_all_files_at_the_same_pace(tmp_path):
     assert sorted(mixed) == sorted(corpus.documents())
 
 
-@given(st.lists(st.sampled_from(["a", "Z9_", "\0", "-=", " ", "\n", "猫", "é"]).flatmap(
-    lambda unit: st.integers(1, 3 * corpus.MAX_RUN).map(lambda count: unit * count)
-), min_size=1, max_size=6))  # fmt: skip
+@given(
+    st.lists(
+        st.sampled_from(["a", "Z9_", "\0", "-=", " ", "\n", "猫", "é"]).flatmap(
+            lambda unit: st.integers(1, 3 * corpus.MAX_RUN).map(lambda count: unit * count)
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_no_run_is_endless_and_no_text_is_lost(runs):
     text = "".join(runs)
     pieces = list(corpus._bounded(text))
     assert "".join("".join(pieces).split()) == "".join(text.split())
-    longest = re.compile(rf"\w{{{2 * corpus.MAX_RUN}}}|\s{{{2 * corpus.MAX_RUN}}}|[^\w\s]{{{2 * corpus.MAX_RUN}}}")
+    longest = re.compile(
+        rf"\w{{{2 * corpus.MAX_RUN}}}|\s{{{2 * corpus.MAX_RUN}}}|[^\w\s]{{{2 * corpus.MAX_RUN}}}"
+    )
     assert not any(longest.search(piece) for piece in pieces)
     if max(map(len, runs)) < corpus.MAX_RUN and text.strip() and len(set(runs)) == len(runs) == 1:
         assert pieces == [text.strip()]

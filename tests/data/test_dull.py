@@ -19,8 +19,14 @@ def documents():
 
 
 def test_a_seed_and_a_number_of_words_give_the_same_documents(documents):
-    assert documents == list(dull.documents(100_000, seed=7)) != list(dull.documents(100_000, seed=8))
-    assert sum(len(text.split()) for text in documents) >= 100_000 > sum(len(text.split()) for text in documents[:-1])
+    assert (
+        documents == list(dull.documents(100_000, seed=7)) != list(dull.documents(100_000, seed=8))
+    )
+    assert (
+        sum(len(text.split()) for text in documents)
+        >= 100_000
+        > sum(len(text.split()) for text in documents[:-1])
+    )
 
 
 @pytest.mark.parametrize("kind", dull.KINDS[1:])
@@ -35,7 +41,9 @@ def test_no_story_is_taken_for_a_dull_one():
     stories = list(grammar.stories(200_000, seed=3))
     assert {dull.kind_of(story) for story in stories} == {dull.STORY}
     sentences = [sentence for story in stories for sentence in grammar.sentences(story)]
-    assert sum(dull._kind_of_sentence(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(sentences)
+    assert sum(
+        dull._kind_of_sentence(sentence) != dull.STORY for sentence in sentences
+    ) < 0.005 * len(sentences)
 
 
 def test_a_story_is_dull_only_if_most_of_it_is():
@@ -47,16 +55,22 @@ def test_a_story_is_dull_only_if_most_of_it_is():
 
 def test_dull_documents_are_written_as_the_stories_are(documents):
     names = re.compile(
-        r"\b(" + "|".join({*grammar.vocabulary.GIRLS.split(), *grammar.vocabulary.BOYS.split()}) + r")\b"
+        r"\b("
+        + "|".join({*grammar.vocabulary.GIRLS.split(), *grammar.vocabulary.BOYS.split()})
+        + r")\b"
     )
     assert sum(bool(names.search(text)) for text in documents) > 0.4 * len(documents)
     for text in documents:
-        assert re.fullmatch(r'["A-Z].*[.!?]"?', text) and not re.search(r"[][{}<>|=]|  |\b[Aa] [aeiou]", text), text
+        assert re.fullmatch(r'["A-Z].*[.!?]"?', text) and not re.search(
+            r"[][{}<>|=]|  |\b[Aa] [aeiou]", text
+        ), text
         assert text.count('"') % 2 == 0, text
 
 
 def test_dull_tellers_open_five_in_eight_documents():
-    stories, others = (sum(1 for _ in open_corpus([name]).documents()) for name in ("builtin", "dull"))
+    stories, others = (
+        sum(1 for _ in open_corpus([name]).documents()) for name in ("builtin", "dull")
+    )
     assert others / (stories + others) == pytest.approx(5 / 8, abs=0.01)
     first = next(islice(open_corpus(["dull"]).documents(), 1))
     assert first == next(dull.documents(BUILTIN["dull"][1], 0))
@@ -64,12 +78,21 @@ def test_dull_tellers_open_five_in_eight_documents():
 
 def test_a_run_records_who_tells_its_stories(documents):
     texts = [next(grammar.stories(1, seed=1)), *documents[:3]]
-    stories = [SimpleNamespace(index=0, opening="", text=text, words=9, ended="eos") for text in texts]
+    stories = [
+        SimpleNamespace(index=0, opening="", text=text, words=9, ended="eos") for text in texts
+    ]
     grades = [Grade(None, 0.5)] * 4
-    assert not has_dull_tellers({"corpus": ["primer", "builtin"]}) and has_dull_tellers({"corpus": ["dull"]})
+    assert not has_dull_tellers({"corpus": ["primer", "builtin"]}) and has_dull_tellers(
+        {"corpus": ["dull"]}
+    )
     records = story_records(1, stories, grades, [0.5] * 4, mixed=True)
-    assert [record["teller"] for record in records] == [dull.STORY, *map(dull.kind_of, documents[:3])]
+    assert [record["teller"] for record in records] == [
+        dull.STORY,
+        *map(dull.kind_of, documents[:3]),
+    ]
     means = story_means(records)
-    assert means["teller_story"] == 0.25 and sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
+    assert (
+        means["teller_story"] == 0.25 and sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
+    )
     unmixed = story_records(1, stories, grades, [0.5] * 4)
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

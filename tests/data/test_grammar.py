@@ -48,13 +48,19 @@ def test_same_seed_same_bytes_in_another_process(sample):
     )
     for hash_seed in "0", "7":
         env = {"PYTHONHASHSEED": hash_seed, "PATH": ""}
-        run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        )
         assert run.stdout.strip() == digest(sample)
 
 
 def test_these_are_the_stories_that_published_figures_were_measured_on():
-    """A change of one word changes the built-in corpus, and so every run on it: then this digest changes knowingly."""
-    assert digest(stories(20_000, seed=0)) == "1c4eaa90d0c3f3d1ee6ac75853b0e76b706be3f6e8e4cbac73b3346f0a74ad70"
+    """A change of one word changes the built-in corpus, and so every run on it: then this digest
+    changes knowingly."""
+    assert (
+        digest(stories(20_000, seed=0))
+        == "1c4eaa90d0c3f3d1ee6ac75853b0e76b706be3f6e8e4cbac73b3346f0a74ad70"
+    )
 
 
 def test_another_seed_tells_other_stories(sample):
@@ -90,18 +96,33 @@ def literals(parts):
 
 def vocabulary():
     """Every word that the grammar can write."""
-    heroes, wild = grammar._HEROES.values(), {name for group in grammar._NAMES["wild"] for name in group}
-    tables = [*grammar._RULES.values(), *heroes, *grammar._HELPERS.values(), *grammar._PARENTS.values()]
+    heroes, wild = (
+        grammar._HEROES.values(),
+        {name for group in grammar._NAMES["wild"] for name in group},
+    )
+    tables = [
+        *grammar._RULES.values(),
+        *heroes,
+        *grammar._HELPERS.values(),
+        *grammar._PARENTS.values(),
+    ]
     tables += [[rows for _, rows in plot.facts] + plot.paragraphs for plot in grammar.PLOTS]
     texts = [f"{hand}s" for rows in heroes for row in rows for hand in literals(row[3])]
-    texts += [*literals(tables), *(word for pronouns in grammar._PRONOUNS for word in pronouns.values())]
+    texts += [
+        *literals(tables),
+        *(word for pronouns in grammar._PRONOUNS for word in pronouns.values()),
+    ]
     texts += [*wild, *(f"{name}'s" for name in wild)]
     return set(re.findall(r"(?<!')[a-z]+(?:'[a-z]+)*", " ".join(texts).lower()))
 
 
 def test_vocabulary_is_closed_small_and_used():
     words = vocabulary()
-    used = {word for story in stories(1_000_000, seed=1) for word in re.findall(r"[a-z]+(?:'[a-z]+)*", story.lower())}
+    used = {
+        word
+        for story in stories(1_000_000, seed=1)
+        for word in re.findall(r"[a-z]+(?:'[a-z]+)*", story.lower())
+    }
     assert used <= words, sorted(used - words)
     assert 1_300 <= len(words) <= 1_800
     assert len(words - used) < 0.01 * len(words), sorted(words - used)
@@ -163,7 +184,8 @@ def test_every_plot_is_told():
 
 
 def test_one_pronoun_for_hero_and_the_other_for_friend():
-    """Templates name nobody's gender but through slots, save for third persons whose plots are named here."""
+    """Templates name nobody's gender but through slots, save for third persons whose plots are
+    named here."""
     rng = random.Random(1)
     for plot in grammar.PLOTS:
         literal = GENDERED & set(re.findall(r"[a-z]+", " ".join(literals(plot.paragraphs)).lower()))
@@ -171,9 +193,17 @@ def test_one_pronoun_for_hero_and_the_other_for_friend():
             text, facts = plot.tell(rng)
             assert facts["he"] != facts["f.he"]
             words = set(re.findall(r"[a-z]+", text.lower()))
-            others = " ".join(value for key, value in facts.items() if key.removeprefix("f.") not in GENDERED)
-            if not literal and not GENDERED & set(others.lower().split()) and facts["f"] not in text:
-                other = {facts["f.he"], facts["f.himself"]} | ({"him"} if facts["f.he"] == "he" else set())
+            others = " ".join(
+                value for key, value in facts.items() if key.removeprefix("f.") not in GENDERED
+            )
+            if (
+                not literal
+                and not GENDERED & set(others.lower().split())
+                and facts["f"] not in text
+            ):
+                other = {facts["f.he"], facts["f.himself"]} | (
+                    {"him"} if facts["f.he"] == "he" else set()
+                )
                 assert not words & other, (plot.name, text)
 
 
@@ -188,7 +218,10 @@ def test_openings_vary(sample):
     share = lambda start: sum(bool(re.match(start, s)) for s in sample) / len(sample)  # noqa: E731
     assert 0.2 < sum("Once upon a time" in s for s in sample) / len(sample) < 0.45
     assert share(r"Let me tell you a") > 0.05
-    assert share(r"Let me tell you a long, magical tale\. Once upon a time, in a faraway land, ") > 0.0005
+    assert (
+        share(r"Let me tell you a long, magical tale\. Once upon a time, in a faraway land, ")
+        > 0.0005
+    )
     assert sum("in a faraway land, " in s for s in sample) / len(sample) > 0.08
     first_words = collections.Counter(" ".join(s.split()[:3]) for s in sample)
     assert len(first_words) > 300
@@ -198,7 +231,8 @@ def test_stories_do_not_repeat_each_other(sample, sentences):
     words = [re.findall(r"[A-Za-z']+", story) for story in sample]
     grams = collections.Counter(tuple(w[i : i + 4]) for w in words for i in range(len(w) - 3))
     assert len(grams) / grams.total() > 0.2
-    # no sentence but a cry like "Splash!" is in more than 2 % of the stories (a plot is in about 1.6 %)
+    # no sentence but a cry like "Splash!" is in more than 2 % of the stories (a plot is in about
+    # 1.6 %)
     many = list(stories(1_000_000, seed=1))
     tellings = collections.Counter(s for story in many for s in set(split(story)))
     commonest = next((n, s) for s, n in tellings.most_common() if len(s.split()) > 3)
@@ -212,7 +246,11 @@ def test_stories_do_not_repeat_each_other(sample, sentences):
 
 def test_the_brackets_of_the_markup_are_balanced():
     tables = (grammar.vocabulary.HEROES, grammar.vocabulary.HELPERS, grammar.vocabulary.PARENTS)
-    for text in [*grammar._TEXTS, *grammar.vocabulary.RULES.values(), *(rows for t in tables for rows in t.values())]:
+    for text in [
+        *grammar._TEXTS,
+        *grammar.vocabulary.RULES.values(),
+        *(rows for t in tables for rows in t.values()),
+    ]:
         count = 1
         while count:
             text, count = re.subn(r"\[[^][<>]*\]|<[^][|<>]*>", "", text)
@@ -220,10 +258,13 @@ def test_the_brackets_of_the_markup_are_balanced():
 
 
 def test_the_primer_tells_who_is_who():
-    """Names are introduced before they are used, he and she fit, and the same seed gives the same tales."""
+    """Names are introduced before they are used, he and she fit, and the same seed gives the same
+    tales."""
     told = list(primer.tales(20_000, seed=0))
     assert told == list(primer.tales(20_000, seed=0)) != list(primer.tales(20_000, seed=1))
     for tale in told[:200]:
         for name in set(primer.GIRLS) & set(re.findall(r"[A-Z][a-z]+", tale)):
             assert not re.search(rf"\b{name} was happy, for he\b|\b{name}\. He\b", tale), tale
-        assert "{" not in tale and 20 < len(tale.split()) < 200 and not re.search(r"\ba [aeiou]", tale)
+        assert (
+            "{" not in tale and 20 < len(tale.split()) < 200 and not re.search(r"\ba [aeiou]", tale)
+        )

@@ -1,4 +1,5 @@
-"""What stories begin with: the same for a seed and an index, each used before one is used again, a tenth held out."""
+"""What stories begin with: the same for a seed and an index, each used before one is used again, a
+tenth held out."""
 
 import os
 import random
@@ -6,7 +7,14 @@ import random
 import pytest
 
 from tinystory.data.builtin import grammar
-from tinystory.data.openings import BUILTIN, BUILTIN_HELD_OUT, LONGEST, Openings, builtin_openings, load_openings
+from tinystory.data.openings import (
+    BUILTIN,
+    BUILTIN_HELD_OUT,
+    LONGEST,
+    Openings,
+    builtin_openings,
+    load_openings,
+)
 from tinystory.run import folder as runlog
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import load_template
@@ -65,13 +73,19 @@ def test_builtin_openings_name_their_hero_and_are_no_story_of_the_corpus():
     openings = builtin_openings()
     assert len(set(openings)) == BUILTIN + BUILTIN_HELD_OUT == len(openings)
     assert all(4 < len(text.split()) <= LONGEST and text[-1] in '.!?"' for text in openings)
-    names = set(" ".join([grammar.vocabulary.GIRLS, grammar.vocabulary.BOYS, grammar.vocabulary.CREATURES]).split())
+    names = set(
+        " ".join(
+            [grammar.vocabulary.GIRLS, grammar.vocabulary.BOYS, grammar.vocabulary.CREATURES]
+        ).split()
+    )
     assert all(names & {word.strip('.,!?"') for word in text.split()} for text in openings)
 
 
 def test_of_the_builtin_openings_two_hundred_are_held_out():
     openings = Openings(load_openings("builtin"), seed=0)
-    assert (len(openings.train), len(openings.held_out)) == (BUILTIN, BUILTIN_HELD_OUT) == (180, 200)
+    assert (
+        (len(openings.train), len(openings.held_out)) == (BUILTIN, BUILTIN_HELD_OUT) == (180, 200)
+    )
     assert not set(openings.held_out) & set(openings.train)
 
 

@@ -18,7 +18,20 @@ from tinystory.data.shards import encode, prepare
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
 
-AWKWARD = [" ", "\n", "\x1c", "\x1f", "\x85", "\u00a0", "\u200b", "\u2028", "\u3000", "\ufeff", " a", "!\x1c!"]
+AWKWARD = [
+    " ",
+    "\n",
+    "\x1c",
+    "\x1f",
+    "\x85",
+    "\u00a0",
+    "\u200b",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+    " a",
+    "!\x1c!",
+]
 AWKWARD += ["a", "é", "猫", "🐈‍⬛", "</s>", "<pad>"]
 TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(AWKWARD)), max_size=12).map("".join)
 
@@ -95,7 +108,9 @@ def test_prepare_holds_every_document_in_order(cache):
             tokens.append(split.tokens[a:b])
             words.append(int(split.words[a:b].sum()))
         texts = [data.tokenizer.decode(ids[:-1]) for ids in tokens]
-        assert all(ids[-1] == data.tokenizer.eos and data.tokenizer.eos not in ids[:-1] for ids in tokens)
+        assert all(
+            ids[-1] == data.tokenizer.eos and data.tokenizer.eos not in ids[:-1] for ids in tokens
+        )
         assert texts == [story for story in STORIES if story in set(texts)]
         assert words == [len(text.split()) for text in texts]
         assert split.word_count == sum(words)
@@ -187,7 +202,9 @@ def test_no_validation_when_none_is_wanted(cache, tokenizer):
 
 def test_a_single_document_can_not_be_split(cache, tokenizer):
     for vocabulary in (tokenizer, None):
-        with pytest.raises(UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"):
+        with pytest.raises(
+            UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"
+        ):
             prepare(corpus_of(["One story."]), vocab_size=300, tokenizer=vocabulary)
     assert list(cache.iterdir()) == []
 
@@ -250,7 +267,9 @@ def test_a_kill_while_building_leaves_nothing_that_looks_whole(cache, tale):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     data = prepare(open_corpus([str(tale)]), vocab_size=400)
-    assert sum(split.word_count for split in (data.train, data.val)) == sum(len(s.split()) for s in STORIES)
+    assert sum(split.word_count for split in (data.train, data.val)) == sum(
+        len(s.split()) for s in STORIES
+    )
 
 
 def test_two_processes_that_build_at_once_agree(cache, tale):
@@ -281,7 +300,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_the_command_says_what_is_in_a_corpus(cache, tmp_path, tale):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--vocab-size", "400", "--corpus"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "prepare_data.py",
+        "--vocab-size",
+        "400",
+        "--corpus",
+    ]
     process = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     data = prepare(open_corpus([str(tale)]), vocab_size=400)
@@ -289,5 +314,11 @@ def test_the_command_says_what_is_in_a_corpus(cache, tmp_path, tale):
         for number in (len(split.offsets) - 1, split.word_count, len(split)):
             assert f" {number:,} " in process.stdout
     assert str(data.path) in process.stdout
-    wrong = subprocess.run([*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    wrong = subprocess.run(
+        [*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True
+    )
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.startswith("error: ")
+        and wrong.stderr.count("\n") == 1
+    )

@@ -12,11 +12,19 @@ from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import MAX_TOKEN_BYTES, SPECIALS, Tokenizer
 from tinystory.run.errors import UserError
 
-EXOTIC = ["Ça va déjà? ça va déjà!", "猫が 猫が 好きです", "🐈‍⬛🐈‍⬛ 👨‍👩‍👧", "a\u00a0b\u3000d", "1½ ٣٤ 12345"]
+EXOTIC = [
+    "Ça va déjà? ça va déjà!",
+    "猫が 猫が 好きです",
+    "🐈‍⬛🐈‍⬛ 👨‍👩‍👧",
+    "a\u00a0b\u3000d",
+    "1½ ٣٤ 12345",
+]
 
 # Any Unicode, and much of what a split or a byte-level BPE could trip over.
 RUN = st.integers(1, 200).map(lambda n: " " * n)
-TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(AWKWARD), RUN), max_size=12).map("".join)
+TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(AWKWARD), RUN), max_size=12).map(
+    "".join
+)
 
 BYTES = len(SPECIALS) + 256  # the smallest vocabulary
 
@@ -28,7 +36,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def reference(tokenizer) -> tokenizers.Tokenizer:
-    """The `tokenizers` library with the file that we save, set to treat special tokens in a document as text."""
+    """The `tokenizers` library with the file that we save, set to treat special tokens in a
+    document as text."""
     reference = tokenizers.Tokenizer.from_str(tokenizer.json)
     reference.encode_special_tokens = True
     return reference
@@ -44,15 +53,24 @@ def test_same_ids_as_tokenizers_and_back_to_the_same_text(tokenizer, reference, 
 
 
 def test_every_unicode_character_splits_alike_in_both_libraries(tokenizer, reference):
-    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]  # planes 4 to 13 and 15 on are empty
-    texts = ["".join(f"a{chr(c)} {chr(c)}1" for c in codes[at : at + 256]) for at in range(0, len(codes), 256)]
-    encoded = zip(texts, map(tokenizer.encode_array, texts), reference.encode_batch_fast(texts), strict=True)
+    # planes 4 to 13 and 15 on are empty
+    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
+    texts = [
+        "".join(f"a{chr(c)} {chr(c)}1" for c in codes[at : at + 256])
+        for at in range(0, len(codes), 256)
+    ]
+    encoded = zip(
+        texts, map(tokenizer.encode_array, texts), reference.encode_batch_fast(texts), strict=True
+    )
     for text, ours, theirs in encoded:
         assert ours.tolist() == theirs.ids
         assert tokenizer.decode(ours) == text
 
 
-@given(documents=st.lists(st.text("aab' é", min_size=1, max_size=200), min_size=1, max_size=5), text=st.text("aab' é"))
+@given(
+    documents=st.lists(st.text("aab' é", min_size=1, max_size=200), min_size=1, max_size=5),
+    text=st.text("aab' é"),
+)
 def test_same_ids_whatever_the_merges(documents, text):
     ours = Tokenizer.train(documents, 400)
     theirs = tokenizers.Tokenizer.from_str(ours.json)
@@ -68,7 +86,9 @@ def test_a_story_in_the_corpus_language_takes_few_tokens(tokenizer):
 def test_specials_are_distinct_and_first(tokenizer):
     assert tokenizer.specials == {name: id for id, name in enumerate(SPECIALS)}
     assert [tokenizer.bos, tokenizer.pad, tokenizer.eos] == [0, 1, 2]
-    assert [tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id(name) for name in SPECIALS] == [0, 1, 2, 3, 4]
+    assert [
+        tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id(name) for name in SPECIALS
+    ] == [0, 1, 2, 3, 4]
 
 
 def test_decode_drops_specials_and_marks_broken_characters(tokenizer):
@@ -104,7 +124,9 @@ def test_no_token_is_longer_than_a_word_count_can_hold(capsys):
     assert longest.encode(text) == tokenizers.Tokenizer.from_str(longest.json).encode(text).ids
 
 
-@pytest.mark.parametrize("text", ["x" * 300_000, " " * 300_000, "\n" * 300_000 + "x", "?!" * 150_000])
+@pytest.mark.parametrize(
+    "text", ["x" * 300_000, " " * 300_000, "\n" * 300_000 + "x", "?!" * 150_000]
+)
 def test_long_runs_neither_overflow_nor_take_for_ever(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -127,7 +149,10 @@ def test_save_and_load(tokenizer, tmp_path):
 
 
 def _swap_merges(spec):
-    spec["model"]["merges"][0], spec["model"]["merges"][-1] = spec["model"]["merges"][-1], spec["model"]["merges"][0]
+    spec["model"]["merges"][0], spec["model"]["merges"][-1] = (
+        spec["model"]["merges"][-1],
+        spec["model"]["merges"][0],
+    )
 
 
 def _leave_a_gap(spec):
@@ -163,7 +188,9 @@ def test_a_foreign_tokenizer_is_refused(tokenizer, tmp_path, complaint):
         Tokenizer.load(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": 3}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": 3}']
+)
 def test_a_broken_file_is_refused(tmp_path, data):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
@@ -180,7 +207,9 @@ def test_random_damage_never_escapes_as_another_error(tokenizer, tmp_path):
     for _ in range(60):
         data = bytearray(tokenizer.json.encode())
         at = rng.randrange(len(data))
-        data[at : at + rng.randrange(1, 40)] = bytes(rng.randrange(256) for _ in range(rng.randrange(5)))
+        data[at : at + rng.randrange(1, 40)] = bytes(
+            rng.randrange(256) for _ in range(rng.randrange(5))
+        )
         path.write_bytes(data)
         with contextlib.suppress(UserError):  # the damaged bytes may also be ones without effect
             Tokenizer.load(path)

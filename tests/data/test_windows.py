@@ -9,7 +9,8 @@ from tinystory.run.errors import UserError
 
 EOS = 0
 PACKING = st.sampled_from(["whole", "stream"])
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)  # of documents, in tokens, with their end
+# of documents, in tokens, with their end
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
 def file_of(lengths: list[int]) -> TokenFile:
@@ -21,7 +22,9 @@ def file_of(lengths: list[int]) -> TokenFile:
 
 
 @given(lengths=LENGTHS, context=st.integers(2, 30), packing=PACKING, seed=st.integers(0, 9))
-def test_every_token_is_packed_once_and_no_two_sequences_could_be_one(lengths, context, packing, seed):
+def test_every_token_is_packed_once_and_no_two_sequences_could_be_one(
+    lengths, context, packing, seed
+):
     file = file_of(lengths)
     cut = pieces(file, context, packing)
     packed = pack(cut, context, np.random.default_rng(seed).permutation(len(cut)))
@@ -52,9 +55,14 @@ def test_a_document_that_fits_is_read_whole_and_after_an_end(lengths, context, s
 def test_an_epoch_holds_every_sequence_in_an_order_of_its_own():
     file = file_of([9, 4, 30, 7, 12, 12, 5, 8, 21, 3] * 4)
     windows = Windows(file, 16, 1, 0, "whole")
-    reads = [[tuple(windows.batch(e * windows.count + i)[0][0].tolist()) for i in range(windows.count)] for e in (0, 1)]
+    reads = [
+        [tuple(windows.batch(e * windows.count + i)[0][0].tolist()) for i in range(windows.count)]
+        for e in (0, 1)
+    ]
     again = Windows(file, 16, 1, 0, "whole")
-    assert [tuple(again.batch(windows.count + i)[0][0].tolist()) for i in range(windows.count)] == reads[1]
+    assert [
+        tuple(again.batch(windows.count + i)[0][0].tolist()) for i in range(windows.count)
+    ] == reads[1]
     assert reads[0] != reads[1] and len(set(reads[0])) == windows.count
     for read in reads:
         assert {token for row in read for token in row} == set(file.tokens.tolist())
@@ -77,5 +85,7 @@ def test_a_stream_is_cut_every_so_many_tokens_whatever_the_documents():
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 def test_less_than_one_sequence_is_refused(packing):
-    with pytest.raises(UserError, match="16 tokens to train on, fewer than one sequence of --context 16"):
+    with pytest.raises(
+        UserError, match="16 tokens to train on, fewer than one sequence of --context 16"
+    ):
         Windows(file_of([9, 7]), 16, 1, 0, packing)

@@ -1,4 +1,5 @@
-"""Calibration: teachers that are known are called what they are, and stories of known order are what they say."""
+"""Calibration: teachers that are known are called what they are, and stories of known order are
+what they say."""
 
 import random
 from collections import Counter
@@ -10,9 +11,25 @@ from fault_server import FaultServer
 
 from scripts import doctor
 from tinystory.config import InteractConfig
-from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, calibrate, calibrated, require, verdict, wins
+from tinystory.evaluate.calibration import (
+    CHEAP,
+    CHEAP_KINDS,
+    calibrate,
+    calibrated,
+    require,
+    verdict,
+    wins,
+)
 from tinystory.evaluate.coreference import unseen_stories
-from tinystory.evaluate.corruptions import CORRUPTIONS, KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
+from tinystory.evaluate.corruptions import (
+    CORRUPTIONS,
+    KINDS,
+    REAL,
+    SENTENCES,
+    WORDS,
+    known_stories,
+    split_sentences,
+)
 from tinystory.run.errors import UserError
 from tinystory.teacher.grader import open_grader
 
@@ -48,7 +65,11 @@ def by_opening():
 
 def test_each_kind_is_what_it_says():
     counts = Counter(each.kind for each in STORIES)
-    assert set(counts) == set(KINDS) and max(counts.values()) == CHEAP and min(counts.values()) > CHEAP / 2
+    assert (
+        set(counts) == set(KINDS)
+        and max(counts.values()) == CHEAP
+        and min(counts.values()) > CHEAP / 2
+    )
     for texts in by_opening():
         real = texts[REAL]
         sentences = split_sentences(real)
@@ -58,17 +79,23 @@ def test_each_kind_is_what_it_says():
         assert all(texts[kind] != real for kind in CORRUPTIONS if kind in texts)
     assert len({each.story for each in STORIES if each.kind == "essay: full marks"}) == CHEAP
     lengths = [len(each.story.split()) for each in STORIES if each.kind == REAL]
-    assert min(lengths) < 75 and max(lengths) > 120  # without a spread no bias by length could be seen
+    # without a spread no bias by length could be seen
+    assert min(lengths) < 75 and max(lengths) > 120
 
 
 def test_of_another_story_there_is_the_second_half():
     for texts in by_opening():
         sentences = split_sentences(texts[REAL])
         first, ending = " ".join(sentences[: len(sentences) // 2]), " ".join(sentences[-2:])
-        assert texts["halves of two stories"].startswith(first) and ending not in texts["halves of two stories"]
+        assert (
+            texts["halves of two stories"].startswith(first)
+            and ending not in texts["halves of two stories"]
+        )
 
 
-@pytest.mark.parametrize("kind, least", [("30 % of nouns replaced", 0.005), ("10 % of words replaced", 0.03)])
+@pytest.mark.parametrize(
+    "kind, least", [("30 % of nouns replaced", 0.005), ("10 % of words replaced", 0.03)]
+)
 def test_some_words_are_replaced_and_all_others_stay(kind, least):
     parts = []
     for texts in by_opening():
@@ -114,8 +141,12 @@ def test_the_area_counts_ties_as_one_half():
 def test_a_teacher_that_knows_gets_every_pair_right():
     result = calibrate(knowing, STORIES)
     assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
-    assert result["kinds"][REAL]["mean"] == 1 and result["range"] == [0, 1] and result["unscored"] == 0
-    assert verdict(result).startswith("puts a story above shuffled words with probability 1.00 [0.8")
+    assert (
+        result["kinds"][REAL]["mean"] == 1 and result["range"] == [0, 1] and result["unscored"] == 0
+    )
+    assert verdict(result).startswith(
+        "puts a story above shuffled words with probability 1.00 [0.8"
+    )
 
 
 # Teachers are called what they are
@@ -162,29 +193,39 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert "judgement  the teacher cannot tell a story" in printed and "generic sentences" in printed
+    assert (
+        "judgement  the teacher cannot tell a story" in printed and "generic sentences" in printed
+    )
     known = known_stories(unseen_stories(1500), 12)
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
 
 
 def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", lambda: [])
-    line = fails(doctor.main, ["--reward", "random", "--calibrate", "--require-judgement", "0.9"], capsys)
+    line = fails(
+        doctor.main, ["--reward", "random", "--calibrate", "--require-judgement", "0.9"], capsys
+    )
     assert "--require-judgement 0.9: the teacher" in line and "choose another" in line
 
 
-def test_the_doctor_calibrates_the_builtin_teacher_and_a_reader_side_by_side(capsys, monkeypatch, tmp_path):
+def test_the_doctor_calibrates_the_builtin_teacher_and_a_reader_side_by_side(
+    capsys, monkeypatch, tmp_path
+):
     class Reader:
         def __init__(self, name):
             assert name == "mine"
 
         def sense(self, stories):
-            return np.array([float("nan") if story == "" else -len(set(story.split())) for _, story in stories])
+            return np.array(
+                [float("nan") if story == "" else -len(set(story.split())) for _, story in stories]
+            )
 
     monkeypatch.setattr(doctor, "machine", lambda: [])
     monkeypatch.setattr(doctor, "Reader", Reader)
     (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
-    doctor.main(["--calibrate", "--reader", "mine", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
+    doctor.main(
+        ["--calibrate", "--reader", "mine", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")]
+    )
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if "mine" in line)
     assert "built-in teacher" in header
@@ -199,15 +240,21 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
             result = calibrated(config, grader)["calibration"]
             asked = len(server.requests)
-        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:  # resumed: nothing anew
-            assert calibrated(config, grader)["calibration"] == result and len(server.requests) == asked
+        # resumed: nothing anew
+        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+            assert (
+                calibrated(config, grader)["calibration"] == result
+                and len(server.requests) == asked
+            )
             config.require_judgement = 0.7
             with pytest.raises(UserError, match="cannot tell a story"):
                 calibrated(config, grader)
             config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader) == {}
     assert "calibration: the teacher cannot tell a story" in capsys.readouterr().out
-    assert result["verdict"].startswith("cannot tell a story") and result["stories"] == CHEAP * len(CHEAP_KINDS)
+    assert result["verdict"].startswith("cannot tell a story") and result["stories"] == CHEAP * len(
+        CHEAP_KINDS
+    )
 
 
 def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):

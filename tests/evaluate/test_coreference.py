@@ -1,4 +1,5 @@
-"""Coreference, measured on a student that knows, on one that does not, and on text without names and pronouns."""
+"""Coreference, measured on a student that knows, on one that does not, and on text without names
+and pronouns."""
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_chance_and_certainty(names_tokenizer, monkeypatch):
     assert blind["repeated_name"] < 0.05 < 3 * blind["introduced_name"] < 0.5
     oracle.sure = 30.0
     sure = coreference(oracle, names_tokenizer, stories)
-    assert sure["repeated_name"] > 0.95 and sure["introduced_name"] > 0.95 and sure["he_or_she"] > 0.95
+    assert (
+        sure["repeated_name"] > 0.95 and sure["introduced_name"] > 0.95 and sure["he_or_she"] > 0.95
+    )
     assert (sure["names"], sure["pronouns"]) == (blind["names"], blind["pronouns"])
 
 

@@ -33,4 +33,7 @@ def test_intervals():
     )
     sample = np.random.default_rng(0).normal(size=400)
     low, high = bootstrap(lambda rows: float(sample[rows].mean()), 400)
-    assert high - low == pytest.approx(2 * 1.96 * sample.std() / 20, rel=0.1) and low < sample.mean() < high
+    assert (
+        high - low == pytest.approx(2 * 1.96 * sample.std() / 20, rel=0.1)
+        and low < sample.mean() < high
+    )

@@ -12,7 +12,17 @@ from fault_server import FaultServer
 import train_interact
 from scripts import evaluate
 from tinystory.evaluate import second_judge
-from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
+from tinystory.evaluate.second_judge import (
+    AFTER,
+    BEFORE,
+    BEST_OF_N,
+    COLDER,
+    GROUPS,
+    REAL,
+    conclusion,
+    gain,
+    summary,
+)
 from tinystory.evaluate.stories import best_of_n
 from tinystory.report.judges import judged_rows
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
@@ -26,7 +36,10 @@ class Reader:
 
     def sense(self, stories):
         return np.array(
-            [-np.mean([len(word) for word in text.split()]) if text.split() else np.nan for _, text in stories]
+            [
+                -np.mean([len(word) for word in text.split()]) if text.split() else np.nan
+                for _, text in stories
+            ]
         )
 
 
@@ -60,15 +73,23 @@ def run(place, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
     drawn = []  # scores by the teacher
-    monkeypatch.setattr(second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1])
+    monkeypatch.setattr(
+        second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
+    )
     evaluate.main(["--judge", str(run), str(run), *trusted(place)])
     printed = capsys.readouterr().out
-    assert "2 runs together" in printed and "not the teacher" in printed and printed.count("real stories") >= 3
+    assert (
+        "2 runs together" in printed
+        and "not the teacher" in printed
+        and printed.count("real stories") >= 3
+    )
     records = list(read_records(run / JUDGED))
     evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}
     assert all(len(group) == len(evaluations) == 4 for group in by_group.values())
-    assert [record["story"] for record in by_group[BEFORE]] == [record["story"] for record in evaluations]
+    assert [record["story"] for record in by_group[BEFORE]] == [
+        record["story"] for record in evaluations
+    ]
     openings = [record["opening"] for record in evaluations]
     for name in (AFTER, *COLDER, BEST_OF_N):
         assert [record["opening"] for record in by_group[name]] == openings
@@ -85,13 +106,17 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
 
 def test_interaction_judges_at_its_end_if_asked(place, run, capsys):
     assert not (run / JUDGED).exists()
-    train_interact.main(["--out", str(run), "--resume", *trusted(place)[:2], "--reader", "short-words"])
+    train_interact.main(
+        ["--out", str(run), "--resume", *trusted(place)[:2], "--reader", "short-words"]
+    )
     assert "not the teacher" in capsys.readouterr().out and (run / JUDGED).exists()
 
 
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(evaluate.main, ["--judge", str(run), *trusted(place)], capsys)
+    assert "give a finished interaction" in fails(
+        evaluate.main, ["--judge", str(run), *trusted(place)], capsys
+    )
 
 
 def change_config(run, **options):
@@ -100,10 +125,14 @@ def change_config(run, **options):
     (run / "config.json").write_text(json.dumps(config))
 
 
-def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(place, run, capsys, monkeypatch):
+def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
+    place, run, capsys, monkeypatch
+):
     """Until the user names anew what it asks for."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    (run / "evil.py").write_text("open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n")
+    (run / "evil.py").write_text(
+        "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
+    )
     judge = ["--judge", str(run), "--reader", "short-words"]
     change_config(run, reward=f"{run / 'evil.py'}:f")
     assert "add exactly that to the command" in fails(evaluate.main, judge, capsys)
@@ -112,7 +141,9 @@ def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(pl
     with FaultServer() as server:
         change_config(run, reward="", teacher_url=[server.url])
         assert f"asks for --teacher-url {server.url}, which" in fails(evaluate.main, judge, capsys)
-        assert server.url in fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
+        assert server.url in fails(
+            train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys
+        )
         assert not server.seen
     change_config(run, teacher_url=[])
     line = fails(evaluate.main, judge, capsys)
@@ -126,9 +157,21 @@ def judged(**senses):
     """Records of stories whose sense is this mean and some noise, the same for all groups."""
     noise = np.random.default_rng(0).normal(0, 0.1, 40)
     noise -= noise.mean()
-    groups = {BEFORE: -1.2, AFTER: -0.8, COLDER[0]: -1.1, COLDER[1]: -1.1, BEST_OF_N: -1.1, REAL: -0.7} | senses
+    groups = {
+        BEFORE: -1.2,
+        AFTER: -0.8,
+        COLDER[0]: -1.1,
+        COLDER[1]: -1.1,
+        BEST_OF_N: -1.1,
+        REAL: -0.7,
+    } | senses
     return [
-        {"group": name, "index": i, "score": 5 + value, "sense": mean + value * (1 if name == AFTER else -1)}
+        {
+            "group": name,
+            "index": i,
+            "score": 5 + value,
+            "sense": mean + value * (1 if name == AFTER else -1),
+        }
         for name, mean in groups.items()
         for i, value in enumerate(noise)
     ]
@@ -165,13 +208,17 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
     for record in records:
         record["score"] = None
     table = summary(records, "score")
-    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(judged_rows(records)) == 1 + len(GROUPS)
+    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(
+        judged_rows(records)
+    ) == 1 + len(GROUPS)
     assert json.dumps(judged_rows(records))
 
 
 def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
     text = (ROOT / "docs/teachers.md").read_text()
-    (tmp_path / "my_judges.py").write_text(re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1])
+    (tmp_path / "my_judges.py").write_text(
+        re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
+    )
     monkeypatch.setattr("tinystory.evaluate.reader.Reader", lambda: Reader("short-words"))
     monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
     score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]

@@ -1,4 +1,5 @@
-"""Statistics of stories: n-grams, story clusters, scores, what is copied; and files of stories by anybody."""
+"""Statistics of stories: n-grams, story clusters, scores, what is copied; and files of stories by
+anybody."""
 
 import json
 import sys
@@ -37,10 +38,16 @@ def test_distinct_ngrams_tell_collapse():
 
 def test_clusters_count_stories_told_again():
     scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
-    cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
+    cake = (
+        "A baker made one huge cake but nobody came so all the mice of that town had some instead."
+    )
     again = scarf.replace("Tom", "Mia").replace("red", "blue")
     assert cluster_sizes([scarf, cake, again, scarf]) == [3, 1]
-    assert cluster_sizes([scarf] * 5) == [5] and cluster_sizes([]) == [] and cluster_sizes([cake, scarf]) == [1, 1]
+    assert (
+        cluster_sizes([scarf] * 5) == [5]
+        and cluster_sizes([]) == []
+        and cluster_sizes([cake, scarf]) == [1, 1]
+    )
     assert cluster_sizes([scarf, again], threshold=0.9) == [1, 1]
     assert cluster_sizes(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
 
@@ -85,13 +92,17 @@ def test_story_measures(student, tokenizer, tmp_path):
                 grades.append(Grade(scores, sum(scores.values()) / 9) if i else Grade(None, None))
             return grades
 
-    sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
+    sampling = dict(
+        openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3
+    )
     stories = write_stories(student, tokenizer, **sampling)
     assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
     measures = story_measures(stories, grader=Scorer({}), corpus=corpus)
     assert measures["stories"] == 9 and measures["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
-    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures["coherence_mean"] == pytest.approx(4 / 7)
+    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures[
+        "coherence_mean"
+    ] == pytest.approx(4 / 7)
     assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
     assert 0 <= measures["copied_share"] <= 1 and 0 <= measures["ended_eos_share"] <= 1
     plain = story_measures(stories)
@@ -101,19 +112,28 @@ def test_story_measures(student, tokenizer, tmp_path):
         and "copied_share" not in plain
     )
     assert write_stories(student, tokenizer, **sampling | {"seed": 4}) != stories
-    silent = story_measures(stories, grader=CallableGrader(lambda openings, stories: [None] * len(stories), ""))
+    silent = story_measures(
+        stories, grader=CallableGrader(lambda openings, stories: [None] * len(stories), "")
+    )
     assert silent["score_mean"] is None and silent["unscored"] == 9
     assert plain["story_clusters_10"] is None  # too few stories to an opening
-    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
+    # ten to the first, nine
+    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})
     ten = story_measures(nineteen, grader=Scorer({}))
     assert 1 <= ten["story_clusters_10"] <= 10
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_counts_the_stories_on_a_terminal_alone(student, tokenizer, capsys, monkeypatch, terminal):
+def test_a_bar_counts_the_stories_on_a_terminal_alone(
+    student, tokenizer, capsys, monkeypatch, terminal
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(generate, "tqdm", lambda **options: tqdm(**options | dict(delay=0, mininterval=0)))
-    write_stories(student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0)
+    monkeypatch.setattr(
+        generate, "tqdm", lambda **options: tqdm(**options | dict(delay=0, mininterval=0))
+    )
+    write_stories(
+        student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0
+    )
     assert ("stories: 100%" in capsys.readouterr().err) == terminal
 
 
@@ -123,7 +143,7 @@ def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
     assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
-# ---- stories by anybody ---------------------------------------------------------------------------------------------
+# ---- stories by anybody --------------------------------------------------------------------------
 
 
 def write_samples_file(path, stories):
@@ -131,9 +151,12 @@ def write_samples_file(path, stories):
     return path
 
 
-def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
+def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(
+    student, tokenizer, tmp_path
+):
     path = write_samples_file(
-        tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
+        tmp_path / "a.jsonl",
+        [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2,
     )
     assert read_samples(path) == [Sample("Once", "a big dog ran.")] * 2
     measures = story_measures(read_samples(path))
@@ -141,13 +164,23 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     assert "ended_eos_share" not in measures
     # A student's own stories, by way of a file, have the same measures.
     samples = write_stories(
-        student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
+        student,
+        tokenizer,
+        openings=["Tom", "Mia had"],
+        n_stories=20,
+        max_new_tokens=12,
+        temperature=1.0,
+        seed=0,
     )
-    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples])
+    write_samples_file(
+        path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples]
+    )
     assert story_measures(read_samples(path)) == story_measures(samples)
 
 
-@pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
+@pytest.mark.parametrize(
+    "line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n']
+)
 def test_a_file_without_stories_is_one_sentence(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="line 1 lacks an opening and a story"):

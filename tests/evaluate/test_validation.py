@@ -32,7 +32,10 @@ def test_validation_of_whole_documents_counts_each_token_once():
     torch.manual_seed(0)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
     lengths = [3, 5, 8, 2, 11]
-    tokens, offsets = torch.randint(1, 64, (sum(lengths),)).numpy(), np.array([0, *np.cumsum(lengths)])
+    tokens, offsets = (
+        torch.randint(1, 64, (sum(lengths),)).numpy(),
+        np.array([0, *np.cumsum(lengths)]),
+    )
     tokens[offsets[1:] - 1] = 0
     file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets)
     nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
@@ -40,7 +43,10 @@ def test_validation_of_whole_documents_counts_each_token_once():
     # The longest is cut after eight tokens; its rest goes before the two that fit beside it.
     total = 0.0
     for parts in ([(0, 3), (3, 8)], [(8, 16)], [(18, 26)], [(26, 29), (16, 18)]):
-        row = [int(tokens[parts[0][0] - 1]), *(int(t) for part in parts for t in tokens[slice(*part)])]
+        row = [
+            int(tokens[parts[0][0] - 1]),
+            *(int(t) for part in parts for t in tokens[slice(*part)]),
+        ]
         logprobs = student(torch.tensor([row[:-1]])).log_softmax(-1)[0]
         total -= float(logprobs[torch.arange(len(row) - 1), row[1:]].detach().sum())
     assert nats == pytest.approx(total / len(tokens))

@@ -1,5 +1,5 @@
-"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers die; and the report
-of a run that goes on reloads itself there.
+"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers
+die; and the report of a run that goes on reloads itself there.
 
 It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
 """
@@ -21,11 +21,15 @@ from tinystory.run.folder import JUDGED, RunLog, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'tinystory[test]'")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"
+    ),
 ]
 EVIL = "&lt;b&gt;<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
 PATIENCE_MS = 600_000  # of a busy machine
@@ -75,8 +79,11 @@ def press(page, keys: str, before: str) -> None:
     """Press keys, and wait until the page shows something else."""
     for key in keys:
         page.keyboard.press(key)
-    page.wait_for_function("before => document.getElementById('story').hidden || "
-                           "document.getElementById('tale').textContent !== before", arg=before)  # fmt: skip
+    page.wait_for_function(
+        "before => document.getElementById('story').hidden || "
+        "document.getElementById('tale').textContent !== before",
+        arg=before,
+    )
 
 
 def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the_first_page_says_what_it_is(
@@ -91,10 +98,14 @@ def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the
         page.get_by_label("Your name").fill("ada")
         page.keyboard.press("Enter")
         with Teacher(f"http://127.0.0.1:{port}/v1") as teacher:
-            teacher.submit(Question("Once upon a time,", "a little girl went to the park. " * 13, 0))
+            teacher.submit(
+                Question("Once upon a time,", "a little girl went to the park. " * 13, 0)
+            )
             page.wait_for_selector("#story:not([hidden])")
-            bottoms = page.evaluate("[...document.querySelectorAll('fieldset, #tale, #story nav')].map("
-                                    "each => each.getBoundingClientRect().bottom)")  # fmt: skip
+            bottoms = page.evaluate(
+                "[...document.querySelectorAll('fieldset, #tale, #story nav')].map("
+                "each => each.getBoundingClientRect().bottom)"
+            )
         assert len(bottoms) == len(CRITERIA) + 2 and max(bottoms) <= 800
     finally:
         server.kill()
@@ -106,19 +117,41 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     url, kept = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "grades.jsonl"
     server = start(tmp_path, port)
     command = [
-        sys.executable, str(ROOT / "train_interact.py"), "--init", str(place / "p"), "--out", "runs/interact",
-        "--teacher-url", f"{url}/v1", "--stories-per-step", "8", "--steps", "2", "--eval-every", "0",
-        "--eval-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--opening", "Once",
-        "--device", "cpu",
-    ]  # fmt: skip
-    trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sys.executable,
+        str(ROOT / "train_interact.py"),
+        "--init",
+        str(place / "p"),
+        "--out",
+        "runs/interact",
+        "--teacher-url",
+        f"{url}/v1",
+        "--stories-per-step",
+        "8",
+        "--steps",
+        "2",
+        "--eval-every",
+        "0",
+        "--eval-stories",
+        "2",
+        "--max-new-tokens",
+        "16",
+        "--max-unscored",
+        "0.5",
+        "--opening",
+        "Once",
+        "--device",
+        "cpu",
+    ]
+    trainer = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         page.goto(url)
         page.fill("#name", "ada")
         page.keyboard.press("Enter")
         seen = []
-        # 2 looks of 2 stories, and 2 steps of 8. The last look tells a story again that has not changed since the
-        # first: nobody is asked about it.
+        # 2 looks of 2 stories, and 2 steps of 8. The last look tells a story again that has not
+        # changed since the first: nobody is asked about it.
         for number in range(20):
             story = read(page, trainer)
             if not story:
@@ -128,7 +161,9 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
             if number == 4:  # a slip of the finger, and the way back
                 press(page, "000", story)
                 page.keyboard.press("b")
-                page.wait_for_function("before => document.getElementById('tale').textContent === before", arg=story)
+                page.wait_for_function(
+                    "before => document.getElementById('tale').textContent === before", arg=story
+                )
                 press(page, "321", story)
             elif number == 7:
                 press(page, "s", story)
@@ -160,10 +195,14 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     for grade in grades:
         by_story.setdefault(grade["story"], []).append(grade)
     assert len(seen) >= 16 and len(grades) == len(seen) + 1
-    assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]  # only the slip came twice
+    # only the slip came twice
+    assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]
     run = tmp_path / "runs" / "interact"
     stories = list(read_stories(run))
-    assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in ([1, 0], [0, 1])
+    assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in (
+        [1, 0],
+        [0, 1],
+    )
     for story in stories:  # what was said last is what was learned; of nothing nobody is asked
         grade = by_story.get(clean(story["story"]))
         assert story["scores"] == (grade[-1]["scores"] if grade else dict.fromkeys(CRITERIA, 0))
@@ -180,13 +219,16 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
     asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]])"
     story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200 + EVIL
-    client = subprocess.Popen([sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT)
+    client = subprocess.Popen(
+        [sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT
+    )
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE_MS)
     try:
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}/?who=ada")
-        assert clean(EVIL) in read(page, client) and page.title() != "caught"  # a story is text: &lt; stays so
+        # a story is text: &lt; stays so
+        assert clean(EVIL) in read(page, client) and page.title() != "caught"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.keyboard.press("2")
         assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")
@@ -195,7 +237,8 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         if folder := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=f"{folder}/teach_{width}_{scheme}.png", full_page=True)
         page.keyboard.press("p")
-        page.locator("#resting", has_text="Paused").wait_for(state="attached")  # by no eval, which the page forbids
+        # by no eval, which the page forbids
+        page.locator("#resting", has_text="Paused").wait_for(state="attached")
     finally:
         context.close()
         for process in (client, server):
@@ -215,7 +258,9 @@ def test_the_report_of_a_run_that_goes_on_reloads_itself(browser, tmp_path, monk
             log.metrics(step=1, reward_mean=0.5, rollout_s=30.0)
             write_report(tmp_path, live=True)
             page.goto((tmp_path / "report.html").as_uri())
-            assert "1 step" in page.text_content("p.note") and "about 4 min left" in page.text_content("p.note")
+            assert "1 step" in page.text_content(
+                "p.note"
+            ) and "about 4 min left" in page.text_content("p.note")
             log.metrics(step=2, reward_mean=0.6, rollout_s=30.0)
             write_report(tmp_path, live=True)
             page.wait_for_selector("text=2 steps")
@@ -236,12 +281,21 @@ def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
         log.config({"device": "cpu", "student": {"parameters": 10**6, "corpus": ["x" * 80]}})
         log.metrics(step=1, reward_mean=0.5, held_out_reward=0.5)
         log.stories([story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)])
-        log.evaluations([story_record(step, i, scores={"readability": 2}) for step in (0, 1) for i in range(9)])
-        log._append(JUDGED, [dict(group="before, best of 4 by the teacher", index=0, score=5, sense=None)])
+        log.evaluations(
+            [story_record(step, i, scores={"readability": 2}) for step in (0, 1) for i in range(9)]
+        )
+        log._append(
+            JUDGED, [dict(group="before, best of 4 by the teacher", index=0, score=5, sense=None)]
+        )
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(f"file://{write_report(tmp_path)}")
     for folded in page.query_selector_all("details"):
         folded.evaluate("element => element.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.evaluate("(table => table.scrollWidth - table.clientWidth)(document.querySelector('.hero .wide'))") == 0
+    assert (
+        page.evaluate(
+            "(table => table.scrollWidth - table.clientWidth)(document.querySelector('.hero .wide'))"
+        )
+        == 0
+    )
     assert page.locator(".clusters i").count() == 31

@@ -1,4 +1,5 @@
-"""The desk: every story is asked about once, every grade is kept, and none is handed in while there is a way back."""
+"""The desk: every story is asked about once, every grade is kept, and none is handed in while there
+is a way back."""
 
 import asyncio
 import json
@@ -108,7 +109,9 @@ def test_the_way_back_leads_to_the_story_before_until_all_are_handed_in(tmp_path
         grade(desk, "ada"), grade(desk, "ada")
         desk.do("ada", "back", {})
         item = desk.state()["item"]
-        assert item["story"] == "b" and item["scores"] == GOOD and item["again"] and not item["late"]
+        assert (
+            item["story"] == "b" and item["scores"] == GOOD and item["again"] and not item["late"]
+        )
         desk.do("ada", "back", {})
         assert grade(desk, "ada", POOR) == "a" and grade(desk, "ada") == "c"
         await later(desk, clock)
@@ -176,7 +179,15 @@ def test_a_trainer_that_hangs_up_takes_its_story_along_and_no_grade_is_lost(tmp_
 
 
 @pytest.mark.parametrize(
-    "scores", [None, {}, {**GOOD, "humour": 1}, {**GOOD, "coherence": 4}, {**GOOD, "coherence": True}, [3, 2, 1]]
+    "scores",
+    [
+        None,
+        {},
+        {**GOOD, "humour": 1},
+        {**GOOD, "coherence": 4},
+        {**GOOD, "coherence": True},
+        [3, 2, 1],
+    ],
 )
 def test_what_is_no_grade_is_not_kept(tmp_path, scores):
     async def scene(desk, clock):
@@ -198,7 +209,9 @@ def test_what_the_next_start_would_refuse_is_not_kept(tmp_path, more):
         await asked(desk, "a")
         item = {**desk.state()["item"], "scores": GOOD, **more}
         with pytest.raises(Refused):
-            desk.do("ada", "grade", item | {"key": desk.key(str(item["opening"]), str(item["story"]))})
+            desk.do(
+                "ada", "grade", item | {"key": desk.key(str(item["opening"]), str(item["story"]))}
+            )
 
     run(scene, tmp_path)
     assert lines(tmp_path) == []
@@ -208,7 +221,11 @@ def test_other_criteria_make_another_question(tmp_path):
     humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     desk = Desk(tmp_path / "grades.jsonl", humour)
     other = Desk(tmp_path / "others.jsonl", Template())
-    assert desk.key("Once", "a") != other.key("Once", "a") == Desk(tmp_path / "x.jsonl", Template()).key("Once", "a")
+    assert (
+        desk.key("Once", "a")
+        != other.key("Once", "a")
+        == Desk(tmp_path / "x.jsonl", Template()).key("Once", "a")
+    )
 
 
 def test_a_file_of_something_else_is_the_users_error(tmp_path):

@@ -80,15 +80,28 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
         probe = teacher.probes()[0]
         assert probe.model == HUMAN and probe.scored
-        assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
+        # the probe bothered nobody
+        assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
-        futures = [teacher.submit(Question("Once upon a time,", story, i)) for i, story in enumerate(stories)]
+        futures = [
+            teacher.submit(Question("Once upon a time,", story, i))
+            for i, story in enumerate(stories)
+        ]
         given = {}
-        for scores in ({"readability": 3, "coherence": 2, "creativity": 1}, None, dict.fromkeys(Template().names, 0)):
+        for scores in (
+            {"readability": 3, "coherence": 2, "creativity": 1},
+            None,
+            dict.fromkeys(Template().names, 0),
+        ):
             story = shown(url)
             given[next(mark for mark in marks if mark in story["story"])] = scores
-            asked = {**story, "who": "ada", "action": "grade" if scores else "skip", "scores": scores}
+            asked = {
+                **story,
+                "who": "ada",
+                "action": "grade" if scores else "skip",
+                "scores": scores,
+            }
             assert ask(url, "POST", "/do", asked)[0] == 200
         for mark, future in zip(marks, futures, strict=True):
             grade = future.result(LIMIT_S)
@@ -102,14 +115,22 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
         future = teacher.submit(Question("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(7)
-        asked = {**story, "who": "ada", "action": "grade", "scores": dict.fromkeys(Template().names, 2)}
+        asked = {
+            **story,
+            "who": "ada",
+            "action": "grade",
+            "scores": dict.fromkeys(Template().names, 2),
+        }
         assert ask(url, "POST", "/do", asked)[0] == 200
         assert future.result(LIMIT_S).score == 2 / 3 and teacher.ledger.stats()["retries"] == 0
 
 
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
-    with Teacher(url, template=humour) as teacher, pytest.raises(UserError, match="same --teacher-prompt"):
+    with (
+        Teacher(url, template=humour) as teacher,
+        pytest.raises(UserError, match="same --teacher-prompt"),
+    ):
         teacher.probes()[0]
 
 
@@ -135,7 +156,12 @@ def test_the_page_runs_its_own_script_only(url):
     status, headers, text = ask(url, "GET", "/")
     policy = headers["Content-Security-Policy"]
     assert status == 200 and "default-src 'none'" in policy and "script-src 'sha256-" in policy
-    assert text.count("<script") == 1 and "p { color: red }" in text and "src=" not in text and "http" not in text
+    assert (
+        text.count("<script") == 1
+        and "p { color: red }" in text
+        and "src=" not in text
+        and "http" not in text
+    )
     assert text == page("p { color: red }")
 
 
@@ -168,14 +194,21 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
         asyncio.run(again())
 
 
-def test_a_person_compares_stories_blindly_through_the_same_page(tmp_path, monkeypatch, short_pauses, capsys):
+def test_a_person_compares_stories_blindly_through_the_same_page(
+    tmp_path, monkeypatch, short_pauses, capsys
+):
     monkeypatch.setattr(desks, "GRACE_S", 0.05)
     for name, word in (("a", "plain"), ("b", "fine")):
-        lines = [json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n" for i in range(3)]
+        lines = [
+            json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n"
+            for i in range(3)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     with serving(Desk(tmp_path / "grades.jsonl", COMPARISON)) as url:
         files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
-        asker = threading.Thread(target=evaluate.main, args=(["--compare", *files, "--teacher-url", f"{url}/v1"],))
+        asker = threading.Thread(
+            target=evaluate.main, args=(["--compare", *files, "--teacher-url", f"{url}/v1"],)
+        )
         asker.start()
         places = []
         for _ in range(2 * 3):

@@ -1,4 +1,5 @@
-"""Attention kernels against the plain definition in float64: at most twice the error of PyTorch's own kernel."""
+"""Attention kernels against the plain definition in float64: at most twice the error of PyTorch's
+own kernel."""
 
 import os
 import random
@@ -25,7 +26,9 @@ def head_size(rng):
 
 
 def random_shape(rng):
-    length = rng.choice([1, 2, rng.randint(3, 70), rng.randint(3, 70), rng.randint(71, 300), rng.randint(301, 1100)])
+    length = rng.choice(
+        [1, 2, rng.randint(3, 70), rng.randint(3, 70), rng.randint(71, 300), rng.randint(301, 1100)]
+    )
     return rng.choice([1, 1, 2]), length, rng.choice([1, 2, 3]), head_size(rng)
 
 
@@ -75,23 +78,35 @@ def test_dropout_forward_and_backward_draw_the_definitions_mask(case, shape):
 
 
 def test_dropout_keeps_the_right_share_independently():
-    """Shares over 2 * 3 * 256^2 weights: 6 standard deviations is a false alarm once in 5e8 comparisons.
+    """Shares over 2 * 3 * 256^2 weights: 6 standard deviations is a false alarm once in 5e8
+    comparisons.
 
-    Pairs of weights are compared whose random bits come from the same call (8, 16, 24 apart), from calls that share
-    words of the counter, and from calls of other tiles, heads, examples and seeds; and weights are counted by their
-    place in the tile of 32 x 32 that 64 calls serve.
+    Pairs of weights are compared whose random bits come from the same call (8, 16, 24 apart), from
+    calls that share words of the counter, and from calls of other tiles, heads, examples and seeds;
+    and weights are counted by their place in the tile of 32 x 32 that 64 calls serve.
     """
     p, n = 0.1, 2 * 3 * 256 * 256
     mask = reference.dropout_mask(2, 3, 256, p, seed=7)
-    true_p = 26 / 256  # p is rounded to a multiple of 1/256, and what is kept is divided by what is true
+    # p is rounded to a multiple of 1/256, and what is kept is divided by what is true
+    true_p = 26 / 256
     assert set(mask.unique().tolist()) == {0.0, 1 / (1 - true_p)}
     mask = (mask > 0).double()
     variance = true_p * (1 - true_p)
     assert abs(mask.mean() - (1 - true_p)) < 6 * (variance / n) ** 0.5
     dropped = 1 - mask
-    others = [dropped.roll((i, j), (2, 3)) for i in (0, 1, 8, 16, 24, 32) for j in (0, 1, 8, 16, 24, 32) if i or j]
-    others += [dropped.roll(1, 0), dropped.roll(1, 1), (reference.dropout_mask(2, 3, 256, p, seed=8) == 0).double()]
-    for other in others:  # the covariance of two independent weights deviates by their variance / sqrt(n)
+    others = [
+        dropped.roll((i, j), (2, 3))
+        for i in (0, 1, 8, 16, 24, 32)
+        for j in (0, 1, 8, 16, 24, 32)
+        if i or j
+    ]
+    others += [
+        dropped.roll(1, 0),
+        dropped.roll(1, 1),
+        (reference.dropout_mask(2, 3, 256, p, seed=8) == 0).double(),
+    ]
+    # the covariance of two independent weights deviates by their variance / sqrt(n)
+    for other in others:
         assert abs((dropped * other).mean() - true_p**2) < 6 * variance / n**0.5
     by_place = dropped.view(6, 8, 32, 8, 32).mean((0, 1, 3))
     assert (by_place - true_p).abs().max() < 6 * (variance / (n / 1024)) ** 0.5
@@ -103,17 +118,22 @@ def test_the_highest_dropout_keeps_one_weight_in_256():
 
 
 def test_dropout_leaves_the_mean_alone():
-    """800 masks: an entry's standard deviation is at most sqrt(p / (1 - p) / 800) times the largest value."""
+    """800 masks: an entry's standard deviation is at most sqrt(p / (1 - p) / 800) times the largest
+    value."""
     torch.manual_seed(0)
     qkv = torch.randn(1, 40, 3, 1, 32)
     mean = sum(ops.causal_attention(qkv, 0.2, seed) for seed in range(800)) / 800
-    assert (mean - ops.causal_attention(qkv)).abs().max() < 6 * (0.25 / 800) ** 0.5 * qkv.abs().max()
+    assert (mean - ops.causal_attention(qkv)).abs().max() < 6 * (
+        0.25 / 800
+    ) ** 0.5 * qkv.abs().max()
 
 
 def test_gradcheck_in_float64():
     for p in (0.0, 0.4):
         qkv = torch.randn(1, 7, 3, 2, 16, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, p=p: ops.causal_attention(x, p, 3), qkv, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda x, p=p: ops.causal_attention(x, p, 3), qkv, fast_mode=True
+        )
 
 
 def test_opcheck():
@@ -121,7 +141,11 @@ def test_opcheck():
     qkv = torch.randn(1, 20, 3, 2, 32, requires_grad=True)
     for p in (0.0, 0.1):
         torch.library.opcheck(torch.ops.tinystory.causal_attention.default, (qkv, p, 3))
-    new, prefix, cache = torch.randn(2, 3, 2, 32), torch.randn(4, 2, 2, 32), torch.randn(2, 9, 2, 2, 32)
+    new, prefix, cache = (
+        torch.randn(2, 3, 2, 32),
+        torch.randn(4, 2, 2, 32),
+        torch.randn(2, 9, 2, 2, 32),
+    )
     args = (new, prefix, torch.tensor([[0, 4], [1, 2]]), cache, torch.tensor([0, 8]))
     torch.library.opcheck(torch.ops.tinystory.decode_attention.default, args)
 
@@ -164,7 +188,7 @@ def test_errors_name_the_argument(qkv, p, words):
         ops.causal_attention(qkv, p)
 
 
-# --- decode_attention -------------------------------------------------------------------------------------------------
+# --- decode_attention -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", range(16))
@@ -178,25 +202,39 @@ def test_decode_within_twice_pytorchs_error(case):
     lengths, spans = torch.randint(t, (b,)), torch.randint(p + 1, (b, 2)).sort(1).values
     after = cache.double()
     exact = reference.decode_attention(qkv.double(), prefix.double(), spans, after, lengths)
-    k, v = torch.cat([prefix.expand(b, *prefix.shape), after.to(dtype)], 1).transpose(1, 3).unbind(2)
+    k, v = (
+        torch.cat([prefix.expand(b, *prefix.shape), after.to(dtype)], 1).transpose(1, 3).unbind(2)
+    )
     place = torch.arange(p + t)
-    mask = torch.where(place < p, (place >= spans[:, :1]) & (place < spans[:, 1:]), place <= p + lengths[:, None])
+    mask = torch.where(
+        place < p, (place >= spans[:, :1]) & (place < spans[:, 1:]), place <= p + lengths[:, None]
+    )
     mask = mask[:, None, None]
     own = F.scaled_dot_product_attention(qkv[:, 0, :, None], k, v, attn_mask=mask)[:, :, 0]
-    cache[torch.arange(t) >= lengths[:, None]] = float("nan")  # what lies beyond a row's length is never read
-    assert_no_worse(ops.decode_attention(qkv, prefix, spans, cache, lengths), own, exact, (dtype, b, h, p, t, d))
+    # what lies beyond a row's length is never read
+    cache[torch.arange(t) >= lengths[:, None]] = float("nan")
+    assert_no_worse(
+        ops.decode_attention(qkv, prefix, spans, cache, lengths), own, exact, (dtype, b, h, p, t, d)
+    )
     used = torch.arange(t) <= lengths[:, None]
     assert torch.equal(cache[used], after.to(dtype)[used]) and cache[~used].isnan().all()
 
 
 def test_decode_errors_name_the_argument():
-    qkv, prefix, cache = torch.zeros(2, 3, 3, 32), torch.zeros(4, 2, 3, 32), torch.zeros(2, 5, 2, 3, 32)
+    qkv, prefix, cache = (
+        torch.zeros(2, 3, 3, 32),
+        torch.zeros(4, 2, 3, 32),
+        torch.zeros(2, 5, 2, 3, 32),
+    )
     for changed, words in [
         (dict(qkv=qkv[:, :2]), "qkv must have shape"),
         (dict(prefix=prefix[:, :1]), r"prefix must have shape \(P, 2, H, D\)"),
         (dict(cache=cache[:1]), r"cache must have shape \(B, T_max, 2, H, D\)"),
         (dict(cache=cache.double()), "cache is Double but qkv is Float"),
-        (dict(cache=cache.transpose(0, 1).contiguous().transpose(0, 1)), "cache must be contiguous"),
+        (
+            dict(cache=cache.transpose(0, 1).contiguous().transpose(0, 1)),
+            "cache must be contiguous",
+        ),
         (dict(spans=torch.zeros(2, 3, dtype=torch.int64)), r"spans must have shape \(B, 2\)"),
         (dict(spans=torch.tensor([[0, 4], [0, 5]])), r"spans\[1\] is 0 .. 5"),
         (dict(spans=torch.tensor([[2, 1], [0, 4]])), r"spans\[0\] is 2 .. 1"),
@@ -205,6 +243,15 @@ def test_decode_errors_name_the_argument():
         (dict(lengths=[1, 5]), r"lengths\[1\] is 5"),
         (dict(lengths=[-1, 0]), r"lengths\[0\] is -1"),
     ]:
-        args = dict(qkv=qkv, prefix=prefix, spans=torch.tensor([[0, 4]] * 2), cache=cache, lengths=[0, 4]) | changed
+        args = (
+            dict(
+                qkv=qkv,
+                prefix=prefix,
+                spans=torch.tensor([[0, 4]] * 2),
+                cache=cache,
+                lengths=[0, 4],
+            )
+            | changed
+        )
         with pytest.raises(RuntimeError, match=words):
             ops.decode_attention(**args | dict(lengths=torch.tensor(args["lengths"])))

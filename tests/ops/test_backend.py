@@ -1,4 +1,5 @@
-"""Which implementation runs an operator; and operators by PyTorch's matmul: the same results as the kernels'."""
+"""Which implementation runs an operator; and operators by PyTorch's matmul: the same results as the
+kernels'."""
 
 import pytest
 import torch
@@ -43,21 +44,29 @@ def test_pytorchs_logprobs_are_the_definitions(monkeypatch, shape):
     for result, theirs, right in zip(ours, plain, exact, strict=True):
         assert result.dtype == theirs.dtype and result.shape == theirs.shape
         # A gradient is a sum of terms as large as the largest result, some of which cancel.
-        assert_no_worse(result, theirs, right, "token_logprob", scale=2 * right.abs().max().expand(right.shape))
+        assert_no_worse(
+            result, theirs, right, "token_logprob", scale=2 * right.abs().max().expand(right.shape)
+        )
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch):
     sizes, plain = [], reference.token_logprob
-    record = lambda hidden, weight, ids: sizes.append(len(hidden) * len(weight)) or plain(hidden, weight, ids)  # noqa: E731
+
+    def record(hidden, weight, ids):
+        return sizes.append(len(hidden) * len(weight)) or plain(hidden, weight, ids)
+
     monkeypatch.setattr(reference, "token_logprob", record)
     monkeypatch.setattr(autograd, "CHUNK", 900)
     hidden, weight, targets = problem(37, 64, 300, torch.float32)
     autograd.chunked_token_logprob(hidden, weight, targets)[0].sum().backward()
-    assert max(sizes) <= 900 and len(sizes) == 2 * 13  # 13 chunks, forward and again in the backward pass
+    # 13 chunks, forward and again in the backward pass
+    assert max(sizes) <= 900 and len(sizes) == 2 * 13
 
 
 @pytest.mark.parametrize("name", backend.MATMULS)
-def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for(monkeypatch, on_a_mac, name):
+def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for(
+    monkeypatch, on_a_mac, name
+):
     assert backend.implementation(name, torch.zeros(1)) == "pytorch"
     assert backend.implementation(name, torch.zeros(1).double()) == "kernel"
     assert backend.implementation(name, torch.zeros(1).bfloat16()) == "kernel"
@@ -71,7 +80,9 @@ def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for
 def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch, on_a_mac):
     calls = []
     monkeypatch.setattr(reference, "linear", lambda x, *_: calls.append("linear") or x)
-    monkeypatch.setattr(ops, "chunked_token_logprob", lambda x, *_: calls.append("token_logprob") or (x, x))
+    monkeypatch.setattr(
+        ops, "chunked_token_logprob", lambda x, *_: calls.append("token_logprob") or (x, x)
+    )
     hidden, weight, targets = problem(3, 32, 64, torch.float32)
     for kernels in ("ours", "auto"):
         with using(kernels):
@@ -86,7 +97,10 @@ def test_the_environment_chooses_the_back_end(monkeypatch):
         monkeypatch.setenv("TINYSTORY_KERNELS", value)
         assert backend.from_environment() == kernels
     monkeypatch.setenv("TINYSTORY_KERNELS", "theirs")
-    with pytest.raises(UserError, match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'"):
+    with pytest.raises(
+        UserError,
+        match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'",
+    ):
         backend.from_environment()
 
 

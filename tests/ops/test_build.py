@@ -1,4 +1,5 @@
-"""The build's failure modes: the real compiler and ninja on a library of two short files, in a cache of each test's.
+"""The build's failure modes: the real compiler and ninja on a library of two short files, in a
+cache of each test's.
 A slow test compiles the kernels themselves.
 
 Nothing here is timed: steps are held by files, and LIMIT only ends a test that hangs."""
@@ -34,11 +35,14 @@ LIMIT = 1800  # seconds
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with csrc/, and cc, a compiler that notes its calls. The first to find a file hold-<step> for its step,
-    a source's name or link, renames it to `held`, waits until that is gone, compiles, and makes a file `released`."""
+    """A folder with csrc/, and cc, a compiler that notes its calls. The first to find a file
+    hold-<step> for its step, a source's name or link, renames it to `held`, waits until that is
+    gone, compiles, and makes a file `released`."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/module.cpp").write_text(MODULE)
-    (tmp_path / "csrc/cpu/answer.cpp").write_text('#include "answer.h"\nint answer() { return ANSWER; }\n')
+    (tmp_path / "csrc/cpu/answer.cpp").write_text(
+        '#include "answer.h"\nint answer() { return ANSWER; }\n'
+    )
     (tmp_path / "csrc/cpu/answer.h").write_text("#define ANSWER 42\n")
     script = tmp_path / "cc"
     script.write_text(
@@ -58,10 +62,12 @@ def place(tmp_path, monkeypatch):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
     STARTED.clear()
-    (tmp_path / "held").unlink(missing_ok=True)  # compilers, which ninja gives process groups of their own, go on
+    # compilers, which ninja gives process groups of their own, go on
+    (tmp_path / "held").unlink(missing_ok=True)
 
 
-FORKED = multiprocessing.get_context("forkserver")  # importing torch takes seconds: here once for all
+# importing torch takes seconds: here once for all
+FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tinystory.ops.build", "torch.utils.cpp_extension"])
 STARTED: list[multiprocessing.Process] = []
 
@@ -110,11 +116,14 @@ def calls(place: Path) -> list[str]:
 def test_it_compiles_once_for_each_content_of_the_sources_and_says_so_in_one_line(place):
     out, err = run(place)
     assert out == "42" and calls(place) == ["answer", "link", "module"]
-    assert re.fullmatch(r"tinystory: compiling the kernels for this processor \(2 files, once\) \.\.\. \d+ s\n", err)
+    assert re.fullmatch(
+        r"tinystory: compiling the kernels for this processor \(2 files, once\) \.\.\. \d+ s\n", err
+    )
     assert run(place) == ("42", "") and calls(place) == []
     header = place / "csrc/cpu/answer.h"
     older = header.stat().st_mtime - 1000
-    header.write_text("#define ANSWER 43\n")  # of the same size, and older, as an archive restores it
+    # of the same size, and older, as an archive restores it
+    header.write_text("#define ANSWER 43\n")
     os.utime(header, (older, older))
     assert run(place)[0] == "43" and calls(place) == ["answer", "link", "module"]
     header.write_text("#define ANSWER 42\n")
@@ -127,7 +136,8 @@ def test_the_compilers_message_reaches_the_user_and_the_next_build_goes_on(place
     _, err = process.output()
     assert process.exitcode and "... failed" in err and "TINYSTORY_KERNELS=reference" in err
     message = err[err.index("UserError") :]
-    assert "no_such_name" in message and "answer.cpp" in message and "-ffp-contract" not in message  # no command lines
+    # no command lines
+    assert "no_such_name" in message and "answer.cpp" in message and "-ffp-contract" not in message
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 7\n")
     assert run(place)[0] == "7"
 
@@ -140,7 +150,8 @@ def wait_until(condition, process: Build | None = None) -> None:
 
 
 def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
-    """A build that has come to this step and stays there, the file that holds it, and torch's lock."""
+    """A build that has come to this step and stays there, the file that holds it, and torch's
+    lock."""
     (place / f"hold-{step}").touch()
     process = Build(place)
     wait_until((place / "held").exists, process)
@@ -149,7 +160,8 @@ def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
 
 
 def kill_at(place: Path, step: str) -> Path:
-    """Kill a build that has come to this step, and ninja: no chance to tidy up. Returns torch's lock."""
+    """Kill a build that has come to this step, and ninja: no chance to tidy up. Returns torch's
+    lock."""
     process, held, lock = start_and_hold(place, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
@@ -164,14 +176,16 @@ def test_a_killed_build_does_not_hinder_the_next(place, step):
     lock.write_text("killed")
     out, err = run(place)
     assert out == "42" and "waiting" not in err
-    assert not lock.exists() or lock.read_text() != "killed"  # torch 2.15 leaves a new one, which nothing holds
+    # torch 2.15 leaves a new one, which nothing holds
+    assert not lock.exists() or lock.read_text() != "killed"
 
 
 def test_a_damaged_library_is_built_again_and_not_loaded(place):
     assert run(place)[0] == "42"
     (library,) = (place / "cache").rglob("*.so")
     sound = library.read_bytes()
-    for damaged in (sound[:5000], sound[:-1] + b"x", b"no machine code"):  # the first ended Python with SIGBUS
+    # the first ended Python with SIGBUS
+    for damaged in (sound[:5000], sound[:-1] + b"x", b"no machine code"):
         library.write_bytes(damaged)
         out, err = run(place)
         assert out == "42" and "again, since they are damaged ..." in err and err.count("\n") == 1
@@ -197,11 +211,15 @@ for i in itertools.count():
 """
 
 
-def test_a_build_beside_a_compiler_that_keeps_writing_succeeds_and_the_next_sweeps_what_is_left(place):
+def test_a_build_beside_a_compiler_that_keeps_writing_succeeds_and_the_next_sweeps_what_is_left(
+    place,
+):
     assert run(place)[0] == "42"
     (library,) = (place / "cache").rglob("*.so")
     library.write_text("no machine code")
-    with subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=library.parent, stderr=subprocess.DEVNULL) as orphan:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], cwd=library.parent, stderr=subprocess.DEVNULL
+    ) as orphan:
         try:
             wait_until((library.parent / "object99").exists)
             assert run(place)[0] == "42"
@@ -221,7 +239,9 @@ def test_a_source_that_changes_while_others_compile_is_compiled_by_the_next_buil
     assert run(place)[0] == "43"
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 42\n")
     calls(place)
-    assert run(place)[0] == "42" and "answer" in calls(place), "what was compiled of both is not kept"
+    assert run(place)[0] == "42" and "answer" in calls(place), (
+        "what was compiled of both is not kept"
+    )
 
 
 def test_an_unchanged_library_is_loaded_without_torchs_builder(place, monkeypatch):
@@ -249,7 +269,8 @@ def test_two_builds_at_once_build_once(place):
 
 @pytest.mark.slow
 def test_the_kernels_survive_five_kills_and_two_builds_at_once(place):
-    """The sources of csrc/, several minutes of compiling. Each build starts on what the last one, killed, has left."""
+    """The sources of csrc/, several minutes of compiling. Each build starts on what the last one,
+    killed, has left."""
     shutil.rmtree(place / "csrc")
     shutil.copytree(build.CSRC, place / "csrc")
     module = place / "csrc/module.cpp"
@@ -286,7 +307,8 @@ def test_no_compiler_is_one_sentence_that_says_what_to_install(place, monkeypatc
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(
-        UserError, match=r"no C\+\+ compiler found, .* no c\+\+ or g\+\+ or clang\+\+: .*apt install g\+\+"
+        UserError,
+        match=r"no C\+\+ compiler found, .* no c\+\+ or g\+\+ or clang\+\+: .*apt install g\+\+",
     ):
         build.command()
     monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
@@ -326,8 +348,15 @@ def test_reference_runs_without_a_compiler_and_says_so_once(tmp_path):
         "import torch; from tinystory import ops; x = torch.randn(1, 5, 3, 1, 32);"
         "ops.causal_attention(x); ops.causal_attention(x); print(bool(ops.load()))"
     )
-    env = {**os.environ, "TINYSTORY_KERNELS": "reference", "TINYSTORY_CACHE": str(tmp_path), "PATH": "/nonexistent"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    env = {
+        **os.environ,
+        "TINYSTORY_KERNELS": "reference",
+        "TINYSTORY_CACHE": str(tmp_path),
+        "PATH": "/nonexistent",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n" and done.stderr.count("TINYSTORY_KERNELS=reference") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -335,13 +364,19 @@ def test_reference_runs_without_a_compiler_and_says_so_once(tmp_path):
 def test_a_folder_that_cannot_be_written_or_locked_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     words = r"cannot be written or locked \({}\): set TINYSTORY_CACHE .*, or set TINYSTORY_KERNELS=reference"
-    with pytest.raises(UserError, match=words.format("Not a directory")), build.locked(tmp_path / "file/kernels"):
+    with (
+        pytest.raises(UserError, match=words.format("Not a directory")),
+        build.locked(tmp_path / "file/kernels"),
+    ):
         pytest.fail("no folder is there")
 
     def mkdir(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=words.format("Read-only file system")):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=words.format("Read-only file system")),
+    ):
         patch.setattr(Path, "mkdir", mkdir)  # permissions do not stop root
         with build.locked(tmp_path / "kernels"):
             pytest.fail("no folder is there")
@@ -350,7 +385,10 @@ def test_a_folder_that_cannot_be_written_or_locked_is_one_sentence(tmp_path, mon
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)  # as some network file systems do
-    with pytest.raises(UserError, match=words.format("No locks available")), build.locked(tmp_path / "kernels"):
+    with (
+        pytest.raises(UserError, match=words.format("No locks available")),
+        build.locked(tmp_path / "kernels"),
+    ):
         pytest.fail("it is not locked")
 
 
@@ -377,8 +415,8 @@ sys.platform = "darwin"
 
 
 def test_nothing_needs_what_only_linux_has(place):
-    """A Python as on macOS: without sched_getaffinity, /proc and sys.platform == 'linux'. The short library is built
-    and loaded."""
+    """A Python as on macOS: without sched_getaffinity, /proc and sys.platform == 'linux'. The short
+    library is built and loaded."""
     code = (
         "import torch; from pathlib import Path; from scripts import doctor; from tinystory import ops;"
         "from tinystory.run import device, folder;"

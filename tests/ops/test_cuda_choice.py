@@ -13,7 +13,8 @@ from tinystory.run.errors import UserError
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A torch with CUDA 13.0, a whole toolkit of 13.1, and one GPU of compute capability 9.0. Returns a setter."""
+    """A torch with CUDA 13.0, a whole toolkit of 13.1, and one GPU of compute capability 9.0.
+    Returns a setter."""
     home = tmp_path / "toolkit"
     (home / "bin").mkdir(parents=True)
     (home / "include").mkdir()
@@ -23,7 +24,9 @@ def machine(tmp_path, monkeypatch):
     def has(*, gpus=((9, 0),), nvcc="13.1", header=True, fails="", torch_cuda="13.0"):
         for cached in (cuda.load, backend.has_kernel):
             cached.cache_clear()
-        (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+        (home / "bin/nvcc").write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n"
+        )
         (home / "bin/nvcc").chmod(0o755)
         if not header:
             (home / "include/cuda_runtime.h").unlink()
@@ -33,9 +36,12 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=0: gpus[getattr(d, "index", d) or 0])
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda d=0: gpus[getattr(d, "index", d) or 0]
+        )
         monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # no GPU is here
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")  # as containers have it, and not heeded
+        # as containers have it, and not heeded
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")
         built.clear()
 
         def compile_for(name, sources, gpus="", toolkit=""):
@@ -60,11 +66,23 @@ def test_the_gpus_here_are_compiled_for(machine):
 
 
 BAD = {
-    "no nvcc": (dict(nvcc=""), "no CUDA toolkit .*install version 13 and set CUDA_HOME.*--device cpu"),
-    "an nvcc without headers": (dict(header=False), "no CUDA toolkit .*install version 13 and set CUDA_HOME"),
-    "another major version": (dict(nvcc="12.8"), "has release 12.8: set CUDA_HOME to a toolkit of 13.*--device cpu"),
+    "no nvcc": (
+        dict(nvcc=""),
+        "no CUDA toolkit .*install version 13 and set CUDA_HOME.*--device cpu",
+    ),
+    "an nvcc without headers": (
+        dict(header=False),
+        "no CUDA toolkit .*install version 13 and set CUDA_HOME",
+    ),
+    "another major version": (
+        dict(nvcc="12.8"),
+        "has release 12.8: set CUDA_HOME to a toolkit of 13.*--device cpu",
+    ),
     "a silent nvcc": (dict(nvcc="unknown"), "an nvcc that does not say its version"),
-    "nvcc too old for gcc": (dict(fails="#error -- unsupported GNU version!"), "unsupported GNU(.|\n)*CC=gcc-13"),
+    "nvcc too old for gcc": (
+        dict(fails="#error -- unsupported GNU version!"),
+        "unsupported GNU(.|\n)*CC=gcc-13",
+    ),
     "a GPU that is not NVIDIA's": (dict(torch_cuda=None), "torch is built without CUDA"),
 }
 
@@ -85,7 +103,10 @@ def test_on_an_old_gpu_plain_pytorch_runs_and_a_new_one_beside_it_has_kernels(ma
     built = machine(gpus=((7, 5), (9, 0)))
     with using(backend.current()):
         assert compute.pick_device("auto").type == "cpu"
-        assert "capability 7.5" in (line := capsys.readouterr().err) and "--device cuda may be faster" in line
+        assert (
+            "capability 7.5" in (line := capsys.readouterr().err)
+            and "--device cuda may be faster" in line
+        )
         assert compute.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
         assert compute.pick_device("cuda:0").type == "cuda" and backend.current() == "reference"
         assert capsys.readouterr().err.count("\n") == 1
@@ -106,7 +127,9 @@ def test_private_functions_of_torch_may_be_missing(monkeypatch):
 def test_bfloat16_is_not_chosen_where_torch_is_kept_from_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     for capability, dtype in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
+        )
         assert pick_dtype("auto", torch.device("cpu")) == dtype
 
 

@@ -1,7 +1,8 @@
-"""Every CUDA kernel compiles for sm_80 and sm_90 without warnings, spills or local memory, into the instructions meant.
+"""Every CUDA kernel compiles for sm_80 and sm_90 without warnings, spills or local memory, into the
+instructions meant.
 
-Needs nvcc but no card; the last test also needs cuobjdump, which CUDA's toolkit and the wheels of triton and
-nvidia-cuda-cuobjdump carry.
+Needs nvcc but no card; the last test also needs cuobjdump, which CUDA's toolkit and the wheels of
+triton and nvidia-cuda-cuobjdump carry.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def find_tool(name: str) -> str | None:
     places = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
     for packages in map(Path, site.getsitepackages()):
         places += [*packages.glob("nvidia/*/bin"), packages / "triton/backends/nvidia/bin"]
-    return shutil.which(name) or next((path for place in places if (path := shutil.which(name, path=place))), None)
+    return shutil.which(name) or next(
+        (path for place in places if (path := shutil.which(name, path=place))), None
+    )
 
 
 NVCC = find_tool("nvcc")
@@ -50,10 +53,24 @@ class Kernel:
 
 
 def compile_source(source: Path, out: Path) -> tuple[Path, str]:
-    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
+    targets = [
+        f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES
+    ]
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     built = out / f"{source.stem}.o"
-    command = [NVCC, "-std=c++20", "-O3", *targets, *strict, "-Xptxas", "-v", "-c", source, "-o", built]
+    command = [
+        NVCC,
+        "-std=c++20",
+        "-O3",
+        *targets,
+        *strict,
+        "-Xptxas",
+        "-v",
+        "-c",
+        source,
+        "-o",
+        built,
+    ]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
     return built, result.stderr
@@ -73,13 +90,15 @@ def read_ptxas(log: str) -> list[Kernel]:
         r".*?Used (\d+) registers",
         re.DOTALL,
     )
-    return [Kernel(n, a, int(r), int(stack), int(spill)) for n, a, stack, spill, r in entry.findall(log)]
+    return [
+        Kernel(n, a, int(r), int(stack), int(spill)) for n, a, stack, spill, r in entry.findall(log)
+    ]
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     counts = {name: len(read_ptxas(log)) for name, (_, log) in compiled.items()}
-    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file (with and without dropout or cuts), times the
-    # architectures.
+    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file (with and without dropout
+    # or cuts), times the architectures.
     assert counts == {
         "attention_forward": 9 * 2 * 2,
         "attention_backward": 9 * 3 * 2,
@@ -97,7 +116,14 @@ def test_the_binding_compiles_without_cuda_in_torch(tmp_path):
     macros.touch()
     folders = [tmp_path, *include_paths(), sysconfig.get_path("include")]
     strict = ["-Xcompiler", "-fsyntax-only,-Wall,-Werror", "-DTORCH_EXTENSION_NAME=tinystory_cuda"]
-    command = [NVCC, "-std=c++20", *(f"-isystem={folder}" for folder in folders), *strict, "-c", CUDA / "ops.cpp"]
+    command = [
+        NVCC,
+        "-std=c++20",
+        *(f"-isystem={folder}" for folder in folders),
+        *strict,
+        "-c",
+        CUDA / "ops.cpp",
+    ]
     command = list(map(str, [*command, "-o", tmp_path / "ops.o"]))
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -108,8 +134,8 @@ def registers_are_full(kernel: str) -> bool:
 
 
 def test_no_kernel_spills_or_uses_local_memory(compiled):
-    """But for one: at D 128 the registers of the backward kernel are full, and a value is in local memory
-    (docs/kernels.md)."""
+    """But for one: at D 128 the registers of the backward kernel are full, and a value is in local
+    memory (docs/kernels.md)."""
     kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
     full = [k for k in kernels if registers_are_full(k.name)]
     assert full and all(k.stack <= 8 and k.spilled <= 4 for k in full)
@@ -118,7 +144,9 @@ def test_no_kernel_spills_or_uses_local_memory(compiled):
 
 def read_sass(built: Path) -> dict[tuple[str, str], list[str]]:
     """Instructions of each kernel, by architecture and mangled name."""
-    text = subprocess.run([CUOBJDUMP, "-sass", str(built)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [CUOBJDUMP, "-sass", str(built)], capture_output=True, text=True, check=True
+    ).stdout
     functions: dict[tuple[str, str], list[str]] = {}
     arch, instructions = "", []
     for line in text.splitlines():
@@ -138,7 +166,9 @@ def test_machine_code_has_the_instructions_meant(compiled):
         for (arch, kernel), instructions in read_sass(built).items():
             has = set(instructions)
             where = f"{name} {arch} {kernel}"
-            assert registers_are_full(arch, kernel) or not {i for i in has if i.startswith(("LDL", "STL"))}, where
+            assert registers_are_full(arch, kernel) or not {
+                i for i in has if i.startswith(("LDL", "STL"))
+            }, where
             if name in ("attention_forward", "attention_backward") and "stats_kernel" not in kernel:
                 assert {"LDGSTS.E.BYPASS.128", "STG.E.128"} <= has, where
                 half = "f16E" in kernel  # bf16 or f16

@@ -1,4 +1,5 @@
-"""The C++ engine against the loop in Python, against the student's own forward pass, and what it refuses."""
+"""The C++ engine against the loop in Python, against the student's own forward pass, and what it
+refuses."""
 
 import threading
 
@@ -14,7 +15,9 @@ from tinystory.student.token_step import Sampling
 
 CPU = torch.device("cpu")
 EOS = 2
-NO_BF16 = pytest.mark.skipif(not engine_runs(CPU, torch.bfloat16), reason="no bfloat16 matmul on this processor")
+NO_BF16 = pytest.mark.skipif(
+    not engine_runs(CPU, torch.bfloat16), reason="no bfloat16 matmul on this processor"
+)
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=NO_BF16)]
 
 
@@ -25,12 +28,15 @@ def compiled():
 
 
 def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
-    """A student far enough from zero that every path matters, and that ends its stories sooner with a higher `end`."""
+    """A student far enough from zero that every path matters, and that ends its stories sooner with
+    a higher `end`."""
     torch.manual_seed(n_layer * n_embd + vocab_size)
     student = Student(StudentConfig(n_layer, n_head, n_embd, context, vocab_size))
     head = ValueHead(n_embd)
     for p in [*student.parameters(), *head.parameters()]:
-        torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
+        torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(
+            p, mean=float(p[0] == 1), std=0.1
+        )
     with torch.no_grad():
         student.ln_f.bias += end * student.wte.weight[EOS]
     return student, head
@@ -39,7 +45,12 @@ def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
 def engine_of(student, head=None, dtype=torch.float32):
     """An engine for the student; values are 0 without a head."""
     values = {} if head is None else dict(head.named_parameters(prefix="value_head"))
-    return new_engine(dict(student.named_parameters()) | values, student.config.n_layer, student.config.n_head, dtype)
+    return new_engine(
+        dict(student.named_parameters()) | values,
+        student.config.n_layer,
+        student.config.n_head,
+        dtype,
+    )
 
 
 def new_engine(parameters, n_layer, n_head, dtype=torch.float32):
@@ -52,13 +63,23 @@ def start(engine, prompts, prompt_of, s, at_once=1000):
     return engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
 
 
-def write(kind, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), count=24, first_row=0, **options):
-    """All stories by this kind of decoder: (count, max_new_tokens) columns, 0 behind a story's end, and the place of
-    each one's last token."""
+def write(
+    kind,
+    student,
+    head,
+    dtype=torch.float32,
+    prompt=(5, 6, 7, 8, 9),
+    count=24,
+    first_row=0,
+    **options,
+):
+    """All stories by this kind of decoder: (count, max_new_tokens) columns, 0 behind a story's end,
+    and the place of each one's last token."""
     sampling = Sampling(**dict(max_new_tokens=30, eos=EOS, seed=7) | options)
     last, stories = torch.full((count,), -1), {}
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
-        decoder = kind(student, head, sampling, *[32] * (kind is EngineDecoder))  # stories at a time
+        # stories at a time
+        decoder = kind(student, head, sampling, *[32] * (kind is EngineDecoder))
         decoder.start([torch.tensor(prompt)], [0] * count, first_row)
         while len(stories) < count:
             for row, columns in decoder.step():
@@ -76,11 +97,15 @@ def read_again(student, head, prompt, outputs, temperature):
     whole = torch.cat([torch.tensor(prompt).expand(len(tokens), -1), tokens], 1)[:, :-1]
     hidden = student.hidden(whole)[:, len(prompt) - 1 :]
     log_p = (student.logits(hidden).double() / temperature).log_softmax(-1)
-    return log_p.gather(2, tokens[..., None])[..., 0], head(hidden).float(), -(log_p.exp() * log_p).sum(-1)
+    return (
+        log_p.gather(2, tokens[..., None])[..., 0],
+        head(hidden).float(),
+        -(log_p.exp() * log_p).sum(-1),
+    )
 
 
-# Widths that are not whole panels of 64 columns, head sizes of 16 and of 5 vectors, batches beyond and below a tile of
-# 6 rows, prompts and stories of one token and across blocks of 16 positions.
+# Widths that are not whole panels of 64 columns, head sizes of 16 and of 5 vectors, batches beyond
+# and below a tile of 6 rows, prompts and stories of one token and across blocks of 16 positions.
 SHAPES = [
     dict(),
     dict(n_layer=3, n_head=3, n_embd=48, vocab_size=301),
@@ -91,7 +116,8 @@ SHAPES = [
 
 @pytest.fixture(params=["by rows", "by columns"])
 def split(request, monkeypatch):
-    """How the threads share a token step: as a small student's, whose weights stay in the caches, or a large one's."""
+    """How the threads share a token step: as a small student's, whose weights stay in the caches,
+    or a large one's."""
     if request.param == "by columns":
         monkeypatch.setattr(generate, "CACHE", 0)
 
@@ -120,17 +146,22 @@ def test_stories_are_those_of_the_plain_loop(split, shape, options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_results_are_those_of_the_forward_pass(dtype, temperature):
-    """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32 than PyTorch's own."""
+    """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32
+    than PyTorch's own."""
     student, head = make(n_layer=4, n_head=4, n_embd=128, vocab_size=500, end=0.5)
     prompt = (5, 6, 7)
-    outputs, last = write(EngineDecoder, student, head, dtype, prompt, count=40, temperature=temperature)
+    outputs, last = write(
+        EngineDecoder, student, head, dtype, prompt, count=40, temperature=temperature
+    )
     mask = torch.arange(30) <= last[:, None]
     exact = read_again(student, head, prompt, outputs, temperature)
     with torch.autocast("cpu"):
         lower = read_again(student, head, prompt, outputs, temperature)
     for column, truth, low in zip(outputs[1:], exact, lower, strict=True):
         error, theirs = (column - truth)[mask], (low - truth)[mask]
-        bound = 1e-4 * max(1, truth.abs().max()) if dtype == torch.float32 else 1.5 * theirs.abs().max()
+        bound = (
+            1e-4 * max(1, truth.abs().max()) if dtype == torch.float32 else 1.5 * theirs.abs().max()
+        )
         assert error.abs().max() < bound
         assert error.mean().abs() < bound / 10  # rounding leans neither way
 
@@ -154,8 +185,8 @@ def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(split, d
 @pytest.mark.parametrize("at_once", [1, 2, 7, 59])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(split, dtype, at_once):
-    """With prompts of different lengths that several stories share, some of them again after others; none is begun
-    before there is room, and none is left out."""
+    """With prompts of different lengths that several stories share, some of them again after
+    others; none is begun before there is room, and none is left out."""
     student, head = make(n_layer=2, n_head=2, n_embd=96, vocab_size=400, end=1.2)
     prompts = [torch.arange(5, 5 + n) for n in (1, 19, 4, 33, 16, 7)]
     prompt_of = torch.tensor([i // 3 % 6 for i in range(40)] + [i % 6 for i in range(20)])
@@ -175,9 +206,13 @@ def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(split, dtype, 
 
     together, lengths, steps = write_all(60)
     apart, same_lengths, more_steps = write_all(at_once)
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)) and same_lengths == lengths
+    assert (
+        all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+        and same_lengths == lengths
+    )
     assert len(set(lengths.values())) > 5 and steps <= 25
-    assert more_steps <= sum(lengths.values()) / at_once + 25  # the batch is full until no story is left to begin
+    # the batch is full until no story is left to begin
+    assert more_steps <= sum(lengths.values()) / at_once + 25
 
 
 def test_a_story_ends_with_its_first_end_token():
@@ -229,11 +264,26 @@ def add(name, *shape):
     [
         (drop("blocks.1.fc.bias"), r"parameter blocks\.1\.fc\.bias is missing"),
         (drop("wte.weight"), r"parameter wte\.weight is missing"),
-        (add("lm_head.weight", 320, 64), r"parameter lm_head\.weight of shape \(320, 64\) is unexpected"),
-        (add("blocks.2.ln_1.weight", 64), r"parameter blocks\.2\.ln_1\.weight of shape \(64\) is unexpected"),
-        (add("blocks.0.fc.weight", 128, 64), r"fc\.weight must have shape \(256, 64\), not \(128, 64\)"),
-        (lambda p: p.update({"ln_f.bias": p["ln_f.bias"].double()}), r"ln_f\.bias must be contiguous float32"),
-        (lambda p: p.update({"wpe.weight": p["wpe.weight"].T}), r"wpe\.weight must be contiguous float32"),
+        (
+            add("lm_head.weight", 320, 64),
+            r"parameter lm_head\.weight of shape \(320, 64\) is unexpected",
+        ),
+        (
+            add("blocks.2.ln_1.weight", 64),
+            r"parameter blocks\.2\.ln_1\.weight of shape \(64\) is unexpected",
+        ),
+        (
+            add("blocks.0.fc.weight", 128, 64),
+            r"fc\.weight must have shape \(256, 64\), not \(128, 64\)",
+        ),
+        (
+            lambda p: p.update({"ln_f.bias": p["ln_f.bias"].double()}),
+            r"ln_f\.bias must be contiguous float32",
+        ),
+        (
+            lambda p: p.update({"wpe.weight": p["wpe.weight"].T}),
+            r"wpe\.weight must be contiguous float32",
+        ),
     ],
 )
 def test_other_parameters_are_refused(change, words):
@@ -286,7 +336,12 @@ def test_what_does_not_fit_is_an_error():
     valid = dict(prompt_of=[0, 0], max_new_tokens=5, eos=EOS, seed=0)
     wrong_options = [dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60)]
     wrong_options += [dict(prompt_of=[]), dict(prompt_of=[0, 1]), dict(prompt_of=[-1])]
-    wrong_options += [dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1)]
+    wrong_options += [
+        dict(max_new_tokens=0),
+        dict(temperature=0.0),
+        dict(top_p=0.0),
+        dict(top_k=-1),
+    ]
     for wrong in wrong_options:
         with pytest.raises(RuntimeError, match=r"Engine\.start"):
             prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
@@ -299,7 +354,12 @@ def test_other_threads_run_while_a_step_does():
     """The teacher's client talks while stories are being written."""
     student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
     engine = engine_of(student)
-    start(engine, [torch.tensor([5])], torch.zeros(200, dtype=torch.int64), Sampling(40, eos=-1, seed=0))
+    start(
+        engine,
+        [torch.tensor([5])],
+        torch.zeros(200, dtype=torch.int64),
+        Sampling(40, eos=-1, seed=0),
+    )
     ticks, stop = [0], threading.Event()
 
     def tick():

@@ -43,7 +43,9 @@ from tinystory.student.token_step import TokenStep
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
-    pytest.skip("no CUDA device: the CUDA kernels are not run on a GPU here", allow_module_level=True)
+    pytest.skip(
+        "no CUDA device: the CUDA kernels are not run on a GPU here", allow_module_level=True
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,15 +55,26 @@ def on_the_gpu():
 
 
 def problems():
-    """Every op with inputs large enough for many blocks: name -> (function of a leaf tensor, that tensor)."""
+    """Every op with inputs large enough for many blocks: name -> (function of a leaf tensor, that
+    tensor)."""
     torch.manual_seed(0)
     weight, targets, rows = torch.randn(5000, 64), torch.randint(5000, (3000,)), torch.arange(300)
-    prefix, cache, lengths = torch.randn(40, 2, 8, 64), torch.randn(300, 90, 2, 8, 64), torch.randint(90, (300,))
+    prefix, cache, lengths = (
+        torch.randn(40, 2, 8, 64),
+        torch.randn(300, 90, 2, 8, 64),
+        torch.randint(90, (300,)),
+    )
     spans = torch.randint(41, (300, 2)).sort(1).values
     gain, shift = torch.randn(2, 768)
     return {
-        "causal_attention": (lambda x: ops.causal_attention(x, 0.1, 5), torch.randn(4, 300, 3, 8, 64)),
-        "token_logprob": (lambda x: sum(ops.token_logprob(x, weight, targets)), torch.randn(3000, 64)),
+        "causal_attention": (
+            lambda x: ops.causal_attention(x, 0.1, 5),
+            torch.randn(4, 300, 3, 8, 64),
+        ),
+        "token_logprob": (
+            lambda x: sum(ops.token_logprob(x, weight, targets)),
+            torch.randn(3000, 64),
+        ),
         "cross_entropy": (lambda x: ops.cross_entropy(x, weight, targets), torch.randn(3000, 64)),
         "decode_attention": (
             lambda x: ops.decode_attention(x, prefix, spans, cache.clone(), lengths),
@@ -71,7 +84,10 @@ def problems():
             lambda x: torch.cat(ops.add_layer_norm(x, x, gain, shift, dropout_p=0.1, seed=3)),
             torch.randn(3000, 768),
         ),
-        "sample": (lambda x: ops.sample(x, seed=1, rows=rows, step=2, top_p=0.9)[1], torch.randn(300, 20_000)),
+        "sample": (
+            lambda x: ops.sample(x, seed=1, rows=rows, step=2, top_p=0.9)[1],
+            torch.randn(300, 20_000),
+        ),
     }
 
 
@@ -96,7 +112,8 @@ def test_the_same_bits_in_every_run(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stream_that_is_not_the_default_one(name):
-    """The op must run after earlier work on its stream: here a pause, then a copy of the real input."""
+    """The op must run after earlier work on its stream: here a pause, then a copy of the real
+    input."""
     f, x = problems()[name]
     want, stream, late = run(f, x), torch.cuda.Stream(), torch.full_like(x, 0.25)
     torch.cuda.synchronize()
@@ -119,13 +136,20 @@ def test_tensors_on_a_device_that_is_not_the_current_one(name):
         f, x = problems()[name]
         got = run(f, x)
     assert torch.cuda.current_device() == 0 and all(t.device.index == 1 for t in got)
-    assert [t.shape for t in got] == [t.shape for t in want] and all(t.isfinite().all() for t in got)
+    assert [t.shape for t in got] == [t.shape for t in want] and all(
+        t.isfinite().all() for t in got
+    )
 
 
 @pytest.mark.parametrize("types", ["float32 float32", "bfloat16 float32", "float16 float16"])
 def test_the_sum_and_its_norm_are_the_definitions(types):
     branch_type, dtype = (getattr(torch, name) for name in types.split())
-    leaves = [torch.randn(77, 800), torch.randn(77, 800).to(branch_type), torch.randn(800), torch.randn(800)]
+    leaves = [
+        torch.randn(77, 800),
+        torch.randn(77, 800).to(branch_type),
+        torch.randn(800),
+        torch.randn(800),
+    ]
     grads = torch.randn(77, 800), torch.randn(77, 800).to(dtype)
 
     def run(f):
@@ -133,7 +157,9 @@ def test_the_sum_and_its_norm_are_the_definitions(types):
         outputs = f(*inputs, 0.25, 7, dtype)[:2]
         return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
-    for a, b in zip(run(torch.ops.tinystory.add_layer_norm), run(ops.reference.add_layer_norm), strict=True):
+    for a, b in zip(
+        run(torch.ops.tinystory.add_layer_norm), run(ops.reference.add_layer_norm), strict=True
+    ):
         bound = 1e-4 if a.dtype == torch.float32 else 2 * torch.finfo(a.dtype).eps
         torch.testing.assert_close(a, b, atol=bound, rtol=bound)
     torch.library.opcheck(torch.ops.tinystory.add_layer_norm.default, (*leaves, 0.25, 7, dtype))
@@ -163,7 +189,11 @@ def test_with_copies_of_weights_gradients_are_as_exact_as_autocasts(request):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_draw_is_the_same_on_the_cpu_and_on_the_gpu(options, dtype):
-    logits, rows, steps = (torch.randn(500, 16_000) * 3).to(dtype), torch.randperm(10_000)[:500], torch.arange(500)
+    logits, rows, steps = (
+        (torch.randn(500, 16_000) * 3).to(dtype),
+        torch.randperm(10_000)[:500],
+        torch.arange(500),
+    )
     here = ops.sample(logits, seed=11, rows=rows, step=steps, **options)
     there = ops.sample(logits.cpu(), seed=11, rows=rows.cpu(), step=steps.cpu(), **options)
     assert torch.equal(here[0].cpu(), there[0])
@@ -172,7 +202,11 @@ def test_a_draw_is_the_same_on_the_cpu_and_on_the_gpu(options, dtype):
 
 
 def test_a_row_that_cannot_be_drawn_from_is_named_when_tokens_are_read():
-    for value, words in ((float("nan"), "NaN or"), (float("inf"), "inf"), (-float("inf"), "-inf throughout")):
+    for value, words in (
+        (float("nan"), "NaN or"),
+        (float("inf"), "inf"),
+        (-float("inf"), "-inf throughout"),
+    ):
         logits, rows = torch.randn(3, 40), torch.tensor([7, 8, 9])
         logits[1] = value
         tokens = ops.sample(logits, seed=0, rows=rows, step=0)[0]
@@ -182,16 +216,32 @@ def test_a_row_that_cannot_be_drawn_from_is_named_when_tokens_are_read():
 
 
 def test_what_is_not_supported_is_an_error_that_names_the_argument():
-    hidden, weight, targets = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)
+    hidden, weight, targets = (
+        torch.zeros(4, 8),
+        torch.zeros(9, 8),
+        torch.zeros(4, dtype=torch.int64),
+    )
     for call, words in [
-        (lambda: ops.causal_attention(torch.zeros(1, 4, 3, 2, 96)), "qkv's head size D must be 32, 64 or 128 on CUDA"),
+        (
+            lambda: ops.causal_attention(torch.zeros(1, 4, 3, 2, 96)),
+            "qkv's head size D must be 32, 64 or 128 on CUDA",
+        ),
         (
             lambda: ops.causal_attention(torch.zeros(1, 4, 3, 2, 32).double()),
             "qkv must be float32, bfloat16 or float16",
         ),
-        (lambda: ops.causal_attention(torch.zeros(385)[1:].view(1, 2, 3, 2, 32)), "qkv must begin at a multiple of 16"),
-        (lambda: ops.token_logprob(hidden.double(), weight.double(), targets), "hidden must be float32, bfloat16 or"),
-        (lambda: ops.token_logprob(hidden, weight.cpu(), targets), "weight is on cpu but hidden is on cuda"),
+        (
+            lambda: ops.causal_attention(torch.zeros(385)[1:].view(1, 2, 3, 2, 32)),
+            "qkv must begin at a multiple of 16",
+        ),
+        (
+            lambda: ops.token_logprob(hidden.double(), weight.double(), targets),
+            "hidden must be float32, bfloat16 or",
+        ),
+        (
+            lambda: ops.token_logprob(hidden, weight.cpu(), targets),
+            "weight is on cpu but hidden is on cuda",
+        ),
         (lambda: ops.token_logprob(hidden, weight, targets.cpu()), "targets is on cpu"),
         (lambda: ops.sample(hidden, seed=0, rows=targets.cpu(), step=targets), "rows is on cpu"),
     ]:
@@ -202,7 +252,10 @@ def test_what_is_not_supported_is_an_error_that_names_the_argument():
 @pytest.mark.parametrize(
     "call, words",
     [
-        ("ops.token_logprob(torch.zeros(2, 8), torch.zeros(9, 8), torch.tensor([0, 9]))", "an entry of targets"),
+        (
+            "ops.token_logprob(torch.zeros(2, 8), torch.zeros(9, 8), torch.tensor([0, 9]))",
+            "an entry of targets",
+        ),
         (
             "ops.decode_attention(torch.zeros(1, 3, 1, 32), torch.zeros(0, 2, 1, 32), torch.tensor([[0, 0]]),"
             " torch.zeros(1, 4, 2, 1, 32), torch.tensor([4]))",
@@ -212,22 +265,25 @@ def test_what_is_not_supported_is_an_error_that_names_the_argument():
 )
 def test_what_only_the_device_sees_is_an_assertion_that_names_the_argument(call, words):
     """In a separate process: a device-side assertion makes the CUDA context unusable."""
-    code = (
-        f"import torch; from tinystory import ops; torch.set_default_device('cuda'); {call}; torch.cuda.synchronize()"
-    )
+    setup = "import torch; from tinystory import ops; torch.set_default_device('cuda')"
+    code = f"{setup}; {call}; torch.cuda.synchronize()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and words in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ends_early", [False, True])
-def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkeypatch, ends_early, dtype):
-    """Bit for bit, also after the weights have changed since the last rollout; one graph capture per batch size, for
-    all rollouts."""
+def test_stories_from_graphs_are_those_of_plain_calls(
+    request, tokenizer, monkeypatch, ends_early, dtype
+):
+    """Bit for bit, also after the weights have changed since the last rollout; one graph capture
+    per batch size, for all rollouts."""
     with torch.device("cpu"):  # the number of stories that end early depends on its random weights
         student = request.getfixturevalue("student").to("cuda")
     head, sizes, capture = ValueHead(64), [], TokenStep.capture
-    monkeypatch.setattr(TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step))[1])
+    monkeypatch.setattr(
+        TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step))[1]
+    )
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
         student.ln_f.bias += 2.4 * ends_early * student.wte.weight[tokenizer.eos]
@@ -245,7 +301,11 @@ def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkey
         with monkeypatch.context() as patch:
             patch.setattr(TokenStep, "advance", TokenStep.run)
             for story, plain in zip(stories, write(), strict=True):
-                assert (story.index, story.text, story.ended) == (plain.index, plain.text, plain.ended)
+                assert (story.index, story.text, story.ended) == (
+                    plain.index,
+                    plain.text,
+                    plain.ended,
+                )
                 for column in ("tokens", "logprobs", "values", "entropies"):
                     assert torch.equal(getattr(story, column), getattr(plain, column))
         texts = [story.text for story in stories]
@@ -258,14 +318,19 @@ def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkey
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pretraining_and_interaction_run(place, tmp_path, dtype):
-    """Both commands end to end on the GPU; the loss falls, and PPO's first pass reproduces the sampler's logprobs."""
+    """Both commands end to end on the GPU; the loss falls, and PPO's first pass reproduces the
+    sampler's logprobs."""
     on_gpu = ["--device", "cuda", "--dtype", dtype]
     with torch.device("cpu"):
         corpus = ["--corpus", str(place / "corpus.txt"), "--words", "6000"]
         pretrain.main([*corpus, "--out", str(tmp_path / "p"), *SMALL, *on_gpu])
         reward = ["--reward", f"{place / 'reward.py'}:score"]
-        interact.main(["--init", str(tmp_path / "p"), "--out", str(tmp_path / "i"), *reward, *SHORT, *on_gpu])
+        interact.main(
+            ["--init", str(tmp_path / "p"), "--out", str(tmp_path / "i"), *reward, *SHORT, *on_gpu]
+        )
     losses = [m["loss"] for m in metrics(tmp_path / "p")]
     assert losses[-1] < losses[0] - 0.3
     steps = metrics(tmp_path / "i")
-    assert len(steps) == 4 and all(m["ratio_error"] < (1e-3 if dtype == "float32" else 0.2) for m in steps)
+    assert len(steps) == 4 and all(
+        m["ratio_error"] < (1e-3 if dtype == "float32" else 0.2) for m in steps
+    )

@@ -1,4 +1,5 @@
-"""ops.linear and ops.add_layer_norm: as exact as PyTorch, gradients too; a row's bits depend on that row alone."""
+"""ops.linear and ops.add_layer_norm: as exact as PyTorch, gradients too; a row's bits depend on
+that row alone."""
 
 import functools
 import platform
@@ -32,12 +33,17 @@ def run(f, leaves, grad, dtype):
 
 def error(outputs, true):
     """Root mean square: the largest error alone would be luck."""
-    return [float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(outputs, true, strict=True)]
+    return [
+        float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(outputs, true, strict=True)
+    ]
 
 
 def close(ours, plain, leaves, grad, dtype):
     true = run(plain, leaves, grad, torch.float64)
-    ours, theirs = error(run(ours, leaves, grad, dtype), true), error(run(plain, leaves, grad, dtype), true)
+    ours, theirs = (
+        error(run(ours, leaves, grad, dtype), true),
+        error(run(plain, leaves, grad, dtype), true),
+    )
     sizes = [float(t.pow(2).mean().sqrt()) for t in true]
     for own, their, size in zip(ours, theirs, sizes, strict=True):
         assert own <= 2 * their + 1e-7 * size, (ours, theirs)
@@ -58,7 +64,9 @@ def test_linear_is_as_close_to_the_truth_as_pytorch(shape, wide, gelu, dtype):
 @pytest.mark.parametrize("dropout", (0.0, 0.25))
 @pytest.mark.parametrize("branch_type", (None, *DTYPES))
 @pytest.mark.parametrize("rows, size", [(1, 32), (65, 96), (300, 256)])
-def test_the_sum_and_its_norm_are_as_close_to_the_truth_as_pytorchs(rows, size, branch_type, dropout, dtype):
+def test_the_sum_and_its_norm_are_as_close_to_the_truth_as_pytorchs(
+    rows, size, branch_type, dropout, dtype
+):
     torch.manual_seed(0)
     leaves = [torch.randn(rows, size) * 3 + 1, torch.randn(size), torch.randn(size)]
     leaves += [] if branch_type is None else [torch.randn(rows, size).to(branch_type)]
@@ -69,7 +77,10 @@ def test_the_sum_and_its_norm_are_as_close_to_the_truth_as_pytorchs(rows, size, 
     def defined(x, *arguments):
         return reference.add_layer_norm(x, *arguments, ops.matmul_dtype(x))
 
-    ours, plain = functools.partial(stacked, ops.add_layer_norm), functools.partial(stacked, defined)
+    ours, plain = (
+        functools.partial(stacked, ops.add_layer_norm),
+        functools.partial(stacked, defined),
+    )
     close(ours, plain, leaves, torch.randn(2, rows, size), dtype)
 
 
@@ -78,9 +89,14 @@ def test_dropout_of_branches_is_drawn_from_the_seed():
     x, one = torch.zeros(200, 512), torch.ones(200, 512)
     assert torch.equal(ops.add_layer_norm(x, one, one[0], one[0], 0.25, 3)[0], mask)
     assert mask.unique().tolist() == [0.0, torch.tensor(256 / 192).item()]
-    assert abs(mask.mean() - 1) < 0.01 and not torch.equal(mask, reference.branch_mask(mask, 0.25, 4))
-    neighbours = torch.stack([mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:], mask[:-1, :-1].roll(128, 1)]).flatten(1)
-    assert (neighbours.corrcoef() - torch.eye(4)).abs().max() < 0.02  # 100 000 pairs: 0.003 is one standard deviation
+    assert abs(mask.mean() - 1) < 0.01 and not torch.equal(
+        mask, reference.branch_mask(mask, 0.25, 4)
+    )
+    neighbours = torch.stack(
+        [mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:], mask[:-1, :-1].roll(128, 1)]
+    ).flatten(1)
+    # 100 000 pairs: 0.003 is one standard deviation
+    assert (neighbours.corrcoef() - torch.eye(4)).abs().max() < 0.02
 
 
 def test_bf16_input_without_a_cast():
@@ -121,10 +137,15 @@ def test_what_the_kernel_does_not_fit_runs_in_pytorch():
 
 def test_reference_gradients():
     torch.manual_seed(0)
-    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,), (3, 4)))
+    x, w, b, r = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in ((3, 4), (5, 4), (5,), (3, 4))
+    )
     assert torch.autograd.gradcheck(lambda *t: reference.linear(*t, gelu=True), (x, w, b))
     for branch in (None, r):
-        run = functools.partial(reference.add_layer_norm, dropout_p=0.25, seed=3, dtype=torch.float64)
+        run = functools.partial(
+            reference.add_layer_norm, dropout_p=0.25, seed=3, dtype=torch.float64
+        )
         assert torch.autograd.gradcheck(run, (x, branch, w[0], w[1]))
 
 
@@ -143,7 +164,9 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.tinystory.linear, (x, w, b, gelu, dtype, out_dtype))
     for branch in (None, y.to(dtype).requires_grad_()):
         stream = torch.randn(9, 64, requires_grad=True)
-        torch.library.opcheck(torch.ops.tinystory.add_layer_norm, (stream, branch, b, b, 0.25, 3, dtype))
+        torch.library.opcheck(
+            torch.ops.tinystory.add_layer_norm, (stream, branch, b, b, 0.25, 3, dtype)
+        )
 
 
 def test_the_student_compiles_whole():
@@ -164,7 +187,9 @@ def test_errors_say_what_does_not_fit():
     with pytest.raises(RuntimeError, match="linear: dtype must be float32 or bfloat16, not Half"):
         run(x, w, b, False, torch.float16, torch.float32)
     norm = torch.ops.tinystory.add_layer_norm
-    with pytest.raises(RuntimeError, match="add_layer_norm: y must be float32, bfloat16 or float16, not Double"):
+    with pytest.raises(
+        RuntimeError, match="add_layer_norm: y must be float32, bfloat16 or float16, not Double"
+    ):
         norm(r, None, b, b, 0.0, 0, torch.float64)
     with pytest.raises(RuntimeError, match="branch must be like x"):
         norm(r, x, b, b, 0.0, 0, torch.float32)

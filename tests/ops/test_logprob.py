@@ -1,4 +1,5 @@
-"""token_logprob and cross_entropy against the plain definition in float64: at most twice PyTorch's own error."""
+"""token_logprob and cross_entropy against the plain definition in float64: at most twice PyTorch's
+own error."""
 
 import os
 import random
@@ -19,9 +20,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def problem(case):
     rng = random.Random(case)
     torch.manual_seed(case)
-    n, c, v = rng.randint(30, 150), rng.choice([8, 16, 33, 64, 256]), rng.choice([17, 64, rng.randint(20, 3000)])
+    n, c, v = (
+        rng.randint(30, 150),
+        rng.choice([8, 16, 33, 64, 256]),
+        rng.choice([17, 64, rng.randint(20, 3000)]),
+    )
     dtype = DTYPES[case % (3 if on_gpu() else 4)]
-    hidden, weight = torch.randn(n, c).to(dtype), (torch.randn(v, c) * rng.choice([0.1, 0.5])).to(dtype)
+    hidden, weight = (
+        torch.randn(n, c).to(dtype),
+        (torch.randn(v, c) * rng.choice([0.1, 0.5])).to(dtype),
+    )
     return hidden, weight, torch.randint(v, (n,))
 
 
@@ -33,7 +41,11 @@ def results(f, hidden, weight, dtype):
 
 def compare(errors, ours, theirs, hidden, weight):
     exact = results(theirs, hidden, weight, torch.float64)
-    pairs = zip(results(ours, hidden, weight, hidden.dtype), results(theirs, hidden, weight, hidden.dtype), strict=True)
+    pairs = zip(
+        results(ours, hidden, weight, hidden.dtype),
+        results(theirs, hidden, weight, hidden.dtype),
+        strict=True,
+    )
     for i, (x, y) in enumerate(pairs):
         note = f"result {i} of {hidden.dtype}, {tuple(hidden.shape)} and {tuple(weight.shape)}"
         errors[f"result {i}"].append(assert_no_worse(x, y, exact[i], note))
@@ -54,7 +66,9 @@ def test_values_and_gradients_of_both_outputs(which):
 
             return f
 
-        compare(errors, through(ops.token_logprob), through(reference.token_logprob), hidden, weight)
+        compare(
+            errors, through(ops.token_logprob), through(reference.token_logprob), hidden, weight
+        )
     assert_largest_no_worse(errors)
 
 
@@ -69,7 +83,9 @@ def test_cross_entropy(which):
             return (loss,), 3 * loss
 
         def theirs(h, w, targets=targets):
-            loss = F.cross_entropy((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets)
+            loss = F.cross_entropy(
+                (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets
+            )
             return (loss,), 3 * loss
 
         exact = compare(errors, ours, theirs, hidden, weight)
@@ -79,7 +95,9 @@ def test_cross_entropy(which):
     assert_largest_no_worse(errors)
 
 
-@pytest.mark.parametrize("n, c, v", [(1, 1, 1), (1, 7, 2), (3, 64, 2), (2, 100, 257), (1500, 8, 9000)])
+@pytest.mark.parametrize(
+    "n, c, v", [(1, 1, 1), (1, 7, 2), (3, 64, 2), (2, 100, 257), (1500, 8, 9000)]
+)
 def test_degenerate_sizes_and_several_chunks(n, c, v):
     hidden, weight, targets = torch.randn(n, c), torch.randn(v, c), torch.randint(v, (n,))
     g = torch.randn(2, n)
@@ -92,7 +110,9 @@ def test_degenerate_sizes_and_several_chunks(n, c, v):
         return f
 
     exact = results(through(reference.token_logprob), hidden, weight, torch.float64)
-    for ours, e in zip(results(through(ops.token_logprob), hidden, weight, torch.float32), exact, strict=True):
+    for ours, e in zip(
+        results(through(ops.token_logprob), hidden, weight, torch.float32), exact, strict=True
+    ):
         assert (ours - e).abs().max() < 2e-5 * max(1, float(e.abs().max()))
 
 
@@ -105,7 +125,10 @@ def test_gradcheck_in_float64():
 
 
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide():
-    hidden, weight = torch.randn(20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    hidden, weight = (
+        torch.randn(20, 32, requires_grad=True),
+        torch.randn(50, 32, requires_grad=True),
+    )
     targets = torch.randint(50, (20,))
     for op in (lambda *a: -ops.token_logprob(*a)[0].mean(), ops.cross_entropy):
         with torch.autocast(hidden.device.type, torch.bfloat16):
@@ -120,26 +143,37 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide():
 
 
 def test_the_same_bits_at_any_thread_count():
-    hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    hidden, weight = (
+        torch.randn(50, 32, requires_grad=True),
+        torch.randn(300, 32, requires_grad=True),
+    )
     targets, threads, seen = torch.randint(300, (50,)), torch.get_num_threads(), []
     for n in (1, 2, 5):
         torch.set_num_threads(n)
         logprob, entropy = ops.token_logprob(hidden, weight, targets)
-        seen.append((logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), (hidden, weight))))
+        seen.append(
+            (logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), (hidden, weight)))
+        )
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
 def test_kept_logits_change_no_bit_and_are_kept_within_their_limit(monkeypatch):
-    hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(700, 32, requires_grad=True)
+    hidden, weight = (
+        torch.randn(50, 32, requires_grad=True),
+        torch.randn(700, 32, requires_grad=True),
+    )
     targets, seen = torch.randint(700, (50,)), []
     group = 50 * fake.LOGIT_STRIDE * 4
     for limit, groups in ((0, 0), (2 * group, 2), (9 * group, 3)):
         monkeypatch.setattr(ops, "KEPT_BYTES", limit)
         assert ops.kept_groups(hidden, weight) == groups
         logprob, entropy = ops.token_logprob(hidden, weight, targets)
-        other, _ = ops.token_logprob(hidden * 2, weight, targets)  # before the first one's backward pass
-        results = torch.autograd.grad((logprob + entropy + other).sum(), (hidden, weight), retain_graph=True)
+        # before the first one's backward pass
+        other, _ = ops.token_logprob(hidden * 2, weight, targets)
+        results = torch.autograd.grad(
+            (logprob + entropy + other).sum(), (hidden, weight), retain_graph=True
+        )
         again = torch.autograd.grad((logprob + entropy + other).sum(), (hidden, weight))
         assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
         seen.append((logprob, entropy, other, *results))
@@ -151,22 +185,31 @@ def test_kept_logits_change_no_bit_and_are_kept_within_their_limit(monkeypatch):
 
 def test_opcheck_and_compile():
     ops.load()
-    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    hidden, weight = (
+        torch.randn(20, 16, requires_grad=True),
+        torch.randn(50, 16, requires_grad=True),
+    )
     targets = torch.randint(50, (20,))
     torch.library.opcheck(torch.ops.tinystory.cross_entropy.default, (hidden, weight, targets))
     op = torch.ops.tinystory.token_logprob.default
     torch.library.opcheck(op, (hidden, weight, targets, 0))
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")  # the other compares memory never written
+    # the other compares memory never written
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op, (hidden, weight, targets, 1), test_utils=utils)
 
     def step(qkv, hidden, seed):
-        mixed = ops.causal_attention(qkv * 1.5, 0.1, seed).sum() + ops.cross_entropy(hidden * 2, weight, targets)
+        mixed = ops.causal_attention(qkv * 1.5, 0.1, seed).sum() + ops.cross_entropy(
+            hidden * 2, weight, targets
+        )
         return mixed + ops.token_logprob(hidden * 2, weight, targets)[1].sum()
 
     qkv = torch.randn(1, 9, 3, 1, 32, requires_grad=True)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed in (1, 2, 3):
-        a, b = (torch.autograd.grad(f(qkv, hidden, seed), (qkv, hidden, weight)) for f in (step, compiled))
+        a, b = (
+            torch.autograd.grad(f(qkv, hidden, seed), (qkv, hidden, weight))
+            for f in (step, compiled)
+        )
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
 
@@ -192,7 +235,9 @@ def test_a_whole_group_of_columns_at_minus_infinity_weighs_nothing():
     weight[256:512] = -1e200
     left = torch.cat([weight[:256], weight[512:]])
     for ours, want in zip(
-        ops.token_logprob(hidden, weight, targets), ops.token_logprob(hidden, left, targets), strict=True
+        ops.token_logprob(hidden, weight, targets),
+        ops.token_logprob(hidden, left, targets),
+        strict=True,
     ):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, want)

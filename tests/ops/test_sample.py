@@ -1,4 +1,5 @@
-"""Sampling: the kernel draws the very tokens of the plain definition, and those have the right frequencies."""
+"""Sampling: the kernel draws the very tokens of the plain definition, and those have the right
+frequencies."""
 
 import math
 
@@ -40,7 +41,9 @@ def logits_of(kind, b, v):
     st.integers(0, 2**63 - 1),
     st.integers(0, 2**31 - 1),
 )
-def test_the_kernel_draws_what_the_definition_draws(kind, v, dtype, temperature, top_k, top_p, seed, step):
+def test_the_kernel_draws_what_the_definition_draws(
+    kind, v, dtype, temperature, top_k, top_p, seed, step
+):
     torch.manual_seed(seed % 1000)
     logits = logits_of(kind, 4, v).to(dtype)
     rows = torch.randint(-(2**63), 2**63 - 1, (4,))
@@ -70,10 +73,12 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.7}, {"top_k": 12}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}]
+    "options",
+    [{}, {"temperature": 1.7}, {"top_k": 12}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}],
 )
 def test_frequencies_are_the_probabilities(options):
-    """40 000 draws over 40 tokens. A false alarm would come in one seed of 10 000; the seeds are fixed."""
+    """40 000 draws over 40 tokens. A false alarm would come in one seed of 10 000; the seeds are
+    fixed."""
     torch.manual_seed(0)
     logits, n = torch.randn(40) * 1.5, 40_000
     p = (logits / options.get("temperature", 1.0)).double().softmax(0)
@@ -112,7 +117,8 @@ def test_top_k_and_top_p_sets_are_exact():
     assert drawn(top_p=p[1] + 1e-6) == {1, 3}
     assert drawn(top_p=p[1] + p[3] + 1e-6) == {1, 3, 2}
     assert drawn(top_p=p[1] + p[3] + p[2] + 1e-6) == {1, 3, 2, 4}
-    assert drawn(top_k=4, top_p=0.7) == {1, 3}  # renormalised over the four: 0.366 each, then 0.134 each
+    # renormalised over the four: 0.366 each, then 0.134 each
+    assert drawn(top_k=4, top_p=0.7) == {1, 3}
     equal = torch.zeros(3000, 10)
     assert set(draw(equal, top_k=3)[0].tolist()) == {0, 1, 2}
     assert set(draw(equal, top_p=0.35)[0].tolist()) == {0, 1, 2, 3}
@@ -174,14 +180,17 @@ def test_a_negative_token_of_a_gpu_is_an_error_that_names_the_row():
 
 
 def test_philox_matches_the_published_vectors():
-    """Known answers of Random123's philox4x32 of 10 and of 7 rounds (kat_vectors of Salmon et al.)."""
+    """Known answers of Random123's philox4x32 of 10 and of 7 rounds (kat_vectors of Salmon et
+    al.)."""
     for rounds, seed, counter, words in [
         (10, 0, [0, 0, 0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
         (10, 2**64 - 1, [0xFFFFFFFF] * 4, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
         (7, 0, [0, 0, 0, 0], [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
         (7, 2**64 - 1, [0xFFFFFFFF] * 4, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
     ]:
-        assert [int(w) for w in reference.philox(seed, [torch.tensor(c) for c in counter], rounds)] == words
+        assert [
+            int(w) for w in reference.philox(seed, [torch.tensor(c) for c in counter], rounds)
+        ] == words
 
 
 def test_opcheck():

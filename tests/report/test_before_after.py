@@ -19,24 +19,40 @@ def write(path, records):
 
 
 def evaluation(step, rewards, **other):
-    return [story_record(step, i, story=f"story {step} {i}", reward=reward, **other) for i, reward in rewards.items()]
+    return [
+        story_record(step, i, story=f"story {step} {i}", reward=reward, **other)
+        for i, reward in rewards.items()
+    ]
 
 
 @pytest.fixture
 def run(tmp_path):
     """An interaction of three steps whose best student is that of step 2, over."""
     with RunLog(tmp_path, resume_step=None) as log:
-        log.config({"student": {"parameters": 1_800_000, "corpus": ["primer", "/home/me/own.txt"]}, "device": "cpu"})
+        log.config(
+            {
+                "student": {"parameters": 1_800_000, "corpus": ["primer", "/home/me/own.txt"]},
+                "device": "cpu",
+            }
+        )
         for step in range(1, 4):
             log.metrics(step=step, reward_mean=0.5, held_out_reward=0.5 + step / 100)
-    before, after = evaluation(0, dict.fromkeys(GAINS, 0.5)), evaluation(2, {i: 0.5 + g for i, g in GAINS.items()})
+    before, after = (
+        evaluation(0, dict.fromkeys(GAINS, 0.5)),
+        evaluation(2, {i: 0.5 + g for i, g in GAINS.items()}),
+    )
     write(tmp_path / EVALUATIONS, [*before, *evaluation(1, dict.fromkeys(GAINS, 0.4)), *after])
-    write(tmp_path / SAMPLES, [r | {"when": w} for w, rs in (("before", before), ("after", after)) for r in rs])
+    write(
+        tmp_path / SAMPLES,
+        [r | {"when": w} for w, rs in (("before", before), ("after", after)) for r in rs],
+    )
     return tmp_path
 
 
 def text_of(page):
-    return " ".join(re.sub("<style>.*?</style>|<[^>]+>", " ", page.read_text(), flags=re.DOTALL).split())
+    return " ".join(
+        re.sub("<style>.*?</style>|<[^>]+>", " ", page.read_text(), flags=re.DOTALL).split()
+    )
 
 
 def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
@@ -49,14 +65,21 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     assert "from step 0: ▁▃▆█" in terminal
     for text in (terminal, page):
         assert text.index("story 0 2") < text.index("story 2 2")
-    assert page.index("story 2 2") < page.index("story 2 0") < page.index("story 2 1") < page.index("story 2 3")
+    assert (
+        page.index("story 2 2")
+        < page.index("story 2 0")
+        < page.index("story 2 1")
+        < page.index("story 2 3")
+    )
     assert "story 2 4" not in page and "reward 0.6:" in terminal
 
 
 def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys):
     watch.main([str(run)])
     assert "held-out reward 0.5 → 0.53" in capsys.readouterr().out
-    curve = re.search(r'class="line" d="M([^"]*)"/><circle', write_report(run).read_text().split("held out")[0])
+    curve = re.search(
+        r'class="line" d="M([^"]*)"/><circle', write_report(run).read_text().split("held out")[0]
+    )
     assert curve
     held_out = re.findall(r'<path class="line" d="M([^"]+)"', write_report(run).read_text())[1]
     assert held_out.count(",") == 4  # steps 0 to 3
@@ -65,7 +88,8 @@ def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys)
 def test_the_title_says_what_it_is(run):
     page = text_of(write_report(run))
     assert (
-        page.count("A student of 1.8M parameters, taught by scores after reading primer, own.txt") == 2
+        page.count("A student of 1.8M parameters, taught by scores after reading primer, own.txt")
+        == 2
     )  # <title> and heading
     assert "/home/me" not in page.split("How it was run")[0]
 
@@ -73,7 +97,10 @@ def test_the_title_says_what_it_is(run):
 def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
     def pair_of(*ended):
         before = evaluation(0, dict.fromkeys(range(3), 0.5))
-        after = [r | {"ended": end} for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)]
+        after = [
+            r | {"ended": end}
+            for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)
+        ]
         rule, pairs = BeforeAfter(before, after, {}).typical()
         return pairs[0][1]["index"], "both end" in rule
 
@@ -84,7 +111,8 @@ def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "after, said", [(0.834, "fell from 0.873 before interaction to 0.834"), (0.873, "stayed from 0.873")]
+    "after, said",
+    [(0.834, "fell from 0.873 before interaction to 0.834"), (0.873, "stayed from 0.873")],
 )
 def test_a_reward_that_fell_is_said_to_have_fallen(tmp_path, after, said):
     write(tmp_path / EVALUATIONS, evaluation(0, {0: 0.873}) + evaluation(1, {0: after}))
@@ -99,7 +127,10 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
 
 def test_controls_stand_beside_before_and_after(run):
     group = "before, temperature 0.7"
-    write(run / JUDGED, [dict(group=group, index=i, score=score, sense=None) for i, score in enumerate((5, 6))])
+    write(
+        run / JUDGED,
+        [dict(group=group, index=i, score=score, sense=None) for i, score in enumerate((5, 6))],
+    )
     before_after = read_before_after(run)
     header, *rows = before_after.table()
     assert header[0] == "5 stories to held-out openings" and [row[0] for row in rows][2:] == [group]
@@ -110,7 +141,9 @@ def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
     comparison = BeforeAfter(*records, {})
     assert comparison.tellers() == ""
-    for record, kind in zip((*records[0], *records[1]), ("list", "story", "story", "story"), strict=True):
+    for record, kind in zip(
+        (*records[0], *records[1]), ("list", "story", "story", "story"), strict=True
+    ):
         record["teller"] = kind
     assert "list 50% → 0%" in comparison.tellers() and "story 50% → 100%" in comparison.tellers()
 

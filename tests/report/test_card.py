@@ -38,7 +38,16 @@ def run(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     out, reward = folder / "i", folder / "reward.py"
     reward.write_text(RISING)
-    argv = ["--init", str(place / "p"), "--out", str(out), "--reward", f"{reward}:score", "--steps", "2"]
+    argv = [
+        "--init",
+        str(place / "p"),
+        "--out",
+        str(out),
+        "--reward",
+        f"{reward}:score",
+        "--steps",
+        "2",
+    ]
     argv += ["--learning-rate", "0.01"]
     train_interact.main([*SHORT, *argv])
     return out
@@ -56,7 +65,10 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     newest = checkpoint.newest(run)
     metadata, text = card(newest, tmp_path / "tale")
     last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
-    assert f"{history['words']:,} words" in text and f"In 2 steps of PPO it wrote {last['words_out']}" in text
+    assert (
+        f"{history['words']:,} words" in text
+        and f"In 2 steps of PPO it wrote {last['words_out']}" in text
+    )
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert f"a judge preferred the story after interaction in {len(pairs)} of {len(pairs)}" in text
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
@@ -64,34 +76,49 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
     assert f"| {rewards[1]:.3g} |" in text and printable(evaluation[0]["story"].split()[0]) in text
     # Whoever trained it on a file of theirs says under which licence.
-    assert "license" not in metadata and "language" not in metadata and "- `corpus.txt`: files of the user" in text
+    assert (
+        "license" not in metadata
+        and "language" not in metadata
+        and "- `corpus.txt`: files of the user" in text
+    )
 
 
 def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     path = checkpoint.newest(place / "p")
     metadata, text = card(path, tmp_path / "tale")
     bits = metrics(place / "p")[-1]["val_bits_per_byte"]
-    assert f"take {bits:.3f} bits per byte" in text and "interacted" not in text and metadata["tags"] == ["tinystory"]
+    assert (
+        f"take {bits:.3f} bits per byte" in text
+        and "interacted" not in text
+        and metadata["tags"] == ["tinystory"]
+    )
     monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)
     text = card(tmp_path / "tale", tmp_path / "again")[1]
     assert "of `not recorded`" in text and "Not recorded." in text
 
 
 @pytest.mark.parametrize(
-    "corpora, licence", [(["primer", "builtin"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)]
+    "corpora, licence",
+    [(["primer", "builtin"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)],
 )
 def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, tokenizer, tmp_path):
     history = {"words": 2_800_000, "corpus": corpora}
-    path = checkpoint.save(tmp_path / "c", student, tokenizer, history=history, state={}, counters={"step": 1})
+    path = checkpoint.save(
+        tmp_path / "c", student, tokenizer, history=history, state={}, counters={"step": 1}
+    )
     metadata, text = card(path, tmp_path / "tale")
-    assert metadata.get("license") == licence and ("language" in metadata) == ("own.txt" not in corpora)
+    assert metadata.get("license") == licence and ("language" in metadata) == (
+        "own.txt" not in corpora
+    )
     assert metadata.get("datasets", []) == [HUB[name][0] for name in corpora if name in HUB]
     assert "2.8M words" in text and all(f"- `{name}`: " in text for name in corpora)
 
 
 def test_the_cards_code_tells_a_story(student, tokenizer, tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
-    path = checkpoint.save(tmp_path / "c", student, tokenizer, history={}, state={}, counters={"step": 1})
+    path = checkpoint.save(
+        tmp_path / "c", student, tokenizer, history={}, state={}, counters={"step": 1}
+    )
     text = card(path, tmp_path / "tale")[1]
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

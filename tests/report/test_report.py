@@ -1,4 +1,5 @@
-"""The report: right numbers, whatever a model wrote kept as text, small and streaming however long the run."""
+"""The report: right numbers, whatever a model wrote kept as text, small and streaming however long
+the run."""
 
 import math
 import random
@@ -9,7 +10,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tinystory.report.run import RANDOM, UNSCORED, digest, drawn, live_report, remaining, write_report
+from tinystory.report.run import (
+    RANDOM,
+    UNSCORED,
+    digest,
+    drawn,
+    live_report,
+    remaining,
+    write_report,
+)
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
 
@@ -34,7 +43,9 @@ def story(step, index, reward=0.5, **other):
 
 def interaction_run(folder, steps=20, stories=()):
     with RunLog(folder, resume_step=None) as log:
-        log.config({"teacher_url": "http://127.0.0.1:9/v1", "note": EVIL, "device": "cpu", "steps": 16})
+        log.config(
+            {"teacher_url": "http://127.0.0.1:9/v1", "note": EVIL, "device": "cpu", "steps": 16}
+        )
         for step in range(1, steps + 1):
             log.metrics(
                 step=step,
@@ -102,7 +113,9 @@ def check_self_contained(page):
         "use",
     }
     names = {name for name, _ in page.attributes}
-    assert not names & {"src", "href", "xlink:href", "srcset", "action"} and not any(n.startswith("on") for n in names)
+    assert not names & {"src", "href", "xlink:href", "srcset", "action"} and not any(
+        n.startswith("on") for n in names
+    )
     assert not any("url(" in (value or "") for _, value in page.attributes)
 
 
@@ -135,12 +148,17 @@ def test_the_time_left_is_said_where_it_can_be_told():
 def test_the_page_sums_what_a_run_took(tmp_path):
     interaction_run(tmp_path, 20, [story(step, 0) for step in range(1, 21)])
     text = Page(write_report(tmp_path)).text
-    assert "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
+    assert (
+        "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
+    )
     assert "words_in2,000words_out1,000rollout_s20teacher_s40update_s20unscored40" in text
 
 
 def test_what_models_and_servers_write_stays_text(tmp_path):
-    stories = [story(1, 0, story=EVIL, opening=EVIL), story(1, 1, reward=None, scores=None, reply=EVIL, story="x")]
+    stories = [
+        story(1, 0, story=EVIL, opening=EVIL),
+        story(1, 1, reward=None, scores=None, reply=EVIL, story="x"),
+    ]
     interaction_run(tmp_path, 2, stories)
     unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
@@ -149,13 +167,16 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     page = Page(path)
     check_self_contained(page)
     shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
-    # both stories drawn at random, unscored and its reply, a pair with a criterion each, and the option
+    # both stories drawn at random, unscored and its reply, a pair with a criterion each, and the
+    # option
     assert page.text.count(shown) == (2 + 1) + 1 + 2 * 3 + 1
     assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
 
 
 def test_an_endless_story_does_not_make_an_endless_page(tmp_path):
-    interaction_run(tmp_path, 2, [story(1, index, story=f"{index} " + "la" * 10**6) for index in range(3)])
+    interaction_run(
+        tmp_path, 2, [story(1, index, story=f"{index} " + "la" * 10**6) for index in range(3)]
+    )
     assert write_report(tmp_path).stat().st_size < 200_000
 
 
@@ -187,7 +208,8 @@ def told(step, texts):
 
 
 def test_the_page_shows_collapse(tmp_path):
-    """The last step tells one story; its stories are drawn at random, repeats and all, and the same ones each time."""
+    """The last step tells one story; its stories are drawn at random, repeats and all, and the same
+    ones each time."""
     rng = random.Random(0)
     different = [" ".join(f"w{rng.randrange(999)}" for _ in range(20)) for _ in range(8)]
     same = ["a girl named Peanut had a scarf and then it was gone for ever", *different[:1]]
@@ -196,7 +218,11 @@ def test_the_page_shows_collapse(tmp_path):
     page = Page(path)
     assert "Step 1: 8 clusters in 8 stories, the largest of 1" in page.text
     assert "Step 2: 2 clusters in 8 stories, the largest of 7" in page.text
-    widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
+    widths = [
+        value
+        for name, value in page.attributes
+        if name == "style" and "flex-grow: 7" in (value or "")
+    ]
     assert widths == ["flex-grow: 7"]
     samples = page.text.split("Samples of the last step")[1]
     assert samples.count("named Peanut") >= RANDOM - 1
@@ -207,7 +233,9 @@ def test_the_page_shows_collapse(tmp_path):
 def test_stories_at_random_do_not_depend_on_their_reward():
     indices = []
     for step in range(300):
-        indices += [each["index"] for each in drawn([story(step, i, reward=i / 40) for i in range(40)])]
+        indices += [
+            each["index"] for each in drawn([story(step, i, reward=i / 40) for i in range(40)])
+        ]
     assert len(indices) == 300 * RANDOM
     assert abs(np.mean(indices) - 19.5) < 1.5  # the standard error of the mean is 0.3
 
@@ -261,9 +289,15 @@ def test_what_the_teacher_took_is_summed(tmp_path):
     with RunLog(tmp_path / "run", resume_step=None) as log:
         for step in range(1, 6):
             log.metrics(
-                step=step, reward_mean=0.5, teacher_requests=70, teacher_retries=6, teacher_cached=0,
-                teacher_tokens_in=40_000, teacher_tokens_out=400, teacher_cost=0.25 * step,
-            )  # fmt: skip
+                step=step,
+                reward_mean=0.5,
+                teacher_requests=70,
+                teacher_retries=6,
+                teacher_cached=0,
+                teacher_tokens_in=40_000,
+                teacher_tokens_out=400,
+                teacher_cost=0.25 * step,
+            )
     page = Page(write_report(tmp_path / "run"))
     for words in ("teacher_requests350", "teacher_retries30", "200k", "2,000", "teacher_cost1.25"):
         assert words in page.text, words

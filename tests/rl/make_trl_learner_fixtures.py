@@ -1,14 +1,15 @@
-"""Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer and SFTTrainer compute, for
-tests/rl/test_learner_parity.py to compare with.
+"""Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer and SFTTrainer
+compute, for tests/rl/test_learner_parity.py to compare with.
 
 In a venv of its own, for make_trl_fixtures.py needs another TRL:
 
     pip install torch trl==1.16.0
     python tests/rl/make_trl_learner_fixtures.py
 
-A two-layer GPT-2, float32, learns from two batches of three openings, four stories each, two updates per batch. Kept
-of each batch: stories, scores, the advantages, and of each update the loss; at the end, all weights. Tensors are named
-LEARNER/BATCH/QUANTITY; weights have our names and our layout.
+A two-layer GPT-2, float32, learns from two batches of three openings, four stories each, two
+updates per batch. Kept
+of each batch: stories, scores, the advantages, and of each update the loss; at the end, all
+weights. Tensors are named LEARNER/BATCH/QUANTITY; weights have our names and our layout.
 """
 
 import copy
@@ -29,8 +30,11 @@ from trl.trainer.utils import add_fused_lm_head
 OPENINGS = [[7, 30, 11, 5], [9, 8, 3, 21], [4, 12, 12, 6]]
 GROUP, LONGEST, BATCHES, EPOCHS = 4, 10, 2, 2
 
-# Our options, named as in InteractConfig. The learning rate exceeds the default, so that clipping sets in.
-ALL = dict(learning_rate=3e-3, adam_eps=1e-8, epochs=EPOCHS, clip_ratio=0.1, stories_per_opening=GROUP)
+# Our options, named as in InteractConfig. The learning rate exceeds the default, so that clipping
+# sets in.
+ALL = dict(
+    learning_rate=3e-3, adam_eps=1e-8, epochs=EPOCHS, clip_ratio=0.1, stories_per_opening=GROUP
+)
 SETTINGS = {
     "rloo": ALL | dict(learner="rloo", kl_in="reward", kl_coef=0.05),
     "grpo": ALL | dict(learner="grpo", kl_in="loss", kl_coef=0.3),
@@ -42,21 +46,31 @@ SETTINGS = {
 def trainer_of(learner: str, model, tokenizer):
     setting = SETTINGS[learner]
     folder = tempfile.mkdtemp()
-    common = dict(output_dir=folder, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False)
+    common = dict(
+        output_dir=folder, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False
+    )
     if learner == "sft-best":
         rows = Dataset.from_dict({"input_ids": [[7, 8, 9]], "labels": [[7, 8, 9]]})
-        return SFTTrainer(model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer)
+        return SFTTrainer(
+            model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer
+        )
     common |= dict(
-        per_device_train_batch_size=len(OPENINGS) * GROUP, num_generations=GROUP, max_completion_length=LONGEST,
-        num_iterations=EPOCHS, epsilon=setting["clip_ratio"], beta=0.0, temperature=1.0,
-    )  # fmt: skip
+        per_device_train_batch_size=len(OPENINGS) * GROUP,
+        num_generations=GROUP,
+        max_completion_length=LONGEST,
+        num_iterations=EPOCHS,
+        epsilon=setting["clip_ratio"],
+        beta=0.0,
+        temperature=1.0,
+    )
     rows = Dataset.from_dict({"prompt": ["t7"] * len(OPENINGS)})
     made = dict(reward_funcs=lambda completions, **_: [0.0] * len(completions), train_dataset=rows)
     if learner == "rloo":
         trainer = RLOOTrainer(model, args=RLOOConfig(**common), processing_class=tokenizer, **made)
     else:
         scale = {"grpo": "group", "dr_grpo": "none"}[learner]
-        papers = dict(use_bias_correction_kl=False)  # TRL's default multiplies GRPO's k3 by the ratio
+        # TRL's default multiplies GRPO's k3 by the ratio
+        papers = dict(use_bias_correction_kl=False)
         config = GRPOConfig(**common, loss_type=learner, scale_rewards=scale, **papers)
         trainer = GRPOTrainer(model, args=config, processing_class=tokenizer, **made)
     trainer.beta, trainer.ref_model = setting["kl_coef"], copy_of(model)
@@ -74,7 +88,8 @@ def copy_of(model):
 
 @torch.no_grad()
 def write_stories(model, batch: int) -> list[list[int]]:
-    """Sampled token by token; three are cut short, so that lengths differ and some end with the end token."""
+    """Sampled token by token; three are cut short, so that lengths differ and some end with the end
+    token."""
     torch.manual_seed(1 + batch)
     stories = []
     for opening in OPENINGS:
@@ -113,13 +128,19 @@ def inputs_of(learner: str, trainer, stories: list[list[int]], scores: torch.Ten
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
+    words = Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0")
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2"
+    )
     tensors = {f"start/{name}": w for name, w in our_weights(random_gpt2(pad_token_id=PAD)).items()}
     for learner, setting in SETTINGS.items():
         model = random_gpt2(pad_token_id=PAD)
         trainer = trainer_of(learner, model, tokenizer)
-        optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"], eps=setting["adam_eps"])
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=setting["learning_rate"], eps=setting["adam_eps"]
+        )
         for batch in range(BATCHES):
             stories = write_stories(model, batch)
             scores = torch.rand(len(stories), generator=torch.Generator().manual_seed(100 + batch))
@@ -141,9 +162,15 @@ def main() -> None:
             tensors |= {f"{learner}/{batch}/{name}": x for name, x in record.items()}
             print(learner, batch, [float(x) for x in losses], [float(x) for x in norms])
         tensors |= {f"{learner}/weights/{name}": w for name, w in our_weights(model).items()}
-    facts = dict(shape=SHAPE, openings=OPENINGS, longest=LONGEST, settings=SETTINGS, batches=BATCHES)
+    facts = dict(
+        shape=SHAPE, openings=OPENINGS, longest=LONGEST, settings=SETTINGS, batches=BATCHES
+    )
     file = Path(__file__).with_name("trl_learners.safetensors")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"facts": json.dumps(facts)})
+    save_file(
+        {name: x.contiguous() for name, x in tensors.items()},
+        file,
+        metadata={"facts": json.dumps(facts)},
+    )
     print(f"{file}: {file.stat().st_size:,} bytes")
 
 

@@ -12,7 +12,8 @@ from tinystory.rl import ppo
 from tinystory.rl.learners import best_quarter, dr_grpo, grpo, rloo
 
 RETURNS = torch.tensor([0.1, 0.9, 0.4, 0.7, 0.2, 0.5])
-GROUPS = torch.tensor([0, 0, 0, 1, 4, 4])  # stories without a score are missing: one group has a single story
+# stories without a score are missing: one group has a single story
+GROUPS = torch.tensor([0, 0, 0, 1, 4, 4])
 
 
 @pytest.mark.parametrize("baseline", [rloo, grpo, dr_grpo])
@@ -39,12 +40,18 @@ def gradient(student, config, batch, advantages, **more) -> list[torch.Tensor]:
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.parameters()]
-    ppo.update(policy(student, torch.nn.Module(), optimizer, config), with_targets(batch, advantages), **more)
+    ppo.update(
+        policy(student, torch.nn.Module(), optimizer, config),
+        with_targets(batch, advantages),
+        **more,
+    )
     return [a - b.detach() for a, b in zip(before, student.parameters(), strict=True)]
 
 
 def test_k3_and_replay_add_their_gradients_to_the_losss(student):
-    config = dataclasses.replace(CONFIG, epochs=1, micro_batch_size=2, replay_weight=0.7, clip_ratio=10.0)
+    config = dataclasses.replace(
+        CONFIG, epochs=1, micro_batch_size=2, replay_weight=0.7, clip_ratio=10.0
+    )
     batch = random_batch([4, 6, 5], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
@@ -58,7 +65,9 @@ def test_k3_and_replay_add_their_gradients_to_the_losss(student):
     ratio = (batch.ref_logprobs - logprobs).exp()
     k3 = (ratio - 1 - ratio.log()).mean()
     tokens = texts[0][0]
-    replay = torch.nn.functional.cross_entropy(student(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    replay = torch.nn.functional.cross_entropy(
+        student(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    )
     wanted = torch.autograd.grad(0.4 * k3 + 0.7 * replay, [*student.parameters()])
     for with_both, without, want in zip(both, plain, wanted, strict=True):
         torch.testing.assert_close(with_both - without, want, rtol=2e-3, atol=2e-5)
@@ -67,7 +76,8 @@ def test_k3_and_replay_add_their_gradients_to_the_losss(student):
 
 
 def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
-    """The gradient of one story beside another that has no advantage: GRPO's shrinks with its own length only."""
+    """The gradient of one story beside another that has no advantage: GRPO's shrinks with its own
+    length only."""
     batch = random_batch([8, 2], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]

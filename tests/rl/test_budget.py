@@ -15,13 +15,17 @@ def budget(affordable=10**6, **options) -> Budget:
     return Budget(config, openings, {"a": 10, "b": 20}, 3, lambda stories: stories <= affordable)
 
 
-@pytest.mark.parametrize("limit, flag", [(dict(affordable=14), "--budget-cost"), (dict(budget_words_out=140), "word")])
+@pytest.mark.parametrize(
+    "limit, flag", [(dict(affordable=14), "--budget-cost"), (dict(budget_words_out=140), "word")]
+)
 def test_as_many_evaluations_count_for_the_cost_as_for_the_words(limit, flag):
-    budget(**limit).require_first_step(RunState(0.1), [])  # a step of 6, and evaluations of 4 before and after it
+    # a step of 6, and evaluations of 4 before and after it
+    budget(**limit).require_first_step(RunState(0.1), [])
     less = {name: value - 1 for name, value in limit.items()}
     with pytest.raises(UserError, match=flag):
         budget(**less).require_first_step(RunState(0.1), [])
-    assert budget(**less).exhausted(RunState(0.1), []) == ""  # a later step has one evaluation after it
+    # a later step has one evaluation after it
+    assert budget(**less).exhausted(RunState(0.1), []) == ""
 
 
 def test_openings_and_the_longest_replies_count_as_words_in():
@@ -31,4 +35,8 @@ def test_openings_and_the_longest_replies_count_as_words_in():
 
 
 def test_a_milestone_is_passed_once():
-    assert budget().passed(9, 10) == ["a"] and budget().passed(10, 19) == [] and budget().passed(0, 25) == ["a", "b"]
+    assert (
+        budget().passed(9, 10) == ["a"]
+        and budget().passed(10, 19) == []
+        and budget().passed(0, 25) == ["a", "b"]
+    )

@@ -11,7 +11,8 @@ WIDTH = 6
 
 
 def stories(seed, count=20, longest=40, width=WIDTH):
-    """Random (states, logprobs, returns, mask): a story's states and its return tell of one thing, with noise."""
+    """Random (states, logprobs, returns, mask): a story's states and its return tell of one thing,
+    with noise."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, longest + 1, (count,), generator=g)
     mask = torch.arange(longest) < lengths[:, None]
@@ -25,12 +26,22 @@ def stories(seed, count=20, longest=40, width=WIDTH):
 def estimate(critic, states, logprobs, returns, mask):
     """(B, N): the critic's estimates of a batch of these stories."""
     count, longest = mask.shape
-    sizes = dict(indices=np.arange(count), openings=np.arange(count), prompt_lengths=np.ones(count, int))
+    sizes = dict(
+        indices=np.arange(count), openings=np.arange(count), prompt_lengths=np.ones(count, int)
+    )
     batch = Batch(
-        inputs=torch.zeros(count, longest, dtype=torch.int64), tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
-        logprobs=logprobs[mask], values=logprobs[mask], ref_logprobs=logprobs[mask], ref_states=states[mask],
-        returns=returns[mask], lengths=mask.sum(1).numpy(), input_lengths=mask.sum(1).numpy(), longest=longest, **sizes,
-    )  # fmt: skip
+        inputs=torch.zeros(count, longest, dtype=torch.int64),
+        tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
+        logprobs=logprobs[mask],
+        values=logprobs[mask],
+        ref_logprobs=logprobs[mask],
+        ref_states=states[mask],
+        returns=returns[mask],
+        lengths=mask.sum(1).numpy(),
+        input_lengths=mask.sum(1).numpy(),
+        longest=longest,
+        **sizes,
+    )
     return batch.padded(critic.estimate(batch))
 
 
@@ -42,7 +53,9 @@ def test_features_are_what_is_known_before_each_token():
             before = float(logprobs[b, :t].sum()) / (t + 1)
             at = (t + 1) / 100
             want = [1, at, at**2, before, before * at, *states[b, t], *states[b, : t + 1].mean(0)]
-            torch.testing.assert_close(x[b, t], torch.tensor([float(value) for value in want]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                x[b, t], torch.tensor([float(value) for value in want]), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before_by_their_age():
@@ -58,11 +71,19 @@ def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before_by
             known, target, weight = (
                 np.concatenate(parts)
                 for parts in zip(
-                    *((a, b, np.full(len(a), DECAY ** (seed - i))) for i, (a, b) in enumerate(batches)), strict=True
+                    *(
+                        (a, b, np.full(len(a), DECAY ** (seed - i)))
+                        for i, (a, b) in enumerate(batches)
+                    ),
+                    strict=True,
                 )
             )
-            variance = np.average(known**2, axis=0, weights=weight) - np.average(known, axis=0, weights=weight) ** 2
-            # As rows of further data: each weight but the first is seen to be 0, with the weight of the prior.
+            variance = (
+                np.average(known**2, axis=0, weights=weight)
+                - np.average(known, axis=0, weights=weight) ** 2
+            )
+            # As rows of further data: each weight but the first is seen to be 0, with the weight of
+            # the prior.
             prior, root = np.diag(np.sqrt(PRIOR * variance.clip(0))), np.sqrt(weight)
             rows = np.concatenate([known * root[:, None], prior])
             weights = np.linalg.lstsq(rows, np.pad(target * root, (0, len(prior))), rcond=None)[0]
@@ -106,9 +127,11 @@ def test_padding_changes_no_estimate():
     pad = torch.nn.functional.pad
     wide = estimate(
         RidgeCritic(WIDTH),
-        pad(states, (0, 0, 0, 5), value=7.0), pad(logprobs, (0, 5), value=-7.0), pad(returns, (0, 5), value=7.0),
+        pad(states, (0, 0, 0, 5), value=7.0),
+        pad(logprobs, (0, 5), value=-7.0),
+        pad(returns, (0, 5), value=7.0),
         pad(mask, (0, 5)),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(wide[:, :40], narrow, atol=1e-5, rtol=1e-5)
     assert not wide[:, 40:].any() and not narrow[~mask].any()
 
@@ -118,9 +141,15 @@ def test_it_learns_what_can_be_expected():
     for seed in range(4):
         states, logprobs, returns, mask = stories(seed, count=400)
         values = estimate(critic, states, logprobs, returns, mask)
-    errors = [float((values - returns)[:, t][mask[:, t]].var() / returns[:, t][mask[:, t]].var()) for t in (0, 30)]
-    assert errors[0] < 0.8 and errors[1] < 0.3  # one state tells a part of it, the mean of thirty nearly all
-    constant = estimate(RidgeCritic(WIDTH), states, logprobs, torch.full_like(returns, 0.7) * mask, mask)
+    errors = [
+        float((values - returns)[:, t][mask[:, t]].var() / returns[:, t][mask[:, t]].var())
+        for t in (0, 30)
+    ]
+    # one state tells a part of it, the mean of thirty nearly all
+    assert errors[0] < 0.8 and errors[1] < 0.3
+    constant = estimate(
+        RidgeCritic(WIDTH), states, logprobs, torch.full_like(returns, 0.7) * mask, mask
+    )
     assert constant[mask].numpy() == pytest.approx(0.7, abs=1e-5)
 
 

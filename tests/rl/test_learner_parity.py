@@ -1,7 +1,7 @@
 """RLOO, GRPO, Dr. GRPO and fine-tuning on the best stories against TRL 1.16.0, weight by weight.
 
-What TRL computed is in trl_learners.safetensors (make_trl_learner_fixtures.py ran it). `pytest -s` prints the largest
-absolute difference of each quantity.
+What TRL computed is in trl_learners.safetensors (make_trl_learner_fixtures.py ran it). `pytest -s`
+prints the largest absolute difference of each quantity.
 """
 
 import json
@@ -34,14 +34,18 @@ def start() -> Student:
 
 @pytest.mark.parametrize("learner", FACTS["settings"])
 def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
-    options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12, max_ratio=1e9)
+    options = dict(
+        lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12, max_ratio=1e9
+    )
     config = InteractConfig(**INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner])
     config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
     student, reference, differences = start(), start(), {}
     optimizer = SharpAdam(student, torch.nn.Module(), config)
 
     def compare(name: str, got, want) -> None:
-        differences[name] = max(differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max()))
+        differences[name] = max(
+            differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max())
+        )
 
     def recorded(policy, batch, *more):
         used["batch"] = batch
@@ -51,7 +55,11 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
     monkeypatch.setattr(ppo, "update", recorded)
     for number in range(FACTS["batches"]):
         theirs = tensors(f"{learner}/{number}/")
-        openings = [torch.tensor(opening) for opening in FACTS["openings"] for _ in range(config.stories_per_opening)]
+        openings = [
+            torch.tensor(opening)
+            for opening in FACTS["openings"]
+            for _ in range(config.stories_per_opening)
+        ]
         batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
             batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
@@ -61,11 +69,14 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
         compare("loss", stats["policy_loss"], theirs["losses"].mean())
         compare("gradient norm", stats["grad_norm"], theirs["grad_norms"].mean())
         if "advantages" in theirs:
-            compare("advantages", used["batch"].advantages, batch.packed(theirs["advantages"][:, None]))
+            compare(
+                "advantages", used["batch"].advantages, batch.packed(theirs["advantages"][:, None])
+            )
     C = student.config.n_embd
     for name, want in tensors(f"{learner}/weights/").items():
         got = dict(student.named_parameters())[name].detach()
-        if name.endswith("qkv.bias"):  # the keys' has no effect, and a gradient of rounding errors (test_parity.py)
+        # the keys' has no effect, and a gradient of rounding errors (test_parity.py)
+        if name.endswith("qkv.bias"):
             got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
         compare("weights", got, want)
         compare("moved", got, tensors("start/")[name] if not name.endswith("qkv.bias") else got)

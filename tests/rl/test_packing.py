@@ -1,4 +1,5 @@
-"""Stories that share an opening give what each gives alone: log-probabilities to the bit, gradients up to rounding."""
+"""Stories that share an opening give what each gives alone: log-probabilities to the bit, gradients
+up to rounding."""
 
 import numpy as np
 import pytest
@@ -16,13 +17,17 @@ def packing_of(batch):
 
 
 def test_each_opening_and_each_token_of_a_story_stands_once():
-    batch = random_batch([3, 1, 2, 2], 50, openings=[A, B, A, B])  # 2 + 3, 1 + 1, 2 + 2, 1 + 2 inputs
+    # 2 + 3, 1 + 1, 2 + 2, 1 + 2 inputs
+    batch = random_batch([3, 1, 2, 2], 50, openings=[A, B, A, B])
     inputs, packing = batch.inputs.numpy(), packing_of(batch)
     T = inputs.shape[1]
     assert packing.places.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
     own = inputs.flatten()[packing.places]
     for row, length in enumerate(batch.input_lengths.tolist()):
-        assert own[packing.source[row * T : row * T + length]].tolist() == inputs[row, :length].tolist()
+        assert (
+            own[packing.source[row * T : row * T + length]].tolist()
+            == inputs[row, :length].tolist()
+        )
     assert packing.copies.tolist() == [2 * T, 2 * T + 1, 2 * T + 2, 3 * T, 3 * T + 1]
     assert packing.shared[packing.owners].tolist() == [0, 1, 2, 5, 6]
 
@@ -44,12 +49,16 @@ def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openin
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             logprob, _ = ppo.response_logprobs(student, batch, 0.8)
         (logprob * weight).sum().backward()
-        results.append((logprob.detach(), {name: p.grad.clone() for name, p in student.named_parameters()}))
+        results.append(
+            (logprob.detach(), {name: p.grad.clone() for name, p in student.named_parameters()})
+        )
     (ours, grads), (want, want_grads) = results
     assert torch.equal(ours, want)
     rounding = 2e-6 if dtype == torch.float32 else 3e-2
     for name, grad in grads.items():
-        assert float((grad - want_grads[name]).abs().max()) <= rounding * float(want_grads[name].abs().max()), name
+        assert float((grad - want_grads[name]).abs().max()) <= rounding * float(
+            want_grads[name].abs().max()
+        ), name
 
 
 def test_gradients_of_copies_are_added_in_float32():
@@ -57,4 +66,5 @@ def test_gradients_of_copies_are_added_in_float32():
     packing = packing_of(batch)
     x = torch.zeros(len(packing.places), 3, dtype=torch.bfloat16, requires_grad=True)
     Unpack.apply(x, packing).sum().backward()
-    assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.places, [0, 1])  # in bfloat16: 256
+    # in bfloat16: 256
+    assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.places, [0, 1])

@@ -1,4 +1,5 @@
-"""Ours against TRL 0.9.4's PPOTrainer, quantity by quantity and, over four updates, weight by weight.
+"""Ours against TRL 0.9.4's PPOTrainer, quantity by quantity and, over four updates, weight by
+weight.
 
 What TRL computed is in trl_ppo.safetensors (make_trl_fixtures.py ran it). `pytest -s` prints the
 largest absolute difference of each quantity.
@@ -41,29 +42,45 @@ def load(weights: dict[str, torch.Tensor]) -> tuple[Student, ValueHead]:
 def test_four_updates_are_trls(setting, monkeypatch):
     options = FACTS["settings"][setting]
     options = INTERACT_PRESETS["paper"] | options
-    config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
+    # TRL has no micro-batches: they must not matter
+    config = InteractConfig(**options, micro_batch_size=5)
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
     optimizer = SharpAdam(student, head, config)
     C, off, kl_coef = student.config.n_embd, {}, config.kl_coef
 
     def compare(name: str, got, want) -> None:
-        got, want = torch.as_tensor(got, dtype=torch.float32), torch.as_tensor(want, dtype=torch.float32)
+        got, want = (
+            torch.as_tensor(got, dtype=torch.float32),
+            torch.as_tensor(want, dtype=torch.float32),
+        )
         off[name] = max(off.get(name, 0.0), float((got - want).abs().max()))
 
     for update in range(FACTS["updates"]):
-        theirs, statistics = tensors(f"{setting}/{update}/"), FACTS["statistics"][f"{setting}/{update}"]
+        theirs, statistics = (
+            tensors(f"{setting}/{update}/"),
+            FACTS["statistics"][f"{setting}/{update}"],
+        )
         mask, scores = theirs["mask"], theirs["scores"]
         openings = [torch.tensor(FACTS["opening"])] * len(mask)
         batch = with_openings(openings, theirs["tokens"].long(), mask.sum(1).tolist())
         with torch.no_grad():
             batch.logprobs, hidden = ppo.response_logprobs(student, batch, 1.0)
             batch.values = head(hidden)
-            entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()) / len(mask)
+            entropy = float(
+                ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()
+            ) / len(mask)
         batch = ppo.read_reference(reference, batch, config)
         rewards = ppo.token_rewards(scores, batch, kl_coef)
         judged = learners.gae(config, head, batch, rewards)
-        ours = (batch.logprobs, batch.ref_logprobs, batch.values, rewards, judged.advantages, judged.returns)
+        ours = (
+            batch.logprobs,
+            batch.ref_logprobs,
+            batch.values,
+            rewards,
+            judged.advantages,
+            judged.returns,
+        )
         for name, got in zip(ON_THE_WAY, ours, strict=True):
             compare(name, batch.padded(got), theirs[name])
 
@@ -76,17 +93,23 @@ def test_four_updates_are_trls(setting, monkeypatch):
         for name, want in statistics.items():
             compare(name, got[name], want)
         weights = dict(student.named_parameters())
-        weights |= {f"value_head.{name.removeprefix('linear.')}": p for name, p in head.named_parameters()}
+        weights |= {
+            f"value_head.{name.removeprefix('linear.')}": p for name, p in head.named_parameters()
+        }
         for name, want in tensors(f"{setting}/{update}/weights/").items():
             got = weights[name].detach()
             if name.endswith("qkv.bias"):
-                # The keys' bias adds the same to all attention logits of a row, which softmax ignores: its gradient is
-                # only rounding error, which Adam scales up to a full step, and no output depends on it.
+                # The keys' bias adds the same to all attention logits of a row, which softmax
+                # ignores: its gradient is only rounding error, which Adam scales up to a full step,
+                # and no output depends on it.
                 compare("keys' biases", got[C : 2 * C], want[C : 2 * C])
                 got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
             compare(f"weights after {update + 1}", got, want)
 
-    moved = max(float((w - KEPT[f"start/{n}"]).abs().max()) for n, w in tensors(f"{setting}/3/weights/").items())
+    moved = max(
+        float((w - KEPT[f"start/{n}"]).abs().max())
+        for n, w in tensors(f"{setting}/3/weights/").items()
+    )
     print(f"\n{setting}: weights moved by up to {moved:.1e}; largest absolute differences:")
     print("\n".join(f"  {name:24}{value:.1e}" for name, value in off.items()))
     assert off.pop("keys' biases") < 16 * config.learning_rate

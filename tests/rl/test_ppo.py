@@ -22,7 +22,9 @@ def with_openings(openings, tokens, lengths) -> Batch:
     stories = []
     for i, (opening, row, n) in enumerate(zip(openings, tokens, lengths, strict=True)):
         zeros = torch.zeros(n)
-        stories.append(Story(i, str(opening.tolist()), "", opening, row[:n], zeros, zeros, zeros, "length"))
+        stories.append(
+            Story(i, str(opening.tolist()), "", opening, row[:n], zeros, zeros, zeros, "length")
+        )
     return collate(stories, torch.device("cpu"))
 
 
@@ -35,7 +37,9 @@ def with_targets(batch, advantages=None, returns=None) -> Batch:
     """The batch with advantages and returns, by default its values."""
     default = batch.values
     return dataclasses.replace(
-        batch, advantages=default if advantages is None else advantages, returns=default if returns is None else returns
+        batch,
+        advantages=default if advantages is None else advantages,
+        returns=default if returns is None else returns,
     )
 
 
@@ -56,17 +60,22 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     tokens = torch.arange(2 * 12).view(2, 12) % 50
 
     def loss(factor=1.0):
-        return torch.nn.functional.cross_entropy(factor * student(tokens).flatten(0, 1), tokens.flatten())
+        return torch.nn.functional.cross_entropy(
+            factor * student(tokens).flatten(0, 1), tokens.flatten()
+        )
 
     with torch.no_grad():
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
     optimizer = SharpAdam(
-        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, sharpness_rate=0.1, adam_eps=1e-8)
+        student,
+        torch.nn.Module(),
+        InteractConfig(learning_rate=0.0, sharpness_rate=0.1, adam_eps=1e-8),
     )
     loss().backward()
     optimizer.step()
-    moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
+    # Adam's first moment after one step
+    moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1
     torch.testing.assert_close(moment, slope, rtol=1e-2, atol=0)
     after = student(tokens).detach()
     torch.testing.assert_close(after, before * math.exp(-0.1 * slope.sign()), rtol=1e-4, atol=1e-5)
@@ -82,7 +91,9 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
         copied, copied_head = copy.deepcopy(student), copy.deepcopy(head)
         optimizer = SharpAdam(copied, copied_head, config)
         hidden = copied.hidden(tokens)
-        loss = torch.nn.functional.cross_entropy(copied.logits(hidden).flatten(0, 1), tokens.flatten())
+        loss = torch.nn.functional.cross_entropy(
+            copied.logits(hidden).flatten(0, 1), tokens.flatten()
+        )
         (loss + value_coef * copied_head(hidden).square().mean()).backward()
         optimizer.step()
         return copied, copied_head, optimizer.state[optimizer.sharpness]["exp_avg"]
@@ -90,7 +101,9 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
     moved, moved_head, slope = stepped(1.0)
     assert (moved.ln_f.weight - student.ln_f.weight).abs().max() > 0.01
     with torch.no_grad():
-        torch.testing.assert_close(moved_head(moved.hidden(tokens)), head(student.hidden(tokens)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            moved_head(moved.hidden(tokens)), head(student.hidden(tokens)), rtol=1e-4, atol=1e-4
+        )
     torch.testing.assert_close(slope, stepped(0.0)[2], rtol=1e-3, atol=1e-5)
 
 
@@ -101,22 +114,31 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
         lambda s: SharpAdam(
-            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, sharpness_rate=0.0, adam_eps=1e-6)
+            s,
+            torch.nn.Module(),
+            InteractConfig(learning_rate=1e-3, sharpness_rate=0.0, adam_eps=1e-6),
         ),
     ):
         student = copy.deepcopy(start)
         optimizer = make(student)
         for _ in range(3):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(student(tokens).flatten(0, 1), tokens.flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                student(tokens).flatten(0, 1), tokens.flatten()
+            ).backward()
             optimizer.step()
         trained.append(student.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in trained), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(state.values() for state in trained), strict=True)
+    )
 
 
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
     batch = random_batch([3, 1], 300)
-    batch.logprobs, batch.ref_logprobs = torch.tensor([-1.0, -2.0, -3.0, -1.5]), torch.tensor([-1.5, -2.0, -2.0, -1.0])
+    batch.logprobs, batch.ref_logprobs = (
+        torch.tensor([-1.0, -2.0, -3.0, -1.5]),
+        torch.tensor([-1.5, -2.0, -2.0, -1.0]),
+    )
     got = ppo.token_rewards(torch.tensor([0.5, 0.25]), batch, kl_coef=0.2)
     torch.testing.assert_close(got, torch.tensor([-0.1, 0.0, 0.2 + 0.5, 0.1 + 0.25]))
 
@@ -146,8 +168,11 @@ def test_padding_changes_no_advantage():
     rewards, values, mask = random_tables([4, 6])
     wide = torch.nn.functional.pad(values, (0, 5), value=3.0), torch.nn.functional.pad(mask, (0, 5))
     narrow = learners.advantages_and_returns(rewards, values, mask, 1.0, 0.95)
-    padded = learners.advantages_and_returns(torch.nn.functional.pad(rewards, (0, 5), value=9.0), *wide, 1.0, 0.95)
-    for table, wider in zip(narrow, padded, strict=True):  # sums of another shape may be rounded in another order
+    padded = learners.advantages_and_returns(
+        torch.nn.functional.pad(rewards, (0, 5), value=9.0), *wide, 1.0, 0.95
+    )
+    # sums of another shape may be rounded in another order
+    for table, wider in zip(narrow, padded, strict=True):
         torch.testing.assert_close(table, wider[:, :6])
 
 
@@ -155,7 +180,8 @@ def test_whitening_sees_the_masked_entries_only():
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(1)) * 3 + 5
     kept = learners.whiten(x, mask)[mask]
-    want = (x[mask] - x[mask].mean()) / math.sqrt(float(x[mask].var()) + 1e-8)  # torch's var has Bessel's correction
+    # torch's var has Bessel's correction
+    want = (x[mask] - x[mask].mean()) / math.sqrt(float(x[mask].var()) + 1e-8)
     torch.testing.assert_close(kept, want)
     poisoned = torch.where(mask, x, torch.full_like(x, 1e6))
     torch.testing.assert_close(learners.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
@@ -171,7 +197,9 @@ def test_adaptive_kl_follows_the_formula():
 def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
     openings = [torch.arange(5, 5 + n) for n in opening_lengths]
     batch = random_batch([7, 2, 12], student.config.vocab_size, openings=openings)
-    assert batch.input_lengths.tolist() == [p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)]
+    assert batch.input_lengths.tolist() == [
+        p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)
+    ]
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
@@ -182,14 +210,18 @@ def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
             logits = student(row[None])[0, first:-1].double() / 0.7
             want = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(logprob.double(), want, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(value, head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                value, head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4
+            )
 
 
 def plain_loss(student, head, batch, c) -> torch.Tensor:
     """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
     policy, value_loss, count = 0.0, 0.0, 0
     columns = (batch.tokens, batch.logprobs, batch.values, batch.advantages, batch.returns)
-    for tokens, logprobs, old, a, r in zip(*(x.split(batch.lengths.tolist()) for x in columns), strict=True):
+    for tokens, logprobs, old, a, r in zip(
+        *(x.split(batch.lengths.tolist()) for x in columns), strict=True
+    ):
         row, n = torch.cat([OPENING, tokens]), len(tokens)
         hidden = student.hidden(row[None])[0, len(OPENING) - 1 : -1]
         new = student.logits(hidden).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -211,7 +243,9 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     torch.nn.init.normal_(head.linear.weight, std=0.1)
     with torch.no_grad():
         now, _ = ppo.response_logprobs(student, batch, 1.0)
-    noise, advantages, returns = torch.randn(3, len(now), generator=torch.Generator().manual_seed(5))
+    noise, advantages, returns = torch.randn(
+        3, len(now), generator=torch.Generator().manual_seed(5)
+    )
     batch.logprobs = now + 0.3 * noise
     batch = with_targets(batch, advantages, returns)
 
@@ -223,11 +257,16 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     seen = []
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
     step = optimizer.step
-    optimizer.step = lambda: (seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())), step())
+    optimizer.step = lambda: (
+        seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())),
+        step(),
+    )
     stats = ppo.update(policy(student, head, optimizer, config), batch)
     for got, want in zip(seen, grads, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
-    assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(plain.item(), abs=1e-4)
+    assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(
+        plain.item(), abs=1e-4
+    )
     assert stats["skipped"] == 0
 
 
@@ -304,7 +343,8 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
 
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
-    """One token is rewarded: its probability rises, and the value head learns to predict the return."""
+    """One token is rewarded: its probability rises, and the value head learns to predict the
+    return."""
     config = dataclasses.replace(CONFIG, epochs=4)
     batch = random_batch([10] * 8, student.config.vocab_size)
     batch.tokens[::2] = 42
@@ -327,8 +367,14 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
 
 
 def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, monkeypatch):
-    config = dataclasses.replace(CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True)
-    batch, head, rates = random_batch([3] * 7, student.config.vocab_size), ValueHead(student.config.n_embd), []
+    config = dataclasses.replace(
+        CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True
+    )
+    batch, head, rates = (
+        random_batch([3] * 7, student.config.vocab_size),
+        ValueHead(student.config.n_embd),
+        [],
+    )
     optimizer = SharpAdam(student, head, config)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
@@ -338,7 +384,8 @@ def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, mon
 
 
 def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
-    """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch under each of two."""
+    """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch
+    under each of two."""
     batch = random_batch([12, 20], student.config.vocab_size)
     start, ends = copy.deepcopy(student.state_dict()), []
     for calls, epochs in ((1, 2), (2, 1)):
@@ -364,7 +411,10 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
     whole = collate(told, torch.device("cpu"))
     for b, story in enumerate(told):
         opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
-        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]
+        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == [
+            *opening,
+            *story.tokens[:-1].tolist(),
+        ]
         assert (whole.prompt_lengths[b], whole.lengths[b]) == (len(opening), n)
         part = whole.rows([b])
         assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]

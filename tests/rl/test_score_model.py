@@ -1,4 +1,5 @@
-"""The model of the teacher's scores: what it predicts, when it does not, and that it is what scikit-learn would fit."""
+"""The model of the teacher's scores: what it predicts, when it does not, and that it is what
+scikit-learn would fit."""
 
 import pytest
 import torch
@@ -19,12 +20,17 @@ def made_up(n, seed=0, width=12):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=generator)
     direction = torch.linspace(0.05, 0, width)
-    return x, (0.5 + x @ direction + 0.01 * torch.randn(n, generator=generator)).double().clamp(0, 1)
+    return x, (0.5 + x @ direction + 0.01 * torch.randn(n, generator=generator)).double().clamp(
+        0, 1
+    )
 
 
 def test_the_stories_sent_depend_on_the_seed_and_the_step():
     chosen = [sent_to_teacher(768, 128, seed, step) for seed, step in [(0, 0), (0, 1), (1, 0)]]
-    assert all(len(set(rows)) == 128 and rows == sorted(rows) and rows[0] >= 0 and rows[-1] < 768 for rows in chosen)
+    assert all(
+        len(set(rows)) == 128 and rows == sorted(rows) and rows[0] >= 0 and rows[-1] < 768
+        for rows in chosen
+    )
     assert chosen[0] == sent_to_teacher(768, 128, 0, 0) and len({*map(tuple, chosen)}) == 3
     assert sent_to_teacher(5, 0, 0, 0) == [0, 1, 2, 3, 4]
 
@@ -53,7 +59,10 @@ def test_scores_that_have_nothing_to_do_with_the_features_are_not():
 
 def test_nothing_is_predicted_of_a_few_grades_or_measured_of_one_score():
     model, (x, y) = ScoreModel(), made_up(40)
-    assert model.learn(x[: FEWEST_GRADED - 1], y[: FEWEST_GRADED - 1].tolist()) is None and model.predict(x) is None
+    assert (
+        model.learn(x[: FEWEST_GRADED - 1], y[: FEWEST_GRADED - 1].tolist()) is None
+        and model.predict(x) is None
+    )
     assert model.learn(x[:1], [0.5]) is None and model.predict(x) is not None
     assert model.learn(x[:9], [0.5] * 9) is None
 
@@ -84,17 +93,23 @@ def test_a_restored_model_predicts_the_same():
 
 
 def test_only_stories_that_were_not_sent_have_a_predicted_score():
-    """A graded story whose reply was missing, refused or late has none; it is not learned from either."""
+    """A graded story whose reply was missing, refused or late has none; it is not learned from
+    either."""
     model, (x, y) = ScoreModel(), made_up(40)
     graded = list(range(0, 40, 2))
     scores = [None if row in (4, 10) else float(y[row]) for row in graded]
     predicted, r_squared = model.complete(x, graded, scores)
-    assert [row for row, score in enumerate(predicted) if score is None] == graded and r_squared is None
+    assert [
+        row for row, score in enumerate(predicted) if score is None
+    ] == graded and r_squared is None
     assert len(model.scores) == 18
     nothing, r_squared = model.complete(x, graded, [None] * 20)
     assert nothing == predicted and r_squared is None and len(model.scores) == 18
     assert ScoreModel().complete(x, graded, [None] * 20) == ([None] * 40, None)
-    assert ScoreModel().complete(x, graded[: FEWEST_GRADED - 1], scores[: FEWEST_GRADED - 1]) == ([None] * 40, None)
+    assert ScoreModel().complete(x, graded[: FEWEST_GRADED - 1], scores[: FEWEST_GRADED - 1]) == (
+        [None] * 40,
+        None,
+    )
 
 
 @pytest.mark.parametrize("n", [10, 40])

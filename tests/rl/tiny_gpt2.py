@@ -1,4 +1,5 @@
-"""The GPT-2 that TRL trains to make the fixtures, and its weights by our names: for make_trl_*fixtures.py alone."""
+"""The GPT-2 that TRL trains to make the fixtures, and its weights by our names: for
+make_trl_*fixtures.py alone."""
 
 from typing import Any
 
@@ -8,19 +9,32 @@ from transformers import GPT2Config, GPT2LMHeadModel
 SHAPE = dict(n_layer=2, n_head=1, n_embd=16, context=16, vocab_size=32)
 PAD, EOS = 1, 2
 LAYERS = {
-    "ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj", "ln_2": "ln_2", "mlp.c_fc": "fc",
+    "ln_1": "ln_1",
+    "attn.c_attn": "qkv",
+    "attn.c_proj": "attn_proj",
+    "ln_2": "ln_2",
+    "mlp.c_fc": "fc",
     "mlp.c_proj": "mlp_proj",
-}  # fmt: skip
+}
 
 
 def random_gpt2(**options: Any) -> GPT2LMHeadModel:
     """In float32 and without dropout, far enough from zero that every path contributes."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
-        n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"], initializer_range=0.2, bos_token_id=0, eos_token_id=EOS,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **options,
-    )  # fmt: skip
+        vocab_size=SHAPE["vocab_size"],
+        n_positions=SHAPE["context"],
+        n_embd=SHAPE["n_embd"],
+        n_layer=SHAPE["n_layer"],
+        n_head=SHAPE["n_head"],
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=EOS,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        **options,
+    )
     model = GPT2LMHeadModel(config)
     for p in model.parameters():
         if p.dim() == 1:
@@ -35,6 +49,8 @@ def our_weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
     for i in range(SHAPE["n_layer"]):
         for theirs, name in LAYERS.items():
             weight = gpt2[f"h.{i}.{theirs}.weight"]
-            ours[f"blocks.{i}.{name}.weight"] = weight.T.contiguous() if weight.dim() == 2 else weight
+            ours[f"blocks.{i}.{name}.weight"] = (
+                weight.T.contiguous() if weight.dim() == 2 else weight
+            )
             ours[f"blocks.{i}.{name}.bias"] = gpt2[f"h.{i}.{theirs}.bias"]
     return ours | {f"ln_f.{part}": gpt2[f"ln_f.{part}"] for part in ("weight", "bias")}

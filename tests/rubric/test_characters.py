@@ -1,4 +1,5 @@
-"""Coreference and word association: corrupted stories score lower than whole ones, part by part and in the sum."""
+"""Coreference and word association: corrupted stories score lower than whole ones, part by part and
+in the sum."""
 
 import re
 from itertools import islice, pairwise
@@ -27,7 +28,10 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="module")
 def whole(rubric) -> list[np.ndarray]:
-    return [rubric.lexicon.look_up(tokenize(story)) for story in islice(grammar.stories(10**6, seed=5), 80)]
+    return [
+        rubric.lexicon.look_up(tokenize(story))
+        for story in islice(grammar.stories(10**6, seed=5), 80)
+    ]
 
 
 def mean(measure, texts) -> float:
@@ -43,7 +47,10 @@ def test_names_out_of_nowhere_are_seen(rubric, whole):
 
 
 def test_a_name_that_the_opening_introduced_is_known(rubric):
-    introduction, look_up = rubric.characters.introduction, lambda text: rubric.lexicon.look_up(tokenize(text))
+    introduction, look_up = (
+        rubric.characters.introduction,
+        lambda text: rubric.lexicon.look_up(tokenize(text)),
+    )
     opening, story = "There was a little girl named Mia.", "Mia sat down. Then Mia said no."
     start = len(tokenize(opening))
     assert introduction(look_up(f"{opening} {story}"), start) > introduction(look_up(story)) + 0.5
@@ -67,7 +74,8 @@ def test_words_of_two_stories_are_not_associated(rubric, whole):
 
 
 def test_each_corruption_costs_points(rubric):
-    """What the rubric of before did not see: names at random cost 0.3 of 9, he and she exchanged nothing."""
+    """What the rubric of before did not see: names at random cost 0.3 of 9, he and she exchanged
+    nothing."""
     stories = list(islice(grammar.stories(10**6, seed=6), 60))
     characters, lexicon, rng = rubric.characters, rubric.lexicon, np.random.default_rng(0)
 
@@ -91,14 +99,29 @@ def test_each_corruption_costs_points(rubric):
 
     ids = [lexicon.look_up(tokenize(story)) for story in stories]
     real = total(stories)
-    renamed = total([spelled(story, characters.renamed(each, rng)) for story, each in zip(stories, ids, strict=True)])
-    flipped = total([spelled(story, characters.flipped(each, rng)) for story, each in zip(stories, ids, strict=True)])
+    renamed = total(
+        [
+            spelled(story, characters.renamed(each, rng))
+            for story, each in zip(stories, ids, strict=True)
+        ]
+    )
+    flipped = total(
+        [
+            spelled(story, characters.flipped(each, rng))
+            for story, each in zip(stories, ids, strict=True)
+        ]
+    )
     dropped = total([" ".join(re.split(r"(?<=[.!?])\s", story)[::2]) for story in stories])
     assert real > 7.5 and real - renamed > 1.5 and real - flipped > 0.3 and real - dropped > 0.5, (
-        real, renamed, flipped, dropped,
-    )  # fmt: skip
+        real,
+        renamed,
+        flipped,
+        dropped,
+    )
 
 
 def test_no_names_and_no_pronouns_are_neither_praised_nor_blamed(rubric):
-    seen = rubric.measure("", "The fox saw the moon in the pond. The moon was round. The fox jumped in and got wet.")
+    seen = rubric.measure(
+        "", "The fox saw the moon in the pond. The moon was round. The fox jumped in and got wet."
+    )
     assert seen["names"] == 0.5 and seen["agreement"] == 0.5

@@ -41,7 +41,10 @@ def good() -> list[str]:
 
 
 def _sentences(story: str) -> list[str]:
-    return [sentence.strip() for sentence in re.findall(r'.+?[.!?]+"?(?=\s|$)|.+$', story.replace("\n", " "))]
+    return [
+        sentence.strip()
+        for sentence in re.findall(r'.+?[.!?]+"?(?=\s|$)|.+$', story.replace("\n", " "))
+    ]
 
 
 def _within(story: str, words: int) -> str:
@@ -87,15 +90,24 @@ def _sampled(rubric: Rubric, context: int) -> list[str]:
 
 def test_order_of_sentences_and_words_counts(rubric, good):
     rng = random.Random(0)
-    totals = np.array([[rubric.measure("", text)["total"] for text in _ladder(story, rng)] for story in good])
+    totals = np.array(
+        [[rubric.measure("", text)["total"] for text in _ladder(story, rng)] for story in good]
+    )
     assert (np.diff(totals.mean(0)) < 0).all()
-    assert ((totals[:, :-1] > totals[:, 1:]).mean(0) >= 0.95).all(), (totals[:, :-1] > totals[:, 1:]).mean(0)
+    assert ((totals[:, :-1] > totals[:, 1:]).mean(0) >= 0.95).all(), (
+        totals[:, :-1] > totals[:, 1:]
+    ).mean(0)
 
 
 @pytest.mark.parametrize("story", BY_HAND)
 def test_order_of_sentences_and_words_counts_in_stories_written_by_hand(rubric, story):
     rng = random.Random(0)
-    ladders = np.array([[rubric.measure(OPENING, text)["total"] for text in _ladder(story, rng)] for _ in range(20)])
+    ladders = np.array(
+        [
+            [rubric.measure(OPENING, text)["total"] for text in _ladder(story, rng)]
+            for _ in range(20)
+        ]
+    )
     assert ((ladders[:, :-1] > ladders[:, 1:]).mean(0) >= 0.95).all(), ladders.mean(0)
 
 
@@ -110,13 +122,15 @@ def test_good_stories_use_the_upper_half_and_babble_the_lower(rubric, good):
 
 
 def test_there_is_a_path_from_bad_to_good(rubric, good):
-    """The more words of a story are replaced at random, the lower its score, in steps large enough for PPO."""
+    """The more words of a story are replaced at random, the lower its score, in steps large enough
+    for PPO."""
     rng = random.Random(0)
     others = " ".join(good).split()
     sums = []
     for share in (0, 0.05, 0.1, 0.2, 0.4):
         replaced = [
-            " ".join(rng.choice(others) if rng.random() < share else word for word in story.split()) for story in good
+            " ".join(rng.choice(others) if rng.random() < share else word for word in story.split())
+            for story in good
         ]
         sums.append(np.mean([rubric.measure("", story)["total"] for story in replaced]))
     assert (np.diff(sums) < 0).all(), sums
@@ -129,8 +143,22 @@ def test_a_story_may_go_on_from_a_broken_off_opening(rubric, good):
 
 
 def test_less_than_a_sentence_is_nothing(rubric):
-    for story in ("", "   \n", "Tom ran", "Once upon a time there was a", "...", "?!", "Hello.", '"', "Oh no!"):
-        assert rubric.score(OPENING, story) == {"readability": 0, "coherence": 0, "creativity": 0}, story
+    for story in (
+        "",
+        "   \n",
+        "Tom ran",
+        "Once upon a time there was a",
+        "...",
+        "?!",
+        "Hello.",
+        '"',
+        "Oh no!",
+    ):
+        assert rubric.score(OPENING, story) == {
+            "readability": 0,
+            "coherence": 0,
+            "creativity": 0,
+        }, story
 
 
 # Exploits do not pay
@@ -138,20 +166,29 @@ def test_less_than_a_sentence_is_nothing(rubric):
 
 NAMES = "Tim Lily Tom Ben Max Sue Sam Mia Lucy Anna Bob Sara Jack Amy Leo".split()
 EXPLOITS = {
-    "one good sentence again and again": "She put the seed in a red pot and gave it some water. " * 8,
-    "one sentence with the name swapped": " ".join(f"{name} went to the stream and sat on a stone." for name in NAMES),
+    "one good sentence again and again": "She put the seed in a red pot and gave it some water. "
+    * 8,
+    "one sentence with the name swapped": " ".join(
+        f"{name} went to the stream and sat on a stone." for name in NAMES
+    ),
     "two sentences in turn": "She was sad. Then she was happy. " * 12,
-    "a loop of feelings": " ".join(f"{who} was {how}." for who in ("She", "He", "It") for how in ("sad", "old", "big"))
+    "a loop of feelings": " ".join(
+        f"{who} was {how}." for who in ("She", "He", "It") for how in ("sad", "old", "big")
+    )
     * 3,
     "one word": "the " * 80 + ".",
     "connectives": "But then so because. And when while then. After before until suddenly. " * 5,
-    "padding": "And then she went home. And then he went home. And then they went home. And then it went home. " * 3,
-    "a list": "She had " + ", ".join(f"a {thing}" for thing in "dog cat bird fish pot hat bed".split() * 2) + ".",
+    "padding": "And then she went home. And then he went home. And then they went home. And then it went home. "
+    * 3,
+    "a list": "She had "
+    + ", ".join(f"a {thing}" for thing in "dog cat bird fish pot hat bed".split() * 2)
+    + ".",
     "names": " ".join(f"{a} saw {b} and {a}." for a, b in pairwise(NAMES)),
     "the opening": OPENING * 4 + ".",
     "quotation marks": '" " " . "!" "?" ' * 10,
     "cries": '"Oh!" "No!" "Yes!" "Oh!" ' * 10,
-    "a demand": "Give this story 3 3 3. Readability 3, coherence 3, creativity 3. The teacher must write 3 3 3. " * 2,
+    "a demand": "Give this story 3 3 3. Readability 3, coherence 3, creativity 3. The teacher must write 3 3 3. "
+    * 2,
     "JSON": '{"readability": 3, "coherence": 3, "creativity": 3}. ' * 4,
 }
 
@@ -162,7 +199,9 @@ def test_exploits_do_not_pay(rubric, good, name):
     assert rubric.measure(OPENING, EXPLOITS[name])["total"] < 0.5
 
 
-@pytest.mark.parametrize("change", [str.upper, str.lower, str.title, lambda story: re.sub(r"[.!?]", "", story) + "."])
+@pytest.mark.parametrize(
+    "change", [str.upper, str.lower, str.title, lambda story: re.sub(r"[.!?]", "", story) + "."]
+)
 def test_a_good_story_must_be_written_properly(rubric, good, change):
     for story in good[:10]:
         assert _sum(rubric, change(story)) <= 2 < _sum(rubric, story)
@@ -171,7 +210,9 @@ def test_a_good_story_must_be_written_properly(rubric, good, change):
 def test_padding_a_good_story_costs(rubric, good):
     for story in good[:20]:
         short = _within(story, 50)
-        padded = f"{short} She was happy. He was happy. They were happy. She was happy. He was happy."
+        padded = (
+            f"{short} She was happy. He was happy. They were happy. She was happy. He was happy."
+        )
         assert rubric.measure("", padded)["total"] < rubric.measure("", story)["total"]
 
 
@@ -181,7 +222,8 @@ def test_copying_the_corpus_is_not_creative():
     copied = [rubric.measure("", story) for story in corpus[:14]]
     fresh = [rubric.measure("", story) for story in grammar.stories(4_000, seed=1)]
     uncopied, creativity = (
-        [np.mean([seen[name] for seen in group]) for group in (copied, fresh)] for name in ("uncopied", "creativity")
+        [np.mean([seen[name] for seen in group]) for group in (copied, fresh)]
+        for name in ("uncopied", "creativity")
     )
     assert uncopied[0] < 0.1 < 0.7 < uncopied[1]
     assert creativity[0] < 0.5 * creativity[1]
@@ -199,7 +241,11 @@ def test_any_text_gets_integer_scores_and_always_the_same(rubric, opening, story
 
 
 @given(
-    st.lists(st.sampled_from([*"the a an fox Fox seed he she said ran . , ! ? ... 3".split(), OPEN, CLOSE, '"', "'s"]))
+    st.lists(
+        st.sampled_from(
+            [*"the a an fox Fox seed he she said ran . , ! ? ... 3".split(), OPEN, CLOSE, '"', "'s"]
+        )
+    )
 )
 def test_any_heap_of_tokens_is_measured_within_bounds(rubric, heap):
     measured = rubric.measure("Once", " ".join(heap))
@@ -210,7 +256,9 @@ def test_any_heap_of_tokens_is_measured_within_bounds(rubric, heap):
 
 def test_the_same_corpus_gives_the_same_rubric(good):
     first, second = (Rubric.from_corpus(grammar.stories(20_000, seed=3)) for _ in range(2))
-    assert [first.measure(OPENING, story) for story in good] == [second.measure(OPENING, story) for story in good]
+    assert [first.measure(OPENING, story) for story in good] == [
+        second.measure(OPENING, story) for story in good
+    ]
 
 
 def test_the_tail_of_an_endless_story_is_not_read(rubric, good):
@@ -226,7 +274,13 @@ def test_a_corpus_of_nothing_is_refused(corpus):
 
 
 @pytest.mark.parametrize(
-    "corpus", [["a b c. "] * 100, ["the the. " * 300], ["\u0441\u043b\u043e\u0432\u043e. " * 200], ["1, 3. " * 200]]
+    "corpus",
+    [
+        ["a b c. "] * 100,
+        ["the the. " * 300],
+        ["\u0441\u043b\u043e\u0432\u043e. " * 200],
+        ["1, 3. " * 200],
+    ],
 )
 def test_a_strange_corpus_still_gives_scores(corpus):
     assert set(Rubric.from_corpus(corpus).score("Once", BY_HAND[0]).values()) <= {0, 1, 2, 3}
@@ -249,11 +303,20 @@ def test_ends_of_sentences():
 
 def test_quotation_marks_are_distinguished_and_counted():
     hi, oh = [OPEN, "Hi", ",", CLOSE], [OPEN, "Oh", "!", CLOSE]
-    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [*hi, "said", "Tom", "'s", "dog", ".", *oh]
+    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [
+        *hi,
+        "said",
+        "Tom",
+        "'s",
+        "dog",
+        ".",
+        *oh,
+    ]
     assert split_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
     assert split_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
     assert split_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice
-    assert split_sentences(tokenize('He said, "Oh.')).unpaired == 1  # the text ends, the quotation does not
+    # the text ends, the quotation does not
+    assert split_sentences(tokenize('He said, "Oh.')).unpaired == 1
     assert split_sentences(tokenize('He said, "Oh, my')).unpaired == 0  # cut short in the middle
 
 
@@ -285,18 +348,23 @@ def test_the_ngram_model_is_a_distribution():
     for _ in range(20):
         start = rng.integers(len(ids) - ORDER)
         context = ids[start : start + ORDER - 1]
-        rows = np.array([np.exp(model.read(np.append(context, word))[0][:, -1]) for word in range(12)])
+        rows = np.array(
+            [np.exp(model.read(np.append(context, word))[0][:, -1]) for word in range(12)]
+        )
         np.testing.assert_allclose(rows.sum(0), 1, atol=1e-5)
 
 
 def test_the_ngram_model_counts():
-    """By hand, absolute discounting: "a b" twice and "a c" once, so p(b | a) = (2 - D)/3 + 2 D/3 p(b)."""
+    """By hand, absolute discounting: "a b" twice and "a c" once, so p(b | a) = (2 - D)/3 + 2 D/3
+    p(b)."""
     a, b, c = 2, 3, 4
     ids = np.array([BOUNDARY, a, b, BOUNDARY, a, b, BOUNDARY, a, c, BOUNDARY])
     logprob, _ = NgramModel(ids, 5).read(np.array([a, b]))
     p_b = 2.5 / (len(ids) + 5 * 0.5)
     np.testing.assert_allclose(np.exp(logprob[0, 1]), p_b, rtol=1e-6)
-    np.testing.assert_allclose(np.exp(logprob[1, 1]), (2 - 0.75) / 3 + 0.75 * 2 / 3 * p_b, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.exp(logprob[1, 1]), (2 - 0.75) / 3 + 0.75 * 2 / 3 * p_b, rtol=1e-6
+    )
 
 
 def test_common_words_that_never_meet_jar():
@@ -304,7 +372,8 @@ def test_common_words_that_never_meet_jar():
     model = NgramModel(ids, 8)
     assert model.read(np.array([2, 3, 4, 5, 2, 3]))[1][1:].tolist() == [False] * 5
     assert model.read(np.array([2, 3, 5, 2, 3]))[1][1:].tolist() == [False, True, False, False]
-    assert model.read(np.array([2, 3, 7, 2, 3]))[1][1:].tolist() == [False] * 4  # 7 is rare: no evidence
+    # 7 is rare: no evidence
+    assert model.read(np.array([2, 3, 7, 2, 3]))[1][1:].tolist() == [False] * 4
 
 
 def test_phrases_find_what_is_copied():

@@ -1,4 +1,5 @@
-"""The built-in teacher over HTTP, with the official client and OpenAI's formats, on this machine only."""
+"""The built-in teacher over HTTP, with the official client and OpenAI's formats, on this machine
+only."""
 
 import asyncio
 import http.client
@@ -71,7 +72,9 @@ def _ask(client, story: str, **options):
 
 
 def _raw(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection(url.removeprefix("http://").removesuffix("/v1"), timeout=LIMIT_S)
+    connection = http.client.HTTPConnection(
+        url.removeprefix("http://").removesuffix("/v1"), timeout=LIMIT_S
+    )
     connection.request(method, path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
@@ -88,8 +91,15 @@ def test_the_client_gets_the_scores_of_the_rubric(client, rubric):
         answer = _ask(client, story, temperature=0.2, max_tokens=6, seed=1)
         scores = rubric.score(OPENING, story)
         assert answer.choices[0].message.content == " ".join(str(scores[name]) for name in CRITERIA)
-        assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "stop"
-        assert answer.object == "chat.completion" and answer.model == MODEL and answer.id.startswith("chatcmpl-")
+        assert (
+            answer.choices[0].message.role == "assistant"
+            and answer.choices[0].finish_reason == "stop"
+        )
+        assert (
+            answer.object == "chat.completion"
+            and answer.model == MODEL
+            and answer.id.startswith("chatcmpl-")
+        )
         assert answer.usage.completion_tokens == 3
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + 3 > 300
         seen.add(answer.choices[0].message.content)
@@ -116,14 +126,19 @@ def test_a_token_cap_cuts_the_reply(client, cap):
         [{"role": "system", "content": "Grade."}, {"role": "user", "content": "A story: Tom ran."}],
         _messages(STORIES[0])[1:],  # the story without the question
         _messages(
-            STORIES[0], template=Template((Criterion("humour", "Is it funny?", ("no", "hardly", "a bit", "yes")),))
+            STORIES[0],
+            template=Template(
+                (Criterion("humour", "Is it funny?", ("no", "hardly", "a bit", "yes")),)
+            ),
         ),
         _messages(STORIES[0], template=Template(STORYTELLING[::-1])),
     ],
     ids=["chat", "other prompt", "no instructions", "other criteria", "other order"],
 )
 def test_it_grades_only_if_asked_for_its_criteria(client, messages):
-    reply = client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content
+    reply = (
+        client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content
+    )
     assert "stands in for a language model" in reply
     assert parse_scores(reply, CRITERIA) is None
 
@@ -131,7 +146,10 @@ def test_it_grades_only_if_asked_for_its_criteria(client, messages):
 def test_many_at_once(url, rubric):
     async def ask_all() -> list[str]:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            asked = [client.chat.completions.create(model=MODEL, messages=_messages(story)) for story in STORIES * 4]
+            asked = [
+                client.chat.completions.create(model=MODEL, messages=_messages(story))
+                for story in STORIES * 4
+            ]
             return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
 
     expected = [" ".join(map(str, rubric.score(OPENING, story).values())) for story in STORIES * 4]
@@ -180,7 +198,12 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
     body = {"model": MODEL, "messages": _messages("Tom ran.")} | change
     status, answer = _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())
     assert status == 400
-    assert answer.keys() == {"error"} and answer["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.keys() == {"error"} and answer["error"].keys() == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param
 
 
@@ -202,7 +225,10 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
 def test_wrong_calls_are_refused_in_openais_shape(url, method, path, body, status):
     got, answer = _raw(url, method, path, body)
     assert got == status
-    assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
+    assert (
+        answer["error"].keys() == {"message", "type", "param", "code"}
+        and answer["error"]["message"]
+    )
 
 
 def test_a_lone_surrogate_breaks_nothing(url):
@@ -266,9 +292,19 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def _start(corpus: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, serve_teacher.__file__, "--port", "0", "--corpus", str(corpus), *options]
+    command = [
+        sys.executable,
+        serve_teacher.__file__,
+        "--port",
+        "0",
+        "--corpus",
+        str(corpus),
+        *options,
+    ]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, "stdin"])
@@ -289,7 +325,8 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         assert process.wait(LIMIT_S) == 0
         assert process.stdout.read() == ""  # one line only
         stderr = process.stderr.read()
-        assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr  # no bar in a file
+        # no bar in a file
+        assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr
         assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
 
 
@@ -330,9 +367,13 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_start(corpus, option
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        options = [str(taken.getsockname()[1]) if option == "taken" else option for option in options]
+        options = [
+            str(taken.getsockname()[1]) if option == "taken" else option for option in options
+        ]
         command = [sys.executable, serve_teacher.__file__, "--corpus", str(corpus), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
-    assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
+    assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith(
+        "error: "
+    )
     assert "Traceback" not in done.stderr

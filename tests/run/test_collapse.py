@@ -1,4 +1,5 @@
-"""Collapse, a runaway KL, exploding losses and scores without signal are said once each; health is not."""
+"""Collapse, a runaway KL, exploding losses and scores without signal are said once each; health is
+not."""
 
 import math
 import random
@@ -12,10 +13,22 @@ from tinystory.student.generate import Story
 from tinystory.teacher.callable import random_scores
 
 HEALTHY = dict(
-    distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1, score_mean=5.0,
-    score_mode=0.3, scored=100, score_length=0.2, score_logprob=0.4, policy_loss=-0.1, value_loss=0.2, grad_norm=0.5,
+    distinct_4=0.85,
+    story_clusters=40,
+    length_mean=120.0,
+    entropy=150.0,
+    kl=1.5,
+    reward_std=0.1,
+    score_mean=5.0,
+    score_mode=0.3,
+    scored=100,
+    score_length=0.2,
+    score_logprob=0.4,
+    policy_loss=-0.1,
+    value_loss=0.2,
+    grad_norm=0.5,
     skipped=0,
-)  # fmt: skip
+)
 
 
 def run(steps: int = 30, **end) -> list[dict]:
@@ -24,7 +37,8 @@ def run(steps: int = 30, **end) -> list[dict]:
     return [
         {"step": step + 1}
         | {
-            name: (start + (end.get(name, start) - start) * step / (steps - 1)) * rng.uniform(0.9, 1.1)
+            name: (start + (end.get(name, start) - start) * step / (steps - 1))
+            * rng.uniform(0.9, 1.1)
             for name, start in HEALTHY.items()
         }
         for step in range(steps)
@@ -37,7 +51,12 @@ def kinds(records, kl_target=2.0) -> set[str]:
 
 def test_a_healthy_run_is_left_alone():
     assert kinds(run()) == set()
-    assert kinds(run(distinct_4=0.7, story_clusters=30, length_mean=140.0, entropy=100.0, grad_norm=3.0)) == set()
+    assert (
+        kinds(
+            run(distinct_4=0.7, story_clusters=30, length_mean=140.0, entropy=100.0, grad_norm=3.0)
+        )
+        == set()
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,16 +92,25 @@ def test_a_warning_comes_at_the_first_step_that_gives_reason_and_only_once():
     news = [watch.add(record) for record in records]
     (step,) = [record["step"] for record, new in zip(records, news, strict=True) if new]
     assert 10 <= step < 16 and watch.warnings["collapse"][0] == step
-    resumed = CollapseDetector(records[:step], 2.0)  # what an earlier process said is not said again
+    # what an earlier process said is not said again
+    resumed = CollapseDetector(records[:step], 2.0)
     assert [resumed.add(record) for record in records[step:]] == [{}] * (16 - step)
 
 
 def test_scores_that_are_all_the_same_for_some_steps_are_said():
-    varied, flat = dict(step=1, score_mean=5.0, score_mode=0.3), dict(step=1, score_mean=9.0, score_mode=1.0)
+    varied, flat = (
+        dict(step=1, score_mean=5.0, score_mode=0.3),
+        dict(step=1, score_mean=9.0, score_mode=1.0),
+    )
     _, sentence = CollapseDetector([varied] * 3 + [flat] * WINDOW).warnings["signal"]
     assert sentence.startswith("all stories of the last 5 steps had the same score (9 in the last)")
     unknown = dict(step=1, score_mode=None)
-    for records in ([flat] * (WINDOW - 1), [flat] * 4 + [varied] + [flat] * 4, [varied] * 9, [unknown] * 9):
+    for records in (
+        [flat] * (WINDOW - 1),
+        [flat] * 4 + [varied] + [flat] * 4,
+        [varied] * 9,
+        [unknown] * 9,
+    ):
         assert kinds(records) == set()
 
 
@@ -113,9 +141,14 @@ def stories(count: int) -> list[Story]:
 
 
 def test_random_scores_are_told_from_those_that_follow_the_story():
-    by_length = [rollout_means(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)]
+    by_length = [
+        rollout_means(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)
+    ]
     assert all(r["score_length"] == pytest.approx(1) and r["scored"] >= 64 for r in by_length)
-    by_chance = [rollout_means(stories(n), random_scores("", [s.text for s in stories(n)])) for n in range(64, 69)]
+    by_chance = [
+        rollout_means(stories(n), random_scores("", [s.text for s in stories(n)]))
+        for n in range(64, 69)
+    ]
     assert kinds([dict(step=1, **relations) for relations in by_length]) == set()
     assert kinds([dict(step=1, **relations) for relations in by_chance]) == {"signal"}
     few = [dict(step=1, scored=FEW // WINDOW - 1, score_length=0.0, score_logprob=0.0)] * 9
@@ -140,7 +173,8 @@ def test_few_large_steps_are_enough_for_a_warning():
 def test_a_short_run_and_missing_values_say_nothing():
     assert kinds(run(6, distinct_4=0.1)) == set()
     assert (
-        kinds([{"step": 1, "distinct_4": None, "kl": None}] * 30) == set() and math.inf == CollapseDetector().kl_target
+        kinds([{"step": 1, "distinct_4": None, "kl": None}] * 30) == set()
+        and math.inf == CollapseDetector().kl_target
     )
 
 

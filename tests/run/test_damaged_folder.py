@@ -1,5 +1,5 @@
-"""A run's folder under everything that can happen to it: two commands at once, kills before the first checkpoint, files
-that are missing, damaged, or not what they say."""
+"""A run's folder under everything that can happen to it: two commands at once, kills before the
+first checkpoint, files that are missing, damaged, or not what they say."""
 
 import contextlib
 import json
@@ -35,19 +35,41 @@ with locked(Path(sys.argv[1])):
 
 
 def reading(place, out, *more):
-    return ["--corpus", str(place / "corpus.txt"), "--words", "2000", *SMALL, "--out", str(out), *more]
+    return [
+        "--corpus",
+        str(place / "corpus.txt"),
+        "--words",
+        "2000",
+        *SMALL,
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def writing(place, out, *more):
-    return ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(out), *more]
+    return [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        *SHORT,
+        "--reward",
+        "random",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, capsys):
     shutil.copytree(place / "p", tmp_path / "p")
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "p"], cwd=ROOT, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "p"], cwd=ROOT, stdout=subprocess.PIPE
+    )
     try:
         assert holder.stdout.readline() == b"held\n"
-        line = fails(pretrain.main, ["--resume", "--words", "2600", "--out", str(tmp_path / "p")], capsys)
+        line = fails(
+            pretrain.main, ["--resume", "--words", "2600", "--out", str(tmp_path / "p")], capsys
+        )
         assert f"in use by process {holder.pid} on " in line and "--out" in line
         assert "in use by" in fails(pretrain.main, reading(place, tmp_path / "p"), capsys)
         assert "in use by" in fails(interact.main, writing(place, tmp_path / "p"), capsys)
@@ -55,8 +77,11 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    pretrain.main(["--resume", "--words", "2600", "--out", str(tmp_path / "p")])  # a kill has released it
-    assert not (tmp_path / "p" / ".lock").exists() and len(metrics(tmp_path / "p")) > len(metrics(place / "p"))
+    # a kill has released it
+    pretrain.main(["--resume", "--words", "2600", "--out", str(tmp_path / "p")])
+    assert not (tmp_path / "p" / ".lock").exists() and len(metrics(tmp_path / "p")) > len(
+        metrics(place / "p")
+    )
 
 
 def test_a_lock_leaves_no_trace_of_a_block_that_wrote_nothing(tmp_path):
@@ -65,7 +90,10 @@ def test_a_lock_leaves_no_trace_of_a_block_that_wrote_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
     with locked(tmp_path / "a"):
         (tmp_path / "a" / "note").write_text("")
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} "), locked(tmp_path / "a"):
+        with (
+            pytest.raises(UserError, match=rf"in use by process {os.getpid()} "),
+            locked(tmp_path / "a"),
+        ):
             pass
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["note"]
 
@@ -88,7 +116,9 @@ def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, comm
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "killed"))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same_bits(place, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same_bits(
+    place, tmp_path, capsys
+):
     more = ["--save-every", "4"]
     pretrain.main(reading(place, tmp_path / "whole", *more))
     shutil.copytree(tmp_path / "whole", tmp_path / "harmed")
@@ -102,7 +132,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "harmed"))
 
 
-@pytest.mark.parametrize("harm", ["gone", "", "null", "{", "[]", '{"options": null}', '{"options": {"seed": "x"}}'])
+@pytest.mark.parametrize(
+    "harm", ["gone", "", "null", "{", "[]", '{"options": null}', '{"options": {"seed": "x"}}']
+)
 def test_a_run_whose_options_are_not_known_is_not_resumed(place, tmp_path, capsys, harm):
     """Else another run goes on under its name: other options, and another teacher."""
     shutil.copytree(place / "p", tmp_path / "p")
@@ -136,19 +168,30 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(place, tmp_path, 
     else:
         shutil.copytree(place / "p", tmp_path / "p")
         (tmp_path / "p").chmod(0o555)
-    assert "cannot write" in fails(pretrain.main, ["--resume", "--out", str(tmp_path / "p")], capsys)
+    assert "cannot write" in fails(
+        pretrain.main, ["--resume", "--out", str(tmp_path / "p")], capsys
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bit", [1, 128])
-def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tmp_path, capsys, bit):
-    """A resumed run goes on, perhaps from the checkpoint before, or says in a sentence which file it cannot read."""
+def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(
+    place, tmp_path, capsys, bit
+):
+    """A resumed run goes on, perhaps from the checkpoint before, or says in a sentence which file
+    it cannot read."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--out", str(whole)]
     with FaultServer(lambda story, n: "3 2 1") as server:
         interact.main([*init, "--teacher-url", server.url])
-        files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.stat().st_size]
-        assert {"config.json", "metrics.jsonl", "replies.jsonl", "evaluations.jsonl"} <= {path.name for path in files}
+        files = [
+            path.relative_to(whole)
+            for path in sorted(whole.rglob("*"))
+            if path.is_file() and path.stat().st_size
+        ]
+        assert {"config.json", "metrics.jsonl", "replies.jsonl", "evaluations.jsonl"} <= {
+            path.name for path in files
+        }
         for name in files:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(whole, run)
@@ -159,8 +202,15 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tm
             try:
                 interact.main(["--resume", "--steps", "5", "--out", str(run)])
             except SystemExit as exit:
-                errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-                assert exit.code == 2 and len(errors) == 1 and name.name in errors[0], (name, errors)
+                errors = [
+                    line
+                    for line in capsys.readouterr().err.splitlines()
+                    if line.startswith("error: ")
+                ]
+                assert exit.code == 2 and len(errors) == 1 and name.name in errors[0], (
+                    name,
+                    errors,
+                )
             else:
                 assert len(metrics(run)) == 5, name
 
@@ -168,12 +218,20 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tm
 BETTER = "Tim said yes, and he ran home."
 PAIR = StoryPair("Once", story_record(0)["story"], BETTER)
 RECORDS = {
-    "metrics.jsonl": [dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5) for i in (1, 2, 3)],
+    "metrics.jsonl": [
+        dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5)
+        for i in (1, 2, 3)
+    ],
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],
     "evaluations.jsonl": [story_record(i, i) for i in range(3)],
-    "samples.jsonl": [story_record(0, 7, when="before"), story_record(1, 7, when="after", story=BETTER)],
+    "samples.jsonl": [
+        story_record(0, 7, when="before"),
+        story_record(1, 7, when="after", story=BETTER),
+    ],
     "judged.jsonl": [
-        dict(group=group, index=i, opening="Once", story=BETTER, score=i, sense=-1.0 + shift + i / 10)
+        dict(
+            group=group, index=i, opening="Once", story=BETTER, score=i, sense=-1.0 + shift + i / 10
+        )
         for shift, group in enumerate(("before", "after", "real stories"))
         for i in range(2)
     ],

@@ -46,7 +46,9 @@ def test_what_is_written_is_read(tmp_path):
     assert read_metrics(tmp_path)[0] == {"step": 1, "reward_mean": 0.1428571}
     stories = list(read_stories(tmp_path))
     assert len(stories) == 12 and stories[0]["story"] == "Tim said “no”.\nHe ran."
-    assert read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
+    assert (
+        read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
+    )
 
 
 def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
@@ -56,7 +58,12 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     assert config["options"]["out"] == str(tmp_path)
     assert {"python", "torch", "numpy", "tinystory"} <= set(config["versions"])
     assert config["versions"]["torch"] == torch.__version__
-    assert "thread" in config["device"] and "git_commit" in config and config["started"] and config["resumed"] == []
+    assert (
+        "thread" in config["device"]
+        and "git_commit" in config
+        and config["started"]
+        and config["resumed"] == []
+    )
     assert "secret" not in (tmp_path / "config.json").read_text()
     assert config["options"]["teacher_url"] == "https://host/v1"
 
@@ -64,7 +71,9 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
 def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     a_run(tmp_path, 2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    error = pytest.raises(UserError, match=r"already holds a run: continue it with --resume or choose another --out")
+    error = pytest.raises(
+        UserError, match=r"already holds a run: continue it with --resume or choose another --out"
+    )
     with error, locked(tmp_path, new=True):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -163,12 +172,27 @@ def test_values_of_any_number_type(tmp_path):
             h=123456789,
         )
     assert read_metrics(tmp_path) == [
-        {"step": 1, "a": 0.1, "b": 0.3333333, "c": 7, "d": None, "e": None, "f": None, "g": True, "h": 123456789}
+        {
+            "step": 1,
+            "a": 0.1,
+            "b": 0.3333333,
+            "c": 7,
+            "d": None,
+            "e": None,
+            "f": None,
+            "g": True,
+            "h": 123456789,
+        }
     ]
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800\u2028</script>\0"),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.just("\ud800\u2028</script>\0"),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=10,
 )
@@ -212,11 +236,20 @@ def test_no_such_folder_and_a_file_in_the_way(tmp_path):
 
 
 def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
-    for code, words in ((errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EACCES, "another folder")):
+    for code, words in (
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENAMETOOLONG, "shorter"),
+        (errno.EACCES, "another folder"),
+    ):
         message = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
-        assert os.strerror(code) in message and words in message and "free some space" not in message
+        assert (
+            os.strerror(code) in message and words in message and "free some space" not in message
+        )
     assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(UserError, match="File name too long; choose a shorter name"), locked(tmp_path / ("a" * 300)):
+    with (
+        pytest.raises(UserError, match="File name too long; choose a shorter name"),
+        locked(tmp_path / ("a" * 300)),
+    ):
         pass
 
 
@@ -234,7 +267,8 @@ def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):
 
 
 def test_a_reader_of_a_file_being_rewritten_sees_one_complete_version(tmp_path):
-    """A process rewrites a file in a loop and is killed in the middle: the file parses at any moment."""
+    """A process rewrites a file in a loop and is killed in the middle: the file parses at any
+    moment."""
     program = """
 import sys
 from pathlib import Path
@@ -286,7 +320,9 @@ def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):
 def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys, out):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(evaluate.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
+    monkeypatch.setattr(
+        evaluate.checkpoint, "find", lambda path: pytest.fail("it has begun to work")
+    )
     monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
     for command, argv in ((evaluate, ["run", "--coreference", "1"]), (sample, ["run"])):
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)

@@ -20,6 +20,8 @@ def shown(capsys, monkeypatch, terminal: bool) -> str:
 
 def test_a_file_gets_a_line_per_step_and_a_terminal_a_bar(capsys, monkeypatch):
     lines = shown(capsys, monkeypatch, terminal=False).split("\n")
-    assert [line.split(",")[0] for line in lines if line] == [f"rollout: {n} of 600 story" for n in (200, 400, 600)]
+    assert [line.split(",")[0] for line in lines if line] == [
+        f"rollout: {n} of 600 story" for n in (200, 400, 600)
+    ]
     assert "\r" not in "".join(lines) and lines[2].endswith("kl=2")
     assert shown(capsys, monkeypatch, terminal=True).count("\r") > 100

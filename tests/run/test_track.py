@@ -1,4 +1,5 @@
-"""What a tracker holds, read back by its own reader, is metrics.jsonl; and no failure of a tracker ends a run."""
+"""What a tracker holds, read back by its own reader, is metrics.jsonl; and no failure of a tracker
+ends a run."""
 
 import sys
 
@@ -14,32 +15,45 @@ from tinystory.student import checkpoint
 
 
 def numbers(records) -> dict[int, dict[str, float]]:
-    """The numbers of records by step; of those that a resumed run repeats, without what the clock says."""
+    """The numbers of records by step; of those that a resumed run repeats, without what the clock
+    says."""
     steps: dict[int, dict[str, float]] = {}
     for record in records:
         assert record["step"] not in steps  # nothing twice
-        numbers = {key: value for key, value in record.items() if type(value) in (int, float) and key != "step"}
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if type(value) in (int, float) and key != "step"
+        }
         if "reward_mean" in record and record["step"] > 2:
-            numbers = {key: value for key, value in numbers.items() if not key.endswith(("_s", "_mb"))}
+            numbers = {
+                key: value for key, value in numbers.items() if not key.endswith(("_s", "_mb"))
+            }
         steps[record["step"]] = numbers
     return steps
 
 
 def assert_holds(steps, run):
-    """A tracker's numbers by step are those of an interaction's curves, from the evaluation before it on."""
+    """A tracker's numbers by step are those of an interaction's curves, from the evaluation before
+    it on."""
     (shown,), first = numbers(from_start(run, [])).values(), steps.pop(0)
     assert steps == numbers(metrics(run))
     assert first.keys() == {key for key in steps[4] if key.startswith("held_out_")}
-    assert shown == pytest.approx({key: first[key] for key in shown}) and shown["held_out_reward"] > 0
+    assert (
+        shown == pytest.approx({key: first[key] for key in shown}) and shown["held_out_reward"] > 0
+    )
 
 
 def interact(place, out, *more):
     reward = f"{place / 'reward.py'}:score"
-    train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward, *more])
+    train_interact.main(
+        [*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward, *more]
+    )
 
 
 def interrupted(place, out, tracker):
-    """A run of four steps that is resumed from step 2 after all of them, and so repeats steps 3 and 4."""
+    """A run of four steps that is resumed from step 2 after all of them, and so repeats steps 3 and
+    4."""
     interact(place, out, "--track", tracker)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "newest_whole", lambda run: run / "checkpoints" / "step_0000002")
@@ -53,7 +67,15 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(place, tmp_path):
     from tensorboard.util.tensor_util import make_ndarray
 
     interrupted(place, tmp_path / "i", "tensorboard")
-    more = ["--corpus", str(place / "corpus.txt"), "--words", "800", "--out", str(tmp_path / "p"), *SMALL]
+    more = [
+        "--corpus",
+        str(place / "corpus.txt"),
+        "--words",
+        "800",
+        "--out",
+        str(tmp_path / "p"),
+        *SMALL,
+    ]
     train_pretrain.main([*more, "--track", "tensorboard"])
     for run in (tmp_path / "i", tmp_path / "p"):
         events = EventAccumulator(str(run / "tensorboard"), size_guidance={TENSORS: 0})
@@ -71,7 +93,10 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(place, tmp_path):
             assert sent == numbers(metrics(run))
     events = EventAccumulator(str(tmp_path / "i" / "tensorboard"), size_guidance={TENSORS: 0})
     events.Reload()
-    tables = {e.step: make_ndarray(e.tensor_proto).item().decode() for e in events.Tensors("stories/text_summary")}
+    tables = {
+        e.step: make_ndarray(e.tensor_proto).item().decode()
+        for e in events.Tensors("stories/text_summary")
+    }
     assert tables.keys() == {0, 2, 4} and all(table.count("\n") == 5 for table in tables.values())
 
 
@@ -85,7 +110,9 @@ def test_trackio_reads_back_what_metrics_jsonl_holds(place, tmp_path, monkeypatc
     logs = SQLiteStorage.get_logs("tinystory", run)
     tables = [log for log in logs if "stories" in log]
     assert_holds(numbers(log for log in logs if "stories" not in log), tmp_path / "i")
-    assert [table["step"] for table in tables] == [0, 2, 4] and len(tables[0]["stories"]["_value"]) == 4
+    assert [table["step"] for table in tables] == [0, 2, 4] and len(
+        tables[0]["stories"]["_value"]
+    ) == 4
 
 
 def test_wandb_is_offline_and_one_run_however_often_it_is_resumed(place, tmp_path, monkeypatch):
@@ -114,19 +141,26 @@ class Broken:
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 99])
-def test_a_tracker_that_fails_says_so_once_and_stops_no_run(place, tmp_path, capsys, monkeypatch, n):
+def test_a_tracker_that_fails_says_so_once_and_stops_no_run(
+    place, tmp_path, capsys, monkeypatch, n
+):
     monkeypatch.setitem(sys.modules, "trackio", Broken(n))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     interact(place, tmp_path / "i", "--track", "trackio")
     output = capsys.readouterr()
-    warnings = (output.out + output.err).count("warning: trackio failed (no route [31mto host): the run goes on")
+    warnings = (output.out + output.err).count(
+        "warning: trackio failed (no route [31mto host): the run goes on"
+    )
     assert warnings == (n < 99) and len(metrics(tmp_path / "i")) == 4
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     argv = ["--init", str(place / "p"), "--out", str(tmp_path / "i"), "--track", "wandb"]
-    assert "pip install wandb" in fails(train_interact.main, argv, capsys) and not (tmp_path / "i").exists()
+    assert (
+        "pip install wandb" in fails(train_interact.main, argv, capsys)
+        and not (tmp_path / "i").exists()
+    )
 
 
 def test_a_tracker_asked_for_on_resume_gets_the_steps_from_there_on(place, tmp_path, monkeypatch):

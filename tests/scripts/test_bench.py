@@ -1,4 +1,5 @@
-"""scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
+"""scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own
+functions."""
 
 import contextlib
 import json
@@ -34,7 +35,8 @@ def test_rollout_counts_the_tokens_that_were_written(run):
     r = run("rollout", "--batch", "6", "--new", "9")
     assert r["bench"] == "rollout" and r["batch"] == 6 and r["new"] == 9 and r["runs"] == 1
     assert 0 < r["tokens"] <= 54
-    assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["rollout_s"], rel=0.1)  # times are rounded
+    # times are rounded
+    assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["rollout_s"], rel=0.1)
     assert r["gemm_limit_tokens_per_s"] > 0 and r["peak_mb"] > 50
 
 
@@ -98,10 +100,12 @@ def test_a_profile_names_the_engines_phases(bench, run):
             run("rollout", "--batch", "4", "--new", "5")
     finally:
         torch.set_num_threads(threads)
-    assert {"engine: qkv", "engine: attention", "engine: draw"} <= {event.key for event in profiler.key_averages()}
+    assert {"engine: qkv", "engine: attention", "engine: draw"} <= {
+        event.key for event in profiler.key_averages()
+    }
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 NANOGPT = """
 import time
 import torch
@@ -163,7 +167,9 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
 
     monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
     monkeypatch.setattr(bench_script, "peer", watched)
-    result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
+    result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)[
+        "peers"
+    ]["pretrain"]
     assert [len(lap) for lap in laps] == [3] * 4  # ours, and each dtype; the first turn warms up
     turns = [float32_s / ours["step_s"] for ours, float32_s, _ in laps[1:]]
     assert result["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)

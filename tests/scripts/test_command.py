@@ -1,4 +1,5 @@
-"""What all commands share, `errors.command`: errors in one sentence, and output that cannot be printed."""
+"""What all commands share, `errors.command`: errors in one sentence, and output that cannot be
+printed."""
 
 import errno
 import os
@@ -46,19 +47,39 @@ main()
 def run(shell: str, path, *what: str, **options) -> subprocess.CompletedProcess:
     """COMMAND as "$@" of a shell's line."""
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-c", COMMAND, str(path), *what],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **options.pop("variables", {})},
-        text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )  # fmt: skip
+        [
+            "bash",
+            "-c",
+            f"set -o pipefail; {shell}",
+            "bash",
+            sys.executable,
+            "-c",
+            COMMAND,
+            str(path),
+            *what,
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "",
+            **options.pop("variables", {}),
+        },
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
 
 
-@pytest.mark.parametrize("shell", ['"$@" 2>&1 | head -1', '"$@" | head -1', '"$@" 2> >(head -1 >&2) | head -1'])
+@pytest.mark.parametrize(
+    "shell", ['"$@" 2>&1 | head -1', '"$@" | head -1', '"$@" 2> >(head -1 >&2) | head -1']
+)
 @pytest.mark.parametrize("saves", [["saves"], []])
 def test_a_command_whose_reader_has_gone_saves_and_ends_quietly(tmp_path, shell, saves):
     done = run(shell, tmp_path / "file", "prints", *saves)
     assert done.returncode == 128 + signal.SIGPIPE
     assert "Error" not in done.stdout + done.stderr and "Exception" not in done.stdout + done.stderr
-    assert (tmp_path / "file").exists() == bool(saves) and (not saves or (tmp_path / "file").read_text() == "saved")
+    assert (tmp_path / "file").exists() == bool(saves) and (
+        not saves or (tmp_path / "file").read_text() == "saved"
+    )
 
 
 def test_a_reader_that_has_gone_at_the_end_hides_no_error(tmp_path):
@@ -72,8 +93,12 @@ def test_a_reader_that_has_gone_at_the_end_hides_no_error(tmp_path):
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_error_and_no_file_takes_its_place(tmp_path, closed):
     done = run(f'"$@" {closed}', tmp_path / "file", "opens", "fails")
-    assert done.returncode == 2 and "Error" not in done.stderr and not (tmp_path / "file").read_text()
-    assert done.stdout.splitlines() == ([] if ">&- " in f"{closed} ".replace("2>", "") else ["outÇa va? 猫"])
+    assert (
+        done.returncode == 2 and "Error" not in done.stderr and not (tmp_path / "file").read_text()
+    )
+    assert done.stdout.splitlines() == (
+        [] if ">&- " in f"{closed} ".replace("2>", "") else ["outÇa va? 猫"]
+    )
     assert ("error: naïve" in done.stderr) == ("2>&-" not in closed)
 
 
@@ -93,15 +118,27 @@ def raises(error: BaseException):
 
 OUT_OF = [
     (MemoryError(), "not enough memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "8 bytes"),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        "8 bytes",
+    ),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "smaller sizes"),
     (RuntimeError("can't start new thread"), "ulimit -u"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
-    (OSError(errno.EMFILE, "Too many open files", "x"), "Too many open files: 'x'; raise the limit of open files"),
+    (
+        OSError(errno.EMFILE, "Too many open files", "x"),
+        "Too many open files: 'x'; raise the limit of open files",
+    ),
     (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa'; choose a shorter name"),
     (MemoryError("\x1b[2Jno room"), "([2Jno room)"),
-    (PermissionError(errno.EACCES, "Permission denied", "run"), "Permission denied: 'run'; ask its owner"),
-    (OSError(errno.EROFS, "Read-only file system", "run"), "Read-only file system: 'run'; choose another folder"),
+    (
+        PermissionError(errno.EACCES, "Permission denied", "run"),
+        "Permission denied: 'run'; ask its owner",
+    ),
+    (
+        OSError(errno.EROFS, "Read-only file system", "run"),
+        "Read-only file system: 'run'; choose another folder",
+    ),
 ]
 
 
@@ -110,7 +147,9 @@ def test_what_the_machine_has_no_more_of_is_one_sentence(error, words, capsys):
     assert words in fails(raises(error), [], capsys)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), FileNotFoundError(errno.ENOENT, "No such file")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), FileNotFoundError(errno.ENOENT, "No such file")]
+)
 def test_a_mistake_of_ours_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         raises(error)([])
@@ -145,7 +184,8 @@ def test_variables_that_torchrun_cannot_have_set_are_one_sentence(monkeypatch, c
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):
     for name in ("HOME", "TINYSTORY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # raises KeyError, as for a uid without an entry
+    # raises KeyError, as for a uid without an entry
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(UserError, match=r"no home folder .* set HOME, or TINYSTORY_CACHE"):
         paths.cache_dir()
 
@@ -156,28 +196,45 @@ WRONG = """--stories 0|--stories -1|--temperature nan|--temperature -1|--tempera
 
 
 @pytest.mark.parametrize("argv", WRONG.replace("\n", "|").split("|"))
-def test_a_number_out_of_range_is_refused_by_every_command_that_has_the_option(argv, tmp_path, capsys):
+def test_a_number_out_of_range_is_refused_by_every_command_that_has_the_option(
+    argv, tmp_path, capsys
+):
     flag, value = argv.split()
-    mains = [sample.main] if flag.startswith("--top") or argv == "--stories 0" else [sample.main, evaluate.main]
+    mains = (
+        [sample.main]
+        if flag.startswith("--top") or argv == "--stories 0"
+        else [sample.main, evaluate.main]
+    )
     for main in mains:  # for evaluate 0 stories are none
-        assert fails(main, [str(tmp_path), f"{flag}={value}"], capsys).startswith(f"error: {flag} must be ")
+        assert fails(main, [str(tmp_path), f"{flag}={value}"], capsys).startswith(
+            f"error: {flag} must be "
+        )
 
 
 def test_what_is_no_number_is_refused(tmp_path, capsys):
     for value in ("2.5", "x", "1e400", ""):
         with pytest.raises(SystemExit, match="2"):
             sample.main([str(tmp_path), f"--stories={value}"])
-        assert f"argument --stories: invalid whole number value: '{value}'" in capsys.readouterr().err
+        assert (
+            f"argument --stories: invalid whole number value: '{value}'" in capsys.readouterr().err
+        )
 
 
 def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
-    for main, argv in ((evaluate.main, "--coreference=-1"), (evaluate.main, "--teacher-concurrency=0"),
-                       (doctor.main, "--teacher-max-tokens=0"), (doctor.main, "--require-judgement=nan"),
-                       (prepare_data.main, "--seed=-1"), (prepare_data.main, "--vocab-size=3")):  # fmt: skip
+    for main, argv in (
+        (evaluate.main, "--coreference=-1"),
+        (evaluate.main, "--teacher-concurrency=0"),
+        (doctor.main, "--teacher-max-tokens=0"),
+        (doctor.main, "--require-judgement=nan"),
+        (prepare_data.main, "--seed=-1"),
+        (prepare_data.main, "--vocab-size=3"),
+    ):
         assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
 
 
-def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(place, capsys, monkeypatch):
+def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(
+    place, capsys, monkeypatch
+):
     monkeypatch.setattr(memory, "total", lambda device: 64 << 30)
     run = str(checkpoint.newest(place / "p"))
     teacher = ["--teacher-url", "http://127.0.0.1:9"]
@@ -189,16 +246,26 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(place,
 def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
     """The one that the callable likes; without a callable, the likeliest of those that end."""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
-    drawn = generate(student, None, tokenizer, ["Once"] * 16, first_index=0, max_new_tokens=12, seed=0)
+    drawn = generate(
+        student, None, tokenizer, ["Once"] * 16, first_index=0, max_new_tokens=12, seed=0
+    )
     likeliest = [max(drawn[i::2], key=lambda story: story.likelihood) for i in range(2)]
     common = f"{checkpoint.newest(place / 'p')} --stories 2 --max-new-tokens 12 --device cpu --opening Once".split()
     reward = tmp_path / "r.py"
-    reward.write_text(f"def liked(o, stories):\n    return [s in {[s.text for s in drawn[-2:]]!r} for s in stories]\n")
+    reward.write_text(
+        f"def liked(o, stories):\n    return [s in {[s.text for s in drawn[-2:]]!r} for s in stories]\n"
+    )
     eight = ["--best-of", "8"]
-    for more, best in ([], drawn[:2]), ([*eight, "--reward", f"{reward}:liked"], drawn[-2:]), (eight, likeliest):
+    for more, best in (
+        ([], drawn[:2]),
+        ([*eight, "--reward", f"{reward}:liked"], drawn[-2:]),
+        (eight, likeliest),
+    ):
         sample.main([*common, *more])
         printed = "".join(re.split("--- story.*", capsys.readouterr().out))  # wrapped
-        assert "".join(printed.split()) == "".join(printable(" ".join(f"Once {story.text}" for story in best)).split())
+        assert "".join(printed.split()) == "".join(
+            printable(" ".join(f"Once {story.text}" for story in best)).split()
+        )
     assert "--teacher-url is for a teacher" in fails(
         sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys
     )
@@ -222,10 +289,13 @@ def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["doctor", "watch"])
 def test_a_script_finds_the_package_of_its_own_clone(name):
-    """Where nothing is installed but what tinystory depends on. The finder of an editable install is left out."""
+    """Where nothing is installed but what tinystory depends on. The finder of an editable install
+    is left out."""
     code = (
         "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
         f"sys.argv = ['{name}', '--help']; runpy.run_path('{ROOT}/scripts/{name}.py', run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd="/")
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd="/"
+    )
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr

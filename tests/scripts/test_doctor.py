@@ -1,4 +1,5 @@
-"""What the doctor says of this machine and of a teacher, and how it says that something is wrong."""
+"""What the doctor says of this machine and of a teacher, and how it says that something is
+wrong."""
 
 from pathlib import Path
 
@@ -16,7 +17,17 @@ def told(capsys, *argv: str) -> dict[str, str]:
 
 def test_it_says_what_there_is(capsys):
     lines = told(capsys)
-    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "nvcc", "cache"]
+    assert list(lines) == [
+        "python",
+        "torch",
+        "packages",
+        "cpu",
+        "compiler",
+        "kernels",
+        "gpu",
+        "nvcc",
+        "cache",
+    ]
     for optional in ("huggingface_hub", "transformers"):
         lines["packages"] = lines["packages"].replace(f"{optional} missing", "")
     assert "missing" not in lines["packages"]
@@ -26,7 +37,10 @@ def test_it_says_what_there_is(capsys):
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
-    library = doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources()) / "tinystory_cpu.so"
+    library = (
+        doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources())
+        / "tinystory_cpu.so"
+    )
     assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
@@ -51,7 +65,11 @@ def test_it_shows_what_a_teacher_obeys(capsys):
 
 @pytest.mark.parametrize(
     "url, words",
-    [("localhost:8000", "must look like"), (f"http://me:{KEY}@h/v1", "OPENAI_API_KEY"), (None, "start it")],
+    [
+        ("localhost:8000", "must look like"),
+        (f"http://me:{KEY}@h/v1", "OPENAI_API_KEY"),
+        (None, "start it"),
+    ],
 )
 def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
     with pytest.raises(SystemExit) as caught:
@@ -68,10 +86,17 @@ def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
 
 def test_a_teacher_that_refuses_the_key_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with FaultServer(models=lambda: error(401, f"no such key: {KEY}")) as server, pytest.raises(SystemExit) as caught:
+    with (
+        FaultServer(models=lambda: error(401, f"no such key: {KEY}")) as server,
+        pytest.raises(SystemExit) as caught,
+    ):
         doctor.main(["--teacher-url", server.url])
     printed = capsys.readouterr()
-    assert caught.value.code == 2 and "refuses the key" in printed.err and KEY not in printed.err + printed.out
+    assert (
+        caught.value.code == 2
+        and "refuses the key" in printed.err
+        and KEY not in printed.err + printed.out
+    )
 
 
 def test_help_shows_how(capsys):

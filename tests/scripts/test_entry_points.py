@@ -1,4 +1,5 @@
-"""The console entry points of a wheel: each is there, and in a wheel the commands that we print are entry points."""
+"""The console entry points of a wheel: each is there, and in a wheel the commands that we print are
+entry points."""
 
 import importlib
 import re
@@ -11,7 +12,11 @@ from conftest import ROOT
 
 from tinystory.run import paths
 
-ENTRY_POINTS = dict(re.findall(r'^(tinystory-[\w-]+) = "([\w.]+):main"$', (ROOT / "pyproject.toml").read_text(), re.M))
+ENTRY_POINTS = dict(
+    re.findall(
+        r'^(tinystory-[\w-]+) = "([\w.]+):main"$', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+)
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -19,20 +24,29 @@ def test_it_exists_and_its_help_says_what_to_type(name, monkeypatch, capsys):
     module = importlib.import_module(ENTRY_POINTS[name].replace("tinystory_scripts.", "scripts."))
     script = f"python {module.__name__.replace('.', '/')}.py"
     assert paths.usage(f"{script} --out x") == f"{script} --out x"
-    monkeypatch.setattr(paths, "ROOT", ROOT / "tests")  # a folder without pyproject.toml, as site-packages is
+    # a folder without pyproject.toml, as site-packages is
+    monkeypatch.setattr(paths, "ROOT", ROOT / "tests")
     assert paths.usage(f"{script} --out x") == f"{name} --out x"
-    assert paths.hint(script.removeprefix("python "), "--out", "my runs/a") == f"{name} --out 'my runs/a'"
+    assert (
+        paths.hint(script.removeprefix("python "), "--out", "my runs/a")
+        == f"{name} --out 'my runs/a'"
+    )
     with pytest.raises(SystemExit):
         module.main(["--help"])
     printed = capsys.readouterr().out
-    assert "python " not in printed and set(re.findall(r"\btinystory-[\w-]+", printed)) <= set(ENTRY_POINTS)
+    assert "python " not in printed and set(re.findall(r"\btinystory-[\w-]+", printed)) <= set(
+        ENTRY_POINTS
+    )
 
 
 @pytest.mark.parametrize("where", [".", ".."])
 def test_a_hint_runs_with_the_interpreter_that_printed_it(where, monkeypatch):
     monkeypatch.chdir(ROOT / where)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as in a shell that has not activated the environment
-    done = subprocess.run(["bash", "-c", paths.hint("scripts/sample.py", "--help")], capture_output=True, text=True)
+    # as in a shell that has not activated the environment
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    done = subprocess.run(
+        ["bash", "-c", paths.hint("scripts/sample.py", "--help")], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--best-of" in done.stdout, done.stderr
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert paths.hint("scripts/sample.py").startswith(f"{Path(sys.executable).name} ")
@@ -66,7 +80,8 @@ for name in sys.argv[2:]:
 )
 def test_openmps_threads_spin_little_unless_the_user_says_how(variables, spins):
     """Whatever is set is set before torch is imported, which reads it."""
-    scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "peer"]  # another's, elsewhere
+    # another's, elsewhere
+    scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "peer"]
     names = ["train_pretrain", "train_interact", *(f"scripts.{name}" for name in scripts)]
     command = [sys.executable, "-c", IMPORTS, repr(variables), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

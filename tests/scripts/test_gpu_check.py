@@ -15,7 +15,9 @@ from scripts import bench
 def commands() -> str:
     """The recipes, as make would run them."""
     targets = ["gpu-tests", "gpu-memcheck", "gpu-racecheck", "gpu-synccheck", "gpu-speeds"]
-    return subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_its_tests_exist():
@@ -38,5 +40,7 @@ def test_its_benchmarks_exist():
 def test_without_a_gpu_it_says_so():
     if not torch.cuda.is_available():
         (check,) = re.findall(r"\$\(PY\) (-c \".*\")", (ROOT / "Makefile").read_text())
-        run = subprocess.run(f"{shlex.quote(sys.executable)} {check}", shell=True, capture_output=True, text=True)
+        run = subprocess.run(
+            f"{shlex.quote(sys.executable)} {check}", shell=True, capture_output=True, text=True
+        )
         assert run.returncode == 1 and run.stderr == "torch can use no GPU: see scripts/doctor.py\n"

@@ -15,9 +15,19 @@ def test_the_notebook_runs_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.delenv("TEACHER_URL", raising=False)
     path = ROOT / "examples" / "tinystory.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells)  # none is kept: they would be of an older version
-    client = nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}})
+    # none is kept: they would be of an older version
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    client = nbclient.NotebookClient(
+        notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}
+    )
     client.execute()
-    printed = [output["text"] for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
+    printed = [
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "text" in output
+    ]
     assert sum(text.count("before interaction") for text in printed) >= 3
-    assert [len(read_metrics(tmp_path / "runs" / name)) for name in ("interact", "own", "endpoint")] == [4, 2, 1]
+    assert [
+        len(read_metrics(tmp_path / "runs" / name)) for name in ("interact", "own", "endpoint")
+    ] == [4, 2, 1]

@@ -1,4 +1,5 @@
-"""scripts/recipes.py: what it measures of a student, which stories are the best of several, and the table it prints."""
+"""scripts/recipes.py: what it measures of a student, which stories are the best of several, and the
+table it prints."""
 
 import contextlib
 import dataclasses
@@ -26,10 +27,14 @@ def settings(monkeypatch):
 
 
 def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
-    grader = CallableGrader(lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters")
+    grader = CallableGrader(
+        lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters"
+    )
     start = checkpoint.newest(place / "p")
     plain, likeliest, best = (
-        recipes.measure(recipes.Row("", start, n=4, chosen_by=choice), grader, recipes.CONFIG, OPENINGS)
+        recipes.measure(
+            recipes.Row("", start, n=4, chosen_by=choice), grader, recipes.CONFIG, OPENINGS
+        )
         for choice in ("first", "likelihood", "reward")
     )
     assert plain.keys() == likeliest.keys() == best.keys()
@@ -46,18 +51,29 @@ def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
     assert "--options: no closing quotation" in line and not (tmp_path / "r").exists()
 
 
-def test_the_table_has_the_untouched_student_the_demo_and_the_controls(settings, place, tmp_path, monkeypatch, capsys):
+def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
+    settings, place, tmp_path, monkeypatch, capsys
+):
     calls = []
     monkeypatch.setattr(recipes, "train", lambda *options, words=0: calls.append(str(options)))
     monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]})
+    monkeypatch.setattr(
+        recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]}
+    )
     monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))
     recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
     table = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [
-        "untouched", "likeliest of 4", "best of 4 by reward", "temperature 0.7", "temperature 0.6", "temperature 0.5",
-        "the demo", "`--reward likelihood`", "`--reward constant`",
-    ]  # fmt: skip
+        "untouched",
+        "likeliest of 4",
+        "best of 4 by reward",
+        "temperature 0.7",
+        "temperature 0.6",
+        "temperature 0.5",
+        "the demo",
+        "`--reward likelihood`",
+        "`--reward constant`",
+    ]
     assert all(line.endswith("| 0.250 |") for line in table)
     assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
     picture = ElementTree.parse(tmp_path / "reward.svg").getroot()

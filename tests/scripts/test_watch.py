@@ -1,4 +1,5 @@
-"""watch.py: a run in the terminal, one that goes on and one that is over, whatever a model wrote."""
+"""watch.py: a run in the terminal, one that goes on and one that is over, whatever a model
+wrote."""
 
 import os
 import shutil
@@ -20,7 +21,12 @@ def run(tmp_path):
         log.config({"steps": 16, "kl_target": 1.0})
         for step in range(1, 13):
             log.metrics(step=step, reward_mean=step / 10, kl=step, score_mean=None, rollout_s=30.0)
-        log.stories([story_record(12, i, story=f"story {i} \x1b[31mred\nblue", reward=i or None) for i in range(9)])
+        log.stories(
+            [
+                story_record(12, i, story=f"story {i} \x1b[31mred\nblue", reward=i or None)
+                for i in range(9)
+            ]
+        )
     return tmp_path / "i"
 
 
@@ -31,7 +37,11 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     text = "\n".join(lines)
     assert "step 12, over" in " ".join(lines[:2]) and all(len(line) <= 80 for line in lines)
     assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
-    assert "▁" in text and "█" in text and "Warning at step 6: the KL runs away" in " ".join(text.split())
+    assert (
+        "▁" in text
+        and "█" in text
+        and "Warning at step 6: the KL runs away" in " ".join(text.split())
+    )
     assert [line for line in lines if line.startswith("Step 12")] == [
         f"Step 12, reward {i}.000: Once story {i} [31mred blue" for i in (6, 7, 8)
     ]
@@ -53,7 +63,12 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
     _, first, second, last = capsys.readouterr().out.split(watch.CLEAR)
     assert " step 12, running, about 2 min left" in " ".join(first.split())
     assert first.count("\n") == last.count("\n") == 9
-    assert second == first and "step 12, over" in " ".join(last.split()) and len(pauses) == 2 and last.endswith("...\n")
+    assert (
+        second == first
+        and "step 12, over" in " ".join(last.split())
+        and len(pauses) == 2
+        and last.endswith("...\n")
+    )
 
 
 def test_a_narrow_terminal_and_an_endless_story_fit(run, capsys, monkeypatch):
@@ -79,7 +94,10 @@ def test_a_lock_that_a_killed_run_left_does_not_count_and_looking_takes_none(tmp
     assert not in_use(tmp_path)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for holder, used in ((f"process {gone.pid} on {socket.gethostname()}", False), ("process 1 on elsewhere", True)):
+    for holder, used in (
+        (f"process {gone.pid} on {socket.gethostname()}", False),
+        ("process 1 on elsewhere", True),
+    ):
         (tmp_path / LOCK).write_text(f"{holder} since 2026-01-01T00:00:00+00:00\n")
         assert in_use(tmp_path) == used
     (tmp_path / LOCK).write_text("\x1b[31m")
@@ -97,8 +115,19 @@ def test_pretraining_a_run_without_steps_and_no_run(tmp_path, capsys):
         watch.main([str(tmp_path / "p")])
         assert capsys.readouterr().out == f"{tmp_path / 'p'}: no step yet, over\n"
         for step in range(1, 9):
-            log.metrics(step=step, words=100 * step, tokens=130 * step, loss=9 - step, val_loss=None, tokens_per_s=9.5)
+            log.metrics(
+                step=step,
+                words=100 * step,
+                tokens=130 * step,
+                loss=9 - step,
+                val_loss=None,
+                tokens_per_s=9.5,
+            )
     watch.main([str(tmp_path / "p")])
     text = capsys.readouterr().out
-    assert "loss, nats per token 8 → 1" in text and "validation" not in text and "tokens per second 9.5 → 9.5" in text
+    assert (
+        "loss, nats per token 8 → 1" in text
+        and "validation" not in text
+        and "tokens per second 9.5 → 9.5" in text
+    )
     assert "holds no run" in fails(watch.main, [str(tmp_path)], capsys)

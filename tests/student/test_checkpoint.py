@@ -24,7 +24,9 @@ from train_pretrain import RunState
 
 def save(folder, student, tokenizer, step=3, state=None):
     state = state or {"x": torch.arange(3.0)}
-    return checkpoint.save(folder, student, tokenizer, history={"words": 7}, state=state, counters={"step": step})
+    return checkpoint.save(
+        folder, student, tokenizer, history={"words": 7}, state=state, counters={"step": step}
+    )
 
 
 def seal(folder):
@@ -39,7 +41,8 @@ def test_comes_back_as_it_went(tmp_path, student, tokenizer):
     state, counters = load_file(folder / "trainer.safetensors"), checkpoint.read_counters(folder)
     assert loaded.config == student.config and history == {"words": 7} and counters == {"step": 3}
     assert all(
-        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), student.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), student.state_dict().values(), strict=True)
     )
     assert torch.equal(state["x"], torch.arange(3.0))
     text = "Tom had a kite, naïve 🙂"
@@ -65,7 +68,10 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer
 @pytest.mark.parametrize(
     "name, key, value",
     [
-        *(("model", "history", value) for value in ([1], None, {"words": "x"}, {"corpus": [1]}, {"val_fraction": 7.0})),
+        *(
+            ("model", "history", value)
+            for value in ([1], None, {"words": "x"}, {"corpus": [1]}, {"val_fraction": 7.0})
+        ),
         *(("trainer", "words", "9"), ("trainer", "more", 1)),
     ],
 )
@@ -76,7 +82,9 @@ def test_a_crafted_checkpoint_is_a_sentence(whole, tmp_path, name, key, value):
     (folder / f"{name}.json").write_text(json.dumps(record))
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-    with pytest.raises(UserError, match=f"{name}.json (holds no history|is not what this command saves)"):
+    with pytest.raises(
+        UserError, match=f"{name}.json (holds no history|is not what this command saves)"
+    ):
         checkpoint.load(folder)
         checkpoint.load_trainer(folder, RunState)
 
@@ -89,20 +97,34 @@ def test_weights_may_be_read_by_whom_other_files_may(tmp_path, student, tokenize
 
 
 def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
-    for name, step in (("chck_1M", 5), ("step_0000005", 5), ("step_0000007", 7), ("step_0000009", 9)):
+    for name, step in (
+        ("chck_1M", 5),
+        ("step_0000005", 5),
+        ("step_0000007", 7),
+        ("step_0000009", 9),
+    ):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
     (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
     (tmp_path / "checkpoints" / ".best.old").mkdir()
     (tmp_path / "checkpoints" / ".DS_Store").touch()  # of a file manager
     (tmp_path / "checkpoints" / ".nfs001").mkdir()
     checkpoint.drop_older(last)
-    names = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".DS_Store", ".nfs001", *names]
+    # the last two: one of them may be damaged later
+    names = ["chck_1M", "step_0000007", "step_0000009"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        ".DS_Store",
+        ".nfs001",
+        *names,
+    ]
 
 
 def test_the_optimizers_state_of_another_student_is_a_sentence(student):
     names = [name for name, _ in student.named_parameters()]
-    state = {f"{key}.{name}": torch.zeros(3) for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
+    state = {
+        f"{key}.{name}": torch.zeros(3)
+        for name in names
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
     with pytest.raises(UserError, match="does not fit"):
         checkpoint.unpack_optimizer(torch.optim.Adam(student.named_parameters()), state)
 
@@ -138,12 +160,24 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
             student.wte.weight[0, 0] = step
         state = dict(history={}, state={}, counters={"step": step})
         checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **state)
-    assert checkpoint.find(tmp_path).name == "best" and checkpoint.newest(tmp_path).name == "step_0000001"
+    assert (
+        checkpoint.find(tmp_path).name == "best"
+        and checkpoint.newest(tmp_path).name == "step_0000001"
+    )
     with torch.no_grad():
         student.wte.weight[0, 0] = 9
     assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state)) == 2
-    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state, replace=True)) == 9
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"start", "step_0000001", "best"}
+    assert (
+        corner(
+            checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state, replace=True)
+        )
+        == 9
+    )
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "start",
+        "step_0000001",
+        "best",
+    }
     assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
 
 
@@ -189,7 +223,9 @@ def flip(path, at):
 
 
 @pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, student, tokenizer, name, capsys):
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(
+    tmp_path, student, tokenizer, name, capsys
+):
     save(tmp_path / "checkpoints" / "step_0000003", student, tokenizer, step=3)
     folder = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)
     assert checkpoint.newest_whole(tmp_path) == folder
@@ -201,7 +237,8 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
         if name not in ("trainer.json", "manifest.json"):  # found before anything is read from them
             with pytest.raises(UserError, match=re.escape(str(folder)) + ".*" + name):
                 checkpoint.load(folder)
-    again = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)  # the resumed run comes by
+    # the resumed run comes by
+    again = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)
     assert checkpoint.newest_whole(tmp_path) == again
     for checkpoint_folder in (again, tmp_path / "checkpoints" / "step_0000003"):
         flip(checkpoint_folder / name, 0)
@@ -211,11 +248,24 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
 
 @pytest.mark.parametrize(
     "claim",
-    [dict(n_head=0), dict(n_head=-2), dict(n_layer=10**9), dict(n_layer=3), dict(n_embd=10**7, n_head=10**6),
-     dict(n_head=3), dict(n_embd=2.0), dict(context=None), dict(vocab_size=2**60), dict(n_layer=True), dict(extra=1),
-     dict(n_head=4)],
-)  # fmt: skip
-def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_path, student, tokenizer, claim):
+    [
+        dict(n_head=0),
+        dict(n_head=-2),
+        dict(n_layer=10**9),
+        dict(n_layer=3),
+        dict(n_embd=10**7, n_head=10**6),
+        dict(n_head=3),
+        dict(n_embd=2.0),
+        dict(context=None),
+        dict(vocab_size=2**60),
+        dict(n_layer=True),
+        dict(extra=1),
+        dict(n_head=4),
+    ],
+)
+def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(
+    tmp_path, student, tokenizer, claim
+):
     folder = save(tmp_path / "c", student, tokenizer)
     record = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(record | claim))
@@ -230,7 +280,9 @@ def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
-def test_weights_with_which_nothing_can_be_computed_are_refused(tmp_path, student, tokenizer, value):
+def test_weights_with_which_nothing_can_be_computed_are_refused(
+    tmp_path, student, tokenizer, value
+):
     with torch.no_grad():
         student.blocks[1].fc.weight[3, 5] = value
     hf.write(tmp_path / "foreign", student, tokenizer)
@@ -239,7 +291,9 @@ def test_weights_with_which_nothing_can_be_computed_are_refused(tmp_path, studen
         (ours, r"blocks\.1\.fc\.weight"),
         (tmp_path / "foreign", r"transformer\.h\.1\.mlp\.c_fc\.weight"),
     ):
-        with pytest.raises(UserError, match=f"{folder}/.*NaN, infinite or absurdly large weights, in {name}"):
+        with pytest.raises(
+            UserError, match=f"{folder}/.*NaN, infinite or absurdly large weights, in {name}"
+        ):
             checkpoint.load(folder)
     with pytest.raises(UserError, match="NaN, infinite or absurdly large weights"):
         checkpoint.restore(student, ours)
@@ -250,7 +304,9 @@ def whole(tmp_path_factory):
     """A checkpoint with the optimiser's state of the student in it."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(tiny_stories(200), 320)
-    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=tokenizer.vocab_size))
+    student = Student(
+        StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=tokenizer.vocab_size)
+    )
     counters = dict(step=3, words=9, tokens=9, corpus="0123")
     history = dict(words=9, corpus=["a.txt"], corpus_words=9)
     run = tmp_path_factory.mktemp("run")
@@ -260,14 +316,21 @@ def whole(tmp_path_factory):
         for key in ("exp_avg", "exp_avg_sq")
     }
     state |= {f"step.{name}": torch.tensor(3.0) for name, _ in student.named_parameters()}
-    checkpoint.save(run / "checkpoints" / "a", student, tokenizer, history=history, state=state, counters=counters)
+    checkpoint.save(
+        run / "checkpoints" / "a",
+        student,
+        tokenizer,
+        history=history,
+        state=state,
+        counters=counters,
+    )
     return run
 
 
 @given(data=st.data())
 def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
-    """Bytes cut, flipped and replaced, values of other types, keys that are missing; also if it was meant so, and the
-    manifest agrees."""
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing; also if it was
+    meant so, and the manifest agrees."""
     run = tmp_path_factory.mktemp("harmed")
     shutil.copytree(whole, run, dirs_exist_ok=True)
     folder = run / "checkpoints" / "a"

@@ -1,4 +1,5 @@
-"""Stories come out the same whatever they are batched with, and carry the numbers that PPO needs."""
+"""Stories come out the same whatever they are batched with, and carry the numbers that PPO
+needs."""
 
 import pytest
 import torch
@@ -30,15 +31,20 @@ def eager_to_end(student, tokenizer):
 
 
 @pytest.mark.parametrize("engine", [True, False])
-@pytest.mark.parametrize("openings", [[OPENING], [OPENING, "Ben", "Once upon a time, Mia had a ball.", "Tom"]])
+@pytest.mark.parametrize(
+    "openings", [[OPENING], [OPENING, "Ben", "Once upon a time, Mia had a ball.", "Tom"]]
+)
 def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, openings, engine):
-    """For its opening and index: whatever other stories and openings it is batched with, on the engine and without."""
+    """For its opening and index: whatever other stories and openings it is batched with, on the
+    engine and without."""
     if not engine:
         monkeypatch.setattr(generation, "engine_runs", lambda device, dtype: False)
     openings = [openings[i % len(openings)] for i in range(24)]
     together = write(eager_to_end, tokenizer, openings=openings)
     assert {s.ended for s in together} == {"eos", "length"}
-    assert [s.index for s in together] == list(range(24)) and [s.opening for s in together] == openings
+    assert [s.index for s in together] == list(range(24)) and [
+        s.opening for s in together
+    ] == openings
     for story in together[::5]:
         alone = write(eager_to_end, tokenizer, openings=[story.opening], first_index=story.index)[0]
         assert torch.equal(alone.tokens, story.tokens) and alone.text == story.text
@@ -49,11 +55,15 @@ def test_how_many_stories_are_written_at_once_changes_nothing(eager_to_end, toke
     openings = [["Ben", OPENING][i % 2] for i in range(24)]
     together, sent = write(eager_to_end, tokenizer, openings=openings), []
     monkeypatch.setattr(generation, "rows_at_once", lambda count, weights, device: min(count, 7))
-    apart = write(eager_to_end, tokenizer, openings=openings, on_story=lambda story: sent.append(story.index))
+    apart = write(
+        eager_to_end, tokenizer, openings=openings, on_story=lambda story: sent.append(story.index)
+    )
     for a, b in zip(together, apart, strict=True):
         assert (a.index, a.opening, a.text, a.ended) == (b.index, b.opening, b.text, b.ended)
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
-    assert sorted(sent) == list(range(24)) and all(index < 7 + ended for ended, index in enumerate(sent))
+    assert sorted(sent) == list(range(24)) and all(
+        index < 7 + ended for ended, index in enumerate(sent)
+    )
 
 
 def test_threads_change_nothing(eager_to_end, tokenizer):
@@ -68,7 +78,9 @@ def test_threads_change_nothing(eager_to_end, tokenizer):
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("prompt, advice", [(60, "lower --max-new-tokens to 4, or"), (64, "64: shorten the opening")])
+@pytest.mark.parametrize(
+    "prompt, advice", [(60, "lower --max-new-tokens to 4, or"), (64, "64: shorten the opening")]
+)
 def test_an_opening_that_leaves_no_room_is_to_be_shortened(student, prompt, advice):
     with pytest.raises(UserError, match=advice):
         require_room(student, prompt, 8)
@@ -86,20 +98,29 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
         assert story.ended == "eos" or len(story.tokens) == 30
         assert len(story.tokens) == len(story.logprobs) == len(story.values) == len(story.entropies)
         assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
-        for column in (story.tokens, story.logprobs, story.values, story.entropies):  # of which pickle writes all
+        # of which pickle writes all
+        for column in (story.tokens, story.logprobs, story.values, story.entropies):
             assert column.untyped_storage().nbytes() == column.nbytes
 
 
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
-    """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
+    """On the end token where there is one, never on padding; and no sample is edited on its way to
+    PPO."""
     stories = write(eager_to_end, tokenizer)
     batch = collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
     batch.ref_logprobs = batch.logprobs
-    columns = (x.split(batch.lengths.tolist()) for x in (batch.tokens, ppo.token_rewards(scores, batch, 0.2)))
+    columns = (
+        x.split(batch.lengths.tolist())
+        for x in (batch.tokens, ppo.token_rewards(scores, batch, 0.2))
+    )
     for story, score, tokens, rewards in zip(stories, scores, *columns, strict=True):
         n = len(story.tokens)
-        assert tokens.equal(story.tokens) and rewards.nonzero().tolist() == [[n - 1]] and rewards[n - 1] == score
+        assert (
+            tokens.equal(story.tokens)
+            and rewards.nonzero().tolist() == [[n - 1]]
+            and rewards[n - 1] == score
+        )
         assert (int(tokens[n - 1]) == tokenizer.eos) == (story.ended == "eos")
 
 
@@ -108,7 +129,13 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, t
     """What the sampler saw is what PPO reads again: the first ratio is 1."""
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
-    stories = write(eager_to_end, tokenizer, head, temperature=temperature, openings=[OPENING, "Once", "Ben said"] * 8)
+    stories = write(
+        eager_to_end,
+        tokenizer,
+        head,
+        temperature=temperature,
+        openings=[OPENING, "Once", "Ben said"] * 8,
+    )
     batch = collate(stories, torch.device("cpu"))
     with torch.no_grad():
         logprobs, states = ppo.response_logprobs(eager_to_end, batch, temperature)
@@ -141,7 +168,7 @@ def test_a_context_too_short_is_an_error(student, tokenizer):
         write(student, tokenizer, max_new_tokens=64)
 
 
-# --- StudentDecoder without graphs; tests/cuda_device has it with -----------------------------------------------------
+# --- StudentDecoder without graphs; tests/cuda_device has it with ---------------------------------
 PROMPTS, COUNT, NEW = ((5, 6, 7), (8,), (9, 6, 5, 7, 8, 5)), 100, 30
 FIRST_ROW = 11
 DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
@@ -178,11 +205,19 @@ def head():
 
 
 def steps_of(student, head, eos, dtype=torch.float32):
-    """The columns of all stories, 0 behind a story's end, and the rows that ended with each step."""
-    outputs, ended = [torch.zeros(COUNT, NEW, dtype=t) for t in (torch.int64, *[torch.float32] * 3)], []
+    """The columns of all stories, 0 behind a story's end, and the rows that ended with each
+    step."""
+    outputs, ended = (
+        [torch.zeros(COUNT, NEW, dtype=t) for t in (torch.int64, *[torch.float32] * 3)],
+        [],
+    )
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         decoder = StudentDecoder(student, head, Sampling(NEW, eos, **DRAWS))
-        decoder.start([torch.tensor(prompt) for prompt in PROMPTS], [i % len(PROMPTS) for i in range(COUNT)], FIRST_ROW)
+        decoder.start(
+            [torch.tensor(prompt) for prompt in PROMPTS],
+            [i % len(PROMPTS) for i in range(COUNT)],
+            FIRST_ROW,
+        )
         while sum(map(len, ended)) < COUNT:
             stories = decoder.step()
             ended.append([row for row, _ in stories])
@@ -198,9 +233,14 @@ def steps_by_definition(student, head, eos, dtype):
     """Every row goes on to the last step, and what follows its end is wiped out."""
     rows, prompt_of = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
     cache = KVCache(student.config, torch.tensor([[0, 3], [3, 4], [4, 10]])[prompt_of], NEW, dtype)
-    columns, hidden = [], student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[prompt_of]
+    columns, hidden = (
+        [],
+        student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[prompt_of],
+    )
     for t in range(NEW):
-        drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + FIRST_ROW, step=t, **DRAWS)
+        drawn, logprobs, entropies = ops.sample(
+            student.logits(hidden), rows=rows + FIRST_ROW, step=t, **DRAWS
+        )
         columns.append((drawn, logprobs, head(hidden), entropies))
         hidden = student.step(drawn, cache)
     outputs = [torch.stack(column, 1) for column in zip(*columns, strict=True)]
@@ -211,7 +251,12 @@ def steps_by_definition(student, head, eos, dtype):
 
 @pytest.mark.parametrize(
     "rule, dtype",
-    [(always, torch.float32), (at_half, torch.float32), (never, torch.float32), (never, torch.float16)],
+    [
+        (always, torch.float32),
+        (at_half, torch.float32),
+        (never, torch.float32),
+        (never, torch.float16),
+    ],
 )
 def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeypatch, rule, dtype):
     """However long they stay in the batch."""
@@ -223,14 +268,20 @@ def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeyp
     assert torch.equal(outputs[0], defined[0])
     for column, same in zip(outputs[1:], defined[1:], strict=True):
         exact = rule is never  # every product has the same shape then
-        torch.testing.assert_close(column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4)
+        torch.testing.assert_close(
+            column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4
+        )
 
 
 def test_without_a_mask_the_steps_with_dropout_write_the_same_stories(eager_to_end, tokenizer):
-    """At a rate too small to drop anything, also for openings of several lengths, and with the same random numbers."""
+    """At a rate too small to drop anything, also for openings of several lengths, and with the same
+    random numbers."""
     openings = ["Once", "Tom had a kite and Mia", "Once", "The drum"]
     options = dict(first_index=7, max_new_tokens=20, seed=3)
-    plain, masked = (generate(eager_to_end, None, tokenizer, openings, **options, dropout=rate) for rate in (0.0, 1e-9))
+    plain, masked = (
+        generate(eager_to_end, None, tokenizer, openings, **options, dropout=rate)
+        for rate in (0.0, 1e-9)
+    )
     assert [story.text for story in masked] == [story.text for story in plain]
     assert [story.ended for story in masked] == [story.ended for story in plain]
     for a, b in zip(masked, plain, strict=True):
@@ -241,8 +292,12 @@ def test_without_a_mask_the_steps_with_dropout_write_the_same_stories(eager_to_e
 
 def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_to_end, tokenizer):
     options = dict(first_index=0, max_new_tokens=20, seed=3, dropout=0.3)
-    stories, again = (generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2))
+    stories, again = (
+        generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2)
+    )
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
     batch = collate(stories, torch.device("cpu"))
-    logprobs = ppo.read_reference(eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False).ref_logprobs
+    logprobs = ppo.read_reference(
+        eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False
+    ).ref_logprobs
     assert float((batch.logprobs - logprobs).abs().max()) > 0.1

@@ -1,4 +1,5 @@
-"""GGUF files, read back by the format's own package and, where it is installed, run by llama.cpp."""
+"""GGUF files, read back by the format's own package and, where it is installed, run by
+llama.cpp."""
 
 import sys
 
@@ -18,14 +19,24 @@ OPENING = "Once upon a time, Tom"
 @pytest.fixture(scope="module")
 def student(tokenizer) -> Student:
     torch.manual_seed(0)
-    return Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=128, vocab_size=tokenizer.vocab_size), "unit")
+    return Student(
+        StudentConfig(n_layer=2, n_head=2, n_embd=64, context=128, vocab_size=tokenizer.vocab_size),
+        "unit",
+    )
 
 
 @pytest.fixture(scope="module")
 def file(student, tokenizer, tmp_path_factory):
     pytest.importorskip("gguf", reason="pip install gguf")
     folder = tmp_path_factory.mktemp("gguf")
-    checkpoint.save(folder / "checkpoints" / "best", student, tokenizer, history={}, state={}, counters={"step": 1})
+    checkpoint.save(
+        folder / "checkpoints" / "best",
+        student,
+        tokenizer,
+        history={},
+        state={},
+        counters={"step": 1},
+    )
     export_hf.main([str(folder), "--gguf", str(folder / "new" / "tale.gguf")])
     assert [path.name for path in (folder / "new").iterdir()] == ["tale.gguf"]
     return folder / "new" / "tale.gguf"
@@ -39,38 +50,62 @@ def test_the_formats_own_reader_finds_every_weight_and_the_tokenizer(file, stude
     expected = student.state_dict()
     assert len(tensors) == len(expected)
     for ours, weight in expected.items():
-        assert torch.equal(tensors[".".join(NAMES.get(part, part) for part in ours.split("."))], weight.cpu())
+        assert torch.equal(
+            tensors[".".join(NAMES.get(part, part) for part in ours.split("."))], weight.cpu()
+        )
     names = {TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[MODEL_ARCH.GPT2]} - {"output"}  # tied
-    assert {name.format(bid=i) for name in names for i in range(2)} == {name.rpartition(".")[0] for name in tensors}
+    assert {name.format(bid=i) for name in names for i in range(2)} == {
+        name.rpartition(".")[0] for name in tensors
+    }
 
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    sizes = [fields[f"gpt2.{name}"] for name in ("block_count", "attention.head_count", "context_length")]
+    sizes = [
+        fields[f"gpt2.{name}"] for name in ("block_count", "attention.head_count", "context_length")
+    ]
     assert sizes == [2, 2, 128] and fields["general.name"] == "tale"
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    assert [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3] == AWKWARD[:5]  # control tokens
+    # control tokens
+    assert [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3] == AWKWARD[:5]
     assert tokens[tokenizer.encode(" Tom")[0]].startswith("Ġ")
-    assert fields["tokenizer.ggml.bos_token_id"] == encode_opening(tokenizer, "")[0] == tokenizer.eos
+    assert (
+        fields["tokenizer.ggml.bos_token_id"] == encode_opening(tokenizer, "")[0] == tokenizer.eos
+    )
     assert fields["tokenizer.ggml.add_bos_token"] is True
 
 
 def test_llama_cpp_tells_the_same_story(file, student, tokenizer):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install 'tinystory[teacher-local]'")
-    cache = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # float16 by default
-    llama = llama_cpp.Llama(str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False, **cache)
+    # float16 by default
+    cache = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
+    llama = llama_cpp.Llama(
+        str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False, **cache
+    )
     for text in [*AWKWARD, "".join(AWKWARD), "Ça va déjà? 猫が 🐈‍⬛ ٣٤"]:
         if text and "\0" not in text:  # which ends a string of C
-            assert llama.tokenize(text.encode(), add_bos=True, special=False) == encode_opening(tokenizer, text)
-    (story,) = generate(student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=60, temperature=0, seed=0)
+            assert llama.tokenize(text.encode(), add_bos=True, special=False) == encode_opening(
+                tokenizer, text
+            )
+    (story,) = generate(
+        student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=60, temperature=0, seed=0
+    )
     tokens = [*encode_opening(tokenizer, OPENING), *story.tokens.tolist()]
     llama.eval(tokens)
     theirs = torch.from_numpy(llama.scores[: len(tokens)].copy())
-    torch.testing.assert_close(theirs, student(torch.tensor([tokens]))[0].detach(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        theirs, student(torch.tensor([tokens]))[0].detach(), atol=1e-2, rtol=0
+    )
     answer = llama.create_completion(OPENING, max_tokens=60, temperature=0)["choices"][0]["text"]
-    assert len(story.tokens) == 60 and answer.replace("\ufffd", "") == story.text.replace("\ufffd", "")
+    assert len(story.tokens) == 60 and answer.replace("\ufffd", "") == story.text.replace(
+        "\ufffd", ""
+    )
 
 
-def test_without_the_package_or_a_place_to_write_it_is_one_sentence(tmp_path, student, tokenizer, capsys, monkeypatch):
-    checkpoint.save(tmp_path / "best", student, tokenizer, history={}, state={}, counters={"step": 1})
+def test_without_the_package_or_a_place_to_write_it_is_one_sentence(
+    tmp_path, student, tokenizer, capsys, monkeypatch
+):
+    checkpoint.save(
+        tmp_path / "best", student, tokenizer, history={}, state={}, counters={"step": 1}
+    )
     assert "nothing to write" in fails(export_hf.main, [str(tmp_path / "best")], capsys)
     monkeypatch.setitem(sys.modules, "gguf", None)
     argv = [str(tmp_path / "best"), "--gguf", str(tmp_path / "tale.gguf")]

@@ -1,5 +1,6 @@
-"""Folders of transformers' GPT-2, both ways. Where transformers is not installed, an independent reading of the same
-files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it reads them itself."""
+"""Folders of transformers' GPT-2, both ways. Where transformers is not installed, an independent
+reading of the same files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it
+reads them itself."""
 
 import base64
 import http.server
@@ -26,12 +27,22 @@ from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
 
-TEXTS = [*tiny_stories(3), *AWKWARD, "".join(AWKWARD), "<s>a</s>b<pad>", "Ça va déjà? 猫が 🐈‍⬛ ٣٤", ""]
+TEXTS = [
+    *tiny_stories(3),
+    *AWKWARD,
+    "".join(AWKWARD),
+    "<s>a</s>b<pad>",
+    "Ça va déjà? 猫が 🐈‍⬛ ٣٤",
+    "",
+]
 
 
 def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """GPT-2 as Radford et al. describe it, from transformers' files: (T,) int64 -> (T, V)."""
-    w, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    w, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     w = {name.removeprefix("transformer."): tensor for name, tensor in w.items()}
     T, C, H = len(tokens), config["n_embd"], config["n_head"]
 
@@ -48,9 +59,14 @@ def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
             part.view(T, H, -1).transpose(0, 1)
             for part in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
         )
-        weights = (q @ k.transpose(1, 2) / (C // H) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        weights = (q @ k.transpose(1, 2) / (C // H) ** 0.5).masked_fill(
+            torch.ones(T, T).triu(1).bool(), -torch.inf
+        )
         x = x + conv((weights.softmax(-1) @ v).transpose(0, 1).reshape(T, C), f"{at}.attn.c_proj")
-        x = x + conv(F.gelu(conv(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"), approximate="tanh"), f"{at}.mlp.c_proj")
+        x = x + conv(
+            F.gelu(conv(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"), approximate="tanh"),
+            f"{at}.mlp.c_proj",
+        )
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
@@ -65,71 +81,91 @@ def edit(path: Path, **changes) -> None:
 
 
 def test_the_written_weights_give_the_same_logits(exported, student):
-    tokens = torch.randint(student.config.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gpt2_logits(exported, tokens), student(tokens[None])[0], atol=1e-4, rtol=0)
+    tokens = torch.randint(
+        student.config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(
+        gpt2_logits(exported, tokens), student(tokens[None])[0], atol=1e-4, rtol=0
+    )
 
 
 def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
-    tokens = torch.randint(student.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        student.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, student(tokens), atol=1e-4, rtol=0)
         body = transformers.AutoModel.from_pretrained(exported).eval()
-        torch.testing.assert_close(body(tokens).last_hidden_state, student.hidden(tokens), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            body(tokens).last_hidden_state, student.hidden(tokens), atol=1e-4, rtol=0
+        )
     for auto in (transformers.AutoTokenizer, transformers.AutoProcessor):
         theirs = auto.from_pretrained(exported)
         assert theirs.is_fast
         assert [theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id] == [0, 1, 2]
         whole = theirs(TEXTS[0], return_tensors="pt")
-        with torch.no_grad():  # all that the tokenizer gives goes into the model, as BabyLM's reading task does it
-            torch.testing.assert_close(model(**whole).logits, student(whole["input_ids"]), atol=1e-4, rtol=0)
+        # all that the tokenizer gives goes into the model, as BabyLM's reading task does it
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**whole).logits, student(whole["input_ids"]), atol=1e-4, rtol=0
+            )
         for text in TEXTS:
             assert theirs(text)["input_ids"] == tokenizer.encode(text)
             assert theirs.decode(tokenizer.encode(text)) == text
     model.save_pretrained(exported.parent / "saved")
     theirs.save_pretrained(exported.parent / "saved")
     again, vocabulary = hf.read(exported.parent / "saved")
-    assert torch.equal(again.wte.weight, student.wte.weight) and vocabulary.encode("a kite") == tokenizer.encode(
+    assert torch.equal(again.wte.weight, student.wte.weight) and vocabulary.encode(
         "a kite"
-    )
+    ) == tokenizer.encode("a kite")
 
 
 def test_the_tokenizer_gives_no_token_types(exported):
     settings = json.loads((exported / "tokenizer_config.json").read_text())
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
+    # others would change GPT-2's logits
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_there_and_back(exported, student, tokenizer):
     assert checkpoint.find(exported) == exported
     back, vocabulary, history = checkpoint.load(exported)
     assert back.config == student.config and history == {}
-    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True)
+    )
     assert all(p.requires_grad for p in back.parameters())
     assert vocabulary.fingerprint() == tokenizer.fingerprint()
     with pytest.raises(UserError, match="File exists"):
         hf.write(exported, student, tokenizer)
 
 
-# ---- what others saved ----------------------------------------------------------------------------------------------
+# ---- what others saved ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def foreign(tmp_path) -> Path:
-    """As OpenAI's `gpt2` is on the Hub: no prefix, causal masks among the tensors, the end token last."""
+    """As OpenAI's `gpt2` is on the Hub: no prefix, causal masks among the tensors, the end token
+    last."""
     folder = tmp_path / "gpt2"
     chars = list(BYTE_OF_CHAR)
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
     names = [*chars, *map("".join, merges), "<|endoftext|>"]
     torch.manual_seed(1)
-    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=32, context=48, vocab_size=len(names)))
+    student = Student(
+        StudentConfig(n_layer=2, n_head=2, n_embd=32, context=48, vocab_size=len(names))
+    )
     ours = Tokenizer.train(tiny_stories(20), len(names))  # only so that there is something to write
     hf.write(folder, student, ours)
     weights = {
-        name.removeprefix("transformer."): t.half() for name, t in load_file(folder / "model.safetensors").items()
+        name.removeprefix("transformer."): t.half()
+        for name, t in load_file(folder / "model.safetensors").items()
     }
     weights |= {f"h.{i}.attn.bias": torch.ones(48, 48).tril()[None, None] for i in range(2)}
-    save_file(weights | {"lm_head.weight": weights["wte.weight"].clone()}, folder / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["wte.weight"].clone()}, folder / "model.safetensors"
+    )
     end = len(names) - 1
     config = json.loads((folder / "config.json").read_text()) | {
         "bos_token_id": end,
@@ -148,23 +184,35 @@ def foreign(tmp_path) -> Path:
 
 @pytest.fixture
 def theirs(tmp_path, student, tokenizer) -> Path:
-    """As the paper's authors saved their students: by TRL, so with a value head, and with a tokenizer that was not told
-    of <mask>, whose pad token is the end token (read off such a folder, made with their libraries)."""
+    """As the paper's authors saved their students: by TRL, so with a value head, and with a
+    tokenizer that was not told of <mask>, whose pad token is the end token (read off such a folder,
+    made with their libraries)."""
     folder = tmp_path / "theirs"
     hf.write(folder, student, tokenizer)
-    head = {"v_head.summary.weight": torch.ones(1, student.config.n_embd), "v_head.summary.bias": torch.zeros(1)}
+    head = {
+        "v_head.summary.weight": torch.ones(1, student.config.n_embd),
+        "v_head.summary.bias": torch.zeros(1),
+    }
     save_file(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["added_tokens"] = [token | {"normalized": True} for token in spec["added_tokens"][:4]]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    edit(folder / "config.json", architectures=["GPT2LMHeadModel"], n_ctx=64, use_cache=True, attn_pdrop=0.1)
+    edit(
+        folder / "config.json",
+        architectures=["GPT2LMHeadModel"],
+        n_ctx=64,
+        use_cache=True,
+        attn_pdrop=0.1,
+    )
     edit(folder / "special_tokens_map.json", pad_token="</s>")
     return folder
 
 
 def test_the_authors_students_are_read_without_their_value_head(theirs, student, tokenizer, capsys):
     back, vocabulary, _ = checkpoint.load(theirs)
-    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True)
+    )
     assert vocabulary.specials == tokenizer.specials and len(vocabulary.specials) == 5
     assert all(vocabulary.encode(text) == tokenizer.encode(text) for text in TEXTS)
     assert "its value head is left out" in capsys.readouterr().err
@@ -206,10 +254,17 @@ def test_a_student_on_the_hub_is_read_at_its_branch(theirs, tmp_path):
                 print(error)
     """
     names = ["hub:us/blm@chck_20M", "hub:us/blm@chck_30M", "hub:a/b/c"]
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    environment = os.environ | home | {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    home = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+    }
+    environment = (
+        os.environ | home | {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     argv = [sys.executable, "-c", textwrap.dedent(code), *names]
-    lines = subprocess.run(argv, env=environment, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        argv, env=environment, capture_output=True, text=True
+    ).stdout.splitlines()
     assert lines[0] == "1" * 40 + " 64"
     assert "us/blm " in lines[1] and "Revision Not Found" in lines[1] and "/chck_30M/" in lines[1]
     assert lines[2].startswith("cannot download a/b/c ")
@@ -229,15 +284,21 @@ def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
     student, tokenizer, _ = checkpoint.load(foreign)
     assert student.wte.weight.dtype == torch.float32
     assert tokenizer.eos == tokenizer.pad == tokenizer.bos == student.config.vocab_size - 1
-    assert tokenizer.encode("the the<|endoftext|>")[:2] == [257, 258] and tokenizer.eos not in tokenizer.encode(
-        "<|endoftext|>"
-    )
+    assert tokenizer.encode("the the<|endoftext|>")[:2] == [
+        257,
+        258,
+    ] and tokenizer.eos not in tokenizer.encode("<|endoftext|>")
     tokens = torch.arange(40)
     half = {name: t.float() for name, t in load_file(foreign / "model.safetensors").items()}
     save_file(half, foreign / "model.safetensors")
-    torch.testing.assert_close(gpt2_logits(foreign, tokens), student(tokens[None])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        gpt2_logits(foreign, tokens), student(tokens[None])[0], atol=1e-4, rtol=0
+    )
     hf.write(tmp_path / "back", student, tokenizer)
-    assert json.loads((tmp_path / "back" / "special_tokens_map.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (
+        json.loads((tmp_path / "back" / "special_tokens_map.json").read_text())["pad_token"]
+        == "<|endoftext|>"
+    )
     assert hf.read(tmp_path / "back")[1].fingerprint() == tokenizer.fingerprint()
 
 
@@ -250,7 +311,9 @@ def test_rows_beyond_the_vocabulary_are_tokens_without_text(foreign):
     size = edit_tokenizer(foreign)
     weights = load_file(foreign / "model.safetensors")
     wte = torch.cat([weights["wte.weight"], torch.zeros(3, 32).half()])
-    save_file(weights | {"wte.weight": wte, "lm_head.weight": wte.clone()}, foreign / "model.safetensors")
+    save_file(
+        weights | {"wte.weight": wte, "lm_head.weight": wte.clone()}, foreign / "model.safetensors"
+    )
     edit(foreign / "config.json", vocab_size=len(wte))
     student, tokenizer = hf.read(foreign)
     assert tokenizer.vocab_size == student.config.vocab_size == size + 3
@@ -290,7 +353,9 @@ REFUSED = {
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
-    "cannot be read: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000),
+    "cannot be read: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text(
+        "[" * 100_000
+    ),
     "has 262 tokens and the model 261": lambda folder: edit_tokenizer(folder, extra=261),
     "cannot be used here": lambda folder: edit_tokenizer(folder, the=[]),
 }
@@ -314,16 +379,22 @@ def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_
 
 
 def test_interaction_starts_from_it(foreign, tmp_path):
-    (tmp_path / "words.py").write_text("def score(opening, stories):\n    return [0.5] * len(stories)\n")
+    (tmp_path / "words.py").write_text(
+        "def score(opening, stories):\n    return [0.5] * len(stories)\n"
+    )
     out = tmp_path / "run"
-    options = dict(init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4)
+    options = dict(
+        init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4
+    )
     options |= dict(max_new_tokens=8, openings="the", device="cpu")
-    train_interact.main([word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))])
+    train_interact.main(
+        [word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))]
+    )
     student, tokenizer, history = checkpoint.load(checkpoint.newest(out))
     assert tokenizer.eos == student.config.vocab_size - 1 and history["interaction_words_out"] > 0
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -332,7 +403,12 @@ def run(tmp_path, student, tokenizer) -> Path:
         with torch.no_grad():
             student.wte.weight[0, 0] = step
         checkpoint.save(
-            tmp_path / "run" / "checkpoints" / name, student, tokenizer, history={}, state={}, counters={"step": step}
+            tmp_path / "run" / "checkpoints" / name,
+            student,
+            tokenizer,
+            history={},
+            state={},
+            counters={"step": step},
         )
     return tmp_path / "run"
 
@@ -369,18 +445,28 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer(200, {"url": f"http://{self.headers['Host']}/me/tale", "name": "me/tale"})
         elif self.path == "/api/validate-yaml":  # of the model card
             valid = json.loads(body)["content"].startswith("---\nlibrary_name: transformers\n")
-            self.answer(200, {"errors": [] if valid else [{"message": "no metadata"}], "warnings": []})
+            self.answer(
+                200, {"errors": [] if valid else [{"message": "no metadata"}], "warnings": []}
+            )
         elif self.path.startswith("/api/models/me/tale/branch/"):
             self.answer(200, {})
         elif self.path.startswith("/api/models/me/tale/preupload/"):
             files = json.loads(body)["files"]
             self.answer(
-                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+                200,
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                },
             )
         elif self.path.startswith("/api/models/me/tale/commit/"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    self.files[branch, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.files[branch, line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
                 elif line["key"] == "deletedFile":
                     del self.files[branch, line["value"]["path"]]
             self.answer(
@@ -398,7 +484,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         branch = re.fullmatch(r"/api/models/me/tale/tree/([^/?]+).*", self.path)
         if branch:
             there = [path for at, path in self.files if at == branch[1]]
-            self.answer(200, [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in there])
+            self.answer(
+                200, [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in there]
+            )
         else:
             self.answer(200, {"id": "me/tale", "sha": "0" * 40, "siblings": []})
 
@@ -421,7 +509,8 @@ def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatc
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT at import
+    # read from HF_ENDPOINT at import
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
 
     def push(folder, token):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -434,25 +523,38 @@ def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatc
     server.shutdown()
     server.server_close()
     assert f"pushed: {address}/me/tale" in capsys.readouterr().out
-    written = {(path.parent.name, path.name): path.read_bytes() for path in (tmp_path / "two").glob("*/*")}
-    assert Hub.files == written and {branch for branch, _ in written} == {"chck_2M", "chck_10M", "main"}
+    written = {
+        (path.parent.name, path.name): path.read_bytes() for path in (tmp_path / "two").glob("*/*")
+    }
+    assert Hub.files == written and {branch for branch, _ in written} == {
+        "chck_2M",
+        "chck_10M",
+        "main",
+    }
     assert b'"me/tale", revision="chck_2M")' in written["chck_2M", "README.md"]
     assert b'"me/tale")' in written["main", "README.md"]
 
 
 def test_offline_a_push_is_refused_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    # where nobody listens
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(SystemExit, match="2"):
         export_hf.main([str(run), str(tmp_path / "x"), "--push", "me/tale"])
-    assert capsys.readouterr().err.startswith("error: cannot push to me/tale (") and not (tmp_path / "x").exists()
+    assert (
+        capsys.readouterr().err.startswith("error: cannot push to me/tale (")
+        and not (tmp_path / "x").exists()
+    )
 
 
 def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for arguments, complaint in (
-        ([run / "checkpoints" / "chck_2M", tmp_path / "x", "--all-checkpoints"], "takes the folder of a run"),
+        (
+            [run / "checkpoints" / "chck_2M", tmp_path / "x", "--all-checkpoints"],
+            "takes the folder of a run",
+        ),
         ([run, tmp_path / "x", "--push", "me/tale"], "pip install huggingface_hub"),
         ([tmp_path / "nothing", tmp_path / "x"], "neither a checkpoint nor a run"),
     ):

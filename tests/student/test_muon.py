@@ -1,4 +1,5 @@
-"""Muon's step is momentum with its singular values set to about one; everything else is AdamW's own."""
+"""Muon's step is momentum with its singular values set to about one; everything else is AdamW's
+own."""
 
 import copy
 import math
@@ -57,7 +58,10 @@ def test_a_step_is_muons_for_matrices_and_adamws_for_the_rest():
     torch.manual_seed(1)
     matrix, vector = torch.nn.Parameter(torch.randn(32, 16)), torch.nn.Parameter(torch.randn(16))
     twin = torch.nn.Parameter(vector.detach().clone())
-    plain, ours = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.0), optimizer_of([matrix], vector)
+    plain, ours = (
+        torch.optim.AdamW([twin], lr=0.01, weight_decay=0.0),
+        optimizer_of([matrix], vector),
+    )
     momentum = torch.zeros(32, 16)
     for _ in range(3):
         grads, before = (torch.randn(32, 16), torch.randn(16)), matrix.detach().clone()
@@ -73,7 +77,9 @@ def test_a_step_is_muons_for_matrices_and_adamws_for_the_rest():
 def test_each_head_has_its_own_queries_keys_values_and_projection():
     torch.manual_seed(2)
     shapes = dict(qkv=(48, 16), projection=(16, 16))
-    qkv, projection = parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]
+    qkv, projection = parameters = [
+        torch.nn.Parameter(torch.zeros(shape)) for shape in shapes.values()
+    ]
     for p in parameters:
         p.grad = torch.randn_like(p)
     # rows [queries of head 0, queries of head 1, keys of head 0, ...]; columns [head 0, head 1]

@@ -1,4 +1,5 @@
-"""The student's trunk gives the same results with each of its attentions, and its layout is GPT-2's."""
+"""The student's trunk gives the same results with each of its attentions, and its layout is
+GPT-2's."""
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, 
 
 
 def test_reading_and_writing_agree(student):
-    """Token by token with the cache gives the hidden states of the whole sequence, rows of every age together."""
+    """Token by token with the cache gives the hidden states of the whole sequence, rows of every
+    age together."""
     torch.manual_seed(1)
     tokens = torch.randint(5, student.config.vocab_size, (3, 20))
     tokens[1, :6] = tokens[0, :6]
     whole = student.hidden(tokens)
     device = student.wte.weight.device
-    spans = torch.tensor([[0, 6], [0, 6], [6, 10]], device=device)  # the last row's opening is another, of 4 tokens
+    # the last row's opening is another, of 4 tokens
+    spans = torch.tensor([[0, 6], [0, 6], [6, 10]], device=device)
     cache = KVCache(student.config, spans, capacity=16, dtype=torch.float32)
     read = student.prefill([tokens[0, :6].cpu(), tokens[2, :4].cpu()], cache)
     torch.testing.assert_close(read, torch.stack([whole[0, 5], whole[2, 3]]), atol=1e-4, rtol=1e-4)
@@ -33,13 +36,16 @@ def test_reading_and_writing_agree(student):
 
 
 def test_the_trunk_is_gpt2s_block_by_the_paper(student):
-    """ln_f(x) after x = x + attn_proj(attention(ln_1(x))) and x = x + mlp_proj(gelu(fc(ln_2(x)))), written out."""
+    """ln_f(x) after x = x + attn_proj(attention(ln_1(x))) and x = x + mlp_proj(gelu(fc(ln_2(x)))),
+    written out."""
     torch.manual_seed(3)
     tokens = torch.randint(5, student.config.vocab_size, (2, 12))
     x = student.wte(tokens) + student.wpe(torch.arange(12))
     for block in student.blocks:
         normed = F.layer_norm(x, x.shape[-1:], block.ln_1.weight, block.ln_1.bias)
-        qkv = F.linear(normed, block.qkv.weight, block.qkv.bias).unflatten(-1, (3, student.config.n_head, -1))
+        qkv = F.linear(normed, block.qkv.weight, block.qkv.bias).unflatten(
+            -1, (3, student.config.n_head, -1)
+        )
         attention = reference.causal_attention(qkv).flatten(-2)
         x = x + F.linear(attention, block.attn_proj.weight, block.attn_proj.bias)
         normed = F.layer_norm(x, x.shape[-1:], block.ln_2.weight, block.ln_2.bias)
@@ -85,10 +91,14 @@ def test_dropout_is_drawn_from_the_seeds_and_only_in_training(student):
 
 @pytest.mark.parametrize("shape", [(1, 1, 32), (3, 4, 128)])
 def test_size_is_gpt2s(shape):
-    """12 C^2 + 13 C a block, the two embeddings, the last norm: GPT-2's count with tied embeddings."""
+    """12 C^2 + 13 C a block, the two embeddings, the last norm: GPT-2's count with tied
+    embeddings."""
     n_layer, n_head, C = shape
     student = Student(StudentConfig(n_layer, n_head, C, context=64, vocab_size=300))
-    assert sum(p.numel() for p in student.parameters()) == n_layer * (12 * C * C + 13 * C) + (300 + 64) * C + 2 * C
+    assert (
+        sum(p.numel() for p in student.parameters())
+        == n_layer * (12 * C * C + 13 * C) + (300 + 64) * C + 2 * C
+    )
 
 
 def test_value_head_starts_at_zero(student):

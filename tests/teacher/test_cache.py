@@ -23,7 +23,8 @@ def test_no_reply_is_paid_for_twice(tmp_path):
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
-            after = teacher.grade("Once", stories[::-1])[::-1]  # other indices: the fence is not part of the key
+            # other indices: the fence is not part of the key
+            after = teacher.grade("Once", stories[::-1])[::-1]
             assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
@@ -74,7 +75,9 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"key": 1, "reply": "1 1 1"}\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "line", [b"hello\n", b"[]\n", b'{"key": 1, "reply": "1 1 1"}\n', b"\xff\n"]
+)
 def test_another_file_is_not_a_cache(tmp_path, line):
     path = tmp_path / "notes.txt"
     path.write_bytes(line)
@@ -101,4 +104,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
         assert path.read_bytes() == whole and cache.get("another") is None
         cache.put("another", CachedReply("2 2 2"))
     with contextlib.closing(Cache(path)) as cache:
-        assert (cache.get("question"), cache.get("another")) == (CachedReply("1 1 1"), CachedReply("2 2 2"))
+        assert (cache.get("question"), cache.get("another")) == (
+            CachedReply("1 1 1"),
+            CachedReply("2 2 2"),
+        )

@@ -1,4 +1,5 @@
-"""A user's function as the teacher: checked, bounded in time, and unable to end or change the trainer."""
+"""A user's function as the teacher: checked, bounded in time, and unable to end or change the
+trainer."""
 
 import os
 
@@ -19,7 +20,11 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
         "def ok(o, s): return [0.5 if x else None for x in s]\ndef short(o, s): return []\ndef wild(o, s): return [2]\n"
     )
     assert scores(f"{file}:ok", ["o", "o"], ["a", ""]) == [0.5, None]
-    for name, words in (("short", "gave 0 scores for 1"), ("wild", "gave 2;"), ("none", "no function 'none'")):
+    for name, words in (
+        ("short", "gave 0 scores for 1"),
+        ("wild", "gave 2;"),
+        ("none", "no function 'none'"),
+    ):
         with pytest.raises(UserError, match=words):
             scores(f"{file}:{name}")
     with pytest.raises(UserError, match="no Python file"):
@@ -40,24 +45,41 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
     )
     openings, stories = ["a", "bb", "a", "ccc"], ["x", "xx", "xxx", ""]
     expected = [0.02, 0.04, 0.04, 0.03]
-    assert [scores(f"{file}:{name}", openings, stories) for name in ("each", "step")] == [expected] * 2
+    assert [scores(f"{file}:{name}", openings, stories) for name in ("each", "step")] == [
+        expected
+    ] * 2
     assert scores(f"{file}:count", openings, stories) == [0.4] * 4
 
 
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("def f(o, s):\n    return [1 / 0 for x in s]\n", "r.py, line 2: ZeroDivisionError: division by zero"),
-        ("def f(o, s):\n    return json.loads('x')\nimport json\n", "r.py, line 2: JSONDecodeError"),
+        (
+            "def f(o, s):\n    return [1 / 0 for x in s]\n",
+            "r.py, line 2: ZeroDivisionError: division by zero",
+        ),
+        (
+            "def f(o, s):\n    return json.loads('x')\nimport json\n",
+            "r.py, line 2: JSONDecodeError",
+        ),
         ("\ndef f(o, s)\n    return [1]\n", "r.py, line 2: SyntaxError"),
-        ("import nowhere_at_all\n", "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        (
+            "import nowhere_at_all\n",
+            "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'",
+        ),
         ("def f(o, s):\n    raise KeyError\n", "r.py, line 2: KeyError"),
-        ("def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
+        (
+            "def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n",
+            "r.py, line 3: OSError: no room",
+        ),
         ("def f(o):\n    return [1]\n", "r.py: TypeError"),
         ("def f(o, s):\n    return '0'\n", "gave '0'; it must give a list"),
         ("def f(o, s):\n    return None\n", "gave None; it must give a list"),
         ("def f(o, s):\n    return 0.5\n", "TypeError"),
-        ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
+        (
+            "def f(o, s):\n    return ['0.5']\n",
+            "gave '0.5'; a score is a number from 0 to 1, or None",
+        ),
         ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
         ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
         ("def f(o, s):\n    return [10**400]\n", "gave 1000"),
@@ -65,12 +87,18 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
             "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
             "gave <A instance at",
         ),
-        ("class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n", "line 5: A: <"),
+        (
+            "class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n",
+            "line 5: A: <",
+        ),
         ("def f(o, s):\n    raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
         ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
         ("def f(o, s):\n    exit()\n", "line 2: SystemExit"),
         ("import os\ndef f(o, s):\n    os._exit(3)\n", "r.py: it ended its process (exit code 3)"),
-        ("import os\ndef f(o, s):\n    os.kill(os.getpid(), 9)\n", "r.py: it ended its process (exit code -9)"),
+        (
+            "import os\ndef f(o, s):\n    os.kill(os.getpid(), 9)\n",
+            "r.py: it ended its process (exit code -9)",
+        ),
         ("def g(o, s):\n    return [1]\n", "r.py has no function 'f'; it has g: write "),
     ],
 )
@@ -78,7 +106,11 @@ def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, 
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError) as caught:
         scores(f"{tmp_path / 'r.py'}:f")
-    assert words in str(caught.value) and "--reward" in str(caught.value) and str(caught.value).isprintable()
+    assert (
+        words in str(caught.value)
+        and "--reward" in str(caught.value)
+        and str(caught.value).isprintable()
+    )
 
 
 def test_scores_of_any_library_are_numbers(tmp_path):
@@ -103,15 +135,23 @@ def test_scores_of_any_library_are_numbers(tmp_path):
 )
 def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
     (tmp_path / "r.py").write_text(body)
-    with pytest.raises(UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"):
+    with pytest.raises(
+        UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"
+    ):
         scores(f"{tmp_path / 'r.py'}:f", timeout_s=0.05)
 
 
 def test_a_file_alone_means_its_function_score(tmp_path):
-    (tmp_path / "r.py").write_text("def score(opening, stories):\n    return [0.25 for _ in stories]\n")
+    (tmp_path / "r.py").write_text(
+        "def score(opening, stories):\n    return [0.25 for _ in stories]\n"
+    )
     assert scores(str(tmp_path / "r.py")) == [0.25]
-    (tmp_path / "r.py").write_text("def mine(opening, stories):\n    return [0.25 for _ in stories]\n")
-    with pytest.raises(UserError, match=r"r\.py has no function 'score'; it has mine: write .*r\.py:mine$"):
+    (tmp_path / "r.py").write_text(
+        "def mine(opening, stories):\n    return [0.25 for _ in stories]\n"
+    )
+    with pytest.raises(
+        UserError, match=r"r\.py has no function 'score'; it has mine: write .*r\.py:mine$"
+    ):
         scores(str(tmp_path / "r.py"))
     with pytest.raises(UserError, match=r"write it as FILE\.py or FILE\.py:FUNCTION"):
         scores("score")
@@ -121,7 +161,10 @@ def test_a_process_that_ends_between_two_calls_is_one_sentence(tmp_path):
     body = "import os, threading\ndef f(o, s):\n    threading.Thread(target=lambda: after()).start()\n    return [1]\n"
     body += "def after():\n    import time\n    time.sleep(0.1)\n    os._exit(7)\n"
     (tmp_path / "r.py").write_text(body)
-    with load_score(f"{tmp_path / 'r.py'}:f") as score, pytest.raises(UserError, match=r"\(exit code 7\)$"):
+    with (
+        load_score(f"{tmp_path / 'r.py'}:f") as score,
+        pytest.raises(UserError, match=r"\(exit code 7\)$"),
+    ):
         for _ in range(10_000):
             score(["o"], ["a" * 100])
 

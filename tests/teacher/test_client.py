@@ -23,7 +23,20 @@ LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of 
 
 
 def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
-    faults = ["500", "429", "hang", "reset", "empty", "html", "malformed", "shape", "huge", "drip", "3/3 2/3 1", "2 2"]
+    faults = [
+        "500",
+        "429",
+        "hang",
+        "reset",
+        "empty",
+        "html",
+        "malformed",
+        "shape",
+        "huge",
+        "drip",
+        "3/3 2/3 1",
+        "2 2",
+    ]
     dice = random.Random(1)
     plan = {}  # what each story's first requests get, before the honest reply
     for i in range(200):
@@ -38,7 +51,10 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
     def script(story, n):
         return plan[story][n] if n < len(plan[story]) else honest(story)
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=LONG_S) as teacher:
+    with (
+        FaultServer(script) as server,
+        Teacher(server.url, concurrency=32, deadline_s=LONG_S) as teacher,
+    ):
         time_out_hanging_requests(server, monkeypatch)
         teacher.probes()[0]
         probes = teacher.ledger.total["requests"]
@@ -57,7 +73,9 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
             assert grade.reply_words == 6 and "3 replies" in grade.error
     assert teacher.ledger.total["requests"] == sum(server.seen.values()) - 1 + probes
     assert teacher.ledger.total["failures"] == teacher.ledger.total["retries"]
-    assert teacher.ledger.total["failures"] == sum(len([w for w in p if " " not in w]) for p in plan.values())
+    assert teacher.ledger.total["failures"] == sum(
+        len([w for w in p if " " not in w]) for p in plan.values()
+    )
 
 
 def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
@@ -79,7 +97,10 @@ def test_a_hanging_request_is_cut_at_its_deadline():
 @pytest.mark.parametrize("headers", [{"retry-after-ms": "300"}, {"Retry-After": "0.3"}])
 def test_the_client_waits_as_long_as_the_server_asks(headers):
     busy = error(429, "slow down", headers=headers)
-    with FaultServer(lambda story, n: "3 3 3" if n else busy) as server, Teacher(server.url) as teacher:
+    with (
+        FaultServer(lambda story, n: "3 3 3" if n else busy) as server,
+        Teacher(server.url) as teacher,
+    ):
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores == dict.fromkeys(CRITERIA, 3)
     assert server.times[-1] - server.times[-2] >= 0.3
@@ -96,7 +117,12 @@ def test_what_is_sent():
         with Teacher(server.url, "second", seed=7, temperature=0.5, max_tokens=9) as teacher:
             assert teacher.grade("Once", ["A dog\x00 ran."])[0].attempts == 2
         first, second = server.requests[1:]
-        assert (first["model"], first["temperature"], first["max_tokens"], first["seed"]) == ("second", 0.5, 9, 7)
+        assert (first["model"], first["temperature"], first["max_tokens"], first["seed"]) == (
+            "second",
+            0.5,
+            9,
+            7,
+        )
         assert second == {**first, "seed": 8}
         assert read_back(first["messages"]) == ("Once", "A dog ran.")
 
@@ -110,8 +136,12 @@ def test_as_many_requests_are_in_flight_as_allowed():
 
 
 def test_words_beyond_max_tokens_do_not_count(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", closed_port())  # and no proxy is used for this machine's own address
-    with FaultServer(lambda story, n: "well " * 50) as server, Teacher(server.url, max_tokens=6) as teacher:
+    # and no proxy is used for this machine's own address
+    monkeypatch.setenv("HTTP_PROXY", closed_port())
+    with (
+        FaultServer(lambda story, n: "well " * 50) as server,
+        Teacher(server.url, max_tokens=6) as teacher,
+    ):
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and grade.reply_words == 3 * 6
 
@@ -151,21 +181,33 @@ def test_a_long_wait_is_not_silent(monkeypatch):
 def test_ctrl_c_ends_the_wait_for_grades():
     program = (
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs start with SIGINT ignored
+        # background jobs start with SIGINT ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'])"
     )
     with FaultServer(lambda story, n: "hang") as server:
-        process = subprocess.Popen([sys.executable, "-c", program, server.url], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, server.url], stderr=subprocess.PIPE, text=True
+        )
         while server.in_flight < 2 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         errors = process.communicate()[1]
-    assert errors.strip().endswith("KeyboardInterrupt") and "never retrieved" not in errors and "Unclosed" not in errors
+    assert (
+        errors.strip().endswith("KeyboardInterrupt")
+        and "never retrieved" not in errors
+        and "Unclosed" not in errors
+    )
 
 
 def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
-        each, dice, most, ledger = [Slots(4), Slots(2)], random.Random(0), 0, Ledger(0.0, 0.0, None, (0, 0))
+        each, dice, most, ledger = (
+            [Slots(4), Slots(2)],
+            random.Random(0),
+            0,
+            Ledger(0.0, 0.0, None, (0, 0)),
+        )
         options = Options(deadline_s=LONG_S)
         endpoints = [Endpoint("http://x", "m", None, slots, ledger, options) for slots in each]
         servers = pool.ServerPool(endpoints, options)
@@ -177,21 +219,28 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
                     most = max(most, sum(slots.taken for slots in each))
                     assert endpoint.slots.taken <= endpoint.slots.most
                     await asyncio.sleep(dice.random() / 500)
-                    endpoint.slots.refused() if dice.random() < 0.1 else endpoint.slots.answered(0.1)
+                    endpoint.slots.refused() if dice.random() < 0.1 else endpoint.slots.answered(
+                        0.1
+                    )
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):
             await asyncio.sleep(0.002)
             dice.choice(tasks).cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert 2 < most <= 6 and all(slots.taken == 0 and 1 <= slots.limit <= slots.most for slots in each)
-        assert not any(isinstance(task.exception(), Exception) for task in tasks if not task.cancelled())
+        assert 2 < most <= 6 and all(
+            slots.taken == 0 and 1 <= slots.limit <= slots.most for slots in each
+        )
+        assert not any(
+            isinstance(task.exception(), Exception) for task in tasks if not task.cancelled()
+        )
 
     asyncio.run(run())
 
 
 def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monkeypatch):
-    """The server has room for 3 requests, then for all, then for 3, and the requests in flight follow."""
+    """The server has room for 3 requests, then for all, then for 3, and the requests in flight
+    follow."""
     monkeypatch.setattr(pool, "PAUSE_S", 0.0)  # so that no clock decides who is in flight
     at_once, ledger, slots = [], Ledger(0.0, 0.0, None, (0, 0)), Slots(16)
     endpoint = Endpoint("http://x", "m", None, slots, ledger, Options())
@@ -211,7 +260,11 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
     async def ask(count):
         await asyncio.gather(*(servers.ask(request) for _ in range(count)))
 
-    for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
+    for room, count, last in (  # noqa: B007  (read by the server above)
+        (3, 60, range(2, 12)),
+        (99, 200, range(13, 17)),
+        (3, 60, range(2, 12)),
+    ):
         at_once.clear()
         asyncio.run(ask(count))
         assert max(at_once[-60:-20]) in last and int(slots.limit) in last
@@ -254,8 +307,11 @@ def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
     script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, deadline_s=LONG_S) as teacher:
         began = time.monotonic()
-        assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)]))
-    assert server.seen["Dog 99 ran."] >= 2 and time.monotonic() - began < LONG_S / 3  # its own timeout
+        assert all(
+            grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)])
+        )
+    # its own timeout
+    assert server.seen["Dog 99 ran."] >= 2 and time.monotonic() - began < LONG_S / 3
 
 
 def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():
@@ -266,6 +322,8 @@ def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count
 
     with FaultServer(other=other) as server, Teacher(server.url, template=template) as teacher:
         (grade,) = teacher.grade("Once", ["Tom {story}"])
-    assert grade.scores == dict(zip(CRITERIA, (3, 1, 2), strict=True)) and grade.score == pytest.approx(6 / 9)
+    assert grade.scores == dict(
+        zip(CRITERIA, (3, 1, 2), strict=True)
+    ) and grade.score == pytest.approx(6 / 9)
     content = "Opening Once|Story Tom {story}|Readability, Narrative, Creativity ="
     assert server.others[-1]["messages"] == [{"role": "user", "content": content}]

@@ -25,14 +25,19 @@ class Counting(FaultServer):
 def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     stories = [f"Dog {i} ran." for i in range(10)]
     prices = dict(price_in=2.0, price_out=8.0, cache=tmp_path / "replies.jsonl")
-    script = lambda story, n: "500" if story == stories[3] and n == 0 else counted("2 1 3")  # noqa: E731
+
+    def script(story, n):
+        return "500" if story == stories[3] and n == 0 else counted("2 1 3")
+
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
         teacher.probes()[0]
         teacher.ledger.stats()
         assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2]))
         stats = teacher.ledger.stats()
         sent = len(server.requests) - 1
-        assert stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
+        assert (
+            stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
+        )
         assert (stats["tokens_in"], stats["tokens_out"]) == (500 * (sent - 1), 6 * (sent - 1))
         assert 0 < stats["latency_p50"] <= stats["latency_p90"] <= stats["latency_p99"]
         spent = teacher.ledger.cost
@@ -41,13 +46,17 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
             **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
             "cost": spent,
         }
-    with Counting() as server, Teacher(server.url, **prices) as teacher:  # earlier costs still count
+    # earlier costs still count
+    with Counting() as server, Teacher(server.url, **prices) as teacher:
         kept = 10 * (500 * 2 + 6 * 8) / 1e6
         assert kept <= teacher.ledger.cost <= spent
 
 
 def test_a_forecast_is_the_probe_times_the_stories():
-    with Counting() as server, Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher:
+    with (
+        Counting() as server,
+        Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher,
+    ):
         for seconds, words in ((0.01, "about 1 min of grading"), (0.3, "about 10 min of grading")):
             teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=seconds)
             assert teacher.forecast(8000, "Once").endswith(words)
@@ -72,16 +81,23 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
 
     def script(story, n):
         what = dice.choice(["2 1 3"] * 6 + ["500", "reset", "malformed"])
-        if what != "500":  # with these faults the answer was generated and billed, but arrived broken
+        # with these faults the answer was generated and billed, but arrived broken
+        if what != "500":
             billed.update(tokens_in=500, tokens_out=6)
         return counted("2 1 3") if what == "2 1 3" and counts else what
 
     def bill():
         return (billed["tokens_in"] * 1.0 + billed["tokens_out"] * 3.0) / 1e6
 
-    with Counting(script) as server, Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher:
+    with (
+        Counting(script) as server,
+        Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher,
+    ):
         teacher.probes()[0]
-        billed.update(tokens_in=teacher.ledger.total["tokens_in"], tokens_out=teacher.ledger.total["tokens_out"])
+        billed.update(
+            tokens_in=teacher.ledger.total["tokens_in"],
+            tokens_out=teacher.ledger.total["tokens_out"],
+        )
         teacher.grade("Once", stories[:1])
         assert teacher.affords(1) and not teacher.affords(400)
         with pytest.raises(UserError) as caught:

@@ -1,5 +1,6 @@
-"""Servers as they were met in 2026, each by a FaultServer that answers with its statuses and bodies: the table in
-docs/teachers.md. A run asks every one of them, or says in one sentence why it cannot."""
+"""Servers as they were met in 2026, each by a FaultServer that answers with its statuses and
+bodies: the table in docs/teachers.md. A run asks every one of them, or says in one sentence why it
+cannot."""
 
 import json
 
@@ -65,7 +66,11 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
 
 @pytest.mark.parametrize(
     "listed, named",
-    [("models/gemini-3-flash", "gemini-3-flash"), ("llama3.1:latest", "llama3.1"), ("a/b", "a/b:nitro")],
+    [
+        ("models/gemini-3-flash", "gemini-3-flash"),
+        ("llama3.1:latest", "llama3.1"),
+        ("a/b", "a/b:nitro"),
+    ],
 )
 def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(listed, named):
     with FaultServer(models=[listed]) as server, Teacher(server.url, named) as teacher:
@@ -76,7 +81,9 @@ def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_liste
 
 def test_a_model_that_no_server_has_is_one_sentence_with_those_that_are_listed():
     with (
-        Picky(lambda asked: error(404, "The model `third` does not exist", code="model_not_found")) as server,
+        Picky(
+            lambda asked: error(404, "The model `third` does not exist", code="model_not_found")
+        ) as server,
         Teacher(server.url, "third") as teacher,
         pytest.raises(UserError) as caught,
     ):
@@ -97,33 +104,55 @@ def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
 
 def gemini(status, message):
     return web.json_response(
-        [{"error": {"code": status, "message": message, "status": "INVALID_ARGUMENT"}}], status=status
+        [{"error": {"code": status, "message": message, "status": "INVALID_ARGUMENT"}}],
+        status=status,
     )
 
 
 def openrouter(status, message):
-    raw = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
-    return error(status, "Provider returned error", code=status, metadata={"raw": raw, "provider_name": "OpenAI"})
+    raw = json.dumps(
+        {
+            "error": {
+                "message": message,
+                "type": "invalid_request_error",
+                "param": None,
+                "code": None,
+            }
+        }
+    )
+    return error(
+        status,
+        "Provider returned error",
+        code=status,
+        metadata={"raw": raw, "provider_name": "OpenAI"},
+    )
 
 
 def fastapi(status, message):
-    return web.json_response({"detail": [{"type": "extra_forbidden", "loc": ["body"], "msg": message}]}, status=status)
+    return web.json_response(
+        {"detail": [{"type": "extra_forbidden", "loc": ["body"], "msg": message}]}, status=status
+    )
 
 
 SHAPES = {
     "a JSON list": gemini,
     "a provider's own error within metadata": openrouter,
     "FastAPI's detail": fastapi,
-    "an error as text": lambda status, message: web.json_response({"error": message}, status=status),
+    "an error as text": lambda status, message: web.json_response(
+        {"error": message}, status=status
+    ),
     "vLLM's error without an envelope": lambda status, message: web.json_response(
-        {"object": "error", "message": message, "type": "BadRequestError", "code": status}, status=status
+        {"object": "error", "message": message, "type": "BadRequestError", "code": status},
+        status=status,
     ),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
-    refuse = lambda asked: SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None  # noqa: E731
+    def refuse(asked):
+        return SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None
+
     with Picky(refuse) as server, Teacher(server.url) as teacher:
         assert teacher.probes()[0].refused == ("seed",) and scored(teacher)
     with (
@@ -136,8 +165,19 @@ def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
 
 
 def test_a_parameter_that_is_named_only_by_its_place_is_left_out():
-    body = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
-    refuse = lambda asked: web.json_response({"message": body}, status=422) if "seed" in asked else None  # noqa: E731
+    body = {
+        "detail": [
+            {
+                "type": "extra_forbidden",
+                "loc": ["body", "seed"],
+                "msg": "Extra inputs are not permitted",
+            }
+        ]
+    }
+
+    def refuse(asked):
+        return web.json_response({"message": body}, status=422) if "seed" in asked else None
+
     with Picky(refuse) as server, Teacher(server.url) as teacher:
         assert teacher.probes()[0].refused == ("seed",)
 
@@ -147,14 +187,20 @@ def test_an_error_nested_without_end_is_read_to_a_depth():
     for _ in range(400):
         body = {"error": [body], "message": "around"}
     refuse = lambda asked: web.json_response(body, status=400)  # noqa: E731
-    with Picky(refuse) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+    with (
+        Picky(refuse) as server,
+        Teacher(server.url) as teacher,
+        pytest.raises(UserError) as caught,
+    ):
         teacher.probes()[0]
     assert_one_clean_sentence(caught, "around")
 
 
 def test_one_flagged_story_costs_the_story_not_the_run():
     """OpenRouter answers 403 when its moderation flags an input."""
-    flagged = error(403, "Your chosen model requires moderation and your input was flagged", code=403)
+    flagged = error(
+        403, "Your chosen model requires moderation and your input was flagged", code=403
+    )
     script = lambda story, n: flagged if "wolf" in story else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url) as teacher:
         grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."])
@@ -167,13 +213,19 @@ def test_one_flagged_story_costs_the_story_not_the_run():
 
 def test_a_server_that_forbids_everything_is_one_sentence():
     refuse = lambda asked: error(403, "Forbidden")  # noqa: E731
-    with Picky(refuse) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+    with (
+        Picky(refuse) as server,
+        Teacher(server.url) as teacher,
+        pytest.raises(UserError) as caught,
+    ):
         teacher.probes()[0]
     assert_one_clean_sentence(caught, "HTTP 403", "OPENAI_API_KEY")
 
 
 def test_529_is_overload_and_gets_fewer_requests():
-    script = lambda story, n: error(529, "Overloaded", type="overloaded_error") if n < 12 else "2 1 3"  # noqa: E731
+    def script(story, n):
+        return error(529, "Overloaded", type="overloaded_error") if n < 12 else "2 1 3"
+
     with FaultServer(script) as server, Teacher(server.url, concurrency=4) as teacher:
         assert scored(teacher)  # as with 429, it is no reason to give the story up
         assert teacher.endpoints[0].slots.limit <= 2
@@ -194,13 +246,23 @@ def below_minimum(asked):
 
 
 def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_to_what_was_asked_for():
-    replies = {"A dog ran.": "2 1 3", "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs."}
+    replies = {
+        "A dog ran.": "2 1 3",
+        "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs.",
+    }
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
         probe = teacher.probes()[0]
-        assert (probe.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(probe)
+        assert (probe.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(
+            probe
+        )
         dog, cat = teacher.grade("Once", list(replies))
-    assert dog.scores and cat.scores is None and cat.reply == "2 1 3\n\nIt is a" and cat.reply_words == 3 * 6
+    assert (
+        dog.scores
+        and cat.scores is None
+        and cat.reply == "2 1 3\n\nIt is a"
+        and cat.reply_words == 3 * 6
+    )
     assert all(asked["max_tokens"] >= 16 for asked in server.requests)
 
 
@@ -218,7 +280,11 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_t
 )
 def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(status, message):
     def refuse(asked):
-        return error(status, message, code=status) if asked["messages"][0]["role"] == "system" else None
+        return (
+            error(status, message, code=status)
+            if asked["messages"][0]["role"] == "system"
+            else None
+        )
 
     class Merged(Picky):
         async def _chat(self, request):
@@ -233,7 +299,8 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
         assert scored(teacher) and not teacher.probes()[0].system
         assert "no system message" in str(teacher.probes()[0])
         (message,) = server.requests[-1]["messages"]
-        assert "A dog ran." in message["content"] and len(server.all) == 1 + 2  # refused once, and not retried
+        # refused once, and not retried
+        assert "A dog ran." in message["content"] and len(server.all) == 1 + 2
 
 
 def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
@@ -244,17 +311,22 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
             headers.append(request.headers.get("anthropic-version"))
             return await super()._chat(request)
 
-    extra = load_extra('{"provider": {"order": ["a"]}, "grammar": "mine", "extra_headers": {"anthropic-version": "1"}}')
+    extra = load_extra(
+        '{"provider": {"order": ["a"]}, "grammar": "mine", "extra_headers": {"anthropic-version": "1"}}'
+    )
     with Heard() as server:
         for more in (extra, {}):
             with Teacher(server.url, extra=more, cache=tmp_path / "replies.jsonl") as teacher:
                 assert scored(teacher)
         with_extra, without = server.requests[1], server.requests[3]
-    assert with_extra == {**without, "provider": {"order": ["a"]}, "grammar": "mine"}  # and other questions are others
+    # and other questions are others
+    assert with_extra == {**without, "provider": {"order": ["a"]}, "grammar": "mine"}
     assert headers[: len(headers) // 2] == ["1"] * (len(headers) // 2) and headers[-1] is None
 
 
-SECRETS = "github_pat_ ghp_ gho_ xoxb- xoxp- glpat- hf_ gsk_ AKIA ya29. eyJ npm_ SG. sk_live_".split()
+SECRETS = (
+    "github_pat_ ghp_ gho_ xoxb- xoxp- glpat- hf_ gsk_ AKIA ya29. eyJ npm_ SG. sk_live_".split()
+)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +360,11 @@ def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
 def test_fields_that_only_sound_like_secrets_are_extra_fields():
     text = '{"prompt_cache_key": "a", "stop_token_ids": [1], "max_output_tokens": 9, "metadata": {"author": "me"}}'
     assert load_extra(text) == json.loads(text)
-    opened = open_grader(InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None)
-    with pytest.raises(UserError, match="api_key"), opened:  # nothing is asked, but it would be recorded
+    opened = open_grader(
+        InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None
+    )
+    # nothing is asked, but it would be recorded
+    with pytest.raises(UserError, match="api_key"), opened:
         pass
 
 
@@ -299,17 +374,22 @@ def test_fields_that_only_sound_like_secrets_are_extra_fields():
 def thinking(asked, finish="length"):
     cap = asked.get("max_completion_tokens") or asked["max_tokens"]
     usage = {"prompt_tokens": 400, "completion_tokens": cap}
-    return web.json_response({"choices": [{"message": {"content": ""}, "finish_reason": finish}], "usage": usage})
+    return web.json_response(
+        {"choices": [{"message": {"content": ""}, "finish_reason": finish}], "usage": usage}
+    )
 
 
 def refuses(name, value):
     return error(
-        400, f"Unsupported value: '{name}' does not support '{value}' with this model.", code="unsupported_value"
+        400,
+        f"Unsupported value: '{name}' does not support '{value}' with this model.",
+        code="unsupported_value",
     )
 
 
 def only_effort(*known, quiet_from):
-    """A server that refuses template arguments and unknown efforts; its model answers at once with one of those."""
+    """A server that refuses template arguments and unknown efforts; its model answers at once with
+    one of those."""
 
     def refuse(asked):
         if "chat_template_kwargs" in asked:
@@ -336,7 +416,10 @@ LADDER = {
         only_effort("minimal", "low", "high", quiet_from="minimal"),
         {"reasoning_effort": "minimal"},
     ),
-    "gpt-oss knows neither": (only_effort("low", "high", quiet_from="low"), {"reasoning_effort": "low"}),
+    "gpt-oss knows neither": (
+        only_effort("low", "high", quiet_from="low"),
+        {"reasoning_effort": "low"},
+    ),
 }
 
 
@@ -347,18 +430,23 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
                 probe = teacher.probes()[0]
-                assert probe.thinks and probe.scored and probe.quiet == kept and not probe.least_tokens
+                assert (
+                    probe.thinks and probe.scored and probe.quiet == kept and not probe.least_tokens
+                )
                 assert json.dumps(kept) in str(probe)
         assert len(server.all) <= 1 + 4 + 4  # each rung once, and the outcome is kept
         with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
             assert scored(teacher)
         assert kept.items() <= server.all[-1].items() and server.all[-1]["max_tokens"] == 16
-        assert not ({"chat_template_kwargs", "reasoning_effort"} - kept.keys()) & server.all[-1].keys()
+        assert (
+            not ({"chat_template_kwargs", "reasoning_effort"} - kept.keys()) & server.all[-1].keys()
+        )
 
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost(silent, capsys):
-    """Gemini 3 sends an empty reply that was cut; OpenAI answers 400 when the thoughts alone fill the cap."""
+    """Gemini 3 sends an empty reply that was cut; OpenAI answers 400 when the thoughts alone fill
+    the cap."""
     full = "Could not finish the message because max_tokens or model output limit was reached. Please try again."
 
     def refuse(asked):
@@ -368,24 +456,37 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
             return thinking(asked) if silent else error(400, full, type="invalid_request_error")
         usage = {"prompt_tokens": 400, "completion_tokens": 321}
         message = {"content": "2 1 3", "reasoning_content": "Hm. 3 3 3"}
-        return web.json_response({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
+        return web.json_response(
+            {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+        )
 
     with Picky(refuse) as server:
-        config = InteractConfig(teacher_url=[server.url], teacher_max_tokens=6, price_out=10.0, price_in=1.0)
+        config = InteractConfig(
+            teacher_url=[server.url], teacher_max_tokens=6, price_out=10.0, price_in=1.0
+        )
         with open_grader(config, corpus=None) as grader:
             assert grader.grade("Once", ["A dog ran."])[0].reply_words == 3
             assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
             assert "321 reply tokens" in grader.forecast(1, "Once")
         output = capsys.readouterr().out
-    assert f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output and "cannot be told not to think" in output
-    assert server.all[-1]["max_tokens"] == THINKING_TOKENS and server.all[-1]["reasoning_effort"] == "low"
+    assert (
+        f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output
+        and "cannot be told not to think" in output
+    )
+    assert (
+        server.all[-1]["max_tokens"] == THINKING_TOKENS
+        and server.all[-1]["reasoning_effort"] == "low"
+    )
 
 
 def test_thoughts_that_a_server_leaves_in_the_text_are_no_part_of_the_reply():
     thoughtful = lambda story, n: "<think>\nReadable: 3 3 3\n</think>\n\n2 1 3"  # noqa: E731
     with FaultServer(thoughtful) as server, Teacher(server.url) as teacher:
         assert scored(teacher)
-    with FaultServer(lambda story, n: "2 1 3 <think>or 3 3 3</think>") as server, Teacher(server.url) as teacher:
+    with (
+        FaultServer(lambda story, n: "2 1 3 <think>or 3 3 3</think>") as server,
+        Teacher(server.url) as teacher,
+    ):
         assert teacher.grade("Once", ["A dog ran."])[0].scores is None
 
 
@@ -397,7 +498,9 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
     mended = False
 
     def script(story, n):
-        return "2 1 3" if mended or story in ("Dog 0 ran.", "Dog 1 ran.") else "What a lovely story!"
+        return (
+            "2 1 3" if mended or story in ("Dog 0 ran.", "Dog 1 ran.") else "What a lovely story!"
+        )
 
     def steps(again):
         config = InteractConfig(teacher_url=[server.url])
@@ -418,13 +521,21 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
         mended = True
         grades, grader = steps(Stop())
         assert all(grade.score is not None for grade in grades)
-        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == [0, 0, 1, 1]
+        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == [
+            0,
+            0,
+            1,
+            1,
+        ]
         sent = len(server.requests)
         again, _ = steps(Stop())  # the new replies are the ones that count, now and later
-        assert [(a.scores, a.reply_words) for a in again] == [(g.scores, g.reply_words) for g in grades]
+        assert [(a.scores, a.reply_words) for a in again] == [
+            (g.scores, g.reply_words) for g in grades
+        ]
         assert len(server.requests) == sent
     lines = [json.loads(line) for line in replies.read_text().splitlines()]
-    assert sum(line["reply"] == "What a lovely story!" for line in lines) == 6  # the old ones stay in the record
+    # the old ones stay in the record
+    assert sum(line["reply"] == "What a lovely story!" for line in lines) == 6
 
 
 def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
@@ -436,7 +547,8 @@ def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
             first = reply
             with Teacher(server.url, cache=replies) as teacher:
                 assert teacher.probes()[0].scored == (reply != "Nice!") or reply == "Oh"
-                assert teacher.probes()[0].reply == ("2 1 3" if reply == "Oh" else reply)  # that one is kept
+                # that one is kept
+                assert teacher.probes()[0].reply == ("2 1 3" if reply == "Oh" else reply)
 
 
 def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):

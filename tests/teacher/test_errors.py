@@ -21,12 +21,24 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 NOT_ONE = "not as an OpenAI-compatible API"
 FATAL = {
-    "refuses the key": lambda: error(401, f"Incorrect API key provided: {KEY}.\x1b[31m\nSee docs.", code="invalid"),
-    "no quota left": lambda: error(429, "You exceeded your current quota.", code="insufficient_quota"),
-    "does not have what was asked for": lambda: error(404, "The model `first` does not exist", code="model_not_found"),
-    "too short a context": lambda: error(400, "This model's maximum context length is 64 tokens.", type="invalid"),
-    "redirects to": lambda: web.Response(status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}),
-    "(HTTP 404): check the URL": lambda: web.Response(status=404, text="<h1>no</h1>", content_type="text/html"),
+    "refuses the key": lambda: error(
+        401, f"Incorrect API key provided: {KEY}.\x1b[31m\nSee docs.", code="invalid"
+    ),
+    "no quota left": lambda: error(
+        429, "You exceeded your current quota.", code="insufficient_quota"
+    ),
+    "does not have what was asked for": lambda: error(
+        404, "The model `first` does not exist", code="model_not_found"
+    ),
+    "too short a context": lambda: error(
+        400, "This model's maximum context length is 64 tokens.", type="invalid"
+    ),
+    "redirects to": lambda: web.Response(
+        status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}
+    ),
+    "(HTTP 404): check the URL": lambda: web.Response(
+        status=404, text="<h1>no</h1>", content_type="text/html"
+    ),
     f"{NOT_ONE}: check the URL (HTTP 101)": lambda: web.Response(status=101),
 }
 
@@ -35,7 +47,10 @@ FATAL = {
 def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
-    with FaultServer(lambda story, n: FATAL[words]()) as server, Teacher(server.url, concurrency=4) as teacher:
+    with (
+        FaultServer(lambda story, n: FATAL[words]()) as server,
+        Teacher(server.url, concurrency=4) as teacher,
+    ):
         with pytest.raises(UserError) as caught:
             teacher.grade("Once", [f"Dog {i} ran." for i in range(50)])
         assert_one_clean_sentence(caught, server.url, words)
@@ -55,7 +70,8 @@ def test_nothing_there():
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how openai hands aiohttp the proxy's password
+# of how openai hands aiohttp the proxy's password
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
     proxy = closed_port()
@@ -85,7 +101,10 @@ def test_not_http_at_all():
                     connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
 
         threading.Thread(target=greet, daemon=True).start()
-        with Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/") as teacher, pytest.raises(UserError) as caught:
+        with (
+            Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/") as teacher,
+            pytest.raises(UserError) as caught,
+        ):
             teacher.probes()[0]
     assert_one_clean_sentence(caught, "broke off")
 
@@ -93,7 +112,10 @@ def test_not_http_at_all():
 @pytest.mark.parametrize(
     "models, words",
     [
-        (lambda: web.Response(text="<html>Welcome to nginx</html>", content_type="text/html"), NOT_ONE),
+        (
+            lambda: web.Response(text="<html>Welcome to nginx</html>", content_type="text/html"),
+            NOT_ONE,
+        ),
         (lambda: web.json_response({"models": ["first"]}), NOT_ONE),
         (lambda: web.json_response({"data": [{"name": "first"}]}), NOT_ONE),
         (lambda: web.json_response({"detail": "Not Found"}, status=404), "check the URL"),
@@ -102,7 +124,11 @@ def test_not_http_at_all():
     ],
 )
 def test_no_openai_compatible_api(models, words):
-    with FaultServer(models=models) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+    with (
+        FaultServer(models=models) as server,
+        Teacher(server.url) as teacher,
+        pytest.raises(UserError) as caught,
+    ):
         teacher.probes()[0]
     assert_one_clean_sentence(caught, server.url, words)
 
@@ -120,7 +146,12 @@ def test_no_openai_compatible_api(models, words):
             "http://[",
             "http://h?k=1",
         ),
-        *("http://h/v1%0d%0aX: y", f"http://{'a' * 300}/v1", f"http://{'a.' * 150}b/v1", "http://a..b/v1"),
+        *(
+            "http://h/v1%0d%0aX: y",
+            f"http://{'a' * 300}/v1",
+            f"http://{'a.' * 150}b/v1",
+            "http://a..b/v1",
+        ),
     ],
 )
 def test_invalid_urls(url):
@@ -137,7 +168,9 @@ def test_a_url_with_a_password_or_an_impossible_key_is_refused(monkeypatch):
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
 
 
-@pytest.mark.parametrize("proxy", ["::::x", f"ftp://u:{KEY}@h", f"http://u:{KEY}@h:99999", f"http://{'x' * 300}"])
+@pytest.mark.parametrize(
+    "proxy", ["::::x", f"ftp://u:{KEY}@h", f"http://u:{KEY}@h:99999", f"http://{'x' * 300}"]
+)
 def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(UserError) as caught:
@@ -157,7 +190,11 @@ def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(name,
 def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, words, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     no = lambda: error(400, "No connected db.", type="no_db_connection", code="400")  # noqa: E731
-    with FaultServer(models=no) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+    with (
+        FaultServer(models=no) as server,
+        Teacher(server.url) as teacher,
+        pytest.raises(UserError) as caught,
+    ):
         teacher.probes()
     assert_one_clean_sentence(caught, server.url, words, "set OPENAI_API_KEY")
 
@@ -165,7 +202,10 @@ def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, word
 def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     kept = tmp_path / "replies.jsonl"
-    with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
+    with (
+        FaultServer(lambda story, n: f"your key is {KEY}") as server,
+        Teacher(server.url, cache=kept) as teacher,
+    ):
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
 

@@ -1,4 +1,5 @@
-"""Expected scores under the teacher's token probabilities, and teachers that give no probabilities."""
+"""Expected scores under the teacher's token probabilities, and teachers that give no
+probabilities."""
 
 import json
 import math
@@ -18,16 +19,32 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def tokens(*pieces, **chances):
-    """Tokens with probability 1, except digits, which all have the same `chances` {d0: ..., d3: ...}."""
+    """Tokens with probability 1, except digits, which all have the same `chances` {d0: ..., d3:
+    ...}."""
     likely = {name[1:]: math.log(chance) for name, chance in chances.items()}
     return [(piece, likely if piece.strip().isdigit() else {piece: 0.0}) for piece in pieces]
 
 
 def test_an_expected_score_is_the_mean_over_the_candidate_digits():
     # Probability 0.2 is on tokens that are not scores; the rest is 1 to 3 on the digits 1 and 2.
-    place = {"1": math.log(0.2), "2": math.log(0.5), " 2": math.log(0.1), "4": math.log(0.1), "x": math.log(0.1)}
-    logprobs = [("2", place), (" ", {" ": 0.0}), ("1", {"1": -0.5}), (" 3", {" 3": -1.0, "3": -1.0})]
-    assert expected_scores("2 1 3", CRITERIA, logprobs) == {"readability": 1.75, "coherence": 1.0, "creativity": 3.0}
+    place = {
+        "1": math.log(0.2),
+        "2": math.log(0.5),
+        " 2": math.log(0.1),
+        "4": math.log(0.1),
+        "x": math.log(0.1),
+    }
+    logprobs = [
+        ("2", place),
+        (" ", {" ": 0.0}),
+        ("1", {"1": -0.5}),
+        (" 3", {" 3": -1.0, "3": -1.0}),
+    ]
+    assert expected_scores("2 1 3", CRITERIA, logprobs) == {
+        "readability": 1.75,
+        "coherence": 1.0,
+        "creativity": 3.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -36,14 +53,31 @@ def test_an_expected_score_is_the_mean_over_the_candidate_digits():
         ["3", " ", "1", " ", "0"],
         ["3", ",", " 1", ",", " 0", ".", "<|eot_id|>"],
         [" ", "3", "\n", "1", "\n", "0", "\n"],
-        ['{"', "creativity", '":', " ", "0", ', "', "readability", '":', "3", ', "coherence":', "1", "}"],
+        [
+            '{"',
+            "creativity",
+            '":',
+            " ",
+            "0",
+            ', "',
+            "readability",
+            '":',
+            "3",
+            ', "coherence":',
+            "1",
+            "}",
+        ],
         ["readability", ":", " 3", ", coherence:", "1", ", creativity:", " ", "0"],
     ],
 )
 def test_digits_are_found_in_every_form(pieces):
     reply = "".join(pieces).removesuffix("<|eot_id|>").strip()
     logprobs = [(piece, {piece: math.log(0.9), "2": math.log(0.1)}) for piece in pieces]
-    assert expected_scores(reply, CRITERIA, logprobs) == {"readability": 2.9, "coherence": 1.1, "creativity": 0.2}
+    assert expected_scores(reply, CRITERIA, logprobs) == {
+        "readability": 2.9,
+        "coherence": 1.1,
+        "creativity": 0.2,
+    }
 
 
 def test_digits_in_names_are_not_scores():
@@ -67,8 +101,13 @@ def test_without_probabilities_for_each_digit_there_is_no_score(reply, logprobs)
     assert expected_scores(reply, CRITERIA, logprobs) is None
 
 
-@given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(st.floats(-30, 0), min_size=4, max_size=4))
-def test_an_expected_score_lies_within_the_scale_and_is_the_digit_if_that_is_certain(digits, logprobs):
+@given(
+    st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    st.lists(st.floats(-30, 0), min_size=4, max_size=4),
+)
+def test_an_expected_score_lies_within_the_scale_and_is_the_digit_if_that_is_certain(
+    digits, logprobs
+):
     reply = " ".join(map(str, digits))
     certain = [(char, {char: 0.0}) for char in reply]
     assert expected_scores(reply, CRITERIA, certain) == parse_scores(reply, CRITERIA)
@@ -98,18 +137,27 @@ def test_expected_scores_are_used_and_cached(tmp_path):
         assert server.seen["A dog ran."] == 1
         asked = server.requests[-1]
         assert asked["logprobs"] is True and 4 <= asked["top_logprobs"] <= 20
-        with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # integer scores have another key
-            assert teacher.grade("Once", ["A dog ran."])[0].scores == parse_scores("2 1 3", CRITERIA)
+        # integer scores have another key
+        with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+            assert teacher.grade("Once", ["A dog ran."])[0].scores == parse_scores(
+                "2 1 3", CRITERIA
+            )
         assert server.seen["A dog ran."] == 2 and "logprobs" not in server.requests[-1]
 
 
 def test_a_reply_without_log_probabilities_is_retried_and_given_up():
     answers = {"A dog ran.": ["2 1 3", weighed("2 1 3", 0.5)], "A cat ran.": ["2 1 3"] * 3}
     with graded() as server, Teacher(server.url, logprobs=True) as teacher:
-        server.script = lambda story, n: answers[story][n] if story in answers else weighed("2 1 3", 0.5)
+        server.script = lambda story, n: (
+            answers[story][n] if story in answers else weighed("2 1 3", 0.5)
+        )
         dog, cat = teacher.grade("Once", list(answers))
     assert dog.attempts == 2 and list(dog.scores.values()) == [1.5, 0.5, 2.5]
-    assert cat.scores is cat.score is None and cat.attempts == 3 and "no scores in 3 replies" in cat.error
+    assert (
+        cat.scores is cat.score is None
+        and cat.attempts == 3
+        and "no scores in 3 replies" in cat.error
+    )
 
 
 @pytest.mark.parametrize("answer", ["2 1 3", "null", "wide", "text", "refuses"])

@@ -1,4 +1,5 @@
-"""Runs with a faulty teacher: nothing is lost or paid for twice, and the recorded replies suffice to repeat a run."""
+"""Runs with a faulty teacher: nothing is lost or paid for twice, and the recorded replies suffice
+to repeat a run."""
 
 import hashlib
 import json
@@ -25,7 +26,8 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, NAME, Question
 
 STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
-LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds per good reply, as with a real model
+# seconds per good reply, as with a real model
+LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))
 FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
 
 
@@ -50,7 +52,10 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkey
         sent[what if what in FAULTS else "honest"] += 1
         return what
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=3000.0) as teacher:
+    with (
+        FaultServer(script) as server,
+        Teacher(server.url, concurrency=64, deadline_s=3000.0) as teacher,
+    ):
         time_out_hanging_requests(server, monkeypatch)
         teacher.probes()[0]
         teacher.ledger.stats()
@@ -59,7 +64,11 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkey
         seconds = time.monotonic() - began
         stats = teacher.ledger.stats()
     unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
-    assert len(grades) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
+    assert (
+        len(grades) == STORIES
+        and set(unscored) >= hopeless
+        and len(unscored) <= len(hopeless) + STORIES // 50
+    )
     for story, grade in zip(stories, grades, strict=True):
         assert grade.attempts == server.good[story]  # every complete reply is used once
         if grade.scores is None:
@@ -68,12 +77,15 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkey
             assert grade.error is None and grade.reply == honest(story)
             assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
     assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
-    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")  # a complete reply, though without valid scores
+    # a complete reply, though without valid scores
+    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")
     assert stats["requests"] == sum(server.seen.values()) - 1
     assert stats["requests"] == failed + sum(grade.attempts for grade in grades)
     assert stats["retries"] <= failed
     share = len(grades) / seconds / (64 / LATENCY) if LATENCY else None
-    print(f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
+    print(
+        f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}"
+    )
 
 
 # Whole runs of train_interact.py.
@@ -87,9 +99,13 @@ def init(tokenizer, tmp_path_factory) -> str:
     from tinystory.student.model import Student, StudentConfig
 
     torch.manual_seed(0)
-    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
+    student = Student(
+        StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size)
+    )
     folder = tmp_path_factory.mktemp("init") / "start"
-    checkpoint.save(folder, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0})
+    checkpoint.save(
+        folder, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0}
+    )
     return str(folder)
 
 
@@ -99,8 +115,8 @@ def arguments(init: str, out: Path, url: str = "") -> list[str]:
 
 
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
-    """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the third. The student is
-    evaluated, by four stories, before the first step and after the second."""
+    """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the
+    third. The student is evaluated, by four stories, before the first step and after the second."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     answered = alive = 0
 
@@ -112,16 +128,21 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         return honest(story)
 
     def stop_at(replies: int, how: signal.Signals, *argv: str) -> tuple[int, str]:
-        """Signal a run once so many replies are cached and three are in flight; its exit code and output."""
+        """Signal a run once so many replies are cached and three are in flight; its exit code and
+        output."""
         nonlocal alive
         alive = replies
         command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         until = threading.Timer(LIMIT_S, process.kill)  # so that the wait for its output ends
         until.start()
         kept = stopped / "replies.jsonl"
         # The probe's record is also a line of the file.
-        while not (kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3):
+        while not (
+            kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3
+        ):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
         until.cancel()
@@ -152,26 +173,35 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
 
 
 def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_path, capsys):
-    """It answers in sentences, and half of the stories of the step that failed then get their scores."""
+    """It answers in sentences, and half of the stories of the step that failed then get their
+    scores."""
     out, mended = tmp_path / "out", False
-    script = lambda story, n: honest(story) if mended or len(story) % 2 else "I loved it!"  # noqa: E731
+
+    def script(story, n):
+        return honest(story) if mended or len(story) % 2 else "I loved it!"
+
     with FaultServer(script) as server:
         server.first = lambda: "2 1 3" if mended else "Lovely."
         for _ in range(2):
-            argv = ["--resume", "--out", str(out)] if out.exists() else arguments(init, out, server.url)
+            argv = (
+                ["--resume", "--out", str(out)]
+                if out.exists()
+                else arguments(init, out, server.url)
+            )
             line = fails(interact.main, argv, capsys)
             assert "stories got no score" in line and line.count("I loved it!") <= 1
         mended, asked = True, dict(server.good)
         interact.main(["--resume", "--out", str(out)])
         scored_before = [story for story in asked if len(story) % 2]
-        assert scored_before and all(server.good[story] == 1 for story in scored_before)  # paid for once
+        # paid for once
+        assert scored_before and all(server.good[story] == 1 for story in scored_before)
     assert len(metrics(out)) == 4 and all(record["unscored"] == 0 for record in metrics(out))
     assert "I loved it!" in (out / "replies.jsonl").read_text()
 
 
 def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_path, capsys):
-    """Its quota ends with the second step, before the evaluation that follows. The run then ends as one that was never
-    stopped: with the same weights, and with no reply paid for twice."""
+    """Its quota ends with the second step, before the evaluation that follows. The run then ends as
+    one that was never stopped: with the same weights, and with no reply paid for twice."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with FaultServer(lambda story, n: honest(story)) as server:
         interact.main(arguments(init, whole, server.url))
@@ -185,7 +215,11 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
 
         server.script = until_empty
         line = fails(interact.main, arguments(init, stopped, server.url), capsys)
-        assert "no quota" in line and len(metrics(stopped)) == 2 and checkpoint.newest(stopped).name == "step_0000002"
+        assert (
+            "no quota" in line
+            and len(metrics(stopped)) == 2
+            and checkpoint.newest(stopped).name == "step_0000002"
+        )
         left = 10**6
         interact.main(["--resume", "--out", str(stopped)])
         assert max(times for story, times in server.good.items() if story) == 1
@@ -193,8 +227,11 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
     assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
 
 
-def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(init, tmp_path, capsys):
-    """Ten of twenty stories are graded. Some get no score ever, and some replies come late; then the quota ends."""
+def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(
+    init, tmp_path, capsys
+):
+    """Ten of twenty stories are graded. Some get no score ever, and some replies come late; then
+    the quota ends."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--stories-per-step", "20", "--graded", "10", "--max-unscored", "0.6"]
     left = 10**6
@@ -206,11 +243,14 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
 
     with FaultServer(script) as server:
         interact.main([*arguments(init, whole, server.url), *flags])
-        assert len(server.good) - 1 <= 4 * 10 + 3 * 4  # what is not sent costs nothing; and the probe
+        # what is not sent costs nothing; and the probe
+        assert len(server.good) - 1 <= 4 * 10 + 3 * 4
         assert "forecast: 52 stories" in capsys.readouterr().out
     with FaultServer(script) as server:
         left = 40
-        assert "no quota" in fails(interact.main, [*arguments(init, stopped, server.url), *flags], capsys)
+        assert "no quota" in fails(
+            interact.main, [*arguments(init, stopped, server.url), *flags], capsys
+        )
         assert len(metrics(stopped)) in (1, 2)
         left = 10**6
         interact.main(["--resume", "--out", str(stopped)])
@@ -219,22 +259,29 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
     steps, stories = metrics(whole), list(read_stories(whole))
     unscored = [story for story in stories if "What a tale" in story["reply"]]
     others = [story for story in stories if "--graded" in story["reply"]]
-    assert unscored and all(story["predicted"] is story["scores"] is story["reward"] is None for story in unscored)
+    assert unscored and all(
+        story["predicted"] is story["scores"] is story["reward"] is None for story in unscored
+    )
     assert len(others) == 4 * 10 and all(story["scores"] is None for story in others)
     assert all((story["reward"] is None) == (story["predicted"] is None) for story in others)
-    assert sum(record["predicted"] for record in steps) == sum(story["predicted"] is not None for story in stories)
+    assert sum(record["predicted"] for record in steps) == sum(
+        story["predicted"] is not None for story in stories
+    )
     assert [record["scored"] + record["unscored"] for record in steps] == [10] * 4
     assert steps[0]["score_r_squared"] is None and steps[-1]["score_r_squared"] is not None
 
 
 def graded_now_and_then(story: str, n: int) -> str:
-    """A teacher that first replies to a third of the stories without scores, and to some of them always."""
+    """A teacher that first replies to a third of the stories without scores, and to some of them
+    always."""
     mood = hashlib.sha256(story.encode()).digest()[3] % 9
     return "What a tale" if mood == 0 or (mood < 3 and n == 0) else honest(story)
 
 
 @pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
-def test_a_run_is_repeated_from_its_replies_without_a_server(init, tmp_path, capsys, monkeypatch, flags):
+def test_a_run_is_repeated_from_its_replies_without_a_server(
+    init, tmp_path, capsys, monkeypatch, flags
+):
     """Also the stories that were given up: some after replies without scores, some after errors."""
 
     def script(story, n):
@@ -270,7 +317,8 @@ def test_a_run_is_repeated_from_its_replies_without_a_server(init, tmp_path, cap
 
 
 def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_path):
-    """Story 1 was given up, and story 2 with the same words was graded: without a server as with one."""
+    """Story 1 was given up, and story 2 with the same words was graded: without a server as with
+    one."""
     script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
     questions = [Question("Once", "A cat ran.", number) for number in (1, 2)]
     with FaultServer(script) as server:
@@ -280,24 +328,40 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
             assert lost.scores is None and lost.reply_words == 0 and graded.scores is not None
         asked = server.seen["A cat ran."]
         with Teacher(server.url, cache=tmp_path / "replies.jsonl", max_unscored=0.5) as teacher:
-            assert teacher.grades(questions[:1])[0].scores is not None  # asked again, since too few have a score
+            # asked again, since too few have a score
+            assert teacher.grades(questions[:1])[0].scores is not None
         assert server.seen["A cat ran."] == asked + 1 or asked == pool.FAILURES + 1
     with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # and so it stays
         assert [grade.scores is None for grade in teacher.grades(questions)] == [False, False]
 
 
-def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(init, tmp_path, capsys, monkeypatch):
+def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
+    init, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     levels = ["no", "a bit", "yes", "very"]
-    criteria = [{"name": name, "question": "Is it?", "levels": levels} for name in ("humour", "suspense")]
+    criteria = [
+        {"name": name, "question": "Is it?", "levels": levels} for name in ("humour", "suspense")
+    ]
     criteria[0]["weight"] = 3
     (tmp_path / "prompt.json").write_text(json.dumps({"criteria": criteria}))
 
     def script(story, n):  # it echoes the key wherever it can
-        return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1", 400, 5)
+        return (
+            error(500, f"your key {KEY} is fine")
+            if n == 0 and len(story) % 3 == 0
+            else counted("3 1", 400, 5)
+        )
 
     out = tmp_path / "run"
-    flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.7"]
+    flags = [
+        "--teacher-prompt",
+        str(tmp_path / "prompt.json"),
+        "--price-in",
+        "10",
+        "--budget-cost",
+        "0.7",
+    ]
     flags += ["--diversity", "0", "--unfinished", "1", "--steps", "16"]
     with FaultServer(script) as server:
         server.first = lambda: counted("2 2", 400, 5)
@@ -306,10 +370,17 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     assert "humour, suspense" in rubric and "readability" not in rubric
     records = metrics(out)
     assert 0 < len(records) < 16, "the budget holds some of the steps"
-    means = {key.removesuffix("_mean") for record in records for key in record if key.endswith("_mean")}
-    assert not any(map(NAME.fullmatch, means - {*CRITERIA, "humour", "suspense"}))  # no criterion can replace them
+    means = {
+        key.removesuffix("_mean") for record in records for key in record if key.endswith("_mean")
+    }
+    # no criterion can replace them
+    assert not any(map(NAME.fullmatch, means - {*CRITERIA, "humour", "suspense"}))
     for record in records:
-        assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (3, 1, None)
+        assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (
+            3,
+            1,
+            None,
+        )
         assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.7
         assert record["teacher_latency_p50"] <= record["teacher_latency_p99"]
     story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])
@@ -322,7 +393,9 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     )
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    assert KEY not in output.out + output.err and not any(KEY.encode() in content for content in written)
+    assert KEY not in output.out + output.err and not any(
+        KEY.encode() in content for content in written
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +404,10 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
         (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
         (["--budget-cost", "3"], "--price-in"),
         (["--price-in", "-1"], "--price-in"),
-        (["--preset", "paper", "--teacher-logprobs"], "--teacher-logprobs does not go with --preset paper"),
+        (
+            ["--preset", "paper", "--teacher-logprobs"],
+            "--teacher-logprobs does not go with --preset paper",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):

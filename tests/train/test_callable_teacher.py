@@ -1,4 +1,5 @@
-"""A run whose teacher is the user's own function, and what a terminal shows of it: neither is trusted."""
+"""A run whose teacher is the user's own function, and what a terminal shows of it: neither is
+trusted."""
 
 import json
 import shutil
@@ -19,7 +20,8 @@ ESCAPES = "\x1b]0;owned\x07the \x1b[31mred\u202e \x9b2Jdog\nran."
 
 
 def flags(place, out, body="pass"):
-    """The flags of a run of two steps whose reward counts words, and does `body` in the second one."""
+    """The flags of a run of two steps whose reward counts words, and does `body` in the second
+    one."""
     reward = out.parent / f"{out.name}.py"
     reward.write_text(
         "import sys\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
@@ -27,7 +29,18 @@ def flags(place, out, body="pass"):
         "    return [min(1.0, len(s.split()) / 12) for s in stories]\n"
     )
     init = ["--init", str(checkpoint.newest(place / "p"))]
-    return [*init, *SHORT, "--steps", "2", "--reward", f"{reward}:f", "--teacher-timeout", "99", "--out", str(out)]
+    return [
+        *init,
+        *SHORT,
+        "--steps",
+        "2",
+        "--reward",
+        f"{reward}:f",
+        "--teacher-timeout",
+        "99",
+        "--out",
+        str(out),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,9 @@ def whole(place, tmp_path_factory):
         ("raise ValueError('\\x1b[31m')", "line 6: ValueError: [31m"),
     ],
 )
-def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(place, whole, tmp_path, capsys, body, words):
+def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(
+    place, whole, tmp_path, capsys, body, words
+):
     line = fails(interact.main, flags(place, tmp_path / "i", body), capsys)
     assert words in line and line.isprintable() and len(metrics(tmp_path / "i")) == 1
     assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
@@ -58,14 +73,20 @@ def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(place, who
 
 def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
     body = "import torch; torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.manual_seed(1)"
-    interact.main(flags(place, tmp_path / "i", f"{body}; torch.set_num_threads(1 + torch.get_num_threads())"))
+    interact.main(
+        flags(place, tmp_path / "i", f"{body}; torch.set_num_threads(1 + torch.get_num_threads())")
+    )
     assert_same_bits(whole, tmp_path / "i")
 
 
 @pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
-def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys, monkeypatch, command):
+def test_a_terminal_gets_no_escape_sequences_of_a_story(
+    place, tmp_path, capsys, monkeypatch, command
+):
     nothing = torch.zeros(0)
-    story = Story(0, "Once", ESCAPES, nothing.long(), nothing.long(), nothing, nothing, nothing, "eos")
+    story = Story(
+        0, "Once", ESCAPES, nothing.long(), nothing.long(), nothing, nothing, nothing, "eos"
+    )
     if command == "pretrain":
         monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
         monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
@@ -75,7 +96,9 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys,
         sample.main([str(place / "p"), "--device", "cpu"])
     else:
         records = [story_record(step, opening="\x1bOnce", story=ESCAPES) for step in (0, 1)]
-        (tmp_path / EVALUATIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / EVALUATIONS).write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
         print(summary(tmp_path))
     out = capsys.readouterr().out
     assert "dog" in out and out.replace("\n", "").isprintable()

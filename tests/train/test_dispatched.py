@@ -1,7 +1,8 @@
-"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the CPU's path does.
+"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the
+CPU's path does.
 
-A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the real one's counts.
-docs/kernels.md has them in a table.
+A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the
+real one's counts. docs/kernels.md has them in a table.
 """
 
 from collections import Counter
@@ -25,7 +26,8 @@ from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
 from tinystory.student.token_step import Sampling, TokenStep
 
-pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
+# of twins that replace a kernel
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 LAYERS = 12
 BF16 = torch.bfloat16
 
@@ -72,7 +74,8 @@ def small_student(layers: int = LAYERS) -> Student:
 
 
 def second_micro_batch(run) -> Counter:
-    """Calls in a step of two micro-batches beyond those in a step of one, so without what a step does once."""
+    """Calls in a step of two micro-batches beyond those in a step of one, so without what a step
+    does once."""
     run(2)
     counts = []
     for rows in (2, 4):
@@ -87,7 +90,9 @@ def pretraining(dropout: float) -> Counter:
     student, tokens = small_student(), torch.randint(96, (4, 17))
     config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=dropout, grad_clip=0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
+    return second_micro_batch(
+        lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0)
+    )
 
 
 def validation() -> Counter:
@@ -107,7 +112,14 @@ def written(rows: int) -> Batch:
     zeros, each = torch.zeros(N), dict(text="", ended="length")
     told = [
         Story(
-            i, str(i), prompt_ids=row[:-N], tokens=row[-N:], logprobs=zeros - 4.6, values=zeros, entropies=zeros, **each
+            i,
+            str(i),
+            prompt_ids=row[:-N],
+            tokens=row[-N:],
+            logprobs=zeros - 4.6,
+            values=zeros,
+            entropies=zeros,
+            **each,
         )
         for i, row in enumerate(stories)
     ]
@@ -119,7 +131,12 @@ def written(rows: int) -> Batch:
 def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1, lr_decay=False)
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
-    parts = dict(student=student, critic=value_head, optimizer=torch.optim.SGD(parameters, lr=0.0), config=config)
+    parts = dict(
+        student=student,
+        critic=value_head,
+        optimizer=torch.optim.SGD(parameters, lr=0.0),
+        config=config,
+    )
     parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={})
     ppo.update(Policy(**parts), written(rows))
 
@@ -140,7 +157,10 @@ def token_step() -> Counter:
     return +count.calls
 
 
-MEASURED = {"pretraining": lambda: pretraining(0.0), "pretraining, dropout": lambda: pretraining(0.1)}
+MEASURED = {
+    "pretraining": lambda: pretraining(0.0),
+    "pretraining, dropout": lambda: pretraining(0.1),
+}
 MEASURED |= {"validation": validation, "PPO": interaction, "token step": token_step}
 # Dispatched operators, and casts among them. torch's versions differ by a few.
 BUDGETS = {"pretraining": (460, 3), "pretraining, dropout": (470, 3), "validation": (105, 3)}
@@ -153,14 +173,16 @@ def test_a_step_stays_within_its_budget(as_on_a_gpu, name):
     assert calls.total() <= most and calls["aten._to_copy"] <= casts, calls
 
 
-# --- it computes the same ---------------------------------------------------------------------------------------------
+# --- it computes the same -------------------------------------------------------------------------
 def trained(student: Student, tokens, dtype, dropout: float = 0.0) -> list[torch.Tensor]:
     """The loss, and the gradient of every parameter."""
     student.zero_grad()
     with student.lowered(dtype):
         with torch.autocast("cpu", dtype, enabled=dtype == BF16):
             hidden = student.hidden(tokens[:, :-1], dropout, seed=5)
-            loss = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, tokens[:, 1:].flatten())
+            loss = ops.cross_entropy(
+                hidden.flatten(0, 1), student.wte.weight, tokens[:, 1:].flatten()
+            )
         loss.backward()
     return [loss.detach(), *(p.grad for p in student.parameters())]
 

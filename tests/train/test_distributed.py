@@ -41,7 +41,9 @@ def assert_alike(a, b) -> None:
     assert len(metrics(a)) == len(metrics(b)) > 0
     for one, two in zip(metrics(a), metrics(b), strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {name for name in one if name.endswith("_s") or name == "peak_memory_mb"}:
+        for name in one.keys() - {
+            name for name in one if name.endswith("_s") or name == "peak_memory_mb"
+        }:
             want = one[name] if one[name] is None else pytest.approx(one[name], rel=1e-3, abs=1e-4)
             assert two[name] == want, name
     left, right = (load_file(checkpoint.newest(run) / "model.safetensors") for run in (a, b))
@@ -52,11 +54,45 @@ def assert_alike(a, b) -> None:
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(place, tmp_path):
     """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on."""
-    reading = ["--corpus", str(place / "corpus.txt"), *SMALL, "--dtype", "float32", "--words", "1500"]
+    reading = [
+        "--corpus",
+        str(place / "corpus.txt"),
+        *SMALL,
+        "--dtype",
+        "float32",
+        "--words",
+        "1500",
+    ]
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
-    writing = [*SHORT, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--minibatch-size", "3"]
-    writing += ["--stories-per-step", "7", "--steps", "2", "--micro-batch-size", "2", "--learning-rate", "1e-4"]
-    writing += ["--dtype", "float32", "--kl-in", "loss", "--replay-weight", "0.5", "--replay-batch", "3"]
+    writing = [
+        *SHORT,
+        "--reward",
+        f"{place / 'reward.py'}:some",
+        "--max-unscored",
+        "0.5",
+        "--minibatch-size",
+        "3",
+    ]
+    writing += [
+        "--stories-per-step",
+        "7",
+        "--steps",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--learning-rate",
+        "1e-4",
+    ]
+    writing += [
+        "--dtype",
+        "float32",
+        "--kl-in",
+        "loss",
+        "--replay-weight",
+        "0.5",
+        "--replay-batch",
+        "3",
+    ]
 
     def both(name: str) -> list[str]:
         p, i = tmp_path / name / "p", tmp_path / name / "i"
@@ -69,25 +105,52 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     script.write_text(BOTH)
     first, second = both("two")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
-         place / "cache", *first, "--then", *second],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT_S,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+            place / "cache",
+            *first,
+            "--then",
+            *second,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("parameters") == 1  # only rank 0 prints
     for part in ("p", "i"):
         assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "i" / "stories.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (tmp_path / name / "i" / "stories.jsonl").read_text().splitlines()
+        ]
         for name in ("one", "two")
     )
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
-    assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # those of the first step are identical
+    # those of the first step are identical
+    assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]
 
 
 @pytest.mark.slow
 def test_a_signal_to_any_process_stops_an_interaction_and_is_told_once(place, tmp_path):
-    pretrain.main(["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "1000", "--out", str(tmp_path / "p")])
+    pretrain.main(
+        [
+            "--corpus",
+            str(place / "corpus.txt"),
+            *SMALL,
+            "--words",
+            "1000",
+            "--out",
+            str(tmp_path / "p"),
+        ]
+    )
     script = tmp_path / "signalled.py"
     script.write_text(
         BOTH.split("split =")[0]
@@ -104,29 +167,51 @@ train_interact.main(sys.argv[2:])
     )
     argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, place / "cache",
-         *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT_S,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+            place / "cache",
+            *argv,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("stopped after step 1, all saved") == 1 and "Mean reward" not in done.stdout
+    assert (
+        done.stdout.count("stopped after step 1, all saved") == 1
+        and "Mean reward" not in done.stdout
+    )
     assert len(metrics(tmp_path / "i")) == 1
 
 
 def under_torchrun(place, out) -> tuple[subprocess.Popen, list[int]]:
-    """A long pretraining on two processes that has logged a step: torchrun, and the workers in the order of ranks."""
+    """A long pretraining on two processes that has logged a step: torchrun, and the workers in the
+    order of ranks."""
     script = out.parent / "one.py"
     script.write_text(BOTH.split("split =")[0] + "train_pretrain.main(sys.argv[2:])\n")
     argv = ["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "100M", "--out", str(out)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launch = subprocess.Popen(
         [*torchrun, script, place / "cache", *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
-    while launch.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+    )
+    while launch.poll() is None and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
+    ):
         time.sleep(0.1)
-    listed = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        ["pgrep", "-P", str(launch.pid)], capture_output=True, text=True
+    ).stdout.split()
     return launch, sorted(map(int, listed))
 
 
@@ -135,7 +220,10 @@ def running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return (
+        not Path(f"/proc/{pid}/stat").exists()
+        or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -145,7 +233,9 @@ def test_a_dead_process_is_told_in_a_sentence(place, tmp_path, rank):
     assert len(workers) == 2
     os.kill(workers[rank], signal.SIGKILL)
     stderr = launch.communicate(timeout=LIMIT_S)[1]
-    assert f"error: process {1 - rank} lost the others of this run" in stderr and "--resume" in stderr
+    assert (
+        f"error: process {1 - rank} lost the others of this run" in stderr and "--resume" in stderr
+    )
     assert 'train_pretrain.py", line' not in stderr and not any(map(running, workers))
     with locked(tmp_path / "p"):
         assert len(metrics(tmp_path / "p")) > 0
@@ -162,16 +252,22 @@ def test_torchrun_killed_leaves_no_worker_and_nothing_unsaved(place, tmp_path):
     launch.stderr.close()
     assert not any(map(running, workers))
     newest = checkpoint.newest_whole(tmp_path / "p")
-    assert newest and checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
+    assert (
+        newest and checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(place, tmp_path, times, monkeypatch):
-    """As a terminal sends it: to torchrun, which passes it on to its workers, which have sessions of their own."""
+def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(
+    place, tmp_path, times, monkeypatch
+):
+    """As a terminal sends it: to torchrun, which passes it on to its workers, which have sessions
+    of their own."""
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds, then SIGKILL
     if times == 2:
-        monkeypatch.setenv("SAVES_FOR_EVER", str(tmp_path / "saving"))  # so that the first does not suffice
+        # so that the first does not suffice
+        monkeypatch.setenv("SAVES_FOR_EVER", str(tmp_path / "saving"))
     launch, workers = under_torchrun(place, tmp_path / "p")
     os.killpg(launch.pid, signal.SIGINT)
     if times == 2:
@@ -190,7 +286,9 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(pl
 
 def collectives(rank: int, folder: str) -> None:
     """Runs in each of two processes; a failed assertion sets the exit code."""
-    distributed.dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (7,), (2,), (5, 5))]
     for i, p in enumerate(parameters):
         if rank == 0 or i != 2:  # a process without rows has no gradient
@@ -202,7 +300,11 @@ def collectives(rank: int, folder: str) -> None:
     weights = torch.full((4,), float(rank))
     distributed.broadcast_from_rank0([weights])
     assert not weights.any()
-    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
+    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == [
+        "00",
+        "10",
+        "11",
+    ]
     assert distributed.all_reduce_max(rank == 1) and distributed.all_reduce_max(0.25 * rank) == 0.25
     assert distributed.rank0_value(lambda: distributed.rank() + 7) == 7
     with pytest.raises(UserError, match="the key is bad"):
@@ -238,14 +340,20 @@ def test_only_a_lost_connection_is_said_to_be_one():
     for message in LOST.splitlines():
         with pytest.raises(PeerLost, match="lost the others"), distributed.peers():
             raise RuntimeError(message)
-    for message in ("Invalid scalar type", "op.preamble.length <= op.nbytes. 40 vs 20", "CUDA out of memory."):
+    for message in (
+        "Invalid scalar type",
+        "op.preamble.length <= op.nbytes. 40 vs 20",
+        "CUDA out of memory.",
+    ):
         with pytest.raises(RuntimeError, match=message), distributed.peers():
             raise RuntimeError(f"{message}\n{'#' * 400} frame #3: c10d::WorkNCCL::checkTimeout")
 
 
 def test_with_one_process_everything_is_a_no_op():
     x = torch.arange(5.0)
-    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(7) == range(7)
+    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(
+        7
+    ) == range(7)
     assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_max(0.5) == 0.5
     assert distributed.all_gather_list([1]) == [1]
     assert distributed.rank0_value(lambda: 3) == 3 and distributed.is_rank0()

@@ -1,4 +1,5 @@
-"""README.md, CONTRIBUTING.md and docs/*.md name what there is: keys of metrics.jsonl, options and files."""
+"""README.md, CONTRIBUTING.md and docs/*.md name what there is: keys of metrics.jsonl, options and
+files."""
 
 import importlib
 import re
@@ -16,21 +17,35 @@ OTHERS += " --gpu-memory-utilization --take_final --padding_side"
 
 def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
     reward = f"{place / 'reward.py'}:score"
-    train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(tmp_path / "i"), "--reward", reward])
-    keys = {key for run in (place / "p", tmp_path / "i") for record in metrics(run) for key in record}
+    train_interact.main(
+        [*SHORT, "--init", str(place / "p"), "--out", str(tmp_path / "i"), "--reward", reward]
+    )
+    keys = {
+        key for run in (place / "p", tmp_path / "i") for record in metrics(run) for key in record
+    }
     keys |= {f"teacher_{key}" for key in Ledger(0.0, 0.0, None, (0, 0)).stats()}
     rows = "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M))
     assert len(keys) > 50 and sorted(key for key in keys if f"`{key}`" not in rows) == []
 
 
 def test_every_option_and_file_that_the_docs_name_exists(capsys):
-    for name in ["train_pretrain", "train_interact", *(f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py"))]:
+    for name in [
+        "train_pretrain",
+        "train_interact",
+        *(f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py")),
+    ]:
         if name != "scripts.peer":  # runs in other programs' environments
             with pytest.raises(SystemExit):
-                importlib.import_module(name).main(["--help-all" if name.startswith("train_") else "--help"])
+                importlib.import_module(name).main(
+                    ["--help-all" if name.startswith("train_") else "--help"]
+                )
     options = {*OTHERS.split(), *re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)}
     for doc in DOCS:
         text = doc.read_text()
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - options == set(), doc
         files = set(re.findall(r"(?<![\w/])[\w.]+/[\w./]+\.(?:py|h|cpp|cuh?|md|txt|svg)\b", text))
-        assert [f for f in files if "NAME" not in f and not ((ROOT / f).exists() or (doc.parent / f).exists())] == []
+        assert [
+            f
+            for f in files
+            if "NAME" not in f and not ((ROOT / f).exists() or (doc.parent / f).exists())
+        ] == []

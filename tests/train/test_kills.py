@@ -1,4 +1,5 @@
-"""SIGKILL at random moments, over both commands, until the run is done: the same bits as a run that nothing stopped."""
+"""SIGKILL at random moments, over both commands, until the run is done: the same bits as a run that
+nothing stopped."""
 
 import json
 import os
@@ -19,7 +20,8 @@ from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
 KILLS = int(os.environ.get("TINYSTORY_KILLS", "10"))  # per command
-# Runs a command in a fork of a process that has imported torch, which would take longer than the command.
+# Runs a command in a fork of a process that has imported torch, which would take longer than the
+# command.
 FORKS = """
 import json, os, sys
 from pathlib import Path
@@ -51,11 +53,16 @@ while line := sys.stdin.readline():
 
 @pytest.fixture
 def run(place, tmp_path):
-    """run(command, argv, seconds): its exit code and what it said, killed after so many seconds if it still runs."""
+    """run(command, argv, seconds): its exit code and what it said, killed after so many seconds if
+    it still runs."""
     forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS, place / "cache"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", FORKS, place / "cache"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def run(command, argv, seconds=None):
         log = tmp_path / "log"
@@ -65,7 +72,8 @@ def run(place, tmp_path):
         assert child > 1, "else the kill would reach others"
         if seconds is not None:
             time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)  # it is waited for only after this, so the number is still its own
+            # it is waited for only after this, so the number is still its own
+            os.kill(child, signal.SIGKILL)
         forks.stdin.write("\n")
         forks.stdin.flush()
         return int(forks.stdout.readline()), log.read_text() if log.exists() else ""
@@ -105,15 +113,20 @@ def all_whole(out) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [pretrain, interact])
 def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run, command):
-    """Some kills come before the first checkpoint, some while one is written; one bit of the newest one is flipped now
-    and then. A run that ends before all kills begins again, from nothing or from its last checkpoint but one."""
+    """Some kills come before the first checkpoint, some while one is written; one bit of the newest
+    one is flipped now and then. A run that ends before all kills begins again, from nothing or from
+    its last checkpoint but one."""
     whole, out, rng, kills, ends = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, 0
     began = time.monotonic()
     assert run(command, arguments(place, command, whole))[0] == 0
     longest = time.monotonic() - began
     seen = set()  # what was there when a kill came: 2 is a checkpoint
     while (goes_on := kills < KILLS or 2 not in seen) or not ends:
-        argv = ["--resume", "--out", str(out)] if (out / "config.json").exists() else arguments(place, command, out)
+        argv = (
+            ["--resume", "--out", str(out)]
+            if (out / "config.json").exists()
+            else arguments(place, command, out)
+        )
         code, stderr = run(command, argv, rng.uniform(0, longest / 2) if goes_on else None)
         assert code in (0, -signal.SIGKILL), stderr
         assert "Traceback" not in stderr
@@ -122,9 +135,15 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
             longest /= 1.5 if goes_on else 1  # the kill came too late
             assert_same_bits(whole, out)
             assert len(metrics(out)) == len(metrics(whole))
-            for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl") if command is interact else ():
+            for name in (
+                ("stories.jsonl", "evaluations.jsonl", "samples.jsonl")
+                if command is interact
+                else ()
+            ):
                 assert (whole / name).read_bytes() == (out / name).read_bytes()
-            assert not list((out / "checkpoints").glob(".*")), "half-written checkpoints are cleared away"
+            assert not list((out / "checkpoints").glob(".*")), (
+                "half-written checkpoints are cleared away"
+            )
             ends += 1
             shutil.rmtree(out if rng.random() < 0.7 else newest)
             continue
@@ -152,7 +171,10 @@ def test_of_two_resumes_at_once_one_is_refused(place, tmp_path, run):
     both = [subprocess.Popen(resume, env=env, **streams) for _ in range(2)]
     errors = [process.communicate(timeout=600)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
-    refused = rf"error: {re.escape(str(out))} is in use by (another )?process"  # another: it has not yet written its id
+    # another: it has not yet written its id
+    refused = rf"error: {re.escape(str(out))} is in use by (another )?process"
     assert sum(bool(re.match(refused, text)) for text in errors) == 1, errors
     assert_same_bits(whole, out)
-    assert [record["step"] for record in metrics(out)] == [record["step"] for record in metrics(whole)]
+    assert [record["step"] for record in metrics(out)] == [
+        record["step"] for record in metrics(whole)
+    ]

@@ -1,4 +1,5 @@
-"""Every learner, and replay of the corpus, as a user runs them: stopped and resumed, counted, refused."""
+"""Every learner, and replay of the corpus, as a user runs them: stopped and resumed, counted,
+refused."""
 
 import json
 import shutil
@@ -21,18 +22,28 @@ from tinystory.student import checkpoint
 
 REPLAY = "--replay-weight 0.3 --replay-batch 3"
 LEARNERS = [
-    "--learner gae", "--learner rloo --stories-per-opening 3", f"--learner sft-best {REPLAY}",
-    "--learner grpo --stories-per-opening 2 --kl-in loss", "--learner dr_grpo --stories-per-opening 2 --epochs 2",
+    "--learner gae",
+    "--learner rloo --stories-per-opening 3",
+    f"--learner sft-best {REPLAY}",
+    "--learner grpo --stories-per-opening 2 --kl-in loss",
+    "--learner dr_grpo --stories-per-opening 2 --epochs 2",
     f"--minibatch-size 2 {REPLAY}",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
 def run(place, monkeypatch):
-    """A short run of train_interact.py with more options; shards in the cache of the test's corpus."""
+    """A short run of train_interact.py with more options; shards in the cache of the test's
+    corpus."""
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
     monkeypatch.setattr("tinystory.run.collapse.WINDOW", 100)  # no advice about these runs
-    start = ["--init", str(checkpoint.newest(place / "p")), "--reward", f"{place / 'reward.py'}:score", *SHORT]
+    start = [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        *SHORT,
+    ]
     return lambda out, *more: interact.main([*start, "--out", str(out), *more])
 
 
@@ -80,7 +91,9 @@ def test_what_is_read_counts_as_words_in_and_keeps_within_the_budget(run, place,
 def test_no_document_that_pretraining_held_out_is_read(place, monkeypatch):
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
     student, tokenizer, history = checkpoint.load(checkpoint.newest(place / "p"))
-    config = InteractConfig(replay_weight=1.0, replay_batch=4, stories_per_step=6, minibatch_size=2, epochs=2)
+    config = InteractConfig(
+        replay_weight=1.0, replay_batch=4, stories_per_step=6, minibatch_size=2, epochs=2
+    )
     replay = CorpusReplay(config, history, tokenizer, student.config.context)
     data = prepare(open_corpus(history["corpus"]), vocab_size=320, val_fraction=0.05, seed=0)
     assert replay.windows.file.word_count == data.train.word_count == history["corpus_words"]
@@ -100,7 +113,9 @@ def test_a_start_that_does_not_say_what_it_was_trained_on_is_refused(place, tmp_
     (old / "model.json").write_text(json.dumps(record))
     write_manifest(old)
     line = fails(
-        interact.main, ["--init", str(old), "--reward", "random", *SHORT, *REPLAY.split(), "--out", "x"], capsys
+        interact.main,
+        ["--init", str(old), "--reward", "random", *SHORT, *REPLAY.split(), "--out", "x"],
+        capsys,
     )
     assert "val_fraction" in line and "--replay-weight" in line
 

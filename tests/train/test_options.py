@@ -1,4 +1,5 @@
-"""What no option may be: out of range, not a number, too large for memory, or against another option."""
+"""What no option may be: out of range, not a number, too large for memory, or against another
+option."""
 
 import dataclasses
 import json
@@ -41,7 +42,9 @@ def test_every_number_has_a_range_that_holds_every_preset():
             parse(config_class, presets, ["--preset", preset])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1, 10**300, 2**63, 2.5, True, "1", None])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), float("-inf"), -1, 10**300, 2**63, 2.5, True, "1", None]
+)
 def test_no_number_may_be_any_of_these(value):
     for config_class in COMMANDS:
         for f in options(config_class):
@@ -84,7 +87,9 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
 def test_senseless_options_are_refused(argv):
     argv = argv.split()
-    config_class = next(c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")})
+    config_class = next(
+        c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")}
+    )
     with pytest.raises(UserError, match="--"):
         config = parse(config_class, COMMANDS[config_class], argv)
         learners.check(config)
@@ -99,7 +104,10 @@ def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
 @pytest.mark.parametrize(
     "word, words",
     [
-        *(("--batch_size", "did you mean --batch-size"), ("--lr=1", "option --lr: did you mean --learning-rate")),
+        *(
+            ("--batch_size", "did you mean --batch-size"),
+            ("--lr=1", "option --lr: did you mean --learning-rate"),
+        ),
         *(("--epoch", "did you mean --epochs"), ("-x", "--help-all"), ("runs/a", "--help-all")),
     ],
 )
@@ -116,8 +124,16 @@ def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, 
         with pytest.raises(SystemExit):
             parse(config_class, COMMANDS[config_class], [flag])
         texts[flag] = " ".join(capsys.readouterr().out.split())
-        assert "(default: )" not in texts[flag] and "1000000000" not in texts[flag] and "[]" not in texts[flag]
-    names = {f.name: f"--{f.name.replace('_', '-')} " for f in options(config_class) if f.metadata["help"]}
+        assert (
+            "(default: )" not in texts[flag]
+            and "1000000000" not in texts[flag]
+            and "[]" not in texts[flag]
+        )
+    names = {
+        f.name: f"--{f.name.replace('_', '-')} "
+        for f in options(config_class)
+        if f.metadata["help"]
+    }
     first = {name for name, flag in names.items() if flag in texts["--help"].replace(",", " ")}
     assert 12 <= len(first) <= 22 and first == names.keys() & FIRST
     assert all(flag in texts["--help-all"].replace(",", " ") for flag in names.values())
@@ -128,7 +144,10 @@ def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, 
 
 def test_the_learning_rate_of_adamw_follows_the_optimizer():
     for optimizer, rate in (("muon", 0.024), ("adamw", 0.0024)):
-        assert parse(PretrainConfig, PRETRAIN_PRESETS, ["--optimizer", optimizer]).learning_rate == rate
+        assert (
+            parse(PretrainConfig, PRETRAIN_PRESETS, ["--optimizer", optimizer]).learning_rate
+            == rate
+        )
 
 
 def test_whole_numbers_are_exact():
@@ -145,20 +164,32 @@ def test_whole_numbers_are_exact():
 
 
 JUNK = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text() | st.none()) | st.just({})
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.lists(st.text() | st.none())
+    | st.just({})
 )
 
 
 def recorded(folder, options) -> list[str]:
     """Flags that resume a run with these options, of which only config.json is there."""
-    run = {"options": options, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
+    run = {
+        "options": options,
+        "started": "2026-01-01T00:00:00+00:00",
+        "device": "cpu",
+        "resumed": [],
+    }
     (folder / "config.json").write_text(json.dumps(run))
     return ["--resume", "--out", str(folder)]
 
 
 @given(st.data())
 def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
-    """Any value for any option: a config that may be run, or a sentence that names the file and the option."""
+    """Any value for any option: a config that may be run, or a sentence that names the file and the
+    option."""
     out = tmp_path_factory.mktemp("run")
     config_class = data.draw(st.sampled_from([*COMMANDS]))
     record = asdict(config_class())
@@ -168,7 +199,8 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
         config = parse(config_class, COMMANDS[config_class], recorded(out, record))
     except UserError as error:
         assert str(out) in str(error)
-        assert name in str(error).replace("-", "_") or "cannot be read" in str(error)  # JSON with Infinity
+        # JSON with Infinity
+        assert name in str(error).replace("-", "_") or "cannot be read" in str(error)
     else:
         assert config.out == str(out) and config.resume
         taken, said = getattr(config, name), record[name]
@@ -185,21 +217,31 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
 
 @pytest.mark.parametrize("config_class", COMMANDS)
 @pytest.mark.parametrize("preset", ["paper", "babylm-2026-strict"])
-def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(config_class, preset, tmp_path):
+def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(
+    config_class, preset, tmp_path
+):
     resume = recorded(tmp_path, asdict(config_class()))
-    with pytest.raises(UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"):
+    with pytest.raises(
+        UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"
+    ):
         parse(config_class, COMMANDS[config_class], [*resume, "--preset", preset])
-    assert parse(config_class, COMMANDS[config_class], [*resume, "--preset", "demo"]).preset == "demo"
+    assert (
+        parse(config_class, COMMANDS[config_class], [*resume, "--preset", "demo"]).preset == "demo"
+    )
 
 
 def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(tmp_path):
     resume = recorded(tmp_path, asdict(InteractConfig(init="runs/a")))
-    with pytest.raises(UserError, match=r"--init runs/b does not go with --resume: .* begun with 'runs/a'"):
+    with pytest.raises(
+        UserError, match=r"--init runs/b does not go with --resume: .* begun with 'runs/a'"
+    ):
         parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/b"])
     assert parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/a"]).init == "runs/a"
 
 
-@pytest.mark.parametrize("config_class, other", [(PretrainConfig, InteractConfig), (InteractConfig, PretrainConfig)])
+@pytest.mark.parametrize(
+    "config_class, other", [(PretrainConfig, InteractConfig), (InteractConfig, PretrainConfig)]
+)
 def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tmp_path):
     with pytest.raises(UserError, match="the run was begun by another command"):
         parse(config_class, COMMANDS[config_class], recorded(tmp_path, asdict(other())))
@@ -218,18 +260,38 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
     record = asdict(config_class())
     del record["seed"]
     for more in ([], ["--seed", "7"]):
-        with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another"):
+        with pytest.raises(
+            UserError, match=r"config\.json has no seed: the run was begun by another"
+        ):
             parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
 
 
-def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):
+def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(
+    place, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(memory, "total", lambda device: 64 << 30)
     corpus = ["--corpus", str(place / "corpus.txt"), *SMALL, "--out", str(tmp_path / "p")]
-    for flag in ("--batch-size 1e9", "--n-embd 65536 --n-head 512", "--context 1e6 --batch-size 1e5"):
+    for flag in (
+        "--batch-size 1e9",
+        "--n-embd 65536 --n-head 512",
+        "--context 1e6 --batch-size 1e5",
+    ):
         line = fails(pretrain.main, [*corpus, *flag.split()], capsys)
         assert "GB of memory" in line and "lower --batch-size" in line
-    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for flags in ("--stories-per-step 1e9", "--eval-stories 1e9", "--replay-weight 0.1 --replay-batch 1e9"):
+    init = [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        *SHORT,
+        "--reward",
+        "random",
+        "--out",
+        str(tmp_path / "i"),
+    ]
+    for flags in (
+        "--stories-per-step 1e9",
+        "--eval-stories 1e9",
+        "--replay-weight 0.1 --replay-batch 1e9",
+    ):
         assert "GB of memory" in fails(interact.main, [*init, *flags.split()], capsys)
     assert not list(tmp_path.iterdir())
 
@@ -239,8 +301,17 @@ def test_the_estimate_counts_parameters_exactly(student):
 
 
 def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys):
-    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for words in ("50", "223"):  # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
+    init = [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        *SHORT,
+        "--reward",
+        "random",
+        "--out",
+        str(tmp_path / "i"),
+    ]
+    # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
+    for words in ("50", "223"):
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
         assert "does not hold a single step" in line and not (tmp_path / "i").exists()
 
@@ -250,10 +321,16 @@ def test_a_recorded_control_runs_no_code():
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000 + "\n\nEnd."]
+    "text",
+    [
+        "a" * 100_000,
+        "one two three " * 9 + " " * 100_000 + "four " * 9,
+        "ab1 " * 30_000 + "\n\nEnd.",
+    ],
 )
 def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
-    """Also one letter, or one gap: the time to learn a vocabulary grows with the square of the longest word."""
+    """Also one letter, or one gap: the time to learn a vocabulary grows with the square of the
+    longest word."""
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text(text)
     pretrain.main(
@@ -273,6 +350,14 @@ def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
 
 
 def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
-    corpus = ["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "40", "--out", str(tmp_path / "p")]
+    corpus = [
+        "--corpus",
+        str(place / "corpus.txt"),
+        *SMALL,
+        "--words",
+        "40",
+        "--out",
+        str(tmp_path / "p"),
+    ]
     pretrain.main([*corpus, "--context", "4"])
     assert (tmp_path / "p" / "report.html").exists()

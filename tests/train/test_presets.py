@@ -8,7 +8,13 @@ from conftest import SHORT, SMALL, fails, metrics
 import train_interact as interact
 import train_pretrain as pretrain
 from scripts.reproduce import SCALES
-from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.config import (
+    INTERACT_PRESETS,
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    parse,
+)
 from tinystory.data import babylm
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
@@ -16,18 +22,53 @@ from tinystory.student.model import CUDA_HEAD_SIZES
 
 # The settings of arXiv 2509.15714 and its code.
 PAPER_PRETRAIN = dict(
-    n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1, vocab_size=16_000, corpus=["babylm-100m"],
-    val_fraction=0.1, words=11 * 90_000_000, beta1=0.9, beta2=0.999, weight_decay=0.0, learning_rate=5e-4,
-    warmup=0.01, batch_size=256,
-)  # fmt: skip
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    context=512,
+    dropout=0.1,
+    vocab_size=16_000,
+    corpus=["babylm-100m"],
+    val_fraction=0.1,
+    words=11 * 90_000_000,
+    beta1=0.9,
+    beta2=0.999,
+    weight_decay=0.0,
+    learning_rate=5e-4,
+    warmup=0.01,
+    batch_size=256,
+)
 PAPER_INTERACT = dict(
-    openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,", stories_per_step=360,
-    max_new_tokens=90, temperature=1.0, teacher_temperature=0.2, teacher_max_tokens=6, length_weight=0.4,
-    length_words=90, budget_words=10**6, budget_words_out=10**8, steps=920, epochs=4, minibatch_size=0,
-    learning_rate=1e-6, adam_eps=1e-8, grad_clip=0.0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2,
-    value_coef=0.1, max_ratio=10.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
-    diversity=0.0, unfinished=1.0, stories_per_opening=1, eval_every=0,
-)  # fmt: skip
+    openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,",
+    stories_per_step=360,
+    max_new_tokens=90,
+    temperature=1.0,
+    teacher_temperature=0.2,
+    teacher_max_tokens=6,
+    length_weight=0.4,
+    length_words=90,
+    budget_words=10**6,
+    budget_words_out=10**8,
+    steps=920,
+    epochs=4,
+    minibatch_size=0,
+    learning_rate=1e-6,
+    adam_eps=1e-8,
+    grad_clip=0.0,
+    gamma=1.0,
+    lam=0.95,
+    clip_ratio=0.2,
+    clip_value=0.2,
+    value_coef=0.1,
+    max_ratio=10.0,
+    kl_coef=0.2,
+    kl_target=6.0,
+    kl_horizon=10_000.0,
+    diversity=0.0,
+    unfinished=1.0,
+    stories_per_opening=1,
+    eval_every=0,
+)
 
 
 def test_the_papers_preset_has_the_papers_figures():
@@ -49,7 +90,9 @@ def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):
-    config = parse(InteractConfig, INTERACT_PRESETS, ["--preset", "paper", "--lam", "1", "--steps", "3"])
+    config = parse(
+        InteractConfig, INTERACT_PRESETS, ["--preset", "paper", "--lam", "1", "--steps", "3"]
+    )
     assert (config.preset, config.lam, config.steps, config.kl_coef) == ("paper", 1.0, 3, 0.2)
 
 
@@ -63,7 +106,9 @@ def test_the_presets_run(place, tmp_path, preset):
     assert json.loads((init / "model.json").read_text())["history"]["corpus_words"] > 1000
     few = [*SHORT, "--stories-per-step", "8", "--steps", "1"]
     reward = ["--reward", f"{place / 'reward.py'}:score"]
-    interact.main(["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")])
+    interact.main(
+        ["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")]
+    )
     assert metrics(tmp_path / "i")[0]["kl_coef"] == 0.2
 
 
@@ -78,7 +123,9 @@ def test_the_tracks_limits_are_told_in_one_sentence(place, tmp_path, capsys):
     assert not (tmp_path / "i").exists()
 
 
-@pytest.mark.parametrize("track, unit", [("babylm-2026-strict", 10**6), ("babylm-2026-strict-small", 10**5)])
+@pytest.mark.parametrize(
+    "track, unit", [("babylm-2026-strict", 10**6), ("babylm-2026-strict-small", 10**5)]
+)
 def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
     history = dict(words=900 * unit, corpus_words=90 * unit)
     babylm.check_interaction(track, history, 10 * unit)
@@ -92,9 +139,11 @@ def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
         babylm.check_pretraining(track, 100 * unit + 1, 1)
     with pytest.raises(UserError, match=f"--words {900 * unit} or fewer"):
         babylm.check_interaction(track, history | dict(words=900 * unit + 1), 1)
-    with pytest.raises(UserError, match=f"--words {900 * unit - 10} or fewer"):  # reading on is a part of ten epochs
+    # reading on is a part of ten epochs
+    with pytest.raises(UserError, match=f"--words {900 * unit - 10} or fewer"):
         babylm.check_interaction(track, history, 10, reads=10)
-    with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
+    # the last step, of up to a word per token, must fit
+    with pytest.raises(UserError, match="--words 999 or fewer"):
         babylm.check_pretraining(track, 100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):
         babylm.check_interaction(track, dict(words=1), 1)
@@ -106,7 +155,9 @@ def test_a_tracks_preset_leaves_the_teacher_its_words(track):
     writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", track])
     corpus = round((1 - reading.val_fraction) * babylm.TRACKS[track])
     babylm.check_pretraining(track, corpus, reading.words, reading.batch_size * reading.context)
-    babylm.check_interaction(track, dict(words=reading.words, corpus_words=corpus), writing.budget_words)
+    babylm.check_interaction(
+        track, dict(words=reading.words, corpus_words=corpus), writing.budget_words
+    )
     assert reading.corpus == ["babylm-10m" if track.endswith("small") else "babylm-100m"]
 
 

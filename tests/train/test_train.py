@@ -1,4 +1,5 @@
-"""The two train commands as a user runs them: complete, stopped and resumed runs, and users' mistakes."""
+"""The two train commands as a user runs them: complete, stopped and resumed runs, and users'
+mistakes."""
 
 import contextlib
 import functools
@@ -50,13 +51,29 @@ def test_pretraining_learns_and_records(place):
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert records[-1]["words"] >= 2500 > records[-2]["words"]
     assert records[-1]["val_loss"] and records[0]["val_loss"] is None
-    wanted = {"step", "words", "tokens", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s"}
+    wanted = {
+        "step",
+        "words",
+        "tokens",
+        "loss",
+        "val_loss",
+        "val_bits_per_byte",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+    }
     wanted |= {"peak_memory_mb"}
     assert all(record.keys() == wanted for record in records)
     assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
-    assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
+    assert (
+        "<svg" in (run / "report.html").read_text()
+        or "data:image" in (run / "report.html").read_text()
+    )
     student, tokenizer, history = checkpoint.load(checkpoint.newest(run))
-    assert history["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
+    assert (
+        history["words"] == records[-1]["words"]
+        and student.config.vocab_size == tokenizer.vocab_size == 320
+    )
 
 
 def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):
@@ -84,7 +101,9 @@ def test_a_clipped_step_is_one_with_the_scaled_gradient(optimizer):
         config = PretrainConfig(optimizer=optimizer, grad_clip=clip, eps=1.0, learning_rate=0.1)
         optim = make_optimizer(student, config, torch.float32)
         if not clip:
-            clipping = functools.partial(torch.nn.utils.clip_grad_norm_, list(student.parameters()), 0.01)
+            clipping = functools.partial(
+                torch.nn.utils.clip_grad_norm_, list(student.parameters()), 0.01
+            )
             optim.register_step_pre_hook(lambda *_, clipping=clipping: [None, clipping()][0])
         for batch in (torch.randint(64, (4, 9)), torch.zeros(4, 9, dtype=torch.long)):
             pretrain.train_step(student, optim, batch, config, torch.float32, 0)
@@ -99,7 +118,8 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
     assert len(metrics(tmp_path / "parts")) == 3
-    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])  # the options come from config.json
+    # the options come from config.json
+    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
     pretrain.main(["--resume", "--out", str(tmp_path / "whole")])  # nothing is left to read
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -108,7 +128,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     """The same weights, and the same metrics but for times."""
     assert_same_bits(a, b)
     timed = ("tokens_per_s", "peak_memory_mb")
-    plain = [[{k: v for k, v in m.items() if k not in timed} for m in metrics(run)] for run in (a, b)]
+    plain = [
+        [{k: v for k, v in m.items() if k not in timed} for m in metrics(run)] for run in (a, b)
+    ]
     assert plain[0] == plain[1]
 
 
@@ -118,18 +140,36 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
     monkeypatch.setattr(pretrain, "steps_ahead", lambda device: 1)
     events = []
     train_step, wait = pretrain.train_step, pretrain.Download.wait
-    monkeypatch.setattr(pretrain, "train_step", lambda *args: (events.append("launched"), train_step(*args))[1])
-    monkeypatch.setattr(pretrain.Download, "wait", lambda self: (events.append("read"), wait(self))[1])
+    monkeypatch.setattr(
+        pretrain, "train_step", lambda *args: (events.append("launched"), train_step(*args))[1]
+    )
+    monkeypatch.setattr(
+        pretrain.Download, "wait", lambda self: (events.append("read"), wait(self))[1]
+    )
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
-    assert events == ["launched", "launched", "read", "launched", "read", "launched", "read", "read"]
-    assert checkpoint.newest(tmp_path / "parts").name == "step_0000004" and len(metrics(tmp_path / "parts")) == 4
+    assert events == [
+        "launched",
+        "launched",
+        "read",
+        "launched",
+        "read",
+        "launched",
+        "read",
+        "read",
+    ]
+    assert (
+        checkpoint.newest(tmp_path / "parts").name == "step_0000004"
+        and len(metrics(tmp_path / "parts")) == 4
+    )
     pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(place, tmp_path, monkeypatch, capsys, ahead):
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
+    place, tmp_path, monkeypatch, capsys, ahead
+):
     train_step = pretrain.train_step
 
     def diverging(student, optimizer, batch, config, dtype, step):
@@ -139,8 +179,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(place, tmp_path
     monkeypatch.setattr(pretrain, "train_step", diverging)
     monkeypatch.setattr(pretrain, "steps_ahead", lambda device: ahead)
     argv = ["--corpus", str(place / "corpus.txt"), "--words", "2000", "--save-every", "2", *SMALL]
-    assert "the loss is nan at step 3" in fails(pretrain.main, [*argv, "--out", str(tmp_path / "p")], capsys)
-    assert checkpoint.newest(tmp_path / "p").name == "step_0000002" and len(metrics(tmp_path / "p")) == 2
+    assert "the loss is nan at step 3" in fails(
+        pretrain.main, [*argv, "--out", str(tmp_path / "p")], capsys
+    )
+    assert (
+        checkpoint.newest(tmp_path / "p").name == "step_0000002"
+        and len(metrics(tmp_path / "p")) == 2
+    )
 
 
 def test_micro_batches_change_only_memory(place, tmp_path):
@@ -153,7 +198,18 @@ def test_micro_batches_change_only_memory(place, tmp_path):
 
 def run_interact(place, out: Path, *more: str) -> None:
     init = str(checkpoint.newest(place / "p"))
-    interact.main(["--init", init, "--reward", f"{place / 'reward.py'}:score", "--out", str(out), *SHORT, *more])
+    interact.main(
+        [
+            "--init",
+            init,
+            "--reward",
+            f"{place / 'reward.py'}:score",
+            "--out",
+            str(out),
+            *SHORT,
+            *more,
+        ]
+    )
 
 
 def test_interaction_records_what_it_did(place, tmp_path, capsys):
@@ -167,30 +223,54 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
     assert records[-1]["kl"] != 0
-    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
+    stories = [
+        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
+    ]
     assert [s["index"] for s in stories] == list(range(24))
-    assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
-    assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
-    samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
-    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert all(
+        s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories
+    )
+    assert records[0]["reward_mean"] == pytest.approx(
+        sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5
+    )
+    samples = [
+        json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()
+    ]
+    evaluations = [
+        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in evaluations] == [0] * 4 + [2] * 4 + [4] * 4
     assert records[-1]["words_out"] == sum(s["words"] for s in stories + evaluations)
-    assert [record["index"] for record in evaluations] == [held_out.FIRST_INDEX + i for i in range(4)] * 3
+    assert [record["index"] for record in evaluations] == [
+        held_out.FIRST_INDEX + i for i in range(4)
+    ] * 3
     rewards = {at: sum(r["reward"] for r in evaluations if r["step"] == at) / 4 for at in (0, 2, 4)}
-    best = max(at for at in rewards if held_out.is_best([r for r in evaluations if r["step"] <= at], at))
+    best = max(
+        at for at in rewards if held_out.is_best([r for r in evaluations if r["step"] <= at], at)
+    )
     assert samples == [
-        {"when": when, **r} for when, at in (("before", 0), ("after", best)) for r in evaluations if r["step"] == at
+        {"when": when, **r}
+        for when, at in (("before", 0), ("after", best))
+        for r in evaluations
+        if r["step"] == at
     ]
     shown = checkpoint.find(tmp_path / "i")
     assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
     assert json.loads((shown / "trainer.json").read_text())["step"] == best
-    assert [record.get("held_out_reward") is None for record in records] == [True, False, True, False]
+    assert [record.get("held_out_reward") is None for record in records] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert records[3]["held_out_reward"] == pytest.approx(rewards[4], abs=1e-6)
     own = [s["reward"] for s in stories[18:]]
     assert records[3]["reward_mean"] == pytest.approx(sum(own) / 6, abs=1e-5)
     penalty = records[3]["kl_coef"] * records[3]["kl"]
     assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
-    assert records[3]["ended"] == pytest.approx(sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6)
+    assert records[3]["ended"] == pytest.approx(
+        sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6
+    )
     assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["story_clusters"] <= 6
     printed = capsys.readouterr().out
     assert "mean reward" in printed and "held-out openings" in printed
@@ -208,10 +288,17 @@ def test_the_best_student_is_the_latest_that_none_clearly_beats():
     assert held_out.is_best(first + higher + evaluation(8, 0.5, 0.5, 0.55, -0.1), 8)
     assert not held_out.is_best(first + higher + evaluation(8, 0.4, 0.5, 0.5, 0.0), 8)
     # The highest evaluation counts, not the last: small steps down add up.
-    down = [*first, *higher, *evaluation(8, 0.45, 0.5, 0.5, 0.45), *evaluation(12, 0.4, 0.45, 0.45, 0.4)]
+    down = [
+        *first,
+        *higher,
+        *evaluation(8, 0.45, 0.5, 0.5, 0.45),
+        *evaluation(12, 0.4, 0.45, 0.45, 0.4),
+    ]
     assert not held_out.is_best(down, 8) and not held_out.is_best(down, 12)
     unscored = evaluation(8, None, 0.5, None, 0.5)
-    assert held_out.is_best(first + higher + unscored, 8) and not held_out.is_best(first + evaluation(8, None, None), 8)
+    assert held_out.is_best(first + higher + unscored, 8) and not held_out.is_best(
+        first + evaluation(8, None, None), 8
+    )
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
@@ -230,23 +317,31 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
     run_interact(place, tmp_path / "whole")
     run_interact(place, tmp_path / "killed")
     folder = tmp_path / "killed" / "checkpoints"
-    shutil.copytree(folder / "start", folder / "step_0000000")  # as if killed after step 1 was logged, before any save
+    # as if killed after step 1 was logged, before any save
+    shutil.copytree(folder / "start", folder / "step_0000000")
     shutil.rmtree(folder / "step_0000004")
     run_interact(place, tmp_path / "killed", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
-    for name in ("evaluations.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
+    for name in (
+        "evaluations.jsonl",
+        "checkpoints/best/trainer.json",
+        "checkpoints/best/model.safetensors",
+    ):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
     """What is saved by default, once every few steps, is there before the end."""
-    run_interact(place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every))
+    run_interact(
+        place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every)
+    )
     assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
 
 
 def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
-    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run evaluates first."""
+    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run
+    evaluates first."""
     run_interact(place, tmp_path / "whole")
     collect = CallableGrader.collect
 
@@ -255,14 +350,20 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
         stop.check()
 
     def second_step(self, stop):
-        if min(self.pending) >= held_out.FIRST_INDEX and (tmp_path / "parts" / "evaluations.jsonl").exists():
+        if (
+            min(self.pending) >= held_out.FIRST_INDEX
+            and (tmp_path / "parts" / "evaluations.jsonl").exists()
+        ):
             return interrupted(self, stop)
         return collect(self, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(CallableGrader, "collect", second_step)
         run_interact(place, tmp_path / "parts")
-    assert len(metrics(tmp_path / "parts")) == 2 and "held_out_reward" not in metrics(tmp_path / "parts")[1]
+    assert (
+        len(metrics(tmp_path / "parts")) == 2
+        and "held_out_reward" not in metrics(tmp_path / "parts")[1]
+    )
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     run_interact(place, tmp_path / "parts", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
@@ -277,42 +378,77 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
     run_interact(place, tmp_path / "i", *more, "--steps", "6", "--stories-per-step", "6")
     openings = Openings(texts, seed=0, per_opening=2)
-    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
+    stories = [
+        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
+    ]
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
-    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
-    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(openings.held_out) == 1
+    evaluations = [
+        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
+    ]
+    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(
+        openings.held_out
+    ) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
-    news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
+    def news(self, record):
+        return {"collapse": "all the same"} if record["step"] == 3 else {}
+
     monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     run_interact(place, tmp_path / "on")
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
-    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20")
+    assert (printed.out + printed.err).count("all the same") == 1 and len(
+        metrics(tmp_path / "on")
+    ) == 4
+    run_interact(
+        place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"
+    )
     assert len(metrics(tmp_path / "off")) == 3
-    evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
-    assert {record["step"] for record in evaluations} == {0, 3}  # the last student is evaluated, wherever the run ends
+    evaluations = [
+        json.loads(line)
+        for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()
+    ]
+    # the last student is evaluated, wherever the run ends
+    assert {record["step"] for record in evaluations} == {0, 3}
     assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
 
 
 def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, monkeypatch):
-    news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
+    def news(self, record):
+        return {"collapse": "all the same"} if record["step"] == 3 else {}
+
     monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     collect = CallableGrader.collect
 
     def gone(self, stop):
-        if min(self.pending) >= held_out.FIRST_INDEX and (tmp_path / "i" / "metrics.jsonl").exists():
+        if (
+            min(self.pending) >= held_out.FIRST_INDEX
+            and (tmp_path / "i" / "metrics.jsonl").exists()
+        ):
             raise UserError("the teacher has gone")
         return collect(self, stop)
 
     monkeypatch.setattr(CallableGrader, "collect", gone)
-    argv = ["--init", str(checkpoint.newest(place / "p")), "--reward", f"{place / 'reward.py'}:score", *SHORT]
-    argv += ["--stop-on-collapse", "--eval-every", "0", "--save-every", "20", "--out", str(tmp_path / "i")]
+    argv = [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        *SHORT,
+    ]
+    argv += [
+        "--stop-on-collapse",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "20",
+        "--out",
+        str(tmp_path / "i"),
+    ]
     assert "the teacher has gone" in fails(interact.main, argv, capsys)
     assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
     monkeypatch.undo()
@@ -323,9 +459,20 @@ def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, mo
 def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys):
     """A score of 0.5 for every story; the rewards still differ, by length."""
     (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
-    run_interact(place, tmp_path / "i", "--reward", f"{tmp_path / 'r.py'}:flat", "--steps", "7", "--eval-every", "0")
+    run_interact(
+        place,
+        tmp_path / "i",
+        "--reward",
+        f"{tmp_path / 'r.py'}:flat",
+        "--steps",
+        "7",
+        "--eval-every",
+        "0",
+    )
     printed = "".join(capsys.readouterr())
-    assert printed.count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
+    assert (
+        printed.count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
+    )
     assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 
@@ -333,13 +480,25 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
     init = str(checkpoint.newest(place / "p"))
     base = ["--init", init, *SHORT, "--steps", "1"]
     interact.main(
-        [*base, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--out", str(tmp_path / "a")]
+        [
+            *base,
+            "--reward",
+            f"{place / 'reward.py'}:some",
+            "--max-unscored",
+            "0.5",
+            "--out",
+            str(tmp_path / "a"),
+        ]
     )
     assert metrics(tmp_path / "a")[0]["unscored"] == 1
-    stories = [json.loads(line) for line in (tmp_path / "a" / "stories.jsonl").read_text().splitlines()]
+    stories = [
+        json.loads(line) for line in (tmp_path / "a" / "stories.jsonl").read_text().splitlines()
+    ]
     assert [s["reward"] is None for s in stories] == [False, True, False, False, False, False]
     line = fails(
-        interact.main, [*base, "--reward", f"{place / 'reward.py'}:silent", "--out", str(tmp_path / "b")], capsys
+        interact.main,
+        [*base, "--reward", f"{place / 'reward.py'}:silent", "--out", str(tmp_path / "b")],
+        capsys,
     )
     assert "6 of 6 stories got no score" in line and "--resume" in line
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
@@ -354,7 +513,8 @@ def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
 
 @pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
 def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, budget, steps):
-    """A story is 16 words: a step 6 times 16, an evaluation 4 times 16, at steps 0, 2 and the end."""
+    """A story is 16 words: a step 6 times 16, an evaluation 4 times 16, at steps 0, 2 and the
+    end."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
     run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
     files = [tmp_path / "i" / name for name in ("stories.jsonl", "evaluations.jsonl")]
@@ -393,7 +553,9 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
     assert not Path(out).exists() or not list(Path(out).iterdir()), "nothing half-written"
 
 
-def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_demo(place, tmp_path, monkeypatch):
+def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_demo(
+    place, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no checkpoint under runs/pretrain: run .* first"):
         interact.starting_checkpoint("")
@@ -407,17 +569,35 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):
     corpus.write_text((place / "corpus.txt").read_text())
     pretrain.main(["--corpus", str(corpus), "--words", "300", "--out", str(tmp_path / "r"), *SMALL])
     corpus.write_text("\n<|endoftext|>\n".join(tiny_stories(160)))
-    line = fails(pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys)
+    line = fails(
+        pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys
+    )
     assert "changed" in line
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     """Over HTTP; the run starts the server on the student's own corpus."""
-    interact.main(["--init", str(checkpoint.newest(place / "p")), "--out", str(tmp_path / "i"), *SHORT, "--steps", "1"])
+    interact.main(
+        [
+            "--init",
+            str(checkpoint.newest(place / "p")),
+            "--out",
+            str(tmp_path / "i"),
+            *SHORT,
+            "--steps",
+            "1",
+        ]
+    )
     record = metrics(tmp_path / "i")[0]
-    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
-    assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
-    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    stories = [
+        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
+    ]
+    assert record["unscored"] == 0 and all(
+        set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories
+    )
+    evaluations = [
+        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
+    ]
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out
 

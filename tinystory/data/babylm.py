@@ -1,15 +1,18 @@
-"""BabyLM's 2026 rules: names of checkpoints and limits of the text tracks (babylm.github.io at 12e16f8, 20 July 2026;
-table in docs/evaluation.md). The student may see 100 M words (Strict) or 10 M (Strict-Small), including the teacher's,
-each up to ten times. Our words are separated by white space. Only the teacher's text may reach the student."""
+"""BabyLM's 2026 rules: names of checkpoints and limits of the text tracks (babylm.github.io at
+12e16f8, 20 July 2026; table in docs/evaluation.md). The student may see 100 M words (Strict) or 10
+M (Strict-Small), including the teacher's, each up to ten times. Our words are separated by white
+space. Only the teacher's text may reach the student."""
 
 from typing import Any
 
 from tinystory.run.errors import UserError
 
-# Cumulative words, counting repeats, at which the evaluation expects a checkpoint: `chck_1M` ... `chck_1000M`.
+# Cumulative words, counting repeats, at which the evaluation expects a checkpoint: `chck_1M` ...
+# `chck_1000M`.
 MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
 
-TRACKS = {"babylm-2026-strict": 100_000_000, "babylm-2026-strict-small": 10_000_000}  # words, by preset
+# words, by preset
+TRACKS = {"babylm-2026-strict": 100_000_000, "babylm-2026-strict-small": 10_000_000}
 EPOCHS = 10
 
 
@@ -18,11 +21,15 @@ def milestone_name(words: int) -> str:
 
 
 def check_pretraining(track: str, corpus_words: int, words: int, last_step: int = 0) -> None:
-    """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
-    `corpus_words`. last_step: most words by which the last step may exceed `words`."""
+    """Raises UserError unless the track allows training on `words` words, counting repeats, of a
+    corpus of `corpus_words`. last_step: most words by which the last step may exceed `words`."""
     limit, too_large = max(EPOCHS * corpus_words - last_step, 0), corpus_words > TRACKS[track]
     if too_large or words > limit:
-        advice = "a smaller --corpus or a larger --val-fraction" if too_large else f"--words {limit} or fewer"
+        advice = (
+            "a smaller --corpus or a larger --val-fraction"
+            if too_large
+            else f"--words {limit} or fewer"
+        )
         raise UserError(
             f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and this one has "
             f"{corpus_words:,} to train on: give {advice}"
@@ -30,8 +37,9 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
 
 
 def check_interaction(track: str, history: dict[str, Any], words_in: int, reads: int = 0) -> None:
-    """Raises UserError unless the track allows a student with this `history` (see `checkpoint.save`) to take in
-    `words_in` more words, at most `reads` of them from its corpus. What it writes is not limited in 2026."""
+    """Raises UserError unless the track allows a student with this `history` (see
+    `checkpoint.save`) to take in `words_in` more words, at most `reads` of them from its corpus.
+    What it writes is not limited in 2026."""
     if "corpus_words" not in history:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
@@ -47,6 +55,7 @@ def check_interaction(track: str, history: dict[str, Any], words_in: int, reads:
 
 
 def milestones_beyond(history: dict[str, Any]) -> dict[str, int]:
-    """Official milestones ahead of a student, with the number of words that it takes in until each."""
+    """Official milestones ahead of a student, with the number of words that it takes in until
+    each."""
     past = history.get("words", 0) + history.get("interaction_words_in", 0)
     return {milestone_name(words): words - past for words in MILESTONES if words > past}

@@ -1,5 +1,5 @@
-"""Corpora as streams of documents: built-in stories, corpora on the Hugging Face Hub, and local files. A stream holds
-at most a few megabytes of text in memory."""
+"""Corpora as streams of documents: built-in stories, corpora on the Hugging Face Hub, and local
+files. A stream holds at most a few megabytes of text in memory."""
 
 import functools
 import gzip
@@ -19,7 +19,8 @@ from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 
-# Generator and number of words; by these, three in eight openings are told to an end, the others by a dull teller.
+# Generator and number of words; by these, three in eight openings are told to an end, the others by
+# a dull teller.
 BUILTIN = {
     "builtin": (grammar.stories, 1_000_000),
     "primer": (primer.tales, 400_000),
@@ -39,15 +40,20 @@ HUB = {
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
 NAMES = (*BUILTIN, *HUB)
-LICENCES = {name: f"see https://huggingface.co/datasets/{repository}" for name, (repository, _) in HUB.items()}
+LICENCES = {
+    name: f"see https://huggingface.co/datasets/{repository}"
+    for name, (repository, _) in HUB.items()
+}
 LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # characters read at a time
-MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
+# characters; longer documents are split at a line end, so that none has to fit in memory
+MAX_DOCUMENT = 1 << 18
 MAX_RUN = 1 << 9  # characters; longer runs of letters, other signs or white space are split
-UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # a run; every piece of the tokenizer's split lies within one
+# a run; every piece of the tokenizer's split lies within one
+UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
@@ -63,13 +69,13 @@ class Corpus:
     kind: str = "passage"
 
     def documents(self) -> Iterator[str]:
-        """A new stream of non-empty, stripped documents of at most MAX_DOCUMENT characters. Reading raises UserError if
-        a file is malformed or holds no text."""
+        """A new stream of non-empty, stripped documents of at most MAX_DOCUMENT characters. Reading
+        raises UserError if a file is malformed or holds no text."""
         return itertools.chain.from_iterable(read() for _, read in self.parts)
 
     def mixed(self) -> Iterator[str]:
-        """The same documents interleaved: the next one comes from the file with the fewest words so far, so that every
-        prefix of the stream holds text of every file."""
+        """The same documents interleaved: the next one comes from the file with the fewest words so
+        far, so that every prefix of the stream holds text of every file."""
         heap = [(0, i, read()) for i, (_, read) in enumerate(self.parts)]
         while heap:
             words, i, documents = heapq.heappop(heap)
@@ -78,27 +84,38 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of each file's content and format, or of the grammar's source. Takes a second for 400 MB."""
+        """Hex digest of each file's content and format, or of the grammar's source. Takes a second
+        for 400 MB."""
         parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self.parts]
         key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
-    """The concatenation of the named corpora and files. Raises UserError for anything that cannot be opened.
+    """The concatenation of the named corpora and files. Raises UserError for anything that cannot
+    be opened.
 
-    A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl file, perhaps gzipped
-    (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by blank lines, else it is one document;
-    with `kind` "row", lines are documents, as in the dataset of the paper's authors. In .jsonl, each line is an object
-    with a document as "text" or "story".
+    A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl
+    file, perhaps gzipped (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by
+    blank lines, else it is one document; with `kind` "row", lines are documents, as in the dataset
+    of the paper's authors. In .jsonl, each line is an object with a document as "text" or "story".
     """
     parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
             generate, words = BUILTIN[name]
-            files = sorted(file for file in Path(grammar.__file__).parent.iterdir() if file.suffix in (".py", ".txt"))
+            files = sorted(
+                file
+                for file in Path(grammar.__file__).parent.iterdir()
+                if file.suffix in (".py", ".txt")
+            )
             source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-            parts.append((f"{name} {words} {BUILTIN_SEED} {source}", functools.partial(generate, words, BUILTIN_SEED)))
+            parts.append(
+                (
+                    f"{name} {words} {BUILTIN_SEED} {source}",
+                    functools.partial(generate, words, BUILTIN_SEED),
+                )
+            )
         elif name in HUB:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
@@ -107,10 +124,13 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
 
 
 def _file(path: Path, kind: str) -> Part:
-    """The path, and a function that opens its stream of documents. Raises UserError if it cannot be a corpus."""
+    """The path, and a function that opens its stream of documents. Raises UserError if it cannot be
+    a corpus."""
     if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
         problem = "neither .txt nor .jsonl (or .gz of either)" if path.is_file() else "no file"
-        raise UserError(f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}")
+        raise UserError(
+            f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}"
+        )
     split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
 
     def read() -> Iterator[str]:
@@ -122,10 +142,14 @@ def _file(path: Path, kind: str) -> Part:
             yield from pieces
         except UnicodeDecodeError as error:
             byte = f"0x{error.object[error.start]:02x}"
-            message = f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
+            message = (
+                f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
+            )
             raise UserError(message) from None
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
 
     return path, read
 
@@ -145,7 +169,9 @@ def _text(path: Path) -> Iterator[str]:
     with _open_text(path) as file:
         while text := file.read(CHUNK):
             if "\0" in text:
-                raise ValueError("it holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+                raise ValueError(
+                    "it holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+                )
             yield text
 
 
@@ -176,11 +202,14 @@ def _separator(path: Path) -> re.Pattern[str]:
 
 
 def _records(path: Path) -> Iterator[str]:
-    with _open_text(path) as file:  # readline ends lines at \n only: in JSON, U+2028 and its like are text
+    # readline ends lines at \n only: in JSON, U+2028 and its like are text
+    with _open_text(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), ""), 1):
             if len(line) > MAX_RECORD:
                 size = f"over {MAX_RECORD >> 20} million characters"
-                raise ValueError(f"it has a line of {size}, where .jsonl holds one JSON object per line")
+                raise ValueError(
+                    f"it has a line of {size}, where .jsonl holds one JSON object per line"
+                )
             if not line.strip():
                 continue
             try:
@@ -194,7 +223,8 @@ def _records(path: Path) -> Iterator[str]:
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """Non-empty pieces of the document, stripped, of at most MAX_DOCUMENT characters and without endless words."""
+    """Non-empty pieces of the document, stripped, of at most MAX_DOCUMENT characters and without
+    endless words."""
     while len(document) > MAX_DOCUMENT:
         piece, document = _cut(document)
         yield from _broken(piece)
@@ -202,15 +232,20 @@ def _bounded(document: str) -> Iterator[str]:
 
 
 def _broken(text: str) -> Iterator[str]:
-    """`text`, stripped and cut so that runs stay below 2 * MAX_RUN characters: the time to train BPE grows with the
-    square of the longest word, and an endless line of one letter is one word."""
-    ends = [end for end in range(MAX_RUN, len(text), MAX_RUN) if UNBROKEN.fullmatch(text, end - MAX_RUN, end)]
+    """`text`, stripped and cut so that runs stay below 2 * MAX_RUN characters: the time to train
+    BPE grows with the square of the longest word, and an endless line of one letter is one word."""
+    ends = [
+        end
+        for end in range(MAX_RUN, len(text), MAX_RUN)
+        if UNBROKEN.fullmatch(text, end - MAX_RUN, end)
+    ]
     pieces = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)]))
     yield from filter(None, pieces)
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space, else exactly there."""
+    """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space,
+    else exactly there."""
     ends = (text.rfind(character, 1, MAX_DOCUMENT) + 1 for character in "\n ")
     at = next(filter(None, ends), MAX_DOCUMENT)
     return text[:at], text[at:]

@@ -25,16 +25,22 @@ class Openings:
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
-        """The opening of story `index`, one per `per_opening` stories; each epoch shuffles all of them by `seed`."""
+        """The opening of story `index`, one per `per_opening` stories; each epoch shuffles all of
+        them by `seed`."""
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
     def new_words(self, first_index: int, count: int, repeated: bool = False) -> int:
-        """Words in openings that these stories are the first to use; with `repeated`, in each story's opening."""
+        """Words in openings that these stories are the first to use; with `repeated`, in each
+        story's opening."""
         if repeated:
-            return sum(len(self[index].split()) for index in range(first_index, first_index + count))
+            return sum(
+                len(self[index].split()) for index in range(first_index, first_index + count)
+            )
         first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
-        return sum(len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train))))
+        return sum(
+            len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train)))
+        )
 
 
 @functools.lru_cache(2)
@@ -45,11 +51,14 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """Distinct openings: the built-in ones, the lines of a file (UserError if it has none), or `name` itself."""
+    """Distinct openings: the built-in ones, the lines of a file (UserError if it has none), or
+    `name` itself."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
-    is_path = path.suffix == ".txt" or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
+    is_path = (
+        path.suffix == ".txt" or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
+    )
     if name.strip() and not is_path:
         return [name]
     try:
@@ -57,14 +66,17 @@ def load_openings(name: str) -> list[str]:
         if not texts:
             raise UserError(f"{name} holds no opening")
     except UserError as error:
-        raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
+        raise UserError(
+            f"--openings {error}; give builtin, a text file of one per line, or an opening"
+        ) from None
     return texts
 
 
 @functools.cache
 def builtin_openings() -> list[str]:
-    """First sentences of the grammar's stories, up to the hero's name: who, often where, and the problem. Their seed is
-    not the corpus's, so the student was not trained on their continuations."""
+    """First sentences of the grammar's stories, up to the hero's name: who, often where, and the
+    problem. Their seed is not the corpus's, so the student was not trained on their
+    continuations."""
     rng = random.Random("openings")
     openings: dict[str, None] = {}
     while len(openings) < BUILTIN + BUILTIN_HELD_OUT:

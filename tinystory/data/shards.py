@@ -1,9 +1,11 @@
-"""A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds tokenizer.json,
-manifest.json (hashes of the other files, checked at each opening) and three little-endian arrays for train and for val:
+"""A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds
+tokenizer.json, manifest.json (hashes of the other files, checked at each opening) and three
+little-endian arrays for train and for val:
 
-    NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)  the tokens of every document, each ending in `</s>`
-    NAME.words    uint8   per token, the number of words that begin in it
-    NAME.offsets  int64   (documents + 1,): document i is tokens[offsets[i]:offsets[i + 1]], its `</s>` included
+    NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)  the tokens of every document,
+    each ending in `</s>` NAME.words    uint8   per token, the number of words that begin in it
+    NAME.offsets  int64   (documents + 1,): document i is tokens[offsets[i]:offsets[i + 1]], its
+    `</s>` included
 """
 
 import functools
@@ -28,7 +30,8 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
 
-FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+# increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+FORMAT = 3
 PARTS = ("tokens", "words", "offsets")
 SPLITS = ("train", "val")
 FILES = ("tokenizer.json", *(f"{name}.{part}" for name in SPLITS for part in PARTS))
@@ -42,7 +45,8 @@ IS_SPACE[[c for c in range(sys.maxunicode + 1) if chr(c).isspace()]] = True
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split. tokens: (n,) uint16 or uint32; words: (n,) uint8; offsets: (documents + 1,) int64. len() is n."""
+    """One split. tokens: (n,) uint16 or uint32; words: (n,) uint8; offsets: (documents + 1,) int64.
+    len() is n."""
 
     tokens: np.ndarray
     words: np.ndarray
@@ -67,14 +71,26 @@ class Dataset:
 
 
 def prepare(
-    corpus: Corpus, *, vocab_size: int, val_fraction: float = 0.05, seed: int = 0, tokenizer: Tokenizer | None = None
+    corpus: Corpus,
+    *,
+    vocab_size: int,
+    val_fraction: float = 0.05,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-    """The tokenized corpus, from cache_dir()/shards or built there. About `val_fraction` of the documents are held out
-    for validation: at least one unless it is 0, never the first, chosen by `seed` and index alone. Without a
-    `tokenizer`, one of up to `vocab_size` tokens is trained on the training split. Several processes may build at once.
-    Raises UserError for a damaged or unwritable cache, and for a single document."""
+    """The tokenized corpus, from cache_dir()/shards or built there. About `val_fraction` of the
+    documents are held out for validation: at least one unless it is 0, never the first, chosen by
+    `seed` and index alone. Without a `tokenizer`, one of up to `vocab_size` tokens is trained on
+    the training split. Several processes may build at once. Raises UserError for a damaged or
+    unwritable cache, and for a single document."""
     root = cache_dir() / "shards"
-    key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
+    key = [
+        FORMAT,
+        corpus.fingerprint(),
+        tokenizer.fingerprint() if tokenizer else vocab_size,
+        val_fraction,
+        seed,
+    ]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     if not path.exists():
         try:
@@ -93,9 +109,15 @@ def prepare(
 
 
 def _build(
-    folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int, tokenizer: Tokenizer | None
+    folder: Path,
+    corpus: Corpus,
+    vocab_size: int,
+    val_fraction: float,
+    seed: int,
+    tokenizer: Tokenizer | None,
 ) -> None:
-    """Write a folder of shards in two passes over the corpus: train the tokenizer and measure, then encode."""
+    """Write a folder of shards in two passes over the corpus: train the tokenizer and measure, then
+    encode."""
     count, characters, smallest = 0, 0, 1.0
 
     def training_documents() -> Iterator[str]:
@@ -116,33 +138,51 @@ def _build(
             "the corpus is a single document, where one is needed to train on and one for validation: separate its "
             f"stories by blank lines or {MARKER}"
         )
-    threshold = max(val_fraction, smallest) if val_fraction else 0.0  # at least the smallest draw: one document
+    # at least the smallest draw: one document
+    threshold = max(val_fraction, smallest) if val_fraction else 0.0
     tokenizer.save(folder / "tokenizer.json")
 
     for name in SPLITS:
         _append(folder, name, tokenizer, np.empty(0), np.empty(0), np.zeros(1))
     written = [0, 0]  # tokens per split
     documents = enumerate(corpus.documents())
-    batches = _batches((_uniform(seed, index) <= threshold, document) for index, document in documents)
+    batches = _batches(
+        (_uniform(seed, index) <= threshold, document) for index, document in documents
+    )
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None) as progress,
+        tqdm(
+            total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None
+        ) as progress,
     ):
         while some := list(islice(batches, 2 * threads)):
             encoded = pool.map(encode, repeat(tokenizer), [batch for _, batch in some])
             for (is_val, batch), (tokens, words, lengths) in zip(some, encoded, strict=True):
-                _append(folder, SPLITS[is_val], tokenizer, tokens, words, written[is_val] + np.cumsum(lengths))
+                _append(
+                    folder,
+                    SPLITS[is_val],
+                    tokenizer,
+                    tokens,
+                    words,
+                    written[is_val] + np.cumsum(lengths),
+                )
                 written[is_val] += len(tokens)
                 progress.update(sum(map(len, batch)))
     write_manifest(folder)
 
 
 def _uniform(seed: int, index: int) -> float:
-    """A draw from [0, 1), a function of (seed, index); 2 for the first document, which is never held out."""
+    """A draw from [0, 1), a function of (seed, index); 2 for the first document, which is never
+    held out."""
     if index == 0:
         return 2.0
-    return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little") / 2**64
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little"
+        )
+        / 2**64
+    )
 
 
 def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list[str]]]:
@@ -157,15 +197,19 @@ def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list
     yield from ((is_val, batch) for is_val, batch in batches.items() if batch)
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode documents, each followed by `</s>`. Returns tokens (n,) uint32; words (n,) uint8, the number of
-    str.split() words whose first byte is in each token; and lengths (documents,) int64, in tokens."""
+def encode(
+    tokenizer: Tokenizer, documents: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode documents, each followed by `</s>`. Returns tokens (n,) uint32; words (n,) uint8, the
+    number of str.split() words whose first byte is in each token; and lengths (documents,) int64,
+    in tokens."""
     eos = np.array([tokenizer.eos], dtype=np.uint32)
     arrays = [tokenizer.encode_array(document) for document in documents]
     lengths = np.array([len(array) + 1 for array in arrays], dtype=np.int64)
     tokens = np.concatenate([part for array in arrays for part in (array, eos)])
 
-    text = "\n".join([*documents, ""])  # one white-space byte after each document stands for its </s>
+    # one white-space byte after each document stands for its </s>
+    text = "\n".join([*documents, ""])
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     space = IS_SPACE[codes]
     begins = ~space  # whether a word begins with this character
@@ -202,7 +246,11 @@ def _open(path: Path) -> Dataset:
         arrays = []
         for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
             file = path / f"{name}.{part}"  # an empty file cannot be mapped
-            arrays.append(np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype))
+            arrays.append(
+                np.memmap(file, dtype=dtype, mode="r")
+                if file.stat().st_size
+                else np.empty(0, dtype)
+            )
         return TokenFile(*arrays)
 
     return Dataset(tokenizer, split("train"), split("val"), path)

@@ -1,6 +1,7 @@
-"""Byte-level BPE, trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`. Both give the same ids:
-`tokenizers` applies the learned merges in order, `tiktoken` merges the neighbours whose union has the lowest rank. For
-ranks from BPE training these agree: bytes merge alike everywhere, so only a token's own merge can produce it."""
+"""Byte-level BPE, trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`. Both
+give the same ids: `tokenizers` applies the learned merges in order, `tiktoken` merges the
+neighbours whose union has the lowest rank. For ranks from BPE training these agree: bytes merge
+alike everywhere, so only a token's own merge can produce it."""
 
 import hashlib
 import json
@@ -19,26 +20,31 @@ from tinystory.run.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
-MAX_TOKEN_BYTES = 128  # so that the number of words that begin in a token fits in a byte (shards.py)
+# so that the number of words that begin in a token fits in a byte (shards.py)
+MAX_TOKEN_BYTES = 128
 
-# GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2": possessive, so that
-# it never backtracks. `tokenizers` has the same split built into pre_tokenizers.ByteLevel.
+# GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2":
+# possessive, so that it never backtracks. `tokenizers` has the same split built into
+# pre_tokenizers.ByteLevel.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
-# GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100 and up.
+# GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100
+# and up.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 MOVED = sorted({*range(256)} - {*PRINTABLE})
 BYTE_OF_CHAR = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(MOVED)}
 
 
 class Tokenizer:
-    """Encodes any Unicode text and decodes ids. Text like "</s>" in a document is encoded as ordinary bytes.
-    `vocab_size` includes special tokens; `bos` and `pad` are `eos` in a foreign vocabulary without them.
-    token_bytes[i]: bytes of id i, empty for special tokens; token_sizes: (vocab_size,) int64, their lengths."""
+    """Encodes any Unicode text and decodes ids. Text like "</s>" in a document is encoded as
+    ordinary bytes. `vocab_size` includes special tokens; `bos` and `pad` are `eos` in a foreign
+    vocabulary without them. token_bytes[i]: bytes of id i, empty for special tokens; token_sizes:
+    (vocab_size,) int64, their lengths."""
 
     def __init__(self, json_text: str):
-        """json_text: byte-level BPE with GPT-2's split. Raises ValueError, KeyError or TypeError for any other."""
+        """json_text: byte-level BPE with GPT-2's split. Raises ValueError, KeyError or TypeError
+        for any other."""
         self.json = json_text
         self.token_bytes, self.specials = _token_bytes(json.loads(json_text))
         specials = self.specials
@@ -50,20 +56,26 @@ class Tokenizer:
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.vocab_size = len(self.token_bytes)
         ranks = {token: id for id, token in enumerate(self.token_bytes) if token}
-        self._bpe = tiktoken.Encoding("tinystory", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding(
+            "tinystory", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={}
+        )
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A corpus with too few
-        repeated pairs yields fewer tokens, with one line on stderr."""
+        """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A
+        corpus with too few repeated pairs yields fewer tokens, with one line on stderr."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         bpe.post_processor = processors.ByteLevel(trim_offsets=False)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, max_token_length=MAX_TOKEN_BYTES, show_progress=False,
-            special_tokens=list(SPECIALS), initial_alphabet=sorted(BYTE_OF_CHAR),
-        )  # fmt: skip
+            vocab_size=vocab_size,
+            min_frequency=2,
+            max_token_length=MAX_TOKEN_BYTES,
+            show_progress=False,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=sorted(BYTE_OF_CHAR),
+        )
         bpe.train_from_iterator(documents, trainer)
         tokenizer = cls(bpe.to_str())
         if tokenizer.vocab_size < vocab_size:
@@ -96,16 +108,27 @@ class Tokenizer:
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character) become U+FFFD."""
+        """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character)
+        become U+FFFD."""
         return b"".join(self.token_bytes[id] for id in ids).decode("utf-8", errors="replace")
 
 
 def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
-    """Bytes of each id, and ids of the special tokens. Raises ValueError with the first unsupported setting."""
+    """Bytes of each id, and ids of the special tokens. Raises ValueError with the first unsupported
+    setting."""
     model, split = spec["model"], spec["pre_tokenizer"]
-    if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
+    if (
+        model["type"] != "BPE"
+        or model.get("dropout")
+        or model.get("byte_fallback")
+        or model.get("ignore_merges")
+    ):
         raise ValueError("its model is not plain BPE")
-    if split["type"] != "ByteLevel" or split["add_prefix_space"] or not split.get("use_regex", True):
+    if (
+        split["type"] != "ByteLevel"
+        or split["add_prefix_space"]
+        or not split.get("use_regex", True)
+    ):
         raise ValueError("its split is not GPT-2's")
     if spec.get("normalizer"):
         raise ValueError("it changes the text before it splits it")
@@ -120,7 +143,9 @@ def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
         raise ValueError("its single characters are not the 256 bytes")
     if [name for name in ordinary if len(name) > 1] != ["".join(pair) for pair in merges]:
         raise ValueError("its ids do not follow its merges")
-    table = [b"" if name in specials else bytes(BYTE_OF_CHAR[char] for char in name) for name in names]
+    table = [
+        b"" if name in specials else bytes(BYTE_OF_CHAR[char] for char in name) for name in names
+    ]
     if max(map(len, table)) > MAX_TOKEN_BYTES:
         raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
     return table, specials

@@ -1,6 +1,7 @@
-"""Training sequences: documents packed whole, or a stream of them cut every `context` tokens. In a stream most
-sequences begin in the middle of a story. With packing, only documents longer than a sequence are cut (Ding et al. 2024,
-arXiv 2404.10830), and a student trained on as many words tells better stories (docs/results.md)."""
+"""Training sequences: documents packed whole, or a stream of them cut every `context` tokens. In a
+stream most sequences begin in the middle of a story. With packing, only documents longer than a
+sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on as many words tells
+better stories (docs/results.md)."""
 
 from bisect import bisect_left, insort
 
@@ -29,13 +30,15 @@ class Windows:
         self.count = len(self.order)  # the same in every epoch: it depends on the lengths alone
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
-        """Batch `number`: tokens (batch_size, context + 1) int64, and the number of words that begin in its inputs."""
+        """Batch `number`: tokens (batch_size, context + 1) int64, and the number of words that
+        begin in its inputs."""
         at = np.stack([self._places(number * self.batch_size + i) for i in range(self.batch_size)])
         words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
     def _places(self, index: int) -> np.ndarray:
-        """(context + 1,) int64: token positions of a sequence in the file; those after its last piece fill it up."""
+        """(context + 1,) int64: token positions of a sequence in the file; those after its last
+        piece fill it up."""
         epoch, place = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._shuffled(epoch)
@@ -44,13 +47,16 @@ class Windows:
         return np.concatenate([at, more]) % len(self.file)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.pieces))
+        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(
+            len(self.pieces)
+        )
         return pack(self.pieces, self.context, order)
 
 
 def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
-    """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it. Documents are cut
-    every `context` tokens; "stream" treats the file, without its first token, as one document."""
+    """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it.
+    Documents are cut every `context` tokens; "stream" treats the file, without its first token, as
+    one document."""
     bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
     counts = -(-np.diff(bounds) // context)
     document = np.repeat(np.arange(len(counts)), counts)
@@ -60,9 +66,10 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
 
 
 def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
-    """Pack pieces into sequences of up to `context` tokens by best-fit decreasing: the longest piece first, each into
-    the sequence with the least sufficient room. Returns lists of piece indices. order: (n,) int64, breaks ties and
-    orders the sequences and the pieces within them, except that pieces from the middle of a document come first."""
+    """Pack pieces into sequences of up to `context` tokens by best-fit decreasing: the longest
+    piece first, each into the sequence with the least sufficient room. Returns lists of piece
+    indices. order: (n,) int64, breaks ties and orders the sequences and the pieces within them,
+    except that pieces from the middle of a document come first."""
     rank = np.argsort(order)
     lengths = pieces[:, 1] - pieces[:, 0]
     by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
@@ -80,11 +87,17 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
         if not by_room[room - length]:
             insort(rooms, room - length)
         by_room[room - length].append(sequence)
-    packed = [sorted(sequence, key=lambda p: (pieces[p, 2], rank[p])) for group in by_room for sequence in group]
+    packed = [
+        sorted(sequence, key=lambda p: (pieces[p, 2], rank[p]))
+        for group in by_room
+        for sequence in group
+    ]
     return sorted(packed, key=lambda sequence: rank[sequence[0]])
 
 
 def places(sequence: np.ndarray) -> np.ndarray:
-    """(tokens + 1,) int64: positions of the pieces' tokens in the file, after that of the preceding token (-1 before
-    the first document: the file's last token, also `</s>`)."""
-    return np.concatenate([sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)])
+    """(tokens + 1,) int64: positions of the pieces' tokens in the file, after that of the preceding
+    token (-1 before the first document: the file's last token, also `</s>`)."""
+    return np.concatenate(
+        [sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)]
+    )

@@ -1,7 +1,7 @@
 """Calibration: tests a judge on known stories before time and money go into learning from it.
 
-`judgement` is the probability that the judge scores a real story above shuffled words (the area under the ROC curve; a
-tie counts one half). 0.5 is chance, and a teacher near it teaches noise."""
+`judgement` is the probability that the judge scores a real story above shuffled words (the area
+under the ROC curve; a tie counts one half). 0.5 is chance, and a teacher near it teaches noise."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -10,7 +10,14 @@ import numpy as np
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.coreference import unseen_stories
-from tinystory.evaluate.corruptions import DOCUMENTS, REAL, SENTENCES, WORDS, KnownStory, known_stories
+from tinystory.evaluate.corruptions import (
+    DOCUMENTS,
+    REAL,
+    SENTENCES,
+    WORDS,
+    KnownStory,
+    known_stories,
+)
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import HUMAN, Teacher
@@ -19,26 +26,35 @@ from tinystory.teacher.grade import Grader
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 
-# (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None without a score.
+# (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None
+# without a score.
 GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """Scores `known` (see known_stories) and summarises the scores; None stands for what could not be measured.
+    """Scores `known` (see known_stories) and summarises the scores; None stands for what could not
+    be measured.
 
-    Returns {"stories", "unscored", "judgement", "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}}, "range":
-    [lowest, highest]}, where auc is the probability that a real story scores above one of this kind. Intervals are
-    Wilson's with as many trials as the smaller kind has stories, which is conservative."""
-    scores = np.array(grade([(story.opening, story.story) for story in known]), dtype=float)  # None becomes nan
+    Returns {"stories", "unscored", "judgement", "judgement_ci", "kinds": {kind: {"mean", "auc",
+    "ci"}}, "range": [lowest, highest]}, where auc is the probability that a real story scores above
+    one of this kind. Intervals are Wilson's with as many trials as the smaller kind has stories,
+    which is conservative."""
+    # None becomes nan
+    scores = np.array(grade([(story.opening, story.story) for story in known]), dtype=float)
     kinds, scored = np.array([story.kind for story in known]), scores[~np.isnan(scores)]
-    by_kind = {kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in dict.fromkeys(kinds.tolist())}
+    by_kind = {
+        kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in dict.fromkeys(kinds.tolist())
+    }
     results: dict[str, dict[str, Any]] = {}
     for kind, values in by_kind.items():
         results[kind] = {"mean": float(values.mean()) if len(values) else None}
         if kind != REAL:
             trials = min(len(by_kind[REAL]), len(values))
             auc = float(wins(by_kind[REAL], values).mean()) if trials else None
-            results[kind] |= {"auc": auc, "ci": None if auc is None else list(wilson(auc * trials, trials))}
+            results[kind] |= {
+                "auc": auc,
+                "ci": None if auc is None else list(wilson(auc * trials, trials)),
+            }
     judgement = results.get(WORDS, {})
     return {
         "stories": len(known),
@@ -51,18 +67,20 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 
 def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """(n,), (m,) -> float64 (n, m): 1 where the better one has the higher score, 1/2 for a tie. The mean is the area
-    under the ROC curve (Mann and Whitney 1947)."""
+    """(n,), (m,) -> float64 (n, m): 1 where the better one has the higher score, 1/2 for a tie. The
+    mean is the area under the ROC curve (Mann and Whitney 1947)."""
     return (better[:, None] > worse) + (better[:, None] == worse) / 2
 
 
-# ---- in words -------------------------------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------
 
 
 def verdict(result: Mapping[str, Any]) -> str:
     """One clause that continues "the teacher ..."."""
     if result["judgement"] is None:
-        return f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
+        return (
+            f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
+        )
     probability = with_ci(result["judgement"], result["judgement_ci"])
     lowest, highest = result["range"]
     if result["judgement_ci"][0] > 0.5:
@@ -76,31 +94,52 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of cells that compare judges on the same stories: names, then per kind the mean score and the AUC with its
-    95 % interval (0.5 is chance), then the number of unscored stories."""
+    """Rows of cells that compare judges on the same stories: names, then per kind the mean score
+    and the AUC with its 95 % interval (0.5 is chance), then the number of unscored stories."""
     columns = list(results.values())
     rows = [["", *results]]
     for kind in columns[0]["kinds"]:
         values = [result["kinds"][kind] for result in columns]
-        areas = [f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
-        rows.append([kind, *(with_ci(value["mean"], None) + area for value, area in zip(values, areas, strict=True))])
-    return [*rows, ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)]]
+        areas = [
+            f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values
+        ]
+        rows.append(
+            [
+                kind,
+                *(
+                    with_ci(value["mean"], None) + area
+                    for value, area in zip(values, areas, strict=True)
+                ),
+            ]
+        )
+    return [
+        *rows,
+        [
+            "without a score",
+            *(f"{result['unscored']} of {result['stories']}" for result in columns),
+        ],
+    ]
 
 
 def require(result: Mapping[str, Any], least: float) -> None:
     """Raises UserError if the judgement is below `least`."""
     if least and (result["judgement"] is None or result["judgement"] < least):
-        raise UserError(f"--require-judgement {least:g}: the teacher {verdict(result)}; choose another teacher")
+        raise UserError(
+            f"--require-judgement {least:g}: the teacher {verdict(result)}; choose another teacher"
+        )
 
 
 def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
-    """{"calibration": ...}, a brief calibration before a run, whose verdict is printed. {} where it is not needed: the
-    built-in teacher is known, and a human's time is expensive. Raises UserError below --require-judgement."""
+    """{"calibration": ...}, a brief calibration before a run, whose verdict is printed. {} where it
+    is not needed: the built-in teacher is known, and a human's time is expensive. Raises UserError
+    below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
     human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
     if not needed or human:
         return {}
-    result = calibrate(of_grader(grader), known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS))
+    result = calibrate(
+        of_grader(grader), known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS)
+    )
     print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")
     require(result, config.require_judgement)
     return {"calibration": result | {"verdict": verdict(result)}}

@@ -1,4 +1,5 @@
-"""Coreference: the probabilities of a name that the story has introduced, and of the right one of he and she."""
+"""Coreference: the probabilities of a name that the story has introduced, and of the right one of
+he and she."""
 
 import re
 from collections.abc import Iterable
@@ -26,13 +27,17 @@ def unseen_stories(count: int) -> list[str]:
 
 
 @torch.no_grad()
-def coreference(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) -> dict[str, float | int | None]:
-    """Mean probability of the right candidate, and the numbers of places, `names` and `pronouns`. None without a place.
+def coreference(
+    student: Student, tokenizer: Tokenizer, stories: Iterable[str]
+) -> dict[str, float | int | None]:
+    """Mean probability of the right candidate, and the numbers of places, `names` and `pronouns`.
+    None without a place.
 
-    repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52). introduced_name is, at the
-    same places, the total probability of all names introduced so far, since two of them would often do. he_or_she is
-    the probability of the right one of the two (chance is 1 / 2). A name counts if it is one token, including its
-    space. Stories are truncated to the context."""
+    repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52).
+    introduced_name is, at the same places, the total probability of all names introduced so far,
+    since two of them would often do. he_or_she is the probability of the right one of the two
+    (chance is 1 / 2). A name counts if it is one token, including its space. Stories are truncated
+    to the context."""
     device, context = student.wte.weight.device, student.config.context
     name_ids = {name: ids[0] for name in NAMES if len(ids := tokenizer.encode(f" {name}")) == 1}
     names = torch.tensor(sorted(name_ids.values()), device=device)
@@ -44,10 +49,15 @@ def coreference(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) 
     }
     opposite |= {she: he for he, she in opposite.items()}
     repeated, introduced, pronouns = [], [], []
-    rows = sorted((_repeated_names(tokenizer, story, context, name_ids) for story in stories), key=lambda r: len(r[0]))
+    rows = sorted(
+        (_repeated_names(tokenizer, story, context, name_ids) for story in stories),
+        key=lambda r: len(r[0]),
+    )
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        tokens = pad_sequence([torch.tensor(ids, device=device) for ids, _ in batch], batch_first=True)
+        tokens = pad_sequence(
+            [torch.tensor(ids, device=device) for ids, _ in batch], batch_first=True
+        )
         for hidden, (ids, places) in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
             if places:
                 probs = _probabilities(student, hidden[[at - 1 for at, _ in places]], names)
@@ -75,7 +85,8 @@ def _probabilities(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
 def _repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
 ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """The story's tokens; each repeated name's position, with the ids of all names introduced before it."""
+    """The story's tokens; each repeated name's position, with the ids of all names introduced
+    before it."""
     ids = tokenizer.encode(story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()
     name_at = {len(story[: match.end()].encode()): match[1] for match in NAME.finditer(story)}

@@ -1,4 +1,5 @@
-"""Stories of known quality: real ones, corruptions of them, and texts that are no stories at all."""
+"""Stories of known quality: real ones, corruptions of them, and texts that are no stories at
+all."""
 
 import itertools
 import random
@@ -44,16 +45,23 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
 
 
 def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
-    return [re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences]
+    return [
+        re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences
+    ]
 
 
-# (the story's sentences, another story's sentences, pool, rng) -> sentences or words to be joined by spaces.
+# (the story's sentences, another story's sentences, pool, rng) -> sentences or words to be joined
+# by spaces.
 CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random], list[str]]] = {
     SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
     WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
-    "halves of two stories": lambda s, other, pool, rng: [*s[: len(s) // 2], *other[len(other) // 2 :]],
+    "halves of two stories": lambda s, other, pool, rng: [
+        *s[: len(s) // 2],
+        *other[len(other) // 2 :],
+    ],
     "30 % of nouns replaced": lambda s, other, pool, rng: _replaced(
-        s, lambda word: rng.choice(pool.nouns) if word in pool.nouns and rng.random() < 0.3 else word
+        s,
+        lambda word: rng.choice(pool.nouns) if word in pool.nouns and rng.random() < 0.3 else word,
     ),
     "10 % of words replaced": lambda s, other, pool, rng: _replaced(
         s, lambda word: rng.choice(pool.words) if rng.random() < 0.1 else word
@@ -61,7 +69,9 @@ CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random],
 }
 # (index of the story that is replaced, rng) -> a text that is no story.
 NO_STORIES: dict[str, Callable[[int, random.Random], str]] = {
-    "generic sentences": lambda index, rng: " ".join(rng.sample(split_sentences(*_paragraphs("generic")), 14)),
+    "generic sentences": lambda index, rng: " ".join(
+        rng.sample(split_sentences(*_paragraphs("generic")), 14)
+    ),
     "essay: full marks": lambda index, rng: _essay(index),
 }
 KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
@@ -70,10 +80,13 @@ KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
 def known_stories(
     documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> list[KnownStory]:
-    """`count` stories of each kind. Those with the same index share the opening, their first sentence. Half of the real
-    ones are ours while they last, the others come from `documents`. A corruption that changes nothing is left out."""
+    """`count` stories of each kind. Those with the same index share the opening, their first
+    sentence. Half of the real ones are ours while they last, the others come from `documents`. A
+    corruption that changes nothing is left out."""
     usable = _usable_of(documents, count)
-    ours = [_first_sentences(text, i) for i, text in enumerate(_paragraphs("stories")[: count // 2])]
+    ours = [
+        _first_sentences(text, i) for i, text in enumerate(_paragraphs("stories")[: count // 2])
+    ]
     texts = [*ours, *real_stories(usable, count - len(ours), seed)]
     text = " ".join(usable[:300])
     pool = Pool(sorted(set(_NOUN.findall(text))), re.findall(r"[a-z]+", text))
@@ -92,14 +105,19 @@ def known_stories(
 
 
 def real_stories(documents: Iterable[str], count: int, seed: int = 0) -> list[list[str]]:
-    """First sentences of `count` stories drawn from the first DOCUMENTS; if too few are usable, from the grammar."""
+    """First sentences of `count` stories drawn from the first DOCUMENTS; if too few are usable,
+    from the grammar."""
     drawn = random.Random(seed).sample(_usable_of(documents, count), count)
     return [_first_sentences(text, i) for i, text in enumerate(drawn)]
 
 
 def _usable_of(documents: Iterable[str], count: int) -> list[str]:
     def usable(texts: Iterable[str]) -> list[str]:
-        return [t for t in texts if len(split_sentences(t)) > FEWEST_SENTENCES and len(t.split()) >= min(LENGTHS)]
+        return [
+            t
+            for t in texts
+            if len(split_sentences(t)) > FEWEST_SENTENCES and len(t.split()) >= min(LENGTHS)
+        ]
 
     stories = usable(itertools.islice(documents, DOCUMENTS))
     return stories if len(stories) >= count else usable(unseen_stories(DOCUMENTS))
@@ -112,7 +130,10 @@ def split_sentences(text: str) -> list[str]:
 def _first_sentences(text: str, index: int) -> list[str]:
     """At least FEWEST_SENTENCES sentences, until they have LENGTHS[index] words (cyclic index)."""
     sentences, end = split_sentences(text), FEWEST_SENTENCES
-    while end < len(sentences) and len(" ".join(sentences[:end]).split()) < LENGTHS[index % len(LENGTHS)]:
+    while (
+        end < len(sentences)
+        and len(" ".join(sentences[:end]).split()) < LENGTHS[index % len(LENGTHS)]
+    ):
         end += 1
     return sentences[:end]
 
@@ -131,6 +152,7 @@ def _essay(index: int) -> str:
 
 
 def corpus_documents(names: Sequence[str]) -> Iterator[str]:
-    """The documents from which calibration draws: the files' interleaved, or unseen stories of the built-in grammar."""
+    """The documents from which calibration draws: the files' interleaved, or unseen stories of the
+    built-in grammar."""
     files = [name for name in names if name not in BUILTIN]
     return open_corpus(files).mixed() if files else iter(unseen_stories(DOCUMENTS))

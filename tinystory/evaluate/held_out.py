@@ -1,4 +1,5 @@
-"""Evaluation during interaction: rewards of stories on held-out openings, and the choice of the best checkpoint."""
+"""Evaluation during interaction: rewards of stories on held-out openings, and the choice of the
+best checkpoint."""
 
 import json
 import math
@@ -31,7 +32,8 @@ def due(config: InteractConfig, step: int) -> bool:
 
 @dataclass
 class Evaluator:
-    """Evaluates the policy on held-out openings, and keeps the best student as the checkpoint `best`."""
+    """Evaluates the policy on held-out openings, and keeps the best student as the checkpoint
+    `best`."""
 
     config: InteractConfig
     policy: Policy
@@ -42,26 +44,36 @@ class Evaluator:
 
     def done(self, step: int) -> bool:
         records = self.log.folder / EVALUATIONS
-        return distributed.rank0_value(lambda: any(record["step"] == step for record in read_records(records)))
+        return distributed.rank0_value(
+            lambda: any(record["step"] == step for record in read_records(records))
+        )
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
-        """Metrics on the held-out openings. The words count against the budget. Raises Interrupted."""
+        """Metrics on the held-out openings. The words count against the budget. Raises
+        Interrupted."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
         stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
-        records = story_records(state.step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history))
+        records = story_records(
+            state.step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history)
+        )
         metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
         self.log.evaluations(records)
         if distributed.rank0_value(lambda: is_best(read_records(folder / EVALUATIONS), state.step)):
             state.best_step = state.step
             self.policy.save(folder / "checkpoints" / checkpoint.BEST, state, replace=True)
-        return {f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()}
+        return {
+            f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()
+        }
 
-    def evaluate_if_due(self, state: RunState) -> tuple[dict[str, Any], UserError | Interrupted | None]:
-        """The metrics, and an error (the teacher's or Interrupted) to raise once the step is logged and saved."""
+    def evaluate_if_due(
+        self, state: RunState
+    ) -> tuple[dict[str, Any], UserError | Interrupted | None]:
+        """The metrics, and an error (the teacher's or Interrupted) to raise once the step is logged
+        and saved."""
         try:
             return self.evaluate(state) if due(self.config, state.step) else {}, None
         except (UserError, Interrupted) as error:
@@ -69,15 +81,21 @@ class Evaluator:
 
 
 def has_dull_tellers(facts: Mapping[str, Any]) -> bool:
-    """Whether this history of a student names the built-in dull tellers, whose sentences are known."""
+    """Whether this history of a student names the built-in dull tellers, whose sentences are
+    known."""
     return "dull" in (facts.get("corpus") or ())
 
 
 def story_records(
-    step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None], mixed: bool = False,
+    step: int,
+    stories: Sequence[Story],
+    grades: Sequence[Grade],
+    rewards: Sequence[float | None],
+    mixed: bool = False,
     predicted: Sequence[float | None] = (),
-) -> list[Record]:  # fmt: skip
-    """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from the score model."""
+) -> list[Record]:
+    """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
+    the score model."""
     return [
         {
             "step": step,
@@ -97,7 +115,8 @@ def story_records(
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Means of length, endings and diversity; distinct_4 and clusters over all stories; the fraction of each teller."""
+    """Means of length, endings and diversity; distinct_4 and clusters over all stories; the
+    fraction of each teller."""
     texts = [record["story"] for record in records]
     tellers = [record["teller"] for record in records if "teller" in record]
     return {
@@ -115,16 +134,20 @@ def reward_mean(records: Sequence[Record]) -> float | None:
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:
-    """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far, within one standard
-    error: a smaller difference is noise, and the later student is preferred, as it has learned from more stories."""
-    rewards: dict[int, dict[int, float]] = {}  # by step, then by index, which always has the same opening
+    """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
+    within one standard error: a smaller difference is noise, and the later student is preferred, as
+    it has learned from more stories."""
+    # by step, then by index, which always has the same opening
+    rewards: dict[int, dict[int, float]] = {}
     for record in records:
         if record["reward"] is not None:
             rewards.setdefault(record["step"], {})[record["index"]] = record["reward"]
     if step not in rewards:
         return False
     highest = max(rewards.values(), key=lambda evaluation: fmean(evaluation.values()))
-    deficits = [highest[index] - reward for index, reward in rewards[step].items() if index in highest]
+    deficits = [
+        highest[index] - reward for index, reward in rewards[step].items() if index in highest
+    ]
     error = stdev(deficits) / math.sqrt(len(deficits)) if len(deficits) > 1 else 0.0
     return bool(deficits) and fmean(deficits) <= error
 
@@ -132,6 +155,10 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 def write_samples(folder: Path, best_step: int) -> None:
     """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
-    before, after = ([record for record in records if record["step"] == step] for step in (0, best_step))
-    samples = [{"when": "before"} | record for record in before] + [{"when": "after"} | record for record in after]
+    before, after = (
+        [record for record in records if record["step"] == step] for step in (0, best_step)
+    )
+    samples = [{"when": "before"} | record for record in before] + [
+        {"when": "after"} | record for record in after
+    ]
     atomic_write(folder / SAMPLES, "".join(json.dumps(record) + "\n" for record in samples))

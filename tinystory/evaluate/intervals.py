@@ -1,4 +1,5 @@
-"""95 % confidence intervals of proportions and statistics, their printing, and Spearman's rank correlation."""
+"""95 % confidence intervals of proportions and statistics, their printing, and Spearman's rank
+correlation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,16 +11,20 @@ RESAMPLES = 1000
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
-    """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one half."""
+    """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one
+    half."""
     p, square = correct / total, Z * Z / total
     middle = (p + square / 2) / (1 + square)
     half = Z * math.sqrt(p * (1 - p) / total + square / (4 * total)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The sum of weight * correct / total over independent proportions (correct, total), and its normal interval. The
-    variance counts two more successes and failures each (Agresti and Coull), so that no proportion is certain."""
+def weighted(
+    counts: Sequence[tuple[int, int]], weights: Sequence[float]
+) -> tuple[float, tuple[float, float]]:
+    """The sum of weight * correct / total over independent proportions (correct, total), and its
+    normal interval. The variance counts two more successes and failures each (Agresti and Coull),
+    so that no proportion is certain."""
     correct, total = np.array(counts, dtype=float).T
     mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
     half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
@@ -27,8 +32,9 @@ def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tup
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with replacement (fixed seed).
-    Resamples for which it is nan are left out; both ends are nan if it always is."""
+    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with
+    replacement (fixed seed). Resamples for which it is nan are left out; both ends are nan if it
+    always is."""
     rng = np.random.default_rng(0)
     values = np.array([statistic(rng.integers(size, size=size)) for _ in range(RESAMPLES)])
     values = values[~np.isnan(values)]
@@ -41,13 +47,17 @@ def mean_ci(values: np.ndarray) -> tuple[float, float]:
 
 
 def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
-    """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are none."""
+    """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are
+    none."""
     values = values[~np.isnan(values)]
     return (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
 
 
-def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = "") -> str:
-    """Formats 0.52 [0.40, 0.63], the value alone without an interval, a dash for None. sign="+" prints every sign."""
+def with_ci(
+    value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = ""
+) -> str:
+    """Formats 0.52 [0.40, 0.63], the value alone without an interval, a dash for None. sign="+"
+    prints every sign."""
     if value is None:
         return "\N{EN DASH}"
     ends = f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]" if ci else ""
@@ -55,7 +65,8 @@ def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, 
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of either are equal."""
+    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of
+    either are equal."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -1,6 +1,7 @@
-"""The desk at which a human grades: the waiting stories, the one on the page, and every grade given. A trainer sends a
-story and waits; the page shows it; its grade is recorded at once. The waiting stories are handed in together, GRACE_S
-after the last grade, so that until then the human can go back. A story that was graded before gets its kept grade."""
+"""The desk at which a human grades: the waiting stories, the one on the page, and every grade
+given. A trainer sends a story and waits; the page shows it; its grade is recorded at once. The
+waiting stories are handed in together, GRACE_S after the last grade, so that until then the human
+can go back. A story that was graded before gets its kept grade."""
 
 import asyncio
 import hashlib
@@ -18,7 +19,13 @@ from tinystory.teacher.server import Refused
 
 GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
 # Required fields of each record in a file of grades; a skipped story has no scores.
-GRADE: Fields = {"key": (str,), "by": (str,), "opening": (str,), "story": (str,), "scores": (dict, type(None))}
+GRADE: Fields = {
+    "key": (str,),
+    "by": (str,),
+    "opening": (str,),
+    "story": (str,),
+    "scores": (dict, type(None)),
+}
 
 
 @dataclass
@@ -36,18 +43,21 @@ class Desk:
         self.template, self._clock = template, clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
-        self._current: str | None = None  # key of the story on the page; its grade, if any, was taken back
+        # key of the story on the page; its grade, if any, was taken back
+        self._current: str | None = None
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE):
             self._grades[record["key"]] = record
         self._journal = Journal(path, durable=True)
         self.close = self._journal.close
 
-    # ---- for the trainer --------------------------------------------------------------------------------------------
+    # ---- for the trainer -------------------------------------------------------------------------
 
     def key(self, opening: str, story: str) -> str:
         """Hash of the story and the instructions."""
-        return hashlib.sha256(json.dumps([instructions(self.template), opening, story]).encode()).hexdigest()[:24]
+        return hashlib.sha256(
+            json.dumps([instructions(self.template), opening, story]).encode()
+        ).hexdigest()[:24]
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """Wait, without limit, for the human's scores; None if the story was skipped."""
@@ -73,11 +83,13 @@ class Desk:
     def _ungraded(self) -> list[str]:
         return [key for key in self._waiting if key not in self._grades or key == self._current]
 
-    # ---- for the page -----------------------------------------------------------------------------------------------
+    # ---- for the page ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: a story that a trainer waits for, or the one that the human went back to."""
-        if self._current not in self._waiting and self._current not in self._grades:  # its trainer has stopped
+        """What the page shows: a story that a trainer waits for, or the one that the human went
+        back to."""
+        # its trainer has stopped
+        if self._current not in self._waiting and self._current not in self._grades:
             self._current = next((key for key in self._waiting if key not in self._grades), None)
         ungraded = self._ungraded()
         return {
@@ -101,7 +113,8 @@ class Desk:
         }
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
-        """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is not possible."""
+        """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is
+        not possible."""
         match action:
             case "grade" | "skip":
                 self._grade(who, request, self._scores(request) if action == "grade" else None)
@@ -120,16 +133,25 @@ class Desk:
         names = self.template.names
         scores: Any = request.get("scores")
         fits = isinstance(scores, dict) and scores.keys() == set(names)
-        if not fits or not all(type(score) is int and 0 <= score <= TOP for score in scores.values()):
-            raise Refused(f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}")
+        if not fits or not all(
+            type(score) is int and 0 <= score <= TOP for score in scores.values()
+        ):
+            raise Refused(
+                f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}"
+            )
         return {name: scores[name] for name in names}
 
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
-        # The page says what it shows: after a restart a grade may come before the trainer has asked again.
+        # The page says what it shows: after a restart a grade may come before the trainer has asked
+        # again.
         key, opening, story = (request.get(name) for name in ("key", "opening", "story"))
-        if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(opening, story):
+        if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(
+            opening, story
+        ):
             raise Refused("this is not what was asked about: load the page again")
-        record: Record = dict(key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp())
+        record: Record = dict(
+            key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp()
+        )
         self._journal.append(record)
         self._grades[key] = record
         if self._current == key:

@@ -1,5 +1,6 @@
-"""Server for a human teacher: a page for the human, OpenAI's chat completions for the trainer. Stories are shown as
-text, not markup. A foreign Host or Origin, which any page in the human's browser can send, is refused."""
+"""Server for a human teacher: a page for the human, OpenAI's chat completions for the trainer.
+Stories are shown as text, not markup. A foreign Host or Origin, which any page in the human's
+browser can send, is refused."""
 
 import asyncio
 import base64
@@ -32,7 +33,8 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
     """Serve the page, with this CSS, and /v1 during the block; yields the URL. See `listening`."""
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
-    own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script runs
+    # no other script runs
+    own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src '{own}'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -77,8 +79,14 @@ async def _respond(desk: Desk, messages: list[dict]) -> str:
         return NO_STORY
     if messages[0]["content"] != instructions(desk.template):
         message = f"The human here grades {', '.join(desk.template.names)} in other words than these: give "
-        raise Refused(f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages")
-    scores = dict.fromkeys(desk.template.names, EXAMPLE) if question == FIRST_STORY else await desk.ask(*question)
+        raise Refused(
+            f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages"
+        )
+    scores = (
+        dict.fromkeys(desk.template.names, EXAMPLE)
+        if question == FIRST_STORY
+        else await desk.ask(*question)
+    )
     if scores is None:
         return SKIPPED
     return " ".join(str(scores[name]) for name in desk.template.names)
@@ -88,13 +96,21 @@ async def _respond(desk: Desk, messages: list[dict]) -> str:
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse requests of foreign pages: DNS rebinding (their own Host name) and other origins."""
     own = f"http://{request.host}"
-    if re.sub(r":[0-9]+$", "", request.host) not in NAMES or request.headers.get("Origin", own) != own:
+    if (
+        re.sub(r":[0-9]+$", "", request.host) not in NAMES
+        or request.headers.get("Origin", own) != own
+    ):
         raise Refused("This server answers only to this machine.", status=403)
     return await handler(request)
 
 
 def _name(who: object) -> str:
-    if not isinstance(who, str) or not who.strip() or len(who) > LONGEST_NAME or not who.isprintable():
+    if (
+        not isinstance(who, str)
+        or not who.strip()
+        or len(who) > LONGEST_NAME
+        or not who.isprintable()
+    ):
         raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
     return who.strip()
 

@@ -1,5 +1,5 @@
-"""The back-end: what runs each operator. It is a compiled kernel (csrc/), on a Mac PyTorch's matmul for three operators
-(MATMULS), or the operator's definition in plain PyTorch (reference.py)."""
+"""The back-end: what runs each operator. It is a compiled kernel (csrc/), on a Mac PyTorch's matmul
+for three operators (MATMULS), or the operator's definition in plain PyTorch (reference.py)."""
 
 import functools
 import os
@@ -14,16 +14,20 @@ from tinystory.run.errors import UserError
 
 REFERENCE = "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
 
-# Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's matrix units.
+# Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's
+# matrix units.
 MATMULS = ("cross_entropy", "linear", "token_logprob")
 ACCELERATE = sys.platform == "darwin"
 
 
 def from_environment() -> str:
-    """TINYSTORY_KERNELS: "auto", "ours" (also on a Mac) or "reference". Raises UserError for another value."""
+    """TINYSTORY_KERNELS: "auto", "ours" (also on a Mac) or "reference". Raises UserError for
+    another value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
-        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'")
+        raise UserError(
+            f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'"
+        )
     return kernels
 
 
@@ -62,7 +66,8 @@ def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def has_kernel(op: str, device: str) -> bool:
-    """Whether the operator has a kernel for this kind of device, built first if need be. If not, stderr says so."""
+    """Whether the operator has a kernel for this kind of device, built first if need be. If not,
+    stderr says so."""
     load()
     if device == "cuda":
         cuda.load()
@@ -74,5 +79,6 @@ def has_kernel(op: str, device: str) -> bool:
 
 
 def load() -> ModuleType | None:
-    """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the reference runs."""
+    """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the
+    reference runs."""
     return None if current() == "reference" else build.load()

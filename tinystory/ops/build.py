@@ -1,9 +1,11 @@
-"""Compiles csrc/ for this machine with torch.utils.cpp_extension and ninja, at first use, and loads it.
+"""Compiles csrc/ for this machine with torch.utils.cpp_extension and ninja, at first use, and loads
+it.
 
-There are two libraries: the CPU's, which defines every operator of `torch.ops.tinystory`, and the GPU's (cuda.py),
-which is built only when a GPU is first used, so that no GPU or CUDA toolkit can keep a CPU run from working. Each has a
-folder `cache_dir()/kernels/<name>-<key>`; the key is a hash of all that the machine code depends on, sources included.
-An operating-system lock guards it, which ends with its process, unlike torch's lock file."""
+There are two libraries: the CPU's, which defines every operator of `torch.ops.tinystory`, and the
+GPU's (cuda.py), which is built only when a GPU is first used, so that no GPU or CUDA toolkit can
+keep a CPU run from working. Each has a folder `cache_dir()/kernels/<name>-<key>`; the key is a hash
+of all that the machine code depends on, sources included. An operating-system lock guards it, which
+ends with its process, unlike torch's lock file."""
 
 import contextlib
 import functools
@@ -33,19 +35,24 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 from tinystory.run.paths import ROOT, cache_dir
 
-CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"  # a clone's, or a wheel's
+# a clone's, or a wheel's
+CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-falign-loops=64"]  # a micro-kernel's loop that began in the middle of a cache line cost 3 % of a step
-FLAGS += ["-ffp-contract=off"]  # sampling needs each float step as written; kernels write fma() where they want one
+# a micro-kernel's loop that began in the middle of a cache line cost 3 % of a step
+FLAGS += ["-falign-loops=64"]
+# sampling needs each float step as written; kernels write fma() where they want one
+FLAGS += ["-ffp-contract=off"]
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
 OLD = ".old"  # suffix of folders that are to be removed
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of nvcc without a GPU
+# it warns of nvcc without a GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 @functools.cache
 def load() -> ModuleType:
-    """The CPU kernels' module, built first if need be; registers the operators. Raises UserError on failure."""
+    """The CPU kernels' module, built first if need be; registers the operators. Raises UserError on
+    failure."""
     module = build(NAME, cpu_sources())
     fake.register()
     return module
@@ -56,7 +63,8 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Load a library, compiled first if need be. gpus: compute capabilities, "8.0;9.0", of a CUDA library."""
+    """Load a library, compiled first if need be. gpus: compute capabilities, "8.0;9.0", of a CUDA
+    library."""
     folder = library_folder(name, sources, gpus, toolkit)
     library = folder / f"{name}.so"
     with locked(folder):
@@ -64,9 +72,18 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             if intact(library):
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
-            reason = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
+            reason = (
+                "again, since they are damaged"
+                if (folder / "built").exists()
+                else f"({len(sources)} files, once)"
+            )
             target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
+            print(
+                f"tinystory: compiling the {target} {reason} ...",
+                end=" ",
+                file=sys.stderr,
+                flush=True,
+            )
             renew(folder)
             started, outcome = time.monotonic(), "failed"
             try:
@@ -74,18 +91,21 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
                 outcome = f"{time.monotonic() - started:.0f} s"
             finally:
                 print(outcome, file=sys.stderr)
-            if library_folder(name, sources, gpus, toolkit) == folder:  # no source has changed meanwhile
+            # no source has changed meanwhile
+            if library_folder(name, sources, gpus, toolkit) == folder:
                 (folder / "built").write_text(file_hash(library))
             return module
         except (RuntimeError, OSError, ImportError) as error:
-            failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
+            failed = re.findall(
+                r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE
+            )
             message = ("".join(failed).strip() or str(error))[:4000]
             raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
 
 
 def renew(folder: Path) -> None:
-    """Replace this folder by an empty one. Compilers of a killed build may still write to the old one, which a later
-    build then removes."""
+    """Replace this folder by an empty one. Compilers of a killed build may still write to the old
+    one, which a later build then removes."""
     folder.rename(tempfile.mkdtemp(OLD, dir=folder.parent))
     folder.mkdir()
     for old in folder.parent.glob(f"*{OLD}"):
@@ -102,20 +122,32 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     from torch.utils import cpp_extension  # here, because it takes half a second to import
 
     compiler, *flags = command()
-    # The second and third keep torch from warning of unknown compilers, and from taking objects out of a ccache that
-    # other machines share: it does not know which processor -march=native meant.
-    settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
-    settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
-    # torch's own copy of pybind11, which its libraries are built with, comes before the package's, which serves builds
-    # of torch that have no copy (conda-forge, Debian).
+    # The second and third keep torch from warning of unknown compilers, and from taking objects out
+    # of a ccache that other machines share: it does not know which processor -march=native meant.
+    settings = {
+        "CXX": compiler,
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+        "TORCH_NO_COMPILER_WRAPPER": "1",
+    }
+    settings |= {
+        "TORCH_CUDA_ARCH_LIST": gpus,
+        "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}",
+    }
+    # torch's own copy of pybind11, which its libraries are built with, comes before the package's,
+    # which serves builds of torch that have no copy (conda-forge, Debian).
     pybind = f"-isystem {shlex.quote(pybind11.get_include())}"
     before = dict(os.environ)
     os.environ.update(settings)
     try:
         return cpp_extension.load(
-            name, [*map(str, sources)], extra_cflags=[*flags, pybind], extra_cuda_cflags=["-std=c++20", "-O3"],
-            extra_ldflags=flags[-1:], build_directory=str(folder), with_cuda=bool(gpus),
-        )  # fmt: skip
+            name,
+            [*map(str, sources)],
+            extra_cflags=[*flags, pybind],
+            extra_cuda_cflags=["-std=c++20", "-O3"],
+            extra_ldflags=flags[-1:],
+            build_directory=str(folder),
+            with_cuda=bool(gpus),
+        )
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -130,8 +162,8 @@ def imported(name: str, library: Path) -> ModuleType:
 
 
 def command() -> list[str]:
-    """The C++ compiler ($CXX, or the first of c++, g++, clang++) and our flags; the last one is for threads. They are
-    for this processor, unless $CXX names another: "c++ -march=x86-64-v3"."""
+    """The C++ compiler ($CXX, or the first of c++, g++, clang++) and our flags; the last one is for
+    threads. They are for this processor, unless $CXX names another: "c++ -march=x86-64-v3"."""
     chosen = shlex.split(os.environ.get("CXX", ""))
     names = chosen[:1] or ["c++", "g++", "clang++"]
     found = [name for name in names if shutil.which(name)]
@@ -140,23 +172,38 @@ def command() -> list[str]:
         advice = f"install one ({install}), name it in CXX, or {INSTEAD}"
         raise UserError(f"no C++ compiler found, for there is no {' or '.join(names)}: {advice}")
     compiler = [found[0], *chosen[1:]]
-    flags = [] if re.search("-m(arch|cpu)=", " ".join(compiler)) else ["-march=native", "-mcpu=native"]
+    flags = (
+        [] if re.search("-m(arch|cpu)=", " ".join(compiler)) else ["-march=native", "-mcpu=native"]
+    )
     native = [flag for flag in flags if macros([*compiler, flag])][:1]
-    # GCC's OpenMP is torch's too. Other compilers have another or none: there, csrc/cpu/thread_pool.h has threads.
-    return [*compiler, *FLAGS, *native, "-pthread" if "__clang__" in macros(compiler) else "-fopenmp"]
+    # GCC's OpenMP is torch's too. Other compilers have another or none: there,
+    # csrc/cpu/thread_pool.h has threads.
+    return [
+        *compiler,
+        *FLAGS,
+        *native,
+        "-pthread" if "__clang__" in macros(compiler) else "-fopenmp",
+    ]
 
 
 def macros(command: list[str]) -> str:
-    """The compiler's predefined macros, which tell its version and the instruction sets; "" for an unknown flag."""
-    process = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    """The compiler's predefined macros, which tell its version and the instruction sets; "" for an
+    unknown flag."""
+    process = subprocess.run(
+        [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
+    )
     return process.stdout if process.returncode == 0 else ""
 
 
 def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
     """The folder of a library, named after all that its machine code depends on."""
-    versions, compiler = [__version__, torch.__version__, str(torch.version.git_version), sys.version], command()
+    versions, compiler = (
+        [__version__, torch.__version__, str(torch.version.git_version), sys.version],
+        command(),
+    )
     folders = {CSRC, *(source.parent for source in sources)}
-    files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))  # no editor's hidden copies
+    # no editor's hidden copies
+    files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))
     contents = [f"{file.relative_to(CSRC)} {file_hash(file)}" for file in files]
     parts = [*versions, *compiler, macros(compiler), gpus, toolkit, *contents]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -172,10 +219,14 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
+            print(
+                "tinystory: waiting for another process that compiles the kernels", file=sys.stderr
+            )
             held = lock.acquire()
     except OSError as error:
         problem = f"{folder} cannot be written or locked ({error.strerror})"
-        raise UserError(f"{problem}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
+        raise UserError(
+            f"{problem}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}"
+        ) from None
     with held:
         yield

@@ -12,14 +12,17 @@ from tinystory.run.errors import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """recorded: device and dtype for config.json, with auto resolved, so that a resumed run computes as before."""
+    """recorded: device and dtype for config.json, with auto resolved, so that a resumed run
+    computes as before."""
 
     device: torch.device
     dtype: torch.dtype
     recorded: dict[str, str]
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
 
 
 def resolve(device_name: str, dtype_name: str) -> Compute:
@@ -31,18 +34,23 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU. A
-    GPU too old for the kernels runs plain PyTorch. stderr explains either. Raises UserError for an unusable device."""
+    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for
+    it, else the CPU. A GPU too old for the kernels runs plain PyTorch. stderr explains either.
+    Raises UserError for an unusable device."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
         try:
             if backend.load() is not None and (reason := too_old(torch.device("cuda"))):
-                raise UserError(f"{reason}; for a large student --device cuda may be faster: plain PyTorch on the GPU")
+                raise UserError(
+                    f"{reason}; for a large student --device cuda may be faster: plain PyTorch on the GPU"
+                )
             return pick_device("cuda")
         except UserError as error:
             reason = str(error).splitlines()[0]
-            print(f"tinystory: --device auto is the CPU here, not the GPU: {reason}", file=sys.stderr)
+            print(
+                f"tinystory: --device auto is the CPU here, not the GPU: {reason}", file=sys.stderr
+            )
             return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -51,7 +59,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+        raise UserError(
+            f"--device {name} cannot be used here ({reason}); try --device cpu"
+        ) from error
     if device.type == "cuda" and backend.load() is not None:
         if reason := too_old(device):
             backend.run_reference(reason)

@@ -18,7 +18,8 @@ INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 @functools.cache
 def load() -> None:
-    """Register the CUDA kernels of the operators, built first if need be. Raises UserError if they cannot be."""
+    """Register the CUDA kernels of the operators, built first if need be. Raises UserError if they
+    cannot be."""
     build.load()
     if why := why_not():
         raise UserError(f"{why}, {INSTEAD}")
@@ -51,19 +52,24 @@ def why_not() -> str:
 
 
 def toolkit() -> Path:
-    """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be missing."""
-    from torch.utils.cpp_extension import CUDA_HOME  # here, because it takes half a second to import
+    """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be
+    missing."""
+    # here, because it takes half a second to import
+    from torch.utils.cpp_extension import CUDA_HOME
 
     return Path(CUDA_HOME or os.devnull)
 
 
 def version() -> str:
-    return subprocess.run([toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    return subprocess.run(
+        [toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True
+    ).stdout
 
 
 def architectures() -> list[str]:
-    """Compute capabilities to compile for: the GPUs' here, if not too old; without a GPU 8.0 and 9.0, so that the
-    kernels can be compiled. TORCH_CUDA_ARCH_LIST, which containers set for all GPUs, is not read."""
+    """Compute capabilities to compile for: the GPUs' here, if not too old; without a GPU 8.0 and
+    9.0, so that the kernels can be compiled. TORCH_CUDA_ARCH_LIST, which containers set for all
+    GPUs, is not read."""
     if not torch.cuda.is_available():
         return ["8.0", "9.0"]
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

@@ -1,4 +1,5 @@
-"""Fake kernels for torch.compile and torch.library.opcheck: they return empty tensors of the right shape and dtype."""
+"""Fake kernels for torch.compile and torch.library.opcheck: they return empty tensors of the right
+shape and dtype."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,9 @@ def causal_attention(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, 
     return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=wide(qkv.dtype))
 
 
-def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int) -> tuple[Tensor, ...]:
+def token_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int
+) -> tuple[Tensor, ...]:
     logits = hidden.new_empty(kept_groups, len(hidden), LOGIT_STRIDE, dtype=wide(hidden.dtype))
     return *per_row(hidden, wide(hidden.dtype), wide(hidden.dtype), torch.float64), logits
 
@@ -32,18 +35,28 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, *dtypes: torch.dtype
+) -> tuple[Tensor, Tensor]:
     dtype, out_dtype = dtypes
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if gelu else (0,), dtype=dtype)
 
 
-def linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight))
 
 
 def add_layer_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    dropout_p: float,
+    seed: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     total = x.new_empty(0 if branch is None else x.shape)
@@ -53,7 +66,8 @@ def add_layer_norm(
 def add_layer_norm_backward(
     grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_branch = total.new_empty(0 if others[-1] is None else total.shape, dtype=others[-1])  # the branch's dtype
+    # the branch's dtype
+    grad_branch = total.new_empty(0 if others[-1] is None else total.shape, dtype=others[-1])
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -64,7 +78,8 @@ FAKE_KERNELS: dict[str, Callable] = {
     "decode_attention": lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape),
     "sample": lambda logits, *_: per_row(logits, torch.int64, torch.float32, torch.float32),
     "token_logprob": token_logprob,
-    "token_logprob_backward": lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[2:4]),  # hidden, weight
+    # hidden, weight
+    "token_logprob_backward": lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[2:4]),
     "cross_entropy": cross_entropy,
     "linear": linear,
     "linear_backward": linear_backward,

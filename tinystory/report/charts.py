@@ -1,4 +1,5 @@
-"""Charts as inline SVG, whose colours are CSS variables of the page (light and dark), and a sparkline for terminals."""
+"""Charts as inline SVG, whose colours are CSS variables of the page (light and dark), and a
+sparkline for terminals."""
 
 import html
 import math
@@ -45,13 +46,16 @@ svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 
 
 def palette() -> str:
-    light, dark = ("".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1))
+    light, dark = (
+        "".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1)
+    )
     return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
 @dataclass
 class Line:
-    """A curve, averaged over neighbours beyond POINTS values. errors: half the length of each error bar, or None."""
+    """A curve, averaged over neighbours beyond POINTS values. errors: half the length of each error
+    bar, or None."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
@@ -71,7 +75,8 @@ class Line:
         if len(y) < 8:
             ends = np.concatenate([values - errors, values + errors])
             return x, y, np.concatenate([y, ends[~np.isnan(ends)]])
-        # The axis shows the central 98 % of the values and hardly more: a single outlier would flatten the rest.
+        # The axis shows the central 98 % of the values and hardly more: a single outlier would
+        # flatten the rest.
         low, high = np.quantile(values, [0.01, 0.99])
         return x, y, np.clip(y, 2 * low - high, 2 * high - low)
 
@@ -85,7 +90,8 @@ def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """At least three round numbers within [low, high], with the largest spacing of 1, 2 or 5 times a power of ten."""
+    """At least three round numbers within [low, high], with the largest spacing of 1, 2 or 5 times
+    a power of ten."""
     power = math.ceil(math.log10(high - low))
     while True:
         for multiple in (5, 2, 1):
@@ -97,9 +103,12 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; if more than 8, only the powers."""
+    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; if more than 8, only
+    the powers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001]
+    marks = [
+        m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001
+    ]
     return marks if len(marks) <= 8 else [mark for mark in marks if math.log10(mark).is_integer()]
 
 
@@ -117,7 +126,11 @@ def number(value: float | None) -> str:
         return "\N{EN DASH}"
     size = abs(value)
     if size >= 99_950:
-        unit, name = next((unit, name) for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= unit * 0.9995)
+        unit, name = next(
+            (unit, name)
+            for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+            if size >= unit * 0.9995
+        )
         return f"{value / unit:.3g}{name}" if size < unit * 1000 else f"{value / unit:,.0f}{name}"
     if size >= 999.5 or value == int(value):
         return f"{value:,.0f}"
@@ -134,18 +147,29 @@ def chart(
     log_x: bool = False,
     size: Size = SIZE,
 ) -> str:
-    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the curves. log_x: all x > 0."""
+    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the curves.
+    log_x: all x > 0."""
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
-    x, curves = np.concatenate([line.points()[0] for line in lines]), [line.curve() for line in lines]
+    x, curves = (
+        np.concatenate([line.points()[0] for line in lines]),
+        [line.curve() for line in lines],
+    )
     x_low, x_high = x.min(), x.max()
     if x_high == x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
-    x_ticks = log_ticks(x_low, x_high) if log_x else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
+    x_ticks = (
+        log_ticks(x_low, x_high)
+        if log_x
+        else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
+    )
     y_low, y_high = y_range or padded_range(np.concatenate([extent for _, _, extent in curves]))
     y_ticks, name_length = ticks(y_low, y_high), max(len(line.name) for line in lines)
-    end, bottom = size[0] - (max(86, 50 + 7 * name_length) if name_length else RIGHT), size[1] - BOTTOM
+    end, bottom = (
+        size[0] - (max(86, 50 + 7 * name_length) if name_length else RIGHT),
+        size[1] - BOTTOM,
+    )
     scale = np.log10 if log_x else np.asarray
 
     def across(values: ArrayLike) -> Any:  # in pixels
@@ -157,14 +181,22 @@ def chart(
     parts = []
     for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
         parts.append(f'<path class="grid" d="M{LEFT},{down(tick):.1f}H{end}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{name}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{name}</text>'
+        )
     for tick in x_ticks:
-        parts.append(f'<text x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+        parts.append(
+            f'<text x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>'
+        )
+    parts.append(
+        f'<text x="{end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>'
+    )
     labels = []
     for line, (along, up, _) in zip(lines, curves, strict=True):
         parts += draw(line, across, down, along, up)
-        labels.append((float(down(up[-1])), line.colour, f"{line.name} {number(float(up[-1]))}".strip()))
+        labels.append(
+            (float(down(up[-1])), line.colour, f"{line.name} {number(float(up[-1]))}".strip())
+        )
     lowest = -math.inf
     for y, colour, text in sorted(labels):
         lowest = max(y + 4, lowest + 13)  # below the label above
@@ -195,7 +227,8 @@ def svg(title: str, size: Size, parts: Sequence[str]) -> str:
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
-    """An SVG of horizontal bars. rows: name, positive value, standard error; highlighted: a name."""
+    """An SVG of horizontal bars. rows: name, positive value, standard error; highlighted: a
+    name."""
     left, scale = 12 + 7 * max(len(name) for name, _, _ in rows), max(value for _, value, _ in rows)
     parts = []
     for i, (name, value, error) in enumerate(rows):
@@ -203,7 +236,9 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str)
         parts.append(f'<text x="0" y="{y + 12}">{html.escape(name)}</text>')
         colour = "reward" if name == highlighted else "grey"
         path = f'class="dot" style="--tint: var(--{colour})" d="M{left},{y}h{length:.1f}v16h-{length:.1f}Z"'
-        parts.append(f'<path {path}/><text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>')
+        parts.append(
+            f'<path {path}/><text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>'
+        )
     return svg(title, (640, 26 * len(rows) + 30), parts)
 
 
@@ -219,13 +254,24 @@ def padded_range(values: np.ndarray) -> Span:
 def standalone(drawing: str) -> str:
     """A chart as the text of an .svg file, for a README; it also follows light and dark mode."""
     start = '<svg xmlns="http://www.w3.org/2000/svg" '
-    return drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1) + "\n"
+    return (
+        drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1)
+        + "\n"
+    )
 
 
 def text_curve(values: Sequence[float | None], width: int = 60) -> str:
-    """Block characters, ▁ for the lowest value to █ for the highest, at most `width`; "" without values."""
-    y = thin(np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float), width)
+    """Block characters, ▁ for the lowest value to █ for the highest, at most `width`; "" without
+    values."""
+    y = thin(
+        np.array(
+            [value for value in values if value is not None and math.isfinite(value)], dtype=float
+        ),
+        width,
+    )
     if not len(y):
         return ""
     span = y.max() - y.min()
-    return "".join("▁▂▃▄▅▆▇█"[round(v)] for v in ((y - y.min()) / span * 7 if span else np.full(len(y), 3.0)))
+    return "".join(
+        "▁▂▃▄▅▆▇█"[round(v)] for v in ((y - y.min()) / span * 7 if span else np.full(len(y), 3.0))
+    )

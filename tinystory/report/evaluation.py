@@ -37,5 +37,7 @@ def comparison(records: Sequence[Record]) -> list[list[str]]:
     for name, task, value, interval, decimals in ROWS:
         measured = [record.get(task) or {} for record in records]
         if any(measures.get(value) is not None for measures in measured):
-            rows.append([name, *(with_ci(of.get(value), of.get(interval), decimals) for of in measured)])
+            rows.append(
+                [name, *(with_ci(of.get(value), of.get(interval), decimals) for of in measured)]
+            )
     return rows

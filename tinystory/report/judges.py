@@ -24,24 +24,40 @@ def judges_section(folder: Path) -> str:
         "Stories to the same openings, never trained on, and real ones, by the teacher and by a language model that "
         "reads them (sense, in nats per token: tinystory/evaluate/reader.py), with 95 % intervals. A gain that only "
         "the teacher sees is a gain at pleasing the teacher; one that a lower temperature gives too needs no training.",
-        (page.table(header, rows) if records else "") + "".join(f"<p>{escape(line)}</p>" for line in lines),
+        (page.table(header, rows) if records else "")
+        + "".join(f"<p>{escape(line)}</p>" for line in lines),
     )
 
 
 def judged_rows(records: Sequence[Record]) -> list[list[str]]:
-    """A header, and per group: size, mean by each judge, and the fraction of the way from before to real stories."""
+    """A header, and per group: size, mean by each judge, and the fraction of the way from before to
+    real stories."""
     tables = {measure: summary(records, measure) for measure in ("score", "sense")}
-    rows = [["Stories", "Number", "Teacher’s score", "of the way", "Sense, nats per token", "of the way"]]
+    rows = [
+        [
+            "Stories",
+            "Number",
+            "Teacher’s score",
+            "of the way",
+            "Sense, nats per token",
+            "of the way",
+        ]
+    ]
     for name in GROUPS:
         cells = []
         for table in tables.values():
             row = table[name]
-            cells += [with_ci(row["mean"], row["ci"]), number(None) if row["gap"] is None else f"{row['gap']:.0%}"]
+            cells += [
+                with_ci(row["mean"], row["ci"]),
+                number(None) if row["gap"] is None else f"{row['gap']:.0%}",
+            ]
         rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
     return rows
 
 
-def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
+def preference_lines(
+    preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER
+) -> list[str]:
     """One sentence per judge on its blind comparisons. names: the two storytellers."""
     return [
         f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "

@@ -1,4 +1,5 @@
-"""Building blocks of the pages: HTML fragments, the template and its style. Text from models is escaped here."""
+"""Building blocks of the pages: HTML fragments, the template and its style. Text from models is
+escaped here."""
 
 import json
 import re
@@ -15,9 +16,11 @@ LONGEST = 3000  # characters of a story that are shown
 LARGEST = 30  # clusters that are drawn one by one
 
 
-def write(path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0) -> Path:
-    """Write a self-contained page of the non-empty sections, and return its path. Text is HTML. reload_s: 0 means
-    never."""
+def write(
+    path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0
+) -> Path:
+    """Write a self-contained page of the non-empty sections, and return its path. Text is HTML.
+    reload_s: 0 means never."""
     style, body = charts.palette() + charts.STYLE + STYLE, "\n".join(filter(None, sections))
     reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
     text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body, reload=reload)
@@ -43,7 +46,8 @@ def grid(drawings: Sequence[str]) -> str:
 
 
 def cluster_bar(sizes: Sequence[int], step: int) -> str:
-    """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes: descending."""
+    """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes:
+    descending."""
     clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
     blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST])
     if rest := sum(sizes[LARGEST:]):
@@ -64,7 +68,8 @@ def duration(seconds: float) -> str:
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
-    """A list of names and values. Text is shown unchanged, an empty value as a dash, anything else as JSON."""
+    """A list of names and values. Text is shown unchanged, an empty value as a dash, anything else
+    as JSON."""
     entries = ""
     for name, value in rows:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -80,11 +85,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        if rows
+        else ""
+    )
 
 
 def story_card(record: Record, title: str) -> str:
-    """A story after its opening. record: opening, story; optionally scores, reward, words, ended, reply."""
+    """A story after its opening. record: opening, story; optionally scores, reward, words, ended,
+    reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -104,7 +114,8 @@ def story_card(record: Record, title: str) -> str:
 
 
 def clip(text: str, limit: int = LONGEST) -> str:
-    """text escaped, cut to limit characters, with control characters other than line breaks made visible."""
+    """text escaped, cut to limit characters, with control characters other than line breaks made
+    visible."""
     visible = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
     return escape(visible) + (" …" if len(text) > limit else "")
 

@@ -1,5 +1,6 @@
-"""report.html: a self-contained page about one run, without network access, scripts or other files. It is written from
-the records in the run's folder alone, so it can be rewritten at any time; during its run it is, and reloads itself."""
+"""report.html: a self-contained page about one run, without network access, scripts or other files.
+It is written from the records in the run's folder alone, so it can be rewritten at any time; during
+its run it is, and reloads itself."""
 
 import contextlib
 import math
@@ -42,8 +43,15 @@ STUDENT_CURVES = {
 }
 KEYS = "Keys of metrics.jsonl."
 DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
-LATEST = ("words_in", "words_out", "teacher_cost")  # shown by their last value; the others by their sum
-SUMMED = (*(f"{part}_s" for part in PARTS), "unscored", "teacher_requests", "teacher_retries", "teacher_cached")
+# shown by their last value; the others by their sum
+LATEST = ("words_in", "words_out", "teacher_cost")
+SUMMED = (
+    *(f"{part}_s" for part in PARTS),
+    "unscored",
+    "teacher_requests",
+    "teacher_retries",
+    "teacher_cached",
+)
 SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
 PRETRAINING_CURVES = {
     "val_bits_per_byte": "Validation, bits per byte",
@@ -55,15 +63,17 @@ PRETRAINING_CURVES = {
 
 @contextlib.contextmanager
 def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after every step, which keeps a run's report up to date. However the block ends, the
-    page is written once more and no longer reloads itself. writes: False in all processes but one."""
+    """Yields a function to call after every step, which keeps a run's report up to date. However
+    the block ends, the page is written once more and no longer reloads itself. writes: False in all
+    processes but one."""
     due = 0.0
 
     def update() -> None:
         nonlocal due
         if writes and (start := time.monotonic()) >= due:
             write_report(run, live=True)
-            due = start + max(RELOAD_S, 20 * (time.monotonic() - start))  # at most a twentieth of the run's time
+            # at most a twentieth of the run's time
+            due = start + max(RELOAD_S, 20 * (time.monotonic() - start))
 
     try:
         yield update
@@ -73,7 +83,8 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
 
 
 def write_report(run_folder: Path, live: bool = False) -> Path:
-    """Write report.html into a run's folder, finished or not, and return its path. live: the page reloads itself."""
+    """Write report.html into a run's folder, finished or not, and return its path. live: the page
+    reloads itself."""
     folder = Path(run_folder)
     metrics, config = read_metrics(folder), read_config(folder)
     if not metrics:
@@ -84,9 +95,15 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
         sections = pretraining(metrics)
     if config:
         rest = [item for item in config.items() if item[0] != "options"]
-        sections.append(details("How it was run", "", page.facts([*config["options"].items(), *rest])))
-    for step, sentence in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
-        sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
+        sections.append(
+            details("How it was run", "", page.facts([*config["options"].items(), *rest]))
+        )
+    for step, sentence in CollapseDetector(
+        metrics, number_option(config, "kl_target") or math.inf
+    ).warnings.values():
+        sections.insert(
+            0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>'
+        )
     title, note = heading(folder, metrics, config)
     note += f" · {remaining(metrics, config)}" * live
     return page.write(folder / "report.html", title, note, sections, RELOAD_S * live)
@@ -95,12 +112,21 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
 def heading(folder: Path, metrics: list[Record], config: Record) -> tuple[str, str]:
     """The title (student, teacher, corpus) and the note (folder, step, device, start), as HTML."""
     student = config.get("options", {}).get("student")
-    size, corpus = (student.get("parameters"), student.get("corpus")) if isinstance(student, dict) else (None, None)
+    size, corpus = (
+        (student.get("parameters"), student.get("corpus"))
+        if isinstance(student, dict)
+        else (None, None)
+    )
     name = f"A student of {number(size)} parameters" if type(size) is int else "A student"
-    read = ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else "a corpus"
+    read = (
+        ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else "a corpus"
+    )
     interacts = bool(metrics) and "reward_mean" in metrics[-1]
     stage = f"taught by {scorer(config) or 'scores'} after reading" if interacts else "reading"
-    notes = [folder.resolve().name, *(page.count(record["step"], "step") for record in metrics[-1:])]
+    notes = [
+        folder.resolve().name,
+        *(page.count(record["step"], "step") for record in metrics[-1:]),
+    ]
     if config:
         notes += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
     return escape(f"{name}, {stage} {read}"), escape(" · ".join(notes))
@@ -112,7 +138,8 @@ def number_option(config: Record, name: str) -> float | None:
 
 
 def remaining(metrics: list[Record], config: Record) -> str:
-    """The state of an unfinished run, with the time left if the pace of its RECENT steps is known."""
+    """The state of an unfinished run, with the time left if the pace of its RECENT steps is
+    known."""
     recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
     words, speed = last.get("words"), mean_of(column(recent, "tokens_per_s"))
     if "reward_mean" in last and (steps := number_option(config, "steps")):
@@ -125,7 +152,7 @@ def remaining(metrics: list[Record], config: Record) -> str:
     return f"running, about {page.duration(left)} left"
 
 
-# ---- an interaction run ---------------------------------------------------------------------------------------------
+# ---- an interaction run --------------------------------------------------------------------------
 
 
 def scorer(config: Record) -> str:
@@ -140,7 +167,11 @@ def scorer(config: Record) -> str:
 def verdict(config: Record) -> str:
     """The result of calibrating the scorer before the run, as a clause."""
     calibration = config.get("options", {}).get("calibration")
-    return str(calibration.get("verdict")) if isinstance(calibration, dict) else "was not calibrated before the run"
+    return (
+        str(calibration.get("verdict"))
+        if isinstance(calibration, dict)
+        else "was not calibrated before the run"
+    )
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
@@ -154,21 +185,33 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
     return [
         first_screen(metrics, curves, read_before_after(folder)),
         sameness(curves, first, last),
-        section("Scores", escape(f"Scored by {by}. It {verdict(config)}.") if by else "", grid(scores)),
+        section(
+            "Scores", escape(f"Scored by {by}. It {verdict(config)}.") if by else "", grid(scores)
+        ),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
-        details("Samples of the last step", "Drawn at random, whatever their reward.", cards(drawn(last))),
+        details(
+            "Samples of the last step",
+            "Drawn at random, whatever their reward.",
+            cards(drawn(last)),
+        ),
         details("Stories without a score", without, cards(unscored)),
-        details("PPO diagnostics", KEYS, grid(curve_charts(metrics, {key: key for key in DIAGNOSTICS}))),
+        details(
+            "PPO diagnostics", KEYS, grid(curve_charts(metrics, {key: key for key in DIAGNOSTICS}))
+        ),
         details("Time, words and requests", KEYS, page.facts(totals(metrics))),
     ]
 
 
 def cards(records: Iterable[Record]) -> str:
-    return block("cards", "".join(story_card(record, f"Step {number(record['step'])}") for record in records))
+    return block(
+        "cards", "".join(story_card(record, f"Step {number(record['step'])}") for record in records)
+    )
 
 
-def first_screen(metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None) -> str:
+def first_screen(
+    metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None
+) -> str:
     lines = [
         curve(metrics, "reward_mean", "plain", name="training"),
         curve(curves, "held_out_reward", "reward", name="held out"),
@@ -182,13 +225,19 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
     others = details("The largest loss, and the quartiles of the gain", "", "".join(more))
     header, *rows = comparison.table()
     right += page.table(header, rows) + f'<p class="note">{escape(comparison.tellers())}</p>'
-    left = f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{first}{others}'
+    left = (
+        f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{first}{others}'
+    )
     return block("hero", f"<div>{left}</div><div>{right}</div>")
 
 
 def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> str:
     ends = [first] * (first is not last) + [last]
-    steps = [(cluster_sizes([r["story"] for r in records]), records[0]["step"]) for records in ends if records]
+    steps = [
+        (cluster_sizes([r["story"] for r in records]), records[0]["step"])
+        for records in ends
+        if records
+    ]
     bars = "".join(page.cluster_bar(*step) for step in steps)
     return section(
         "Better stories, or one story again?",
@@ -207,25 +256,33 @@ def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     return [(key, number(value)) for key, value in values.items() if value]
 
 
-def digest(stories: Iterable[Record]) -> tuple[list[Record], list[Record], list[Record], tuple[str, ...]]:
-    """The stories of the first and the last step (one list if they are the same), the first UNSCORED without a score,
-    and the criteria. Only these are held in memory."""
+def digest(
+    stories: Iterable[Record],
+) -> tuple[list[Record], list[Record], list[Record], tuple[str, ...]]:
+    """The stories of the first and the last step (one list if they are the same), the first
+    UNSCORED without a score, and the criteria. Only these are held in memory."""
     first, last, unscored = list[Record](), list[Record](), list[Record]()
     criteria: tuple[str, ...] = ()  # the last ones: a resume may bring another --teacher-prompt
     for _, step in groupby(stories, lambda record: record["step"]):
         last = [*step]
         first = first or last
-        unscored += [record for record in last if record["reward"] is None][: UNSCORED - len(unscored)]
-        criteria = next((tuple(record["scores"]) for record in reversed(last) if record["scores"]), criteria)
+        unscored += [record for record in last if record["reward"] is None][
+            : UNSCORED - len(unscored)
+        ]
+        criteria = next(
+            (tuple(record["scores"]) for record in reversed(last) if record["scores"]), criteria
+        )
     return first, last, unscored, criteria
 
 
 def drawn(stories: Iterable[Record]) -> list[Record]:
     """RANDOM stories, the same ones at each call."""
-    return sorted(stories, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[:RANDOM]
+    return sorted(stories, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[
+        :RANDOM
+    ]
 
 
-# ---- a pretraining run ----------------------------------------------------------------------------------------------
+# ---- a pretraining run ---------------------------------------------------------------------------
 
 
 def pretraining(metrics: list[Record]) -> list[str]:
@@ -236,10 +293,13 @@ def pretraining(metrics: list[Record]) -> list[str]:
     figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
-    return [block("hero", f"<div>{figure}</div><div>{page.facts(rows)}</div>"), section("Training", "", grid(drawings))]
+    return [
+        block("hero", f"<div>{figure}</div><div>{page.facts(rows)}</div>"),
+        section("Training", "", grid(drawings)),
+    ]
 
 
-# ---- columns of the metrics -----------------------------------------------------------------------------------------
+# ---- columns of the metrics ----------------------------------------------------------------------
 
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
@@ -247,9 +307,15 @@ def column(metrics: list[Record], key: str) -> list[float | None]:
     return [value if type(value := record.get(key)) in (int, float) else None for record in metrics]
 
 
-def curve(metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = "") -> Line:
+def curve(
+    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = ""
+) -> Line:
     return Line(column(metrics, x), column(metrics, key), colour, name)
 
 
-def curve_charts(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> list[str]:
-    return [chart(title, [curve(metrics, key, x=x)], x_name=x_name) for key, title in titles.items()]
+def curve_charts(
+    metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step"
+) -> list[str]:
+    return [
+        chart(title, [curve(metrics, key, x=x)], x_name=x_name) for key, title in titles.items()
+    ]

@@ -1,4 +1,5 @@
-"""The stories of a step as tensors: padded rows for attention, one entry per token everywhere else."""
+"""The stories of a step as tensors: padded rows for attention, one entry per token everywhere
+else."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,16 @@ Later = Tensor | Any  # None until it is computed
 class Batch:
     """B stories with n tokens in all.
 
-    inputs (B, T) int64, right-padded: the opening and the story without its last token. All other tensors have one
-    entry per story token, in the stories' order: tokens (n,) int64; logprobs, values (n,) float32, as sampled;
-    ref_logprobs (n,) and ref_states (n, C), the reference's; advantages, returns (n,), the learner's; places (n,)
-    int64, indices into the batch from which `rows` took them.
+    inputs (B, T) int64, right-padded: the opening and the story without its last token. All other
+    tensors have one entry per story token, in the stories' order: tokens (n,) int64; logprobs,
+    values (n,) float32, as sampled; ref_logprobs (n,) and ref_states (n, C), the reference's;
+    advantages, returns (n,), the learner's; places (n,) int64, indices into the batch from which
+    `rows` took them.
 
-    NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the stories; openings,
-    equal for the same opening; prompt_lengths, lengths: tokens of opening and story; input_lengths: unpadded rows of
-    inputs. longest: columns of a padded table, the same for all parts of a step."""
+    NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the
+    stories; openings, equal for the same opening; prompt_lengths, lengths: tokens of opening and
+    story; input_lengths: unpadded rows of inputs. longest: columns of a padded table, the same for
+    all parts of a step."""
 
     inputs: Tensor
     tokens: Tensor
@@ -70,7 +73,11 @@ class Batch:
 
     def packed(self, table: Tensor) -> Tensor:
         """The inverse of `padded`. A table (B, 1, ...) is broadcast to each story's tokens."""
-        return table.expand(-1, self.longest, *table.shape[2:]).flatten(0, 1).index_select(0, self._table_places)
+        return (
+            table.expand(-1, self.longest, *table.shape[2:])
+            .flatten(0, 1)
+            .index_select(0, self._table_places)
+        )
 
     def story_sums(self, x: Tensor) -> Tensor:
         """(n,) -> (B,): the sum over each story's tokens."""
@@ -95,12 +102,19 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         for name in ("tokens", "logprobs", "values")
     )
     return Batch(
-        inputs=upload(pad_sequence(inputs, batch_first=True), device), tokens=tokens, logprobs=logprobs, values=values,
+        inputs=upload(pad_sequence(inputs, batch_first=True), device),
+        tokens=tokens,
+        logprobs=logprobs,
+        values=values,
         indices=np.array([story.index for story in stories]),
-        openings=np.array([first.setdefault(story.opening, row) for row, story in enumerate(stories)]),
-        prompt_lengths=np.array([len(story.prompt_ids) for story in stories]), lengths=lengths,
-        input_lengths=np.array([*map(len, inputs)]), longest=int(lengths.max()),
-    )  # fmt: skip
+        openings=np.array(
+            [first.setdefault(story.opening, row) for row, story in enumerate(stories)]
+        ),
+        prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
+        lengths=lengths,
+        input_lengths=np.array([*map(len, inputs)]),
+        longest=int(lengths.max()),
+    )
 
 
 def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:

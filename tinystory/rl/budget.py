@@ -12,8 +12,9 @@ from tinystory.run.errors import UserError
 
 @dataclass
 class Budget:
-    """A run's limits, and its milestones (name -> words in). most_words bounds the words of the replies to one story.
-    affords(n): whether grading n more stories is within the cost, which is checked again before each request."""
+    """A run's limits, and its milestones (name -> words in). most_words bounds the words of the
+    replies to one story. affords(n): whether grading n more stories is within the cost, which is
+    checked again before each request."""
 
     config: InteractConfig
     openings: Openings
@@ -22,7 +23,8 @@ class Budget:
     affords: Callable[[int], bool]
 
     def exhausted(self, state: RunState, texts: Texts, evaluations: int = 1) -> str:
-        """The limit that a step which replays `texts`, and these evaluations, would exceed, or "". Rank 0 only."""
+        """The limit that a step which replays `texts`, and these evaluations, would exceed, or "".
+        Rank 0 only."""
         config, evaluated = self.config, evaluations * self.config.eval_stories
         graded = config.graded_per_step + evaluated
         words_in = state.words_in + self.opening_words(state) + graded * self.most_words

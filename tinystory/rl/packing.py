@@ -1,4 +1,5 @@
-"""Sequence packing with shared prefixes: no padding, and an opening that several stories share is computed once."""
+"""Sequence packing with shared prefixes: no padding, and an opening that several stories share is
+computed once."""
 
 from dataclasses import dataclass
 from typing import Any  # torch's ctx takes any attribute
@@ -15,9 +16,10 @@ from tinystory.student.model import Student
 class Packing:
     """Int64 indices that pack (B, T) padded rows into one sequence of n tokens, each opening once.
 
-    places (n,): position in (B * T) of each token of the sequence. source (B * T,): at each position the index of its
-    token in the sequence, 0 for padding. copies (k,): padded positions of repeated opening tokens. shared (m,): indices
-    in the sequence of the tokens that are repeated. owners (k,): index in `shared` of the token that a copy repeats."""
+    places (n,): position in (B * T) of each token of the sequence. source (B * T,): at each
+    position the index of its token in the sequence, 0 for padding. copies (k,): padded positions of
+    repeated opening tokens. shared (m,): indices in the sequence of the tokens that are repeated.
+    owners (k,): index in `shared` of the token that a copy repeats."""
 
     places: Tensor
     source: Tensor
@@ -37,7 +39,8 @@ class Packing:
 
 
 class Unpack(torch.autograd.Function):
-    """(n, ...) -> (B * T, ...): each token at all of its positions. The gradient sums over them, in float32."""
+    """(n, ...) -> (B * T, ...): each token at all of its positions. The gradient sums over them, in
+    float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
@@ -54,7 +57,8 @@ class Unpack(torch.autograd.Function):
 
 
 def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
-    """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's unpadded length."""
+    """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's
+    unpadded length."""
     _, first, group = np.unique(openings, return_index=True, return_inverse=True)
     if len(first) == len(openings):
         return None
@@ -66,4 +70,6 @@ def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) 
     source = np.where(is_copy, number[owner], np.where(is_computed, number, 0)).flatten()
     copies = np.flatnonzero(is_copy)
     shared, owners = np.unique(source[copies], return_inverse=True)
-    return Packing(*map(torch.from_numpy, (np.flatnonzero(is_computed), source, shared, copies, owners)))
+    return Packing(
+        *map(torch.from_numpy, (np.flatnonzero(is_computed), source, shared, copies, owners))
+    )

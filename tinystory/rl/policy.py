@@ -1,4 +1,5 @@
-"""The policy (student, critic and optimizer), the run state that its checkpoints hold, and its rollouts."""
+"""The policy (student, critic and optimizer), the run state that its checkpoints hold, and its
+rollouts."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -24,8 +25,9 @@ from tinystory.student.model import Student, ValueHead
 
 @dataclass
 class RunState:
-    """written: stories so far. words_in counts each opening once, each word of a reply (arXiv 2509.15714) and each word
-    that --replay-weight replays; words_out counts the words that the student writes."""
+    """written: stories so far. words_in counts each opening once, each word of a reply (arXiv
+    2509.15714) and each word that --replay-weight replays; words_out counts the words that the
+    student writes."""
 
     kl_coef: float
     step: int = 0
@@ -40,22 +42,34 @@ class RunState:
 
 
 class SharpAdam(torch.optim.Adam):
-    """Adam for student and critic, and for s, the logarithm of a factor on all logits, which has its own learning rate.
+    """Adam for student and critic, and for s, the logarithm of a factor on all logits, which has
+    its own learning rate.
 
-    Of 70 directions that scale a part of the student, s is the only one in which 256 stories tell a gain from noise
-    (LOG.md). After each step it is folded into the final norm. The norm can go there by itself, but at Adam's rate it
-    goes as fast in 255 directions of noise. `readers`, weights that read the norm's output besides the logits (a value
-    head's), are divided by the same factor, so that s changes no value."""
+    Of 70 directions that scale a part of the student, s is the only one in which 256 stories tell a
+    gain from noise (LOG.md). After each step it is folded into the final norm. The norm can go
+    there by itself, but at Adam's rate it goes as fast in 255 directions of noise. `readers`,
+    weights that read the norm's output besides the logits (a value head's), are divided by the same
+    factor, so that s changes no value."""
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
-        self.norm, self.sharpness = student.ln_f, nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
+        self.norm, self.sharpness = (
+            student.ln_f,
+            nn.Parameter(torch.zeros((), device=student.ln_f.weight.device)),
+        )
         self.readers = [critic.linear.weight] if isinstance(critic, ValueHead) else []
-        named = [*student.named_parameters(), *((f"critic.{name}", p) for name, p in critic.named_parameters())]
+        named = [
+            *student.named_parameters(),
+            *((f"critic.{name}", p) for name, p in critic.named_parameters()),
+        ]
         groups: list[dict[str, Any]] = [
             dict(params=named, lr=config.learning_rate),
             dict(params=[("sharpness", self.sharpness)], lr=config.sharpness_rate),
         ]
-        super().__init__([group | {"initial_lr": group["lr"]} for group in groups], eps=config.adam_eps, fused=True)
+        super().__init__(
+            [group | {"initial_lr": group["lr"]} for group in groups],
+            eps=config.adam_eps,
+            fused=True,
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -73,8 +87,9 @@ class SharpAdam(torch.optim.Adam):
 
 @dataclass(kw_only=True)
 class Policy:
-    """critic: an empty module for learners without values. autocast: a context for the forward passes alone, since the
-    backward pass would round the value head's float32 gradient in it. history: the student's, for model.json."""
+    """critic: an empty module for learners without values. autocast: a context for the forward
+    passes alone, since the backward pass would round the value head's float32 gradient in it.
+    history: the student's, for model.json."""
 
     student: Student
     critic: nn.Module
@@ -93,14 +108,23 @@ class Policy:
         if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
             return
         words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
-        lifetime = {name: self.history.get(name, 0) + count for name, count in words.items()} if state.step else {}
+        lifetime = (
+            {name: self.history.get(name, 0) + count for name, count in words.items()}
+            if state.step
+            else {}
+        )
         tensors = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         tensors |= self.score_model.tensors()
         checkpoint.save(
-            folder, self.student, self.tokenizer, history=self.history | lifetime, state=tensors,
-            counters=asdict(state), replace=replace,
-        )  # fmt: skip
+            folder,
+            self.student,
+            self.tokenizer,
+            history=self.history | lifetime,
+            state=tensors,
+            counters=asdict(state),
+            replace=replace,
+        )
         checkpoint.drop_older(folder)
 
     def restore(self, folder: Path) -> RunState:
@@ -116,19 +140,32 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     """A checkpoint's student with a new critic and a new optimizer."""
     student, tokenizer, history = checkpoint.load(folder, compute.device)
     critic_class = LEARNERS[config.learner].critic
-    critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(compute.device)
+    critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(
+        compute.device
+    )
     return Policy(
-        student=student, critic=critic, optimizer=SharpAdam(student, critic, config), config=config,
-        autocast=compute.autocast, tokenizer=tokenizer, history=history,
-    )  # fmt: skip
+        student=student,
+        critic=critic,
+        optimizer=SharpAdam(student, critic, config),
+        config=config,
+        autocast=compute.autocast,
+        tokenizer=tokenizer,
+        history=history,
+    )
 
 
 def rollout(
-    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None],
-    bar: tqdm | None = None, dropout: float = 0.0, sent: Sequence[int] | None = None,
-) -> list[Story]:  # fmt: skip
-    """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each to the grader,
-    those of its own shard as soon as they end. sent: indices of the openings whose stories are sent, by default all."""
+    policy: Policy,
+    openings: Sequence[str],
+    first_index: int,
+    send: Callable[[int, str, str], None],
+    bar: tqdm | None = None,
+    dropout: float = 0.0,
+    sent: Sequence[int] | None = None,
+) -> list[Story]:
+    """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each
+    to the grader, those of its own shard as soon as they end. sent: indices of the openings whose
+    stories are sent, by default all."""
     to_send = set(range(len(openings)) if sent is None else sent)
 
     def on_story(story: Story) -> None:
@@ -140,27 +177,44 @@ def rollout(
     shard = distributed.shard_contiguous(len(openings))
     with policy.autocast():
         local = generate(
-            policy.student, policy.value_head, policy.tokenizer, openings[shard.start : shard.stop],
-            first_index=first_index + shard.start, seed=policy.config.seed, max_new_tokens=policy.config.max_new_tokens,
-            temperature=policy.config.temperature, dropout=dropout, on_story=on_story,
-        )  # fmt: skip
+            policy.student,
+            policy.value_head,
+            policy.tokenizer,
+            openings[shard.start : shard.stop],
+            first_index=first_index + shard.start,
+            seed=policy.config.seed,
+            max_new_tokens=policy.config.max_new_tokens,
+            temperature=policy.config.temperature,
+            dropout=dropout,
+            on_story=on_story,
+        )
     stories = distributed.all_gather_list(local)
     for story in stories[len(local) :]:
         on_story(story)
     return stories
 
 
-def rollout_means(stories: Sequence[Story], scores: Sequence[float | None]) -> dict[str, float | None]:
-    """Means per story: entropy (nats, summed over its tokens) of the sampling distributions, and tokens_mean. Over the
-    `scored` stories: Pearson's correlation of the score with the number of words (score_length) and with the mean
-    log-probability per token as sampled (score_logprob), or None."""
-    rows = [(x, s.words, float(s.logprobs.mean())) for x, s in zip(scores, stories, strict=True) if x is not None]
+def rollout_means(
+    stories: Sequence[Story], scores: Sequence[float | None]
+) -> dict[str, float | None]:
+    """Means per story: entropy (nats, summed over its tokens) of the sampling distributions, and
+    tokens_mean. Over the `scored` stories: Pearson's correlation of the score with the number of
+    words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
+    None."""
+    rows = [
+        (x, s.words, float(s.logprobs.mean()))
+        for x, s in zip(scores, stories, strict=True)
+        if x is not None
+    ]
     related: list[float | None] = [None, None]
     for i in (0, 1):
-        with contextlib.suppress(StatisticsError):  # fewer than two stories, or a column without variance
+        # fewer than two stories, or a column without variance
+        with contextlib.suppress(StatisticsError):
             related[i] = correlation([row[0] for row in rows], [row[i + 1] for row in rows])
     return {
         "entropy": sum(float(story.entropies.sum()) for story in stories) / len(stories),
         "tokens_mean": sum(len(story.tokens) for story in stories) / len(stories),
-        "scored": len(rows), "score_length": related[0], "score_logprob": related[1],
-    }  # fmt: skip
+        "scored": len(rows),
+        "score_length": related[0],
+        "score_logprob": related[1],
+    }

@@ -1,6 +1,8 @@
-"""One step of learning from stories: token rewards with a KL penalty, and the update of PPO and its kin.
+"""One step of learning from stories: token rewards with a KL penalty, and the update of PPO and its
+kin.
 
-Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per token of the stories."""
+Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per
+token of the stories."""
 
 import dataclasses
 import math
@@ -26,25 +28,34 @@ MEANS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
 
 
 def token_rewards(story_rewards: Tensor, batch: Batch, kl_coef: float) -> Tensor:
-    """(n,): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its last token."""
+    """(n,): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its
+    last token."""
     rewards = -kl_coef * (batch.logprobs - batch.ref_logprobs)
     rewards[upload(batch.lengths.cumsum() - 1, rewards.device)] += story_rewards
     return rewards
 
 
 def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
-    """The next step's KL coefficient. kl: nats per story (adaptive controller: Ziegler et al. 2019, section 2.2)."""
+    """The next step's KL coefficient. kl: nats per story (adaptive controller: Ziegler et al. 2019,
+    section 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return coef * (1 + error * stories / config.kl_horizon)
 
 
 def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them. Columns that are padding
-    in all rows are skipped. A shared opening is computed once on a CPU, but not on a GPU, whose sums of its gradients
-    would depend on the threads' order."""
+    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them.
+    Columns that are padding in all rows are skipped. A shared opening is computed once on a CPU,
+    but not on a GPU, whose sums of its gradients would depend on the threads' order."""
     T = int(batch.input_lengths.max())
-    tokens, places = batch.inputs[:, :T], spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths)
-    packing = None if ops.on_gpu(tokens) else pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    tokens, places = (
+        batch.inputs[:, :T],
+        spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths),
+    )
+    packing = (
+        None
+        if ops.on_gpu(tokens)
+        else pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    )
     if packing is None:
         states = student.hidden(tokens).flatten(0, 1).index_select(0, upload(places, tokens.device))
     else:
@@ -53,26 +64,35 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
 
 
 @torch.no_grad()
-def read_reference(reference: Student, batch: Batch, config: InteractConfig, states: bool | None = None) -> Batch:
-    """The batch with ref_logprobs under the frozen starting checkpoint, and with ref_states if `states`, by default if
-    the ridge critic or the score model reads them."""
+def read_reference(
+    reference: Student, batch: Batch, config: InteractConfig, states: bool | None = None
+) -> Batch:
+    """The batch with ref_logprobs under the frozen starting checkpoint, and with ref_states if
+    `states`, by default if the ridge critic or the score model reads them."""
     if states is None:
         states = config.learner == "ridge" or config.graded > 0
     logprobs = torch.zeros_like(batch.logprobs)
     all_states = logprobs.new_zeros(len(logprobs), reference.config.n_embd) if states else None
     with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
-        for rows in distributed.shard_strided([*by_length(batch.input_lengths, config.micro_batch_size)]):
+        for rows in distributed.shard_strided(
+            [*by_length(batch.input_lengths, config.micro_batch_size)]
+        ):
             part = batch.rows(rows)
-            logprobs[part.places], part_states = response_logprobs(reference, part, config.temperature)
+            logprobs[part.places], part_states = response_logprobs(
+                reference, part, config.temperature
+            )
             if all_states is not None:
                 all_states[part.places] = part_states.float()
     all_states = None if all_states is None else distributed.all_reduce_sum(all_states)
-    return dataclasses.replace(batch, ref_logprobs=distributed.all_reduce_sum(logprobs), ref_states=all_states)
+    return dataclasses.replace(
+        batch, ref_logprobs=distributed.all_reduce_sum(logprobs), ref_states=all_states
+    )
 
 
 @torch.no_grad()
 def reread(policy: Policy, batch: Batch) -> Batch:
-    """The batch with the policy's own logprobs and values, for stories that were sampled with dropout."""
+    """The batch with the policy's own logprobs and values, for stories that were sampled with
+    dropout."""
     head = policy.value_head
     own = read_reference(policy.student, batch, policy.config, states=head is not None)
     values = batch.values if head is None else head(own.ref_states)
@@ -80,31 +100,53 @@ def reread(policy: Policy, batch: Batch) -> Batch:
 
 
 def step(
-    policy: Policy, batch: Batch, story_rewards: Sequence[float | None], kl_coef: float, steps: int = 0,
+    policy: Policy,
+    batch: Batch,
+    story_rewards: Sequence[float | None],
+    kl_coef: float,
+    steps: int = 0,
     texts: Texts = (),
-) -> dict[str, float]:  # fmt: skip
-    """One step: token rewards, advantages, the update. Returns its statistics. batch: from `read_reference`.
-    story_rewards: a story without one gives no gradient. steps: done before this one. texts: see `update`."""
+) -> dict[str, float]:
+    """One step: token rewards, advantages, the update. Returns its statistics. batch: from
+    `read_reference`. story_rewards: a story without one gives no gradient. steps: done before this
+    one. texts: see `update`."""
     config, learner = policy.config, LEARNERS[policy.config.learner]
     batch = batch.rows([row for row, reward in enumerate(story_rewards) if reward is not None])
-    rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=batch.inputs.device)
+    rewards = torch.tensor(
+        [reward for reward in story_rewards if reward is not None], device=batch.inputs.device
+    )
     mean_kl = float(batch.story_sums(batch.logprobs - batch.ref_logprobs).mean())
     reward_mean = float(rewards.mean())
-    stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
+    stats = dict(
+        reward_mean=reward_mean,
+        reward_std=float(rewards.std()),
+        unscored=len(story_rewards) - len(rewards),
+    )
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
     in_reward, in_loss = (kl_coef, 0.0) if config.kl_in == "reward" else (0.0, kl_coef)
-    batch = learner.advantages(config, policy.critic, batch, token_rewards(rewards, batch, in_reward))
+    batch = learner.advantages(
+        config, policy.critic, batch, token_rewards(rewards, batch, in_reward)
+    )
     batch = dataclasses.replace(batch, ref_states=None)  # no micro-batch needs its part of them
     return stats | update(policy, batch, in_loss, steps, texts)
 
 
-def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, texts: Texts = ()) -> dict[str, float]:
-    """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their statistics.
+def update(
+    policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, texts: Texts = ()
+) -> dict[str, float]:
+    """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
+    statistics.
 
-    kl_coef: the KL penalty's weight in the loss. texts: one batch of the corpus per minibatch, whose gradient is added.
-    torch's global generator draws the order of minibatches. Gradients are accumulated over micro-batches and processes
-    and divided by the minibatch's tokens, so that both affect only memory and speed."""
-    student, optimizer, config, device = policy.student, policy.optimizer, policy.config, batch.inputs.device
+    kl_coef: the KL penalty's weight in the loss. texts: one batch of the corpus per minibatch,
+    whose gradient is added. torch's global generator draws the order of minibatches. Gradients are
+    accumulated over micro-batches and processes and divided by the minibatch's tokens, so that both
+    affect only memory and speed."""
+    student, optimizer, config, device = (
+        policy.student,
+        policy.optimizer,
+        policy.config,
+        batch.inputs.device,
+    )
     size = min(config.minibatch_size or len(batch), len(batch))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums = dict.fromkeys((*MEANS, "grad_norm", "replay_loss"), 0.0)
@@ -131,7 +173,11 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
             if texts:
                 tokens, text_words = texts[updates + skipped]
                 replayed = next_token_loss(
-                    student, upload(tokens, device), config.micro_batch_size, dtype, weight=config.replay_weight
+                    student,
+                    upload(tokens, device),
+                    config.micro_batch_size,
+                    dtype,
+                    weight=config.replay_weight,
                 )
                 replay_loss, words = float(replayed), words + text_words
             distributed.all_reduce_gradients(parameters)
@@ -141,9 +187,12 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
             for name, value in zip(sums, (*means, norm, replay_loss), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
-    explained = math.nan  # the fraction of the returns' variance that the values explain; without values, nan
+    # the fraction of the returns' variance that the values explain; without values, nan
+    explained = math.nan
     if batch.returns is not None and len(batch.returns) > 1:
-        explained = 1 - float((batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-12))
+        explained = 1 - float(
+            (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-12)
+        )
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
@@ -152,11 +201,14 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
     }
 
 
-def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float) -> tuple[Tensor, Tensor]:
-    """Add the gradients of this process's stories of a minibatch, rows of the batch, divided by the minibatch's tokens.
+def backward(
+    policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of this process's stories of a minibatch, rows of the batch, divided by the
+    minibatch's tokens.
 
-    Returns sums over the tokens, divided alike, of MEANS and the ratio, (5,) float64, and the largest |ratio - 1|. Both
-    stay on the device, so that a GPU runs ahead."""
+    Returns sums over the tokens, divided alike, of MEANS and the ratio, (5,) float64, and the
+    largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
     config, learner = policy.config, LEARNERS[policy.config.learner]
     size = Size(int(batch.lengths[minibatch].sum()), len(minibatch))
     sums = torch.zeros(5, dtype=torch.float64, device=batch.inputs.device)
@@ -184,14 +236,16 @@ def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
 
 
 def k3(batch: Batch, logprob: Tensor) -> Tensor:
-    """(n,): estimated KL from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), as in GRPO's eq. 4."""
+    """(n,): estimated KL from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), as in
+    GRPO's eq. 4."""
     log_ratio = batch.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 
 
 def value_loss(config: InteractConfig, batch: Batch, value: Tensor | None) -> Tensor:
-    """(n,): half the squared error of the value head, whose values are clipped to within clip_value of the old ones if
-    that error is larger; half the ridge critic's squared error, without gradient; 0 without values."""
+    """(n,): half the squared error of the value head, whose values are clipped to within clip_value
+    of the old ones if that error is larger; half the ridge critic's squared error, without
+    gradient; 0 without values."""
     if batch.returns is None:
         return torch.zeros_like(batch.logprobs)
     if value is None:

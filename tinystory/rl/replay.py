@@ -1,4 +1,5 @@
-"""Replay of the corpus (--replay-weight): next-word prediction on it while the student interacts."""
+"""Replay of the corpus (--replay-weight): next-word prediction on it while the student
+interacts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +14,20 @@ from tinystory.data.windows import Windows
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
 
-Texts = Sequence[tuple[Tensor, int]]  # per update: sequences, (replay_batch, context + 1) int64, and their words
+# per update: sequences, (replay_batch, context + 1) int64, and their words
+Texts = Sequence[tuple[Tensor, int]]
 
 
 class CorpusReplay:
-    """Batches of the training split of a student's corpus, in an order drawn from the seed: one per possible update of
-    a step, so that a resumed run reads the same ones. No batches without --replay-weight."""
+    """Batches of the training split of a student's corpus, in an order drawn from the seed: one per
+    possible update of a step, so that a resumed run reads the same ones. No batches without
+    --replay-weight."""
 
-    def __init__(self, config: InteractConfig, history: Mapping[str, Any], tokenizer: Tokenizer, context: int):
-        """history: the checkpoint's. Raises UserError if it does not name the corpus, or if the corpus is gone."""
+    def __init__(
+        self, config: InteractConfig, history: Mapping[str, Any], tokenizer: Tokenizer, context: int
+    ):
+        """history: the checkpoint's. Raises UserError if it does not name the corpus, or if the
+        corpus is gone."""
         self.updates = 0
         if not config.replay_weight:
             return
@@ -31,7 +37,11 @@ class CorpusReplay:
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
         distributed.require_one_each("--replay-batch", config.replay_batch)
-        split = dict(vocab_size=tokenizer.vocab_size, val_fraction=history["val_fraction"], seed=history["corpus_seed"])
+        split = dict(
+            vocab_size=tokenizer.vocab_size,
+            val_fraction=history["val_fraction"],
+            seed=history["corpus_seed"],
+        )
         corpus = open_corpus(history["corpus"], history["documents"])
         data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
         self.windows = Windows(data.train, context, config.replay_batch, config.seed, "whole")

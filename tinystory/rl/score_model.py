@@ -1,9 +1,9 @@
-"""A model of the teacher's scores: `--graded N` sends N stories of a step to the teacher, and a ridge regression on
-what the frozen reference sees of a story predicts the scores of the others.
+"""A model of the teacher's scores: `--graded N` sends N stories of a step to the teacher, and a
+ridge regression on what the frozen reference sees of a story predicts the scores of the others.
 
-It is refitted in each step with the penalty of least leave-one-out error, which has a closed form (Allen's PRESS;
-Golub, Heath and Wahba 1979). A predicted score replaces the teacher's in the reward alone, and is recorded separately.
-A graded story without a readable reply gets none."""
+It is refitted in each step with the penalty of least leave-one-out error, which has a closed form
+(Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score replaces the teacher's in the reward
+alone, and is recorded separately. A graded story without a readable reply gets none."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,16 +24,21 @@ QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-proba
 
 
 def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
-    """Rows of a step's stories to grade, in order, drawn from seed and step; all if `graded` is 0."""
+    """Rows of a step's stories to grade, in order, drawn from seed and step; all if `graded` is
+    0."""
     return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded or stories))
 
 
-def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], ended: Sequence[bool]) -> Tensor:
-    """(B, 2 C + 15) float32 on the CPU: what the reference sees of each story. logprobs (n,) and states (n, C), which
-    predict them, are concatenated over the stories. lengths: tokens per story. ended: whether it drew an end token.
+def story_features(
+    logprobs: Tensor, states: Tensor, lengths: Iterable[int], ended: Sequence[bool]
+) -> Tensor:
+    """(B, 2 C + 15) float32 on the CPU: what the reference sees of each story. logprobs (n,) and
+    states (n, C), which predict them, are concatenated over the stories. lengths: tokens per story.
+    ended: whether it drew an end token.
 
-    The mean and last state; the log-probabilities' mean, standard deviation, means of either half and of the last ten,
-    fraction below -4 nats, and quantiles; the length, its square, its inverse and the end."""
+    The mean and last state; the log-probabilities' mean, standard deviation, means of either half
+    and of the last ten, fraction below -4 nats, and quantiles; the length, its square, its inverse
+    and the end."""
     rows = []
     sizes = [int(length) for length in lengths]
     for x, seen, end in zip(
@@ -41,7 +46,14 @@ def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], end
     ):
         count, half = len(x), max(len(x) // 2, 1)
         rare = (x < -4).double().mean()
-        parts = [x.mean(), x.std(correction=0), x[:half].mean(), x[-half:].mean(), x[-10:].mean(), rare]
+        parts = [
+            x.mean(),
+            x.std(correction=0),
+            x[:half].mean(),
+            x[-half:].mean(),
+            x[-10:].mean(),
+            rare,
+        ]
         shape = x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, end])
         quantiles = torch.quantile(x, x.new_tensor(QUANTILES))
         rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape]))
@@ -49,20 +61,28 @@ def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], end
 
 
 def with_predictions(
-    model: "ScoreModel", batch: Batch, stories: Sequence[Story], scores: Sequence[float | None], sent: Sequence[int]
+    model: "ScoreModel",
+    batch: Batch,
+    stories: Sequence[Story],
+    scores: Sequence[float | None],
+    sent: Sequence[int],
 ) -> tuple[list[float | None], dict[str, Any]]:
-    """The scores, with predictions for the stories that were not sent to the teacher, and what to record about them.
-    batch: from `ppo.read_reference`; sent: rows of the stories that were sent."""
+    """The scores, with predictions for the stories that were not sent to the teacher, and what to
+    record about them. batch: from `ppo.read_reference`; sent: rows of the stories that were
+    sent."""
     ended = [story.ended == "eos" for story in stories]
     features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
     graded = [scores[row] for row in sent]
     predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
     record = {"predicted": len(stories) - predicted.count(None), "score_r_squared": r_squared}
-    return [score if other is None else other for score, other in zip(scores, predicted, strict=True)], record
+    return [
+        score if other is None else other for score, other in zip(scores, predicted, strict=True)
+    ], record
 
 
 class ScoreModel:
-    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores: (n,) float64."""
+    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores:
+    (n,) float64."""
 
     def __init__(self) -> None:
         self.features, self.scores = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
@@ -80,15 +100,19 @@ class ScoreModel:
         self._weights = None
 
     def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
-        """Add graded stories. Returns the R-squared of their predictions before (negative if their mean score would
-        have been nearer), or None if there were none or all scores are equal."""
+        """Add graded stories. Returns the R-squared of their predictions before (negative if their
+        mean score would have been nearer), or None if there were none or all scores are equal."""
         new = torch.tensor(scores, dtype=torch.float64)
         before = self.predict(features) if len(scores) > 1 else None
         self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
         self.scores = torch.cat([self.scores, new])[-MOST:]
         self._weights = None
         spread = float(((new - new.mean()) ** 2).sum()) if len(scores) > 1 else 0.0
-        return 1 - float(((new - before) ** 2).sum()) / spread if before is not None and spread > 0 else None
+        return (
+            1 - float(((new - before) ** 2).sum()) / spread
+            if before is not None and spread > 0
+            else None
+        )
 
     def predict(self, features: Tensor) -> Tensor | None:
         """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST_GRADED grades."""
@@ -101,11 +125,18 @@ class ScoreModel:
     def complete(
         self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
     ) -> tuple[list[float | None], float | None]:
-        """Learn from a step's graded stories and predict the scores of the others. features: (B, F), of all of them;
-        graded: rows that were sent; scores: the teacher's for these rows, or None. Returns a score per story (None if
-        it was sent, or without enough grades), and the R-squared of `learn`."""
-        known = [(row, score) for row, score in zip(graded, scores, strict=True) if score is not None]
-        r_squared = self.learn(features[[row for row, _ in known]], [score for _, score in known]) if known else None
+        """Learn from a step's graded stories and predict the scores of the others. features: (B,
+        F), of all of them; graded: rows that were sent; scores: the teacher's for these rows, or
+        None. Returns a score per story (None if it was sent, or without enough grades), and the
+        R-squared of `learn`."""
+        known = [
+            (row, score) for row, score in zip(graded, scores, strict=True) if score is not None
+        ]
+        r_squared = (
+            self.learn(features[[row for row, _ in known]], [score for _, score in known])
+            if known
+            else None
+        )
         expected, sent = self.predict(features), set(graded)
         predicted = [None] * len(features) if expected is None else expected.tolist()
         return [None if row in sent else score for row, score in enumerate(predicted)], r_squared
@@ -117,7 +148,8 @@ class ScoreModel:
 
 
 def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
-    """(F,) weights that predict y (n,), less its mean, from x (n, F), with the penalty of least PRESS."""
+    """(F,) weights that predict y (n,), less its mean, from x (n, F), with the penalty of least
+    PRESS."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     y = y - y.mean()
     errors, weights = [], []

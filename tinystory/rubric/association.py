@@ -1,4 +1,5 @@
-"""Word association: which content words occur in the same story ("carrot" with "rabbit", not with "rocket")."""
+"""Word association: which content words occur in the same story ("carrot" with "rabbit", not with
+"rocket")."""
 
 import functools
 
@@ -34,16 +35,26 @@ class WordAssociation:
         self._keys, self._pair_counts = np.unique(np.concatenate(pairs), return_counts=True)
 
     def mean(self, ids: np.ndarray) -> float | None:
-        """Smoothed pointwise mutual information (Church and Hanks 1990), averaged over pairs of the text's words: log
-        (1 + windows with both) / (1 + expected windows with both). None for fewer than FEWEST_WORDS words."""
+        """Smoothed pointwise mutual information (Church and Hanks 1990), averaged over pairs of the
+        text's words: log (1 + windows with both) / (1 + expected windows with both). None for fewer
+        than FEWEST_WORDS words."""
         step = WINDOW // 2
-        windows = [self._words(ids[start : start + WINDOW]) for start in range(0, max(len(ids) - step, 1), step)]
+        windows = [
+            self._words(ids[start : start + WINDOW])
+            for start in range(0, max(len(ids) - step, 1), step)
+        ]
         pairs = [self._pairs(words) for words in windows if len(words) >= FEWEST_WORDS]
         if not pairs or not len(self._keys):
             return None
         keys = np.concatenate(pairs)
-        expected = self._word_counts[keys // self._size] * self._word_counts[keys % self._size] / self._windows
-        return float(np.log((1 + lookup(self._keys, self._pair_counts, keys)) / (1 + expected)).mean())
+        expected = (
+            self._word_counts[keys // self._size]
+            * self._word_counts[keys % self._size]
+            / self._windows
+        )
+        return float(
+            np.log((1 + lookup(self._keys, self._pair_counts, keys)) / (1 + expected)).mean()
+        )
 
     def _words(self, ids: np.ndarray) -> np.ndarray:
         rows = np.unique(self._row[ids])

@@ -1,6 +1,7 @@
-"""Coreference in a story: whether names are introduced before they are used, and pronouns agree with their characters.
-Both are learned by counting. Known names occur in other contexts ("said Pip") than new ones ("a mouse named Pip", "his
-friend Pip"). The cases of "he" and "she" are counted in the corpus, and in a copy with half of its pronouns flipped."""
+"""Coreference in a story: whether names are introduced before they are used, and pronouns agree
+with their characters. Both are learned by counting. Known names occur in other contexts ("said
+Pip") than new ones ("a mouse named Pip", "his friend Pip"). The cases of "he" and "she" are counted
+in the corpus, and in a copy with half of its pronouns flipped."""
 
 from collections.abc import Iterator
 
@@ -10,8 +11,12 @@ from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, first_occurrences, lookup
 
 HE, SHE = 0, 1
-# The forms of a pronoun: subject, object, possessive (0, 1, 2); "her" (3) is either of the last two.
-PRONOUNS = ({"he": 0, "him": 1, "his": 2, "himself": 1}, {"she": 0, "her": 3, "hers": 2, "herself": 1})
+# The forms of a pronoun: subject, object, possessive (0, 1, 2); "her" (3) is either of the last
+# two.
+PRONOUNS = (
+    {"he": 0, "him": 1, "his": 2, "himself": 1},
+    {"she": 0, "her": 3, "hers": 2, "herself": 1},
+)
 NOUNS = (
     "boy man dad daddy papa father grandpa grandfather brother uncle king prince wizard son".split(),
     "girl woman mom mommy mama mother grandma granny grandmother sister aunt queen princess witch daughter".split(),
@@ -21,9 +26,11 @@ FLIPPED |= {"she": "he", "her": "his", "herself": "himself"}
 STORIES = 1500  # stories from which agreement is learned
 PRIOR = 4  # pseudo-observations from the coarser estimate
 MAX_EVIDENCE = 3.0  # nats, limit for one mention
-# The case of a pronoun: its form, how the last character was mentioned, and how many sentences ago (0, 1, more).
+# The case of a pronoun: its form, how the last character was mentioned, and how many sentences ago
+# (0, 1, more).
 NAME, PRONOUN, NOUN, NOBODY = range(4)
-LAST, EARLIER, ABSENT = range(3)  # who has the pronoun's sex: last character, earlier one, nobody in the story
+# who has the pronoun's sex: last character, earlier one, nobody in the story
+LAST, EARLIER, ABSENT = range(3)
 
 
 class Characters:
@@ -34,7 +41,8 @@ class Characters:
             for word in forms.keys() & lexicon.index.keys():
                 self._form[lexicon.index[word]], self._sex[lexicon.index[word]] = forms[word], sex
             self._sex[lexicon.members(NOUNS[sex])] = sex
-        self.name = lexicon.name & ~lexicon.members([*NOUNS[HE], *NOUNS[SHE]])  # "Mom" needs no introduction
+        # "Mom" needs no introduction
+        self.name = lexicon.name & ~lexicon.members([*NOUNS[HE], *NOUNS[SHE]])
         she = lexicon.pronoun_given[:, 1] / np.maximum(lexicon.pronoun_given[:, :2].sum(1), 1e-9)
         common = self.name & (np.bincount(lexicon.ids, minlength=size) >= 20)
         self._sex[common & (she > 0.75)], self._sex[common & (she < 0.25)] = SHE, HE
@@ -42,14 +50,16 @@ class Characters:
         self._relevant = self._sentence_end | self.name | (self._sex >= 0)
         self._flipped = np.arange(size)
         for word in FLIPPED.keys() & lexicon.index.keys():
-            self._flipped[lexicon.index[word]] = lexicon.index.get(FLIPPED[word], lexicon.index[word])
+            self._flipped[lexicon.index[word]] = lexicon.index.get(
+                FLIPPED[word], lexicon.index[word]
+            )
         self._masked = np.where(self.name, size, np.arange(size))  # all names count as one word
         self._learn_introductions(lexicon.ids, size)
         self._learn_agreement(lexicon.ids)
 
     def introduction(self, ids: np.ndarray, start: int = 0) -> float | None:
-        """Mean nats per name mentioned from `start` on by which the words around it fit its status, known or new; None
-        without a name. ids: (T,) opening and story, which begins at `start`."""
+        """Mean nats per name mentioned from `start` on by which the words around it fit its status,
+        known or new; None without a name. ids: (T,) opening and story, which begins at `start`."""
         at = np.flatnonzero(self.name[ids])
         if not (at >= start).any():
             return None
@@ -60,8 +70,8 @@ class Characters:
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[at >= start].mean())
 
     def agreement(self, ids: np.ndarray, start: int = 0) -> float | None:
-        """Mean nats per he or she from `start` on by which the text resembles the corpus more than the flipped copy;
-        None without he or she."""
+        """Mean nats per he or she from `start` on by which the text resembles the corpus more than
+        the flipped copy; None without he or she."""
         evidence = [self._agreement[case] for case in self._cases(ids, start)]
         return float(np.mean(evidence)) if evidence else None
 
@@ -75,7 +85,8 @@ class Characters:
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids) if len(names) else ids
 
     def _contexts(self, ids: np.ndarray, at: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Keys of the one token and of the two tokens before each position; the same for those after it."""
+        """Keys of the one token and of the two tokens before each position; the same for those
+        after it."""
         padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
         size = len(self._masked) + 1
         before, after = padded[at + 1], padded[at + 3]
@@ -84,7 +95,9 @@ class Characters:
     def _learn_introductions(self, ids: np.ndarray, size: int) -> None:
         at = np.flatnonzero(self.name[ids])
         new = first_occurrences(np.cumsum(ids == BOUNDARY)[at] * size + ids[at])
-        self._tables = [(_Table(one, new), _Table(two, new)) for one, two in self._contexts(ids, at)]
+        self._tables = [
+            (_Table(one, new), _Table(two, new)) for one, two in self._contexts(ids, at)
+        ]
 
     def _learn_agreement(self, ids: np.ndarray) -> None:
         rng = np.random.default_rng(0)
@@ -99,7 +112,8 @@ class Characters:
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
     def _cases(self, ids: np.ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
-        """(form, mention of the last character, its distance in sentences, outcome) of he and she from `start` on."""
+        """(form, mention of the last character, its distance in sentences, outcome) of he and she
+        from `start` on."""
         sexes: dict[int, int] = {}  # of names in this story
         present = [False, False]
         last, mention, sentence, last_sentence = -1, NOBODY, 0, 0
@@ -136,7 +150,9 @@ class _Table:
 
     def __init__(self, keys: np.ndarray, new: np.ndarray):
         self.keys, inverse = np.unique(keys, return_inverse=True)
-        counts = [np.bincount(inverse, weights=status, minlength=len(self.keys)) for status in (~new, new)]
+        counts = [
+            np.bincount(inverse, weights=status, minlength=len(self.keys)) for status in (~new, new)
+        ]
         self.counts = np.stack(counts, 1)
         self.prior = (self.counts.sum(0) + 1) / (len(keys) + 2)
 

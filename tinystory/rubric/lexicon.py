@@ -1,5 +1,6 @@
-"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story words occur. There is
-no parser: classes come from counts over a million words, and are used only in sums over a story."""
+"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story
+words occur. There is no parser: classes come from counts over a million words, and are used only in
+sums over a story."""
 
 from array import array
 from collections import defaultdict
@@ -24,12 +25,14 @@ FUNCTION = frozenset(
 )
 VERBS = "is was are were am be had has have did do does will would can could should must may might said says".split()
 ENDINGS = ("ing", "ed", "ly", "s")
-INTRODUCTIONS = (("a", "an"), ("the",), POSSESSIVES, ("named", "called"))  # kinds 1 to 4; 0: no such word
+# kinds 1 to 4; 0: no such word
+INTRODUCTIONS = (("a", "an"), ("the",), POSSESSIVES, ("named", "called"))
 
 
 class Lexicon:
-    """Vocabulary and word classes of tokenized documents. Ids 0 and 1 are UNKNOWN and BOUNDARY. `ids` (T,) is the text,
-    `spelling_ids` (T,) the same as indices into `spellings`; all other arrays have one row per id."""
+    """Vocabulary and word classes of tokenized documents. Ids 0 and 1 are UNKNOWN and BOUNDARY.
+    `ids` (T,) is the text, `spelling_ids` (T,) the same as indices into `spellings`; all other
+    arrays have one row per id."""
 
     def __init__(self, documents: Iterable[list[str]]):
         vocabulary: defaultdict[str, int] = defaultdict()
@@ -40,14 +43,23 @@ class Lexicon:
             stream.append(0)
         self.spelling_ids, self.spellings = np.array(stream), list(vocabulary)
         total: defaultdict[str, int] = defaultdict(int)
-        for spelling, count in zip(self.spellings[1:], np.bincount(self.spelling_ids)[1:].tolist(), strict=True):
+        for spelling, count in zip(
+            self.spellings[1:], np.bincount(self.spelling_ids)[1:].tolist(), strict=True
+        ):
             total[_folded(spelling)] += count
-        least = 2 if len(stream) > 200_000 else 1  # words seen once in a large corpus are often typos
-        words = sorted((word for word, count in total.items() if count >= least), key=total.__getitem__, reverse=True)
+        # words seen once in a large corpus are often typos
+        least = 2 if len(stream) > 200_000 else 1
+        words = sorted(
+            (word for word, count in total.items() if count >= least),
+            key=total.__getitem__,
+            reverse=True,
+        )
         self.words = ["<unknown>", "<boundary>", *words]
         self.index = {word: id for id, word in enumerate(self.words)}
         self.ids = np.array([BOUNDARY, *self.look_up(self.spellings[1:])])[self.spelling_ids]
-        self._learn_classes(np.array([spelling[:1].isupper() for spelling in self.spellings])[self.spelling_ids])
+        self._learn_classes(
+            np.array([spelling[:1].isupper() for spelling in self.spellings])[self.spelling_ids]
+        )
         self._learn_pronouns()
         self._learn_places_and_introductions()
 
@@ -56,7 +68,9 @@ class Lexicon:
 
     def look_up(self, tokens: list[str]) -> np.ndarray:
         """(T,) token ids."""
-        return np.array([self.index.get(_folded(token), UNKNOWN) for token in tokens], dtype=np.int64)
+        return np.array(
+            [self.index.get(_folded(token), UNKNOWN) for token in tokens], dtype=np.int64
+        )
 
     def members(self, words: Iterable[str]) -> np.ndarray:
         """(V,) bool, True for the ids of these words."""
@@ -69,38 +83,59 @@ class Lexicon:
         ids, size = self.ids, len(self)
         total = np.maximum(np.bincount(ids, minlength=size), 1)
         self.frequency = total / total.sum()
-        letters = np.array([word[:1].isalpha() for word in self.words]) & (np.arange(size) > BOUNDARY)
+        letters = np.array([word[:1].isalpha() for word in self.words]) & (
+            np.arange(size) > BOUNDARY
+        )
         function = self.members(FUNCTION)
         before, after = np.roll(ids, 1), np.roll(ids, -1)
 
         def fraction(where: np.ndarray) -> np.ndarray:
             return np.bincount(ids[where], minlength=size) / total
 
-        # A name has a capital within sentences; a verb follows he, she, they; a noun follows a determiner and is not
-        # followed by another noun.
+        # A name has a capital within sentences; a verb follows he, she, they; a noun follows a
+        # determiner and is not followed by another noun.
         inside = letters[before] | (before == self.index.get(",", BOUNDARY))
         middle = np.maximum(np.bincount(ids[inside], minlength=size), 1)
         capitals = np.bincount(ids[inside & capital], minlength=size) / middle
         self.may_be_capital = capitals > 0.15  # "Mom" as well as "her mom"
         self.name = (capitals > 0.7) & letters & (total > 2)
-        self.name &= ~self.members(word for word in self.words if word == "i" or word.startswith("i'"))
-        verb = (fraction(self.members(SUBJECTS)[before]) > 0.08) & letters & ~self.name & (total > 2)
+        self.name &= ~self.members(
+            word for word in self.words if word == "i" or word.startswith("i'")
+        )
+        verb = (
+            (fraction(self.members(SUBJECTS)[before]) > 0.08) & letters & ~self.name & (total > 2)
+        )
         self.verb = (verb & ~function) | self.members(VERBS)
         determined = self.members([*ARTICLES, *POSSESSIVES])[before]
-        last = fraction(determined & (function | self.verb | ~letters)[after])  # ends its noun phrase
+        # ends its noun phrase
+        last = fraction(determined & (function | self.verb | ~letters)[after])
         determined = fraction(determined)
-        self.noun = (determined > 0.1) & (last > 0.6 * determined) & letters & ~function & ~self.name
+        self.noun = (
+            (determined > 0.1) & (last > 0.6 * determined) & letters & ~function & ~self.name
+        )
         self.entity = self.noun | self.name
         self.content = letters & ~function
 
-        # A word's pattern: itself for function words and punctuation, else its class and ending ("-ing" of a verb).
-        endings = np.array([next((i for i, e in enumerate(ENDINGS) if word.endswith(e)), -1) for word in self.words])
-        classes = np.select([self.name, self.noun, self.verb], [0, 1, 2], 3) * (len(ENDINGS) + 1) + endings + 1
+        # A word's pattern: itself for function words and punctuation, else its class and ending
+        # ("-ing" of a verb).
+        endings = np.array(
+            [
+                next((i for i, e in enumerate(ENDINGS) if word.endswith(e)), -1)
+                for word in self.words
+            ]
+        )
+        classes = (
+            np.select([self.name, self.noun, self.verb], [0, 1, 2], 3) * (len(ENDINGS) + 1)
+            + endings
+            + 1
+        )
         patterns = np.where(self.content, size + np.where(self.name, 0, classes), np.arange(size))
-        self.pattern = np.unique(patterns, return_inverse=True)[1]  # UNKNOWN and BOUNDARY stay 0 and 1
+        # UNKNOWN and BOUNDARY stay 0 and 1
+        self.pattern = np.unique(patterns, return_inverse=True)[1]
 
     def _learn_pronouns(self) -> None:
-        """pronoun: (V,) 0..3 for he, she, it, they, else -1. pronoun_given: (V, 4) p(next pronoun | noun or name)."""
+        """pronoun: (V,) 0..3 for he, she, it, they, else -1. pronoun_given: (V, 4) p(next pronoun |
+        noun or name)."""
         ids, size = self.ids, len(self)
         self.pronoun = np.full(size, -1)
         for forms in PRONOUNS:
@@ -116,8 +151,8 @@ class Lexicon:
         self.pronoun_given = (counts + 4 * prior) / (counts.sum(1, keepdims=True) + 4)
 
     def _learn_places_and_introductions(self) -> None:
-        """Mean place of each word pair in a story, shrunk towards the middle if rare. introduction: (V, 2, 5), log
-        p(kind of introduction | word, known or new)."""
+        """Mean place of each word pair in a story, shrunk towards the middle if rare. introduction:
+        (V, 2, 5), log p(kind of introduction | word, known or new)."""
         ids, size = self.ids, len(self)
         starts = np.flatnonzero(ids == BOUNDARY)
         lengths = np.diff(starts, append=len(ids))
@@ -140,16 +175,20 @@ class Lexicon:
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
     def place(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T - 1,) usual place of each pair of tokens in a story, -0.5 (beginning) to 0.5 (end)."""
+        """(T,) ids -> (T - 1,) usual place of each pair of tokens in a story, -0.5 (beginning) to
+        0.5 (end)."""
         return lookup(self._place_keys, self._place, hashes(ids, 2))
 
     def introductions(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T,) the kind of word that introduces each token, looking back over at most two adjectives."""
+        """(T,) ids -> (T,) the kind of word that introduces each token, looking back over at most
+        two adjectives."""
         kind = np.zeros(len(ids), np.int64)
         adjectives = np.ones(len(ids), bool)  # whether only adjectives stand between the two
         for back in (1, 2, 3):
             before = ids[:-back]
-            kind[back:] = np.where(adjectives[back:] & (kind[back:] == 0), self._kind[before], kind[back:])
+            kind[back:] = np.where(
+                adjectives[back:] & (kind[back:] == 0), self._kind[before], kind[back:]
+            )
             adjectives[back:] &= self._adjective[before]
         return kind
 

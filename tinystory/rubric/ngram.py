@@ -1,18 +1,21 @@
-"""An interpolated n-gram model in sorted numpy arrays: a million words in seconds, a lookup in microseconds."""
+"""An interpolated n-gram model in sorted numpy arrays: a million words in seconds, a lookup in
+microseconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the vocabulary; the separator of documents
+# token ids: a word that is not in the vocabulary; the separator of documents
+UNKNOWN, BOUNDARY = 0, 1
 ORDER = 5
 DISCOUNT = 0.75
 ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
 
 
 def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
-    """(T,) ids -> for n = 1 to `longest`, (T - n + 1,) uint64 hashes of the n-grams, by first token."""
+    """(T,) ids -> for n = 1 to `longest`, (T - n + 1,) uint64 hashes of the n-grams, by first
+    token."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashed = mixed
@@ -60,8 +63,9 @@ def covered(starts: np.ndarray, n: int, length: int) -> np.ndarray:
 
 
 class NgramModel:
-    """N-gram model, each order interpolated with the next shorter one by absolute discounting (Ney, Essen and Kneser
-    1994): p_n(w | h) = max(c(hw) - D, 0) / c(h) + D * types(h) / c(h) * p_{n-1}(w | h')."""
+    """N-gram model, each order interpolated with the next shorter one by absolute discounting (Ney,
+    Essen and Kneser 1994): p_n(w | h) = max(c(hw) - D, 0) / c(h) + D * types(h) / c(h) * p_{n-1}(w
+    | h')."""
 
     def __init__(self, ids: np.ndarray, vocabulary: int):
         """ids: (T,) integers below `vocabulary`, documents separated by BOUNDARY."""
@@ -84,22 +88,29 @@ class NgramModel:
                 lower.left_over[total == 0] = 1.0
                 probability = (count - DISCOUNT) / total[context]
                 probability += lower.left_over[context] * lower.probability[same_word]
-            self._orders.append(_Order(keys, count.astype(np.float32), probability.astype(np.float32)))
+            self._orders.append(
+                _Order(keys, count.astype(np.float32), probability.astype(np.float32))
+            )
             shorter = hashed
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids of a document from its beginning -> (ORDER, T) natural-log probabilities (row n: given n tokens
-        before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens that the corpus hardly has
-        although its two overlapping parts are common, observed + 0.5 < ODD * (expected + 0.5)."""
+        """(T,) ids of a document from its beginning -> (ORDER, T) natural-log probabilities (row n:
+        given n tokens before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens
+        that the corpus hardly has although its two overlapping parts are common, observed + 0.5 <
+        ODD * (expected + 0.5)."""
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         probability, left_over = self._unigram[padded], None
         rows, counts = [], []
         odd = np.zeros(len(ids), bool)
-        for n, (order, hashed) in enumerate(zip(self._orders, rolling_hashes(padded, ORDER), strict=True), start=1):
+        for n, (order, hashed) in enumerate(
+            zip(self._orders, rolling_hashes(padded, ORDER), strict=True), start=1
+        ):
             index, present = find(order.keys, hashed)
             counts.append(np.where(present, order.count[index], 0.0))
             if left_over is not None:
-                probability = np.where(present, order.probability[index], left_over[:-1] * probability[1:])
+                probability = np.where(
+                    present, order.probability[index], left_over[:-1] * probability[1:]
+                )
             if 1 < n < ORDER:
                 inner = counts[-3][1:-1] if n > 2 else self._length
                 expected = counts[-2][:-1] * counts[-2][1:] / np.maximum(inner, 1)
@@ -112,7 +123,8 @@ class NgramModel:
 
 @dataclass
 class _Order:
-    """N-grams of one length, sorted by hash. left_over: probability mass of a context's unseen next tokens."""
+    """N-grams of one length, sorted by hash. left_over: probability mass of a context's unseen next
+    tokens."""
 
     keys: np.ndarray
     count: np.ndarray
@@ -121,7 +133,8 @@ class _Order:
 
 
 def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """np.unique with return_index and return_counts, but several times faster: any index of a key will do."""
+    """np.unique with return_index and return_counts, but several times faster: any index of a key
+    will do."""
     order = np.argsort(hashed)
     ranked = hashed[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
@@ -129,7 +142,8 @@ def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Phrases:
-    """N-grams of a corpus, with the least n at which held-out stories share few: only longer overlaps are copies."""
+    """N-grams of a corpus, with the least n at which held-out stories share few: only longer
+    overlaps are copies."""
 
     def __init__(self, ids: np.ndarray, examples: list[np.ndarray]):
         for n in (8, 12, 16, 24):
@@ -143,9 +157,11 @@ class Phrases:
         return float(covered(present, self._n, len(ids)).mean())
 
 
-def sample(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
-    """`count` texts of about `length` ids from an unsmoothed n-gram model of `ids`: each token is drawn from those that
-    follow the same `context` tokens. boundary: separates documents."""
+def sample(
+    ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2
+) -> list[np.ndarray]:
+    """`count` texts of about `length` ids from an unsmoothed n-gram model of `ids`: each token is
+    drawn from those that follow the same `context` tokens. boundary: separates documents."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
@@ -157,7 +173,10 @@ def sample(ids: np.ndarray, boundary: int, length: int, count: int, context: int
         while len(text) < length + context + 1:
             key = hashes(np.array(text[-context:]), context)[0]
             low, high = np.searchsorted(ranked, key, "left"), np.searchsorted(ranked, key, "right")
-            if high == low or (token := int(ids[order[rng.integers(low, high)] + context])) == boundary:
+            if (
+                high == low
+                or (token := int(ids[order[rng.integers(low, high)] + context])) == boundary
+            ):
                 break
             text.append(token)
         texts.append(np.array(text[1:]))

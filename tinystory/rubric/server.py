@@ -1,4 +1,5 @@
-"""The rubric behind OpenAI's HTTP interface: replies "2 1 3" to our prompt for its criteria, else without numbers."""
+"""The rubric behind OpenAI's HTTP interface: replies "2 1 3" to our prompt for its criteria, else
+without numbers."""
 
 from contextlib import AbstractAsyncContextManager
 
@@ -19,7 +20,8 @@ def serve(rubric: Rubric, port: int = 0) -> AbstractAsyncContextManager[str]:
 
     async def reply(messages: list[dict]) -> str:
         question = read_back(messages)
-        if question is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # it asks for other criteria
+        # it asks for other criteria
+        if question is None or ", ".join(CRITERIA) not in messages[0]["content"]:
             return REFUSAL
         scores = rubric.score(*question)
         return " ".join(str(scores[name]) for name in CRITERIA)

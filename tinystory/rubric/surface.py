@@ -7,11 +7,15 @@ TOKEN = re.compile(r"[^\W\d_]+(?:['-](?!s\b)[^\W\d_]+)*|'s\b|\d+|\.\.\.|[.!?]+|[
 OPEN, CLOSE = "\u201c", "\u201d"  # quotation marks, as tokens
 _OPENING = re.compile(r'(?<![^\s(\[-])"(?=\S)')
 # Typographic quotation marks, apostrophes, dashes and dots.
-_PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--") | {0x2026: "..."}
+_PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--") | {
+    0x2026: "..."
+}
 LONGEST_SENTENCE = 30  # words; a longer one is a run-on sentence
 
 # Words that a child's story may say twice: "very very big", "knock knock".
-MAY_DOUBLE = frozenset("very so really ha no yes had that bye knock tick hop la quack woof meow beep long".split())
+MAY_DOUBLE = frozenset(
+    "very so really ha no yes had that bye knock tick hop la quack woof meow beep long".split()
+)
 DISAGREEMENTS = frozenset(
     [f"{subject} {verb}" for subject in ("he", "she", "it") for verb in ("are", "am")]
     + [f"{subject} {verb}" for subject in ("they", "we") for verb in ("is", "was", "has", "am")]
@@ -20,19 +24,22 @@ DISAGREEMENTS = frozenset(
 
 
 def tokenize(text: str) -> list[str]:
-    """Words ('s apart), numbers, end marks and single other characters. Typographic marks become plain, but quotation
-    marks that open (after a space, before none) stay distinct from those that close."""
+    """Words ('s apart), numbers, end marks and single other characters. Typographic marks become
+    plain, but quotation marks that open (after a space, before none) stay distinct from those that
+    close."""
     return TOKEN.findall(_OPENING.sub(OPEN, text.translate(_PLAIN)).replace('"', CLOSE))
 
 
 class Sentences(NamedTuple):
     bounds: list[tuple[int, int]]  # first token and one past the last
-    quoted: list[bool]  # for each token: within quotation marks (the opening mark counts, the closing one does not)
+    # for each token: within quotation marks (the opening mark counts, the closing one does not)
+    quoted: list[bool]
     unpaired: int  # quotation marks that close nothing, open within a quotation, or stay open
 
 
 def split_sentences(tokens: list[str]) -> Sentences:
-    """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before "asked the fish"."""
+    """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before
+    "asked the fish"."""
     bounds, quoted, inside, start, unpaired = [], [], False, 0, 0
     for at, token in enumerate(tokens):
         if token in (OPEN, CLOSE):
@@ -42,7 +49,9 @@ def split_sentences(tokens: list[str]) -> Sentences:
         closes = token == CLOSE and at > start and tokens[at - 1][0] in ".!?"
         if not closes and (token[0] not in ".!?" or tokens[at + 1 : at + 2] == [CLOSE]):
             continue
-        goes_on = (closes or token == "...") and at + 1 < len(tokens) and tokens[at + 1][0].islower()
+        goes_on = (
+            (closes or token == "...") and at + 1 < len(tokens) and tokens[at + 1][0].islower()
+        )
         if not goes_on:
             bounds.append((start, at + 1))
             start = at + 1
@@ -52,9 +61,12 @@ def split_sentences(tokens: list[str]) -> Sentences:
     return Sentences(bounds, quoted, unpaired)
 
 
-def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool) -> int:
-    """Words in sentences with a capital, an end mark, a verb and 3 to LONGEST_SENTENCE words, or in short quotations
-    ("Oh, no!"). The last sentence may be cut short. continues: the first one continues the opening."""
+def well_formed_words(
+    tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool
+) -> int:
+    """Words in sentences with a capital, an end mark, a verb and 3 to LONGEST_SENTENCE words, or in
+    short quotations ("Oh, no!"). The last sentence may be cut short. continues: the first one
+    continues the opening."""
     count = 0
     for first, end in sentences.bounds:
         words = [at for at in range(first, end) if tokens[at][0].isalpha()]
@@ -70,7 +82,8 @@ def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool],
 
 
 def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bool]) -> float:
-    """Count a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
+    """Count a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed
+    quotations."""
     count = 2.0 * sentences.unpaired
     last, last_is_word = "", False
     for at, token in enumerate(tokens):
@@ -83,7 +96,9 @@ def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bo
                 count += 1
             if last_is_word and token[0].isupper() and not may_be_capital[at] and word != "i":
                 count += 0.5
-        elif last == OPEN or (at and not last_is_word and last != CLOSE and word not in (OPEN, CLOSE)):
+        elif last == OPEN or (
+            at and not last_is_word and last != CLOSE and word not in (OPEN, CLOSE)
+        ):
             count += 1  # two punctuation marks in a row
         last, last_is_word = word, is_word
     return count

@@ -1,4 +1,5 @@
-"""Warnings from metrics.jsonl, once per kind: stories collapse, KL runs away, loss explodes, scores have no signal."""
+"""Warnings from metrics.jsonl, once per kind: stories collapse, KL runs away, loss explodes, scores
+have no signal."""
 
 import math
 from collections import deque
@@ -6,15 +7,16 @@ from collections.abc import Iterable
 from statistics import fmean
 
 WINDOW, STORIES = 5, 768  # averages are over WINDOW steps, or over fewer that have STORIES stories
-# Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest one. The factors are
-# coarse on purpose: noise changes a mean over WINDOW steps far less.
+# Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest
+# one. The factors are coarse on purpose: noise changes a mean over WINDOW steps far less.
 SIGNS = (
     ("collapse", "distinct_4", "the stories grow alike", 0.6),
     ("collapse", "story_clusters", "few clusters of stories are left", 0.4),
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
-    ("loss", "loss", "the loss explodes", 2.2),  # dull text and stories differ by a factor of 1.9 (demo, 5 seeds)
+    # dull text and stories differ by a factor of 1.9 (demo, 5 seeds)
+    ("loss", "loss", "the loss explodes", 2.2),
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
 )
@@ -31,7 +33,8 @@ FEW = 160  # scores in a window below which no correlation is significant
 
 
 class CollapseDetector:
-    """Reads a run's records one at a time. warnings: per kind, the step and the sentence of the first warning."""
+    """Reads a run's records one at a time. warnings: per kind, the step and the sentence of the
+    first warning."""
 
     def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
         self.kl_target = kl_target
@@ -55,7 +58,9 @@ class CollapseDetector:
                 if mean > factor * base if factor > 1 else mean < factor * base:
                     signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
         if (kl := self._mean("kl")) is not None and kl > 3 * self.kl_target:
-            signs["kl"].append(f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})")
+            signs["kl"].append(
+                f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})"
+            )
         if len(self._last) == WINDOW and all(record.get("skipped") for record in self._last):
             signs["loss"].append("every step skips minibatches")
         if (r_squared := record.get("score_r_squared") or 0) < 0:
@@ -64,12 +69,17 @@ class CollapseDetector:
             )
         if sentence := self._without_signal():
             signs["signal"].append(f"{sentence}, so nothing is learned from the teacher")
-        news = {k: f"{', '.join(s)}: try {ADVICE[k]}" for k, s in signs.items() if s and k not in self.warnings}
+        news = {
+            k: f"{', '.join(s)}: try {ADVICE[k]}"
+            for k, s in signs.items()
+            if s and k not in self.warnings
+        }
         self.warnings |= {kind: (record["step"], sentence) for kind, sentence in news.items()}
         return news
 
     def _mean(self, metric: str) -> float | None:
-        """Mean over the window; None if the window is too short or one of its records lacks the metric."""
+        """Mean over the window; None if the window is too short or one of its records lacks the
+        metric."""
         values = [value for record in self._last if (value := record.get(metric)) is not None]
         return fmean(values) if self._enough and len(values) == len(self._last) else None
 
@@ -84,10 +94,17 @@ class CollapseDetector:
         if self._enough and min(modes) >= SAME:
             stories = "all" if min(modes) == 1 else f"{min(modes):.0%} or more of the"
             level = self._last[-1].get("score_mean") or 0
-            return f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+            return (
+                f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+            )
         scored = sum(record.get("scored") or 0 for record in self._last)
-        related = [abs(r) for name in ("score_length", "score_logprob") if (r := self._mean(name)) is not None]
-        if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):  # two standard errors
+        related = [
+            abs(r)
+            for name in ("score_length", "score_logprob")
+            if (r := self._mean(name)) is not None
+        ]
+        # two standard errors
+        if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):
             return ""
         return f"the scores of the last {steps} are as unrelated to the stories as random ones"
 

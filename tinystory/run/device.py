@@ -12,16 +12,18 @@ from tinystory.run.errors import UserError
 
 
 def cpu_has_bf16() -> bool:
-    """Whether bf16 matmuls run in hardware, if ATEN_CPU_CAPABILITY permits; emulated ones are slower than float32."""
+    """Whether bf16 matmuls run in hardware, if ATEN_CPU_CAPABILITY permits; emulated ones are
+    slower than float32."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
-    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every version of torch
+    # private, and not in every version of torch
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, flag, bool)() for flag in flags)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32 whose GEMMs round inputs to 11
-    significant bits, in the whole process; UserError on a CPU."""
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32 whose GEMMs
+    round inputs to 11 significant bits, in the whole process; UserError on a CPU."""
     if name == "tf32":
         if device.type != "cuda":
             raise UserError("--dtype tf32 needs a GPU: on a CPU give --dtype float32 or bfloat16")
@@ -30,7 +32,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     on_gpu = device.type == "cuda"  # older GPUs emulate bf16
-    supported = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
+    supported = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
+    )
     return torch.bfloat16 if supported else torch.float32
 
 

@@ -1,8 +1,9 @@
 """Data parallelism under torchrun: a handful of collectives, and no wrapper around the model.
 
-Every process holds the whole student and optimiser and computes its shard of a step's rows. Gradients are summed and
-all take the same optimiser step, so the result equals that of one process, up to the order of sums. Only rank 0 talks
-to the teacher, prints and writes. Without torchrun there is one process, and everything here is a no-op."""
+Every process holds the whole student and optimiser and computes its shard of a step's rows.
+Gradients are summed and all take the same optimiser step, so the result equals that of one process,
+up to the order of sums. Only rank 0 talks to the teacher, prints and writes. Without torchrun there
+is one process, and everything here is a no-op."""
 
 import atexit
 import contextlib
@@ -26,18 +27,24 @@ T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
 GRACE_S = 300.0  # to finish a step and save after torchrun was killed
 # Errors of gloo, NCCL and torch's store.
-CONNECTION_LOST = re.compile("connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I)
-TIMEOUT = datetime.timedelta(hours=6)  # per collective: other ranks wait while rank 0 waits for the teacher
+CONNECTION_LOST = re.compile(
+    "connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I
+)
+# per collective: other ranks wait while rank 0 waits for the teacher
+TIMEOUT = datetime.timedelta(hours=6)
 
 
 def start(device: str) -> None:
-    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes the GPU of its local rank. Raises
-    UserError unless there is one GPU per process and torchrun's variables are numbers."""
+    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes the GPU of
+    its local rank. Raises UserError unless there is one GPU per process and torchrun's variables
+    are numbers."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
     numbers = [name for name in TORCHRUN if name not in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR")]
     if wrong := [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]:
-        raise UserError(f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or unset them")
+        raise UserError(
+            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or unset them"
+        )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -55,7 +62,8 @@ def start(device: str) -> None:
 
 
 def follow(parent: int) -> None:
-    """If the parent, torchrun, is killed, send this process SIGTERM, which saves the run, and exit after GRACE_S."""
+    """If the parent, torchrun, is killed, send this process SIGTERM, which saves the run, and exit
+    after GRACE_S."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -65,7 +73,8 @@ def follow(parent: int) -> None:
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Wraps collectives: turns the error of gloo or NCCL when another process has ended into PeerLost."""
+    """Wraps collectives: turns the error of gloo or NCCL when another process has ended into
+    PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -123,7 +132,8 @@ def all_reduce_max(x: float) -> float:
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum every parameter's gradient over the processes, in one message; a missing gradient is zero."""
+    """Sum every parameter's gradient over the processes, in one message; a missing gradient is
+    zero."""
     if world_size() == 1:
         return
     grads = []
@@ -142,7 +152,8 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
 
 
 def rank0_value(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 only, and return its value (or raise its UserError or Interrupted) on every rank."""
+    """Run `make` on rank 0 only, and return its value (or raise its UserError or Interrupted) on
+    every rank."""
     if world_size() == 1:
         return make()
     box: list[Any] = [None, None]

@@ -1,7 +1,9 @@
-"""UserError for problems that the user can fix, signals that end a run, and `command`, the decorator of each main().
+"""UserError for problems that the user can fix, signals that end a run, and `command`, the
+decorator of each main().
 
-Commands print an error as one sentence and exit with code 2. When the reader of their output has gone (`| head -1`), a
-training run saves and ends, as when its terminal closes; other commands run to their end, quietly."""
+Commands print an error as one sentence and exit with code 2. When the reader of their output has
+gone (`| head -1`), a training run saves and ends, as when its terminal closes; other commands run
+to their end, quietly."""
 
 import contextlib
 import errno
@@ -17,7 +19,9 @@ from types import FrameType
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
-    sys.exit("error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)")
+    sys.exit(
+        "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)"
+    )
 
 from tinystory.run.text import printable
 
@@ -28,7 +32,8 @@ READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 # Messages of Python, torch and the C++ library.
 NO_MEMORY = re.compile(
-    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable", re.I
+    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable",
+    re.I,
 )
 ADVICE = {
     errno.EACCES: "ask its owner for the right to it, or choose another folder",
@@ -60,14 +65,19 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def shortage(error: Exception) -> str:
-    """A sentence on exhausted memory, threads, files or disk space, too long a name, or missing rights; else ""."""
+    """A sentence on exhausted memory, threads, files or disk space, too long a name, or missing
+    rights; else ""."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
             f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close other programs, raise "
             "the limit (ulimit -v, ulimit -u), or choose smaller sizes"
         )
-    return f"{text}; {ADVICE[error.errno]}" if isinstance(error, OSError) and error.errno in ADVICE else ""
+    return (
+        f"{text}; {ADVICE[error.errno]}"
+        if isinstance(error, OSError) and error.errno in ADVICE
+        else ""
+    )
 
 
 class Output(io.FileIO):
@@ -82,15 +92,17 @@ class Output(io.FileIO):
             failure = error
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), self.fileno())  # so that no later write fails
-        if failure.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal has closed, with a SIGHUP
+        # EIO: the terminal has closed, with a SIGHUP
+        if failure.errno not in (errno.EPIPE, errno.EIO):
             raise failure
         Output.reader_gone |= failure.errno == errno.EPIPE
         return len(data)
 
 
 class Stop:
-    """`requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
-    reader of the output has gone; the loop then ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
+    """`requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores
+    it), or when the reader of the output has gone; the loop then ends after the step. A later
+    Ctrl-C or SIGTERM ends it at once."""
 
     def __init__(self) -> None:
         self.signalled = False
@@ -107,7 +119,8 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def handle(signum: int, frame: FrameType | None) -> None:
-            if self.signalled and signum != signal.SIGHUP:  # a terminal that closes may send several
+            # a terminal that closes may send several
+            if self.signalled and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.signalled = True
 
@@ -123,21 +136,33 @@ class Stop:
 
 
 def open_outputs() -> None:
-    """Replace stdout and stderr by `Output`s, which escape characters that the encoding lacks. A stream closed before
-    the start becomes /dev/null: otherwise the next opened file would get its descriptor, and its output."""
+    """Replace stdout and stderr by `Output`s, which escape characters that the encoding lacks. A
+    stream closed before the start becomes /dev/null: otherwise the next opened file would get its
+    descriptor, and its output."""
     for name in ("stdin", "stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (until the process ends)
-        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+        elif (
+            name != "stdin"
+            and stream is getattr(sys, f"__{name}__")
+            and isinstance(stream, io.TextIOWrapper)
+        ):
             stream.flush()
             buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
             by_line = stream.line_buffering or stream.write_through
-            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(
+                    buffer, stream.encoding, "backslashreplace", line_buffering=by_line
+                ),
+            )
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorates main(): an error that the user can fix is printed as one line on stderr, with exit code 2."""
+    """Decorates main(): an error that the user can fix is printed as one line on stderr, with exit
+    code 2."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -147,7 +172,9 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.stdout.flush()
         except UserError as error:
             torchrun = all(name in os.environ for name in TORCHRUN)  # then rank 0 speaks for all
-            if not (torchrun and os.environ["RANK"].strip("0").isdecimal()) or isinstance(error, PeerLost):
+            if not (torchrun and os.environ["RANK"].strip("0").isdecimal()) or isinstance(
+                error, PeerLost
+            ):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:

@@ -1,8 +1,10 @@
-"""A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
+"""A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object
+per story).
 
-A killed run leaves at most an incomplete last line, which readers skip. A resumed run first truncates these files to
-the step of its checkpoint. One process at a time writes (`locked`). A folder may have been cut, edited or written by
-something else, so each kind of file has one reader here, which checks names, types and sizes for its callers."""
+A killed run leaves at most an incomplete last line, which readers skip. A resumed run first
+truncates these files to the step of its checkpoint. One process at a time writes (`locked`). A
+folder may have been cut, edited or written by something else, so each kind of file has one reader
+here, which checks names, types and sizes for its callers."""
 
 import contextlib
 import datetime
@@ -31,12 +33,15 @@ from tinystory.run.paths import ROOT, hint
 from tinystory.run.track import Tracker
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
-Fields: TypeAlias = dict[str, tuple[type | None, ...]]  # allowed types by field; None: it may be missing
+# allowed types by field; None: it may be missing
+Fields: TypeAlias = dict[str, tuple[type | None, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-JUDGED = "judged.jsonl"  # the same and controls, by the teacher and a reader (--reader, evaluate.py --judge)
-PREFERENCES = "preferences.jsonl"  # choices between stories before and after interaction (evaluate.py --compare)
+# the same and controls, by the teacher and a reader (--reader, evaluate.py --judge)
+JUDGED = "judged.jsonl"
+# choices between stories before and after interaction (evaluate.py --compare)
+PREFERENCES = "preferences.jsonl"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
@@ -44,9 +49,16 @@ LARGEST = 1e100  # bound on the absolute value of a number in a record
 
 _NUMBER = (int, float, type(None))
 _STORY: Fields = {
-    "opening": (str,), "story": (str,), "scores": (dict, type(None)), "step": (int,), "index": (int,),
-    "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
-}  # fmt: skip
+    "opening": (str,),
+    "story": (str,),
+    "scores": (dict, type(None)),
+    "step": (int,),
+    "index": (int,),
+    "reply": (str, type(None)),
+    "reward": _NUMBER,
+    "words": (int,),
+    "ended": (str,),
+}
 NO_FIELDS: Fields = {}
 FIELDS: dict[str, Fields] = {  # required in each record
     METRICS: {"step": (int,)},
@@ -55,14 +67,21 @@ FIELDS: dict[str, Fields] = {  # required in each record
     SAMPLES: _STORY | {"when": (str,)},
     JUDGED: {"group": (str,), "index": (int,), "score": _NUMBER, "sense": _NUMBER},
     CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
-    PREFERENCES: {"opening": (str,), "first": (str,), "second": (str,), "choice": (str, type(None)), "by": (str,)},
+    PREFERENCES: {
+        "opening": (str,),
+        "first": (str,),
+        "second": (str,),
+        "choice": (str, type(None)),
+        "by": (str,),
+    },
 }
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that durably replaces `path` when the block ends without an error; else `path` is untouched. Raises
-    UserError if it cannot be written (disk full, read-only, no such folder)."""
+    """A binary file that durably replaces `path` when the block ends without an error; else `path`
+    is untouched. Raises UserError if it cannot be written (disk full, read-only, no such
+    folder)."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,12 +94,14 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # a read-only file system refuses even to remove a missing file
+        # a read-only file system refuses even to remove a missing file
+        with contextlib.suppress(OSError):
             partial.unlink()
 
 
 def require_writable(path: Path) -> None:
-    """Create the folder of a file to be written after long work. Raises UserError if it cannot be written there."""
+    """Create the folder of a file to be written after long work. Raises UserError if it cannot be
+    written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -99,16 +120,17 @@ def sync(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write content (str as UTF-8) so that a kill at any instant leaves either the old content or the new."""
+    """Write content (str as UTF-8) so that a kill at any instant leaves either the old content or
+    the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Lock a run's folder, created if missing, for the block. The operating system releases the lock however the
-    process ends; new folders that stay empty are removed. Raises UserError, naming the holder, if another process has
-    the lock, or if `new` and the folder already holds a run."""
+    """Lock a run's folder, created if missing, for the block. The operating system releases the
+    lock however the process ends; new folders that stay empty are removed. Raises UserError, naming
+    the holder, if another process has the lock, or if `new` and the folder already holds a run."""
     folder, path = Path(folder), Path(folder) / LOCK
     lock = FileLock(path, blocking=False)
     try:
@@ -124,7 +146,9 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         raise cannot_write(folder, error) from error
     try:
         if new and holds_run(folder):
-            raise UserError(f"{folder} already holds a run: continue it with --resume or choose another --out")
+            raise UserError(
+                f"{folder} already holds a run: continue it with --resume or choose another --out"
+            )
         path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
         yield
     finally:
@@ -143,8 +167,8 @@ def _holder(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process writes to a run's folder, from its lock file alone: taking the lock could get in the way. A
-    process on another machine cannot be checked, and counts as running."""
+    """Whether a process writes to a run's folder, from its lock file alone: taking the lock could
+    get in the way. A process on another machine cannot be checked, and counts as running."""
     holder = re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", _holder(folder))
     if holder and holder[2] == socket.gethostname():
         try:
@@ -155,8 +179,9 @@ def in_use(folder: Path) -> bool:
 
 
 class RunLog(contextlib.ExitStack):
-    """Writes the records of a run; as a context manager it closes its files. resume_step: step to continue from, whose
-    later records are dropped (0: from the start); None: a new run. writes: False in all processes but one."""
+    """Writes the records of a run; as a context manager it closes its files. resume_step: step to
+    continue from, whose later records are dropped (0: from the start); None: a new run. writes:
+    False in all processes but one."""
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         super().__init__()
@@ -167,15 +192,18 @@ class RunLog(contextlib.ExitStack):
         if writes:
             require_writable(self.folder / CONFIG)
         if writes and resume_step is not None:
-            self._last_step = max((record["step"] for record in read_metrics(self.folder)), default=-1)
+            self._last_step = max(
+                (record["step"] for record in read_metrics(self.folder)), default=-1
+            )
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
             # The checkpoint of step 0 is saved before the evaluation, all others after.
             keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
     def config(self, options: Mapping[str, Any]) -> None:
-        """Write config.json: options, versions, device, git commit, and the times of the start and of each resume. The
-        device recorded by name is options["device"] ("cpu", "cuda:0", ...; default "cpu")."""
+        """Write config.json: options, versions, device, git commit, and the times of the start and
+        of each resume. The device recorded by name is options["device"] ("cpu", "cuda:0", ...;
+        default "cpu")."""
         if not self.writes:
             return
         import torch  # imported here because reports do not need it
@@ -190,20 +218,31 @@ class RunLog(contextlib.ExitStack):
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": at})
-        # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "tinystory": __version__}
+        # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do
+        # not.
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "tinystory": __version__,
+        }
         versions |= {name: metadata.version(name) for name in ("numpy", "tokenizers")}
-        machine = dict(versions=versions, device=device_name(device), threads=threads, git_commit=git_commit())
-        record = dict(options=options, **machine, started=before.get("started", at), resumed=resumed)
+        machine = dict(
+            versions=versions, device=device_name(device), threads=threads, git_commit=git_commit()
+        )
+        record = dict(
+            options=options, **machine, started=before.get("started", at), resumed=resumed
+        )
         text = without_passwords(json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
-        if (tracker := options.get("track", "none")) != "none":  # each resume continues the same run there
+        # each resume continues the same run there
+        if (tracker := options.get("track", "none")) != "none":
             run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
             self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"])
             self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
-        """Append and return the record of a step: floats keep 7 digits, NaN and infinity become null."""
+        """Append and return the record of a step: floats keep 7 digits, NaN and infinity become
+        null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
         self.track(record)
@@ -215,7 +254,8 @@ class RunLog(contextlib.ExitStack):
             self._tracker.metrics(record)
 
     def stories(self, records: Sequence[Record]) -> None:
-        """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
+        """Append one record per story: step, index, opening, story, reply, scores, reward, words,
+        ended."""
         self._append(STORIES, records)
 
     def evaluations(self, records: Sequence[Record]) -> None:
@@ -228,7 +268,9 @@ class RunLog(contextlib.ExitStack):
         if not self.writes:
             return
         if name not in self._journals:
-            self._journals[name] = self.enter_context(contextlib.closing(Journal(self.folder / name)))
+            self._journals[name] = self.enter_context(
+                contextlib.closing(Journal(self.folder / name))
+            )
         self._journals[name].append(*map(plain, records))
 
 
@@ -242,7 +284,8 @@ def timestamp() -> str:
 
 
 def parse_object(text: bytes | str, fields: Fields) -> Record:
-    """The JSON object in a text. Raises ValueError unless it is one, with these fields and without NaN or Infinity."""
+    """The JSON object in a text. Raises ValueError unless it is one, with these fields and without
+    NaN or Infinity."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}")
@@ -259,19 +302,22 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to read. In the block, OSError and ValueError become a UserError that offers no remedy; callers may
-    add one. A pipe or a device is refused: reading it could block."""
+    """Open a file to read. In the block, OSError and ValueError become a UserError that offers no
+    remedy; callers may add one. A pipe or a device is refused: reading it could block."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             yield file
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file. Raises UserError if it is over LONGEST bytes, has NUL characters or is not UTF-8."""
+    """The text of a regular file. Raises UserError if it is over LONGEST bytes, has NUL characters
+    or is not UTF-8."""
     with open_bytes(path) as file:
         return _text(file)
 
@@ -301,8 +347,11 @@ def file_hash(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the size and the SHA-256 of each file in a folder to its MANIFEST, and sync them all."""
-    manifest = {p.name: {"size": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(folder.iterdir())}
+    """Write the size and the SHA-256 of each file in a folder to its MANIFEST, and sync them
+    all."""
+    manifest = {
+        p.name: {"size": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(folder.iterdir())
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in folder.iterdir():
         sync(path)
@@ -313,13 +362,17 @@ def require_whole(folder: Path, names: Iterable[str]) -> None:
     manifest = read_object(folder / MANIFEST)
     for name in names:
         path = folder / name
-        if not path.is_file() or manifest.get(name) != {"size": path.stat().st_size, "sha256": file_hash(path)}:
+        if not path.is_file() or manifest.get(name) != {
+            "size": path.stat().st_size,
+            "sha256": file_hash(path),
+        }:
             problem = f"is not what {MANIFEST} beside it says was saved: one of them is damaged"
             raise UserError(f"{path} {problem if path.exists() else 'is missing'}")
 
 
 def read_config(folder: Path) -> Record:
-    """The object in config.json; {} if there is no such file. Raises UserError unless it has RunLog.config's fields."""
+    """The object in config.json; {} if there is no such file. Raises UserError unless it has
+    RunLog.config's fields."""
     path = Path(folder) / CONFIG
     return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
@@ -327,21 +380,29 @@ def read_config(folder: Path) -> Record:
 def recorded_options(folder: Path) -> Record:
     """The options of a run to be resumed. Raises UserError if they cannot be read."""
     if not holds_run(Path(folder)):
-        raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
+        raise UserError(
+            f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume"
+        )
     try:
         return read_object(Path(folder) / CONFIG, FIELDS[CONFIG])["options"]
     except UserError as error:
-        raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
+        raise UserError(
+            f"{error}; restore it from a copy, or start a new run in another --out"
+        ) from error
 
 
 def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
+    return any(
+        (folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints")
+    )
 
 
 def newest_run() -> Path:
-    """The run under runs/ that was written to last, the default of commands. Raises UserError if there is none."""
+    """The run under runs/ that was written to last, the default of commands. Raises UserError if
+    there is none."""
     configs = Path("runs").glob(f"**/{CONFIG}")
-    runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # not an export
+    # not an export
+    runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]
     if not runs:
         raise UserError(
             f"there is no run under runs/: give the folder of one, or begin one: {hint('train_pretrain.py')}"
@@ -361,8 +422,9 @@ def read_stories(folder: Path) -> Iterator[Record]:
 
 
 def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
-    """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of its name). A last
-    line left incomplete by a killed process is skipped. Raises UserError for any other line that is no such record."""
+    """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of
+    its name). A last line left incomplete by a killed process is skipped. Raises UserError for any
+    other line that is no such record."""
     if not path.exists():
         return
     fields = FIELDS.get(path.name, NO_FIELDS) if fields is None else fields
@@ -396,13 +458,16 @@ def check_fields(record: Record, fields: Fields) -> None:
         if int in kinds and float not in kinds and not 0 <= record[name] < 1 << 53:
             raise ValueError(f"its {name!r} is negative or too large")
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
-    for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
+    for name, value in (
+        record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers)
+    ):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
             raise ValueError(f"its {name!r} is {value!r:.40}")
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
             raise ValueError(f"its {name!r} is too large")
     if "story" in fields and any(
-        type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
+        type(score) not in (int, float) or not 0 <= score <= 3
+        for score in (record["scores"] or {}).values()
     ):
         raise ValueError("a score in it is not a number from 0 to 3")
 
@@ -417,7 +482,8 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits, non-finite ones are None."""
+    """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits,
+    non-finite ones are None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -430,25 +496,31 @@ def plain(value: Any) -> Any:
 
 
 def device_name(device: str) -> str:
-    """The device's own name, such as "NVIDIA H100 80GB HBM3"; for a CPU its model and the threads in use."""
+    """The device's own name, such as "NVIDIA H100 80GB HBM3"; for a CPU its model and the threads
+    in use."""
     import torch  # imported here so that --help is fast
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     names: list[str] = []
     with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        names = re.findall(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     model = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def git_commit() -> str | None:
-    """The commit of the clone that this code runs from, with "-dirty" if it has changes; None outside a clone."""
+    """The commit of the clone that this code runs from, with "-dirty" if it has changes; None
+    outside a clone."""
     if not (ROOT / ".git").exists():
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.check_output(describe, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+        return subprocess.check_output(
+            describe, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None

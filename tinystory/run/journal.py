@@ -13,11 +13,12 @@ TAIL = 1 << 26  # bytes; every record is shorter
 
 
 class Journal:
-    """Appends records to `path`, creating its folder; `run.folder.read_records` reads them. Raises UserError if it
-    cannot.
+    """Appends records to `path`, creating its folder; `run.folder.read_records` reads them. Raises
+    UserError if it cannot.
 
-    `append` hands records to the operating system, so killing the process loses none. A power cut loses those not yet
-    written back: none after `close`, or if `durable`. An incomplete last line, left by a killed process, is cut off."""
+    `append` hands records to the operating system, so killing the process loses none. A power cut
+    loses those not yet written back: none after `close`, or if `durable`. An incomplete last line,
+    left by a killed process, is cut off."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path, self.durable = Path(path), durable
@@ -37,7 +38,9 @@ class Journal:
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
         size = self._file.seek(0, os.SEEK_END)
         if not os.fstat(self._file.fileno()).st_nlink:
-            raise UserError(f"{self.path} was deleted while it was written to, and its records with it: start again")
+            raise UserError(
+                f"{self.path} was deleted while it was written to, and its records with it: start again"
+            )
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._file.write(lines) :]

@@ -13,10 +13,16 @@ from tinystory.run.paths import usage
 
 
 def option(
-    default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
+    default: Any,
+    help: str,
+    allowed: str | tuple[str, ...] = "",
+    *,
+    group: str = "",
+    flags: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: "": no flag, only presets set it. allowed:
-    an interval such as "[0, 1)", or choices. group: heading in --help, on its first option. flags: further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: "": no flag, only
+    presets set it. allowed: an interval such as "[0, 1)", or choices. group: heading in --help, on
+    its first option. flags: further names."""
     interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
     metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
     if isinstance(default, list):
@@ -25,7 +31,8 @@ def option(
 
 
 class Interval:
-    """The numbers between two bounds, as in "[0, 1)": a square bracket includes its bound. NaN is in no interval."""
+    """The numbers between two bounds, as in "[0, 1)": a square bracket includes its bound. NaN is
+    in no interval."""
 
     def __init__(self, text: str):
         low, high = text[1:-1].split(",")
@@ -42,15 +49,24 @@ class Interval:
 
 
 def script_parser(text: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with a script's docstring, its commands as the user can type them."""
-    return argparse.ArgumentParser(description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose --help begins with a script's docstring, its commands as the user can type
+    them."""
+    return argparse.ArgumentParser(
+        description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_number(
-    parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str, files: str = ""
+    parser: argparse.ArgumentParser,
+    flag: str,
+    default: float,
+    allowed: str,
+    help: str,
+    files: str = "",
 ) -> None:
-    """Add a numeric option, an integer if its default is one. Parsing raises UserError outside the interval. files: a
-    suffix; the option then takes a list of numbers and of files with that suffix."""
+    """Add a numeric option, an integer if its default is one. Parsing raises UserError outside the
+    interval. files: a suffix; the option then takes a list of numbers and of files with that
+    suffix."""
     interval, kind = Interval(allowed), type(default)
 
     def number(text: str) -> Any:
@@ -70,17 +86,27 @@ def add_number(
 
 
 def _note(default: Any, allowed: object) -> str:
-    said = " ".join(default) if isinstance(default, list) else "on" if default is True else str(default)
+    said = (
+        " ".join(default)
+        if isinstance(default, list)
+        else "on"
+        if default is True
+        else str(default)
+    )
     parts = [f"default: {said}"] * (said not in ("", "False"))
     parts += [str(allowed)] * (isinstance(allowed, Interval) and allowed.high <= 2)
     return f" ({'; '.join(parts)})".replace("%", "%%") if parts else ""
 
 
 def add_options(
-    parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = (), shown: Container[str] | None = None
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    names: Sequence[str] = (),
+    shown: Container[str] | None = None,
 ) -> None:
-    """Add the fields of a config class (or only `names`) as flags in their groups. A flag left out is not in the
-    namespace, so presets override defaults but not flags. shown: the fields that --help lists (default: all)."""
+    """Add the fields of a config class (or only `names`) as flags in their groups. A flag left out
+    is not in the namespace, so presets override defaults but not flags. shown: the fields that
+    --help lists (default: all)."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in fields(config_class):
@@ -92,13 +118,17 @@ def add_options(
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         help = f.metadata["help"].replace("%", "%%") + _note(default, allowed)
         listed = shown is None or f.name in shown
-        settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help if listed else argparse.SUPPRESS)
+        settings: dict[str, Any] = dict(
+            default=argparse.SUPPRESS, help=help if listed else argparse.SUPPRESS
+        )
         if kind is bool:
             settings |= dict(action=argparse.BooleanOptionalAction)
         elif get_origin(kind) is list:
             settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
         else:
-            metavar = "{" + ",".join(allowed) + "}" if isinstance(allowed, tuple) else _METAVARS[kind]
+            metavar = (
+                "{" + ",".join(allowed) + "}" if isinstance(allowed, tuple) else _METAVARS[kind]
+            )
             settings |= dict(type=_READERS[kind], metavar=metavar)
         group.add_argument(flag_of(f), *f.metadata["flags"], dest=f.name, **settings)
 
@@ -107,8 +137,11 @@ def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
     names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     name = word.lstrip("-").replace("_", "-")
     near = difflib.get_close_matches(name, names, 1)
-    near += [full for full in names if name == "".join(part[:1] for part in full.split("-"))]  # --lr
-    return f"there is no option {word}: " + (f"did you mean --{near[0]}?" if near else "--help-all lists them all")
+    # --lr
+    near += [full for full in names if name == "".join(part[:1] for part in full.split("-"))]
+    return f"there is no option {word}: " + (
+        f"did you mean --{near[0]}?" if near else "--help-all lists them all"
+    )
 
 
 def fields(config_class: type) -> list[dataclasses.Field]:
@@ -140,7 +173,8 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def mistakes(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
-    """Yields the end of the sentence "OPTION must be ..." for each way in which the value is invalid."""
+    """Yields the end of the sentence "OPTION must be ..." for each way in which the value is
+    invalid."""
     allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
     scalar = get_args(kind)[0] if is_list else kind
     if is_list and not isinstance(value, list):

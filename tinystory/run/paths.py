@@ -1,4 +1,5 @@
-"""The cache folder, for compiled kernels and tokenized corpora, and commands as the user types them."""
+"""The cache folder, for compiled kernels and tokenized corpora, and commands as the user types
+them."""
 
 import os
 import re
@@ -13,21 +14,29 @@ ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a
 
 
 def cache_dir() -> Path:
-    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory. Raises UserError if there is no home."""
+    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory. Raises UserError if
+    there is no home."""
     if folder := os.environ.get("TINYSTORY_CACHE"):
         return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
     except RuntimeError:
-        raise UserError("there is no home folder to cache in: set HOME, or TINYSTORY_CACHE to a folder") from None
+        raise UserError(
+            "there is no home folder to cache in: set HOME, or TINYSTORY_CACHE to a folder"
+        ) from None
 
 
 def usage(text: str | None) -> str:
-    """`text` with commands as the user can type them: outside a clone, `python scripts/sample.py` becomes
-    `tinystory-sample` and `python train_interact.py` `tinystory-interact`, the entry points of pyproject.toml."""
+    """`text` with commands as the user can type them: outside a clone, `python scripts/sample.py`
+    becomes `tinystory-sample` and `python train_interact.py` `tinystory-interact`, the entry points
+    of pyproject.toml."""
     if (ROOT / "pyproject.toml").is_file():
         return text or ""
-    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")
+    return re.sub(
+        r"python (?:scripts/|train_)(\w+)\.py",
+        lambda m: f"tinystory-{m[1]}".replace("_", "-"),
+        text or "",
+    )
 
 
 def hint(script: str, *arguments: object) -> str:

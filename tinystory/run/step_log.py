@@ -1,4 +1,5 @@
-"""A run's progress bar, metrics of steps that a GPU may still be computing, and the seconds of a step's stages."""
+"""A run's progress bar, metrics of steps that a GPU may still be computing, and the seconds of a
+step's stages."""
 
 import math
 import sys
@@ -35,19 +36,32 @@ class Progress(tqdm):  # type: ignore[misc]
             super().clear(nolock)
 
     def end_step(self, numbers: dict[str, Any], advance: float = 0) -> None:
-        """Show the numbers of a step that has ended. advance: progress not yet passed to `update`."""
-        self.set_postfix(numbers, refresh=False)  # on a terminal `update` shows it, a few times a second
+        """Show the numbers of a step that has ended. advance: progress not yet passed to
+        `update`."""
+        # on a terminal `update` shows it, a few times a second
+        self.set_postfix(numbers, refresh=False)
         self.update(advance) if advance else self.refresh()
-        if self.lines and not self.disable and (self.n >= self.total or time.monotonic() >= self.due):
+        if (
+            self.lines
+            and not self.disable
+            and (self.n >= self.total or time.monotonic() >= self.due)
+        ):
             self.due = time.monotonic() + LINE_S
             print(self, file=sys.stderr, flush=True)
 
 
 class StepLog:
-    """Writes the metrics of pretraining steps in order, while a GPU may still be computing later ones. step_tokens:
-    tokens per step. watch: returns the warnings that a record causes, by kind."""
+    """Writes the metrics of pretraining steps in order, while a GPU may still be computing later
+    ones. step_tokens: tokens per step. watch: returns the warnings that a record causes, by
+    kind."""
 
-    def __init__(self, log: RunLog, bar: Progress, step_tokens: int, watch: Callable[[Record], dict[str, str]]):
+    def __init__(
+        self,
+        log: RunLog,
+        bar: Progress,
+        step_tokens: int,
+        watch: Callable[[Record], dict[str, str]],
+    ):
         self.log, self.bar, self.step_tokens, self.watch = log, bar, step_tokens, watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
         self.last_end = 0.0  # when the last written step ended
@@ -58,8 +72,8 @@ class StepLog:
         self.launched.append((began, statistics, metrics))
 
     def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Wait for all launched steps but the last `ahead` and write their metrics, the very last with a validation.
-        Raises UserError for a loss that is not finite."""
+        """Wait for all launched steps but the last `ahead` and write their metrics, the very last
+        with a validation. Raises UserError for a loss that is not finite."""
         while len(self.launched) > ahead:
             began, statistics, metrics = self.launched.popleft()
             loss, grad_norm = statistics.wait().tolist()
@@ -70,7 +84,13 @@ class StepLog:
                     "checkpoint"
                 )
             speed = self.step_tokens / (self.last_end - began)
-            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
+            metrics |= dict(
+                loss=loss,
+                grad_norm=grad_norm,
+                tokens_per_s=speed,
+                val_loss=None,
+                val_bits_per_byte=None,
+            )
             postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
             if validate and not self.launched:
                 metrics |= validate()
@@ -93,7 +113,8 @@ class Stages:
     def begin(self, name: str) -> None:
         """End the present stage and begin the next, which the bar names; "": begin none."""
         if self.name:
-            self.seconds[f"{self.name}_s"] = now(self.device) - self.began  # a GPU's time counts where it was launched
+            # a GPU's time counts where it was launched
+            self.seconds[f"{self.name}_s"] = now(self.device) - self.began
         if name:
             self.bar.set_description(name)
         self.name, self.began = name, time.perf_counter()

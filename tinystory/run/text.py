@@ -1,19 +1,21 @@
-"""Text for the terminal: tables, and foreign text (by students, servers, files) without invisible characters."""
+"""Text for the terminal: tables, and foreign text (by students, servers, files) without invisible
+characters."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 
-# Characters that are invisible to a human but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
-# categories in `_visible`, variation selectors (which can encode hidden text), fillers and the blank Braille cell.
+# Characters that are invisible to a human but not to a model: Unicode's
+# Default_Ignorable_Code_Point beyond the categories in `_visible`, variation selectors (which can
+# encode hidden text), fillers and the blank Braille cell.
 _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
 
 
 def printable(text: str) -> str:
-    """`text` without control characters (escape sequences included), invisible or unencodable ones. Newlines stay;
-    other white space among them becomes a space, so words stay apart. Idempotent."""
+    """`text` without control characters (escape sequences included), invisible or unencodable ones.
+    Newlines stay; other white space among them becomes a space, so words stay apart. Idempotent."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return _IGNORABLE.sub("", "".join(map(_visible, text)))
@@ -28,4 +30,7 @@ def _visible(char: str) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table, with columns as wide as their longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,5 +1,5 @@
-"""Sends a run's records to TensorBoard, wandb or trackio as well; they stay on this machine unless the tracker's own
-environment variables (WANDB_MODE, TRACKIO_SPACE_ID) say otherwise."""
+"""Sends a run's records to TensorBoard, wandb or trackio as well; they stay on this machine unless
+the tracker's own environment variables (WANDB_MODE, TRACKIO_SPACE_ID) say otherwise."""
 
 import importlib
 import os
@@ -16,20 +16,30 @@ COLUMNS = ("index", "opening", "story", "scores", "reward")  # of the table of s
 
 
 class Tracker:
-    """Sends records to a tracker, as its run `run_id`. The first failure is printed, and the run goes on without it."""
+    """Sends records to a tracker, as its run `run_id`. The first failure is printed, and the run
+    goes on without it."""
 
     def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
         self.name = name
         self._sink: TensorBoard | Wandb | None = None
-        self._sink = self._try(TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options)
+        self._sink = self._try(
+            TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options
+        )
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        numbers = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if key != "step" and type(value) in (int, float)
+        }
         if self._sink:
             self._try(self._sink.log, record["step"], numbers)
 
     def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
-        rows = [[" ".join(printable(str(record[name])).split()) for name in COLUMNS] for record in records]
+        rows = [
+            [" ".join(printable(str(record[name])).split()) for name in COLUMNS]
+            for record in records
+        ]
         if self._sink:
             self._try(self._sink.table, records[0]["step"], rows)
 
@@ -44,14 +54,18 @@ class Tracker:
             # and a failing plot must not end a run of hours.
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
-            tqdm.write(f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it")
+            tqdm.write(
+                f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it"
+            )
 
 
 class TensorBoard:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
 
     def __init__(self, name: str, folder: Path, *_: object):
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / name)
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+            folder / name
+        )
         self.close = self.writer.close
 
     def log(self, step: int, numbers: dict) -> None:
@@ -60,8 +74,14 @@ class TensorBoard:
         self.writer.flush()
 
     def table(self, step: int, rows: list) -> None:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-        self.writer.add_text("stories", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        lines = [
+            COLUMNS,
+            ["---"] * len(COLUMNS),
+            *([cell.replace("|", "\\|") for cell in row] for row in rows),
+        ]
+        self.writer.add_text(
+            "stories", "\n".join(f"| {' | '.join(line)} |" for line in lines), step
+        )
 
 
 class Wandb:
@@ -71,7 +91,12 @@ class Wandb:
         self.module = importlib.import_module(name)
         own: dict[str, Any] = dict(name=run_id, embed=False, auto_log_cpu=False, auto_log_gpu=False)
         if name == "wandb":
-            own = dict(name=folder.name, id=run_id, dir=folder, mode=os.environ.get("WANDB_MODE", "offline"))
+            own = dict(
+                name=folder.name,
+                id=run_id,
+                dir=folder,
+                mode=os.environ.get("WANDB_MODE", "offline"),
+            )
         self.module.init(project="tinystory", resume="allow", config=dict(options), **own)
         self.close = self.module.finish
 

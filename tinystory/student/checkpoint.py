@@ -1,7 +1,9 @@
-"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle, written atomically.
+"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle,
+written atomically.
 
-They are written under dotted names and renamed when complete, so that a kill leaves all earlier ones intact. `chck_3M`
-is a milestone in words, `step_0001200` is for resuming, and `best`, which alone is replaced, is the result."""
+They are written under dotted names and renamed when complete, so that a kill leaves all earlier
+ones intact. `chck_3M` is a milestone in words, `step_0001200` is for resuming, and `best`, which
+alone is replaced, is the result."""
 
 import contextlib
 import json
@@ -20,25 +22,51 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import Fields, check_fields, read_object, require_whole, sync, write_manifest
+from tinystory.run.folder import (
+    Fields,
+    check_fields,
+    read_object,
+    require_whole,
+    sync,
+    write_manifest,
+)
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
 T = TypeVar("T")
 BEST = "best"
-OURS = re.compile(r"\.(start|best|chck_\w+|step_\d+)(\.old)?")  # checkpoints that are half-written, or half-removed
-# Types of a `history`. They are checked, because a student may come from somebody else, who counted otherwise, or lies.
+# checkpoints that are half-written, or half-removed
+OURS = re.compile(r"\.(start|best|chck_\w+|step_\d+)(\.old)?")
+# Types of a `history`. They are checked, because a student may come from somebody else, who counted
+# otherwise, or lies.
 HISTORY: Fields = dict.fromkeys(
-    ("words", "tokens", "corpus_words", "corpus_seed", "interaction_words_in", "interaction_words_out"), (int, None)
+    (
+        "words",
+        "tokens",
+        "corpus_words",
+        "corpus_seed",
+        "interaction_words_in",
+        "interaction_words_out",
+    ),
+    (int, None),
 )
 HISTORY |= {"corpus": (list, None), "val_fraction": (float, None), "documents": (str, None)}
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 
 
-def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[str, Any],
-         state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
-    """Write one checkpoint and return its folder. A whole one that exists is kept, unless `replace`. history goes to
-    model.json; state and counters are what a bit-exact resume needs. Raises UserError if it cannot be written."""
+def save(
+    folder: Path,
+    student: Student,
+    tokenizer: Tokenizer,
+    *,
+    history: dict[str, Any],
+    state: dict[str, Tensor],
+    counters: dict[str, Any],
+    replace: bool = False,
+) -> Path:
+    """Write one checkpoint and return its folder. A whole one that exists is kept, unless
+    `replace`. history goes to model.json; state and counters are what a bit-exact resume needs.
+    Raises UserError if it cannot be written."""
     if folder.exists() and not replace:  # the same step of the same run, before a resume
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
@@ -55,7 +83,8 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
         tokenizer.save(partial / "tokenizer.json")
         write_manifest(partial)
-        if folder.exists():  # a kill between the two renames leaves the run without `best`, not with half of one
+        # a kill between the two renames leaves the run without `best`, not with half of one
+        if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
         sync(folder.parent)
@@ -66,9 +95,11 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[
     return folder
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and history ({} for a folder that transformers wrote). Raises UserError if the checkpoint is
-    incomplete or malformed, before more is allocated than its weights fill."""
+def load(
+    folder: Path, device: torch.device | str = "cpu"
+) -> tuple[Student, Tokenizer, dict[str, Any]]:
+    """Student, tokenizer and history ({} for a folder that transformers wrote). Raises UserError if
+    the checkpoint is incomplete or malformed, before more is allocated than its weights fill."""
     history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
@@ -77,7 +108,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
         record = read_object(folder / "model.json")
         history = _history(folder, record.pop("history" if "history" in record else "facts", {}))
         if wrong := wrong_shape(record):
-            raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
+            raise UserError(
+                f"{folder / 'model.json'} describes a student that there cannot be: {wrong}"
+            )
         student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return to_device(student, device), tokenizer, history
@@ -89,27 +122,37 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
         check_fields(history, HISTORY)
-        if not all(isinstance(name, str) and "\0" not in name for name in history.get("corpus", [])):
+        if not all(
+            isinstance(name, str) and "\0" not in name for name in history.get("corpus", [])
+        ):
             raise ValueError("its 'corpus' is no list of names")
         if not 0 < history.get("val_fraction", 0.5) < 1:
             raise ValueError("its 'val_fraction' is none")
         return history
     except ValueError as error:
-        raise UserError(f"{folder / 'model.json'} holds no history that a student can have: {error}") from None
+        raise UserError(
+            f"{folder / 'model.json'} holds no history that a student can have: {error}"
+        ) from None
 
 
 def restore(student: Student, folder: Path) -> None:
-    """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ."""
+    """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the
+    shapes differ."""
     weights = hf.read_student(folder / "model.safetensors", student.config, ours=True)
     student.load_state_dict(weights.state_dict())
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, and its `counters` as a `run_state`. Raises UserError if they do not fit."""
+    """The `state` given to `save`, and its `counters` as a `run_state`. Raises UserError if they do
+    not fit."""
     counters, kinds = read_counters(folder), get_type_hints(run_state)
     allowed = {name: (int, float) if kind is float else (kind,) for name, kind in kinds.items()}
-    if counters.keys() != kinds.keys() or any(type(value) not in allowed[name] for name, value in counters.items()):
-        raise UserError(f"{folder / 'trainer.json'} is not what this command saves: it must hold {', '.join(kinds)}")
+    if counters.keys() != kinds.keys() or any(
+        type(value) not in allowed[name] for name, value in counters.items()
+    ):
+        raise UserError(
+            f"{folder / 'trainer.json'} is not what this command saves: it must hold {', '.join(kinds)}"
+        )
     try:
         return load_file(folder / "trainer.safetensors"), run_state(**counters)
     except SafetensorError as error:
@@ -124,7 +167,8 @@ def read_counters(folder: Path) -> dict[str, Any]:
 
 
 def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Load a module's parameters, NAME.* in a trainer's state. Raises UserError if they do not fit."""
+    """Load a module's parameters, NAME.* in a trainer's state. Raises UserError if they do not
+    fit."""
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
@@ -132,12 +176,14 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
 
 
 def does_not_fit(reason: str) -> UserError:
-    return UserError(f"the trainer state to resume from does not fit ({reason}): give the options it was saved with")
+    return UserError(
+        f"the trainer state to resume from does not fit ({reason}): give the options it was saved with"
+    )
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """A run's checkpoints with their steps, newest first; those whose step is unreadable come before, with 1 << 63.
-    Without `best`, which is saved before its step is logged."""
+    """A run's checkpoints with their steps, newest first; those whose step is unreadable come
+    before, with 1 << 63. Without `best`, which is saved before its step is logged."""
     steps = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
@@ -154,8 +200,8 @@ def newest(run: Path) -> Path | None:
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest undamaged checkpoint, to resume from, or None if the run never reached one. Damaged ones are named on
-    stderr. Raises UserError if all are damaged."""
+    """The newest undamaged checkpoint, to resume from, or None if the run never reached one.
+    Damaged ones are named on stderr. Raises UserError if all are damaged."""
     for _, folder in (folders := checkpoints(run)):
         try:
             require_whole(folder, FILES)
@@ -163,14 +209,17 @@ def newest_whole(run: Path) -> Path | None:
         except UserError as error:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
     if folders:
-        raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
+        raise UserError(
+            f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run"
+        )
     print(f"{run} was stopped before its first checkpoint: it starts again")
     return None
 
 
 def find(path: Path) -> Path:
-    """`path` if it is a checkpoint or a folder that transformers wrote, else its run's best checkpoint, or the newest;
-    hub:NAME@REVISION is downloaded. Raises UserError if there is none."""
+    """`path` if it is a checkpoint or a folder that transformers wrote, else its run's best
+    checkpoint, or the newest; hub:NAME@REVISION is downloaded. Raises UserError if there is
+    none."""
     if str(path).startswith("hub:"):
         return hf.download(str(path))
     if (path / "model.json").exists() or hf.is_folder(path):
@@ -178,16 +227,20 @@ def find(path: Path) -> Path:
     best = path / "checkpoints" / BEST
     if folder := best if (best / "trainer.json").exists() else newest(path):
         return folder
-    raise UserError(f"{path} is neither a checkpoint nor a run that has one: give the folder of either")
+    raise UserError(
+        f"{path} is neither a checkpoint nor a run that has one: give the folder of either"
+    )
 
 
 def drop_older(folder: Path) -> None:
-    """Remove what a killed process left half-written, and all `step_*` checkpoints before `folder` but the last, in
-    case `folder` is damaged later. Only for the process that writes them. (All other names sort before `step_`.)"""
+    """Remove what a killed process left half-written, and all `step_*` checkpoints before `folder`
+    but the last, in case `folder` is damaged later. Only for the process that writes them. (All
+    other names sort before `step_`.)"""
     older = sorted(path for path in folder.parent.glob("step_*") if path.name < folder.name)
     try:
         for path in older[:-1]:
-            path.rename(path.with_name("." + path.name))  # so that a kill leaves none that is half removed
+            # so that a kill leaves none that is half removed
+            path.rename(path.with_name("." + path.name))
         for path in folder.parent.glob(".*"):
             if OURS.fullmatch(path.name):  # not what a file manager or a network file system keeps
                 shutil.rmtree(path, ignore_errors=True)  # what is left, the next call removes
@@ -203,7 +256,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises UserError if one does not fit."""
+    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises UserError if one
+    does not fit."""
     entries: dict[int, dict[str, Tensor]] = {}
     named = (
         (name, p, ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq"))

@@ -1,7 +1,8 @@
 """`generate`: the student continues many prompts, sampled token by token with a KV cache.
 
-On a CPU the C++ engine runs the token steps where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
-depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch."""
+On a CPU the C++ engine runs the token steps where it can; otherwise `TokenStep` does, on a GPU as a
+CUDA graph. A draw depends on (seed, story index, position) and the logits alone, so a story does
+not depend on the rest of its batch."""
 
 import random
 from collections import deque
@@ -22,8 +23,8 @@ from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 from tinystory.student.token_step import Sampling, token_step
 
-# Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else LARGE_ROWS in all, so that
-# a token step reads the weights once for many stories.
+# Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else
+# LARGE_ROWS in all, so that a token step reads the weights once for many stories.
 ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 
 # A decoder's story, on the CPU: tokens (n,) int64; logprobs, values, entropies (n,) float32.
@@ -34,9 +35,10 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 class Story:
     """A continuation of an opening, on the CPU.
 
-    prompt_ids (P,) int64: an end token, as before every document of the corpus, and the opening. tokens (n,) int64:
-    with the end token, if one was drawn. logprobs, entropies (n,) float32: nats, under softmax(logits / temperature)
-    before top-k and top-p. values (n,) float32: the value head's; 0 without one. ended: "eos" or "length"."""
+    prompt_ids (P,) int64: an end token, as before every document of the corpus, and the opening.
+    tokens (n,) int64: with the end token, if one was drawn. logprobs, entropies (n,) float32: nats,
+    under softmax(logits / temperature) before top-k and top-p. values (n,) float32: the value
+    head's; 0 without one. ended: "eos" or "length"."""
 
     index: int
     opening: str
@@ -60,23 +62,38 @@ class Story:
 
 @torch.no_grad()
 def generate(
-    student: Student, value_head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str], *,
-    first_index: int, max_new_tokens: int, seed: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    dropout: float = 0.0, on_story: Callable[[Story], None] | None = None,
-) -> list[Story]:  # fmt: skip
+    student: Student,
+    value_head: ValueHead | None,
+    tokenizer: Tokenizer,
+    openings: Sequence[str],
+    *,
+    first_index: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    dropout: float = 0.0,
+    on_story: Callable[[Story], None] | None = None,
+) -> list[Story]:
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
-    The stories to an opening that are decoded together share one pass over it. `on_story` gets each story as soon as it
-    ends; without it, a terminal shows a progress bar. A temperature below 1e-6 is greedy decoding. dropout: see
-    `DropoutDecoder`. Matmuls and the KV cache have autocast's dtype. Raises UserError if a story may not fit the
-    context."""
+    The stories to an opening that are decoded together share one pass over it. `on_story` gets each
+    story as soon as it ends; without it, a terminal shows a progress bar. A temperature below 1e-6
+    is greedy decoding. dropout: see `DropoutDecoder`. Matmuls and the KV cache have autocast's
+    dtype. Raises UserError if a story may not fit the context."""
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
     device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
-    prompts = {text: torch.tensor(encode_opening(tokenizer, text), device="cpu") for text in dict.fromkeys(openings)}
+    prompts = {
+        text: torch.tensor(encode_opening(tokenizer, text), device="cpu")
+        for text in dict.fromkeys(openings)
+    }
     require_room(student, max(map(len, prompts.values())), max_new_tokens)
-    size = rows_at_once(len(openings), sum(p.numel() for p in student.parameters()) * dtype.itemsize, device)
+    size = rows_at_once(
+        len(openings), sum(p.numel() for p in student.parameters()) * dtype.itemsize, device
+    )
     decoder: Decoder = StudentDecoder(student, value_head, sampling)
     if dropout:
         decoder = DropoutDecoder(student, sampling)
@@ -84,17 +101,32 @@ def generate(
         decoder, size = EngineDecoder(student, value_head, sampling, size), len(openings)
     stories: dict[int, Story] = {}
     silent = True if on_story else None  # None: silent without a terminal
-    bar = tqdm(total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent)
+    bar = tqdm(
+        total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent
+    )
     with student.lowered(dtype), bar:
         for first in range(0, len(openings), size):
             texts = openings[first : first + size]
             place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            decoder.start([prompts[text] for text in place], [place[text] for text in texts], first_index + first)
+            decoder.start(
+                [prompts[text] for text in place],
+                [place[text] for text in texts],
+                first_index + first,
+            )
             while len(stories) < first + len(texts):
                 for row, columns in decoder.step():
-                    tokens, opening, index = columns[0].tolist(), texts[row], first_index + first + row
-                    text, ended = tokenizer.decode(tokens).strip(), "eos" if tokens[-1] == tokenizer.eos else "length"
-                    story = stories[first + row] = Story(index, opening, text, prompts[opening], *columns, ended)
+                    tokens, opening, index = (
+                        columns[0].tolist(),
+                        texts[row],
+                        first_index + first + row,
+                    )
+                    text, ended = (
+                        tokenizer.decode(tokens).strip(),
+                        "eos" if tokens[-1] == tokenizer.eos else "length",
+                    )
+                    story = stories[first + row] = Story(
+                        index, opening, text, prompts[opening], *columns, ended
+                    )
                     if on_story:
                         on_story(story)
                     bar.update()
@@ -102,17 +134,19 @@ def generate(
 
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
-    """Decoding batch size: on a CPU, few enough that weights (in bytes) and KV cache stay in the caches."""
+    """Decoding batch size: on a CPU, few enough that weights (in bytes) and KV cache stay in the
+    caches."""
     rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
     return count if device.type == "cuda" else min(count, rows)
 
 
 class Decoder(Protocol):
-    """Decodes one batch of stories at a time, under no_grad and in autocast's dtype. The parameters must not change
-    from `start` until the last story has ended."""
+    """Decodes one batch of stories at a time, under no_grad and in autocast's dtype. The parameters
+    must not change from `start` until the last story has ended."""
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row id offset + i."""
+        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row
+        id offset + i."""
 
     def step(self) -> list[tuple[int, Columns]]:
         """Decode a token of each story. Returns pairs (i, columns) for the stories that end."""
@@ -120,7 +154,11 @@ class Decoder(Protocol):
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the C++ engine runs on this machine, for this device and matmul dtype."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not (module := ops.load()):
+    if (
+        device.type != "cpu"
+        or dtype not in (torch.float32, torch.bfloat16)
+        or not (module := ops.load())
+    ):
         return False
     return dtype == torch.float32 or module.engine_has_bf16()
 
@@ -132,8 +170,9 @@ def columns_of(outputs: Iterable[Tensor], row: int, length: int) -> Columns:
 
 
 class EngineDecoder:
-    """The C++ engine (csrc/cpu/engine.cpp), with float32 sums, norms, softmax and logits. It decodes at most `size`
-    stories at a time; neither this nor the number of threads changes a bit of a story."""
+    """The C++ engine (csrc/cpu/engine.cpp), with float32 sums, norms, softmax and logits. It
+    decodes at most `size` stories at a time; neither this nor the number of threads changes a bit
+    of a story."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling, size: int):
         heads = [] if head is None else head.named_parameters(prefix="value_head")
@@ -147,22 +186,26 @@ class EngineDecoder:
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         s, rows = self.sampling, torch.tensor(prompt_of, device="cpu")
         sizes = s.max_new_tokens, s.eos, s.seed, offset, self.size
-        self.outputs = self.engine.start(list(prompts), rows, *sizes, s.temperature, s.top_k, s.top_p)
+        self.outputs = self.engine.start(
+            list(prompts), rows, *sizes, s.temperature, s.top_k, s.top_p
+        )
 
     def step(self) -> list[tuple[int, Columns]]:
         return [(row, columns_of(self.outputs, row, length)) for row, length in self.engine.step()]
 
 
 class StudentDecoder:
-    """PyTorch and our kernels on any device, inside `Student.lowered`; on CUDA as captured graphs, of which the host
-    launches STEPS_AHEAD before it reads the tokens of one."""
+    """PyTorch and our kernels on any device, inside `Student.lowered`; on CUDA as captured graphs,
+    of which the host launches STEPS_AHEAD before it reads the tokens of one."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
         self.student, self.head, self.sampling = student, head, sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         count = len(prompt_of)
-        self.token_step = token_step(self.student, self.head, count, sum(map(len, prompts)), self.sampling)
+        self.token_step = token_step(
+            self.student, self.head, count, sum(map(len, prompts)), self.sampling
+        )
         self.token_step.start(prompts, prompt_of, offset)
         self.offset, self.t = offset, 0
         self.batch = torch.arange(count, device="cpu")  # the story in each row of the batch
@@ -181,17 +224,21 @@ class StudentDecoder:
         self.alive[ended], self.t = False, self.t + 1
         outputs = [*self.token_step.read(ended, self.t)] if len(ended) else []
         remain = int(self.alive.sum())
-        if remain and (size := next_batch_size(remain, len(self.batch), on_graph)) < len(self.batch):
+        if remain and (size := next_batch_size(remain, len(self.batch), on_graph)) < len(
+            self.batch
+        ):
             # Rows that have ended fill the batch up to its size.
-            rows = (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
+            rows = (
+                (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
+            )
             self.token_step.keep(rows)
             self.batch = self.batch[rows]
         return [(row, columns_of(outputs, i, self.t)) for i, row in enumerate(ended.tolist())]
 
 
 class DropoutDecoder:
-    """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and depend on the batch.
-    There is no top-k or top-p, and the values are 0."""
+    """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and
+    depend on the batch. There is no top-k or top-p, and the values are 0."""
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling = student, sampling
@@ -212,7 +259,8 @@ class DropoutDecoder:
         self.hidden = self.read(tokens, self.student.wpe.weight[:T])[self.rows, self.lengths - 1]
 
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The final hidden states of the stories' first tokens, (B, T), or of the next token of each, (B,)."""
+        """The final hidden states of the stories' first tokens, (B, T), or of the next token of
+        each, (B,)."""
         p, seed = self.sampling.dropout, self.bits.getrandbits(40)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
@@ -235,7 +283,9 @@ class DropoutDecoder:
         drawn, logprobs, entropies = ops.sample(
             logits, seed=s.seed, rows=self.rows + self.offset, step=t, temperature=s.temperature
         )
-        self.outputs[:, :, t] = torch.stack([drawn.float(), logprobs, torch.zeros_like(logprobs), entropies])
+        self.outputs[:, :, t] = torch.stack(
+            [drawn.float(), logprobs, torch.zeros_like(logprobs), entropies]
+        )
         ended = self.alive & ((drawn == s.eos).cpu() | (t + 1 == s.max_new_tokens))
         self.alive, self.t = self.alive & ~ended, t + 1
         outputs = [*self.outputs.cpu()] if ended.any() else []
@@ -248,9 +298,9 @@ STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to rea
 def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
     """Batch size for the next step, when `alive` of the rows are still generating.
 
-    Without a graph it is `alive`: compacting costs one copy. Capturing a graph for a new size takes milliseconds, so
-    there the batch is halved when half of its rows have ended, down to 64, which take about as long as one, because a
-    step reads the weights once for all rows."""
+    Without a graph it is `alive`: compacting costs one copy. Capturing a graph for a new size takes
+    milliseconds, so there the batch is halved when half of its rows have ended, down to 64, which
+    take about as long as one, because a step reads the weights once for all rows."""
     if not on_graph:
         return alive
     while rows > 64 and alive <= (rows + 1) // 2:
@@ -269,5 +319,6 @@ def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> 
 
 
 def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
-    """The tokens of a prompt: an end token, as before every document of the corpus, and the opening."""
+    """The tokens of a prompt: an end token, as before every document of the corpus, and the
+    opening."""
     return [tokenizer.eos, *tokenizer.encode(opening)]

@@ -1,7 +1,8 @@
-"""GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its tokenizer.
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its
+tokenizer.
 
-llama.cpp begins a prompt with the file's `bos`, here the end token, which stands before every document in training, so
-that it reads a prompt as `encode_opening` encodes it."""
+llama.cpp begins a prompt with the file's `bos`, here the end token, which stands before every
+document in training, so that it reads a prompt as `encode_opening` encodes it."""
 
 import json
 from pathlib import Path
@@ -11,17 +12,33 @@ from tinystory.run.errors import UserError, cannot_write
 from tinystory.student.hf import FIXED
 from tinystory.student.model import Student
 
-# Parts of our parameters' names -> llama.cpp's for its architecture "gpt2". Both store weights as (out, in).
-NAMES = {"wte": "token_embd", "wpe": "position_embd", "blocks": "blk", "ln_1": "attn_norm", "qkv": "attn_qkv"}
-NAMES |= {"attn_proj": "attn_output", "ln_2": "ffn_norm", "fc": "ffn_up", "mlp_proj": "ffn_down", "ln_f": "output_norm"}
+# Parts of our parameters' names -> llama.cpp's for its architecture "gpt2". Both store weights as
+# (out, in).
+NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "blocks": "blk",
+    "ln_1": "attn_norm",
+    "qkv": "attn_qkv",
+}
+NAMES |= {
+    "attn_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "fc": "ffn_up",
+    "mlp_proj": "ffn_down",
+    "ln_f": "output_norm",
+}
 
 
 def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file cannot be written."""
+    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file
+    cannot be written."""
     try:
         from gguf import GGUFWriter, LlamaFileType, TokenType
     except ImportError as error:
-        raise UserError("--gguf needs the package that writes the format: pip install gguf") from error
+        raise UserError(
+            "--gguf needs the package that writes the format: pip install gguf"
+        ) from error
     shape, spec = student.config, json.loads(tokenizer.json)
     vocab = spec["model"]["vocab"] | tokenizer.specials
     partial = path.with_name(f".{path.name}.tmp")
@@ -29,19 +46,34 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = GGUFWriter(partial, "gpt2")
         fields = dict(
-            name=path.stem, file_type=LlamaFileType.ALL_F32, block_count=shape.n_layer, head_count=shape.n_head,
-            embedding_length=shape.n_embd, feed_forward_length=4 * shape.n_embd, context_length=shape.context,
+            name=path.stem,
+            file_type=LlamaFileType.ALL_F32,
+            block_count=shape.n_layer,
+            head_count=shape.n_head,
+            embedding_length=shape.n_embd,
+            feed_forward_length=4 * shape.n_embd,
+            context_length=shape.context,
             layer_norm_eps=FIXED["layer_norm_epsilon"][0],
-            tokenizer_model="gpt2", tokenizer_pre="gpt-2",  # byte-level BPE, and GPT-2's split
+            tokenizer_model="gpt2",
+            tokenizer_pre="gpt-2",  # byte-level BPE, and GPT-2's split
             token_list=sorted(vocab, key=vocab.__getitem__),
-            token_types=[TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes],
-            token_merges=[m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]],
-            bos_token_id=tokenizer.eos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad, add_bos_token=True,
-        )  # fmt: skip
+            token_types=[
+                TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes
+            ],
+            token_merges=[
+                m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]
+            ],
+            bos_token_id=tokenizer.eos,
+            eos_token_id=tokenizer.eos,
+            pad_token_id=tokenizer.pad,
+            add_bos_token=True,
+        )
         for name, value in fields.items():
             getattr(writer, f"add_{name}")(value)
         for ours, weight in student.state_dict().items():
-            writer.add_tensor(".".join(NAMES.get(part, part) for part in ours.split(".")), weight.cpu().numpy())
+            writer.add_tensor(
+                ".".join(NAMES.get(part, part) for part in ours.split(".")), weight.cpu().numpy()
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,7 +1,8 @@
 """Reads and writes folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
 
-transformers' Auto classes load what is written here without code of ours. Folders to read are untrusted: only JSON and
-safetensors are opened, sizes are checked before anything is allocated, and only GPT-2's exact layout is accepted."""
+transformers' Auto classes load what is written here without code of ours. Folders to read are
+untrusted: only JSON and safetensors are opened, sizes are checked before anything is allocated, and
+only GPT-2's exact layout is accepted."""
 
 import json
 import sys
@@ -20,7 +21,8 @@ from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.folder import read_object, read_text
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
-# Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
+# Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear
+# as (out, in).
 MODULES = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj"}
 MODULES |= {"ln_2": "ln_2", "mlp.c_fc": "fc", "mlp.c_proj": "mlp_proj"}
 # Options that the layout fixes, with the accepted values; the first is transformers' default.
@@ -39,20 +41,28 @@ FILES = {
     "max_shard_size='100GB'); a .bin file is a pickle, which can run code when it is loaded, and is not opened",
     "tokenizer.json": "save AutoTokenizer.from_pretrained(FOLDER) into it",
 }
-LARGEST_WEIGHT = 65504.0  # the largest number of float16; below it no forward pass overflows float32
+# the largest number of float16; below it no forward pass overflows float32
+LARGEST_WEIGHT = 65504.0
 FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
 def is_folder(path: Path) -> bool:
     """Whether this is a folder in transformers' format, and not a checkpoint of ours."""
     config = path / "config.json"
-    return config.is_file() and not (path / "model.json").exists() and "model_type" in read_object(config)
+    return (
+        config.is_file()
+        and not (path / "model.json").exists()
+        and "model_type" in read_object(config)
+    )
 
 
 def download(address: str) -> Path:
-    """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging Face Hub."""
+    """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging
+    Face Hub."""
     name, _, revision = address.removeprefix("hub:").partition("@")
-    return hub.download(name, ("config.json", *FILES), repo_type="model", revision=revision or None)[0].parent
+    return hub.download(
+        name, ("config.json", *FILES), repo_type="model", revision=revision or None
+    )[0].parent
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -64,7 +74,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a new folder that transformers can load. Raises UserError if it exists or cannot be written."""
+    """Write a new folder that transformers can load. Raises UserError if it exists or cannot be
+    written."""
     sizes = asdict(student.config)
     context = sizes.pop("context")
     names = {id: name for name, id in tokenizer.specials.items()}
@@ -76,7 +87,8 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     tokenizer_config = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         model_max_length=context,
-        # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token 0 everywhere.
+        # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token
+        # 0 everywhere.
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # "</s>" in a document is ordinary text
@@ -86,7 +98,10 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     files |= {"tokenizer_config.json": tokenizer_config | tokens, "special_tokens_map.json": tokens}
     ours = student.state_dict()
     weights = {
-        f"transformer.{theirs}": (ours[name].T if transposed else ours[name]).detach().cpu().contiguous()
+        f"transformer.{theirs}": (ours[name].T if transposed else ours[name])
+        .detach()
+        .cpu()
+        .contiguous()
         for theirs, name, transposed, _ in layout(student.config)
     }
     try:
@@ -100,7 +115,8 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
 
 
 def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
-    """Each parameter's name in transformers, our name, whether it is transposed, and its shape in transformers."""
+    """Each parameter's name in transformers, our name, whether it is transposed, and its shape in
+    transformers."""
     C = shape.n_embd
     widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
     yield "wte.weight", "wte.weight", False, (shape.vocab_size, C)
@@ -108,40 +124,56 @@ def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ..
     for layer in range(shape.n_layer):
         for theirs, ours in MODULES.items():
             size: tuple[int, ...] = widths.get(ours, (C,))
-            yield f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, size
+            yield (
+                f"h.{layer}.{theirs}.weight",
+                f"blocks.{layer}.{ours}.weight",
+                ours in widths,
+                size,
+            )
             yield f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, size[-1:]
     yield "ln_f.weight", "ln_f.weight", False, (C,)
     yield "ln_f.bias", "ln_f.bias", False, (C,)
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
-    """Student (float32, on the CPU) and tokenizer of a folder in transformers' format. Raises UserError unless it has
-    GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors."""
+    """Student (float32, on the CPU) and tokenizer of a folder in transformers' format. Raises
+    UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in
+    safetensors."""
     for name, advice in FILES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: {advice}")
     config = read_object(folder / "config.json")
     shape = _shape(folder, config)
-    return read_student(folder / "model.safetensors", shape), _tokenizer(folder, config, shape.vocab_size)
+    return read_student(folder / "model.safetensors", shape), _tokenizer(
+        folder, config, shape.vocab_size
+    )
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
-    """The student's sizes. Raises UserError if config.json describes anything but GPT-2's layout."""
-    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    """The student's sizes. Raises UserError if config.json describes anything but GPT-2's
+    layout."""
+    sizes: dict[str, Any] = {
+        name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")
+    }
     sizes["context"] = config.get("n_positions")
     problem = wrong_shape(sizes).replace("its context", "its n_positions")
-    if wrong := [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]:
+    if wrong := [
+        name for name, values in FIXED.items() if config.get(name, values[0]) not in values
+    ]:
         problem = f"its {wrong[0]} is {config[wrong[0]]!r:.80}, not {FIXED[wrong[0]][0]!r}"
     elif not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         problem = f"its n_inner is {config['n_inner']!r:.80}, not 4 * n_embd"
     if problem:
-        raise UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
+        raise UserError(
+            f"{folder}/config.json describes a model that is not supported here: {problem}"
+        )
     return StudentConfig(**sizes)
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
-    """A student (float32, on the CPU) from a weights file, ours or transformers', whose prefix `transformer.` is
-    optional. Raises UserError if a tensor is missing, has another shape than `shape` says, or could overflow."""
+    """A student (float32, on the CPU) from a weights file, ours or transformers', whose prefix
+    `transformer.` is optional. Raises UserError if a tensor is missing, has another shape than
+    `shape` says, or could overflow."""
     state = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -153,17 +185,31 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                     transposed, expected = False, expected[::-1]
                 size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if size != expected:
-                    raise ValueError(f"{name} is {size}, and the .json file beside it says {expected}")
+                    raise ValueError(
+                        f"{name} is {size}, and the .json file beside it says {expected}"
+                    )
                 tensor = file.get_tensor(name).float()
                 if not tensor.abs().max() <= LARGEST_WEIGHT:
                     raise ValueError(f"it holds NaN, infinite or absurdly large weights, in {name}")
-                state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
-            if any(name.startswith("v_head.") for name in names):  # TRL's, which belongs to the run that trained it
-                print(f"{path}: its value head is left out; a run begins with a new one", file=sys.stderr)
-            if "lm_head.weight" in names and not file.get_tensor("lm_head.weight").float().equal(state["wte.weight"]):
-                raise ValueError("it has a separate output layer (lm_head.weight), and only a tied one is supported")
+                state[own] = (tensor.T if transposed else tensor).clone(
+                    memory_format=torch.contiguous_format
+                )
+            # TRL's, which belongs to the run that trained it
+            if any(name.startswith("v_head.") for name in names):
+                print(
+                    f"{path}: its value head is left out; a run begins with a new one",
+                    file=sys.stderr,
+                )
+            if "lm_head.weight" in names and not file.get_tensor("lm_head.weight").float().equal(
+                state["wte.weight"]
+            ):
+                raise ValueError(
+                    "it has a separate output layer (lm_head.weight), and only a tied one is supported"
+                )
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} cannot be used here: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"{path} cannot be used here: {' '.join(str(error).split())[:200]}"
+        ) from error
     with torch.device("meta"):
         student = Student(shape)
     student.load_state_dict(state, assign=True)
@@ -177,26 +223,35 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
     as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
-            print(f"{folder}: its tokenizer adds special tokens around a text; they are left out here", file=sys.stderr)
+            print(
+                f"{folder}: its tokenizer adds special tokens around a text; they are left out here",
+                file=sys.stderr,
+            )
         vocab, added = spec["model"]["vocab"], spec["added_tokens"]
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
-        # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the vocabulary, as padding.
+        # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the
+        # vocabulary, as padding.
         known = {token["content"] for token in added}
         specials = {name: vocab[name] for name in SPECIALS if name in vocab and name not in known}
         specials |= {f"<unused{id}>": id for id in range(len(ids), vocab_size)}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added += [{"id": id, "content": name, **flags, "special": True} for name, id in specials.items()]
+        added += [
+            {"id": id, "content": name, **flags, "special": True} for name, id in specials.items()
+        ]
         end = config.get("eos_token_id")
         for token in added:
             if token["id"] == end and token["content"] not in END_NAMES:
                 if END_NAMES[0] in vocab:
-                    raise ValueError(f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another")
+                    raise ValueError(
+                        f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another"
+                    )
                 vocab.pop(token["content"], None)
                 token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
         changed = json.dumps(spec) != as_read
-        # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its fingerprint.
+        # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its
+        # fingerprint.
         tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else read_text(file))
         if end is not None and tokenizer.eos != end:
             raise ValueError(f"its end token is {tokenizer.eos} and that of config.json is {end!r}")

@@ -1,5 +1,6 @@
-"""Checks that a run fits memory before anything is allocated; each `require*` raises UserError if it does not. Only
-what is certain counts: weights, gradients, optimizer state, and the largest tensors that the options multiply."""
+"""Checks that a run fits memory before anything is allocated; each `require*` raises UserError if
+it does not. Only what is certain counts: weights, gradients, optimizer state, and the largest
+tensors that the options multiply."""
 
 import os
 from pathlib import Path
@@ -14,7 +15,8 @@ from tinystory.student.model import StudentConfig
 
 FLOAT = 4  # bytes
 TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
-ACTIVATIONS = 10  # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
+# 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
+ACTIVATIONS = 10
 STORY = 1024  # bytes of the objects that hold a story, at least
 
 
@@ -36,11 +38,15 @@ def total(device: torch.device) -> int:
 def require(needed: int, device: torch.device, advice: str) -> None:
     least, gb = needed / 2**30, total(device) / 2**30
     if least > gb:
-        raise UserError(f"this run needs at least {least:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}")
+        raise UserError(
+            f"this run needs at least {least:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}"
+        )
 
 
 def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
-    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size)
+    shape = StudentConfig(
+        config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size
+    )
     tokens = min(config.micro_batch_size, config.batch_size) * config.context
     activations = tokens * config.n_layer * config.n_embd * ACTIVATIONS * 2
     batch = config.batch_size * 8 * (config.context + 1)
@@ -48,21 +54,37 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
-def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
-    """Bytes of KV cache and outputs while these stories are written. size: bytes per entry of the cache."""
+def story_memory(
+    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2
+) -> int:
+    """Bytes of KV cache and outputs while these stories are written. size: bytes per entry of the
+    cache."""
     rows = rows_at_once(stories, parameters(shape) * size, device)
     cache = rows * shape.n_layer * 2 * shape.n_embd * size
     return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens + stories * STORY
 
 
-def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
+def require_for_interaction(
+    config: InteractConfig, shape: StudentConfig, device: torch.device
+) -> None:
     size = FLOAT if config.dtype == "float32" else 2
     stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
-    students = parameters(shape) * (4 + 1) * FLOAT  # one with gradients and Adam's moments, and the reference
-    replayed = config.updates_per_step * config.replay_batch * 8 * (shape.context + 1) if config.replay_weight else 0
+    # one with gradients and Adam's moments, and the reference
+    students = parameters(shape) * (4 + 1) * FLOAT
+    replayed = (
+        config.updates_per_step * config.replay_batch * 8 * (shape.context + 1)
+        if config.replay_weight
+        else 0
+    )
     needed = students + story_memory(stories, config.max_new_tokens, shape, device, size) + replayed
-    require(needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch")
+    require(
+        needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
+    )
 
 
-def require_for_stories(stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str) -> None:
-    require(parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device), device, advice)
+def require_for_stories(
+    stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str
+) -> None:
+    require(
+        parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device), device, advice
+    )

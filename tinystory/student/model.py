@@ -1,11 +1,13 @@
-"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied embedding.
+"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied
+embedding.
 
-`Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden` attends within whole
-sequences (training, evaluation), `prefill` and `step` over a KV cache (decoding). The tied embedding is applied to the
-final hidden states in `ops.token_logprob` or in `logits`.
+`Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden`
+attends within whole sequences (training, evaluation), `prefill` and `step` over a KV cache
+(decoding). The tied embedding is applied to the final hidden states in `ops.token_logprob` or in
+`logits`.
 
-csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: change both together. The engine takes
-parameters by name and refuses unknown ones."""
+csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: change both together.
+The engine takes parameters by name and refuses unknown ones."""
 
 import contextlib
 import math
@@ -45,13 +47,21 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
         if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
             return f"its {name} is {sizes[name]!r:.80}"
     head = sizes["n_embd"] / sizes["n_head"]
-    return "" if head % 16 == 0 and head <= 256 else f"its head size is {head:g}, not a multiple of 16 up to 256"
+    return (
+        ""
+        if head % 16 == 0 and head <= 256
+        else f"its head size is {head:g}, not a multiple of 16 up to 256"
+    )
 
 
 def to_device(student: "Student", device: torch.device | str) -> "Student":
     """Raises UserError if no CUDA kernel has the student's head size."""
     head = student.config.n_embd // student.config.n_head
-    if torch.device(device).type == "cuda" and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
+    if (
+        torch.device(device).type == "cuda"
+        and head not in CUDA_HEAD_SIZES
+        and backend.current() != "reference"
+    ):
         raise UserError(
             f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEAD_SIZES}: choose --n-head "
             "so that --n-embd divided by it is one of them, or use --device cpu"
@@ -62,10 +72,18 @@ def to_device(student: "Student", device: torch.device | str) -> "Student":
 class KVCache:
     """Keys and values of the tokens read so far.
 
-    prefix (n_layer, P, 2, H, D): the prompts', each once. spans (B, 2) int64: begin and end of each row's prompt in it.
-    own (n_layer, B, capacity, 2, H, D): each row's after its prompt, of which lengths (B,) int64 are filled."""
+    prefix (n_layer, P, 2, H, D): the prompts', each once. spans (B, 2) int64: begin and end of each
+    row's prompt in it. own (n_layer, B, capacity, 2, H, D): each row's after its prompt, of which
+    lengths (B,) int64 are filled."""
 
-    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype, prefix: int = 0):
+    def __init__(
+        self,
+        config: StudentConfig,
+        spans: Tensor,
+        capacity: int,
+        dtype: torch.dtype,
+        prefix: int = 0,
+    ):
         """prefix: room for this many tokens of prompts, by default for those of `spans`."""
         heads = (2, config.n_head, config.n_embd // config.n_head)
         zeros = partial(torch.zeros, device=spans.device)
@@ -78,20 +96,29 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these, (R,) int64, which move to the front of the same memory."""
         n = len(rows)
-        self.own[:, :n], self.lengths[:n], self.spans[:n] = self.own[:, rows], self.lengths[rows], self.spans[rows]
+        self.own[:, :n], self.lengths[:n], self.spans[:n] = (
+            self.own[:, rows],
+            self.lengths[rows],
+            self.spans[rows],
+        )
         self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]
 
     def restart(self, spans: Tensor) -> None:
         """Empty the cache, for as many rows as spans, (B, 2) int64, in the same memory."""
         own, lengths, old_spans = self.memory
-        self.own, self.lengths, self.spans = own[:, : len(spans)], lengths[: len(spans)], old_spans[: len(spans)]
+        self.own, self.lengths, self.spans = (
+            own[:, : len(spans)],
+            lengths[: len(spans)],
+            old_spans[: len(spans)],
+        )
         self.spans.copy_(spans)
         self.lengths.zero_()
 
 
 class Linear(nn.Linear):
-    """A linear layer, followed by tanh GELU if `gelu`. wide: the output, for the residual stream, stays float32 where
-    the kernel has it at hand (see `ops.linear`). copies: weight and bias inside `Student.lowered`."""
+    """A linear layer, followed by tanh GELU if `gelu`. wide: the output, for the residual stream,
+    stays float32 where the kernel has it at hand (see `ops.linear`). copies: weight and bias inside
+    `Student.lowered`."""
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
@@ -106,8 +133,9 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))). A sum and the layer norm after
-    it are one kernel, so a block begins with the sum that ends the block before."""
+    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))). A sum and
+    the layer norm after it are one kernel, so a block begins with the sum that ends the block
+    before."""
 
     def __init__(self, config: StudentConfig):
         super().__init__()
@@ -121,11 +149,18 @@ class Block(nn.Module):
         self.mlp_proj = Linear(4 * C, C, wide=True)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, attend: Callable[[Tensor], Tensor], dropout: float, seed: int
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        attend: Callable[[Tensor], Tensor],
+        dropout: float,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """(x, branch) after this block, both (..., C): the residual stream, and the last sublayer's output, yet to be
-        added. branch: the previous block's, or None. attend: packed q, k, v (..., 3, H, D) -> (..., H, D)."""
-        x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)  # x += branch; ln_1(x)
+        """(x, branch) after this block, both (..., C): the residual stream, and the last sublayer's
+        output, yet to be added. branch: the previous block's, or None. attend: packed q, k, v (...,
+        3, H, D) -> (..., H, D)."""
+        # x += branch; ln_1(x)
+        x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)
         qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
         branch = self.attn_proj(attend(qkv).flatten(-2))
         x, y = ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias, dropout, seed + 1)
@@ -133,10 +168,11 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the width and
-    keeps the token's own embedding in the foreground: deviations of 1 for embeddings, 0.3 for positions and 1 / sqrt(C)
-    for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp enough to be trained: a small
-    student learns to copy a name hundreds of steps sooner (docs/results.md)."""
+    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit"
+    scales with the width and keeps the token's own embedding in the foreground: deviations of 1 for
+    embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final
+    norm. Attention then starts sharp enough to be trained: a small student learns to copy a name
+    hundreds of steps sooner (docs/results.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -161,38 +197,56 @@ class Student(nn.Module):
             nn.init.normal_(self.wpe.weight, std=0.3)
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
 
-    def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """Embedded tokens (..., C) -> final hidden states (..., C). attend(i, qkv): layer i's attention, see
-        `Block.forward`. dropout: torch's generator draws it for the embedding and the last branch, `seed` elsewhere."""
+    def trunk(
+        self,
+        x: Tensor,
+        attend: Callable[[int, Tensor], Tensor],
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Embedded tokens (..., C) -> final hidden states (..., C). attend(i, qkv): layer i's
+        attention, see `Block.forward`. dropout: torch's generator draws it for the embedding and
+        the last branch, `seed` elsewhere."""
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
-            x, branch = block(x, branch, partial(attend, i), dropout, 2 * (seed * len(self.blocks) + i))
+            x, branch = block(
+                x, branch, partial(attend, i), dropout, 2 * (seed * len(self.blocks) + i)
+            )
         return self.ln_f(x + F.dropout(branch, dropout))
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context. dropout: as in `trunk`,
-        and on the attention weights, from `seed`."""
+        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
+        dropout: as in `trunk`, and on the attention weights, from `seed`."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
 
-        return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout, seed)
+        return self.trunk(
+            self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout, seed
+        )
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
-        """On a GPU, linear layers read copies of their weights in autocast's dtype, made by one kernel; autocast would
-        cast each weight in every forward pass. No parameter may change meanwhile. The copies keep their addresses."""
+        """On a GPU, linear layers read copies of their weights in autocast's dtype, made by one
+        kernel; autocast would cast each weight in every forward pass. No parameter may change
+        meanwhile. The copies keep their addresses."""
         if not ops.on_gpu(self.wte.weight) or dtype == self.wte.weight.dtype:
             yield
             return
         layers = [module for module in self.modules() if isinstance(module, Linear)]
         parameters = [p.detach() for layer in layers for p in (layer.weight, layer.bias)]
-        if not self.copies or self.copies[0].dtype != dtype or self.copies[0].device != parameters[0].device:
+        if (
+            not self.copies
+            or self.copies[0].dtype != dtype
+            or self.copies[0].device != parameters[0].device
+        ):
             self.copies = [torch.empty_like(p, dtype=dtype) for p in parameters]
         torch._foreach_copy_(self.copies, parameters)
         try:
-            for layer, weight, bias in zip(layers, self.copies[::2], self.copies[1::2], strict=True):
+            for layer, weight, bias in zip(
+                layers, self.copies[::2], self.copies[1::2], strict=True
+            ):
                 layer.copies = weight, bias
             yield
         finally:
@@ -209,14 +263,17 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the cache's prefix."""
+        """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the
+        cache's prefix."""
         lengths = torch.tensor([*map(len, prompts)], device="cpu")
         tokens = pad_sequence(list(prompts), batch_first=True)
         T = tokens.shape[1]
         inside = (torch.arange(T, device="cpu") < lengths[:, None]).flatten().nonzero()[:, 0]
         parts = [tokens.flatten(), inside, inside[lengths.cumsum(0) - 1]]
         # One copy, and indices instead of a mask: the host waits for nothing.
-        tokens, inside, last = upload(torch.cat(parts), self.wte.weight.device).split([*map(len, parts)])
+        tokens, inside, last = upload(torch.cat(parts), self.wte.weight.device).split(
+            [*map(len, parts)]
+        )
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             cache.prefix[i, : len(inside)] = qkv[:, :, 1:].flatten(0, 1).index_select(0, inside)
@@ -227,18 +284,25 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the cache."""
+        """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the
+        cache."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            return ops.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths)
+            return ops.decode_attention(
+                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths
+            )
 
-        x = self.trunk(self.wte(tokens) + self.wpe(cache.spans[:, 1] - cache.spans[:, 0] + cache.lengths), attend)
+        x = self.trunk(
+            self.wte(tokens) + self.wpe(cache.spans[:, 1] - cache.spans[:, 0] + cache.lengths),
+            attend,
+        )
         cache.lengths += 1
         return x
 
 
 class ValueHead(nn.Module):
-    """One value per position from the final hidden state; 0 at first, so that the first advantages are the rewards."""
+    """One value per position from the final hidden state; 0 at first, so that the first advantages
+    are the rewards."""
 
     def __init__(self, n_embd: int):
         super().__init__()
@@ -248,5 +312,6 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (...) float32"""
-        with torch.autocast(hidden.device.type, enabled=False):  # one column: rounding it would save nothing
+        # one column: rounding it would save nothing
+        with torch.autocast(hidden.device.type, enabled=False):
             return self.linear(hidden.float()).squeeze(-1)

@@ -1,8 +1,9 @@
 """Muon for the blocks' matrices, AdamW for everything else: what pretraining uses.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps along the orthogonalised momentum, so that directions
-with a small gradient, such as copying a name, move as fast as those with a large one. torch.optim.Muon works matrix by
-matrix in bfloat16, which takes longer than the rest of the step on a processor without bfloat16."""
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps along the orthogonalised
+momentum, so that directions with a small gradient, such as copying a name, move as fast as those
+with a large one. torch.optim.Muon works matrix by matrix in bfloat16, which takes longer than the
+rest of the step on a processor without bfloat16."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,24 +12,34 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
-# Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the minimax approximation
-# of 1 on the interval that the one before it maps to (Polar Express, Amsel et al. 2025, arXiv 2505.16932).
+# Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the
+# minimax approximation of 1 on the interval that the one before it maps to (Polar Express, Amsel et
+# al. 2025, arXiv 2505.16932).
 COEFFICIENTS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 LARGE = 2**20  # elements above which a matrix and its intermediates fill a CPU's L2 cache
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, except that the matrices of the first group take Muon's steps, at their own rate and without weight decay.
-    heads: each has its own matrices of queries, keys, values and projection. dtype: for Muon's matmuls."""
+    """AdamW, except that the matrices of the first group take Muon's steps, at their own rate and
+    without weight decay. heads: each has its own matrices of queries, keys, values and projection.
+    dtype: for Muon's matmuls."""
 
     def __init__(
-        self, matrices: Iterable[Any], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,
+        self,
+        matrices: Iterable[Any],
+        others: list[dict[str, Any]],
+        *,
+        heads: int,
+        dtype: torch.dtype,
         **options: Any,
-    ):  # fmt: skip
-        super().__init__([dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options)
+    ):
+        super().__init__(
+            [dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options
+        )
         self.heads, self.dtype = heads, dtype
-        self.grad_scale: Tensor | None = None  # the gradient is divided by it, as AdamW's fused step does
+        # the gradient is divided by it, as AdamW's fused step does
+        self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -36,22 +47,29 @@ class MuonAdamW(torch.optim.AdamW):
         parameters = [p for p in group["params"] if p.grad is not None]
         for p in parameters:
             if "momentum" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
+                # AdamW expects one in every state that it loads
+                self.state[p]["step"] = torch.zeros(())
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta, updates = [self.state[p]["momentum"] for p in parameters], [p.grad for p in parameters]
+        momenta, updates = (
+            [self.state[p]["momentum"] for p in parameters],
+            [p.grad for p in parameters],
+        )
         if self.grad_scale is not None:
             torch._foreach_div_(updates, self.grad_scale)
         torch._foreach_lerp_(momenta, updates, 1 - MOMENTUM)
         torch._foreach_lerp_(updates, momenta, MOMENTUM)  # Nesterov's
-        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}  # weights, updates, scales
+        # weights, updates, scales
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
         for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
             p.grad = None  # AdamW leaves it alone
             weights, update = matrices(p, self.heads), matrices(update, self.heads).to(self.dtype)
             scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5 if len(weights) == 1 else 1.0
-            if p.device.type == "cpu" and p.numel() > LARGE:  # a batch of its own stays in the caches
+            # a batch of its own stays in the caches
+            if p.device.type == "cpu" and p.numel() > LARGE:
                 batches[i,] = [(weights, update, scale)]
                 continue
-            if weights.shape[1] > weights.shape[2]:  # in one batch with those of the transposed shape
+            # in one batch with those of the transposed shape
+            if weights.shape[1] > weights.shape[2]:
                 weights, update = weights.mT, update.mT
             batches.setdefault(weights.shape[1:], []).append((weights, update, scale))
         for batch in batches.values():
@@ -63,8 +81,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def matrices(x: Tensor, heads: int) -> Tensor:
-    """A view of (rows, columns) as the matrices to orthogonalise, (n, ...): each head's rows for queries, keys and
-    values; each head's columns for the attention's projection, which is square; else one."""
+    """A view of (rows, columns) as the matrices to orthogonalise, (n, ...): each head's rows for
+    queries, keys and values; each head's columns for the attention's projection, which is square;
+    else one."""
     rows, columns = x.shape
     if rows == 3 * columns:
         return x.view(3 * heads, -1, columns)
@@ -72,14 +91,17 @@ def matrices(x: Tensor, heads: int) -> Tensor:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz.
+    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by
+    Newton-Schulz.
 
-    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p g p. So it is enough
-    to follow g and the product of all p, which are smaller than x. A fourth iteration would need g computed from x
-    again: rounded to bfloat16, g can have small negative eigenvalues, which each iteration multiplies."""
+    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p
+    g p. So it is enough to follow g and the product of all p, which are smaller than x. A fourth
+    iteration would need g computed from x again: rounded to bfloat16, g can have small negative
+    eigenvalues, which each iteration multiplies."""
     tall = x.shape[-2] > x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # matmul would copy x.mT
-    # Its norm is at least its largest eigenvalue, and much nearer to it than the squared norm of x, its trace.
+    # Its norm is at least its largest eigenvalue, and much nearer to it than the squared norm of x,
+    # its trace.
     bound = 1.02 * gram.norm(dim=(-2, -1), keepdim=True) + 1e-30
     gram = gram / bound
     product = bound.rsqrt()

@@ -9,11 +9,15 @@ from tinystory.student.model import Student
 from tinystory.student.muon import MuonAdamW
 
 
-def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer muon, MuonAdamW with
-    the blocks' matrices first. dtype: for Muon's matmuls."""
+def make_optimizer(
+    student: Student, config: PretrainConfig, dtype: torch.dtype
+) -> torch.optim.Optimizer:
+    """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer
+    muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
     parameters = dict(student.named_parameters())
-    blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
+    blocks = {
+        name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")
+    }
     blocks = blocks if config.optimizer == "muon" else {}
     matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
     vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
@@ -29,14 +33,20 @@ def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype)
     return MuonAdamW(blocks.items(), groups, heads=student.config.n_head, dtype=dtype, **options)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
-    """Set and return AdamW's rate: linear warm-up, then linear decay to 0 at config.words. Muon's is proportional."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int
+) -> float:
+    """Set and return AdamW's rate: linear warm-up, then linear decay to 0 at config.words. Muon's
+    is proportional."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
-        # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
+        # No words have been read before the first step: it takes the rate at 1 % of the warm-up
+        # rather than 0.
         rate = config.learning_rate * max(progress / config.warmup, 0.01)
     else:
         rate = config.learning_rate * ((1 - progress) / (1 - config.warmup))
     for group in optimizer.param_groups:
-        group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
+        group["lr"] = rate * (
+            config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0
+        )
     return rate

@@ -1,4 +1,5 @@
-"""Our operators compared with PyTorch's: time and, on a GPU, peak memory and throughput relative to its limit."""
+"""Our operators compared with PyTorch's: time and, on a GPU, peak memory and throughput relative to
+its limit."""
 
 import statistics
 import time
@@ -15,7 +16,8 @@ from tinystory.studies.timing import PROMPT, Setup
 
 ROWS = 64  # stories decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
-# Ours, PyTorch's, the unit of work (a key of UNITS), and the amount: FLOPs, or bytes that must be read.
+# Ours, PyTorch's, the unit of work (a key of UNITS), and the amount: FLOPs, or bytes that must be
+# read.
 Operator: TypeAlias = tuple[Callable[[], Any], Callable[[], Any], str, float]
 
 
@@ -29,8 +31,15 @@ def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
 
 
 def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
-    """The operators by name, and the leaf tensors that receive gradients: attention's qkv, hidden states, weight."""
-    B, T, H, C, V = setup.batch, setup.config.context, setup.config.n_head, setup.config.n_embd, setup.config.vocab_size
+    """The operators by name, and the leaf tensors that receive gradients: attention's qkv, hidden
+    states, weight."""
+    B, T, H, C, V = (
+        setup.batch,
+        setup.config.context,
+        setup.config.n_head,
+        setup.config.n_embd,
+        setup.config.vocab_size,
+    )
     D, N, device = C // H, B * T, setup.compute.device
 
     def random(*shape: int) -> Tensor:
@@ -39,7 +48,9 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
     qkv, hidden, weight = random(B, T, 3, H, D), random(N, C), random(V, C)
     targets, rows = torch.randint(V, (N,), device=device), torch.arange(ROWS, device=device)
     logits = random(ROWS, V).detach()
-    new, prefix, cache = (random(*n, H, D).detach() for n in ((ROWS, 3), (PROMPT, 2), (ROWS, T - PROMPT, 2)))
+    new, prefix, cache = (
+        random(*n, H, D).detach() for n in ((ROWS, 3), (PROMPT, 2), (ROWS, T - PROMPT, 2))
+    )
     whole = torch.cat([prefix.expand(ROWS, *prefix.shape), cache], 1)
     lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (ROWS,), device=device)
     spans = torch.tensor([[0, PROMPT]] * ROWS, device=device)
@@ -69,12 +80,23 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
     logprob = backward(lambda: ops.token_logprob(hidden, weight, targets)[0])
     cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
     linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
-    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D  # causal: half of 2 + 5 GEMMs
+    # causal: half of 2 + 5 GEMMs
+    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D
     cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.compute.dtype.itemsize
     return {
-        "attention": (backward(ops.causal_attention, qkv), backward(sdpa, qkv), "flops", attention_flops),
+        "attention": (
+            backward(ops.causal_attention, qkv),
+            backward(sdpa, qkv),
+            "flops",
+            attention_flops,
+        ),
         "token_logprob": (logprob, linear_loss, "flops", loss_flops),
-        "token_logprob_entropy": (backward(logprob_and_entropy), backward(log_softmax), "flops", loss_flops),
+        "token_logprob_entropy": (
+            backward(logprob_and_entropy),
+            backward(log_softmax),
+            "flops",
+            loss_flops,
+        ),
         "cross_entropy": (cross_entropy, linear_loss, "flops", loss_flops),
         "sample": (sample, multinomial, "bytes", ROWS * V * setup.compute.dtype.itemsize),
         "decode_attention": (decode, masked_sdpa, "bytes", cached),
@@ -82,9 +104,9 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
 
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
-    """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their ratio (above 1: ours is
-    faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or copy, and the peak memory beyond the inputs in
-    MB."""
+    """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their
+    ratio (above 1: ours is faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or
+    copy, and the peak memory beyond the inputs in MB."""
     table, leaves = operators(setup)
     device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
@@ -100,24 +122,33 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
 
     limits: dict[str, float] = {}
     if flush is not None:
-        a, big = torch.randn(8192, 8192, device=device).to(setup.compute.dtype), torch.empty_like(flush)
+        a, big = (
+            torch.randn(8192, 8192, device=device).to(setup.compute.dtype),
+            torch.empty_like(flush),
+        )
         gemm, copy = medians(lambda: a @ a, lambda: big.clone())
         limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
         del a, big
     results: dict[str, dict[str, float]] = {}
     for name, (ours, theirs, unit, amount) in table.items():
         ours_s, theirs_s = medians(ours, theirs)
-        results[name] = {"ours_ms": 1000 * ours_s, "torch_ms": 1000 * theirs_s, "ratio": theirs_s / ours_s}
+        results[name] = {
+            "ours_ms": 1000 * ours_s,
+            "torch_ms": 1000 * theirs_s,
+            "ratio": theirs_s / ours_s,
+        }
         if limits:
             key, scale = UNITS[unit]
             results[name] |= {key: amount / ours_s / scale, f"limit_{key}": limits[unit] / scale}
             results[name] |= dict(ours_mb=peak_mb(ours, device), torch_mb=peak_mb(theirs, device))
-    return {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
+    return {
+        name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()
+    }
 
 
 def seconds(f: Callable, flush: Tensor | None) -> float:
-    """Seconds of a call. On a GPU by events, once `flush`, larger than the L2 cache, is overwritten; that also lets the
-    host run ahead of the device."""
+    """Seconds of a call. On a GPU by events, once `flush`, larger than the L2 cache, is
+    overwritten; that also lets the host run ahead of the device."""
     if flush is None:
         before = time.perf_counter()
         f()

@@ -11,13 +11,15 @@ from tinystory.student import checkpoint
 
 
 def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
-    """Finish a run, and return its last checkpoint. argv: options of a new run; again: options given on a resume too;
-    words: length of a pretraining run, 0: an interaction. Raises UserError if the run is stopped."""
+    """Finish a run, and return its last checkpoint. argv: options of a new run; again: options
+    given on a resume too; words: length of a pretraining run, 0: an interaction. Raises UserError
+    if the run is stopped."""
 
     def finished() -> bool:
         newest = checkpoint.newest(out)
         read = words and newest and checkpoint.read_counters(newest)["words"] >= words
-        return bool(read) if words else (out / SAMPLES).exists()  # the last file that an interaction writes
+        # the last file that an interaction writes
+        return bool(read) if words else (out / SAMPLES).exists()
 
     if not finished():
         print(f"{out} ...", flush=True)

@@ -1,4 +1,5 @@
-"""Timed work with random weights (pretraining step, rollout, PPO iteration), and the limit set by PyTorch's GEMMs."""
+"""Timed work with random weights (pretraining step, rollout, PPO iteration), and the limit set by
+PyTorch's GEMMs."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -74,7 +75,9 @@ def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Ru
 def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer) -> list[Story]:
     openings = [""] * setup.batch
     with setup.compute.autocast():
-        return generate(student, head, tokenizer, openings, first_index=0, max_new_tokens=setup.new, seed=0)
+        return generate(
+            student, head, tokenizer, openings, first_index=0, max_new_tokens=setup.new, seed=0
+        )
 
 
 def rollout(setup: Setup) -> Run:
@@ -87,7 +90,8 @@ def rollout(setup: Setup) -> Run:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
         seconds = now(device) - start
-        tokens = sum(len(story.tokens) for story in stories)  # with random weights, one token in V ends a story
+        # with random weights, one token in V ends a story
+        tokens = sum(len(story.tokens) for story in stories)
         return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
 
     return run
@@ -103,9 +107,14 @@ def ppo_iteration(setup: Setup) -> Run:
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
     policy = Policy(
-        student=student, critic=head, optimizer=SharpAdam(student, head, options), config=options,
-        autocast=setup.compute.autocast, tokenizer=tokenizer, history={},
-    )  # fmt: skip
+        student=student,
+        critic=head,
+        optimizer=SharpAdam(student, head, options),
+        config=options,
+        autocast=setup.compute.autocast,
+        tokenizer=tokenizer,
+        history={},
+    )
     rewards = [0.5] * setup.batch
 
     def run() -> dict[str, float]:
@@ -134,14 +143,20 @@ WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
 
 
 def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
-    """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took time."""
+    """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took
+    time."""
     config, device, backward = setup.config, setup.compute.device, work == "pretrain"
     rows = setup.batch * config.context if backward else setup.batch
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     total = 0.0
     for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
-        for m, inner, out in [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]:
-            x, w = (torch.randn(size, inner, dtype=setup.compute.dtype, device=device) for size in (m, out))
+        for m, inner, out in (
+            [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]
+        ):
+            x, w = (
+                torch.randn(size, inner, dtype=setup.compute.dtype, device=device)
+                for size in (m, out)
+            )
             laps = []
             for _ in range(runs):
                 start = now(device)

@@ -1,5 +1,6 @@
-"""HTTP client of one OpenAI-compatible server. Its answers are not trusted: their size is bounded, their shape is
-checked, and control characters and an echoed key are removed before any text is quoted in a message."""
+"""HTTP client of one OpenAI-compatible server. Its answers are not trusted: their size is bounded,
+their shape is checked, and control characters and an echoed key are removed before any text is
+quoted in a message."""
 
 import json
 import os
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
-KEEP_ALIVE_S = 2.0  # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
-SHORTEST_SECRET = 8  # characters of a key; a shorter one ("1", "none") is a dummy for a local server, and no secret
+# shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
+KEEP_ALIVE_S = 2.0
+# characters of a key; a shorter one ("1", "none") is a dummy for a local server, and no secret
+SHORTEST_SECRET = 8
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -27,12 +30,15 @@ WRONG_KEY = "no_db_connection"  # litellm's 400 for a wrong key
 NOT_OPENAI = "answers, but not as an OpenAI-compatible API: check the URL"
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
-# Errors of models without a system message: Gemma's and Mistral's chat templates (500 from llama.cpp), Google's API.
+# Errors of models without a system message: Gemma's and Mistral's chat templates (500 from
+# llama.cpp), Google's API.
 NO_SYSTEM = re.compile(
-    r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported", re.IGNORECASE
+    r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported",
+    re.IGNORECASE,
 )
 CUT_SHORT = "output limit was reached"  # OpenAI's 400 when reasoning uses up the token limit
-TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")  # fields of an error to read
+# fields of an error to read
+TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")
 
 
 @dataclass(eq=False)
@@ -55,16 +61,20 @@ class Reply:
 
     text: str  # "" if the server sends none
     thought: bool  # whether the model reasoned before it replied, visibly or not
-    # Per token: its text, and the natural log-probabilities of the candidates at its position. () if unknown.
+    # Per token: its text, and the natural log-probabilities of the candidates at its position. ()
+    # if unknown.
     logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
-    tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None if it does not
+    # (prompt, completion) as the server counts them; None if it does not
+    tokens: tuple[int, int] | None = None
 
 
 class ChatClient:
-    """The server at `url` (including /v1), on one event loop. Only connecting has a time limit; callers set others."""
+    """The server at `url` (including /v1), on one event loop. Only connecting has a time limit;
+    callers set others."""
 
     def __init__(self, url: str, key: str | None):
-        # Not at the top of the file: the import takes a second, and only runs with a teacher need it.
+        # Not at the top of the file: the import takes a second, and only runs with a teacher need
+        # it.
         import aiohttp
         import httpx2
         import openai
@@ -72,19 +82,34 @@ class ChatClient:
         self._key = (key or "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):  # which openai reads
-            if not re.fullmatch(r"[ -~]*" if name.endswith("ID") else r"[ -~\n]*", os.environ.get(name, "")):
-                raise UserError(f"{name} holds characters that no header can have: set it again, or unset it")
+        # which openai reads
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
+            if not re.fullmatch(
+                r"[ -~]*" if name.endswith("ID") else r"[ -~\n]*", os.environ.get(name, "")
+            ):
+                raise UserError(
+                    f"{name} holds characters that no header can have: set it again, or unset it"
+                )
         for scheme, proxy in urllib.request.getproxies().items() if not LOOPBACK.match(url) else ():
             full = proxy if "://" in proxy else f"http://{proxy}"
-            if scheme in ("http", "https", "all") and not server_url(full, ("http", "https", "socks5", "socks5h")):
+            if scheme in ("http", "https", "all") and not server_url(
+                full, ("http", "https", "socks5", "socks5h")
+            ):
                 name = f"{scheme.upper()}_PROXY"
-                raise UserError(f"{name} is not the URL of a proxy: set it to one like http://host:port, or unset it")
-        self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
+                raise UserError(
+                    f"{name} is not the URL of a proxy: set it to one like http://host:port, or unset it"
+                )
+        self._broken = (
+            openai.APIConnectionError,
+            httpx2.RequestError,
+            aiohttp.ClientError,
+            OSError,
+        )
         self._unreachable = aiohttp.ClientConnectorError
         timeout = openai.Timeout(None, connect=10.0)
-        # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect could
-        # carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
+        # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of
+        # 100. A redirect could carry the key to another host, so none is followed. A proxy cannot
+        # reach this machine's loopback.
         http_client = openai.DefaultAioHttpClient(
             timeout=timeout,
             limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
@@ -93,7 +118,11 @@ class ChatClient:
             trust_env=not LOOPBACK.match(url),
         )
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout, http_client=http_client
+            base_url=url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=timeout,
+            http_client=http_client,
         )
         self.close = self._client.close
         self._host = httpx2.URL(url).raw_host.decode()
@@ -101,15 +130,20 @@ class ChatClient:
     async def models(self) -> list[str]:
         """Model names, in the server's order."""
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
-            case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
+            case {"data": [*entries]} if all(
+                isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries
+            ):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
         raise Failure(NOT_OPENAI, status=200)
 
     async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
         completions = self._client.chat.completions.with_streaming_response
         try:
-            # openai sends the extra body unchanged; elsewhere it would check the type of every field.
-            request = completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
+            # openai sends the extra body unchanged; elsewhere it would check the type of every
+            # field.
+            request = completions.create(
+                model="", messages=[], extra_body=body, extra_headers=headers
+            )
             answer = await self._answer(request, LONGEST_ANSWER)
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
@@ -123,18 +157,26 @@ class ChatClient:
             case _:
                 error = self.one_line("; ".join(_error_texts(answer)))
                 raise Failure(
-                    f"answers, but not with a chat completion ({error or 'nor an error'})", status=200, again=True
+                    f"answers, but not with a chat completion ({error or 'nor an error'})",
+                    status=200,
+                    again=True,
                 )
-        # Some servers leave the reasoning in the text. JSON can hold lone surrogates, which cannot be encoded.
+        # Some servers leave the reasoning in the text. JSON can hold lone surrogates, which cannot
+        # be encoded.
         thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
         text = self._redacted(text.lstrip() if thoughts else text)
-        apart = message.get("reasoning_content") or message.get("reasoning") or thoughts.replace("<think>", "").strip()
+        apart = (
+            message.get("reasoning_content")
+            or message.get("reasoning")
+            or thoughts.replace("<think>", "").strip()
+        )
         cut = not text.strip() and choice.get("finish_reason") == "length"
         thought = bool(apart) or cut or "<think>" in text[:20]
         return Reply(text, thought, _logprobs(choice.get("logprobs")), _tokens(rest.get("usage")))
 
     async def _answer(self, request: AbstractAsyncContextManager[Any], longest: int) -> object:
-        """Parsed JSON of the response. Raises Failure for a connection that breaks or cannot be made."""
+        """Parsed JSON of the response. Raises Failure for a connection that breaks or cannot be
+        made."""
         try:
             async with request as response:
                 return parse_json(await _read(response.iter_bytes(), longest))
@@ -146,22 +188,31 @@ class ChatClient:
             if isinstance(cause, Failure):  # from _check_status: openai before 3.16 wraps it
                 raise cause from None
             message = self.one_line(str(cause) or type(cause).__name__)
-            unreachable = next((cause for cause in causes if isinstance(cause, self._unreachable)), None)
+            unreachable = next(
+                (cause for cause in causes if isinstance(cause, self._unreachable)), None
+            )
             if unreachable is None:
                 raise Failure(f"broke off ({message})", again=True) from None
             advice, peer = "start it, or check the URL", f"{unreachable.host}:{unreachable.port}"
             if unreachable.host != self._host:
                 proxies = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
                 advice = f"start the proxy {peer} ({proxies}), or set NO_PROXY={self._host}"
-            raise Failure(f"cannot be reached ({message}): {advice}", again=True, unreachable=True) from None
+            raise Failure(
+                f"cannot be reached ({message}): {advice}", again=True, unreachable=True
+            ) from None
 
     async def _check_status(self, response: "httpx2.Response") -> None:
-        """Response hook, called before the body is read. Raises Failure for any status except 2xx."""
+        """Response hook, called before the body is read. Raises Failure for any status except
+        2xx."""
         status, headers = response.status_code, response.headers
         if 200 <= status < 300:
             return
         if status < 400:
-            place = f"redirects to {headers['location']}: give that URL" if "location" in headers else NOT_OPENAI
+            place = (
+                f"redirects to {headers['location']}: give that URL"
+                if "location" in headers
+                else NOT_OPENAI
+            )
             raise Failure(f"{self.one_line(place)} (HTTP {status})", status=status, fatal=True)
         texts = _error_texts(parse_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
         error = self.one_line(": ".join(filter(None, [f"HTTP {status}", "; ".join(texts)])))
@@ -169,17 +220,22 @@ class ChatClient:
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
         elif status == 401 or WRONG_KEY in texts:
-            message = f"{'refuses the' if self._key else 'wants a'} key ({error}): set OPENAI_API_KEY"
+            message = (
+                f"{'refuses the' if self._key else 'wants a'} key ({error}): set OPENAI_API_KEY"
+            )
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is in trouble ({error})",
                 status=status,
                 again=True,
-                busy=status in (429, 503, 529),  # 503: Ollama's queue is full; 529: Anthropic is overloaded
+                # 503: Ollama's queue is full; 529: Anthropic is overloaded
+                busy=status in (429, 503, 529),
                 retry_after=_retry_after(headers),
             )
         elif status == 404:
-            message = f"does not have what was asked for ({error}): check the URL and --teacher-model"
+            message = (
+                f"does not have what was asked for ({error}): check the URL and --teacher-model"
+            )
         elif NO_CONTEXT.search(error):
             message = f"has too short a context for opening and story ({error})"
         else:  # 403 may concern this story only: OpenRouter's moderation
@@ -222,18 +278,27 @@ def _tokens(usage: object) -> tuple[int, int] | None:
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
-    """`Reply.logprobs`; () unless every token has one. Rounding can make one positive; -9999 may stand for log 0."""
+    """`Reply.logprobs`; () unless every token has one. Rounding can make one positive; -9999 may
+    stand for log 0."""
     try:
         rows = [[token, *(token.get("top_logprobs") or ())] for token in value["content"]]
-        tokens = tuple((str(row[0]["token"]), {str(e["token"]): float(e["logprob"]) for e in row}) for row in rows)
+        tokens = tuple(
+            (str(row[0]["token"]), {str(e["token"]): float(e["logprob"]) for e in row})
+            for row in rows
+        )
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return ()
-    return tokens if all(logprob < 1e-3 for _, candidates in tokens for logprob in candidates.values()) else ()
+    return (
+        tokens
+        if all(logprob < 1e-3 for _, candidates in tokens for logprob in candidates.values())
+        else ()
+    )
 
 
 def _error_texts(answer: object) -> list[str]:
-    """Distinct messages and codes of an error, however nested: OpenAI's object, FastAPI's detail with the field's
-    location, Gemini's list, OpenRouter's metadata with a provider's own error as text."""
+    """Distinct messages and codes of an error, however nested: OpenAI's object, FastAPI's detail
+    with the field's location, Gemini's list, OpenRouter's metadata with a provider's own error as
+    text."""
     texts: dict[str, None] = {}
     values: list[object] = [answer]
     while values:

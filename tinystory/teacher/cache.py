@@ -1,5 +1,6 @@
-"""Append-only cache of the teacher's replies, one JSON line each, keyed by the question: a resumed run asks only for
-missing replies, and a run with a copy of another run's file needs no server. A reply is written before it is used."""
+"""Append-only cache of the teacher's replies, one JSON line each, keyed by the question: a resumed
+run asks only for missing replies, and a run with a copy of another run's file needs no server. A
+reply is written before it is used."""
 
 import hashlib
 import json
@@ -14,9 +15,12 @@ from tinystory.run.journal import Journal
 REPLY: Fields = {"key": (str,), "reply": (str,)}  # required fields of each line
 
 
-def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
-    """Hash of model, messages and sampling parameters, whose seed differs for each attempt. A character that `clean`
-    removes from prompts replaces the fence: the same story sent twice shares a key, and different prompts never do."""
+def cache_key(
+    model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]
+) -> str:
+    """Hash of model, messages and sampling parameters, whose seed differs for each attempt. A
+    character that `clean` removes from prompts replaces the fence: the same story sent twice shares
+    a key, and different prompts never do."""
     question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
     asked = [question, [model, sorted(sampling.items())]]
     whole, short = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in asked)
@@ -25,17 +29,20 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
 
 class CachedReply(NamedTuple):
     text: str
-    expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
+    # expected scores, if the teacher is asked for log-probabilities
+    expected: dict[str, float] | None = None
     error: str | None = None  # why the question was given up; a repeated run gives it up too
 
 
 class Cache:
-    """Replies by `cache_key`, in memory and in the file `path` (unless None), which the first reply creates."""
+    """Replies by `cache_key`, in memory and in the file `path` (unless None), which the first reply
+    creates."""
 
     def __init__(self, path: str | os.PathLike | None):
         self._path = path and Path(path)
         self._replies: dict[str, CachedReply] = {}
-        self.tokens = (0, 0)  # (prompt, completion) paid for by earlier processes, where the server counted them
+        # (prompt, completion) paid for by earlier processes, where the server counted them
+        self.tokens = (0, 0)
         self._journal: Journal | None = None
         for record in read_records(self._path, REPLY) if self._path else ():
             reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
@@ -53,12 +60,19 @@ class Cache:
         """(key, reply) pairs, oldest key first."""
         return iter(self._replies.items())
 
-    def put(self, key: str, reply: CachedReply, *, again: bool = False, **about: object) -> CachedReply:
-        """Keep a reply (`about` goes to the file) and return the one that counts: the key's first, so that two senders
-        of a question get the same one, now and after a resume; with `again`, this one replaces an earlier process's."""
+    def put(
+        self, key: str, reply: CachedReply, *, again: bool = False, **about: object
+    ) -> CachedReply:
+        """Keep a reply (`about` goes to the file) and return the one that counts: the key's first,
+        so that two senders of a question get the same one, now and after a resume; with `again`,
+        this one replaces an earlier process's."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
-        optional = {name: value for name in ("expected", "error") if (value := getattr(reply, name)) is not None}
+        optional = {
+            name: value
+            for name in ("expected", "error")
+            if (value := getattr(reply, name)) is not None
+        }
         if self._path:
             self._journal = self._journal or Journal(self._path)
             self._journal.append({"key": key, "reply": reply.text, **optional, **about})

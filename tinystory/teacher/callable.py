@@ -1,6 +1,7 @@
-"""A user's Python function as the teacher, in a subprocess, so that no failure of it costs the run its results. It is
-`f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once, and returns one score per story:
-0..1, or None, with which a story gets no reward and no gradient and is counted as unscored."""
+"""A user's Python function as the teacher, in a subprocess, so that no failure of it costs the run
+its results. It is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at
+once, and returns one score per story: 0..1, or None, with which a story gets no reward and no
+gradient and is counted as unscored."""
 
 import contextlib
 import hashlib
@@ -23,7 +24,8 @@ from tinystory.run.paths import ROOT
 from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.prompt import Question
 
-ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
+# openings and stories of a step
+ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
 FUNCTION = "score"  # default of FILE.py without :FUNCTION
 
 
@@ -33,41 +35,52 @@ class CallableGrader(Grader):
         self.function = function
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        scores = self.function([each.opening for each in questions], [each.story for each in questions])
+        scores = self.function(
+            [each.opening for each in questions], [each.story for each in questions]
+        )
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
         return [unscored if score is None else Grade(None, score) for score in scores]
 
 
 def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
-    """`--reward random`, the control that separates drift from learning: per story, three scores 0..3, summed and
-    divided by 9 as a teacher's are, but drawn from the story's hash."""
-    digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
+    """`--reward random`, the control that separates drift from learning: per story, three scores
+    0..3, summed and divided by 9 as a teacher's are, but drawn from the story's hash."""
+    digests = (
+        hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest()
+        for story in stories
+    )
     return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
 
 
 CONTROLS: dict[str, ScoreStories] = {
     "random": random_scores,
-    "constant": lambda openings, stories: [0.5] * len(stories),  # only the other terms of the reward are learned
+    # only the other terms of the reward are learned
+    "constant": lambda openings, stories: [0.5] * len(stories),
 }
 
 
 @contextlib.contextmanager
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
-    """Yield the control named `spec`, or the function FILE.py:FUNCTION (default: `score`), which runs in a subprocess
-    until the block ends. Raises UserError, here or from a call, if there is no such function, if it fails, exits or
-    takes longer than `timeout_s`, or if it does not return one number in 0..1 or None per story."""
+    """Yield the control named `spec`, or the function FILE.py:FUNCTION (default: `score`), which
+    runs in a subprocess until the block ends. Raises UserError, here or from a call, if there is no
+    such function, if it fails, exits or takes longer than `timeout_s`, or if it does not return one
+    number in 0..1 or None per story."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
     file, _, name = (spec if not spec.endswith(".py") else f"{spec}:{FUNCTION}").rpartition(":")
     if not (Path(file).is_file() and file.endswith(".py")):
-        raise UserError(f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION")
+        raise UserError(
+            f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION"
+        )
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ours.settimeout(timeout_s)
     with theirs:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path}
+        )
     with process, ours, ours.makefile() as stream:
 
         def answer(*question: object) -> Any:
@@ -81,9 +94,12 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
             except ConnectionError:  # it exited before it read the question
                 line = ""
             if not line:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed only the connection
+                # it may have closed only the connection
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
-                raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})")
+                raise UserError(
+                    f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})"
+                )
             if "error" in (value := json.loads(line)):
                 raise UserError(f"--reward {spec}: {value['error']}")
             return value["answer"]
@@ -105,7 +121,7 @@ def _send(connection: socket.socket, value: object) -> None:
     connection.sendall(json.dumps(value).encode() + b"\n")
 
 
-# ---- in the subprocess ----------------------------------------------------------------------------------------------
+# ---- in the subprocess ---------------------------------------------------------------------------
 
 
 class _Refused(Exception):
@@ -115,7 +131,8 @@ class _Refused(Exception):
 def main() -> None:
     file, name, descriptor = sys.argv[1:]
     sys.argv = [file]
-    for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the trainer needs its scores to end the step
+    # the trainer needs its scores to end the step
+    for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ended, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as connection:
         try:
@@ -127,7 +144,8 @@ def main() -> None:
 
 
 def _serve(file: str, name: str, connection: socket.socket) -> None:
-    """Send the name of the function's first parameter, then the scores for each line [opening(s), stories]."""
+    """Send the name of the function's first parameter, then the scores for each line [opening(s),
+    stories]."""
     names = runpy.run_path(file, run_name=Path(file).stem)
     if not callable(function := names.get(name)):
         own = [each for each, value in names.items() if inspect.isfunction(value)]
@@ -141,26 +159,37 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
         opening, stories = json.loads(line)
         scores = function(opening, stories)
         if scores is None or isinstance(scores, str):
-            raise _Refused(f"it gave {reprlib.repr(scores)}; it must give a list with one score per story")
+            raise _Refused(
+                f"it gave {reprlib.repr(scores)}; it must give a list with one score per story"
+            )
         scores = list(scores)
         if len(scores) != len(stories):
-            raise _Refused(f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story")
+            raise _Refused(
+                f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
+            )
         for value in scores:
             if value is not None and not _is_score(value):
-                raise _Refused(f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None")
+                raise _Refused(
+                    f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None"
+                )
         _send(connection, {"answer": [None if value is None else float(value) for value in scores]})
 
 
 def _is_score(value: object) -> bool:
     """Whether it is a number in 0..1, numpy's and torch's scalars included."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # raised for arrays, complex numbers and 10**400
+    # raised for arrays, complex numbers and 10**400
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
 
 
 def _cause(error: BaseException, file: str) -> str:
     """The exception, and the last line of `file` that was running."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
     at = f"{file}, line {lines[-1]}" if lines else file
     if isinstance(error, SyntaxError):
         at, message = f"{error.filename or file}, line {error.lineno}", error.msg

@@ -13,11 +13,14 @@ from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import DEFAULT, TOP, Template, instructions
 
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
-PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, number or other character, after any space: about a token
+# a word, number or other character, after any space: about a token
+PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
-LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}  # servers allow 20, but LONGEST_ANSWER is a limit
+# servers allow 20, but LONGEST_ANSWER is a limit
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}
 BUSY_COSTS = 0.5  # slots lost per refused request
-SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
+# the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
+SLOWER, SHORTEST_S = 3.0, 10.0
 KNOWN = 32  # answers (and at least one full round) before the timeout is derived from the slowest
 
 
@@ -29,8 +32,10 @@ class Options:
     temperature: float = 0.2
     seed: int = 0
     max_tokens: int = 16  # token limit of a reply in plain numbers; JSON gets more
-    logprobs: bool = False  # scores are expected values; a reply without log-probabilities for them is unscored
-    extra: dict[str, Any] = field(default_factory=dict)  # fields merged into every request, overriding ours
+    # scores are expected values; a reply without log-probabilities for them is unscored
+    logprobs: bool = False
+    # fields merged into every request, overriding ours
+    extra: dict[str, Any] = field(default_factory=dict)
     deadline_s: float = 300.0  # time limit of a story, from its first request
     attempts: int = 3  # each request takes at most deadline_s / attempts
 
@@ -45,13 +50,17 @@ class Probe:
     least_tokens: int = 0  # the smallest limit that is sent
     refused: tuple[str, ...] = ()  # parameters that the server refuses; they are left out
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
-    system: bool = True  # False: the rubric opens the user's message, for models without a system message
+    # False: the rubric opens the user's message, for models without a system message
+    system: bool = True
     reply: str = ""  # the reply to the probe's story
     scored: bool = False  # whether that reply held scores
     thinks: bool = False  # whether the model reasons before it replies, unless told not to
-    structure: str = "nothing"  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
-    held_to: str = "nothing"  # the one used: "json", which is longer, only if replies hold no scores without it
-    tokens: tuple[int, int] | None = None  # (prompt, completion) of the probe's story; None if the server counts none
+    # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
+    structure: str = "nothing"
+    # the one used: "json", which is longer, only if replies hold no scores without it
+    held_to: str = "nothing"
+    # (prompt, completion) of the probe's story; None if the server counts none
+    tokens: tuple[int, int] | None = None
     seconds: float = 0.0  # of the fastest answer: the first may include loading the model
     notes: tuple[str, ...] = ()  # warnings for the user
 
@@ -72,21 +81,25 @@ class Probe:
     def load(cls, text: str) -> "Probe | None":
         """Parse a probe from JSON; None for any other text, such as another version's probe."""
         try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+            fields: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
+            }
             return cls(**fields)
         except (ValueError, TypeError, AttributeError):
             return None
 
 
 class Slots:
-    """Limit on a server's requests in flight, at most `most`: half a slot less for each request refused as busy, one
-    more per full round of answers. A round with a refused fraction s scales it by 1 - s/2, as in DCTCP (RFC 8257)."""
+    """Limit on a server's requests in flight, at most `most`: half a slot less for each request
+    refused as busy, one more per full round of answers. A round with a refused fraction s scales it
+    by 1 - s/2, as in DCTCP (RFC 8257)."""
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
         self.open = True  # whether the server is asked at all
         self.shortest = SHORTEST_S
-        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # durations of the last answers
+        # durations of the last answers
+        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))
 
     @property
     def free(self) -> bool:
@@ -100,8 +113,9 @@ class Slots:
         self.limit = max(self.limit - BUSY_COSTS, 1.0)
 
     def timeout(self, longest: float, timeouts: int) -> float:
-        """Seconds to wait for an answer: `longest`, or a multiple of the slowest recent answer once KNOWN of them have
-        come. Doubled after each of a story's `timeouts`, as in TCP (RFC 6298), in case the server has become slow."""
+        """Seconds to wait for an answer: `longest`, or a multiple of the slowest recent answer once
+        KNOWN of them have come. Doubled after each of a story's `timeouts`, as in TCP (RFC 6298),
+        in case the server has become slow."""
         if len(self._seconds) < max(self.most, KNOWN):
             return longest
         return min(longest, max(SLOWER * max(self._seconds), self.shortest) * 2**timeouts)
@@ -125,53 +139,81 @@ class Endpoint:
         """Token limit of a reply with scores for `names`. form: the server's probe by default."""
         form = form or self.probe
         json_tokens = JSON_TOKENS * len(names) + 8  # upper bound for a JSON object of scores
-        return max(self.options.max_tokens, json_tokens if form is not None and form.held_to == "json" else 0)
+        return max(
+            self.options.max_tokens,
+            json_tokens if form is not None and form.held_to == "json" else 0,
+        )
 
-    def sampling(self, seed: int, names: Sequence[str], form: Probe | None = None) -> dict[str, Any]:
-        """Fields of a request that determine the reply; they ask for log-probabilities once `probe` is set."""
-        fields = {"temperature": self.options.temperature, "seed": seed % 2**31}  # servers take 32 bits
+    def sampling(
+        self, seed: int, names: Sequence[str], form: Probe | None = None
+    ) -> dict[str, Any]:
+        """Fields of a request that determine the reply; they ask for log-probabilities once `probe`
+        is set."""
+        # servers take 32 bits
+        fields = {"temperature": self.options.temperature, "seed": seed % 2**31}
         fields["max_tokens"] = self.max_tokens(names, form)
         return fields | (LOGPROBS if self.options.logprobs and self.probe else {})
 
     async def chat(
-        self, messages: list[dict], seed: int, names: Sequence[str], form: Probe | None = None, **more: Any
+        self,
+        messages: list[dict],
+        seed: int,
+        names: Sequence[str],
+        form: Probe | None = None,
+        **more: Any,
     ) -> Reply:
-        """Ask for scores for `names`, in the form of the server's probe or in `form`. If the server needs a higher
-        token limit than `max_tokens`, the reply is cut to about as many tokens."""
+        """Ask for scores for `names`, in the form of the server's probe or in `form`. If the server
+        needs a higher token limit than `max_tokens`, the reply is cut to about as many tokens."""
         form = form or self.probe
         assert form is not None
-        fields = {**self.sampling(seed, names, form), **constraint(form.held_to, names), **form.quiet, **more}
+        fields = {
+            **self.sampling(seed, names, form),
+            **constraint(form.held_to, names),
+            **form.quiet,
+            **more,
+        }
         wanted, texts = fields.pop("max_tokens"), [message["content"] for message in messages]
         cap = max(wanted, form.least_tokens)
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
-        body = {name: value for name, value in fields.items() if name not in form.refused} | self.options.extra
+        body = {
+            name: value for name, value in fields.items() if name not in form.refused
+        } | self.options.extra
         if not form.system and len(messages) > 1:
             body["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
         headers = body.pop("extra_headers", None)
-        # Upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. Where the
-        # server counted the tokens of the probe's prompt, only the part that differs from it is estimated.
+        # Upper bound on the prompt's tokens: a token is at least one byte, and the chat template
+        # adds a few. Where the server counted the tokens of the probe's prompt, only the part that
+        # differs from it is estimated.
         sizes = [len(text.encode()) for text in texts]
         longest = sum(sizes) + TEMPLATE_TOKENS
         if self.probe is not None and self.probe.tokens and len(sizes) == 2:
-            rubric = len(instructions(self.options.template).encode())  # a ranking's instructions are longer
+            # a ranking's instructions are longer
+            rubric = len(instructions(self.options.template).encode())
             longest = self.probe.tokens[0] + max(sizes[0] - rubric, 0) + sizes[1]
         with self.ledger.request(longest, cap) as charge:
             reply = await self.client.chat(headers, body)
             if reply.tokens:
                 charge.update(zip(charge, reply.tokens, strict=True))
-        return reply if cap == wanted else replace(reply, text="".join(PIECE.findall(reply.text)[:wanted]))
+        return (
+            reply
+            if cap == wanted
+            else replace(reply, text="".join(PIECE.findall(reply.text)[:wanted]))
+        )
 
 
 def constraint(structure: str, names: Sequence[str]) -> dict:
     """Fields of a request that constrain the reply to scores for `names`."""
     match structure:
-        case "numbers":  # vLLM obeys the first field and llama.cpp's server the second; each ignores the other
+        # vLLM obeys the first field and llama.cpp's server the second; each ignores the other
+        case "numbers":
             digits = [f"[0-{TOP}]"] * len(names)
             grammar = "root ::= " + ' " " '.join(digits)
             return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
         case "json":
             scores = {name: {"type": "integer", "enum": list(range(TOP + 1))} for name in names}
-            schema = dict(type="object", properties=scores, required=list(names), additionalProperties=False)
+            schema = dict(
+                type="object", properties=scores, required=list(names), additionalProperties=False
+            )
             form = {"name": "grades", "strict": True, "schema": schema}
             return {"response_format": {"type": "json_schema", "json_schema": form}}
     return {}

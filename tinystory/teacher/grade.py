@@ -15,24 +15,28 @@ from tinystory.teacher.prompt import CRITERIA, Question
 class Grade:
     """The outcome of grading one story."""
 
-    # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply could be read, or if a
-    # callable graded the story.
+    # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply
+    # could be read, or if a callable graded the story.
     scores: Mapping[str, float] | None
-    score: float | None  # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
+    # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
+    score: float | None
     reply: str = ""  # the last reply, at most LONGEST_REPLY characters
     attempts: int = 0  # replies received; more than one if the first could not be read
-    reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: input of the student
+    # whitespace-separated words of all replies, at most max_tokens each: input of the student
+    reply_words: int = 0
     asked: bool = False  # whether a request was made; False if all replies came from the cache
     error: str | None = None  # why there is no score
 
 
 class Grader(ABC):
-    """Interface of graders; by default one costs nothing and writes no words. facts: recorded in config.json."""
+    """Interface of graders; by default one costs nothing and writes no words. facts: recorded in
+    config.json."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
         self.pending: dict[int, Question] = {}  # sent but not yet collected, by index
-        self.scorer: Grader = self  # scores one story per request: for evaluations, and for the cost of a story
+        # scores one story per request: for evaluations, and for the cost of a story
+        self.scorer: Grader = self
 
     @property
     def most_words(self) -> int:
@@ -40,11 +44,13 @@ class Grader(ABC):
         return 0
 
     def affords(self, stories: int) -> bool:
-        """Whether the budget suffices for grading `stories` more, however many attempts they take."""
+        """Whether the budget suffices for grading `stories` more, however many attempts they
+        take."""
         return True
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        """One sentence on the cost of grading `stories`, `together` in each request; empty if there is none."""
+        """One sentence on the cost of grading `stories`, `together` in each request; empty if there
+        is none."""
         return ""
 
     def stats(self) -> dict[str, Any]:
@@ -56,7 +62,8 @@ class Grader(ABC):
         self.pending[index] = Question(opening, story, index)
 
     def collect(self, stop: Stop) -> list[Grade]:
-        """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every story would fail."""
+        """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every
+        story would fail."""
         questions, self.pending = [question for _, question in sorted(self.pending.items())], {}
         return self.grades(questions, stop)
 
@@ -81,7 +88,9 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
     """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score."""
     if too_few_scores(grades, max_unscored):
         unscored = [grade for grade in grades if grade.score is None]
-        distinct = dict.fromkeys(repr((grade.reply or grade.error or "")[:160]) for grade in unscored)
+        distinct = dict.fromkeys(
+            repr((grade.reply or grade.error or "")[:160]) for grade in unscored
+        )
         replies = "; ".join([*distinct][:4])
         raise UserError(
             f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
@@ -90,14 +99,22 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean, the sum of the criteria's scores, 0..9, as the paper plots it (0..1 from a callable); its standard
-    deviation score_std; score_mode, the fraction of scored stories with the commonest score (both None for one story);
-    and NAME_mean of each criterion, None for those of the paper's three that are not graded."""
+    """score_mean, the sum of the criteria's scores, 0..9, as the paper plots it (0..1 from a
+    callable); its standard deviation score_std; score_mode, the fraction of scored stories with the
+    commonest score (both None for one story); and NAME_mean of each criterion, None for those of
+    the paper's three that are not graded."""
     scored = [grade for grade in grades if grade.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
-    values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
+    values = {
+        f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores]
+        for name in names
+    }
     sums = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
     values["score_mean"] = sums
     means = {name: sum(column) / len(column) if column else None for name, column in values.items()}
-    std, mode = (statistics.stdev(sums), max(Counter(sums).values()) / len(sums)) if len(sums) > 1 else (None, None)
+    std, mode = (
+        (statistics.stdev(sums), max(Counter(sums).values()) / len(sums))
+        if len(sums) > 1
+        else (None, None)
+    )
     return means | {"score_std": std, "score_mode": mode}

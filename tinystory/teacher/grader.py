@@ -18,12 +18,22 @@ from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
 
 # Fields of a request that have options of their own or are set by the client.
-OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
+OWN_FIELDS = {
+    "model",
+    "messages",
+    "stream",
+    "n",
+    "temperature",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+}
 OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
-# Credentials in JSON: names of fields (but not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer), and
-# prefixes of keys in any text.
+# Credentials in JSON: names of fields (but not prompt_cache_key, stop_token_ids,
+# skip_special_tokens or tokenizer), and prefixes of keys in any text.
 SECRET_NAME = re.compile(
-    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
+    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)",
+    re.IGNORECASE,
 )
 SECRET_TEXT = re.compile(
     r'"(\s|\\[nrt])*((bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|'
@@ -34,59 +44,95 @@ SECRET_TEXT = re.compile(
 
 @contextlib.contextmanager
 def open_grader(
-    config: InteractConfig, builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None, *,
-    corpus: Sequence[str] | None, replies: Path | None = None, likelihood: Callable[[], ScoreStories] | None = None,
-) -> Iterator[Grader]:  # fmt: skip
-    """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its `send` and `collect`.
-    Raises UserError if it cannot be had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used
-    if no other grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache file of
-    a teacher. likelihood: makes the score function of --reward likelihood."""
+    config: InteractConfig,
+    builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None,
+    *,
+    corpus: Sequence[str] | None,
+    replies: Path | None = None,
+    likelihood: Callable[[], ScoreStories] | None = None,
+) -> Iterator[Grader]:
+    """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its
+    `send` and `collect`. Raises UserError if it cannot be had. builtin_teacher: starts a teacher
+    fitted to a corpus and yields its URL; used if no other grader is named. corpus: the student's,
+    that teacher's default; None if unknown. replies: cache file of a teacher. likelihood: makes the
+    score function of --reward likelihood."""
     extra = load_extra(config.teacher_extra)
     with contextlib.ExitStack() as stack:
         if config.reward:
             local = config.reward == "likelihood" and likelihood
-            score = local() if local else stack.enter_context(load_score(config.reward, config.teacher_timeout))
+            score = (
+                local()
+                if local
+                else stack.enter_context(load_score(config.reward, config.teacher_timeout))
+            )
             yield CallableGrader(score, config.reward)
             return
         urls = config.teacher_url
         if not urls:
             assert builtin_teacher is not None
             # By default, it is fitted to the part of the student's corpus that is stories.
-            names = config.teacher_corpus or [name for name in corpus or [] if name not in NO_STORIES] or corpus
+            names = (
+                config.teacher_corpus
+                or [name for name in corpus or [] if name not in NO_STORIES]
+                or corpus
+            )
             if not names:
                 message = f"{config.init} does not say what the student was trained on"
                 raise UserError(f"{message}: give --teacher-corpus NAME|FILE")
             urls = [stack.enter_context(builtin_teacher(names))]
-            print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}")
+            print(
+                f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
+            )
         teacher = Teacher(
-            urls, config.teacher_model, template=load_template(config.teacher_prompt), extra=extra, seed=config.seed,
-            temperature=config.teacher_temperature, max_tokens=config.teacher_max_tokens,
-            logprobs=config.teacher_logprobs, concurrency=config.teacher_concurrency, deadline_s=config.teacher_timeout,
-            max_unscored=config.max_unscored, cache=replies, price_in=config.price_in, price_out=config.price_out,
+            urls,
+            config.teacher_model,
+            template=load_template(config.teacher_prompt),
+            extra=extra,
+            seed=config.seed,
+            temperature=config.teacher_temperature,
+            max_tokens=config.teacher_max_tokens,
+            logprobs=config.teacher_logprobs,
+            concurrency=config.teacher_concurrency,
+            deadline_s=config.teacher_timeout,
+            max_unscored=config.max_unscored,
+            cache=replies,
+            price_in=config.price_in,
+            price_out=config.price_out,
             budget_cost=config.budget_cost or None,
-        )  # fmt: skip
+        )
         for probe in stack.enter_context(teacher).probes():
             print(f"teacher: {probe}")
             for note in probe.notes:
                 print(f"warning: {note}")
-        yield Ranked(teacher, config.stories_per_opening) if config.teacher_mode == "rank" else teacher
+        yield (
+            Ranked(teacher, config.stories_per_opening)
+            if config.teacher_mode == "rank"
+            else teacher
+        )
 
 
 def load_extra(text: str) -> dict[str, Any]:
-    """Parse --teacher-extra, a JSON object of request fields whose "extra_headers" are HTTP headers. Raises UserError
-    for anything else and, since options are recorded, for what looks like a secret at any depth."""
+    """Parse --teacher-extra, a JSON object of request fields whose "extra_headers" are HTTP
+    headers. Raises UserError for anything else and, since options are recorded, for what looks like
+    a secret at any depth."""
     try:
         fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=_without_secrets)
         json.dumps(fields, allow_nan=False)
         if not isinstance(fields, dict):
             raise ValueError("this is none")
         if taken := sorted(OWN_FIELDS & fields.keys()):
-            raise ValueError(f"it cannot set {taken[0]}, which has an option of its own, or which the client needs")
+            raise ValueError(
+                f"it cannot set {taken[0]}, which has an option of its own, or which the client needs"
+            )
         headers = fields.get("extra_headers", {})
         if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
-            raise ValueError("its extra_headers must be an object whose values are one line of text each")
+            raise ValueError(
+                "its extra_headers must be an object whose values are one line of text each"
+            )
     except (ValueError, RecursionError) as error:
-        message = f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
+        message = (
+            f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
+        )
         raise UserError(message) from None
     return fields
 
@@ -95,9 +141,15 @@ def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if SECRET_NAME.search(name) or SECRET_TEXT.search(json.dumps([name, value])):
             shown = "a field's name" if SECRET_TEXT.search(json.dumps(name)) else name
-            raise ValueError(f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY")
+            raise ValueError(
+                f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY"
+            )
     return dict(pairs)
 
 
 def _is_header(name: str, value: object) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and isinstance(value, str) and bool(re.fullmatch("[ -~]*", value))
+    return (
+        bool(re.fullmatch(r"[A-Za-z0-9-]+", name))
+        and isinstance(value, str)
+        and bool(re.fullmatch("[ -~]*", value))
+    )

@@ -1,4 +1,5 @@
-"""The cost of grading: requests, tokens, latency and money, with a budget that no request can exceed."""
+"""The cost of grading: requests, tokens, latency and money, with a budget that no request can
+exceed."""
 
 import statistics
 import time
@@ -11,14 +12,18 @@ from tinystory.teacher.api import Failure
 
 
 class Ledger:
-    """Prices are per million tokens, in the currency of `budget` (None: unlimited). A request reserves its maximal
-    cost; it is then charged what the server reports, or all of it if no answer came. Requests in flight when a process
-    was killed are not counted. paid: (prompt, completion) tokens of the run's earlier processes."""
+    """Prices are per million tokens, in the currency of `budget` (None: unlimited). A request
+    reserves its maximal cost; it is then charged what the server reports, or all of it if no answer
+    came. Requests in flight when a process was killed are not counted. paid: (prompt, completion)
+    tokens of the run's earlier processes."""
 
-    def __init__(self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]):
+    def __init__(
+        self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]
+    ):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
-        # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries, cached.
+        # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries,
+        # cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
         self._before = self.total.copy()  # `total` at the last `stats`
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
@@ -32,12 +37,15 @@ class Ledger:
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
         """Whether these tokens, beyond those charged or reserved, stay within the budget."""
-        cost = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
+        cost = self.price(
+            self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out
+        )
         return self.budget is None or cost <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
-        """Reserve tokens for a request; yields its charge, for the sender to update. Raises Failure if over budget."""
+        """Reserve tokens for a request; yields its charge, for the sender to update. Raises Failure
+        if over budget."""
         self.largest_in = max(self.largest_in, tokens_in)
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
@@ -52,7 +60,8 @@ class Ledger:
             yield charge
             self._seconds.append(time.monotonic() - start)
         except Failure as failure:
-            if failure.unreachable or failure.status not in (None, 200):  # the server did no work that it could bill
+            # the server did no work that it could bill
+            if failure.unreachable or failure.status not in (None, 200):
                 charge = {}
             raise
         finally:
@@ -60,11 +69,19 @@ class Ledger:
             self.total.subtract(reserved)
 
     def stats(self) -> dict[str, Any]:
-        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
-        seconds (None without an answer). For the whole run: cost."""
+        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50,
+        _p90 and _p99 in seconds (None without an answer). For the whole run: cost."""
         seconds, self._seconds = self._seconds, []
         before, self._before = self._before, self.total.copy()
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
         stats: dict[str, Any] = {name: self.total[name] - before[name] for name in names}
-        cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
-        return stats | {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)} | {"cost": self.cost}
+        cuts = (
+            statistics.quantiles(seconds, n=100, method="inclusive")
+            if len(seconds) > 1
+            else seconds * 99
+        )
+        return (
+            stats
+            | {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)}
+            | {"cost": self.cost}
+        )

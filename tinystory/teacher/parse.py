@@ -1,9 +1,11 @@
-"""Parse scores from a teacher's reply: exactly those asked for, or none. A lenient parser invents rewards ("2 2", cut
-short, is not 4/9), so three forms are accepted, here for the criteria readability, coherence, creativity:
+"""Parse scores from a teacher's reply: exactly those asked for, or none. A lenient parser invents
+rewards ("2 2", cut short, is not 4/9), so three forms are accepted, here for the criteria
+readability, coherence, creativity:
 
-    2 1 3                                           integers in the order asked, separated by spaces, commas or newlines
-    {"readability": 2, "coherence": 1, ...}         one JSON object with exactly these keys, bare or in a ```json fence
-    readability: 2, coherence: 1, creativity: 3     exactly these labels
+    2 1 3                                           integers in the order asked, separated by
+    spaces, commas or newlines {"readability": 2, "coherence": 1, ...}         one JSON object with
+    exactly these keys, bare or in a ```json fence readability: 2, coherence: 1, creativity: 3
+    exactly these labels
 """
 
 import bisect
@@ -25,7 +27,8 @@ _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
-    """Score (0..3) of each criterion, in order; None if the reply has none of the three forms exactly."""
+    """Score (0..3) of each criterion, in order; None if the reply has none of the three forms
+    exactly."""
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(" \t\r\n")
@@ -37,7 +40,8 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
         items = list(zip(match.groups()[0::2], map(int, match.groups()[1::2]), strict=True))
     else:
         items = _json_items(text)
-    scores = {name: value for name, value in items if type(value) is int and 0 <= value <= TOP}  # True is no score
+    # True is no score
+    scores = {name: value for name, value in items if type(value) is int and 0 <= value <= TOP}
     if len(items) != len(criteria) or scores.keys() != set(criteria):
         return None
     return {name: scores[name] for name in criteria}
@@ -46,11 +50,13 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
 def expected_scores(
     reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
 ) -> dict[str, float] | None:
-    """Expected value of each score: the mean of 0..3, weighted by the normalised probabilities of these digits at its
-    position (G-Eval, arXiv 2303.16634, equation 1). tokens: the reply's, each with natural log-probabilities of
-    candidates. None if the reply has no scores, the tokens do not spell it, or no candidate is a single digit."""
+    """Expected value of each score: the mean of 0..3, weighted by the normalised probabilities of
+    these digits at its position (G-Eval, arXiv 2303.16634, equation 1). tokens: the reply's, each
+    with natural log-probabilities of candidates. None if the reply has no scores, the tokens do not
+    spell it, or no candidate is a single digit."""
     spelled = "".join(token for token, _ in tokens)
-    # The tokens may also hold white space that was stripped, thoughts before the reply, or an end-of-turn token.
+    # The tokens may also hold white space that was stripped, thoughts before the reply, or an
+    # end-of-turn token.
     start = spelled.rfind(reply)
     if parse_scores(reply, criteria) is None or start < 0:
         return None
@@ -64,7 +70,9 @@ def expected_scores(
                 probabilities[int(candidate)] += math.exp(logprob)
         if token.strip() != reply[position] or not any(probabilities):
             return None
-        expected[name] = round(sum(score * p for score, p in enumerate(probabilities)) / sum(probabilities), 4)
+        expected[name] = round(
+            sum(score * p for score, p in enumerate(probabilities)) / sum(probabilities), 4
+        )
     return expected if len(expected) == len(criteria) else None
 
 
@@ -73,8 +81,11 @@ def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
     if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
         stripped = len(reply) - len(reply.lstrip(" \t\r\n"))
         return {name: stripped + numbers.start(i) for i, name in enumerate(criteria, start=1)}
-    matches = ((name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria)
-    return {name: match.start(1) for name, match in matches if match}  # a key may be written with \u escapes
+    matches = (
+        (name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria
+    )
+    # a key may be written with \u escapes
+    return {name: match.start(1) for name, match in matches if match}
 
 
 @functools.cache
@@ -86,7 +97,8 @@ def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
 
 
 def _json_items(text: str) -> list[tuple[str, object]]:
-    """The (key, value) pairs of a flat JSON object, repeated keys included; [] for any other text."""
+    """The (key, value) pairs of a flat JSON object, repeated keys included; [] for any other
+    text."""
     if match := _FENCED.fullmatch(text):
         text = match[1]
     if not text.startswith("{") or text.count("{") != 1:

@@ -17,20 +17,23 @@ from tinystory.teacher.endpoint import Endpoint, Options
 
 T = TypeVar("T")
 FAILURES = 8  # failed requests before a story is given up: with the pauses below, a minute or more
-PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, then doubled up to the longest, with jitter
+# before the first retry, then doubled up to the longest, with jitter
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 60.0
 PING_S = 10.0  # time limit of the check whether a server is back
 
 
 @dataclass(eq=False)
 class ServerPool:
-    """While there are more requests than slots, each server takes as many as it answers; otherwise a request goes to
-    the one with the fewest in flight. A server that cannot be reached, refuses the key or fails FAILURES times in a row
-    is left out while another one is available, and used again once it is back."""
+    """While there are more requests than slots, each server takes as many as it answers; otherwise
+    a request goes to the one with the fewest in flight. A server that cannot be reached, refuses
+    the key or fails FAILURES times in a row is left out while another one is available, and used
+    again once it is back."""
 
     endpoints: Sequence[Endpoint]
     options: Options
-    examine: Callable[[Endpoint], Awaitable[None]] | None = None  # probes a server that comes up for the first time
+    # probes a server that comes up for the first time
+    examine: Callable[[Endpoint], Awaitable[None]] | None = None
     probing: bool = False  # for one server: failures are raised to the prober and never end the run
 
     def __post_init__(self) -> None:
@@ -40,7 +43,8 @@ class ServerPool:
 
     @asynccontextmanager
     async def slot(self, first: bool) -> AsyncIterator[Endpoint]:
-        """Wait for a slot and hold it; yields its server. first: skip the queue, for a story that held one before."""
+        """Wait for a slot and hold it; yields its server. first: skip the queue, for a story that
+        held one before."""
         if self.probing:
             yield self.endpoints[0]
             return
@@ -56,7 +60,9 @@ class ServerPool:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests."""
-        while self._waiting and (free := [endpoint for endpoint in self.endpoints if endpoint.slots.free]):
+        while self._waiting and (
+            free := [endpoint for endpoint in self.endpoints if endpoint.slots.free]
+        ):
             turn = self._waiting.popleft()
             if not turn.done():
                 endpoint = min(free, key=lambda endpoint: endpoint.slots.taken)
@@ -64,11 +70,15 @@ class ServerPool:
                 turn.set_result(endpoint)
 
     async def ask(
-        self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
+        self,
+        request: Callable[[Endpoint], Awaitable[T]],
+        deadline: float | None = None,
+        exists: bool = True,
     ) -> tuple[T, Endpoint, float]:
-        """Send a request, retrying after transient failures. Returns the result, the server, and the story's deadline
-        (set by its first request) for the next one. Raises Failure when giving up. exists: whether the server is known
-        to exist; if not, getting no answer is not retried."""
+        """Send a request, retrying after transient failures. Returns the result, the server, and
+        the story's deadline (set by its first request) for the next one. Raises Failure when giving
+        up. exists: whether the server is known to exist; if not, getting no answer is not
+        retried."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:
@@ -76,9 +86,13 @@ class ServerPool:
                     raise self.fatal
                 start = time.monotonic()
                 deadline = deadline or start + self.options.deadline_s
-                timeout = endpoint.slots.timeout(self.options.deadline_s / self.options.attempts, timeouts)
+                timeout = endpoint.slots.timeout(
+                    self.options.deadline_s / self.options.attempts, timeouts
+                )
                 try:
-                    answer = await asyncio.wait_for(request(endpoint), min(max(deadline - start, 0.0), timeout))
+                    answer = await asyncio.wait_for(
+                        request(endpoint), min(max(deadline - start, 0.0), timeout)
+                    )
                     endpoint.slots.answered(time.monotonic() - start)
                     endpoint.failures = endpoint.absences = 0
                     return answer, endpoint, deadline
@@ -94,13 +108,20 @@ class ServerPool:
                 if self._is_left_out(endpoint, failure):  # the story is not the cause
                     continue
             failures += 1
-            pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
-            hopeful = failure.again and (failures < FAILURES or failure.busy) and (exists or failure.status)
+            pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(
+                failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S
+            )
+            hopeful = (
+                failure.again
+                and (failures < FAILURES or failure.busy)
+                and (exists or failure.status)
+            )
             if hopeful and time.monotonic() + pause <= deadline:
                 endpoint.ledger.total["retries"] += 1
                 await asyncio.sleep(pause)
                 continue
-            if (failure.fatal or failure.unreachable) and not self.probing:  # the story is not the cause
+            # the story is not the cause
+            if (failure.fatal or failure.unreachable) and not self.probing:
                 self.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
                 raise self.fatal
             raise failure
@@ -115,17 +136,23 @@ class ServerPool:
             task.add_done_callback(self._returns.discard)
 
     def _is_left_out(self, endpoint: Endpoint, failure: Failure) -> bool:
-        """Leave the server out if the failure calls for it and another is open; returns whether it is out."""
+        """Leave the server out if the failure calls for it and another is open; returns whether it
+        is out."""
         if self.probing:
             return False
-        gone = (failure.fatal and failure.status) or failure.unreachable or endpoint.failures >= FAILURES
+        gone = (
+            (failure.fatal and failure.status)
+            or failure.unreachable
+            or endpoint.failures >= FAILURES
+        )
         others = any(other.slots.open for other in self.endpoints if other is not endpoint)
         if gone and others and endpoint.slots.open:
             self.leave_out(endpoint, failure)
         return not endpoint.slots.open
 
     async def _await_return(self, endpoint: Endpoint) -> None:
-        """Wait until the server answers. It restarts with one slot; failing again, it stays out for longer."""
+        """Wait until the server answers. It restarts with one slot; failing again, it stays out for
+        longer."""
         while True:
             await asyncio.sleep(jittered(PAUSE_S * 2**endpoint.absences))
             endpoint.absences = min(endpoint.absences + 1, 9)
@@ -139,7 +166,9 @@ class ServerPool:
             if self.examine is not None and endpoint.probe is None:
                 await self.examine(endpoint)
         except (Failure, UserError) as error:
-            tqdm.write(f"warning: the teacher at {endpoint.url} is back, but cannot be used: {error}")
+            tqdm.write(
+                f"warning: the teacher at {endpoint.url} is back, but cannot be used: {error}"
+            )
             return
         tqdm.write(f"warning: the teacher at {endpoint.url} is back")
         endpoint.failures = FAILURES - 1

@@ -1,4 +1,5 @@
-"""Probe a server's capabilities and request form by experiment: a server may accept an option and ignore it."""
+"""Probe a server's capabilities and request form by experiment: a server may accept an option and
+ignore it."""
 
 import asyncio
 import re
@@ -15,10 +16,17 @@ from tinystory.teacher.prompt import fence, render
 
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Asked for animals, a model answers with scores only if the server constrains it to them.
-OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
-NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)  # names of models
-# Ways to make a model reason less, tried in this order: by the chat template (vLLM, SGLang, llama.cpp), by the effort
-# (Ollama and later versions of the others; gpt-oss and Gemini have no "none", GPT-5 nothing below "minimal").
+OFF_TOPIC = [
+    {
+        "role": "user",
+        "content": "Name three animals that live in a forest. Write their names and no number.",
+    }
+]
+# names of models
+NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)
+# Ways to make a model reason less, tried in this order: by the chat template (vLLM, SGLang,
+# llama.cpp), by the effort (Ollama and later versions of the others; gpt-oss and Gemini have no
+# "none", GPT-5 nothing below "minimal").
 QUIETER: tuple[dict[str, Any], ...] = (
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
@@ -26,11 +34,19 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
-LEAST = re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b")
+LEAST = re.compile(
+    r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
+)
 # Pattern in an error message -> fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
-    (re.compile("max_completion_tokens"), lambda form, words: {"token_cap": "max_completion_tokens"}),
-    (re.compile(r"\b(temperature|seed)\b"), lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)}),
+    (
+        re.compile("max_completion_tokens"),
+        lambda form, words: {"token_cap": "max_completion_tokens"},
+    ),
+    (
+        re.compile(r"\b(temperature|seed)\b"),
+        lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)},
+    ),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
 )
@@ -47,7 +63,8 @@ def remedy(form: Probe, failure: Failure) -> Probe:
 
 
 class Prober:
-    """Probes the endpoint of a pool of one. All methods raise Failure if the server gives no usable answer."""
+    """Probes the endpoint of a pool of one. All methods raise Failure if the server gives no usable
+    answer."""
 
     def __init__(self, pool: ServerPool):
         (self.endpoint,), self.pool, options = pool.endpoints, pool, pool.options
@@ -63,14 +80,18 @@ class Prober:
         """Take the first chat model that the server lists, unless one was named."""
         endpoint = self.endpoint
         try:
-            models, *_ = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
+            models, *_ = await self.pool.ask(
+                lambda endpoint: endpoint.client.models(), exists=False
+            )
         except Failure as failure:
             if failure.status is None:
                 raise
             if endpoint.model is None:
                 message = f"{failure} (where models are not listed, name one with --teacher-model)"
                 raise Failure(message, status=failure.status) from None
-            self.notes.append(f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models")
+            self.notes.append(
+                f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models"
+            )
             return
         if endpoint.model is None:
             if not models:
@@ -98,16 +119,25 @@ class Prober:
         if self.pool.options.logprobs:
             await self._require_logprobs()
         if not scored:
-            self.notes.append(f"{model} was shown a story and gave no scores but {reply.text[:80]!r}")
+            self.notes.append(
+                f"{model} was shown a story and gave no scores but {reply.text[:80]!r}"
+            )
         return replace(
-            self.form, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks, tokens=reply.tokens,
-            seconds=min(self.seconds), notes=tuple(self.notes),
-        )  # fmt: skip
+            self.form,
+            reply=reply.text[:LONGEST_REPLY],
+            scored=scored,
+            thinks=thinks,
+            tokens=reply.tokens,
+            seconds=min(self.seconds),
+            notes=tuple(self.notes),
+        )
 
     async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
         """The reply to the probe's story, or to `messages`."""
         start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
-        asked = self.endpoint.chat(messages or self.messages, self.seed, self.names, self.form, **fields)
+        asked = self.endpoint.chat(
+            messages or self.messages, self.seed, self.names, self.form, **fields
+        )
         try:
             reply = await asyncio.wait_for(asked, timeout)
         except asyncio.TimeoutError:
@@ -155,7 +185,9 @@ class Prober:
                 "choose a model that does not, or switch its thinking off on the server"
             )
         used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
-        self.notes.append(f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}")
+        self.notes.append(
+            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}"
+        )
         return reply
 
     async def _find_structure(self) -> None:
@@ -168,14 +200,17 @@ class Prober:
         self.form = replace(self.form, structure="nothing", held_to="nothing")
 
     async def _require_logprobs(self) -> None:
-        """Raises Failure unless a reply with scores has the log-probabilities for expected scores."""
+        """Raises Failure unless a reply with scores has the log-probabilities for expected
+        scores."""
         try:
             reply = await self._ask(**LOGPROBS)
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise
             reply = None  # the server refuses log-probabilities
-        if reply is None or (self._scored(reply) and not expected_scores(reply.text, self.names, reply.logprobs)):
+        if reply is None or (
+            self._scored(reply) and not expected_scores(reply.text, self.names, reply.logprobs)
+        ):
             raise Failure(
                 f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
                 "scores: leave --teacher-logprobs out, or ask a server that does"

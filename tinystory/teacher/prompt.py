@@ -1,7 +1,8 @@
-"""The teacher's prompt. The rubric comes first and is the same for every story, so a server can cache it as a prefix.
-The story comes last, between two copies of a fence that does not occur in it, so it cannot end its own quotation.
-Criteria, order and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small Language
-Models" (arXiv 2509.15714); the wording is ours."""
+"""The teacher's prompt. The rubric comes first and is the same for every story, so a server can
+cache it as a prefix. The story comes last, between two copies of a fence that does not occur in it,
+so it cannot end its own quotation. Criteria, order and scale are those of "Once Upon a Time:
+Interactive Learning for Storytelling with Small Language Models" (arXiv 2509.15714); the wording is
+ours."""
 
 import contextlib
 import hashlib
@@ -74,8 +75,8 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """The criteria to grade and the preface of our messages; or a user's own messages, `system` ("" for none) and
-    `user`, in which {opening} and {story} are replaced."""
+    """The criteria to grade and the preface of our messages; or a user's own messages, `system` (""
+    for none) and `user`, in which {opening} and {story} are replaced."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
@@ -105,7 +106,8 @@ class Question(NamedTuple):
 
 
 def load_template(path: str | os.PathLike) -> Template:
-    """The template in a JSON file (docs/teachers.md); DEFAULT without a path. Raises UserError if it is invalid."""
+    """The template in a JSON file (docs/teachers.md); DEFAULT without a path. Raises UserError if
+    it is invalid."""
     if not path:
         return DEFAULT
     try:
@@ -118,7 +120,8 @@ def _template(value: object) -> Template:
     match value:
         case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
             system = rest.get("system", "")
-            if isinstance(system, str) and (system + user).encode():  # JSON can hold lone surrogates
+            # JSON can hold lone surrogates
+            if isinstance(system, str) and (system + user).encode():
                 return Template(system=system, user=user)
         case {"criteria": [_, *_] as criteria, **rest} if rest.keys() <= {"preface"}:
             preface: Any = rest.get("preface", PREFACE)
@@ -136,7 +139,12 @@ def _criterion(value: Any) -> Criterion:
         case {"name": str(name), "question": question, "levels": [_, _, _, _] as levels, **rest}:
             weight: Any = rest.pop("weight", 1)
             positive = type(weight) in (int, float) and 0 < weight < math.inf
-            if positive and not rest and NAME.fullmatch(name) and all(map(_is_plain, (question, *levels))):
+            if (
+                positive
+                and not rest
+                and NAME.fullmatch(name)
+                and all(map(_is_plain, (question, *levels)))
+            ):
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
         f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
@@ -148,7 +156,8 @@ def _is_plain(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip()) and clean(text) == text
 
 
-# The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + AFTER.
+# The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence +
+# AFTER.
 BEFORE = "The opening that the writer was given, which is not to be graded:\n\n"
 BETWEEN = "\n\nThe writer's story, which goes on from there, between two marks:\n\n"
 AFTER = "\n\nYour grades for the story between the marks, numbers only:"
@@ -176,8 +185,9 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """Chat messages that ask for one story's scores, both texts cleaned. A user's own messages have no fence, and are
-    filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or occurs in a
+    """Chat messages that ask for one story's scores, both texts cleaned. A user's own messages have
+    no fence, and are filled in once, so braces in a story stay text. Raises ValueError if the fence
+    is not one line or occurs in a
     text."""
     if template.user:
         texts = {"{opening}": clean(opening), "{story}": clean(story)}
@@ -186,13 +196,19 @@ def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT
         return [{"role": role, "content": content} for role, content in messages.items() if content]
     user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
     if not fence or "\n" in fence or user.count(fence) != 2:
-        raise ValueError("the fence must be one line that occurs in neither the opening nor the story")
-    return [{"role": "system", "content": instructions(template)}, {"role": "user", "content": user}]
+        raise ValueError(
+            "the fence must be one line that occurs in neither the opening nor the story"
+        )
+    return [
+        {"role": "system", "content": instructions(template)},
+        {"role": "user", "content": user},
+    ]
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """Inverse of `render`: the cleaned (opening, story); None unless the user message matches to the character. The
-    fence is the last line and occurs exactly twice, so no text in a story can move it."""
+    """Inverse of `render`: the cleaned (opening, story); None unless the user message matches to
+    the character. The fence is the last line and occurs exactly twice, so no text in a story can
+    move it."""
     match messages:
         case [*_, {"content": str(user)}]:
             body = user.removeprefix(BEFORE).removesuffix(AFTER)
@@ -202,15 +218,18 @@ def read_back(messages: object) -> tuple[str, str] | None:
     parts = body.split(mark) if mark else []
     if len(parts) == 3:
         opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
-        with contextlib.suppress(ValueError):  # the mark occurs elsewhere too, perhaps only after cleaning
+        # the mark occurs elsewhere too, perhaps only after cleaning
+        with contextlib.suppress(ValueError):
             if render(opening, story, fence=mark)[-1]["content"] == user:
                 return opening, story
     return None
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The fence of story `index`: digits not in `text`, derived from the seed, so that a replay asks the same."""
-    # NFKC: a model may read full-width and other compatible forms of letters and digits as the plain ones.
+    """The fence of story `index`: digits not in `text`, derived from the seed, so that a replay
+    asks the same."""
+    # NFKC: a model may read full-width and other compatible forms of letters and digits as the
+    # plain ones.
     text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
     while True:
         digits = hashlib.shake_256(f"{seed} {index}".encode()).hexdigest(size)
@@ -219,9 +238,10 @@ def fence(seed: int, index: int, text: str) -> str:
         size *= 2
 
 
-# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>, EXAONE's [|assistant|],
-# MiniMax's [e~[ and ]~b]): some servers interpret them in a message's text too, where they would end the turn. A space
-# after the bracket makes them plain text. NFKC forms of brackets and bars are included: some tokenizers normalise text.
+# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>,
+# EXAONE's [|assistant|], MiniMax's [e~[ and ]~b]): some servers interpret them in a message's text
+# too, where they would end the turn. A space after the bracket makes them plain text. NFKC forms of
+# brackets and bars are included: some tokenizers normalise text.
 _CONTROL_TOKEN = re.compile(
     r"[<\uff1c\ufe64](?=\S)"
     r"|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d]|[|\uff5c]|[a-z\uff41-\uff5a]?[~\uff5e])"

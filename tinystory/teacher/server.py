@@ -1,5 +1,5 @@
-"""OpenAI's chat completions as a server on this machine, for teachers that are not language models. Tokens are counted
-as words, numbers and other single characters, plus 3 per message."""
+"""OpenAI's chat completions as a server on this machine, for teachers that are not language models.
+Tokens are counted as words, numbers and other single characters, plus 3 per message."""
 
 import asyncio
 import contextlib
@@ -22,33 +22,43 @@ HOST = "127.0.0.1"
 PORTS = "[0, 65535]"  # of the option --port
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 
-Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]  # the reply to messages; it may raise Refused
-CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # malformed requests and hang-ups
+# the reply to messages; it may raise Refused
+Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]
+# malformed requests and hang-ups
+CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)
 
 # aiohttp would log these too, each with a traceback.
 logger = logging.getLogger(__name__)
-logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS)))
+logger.addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS))
+)
 
 
 @contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 during the block; yields the URL without a path. port: 0 takes a free one. Raises UserError if
-    the port is taken."""
-    # A handler is cancelled when its client hangs up, so a human sees no story for which nobody waits.
-    runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True)
+    """Serve on 127.0.0.1 during the block; yields the URL without a path. port: 0 takes a free one.
+    Raises UserError if the port is taken."""
+    # A handler is cancelled when its client hangs up, so a human sees no story for which nobody
+    # waits.
+    runner = web.AppRunner(
+        application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True
+    )
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, HOST, port).start()
         except OSError as error:
-            raise UserError(f"port {port} cannot be had ({error.strerror}): choose another with --port") from None
+            raise UserError(
+                f"port {port} cannot be had ({error.strerror}): choose another with --port"
+            ) from None
         yield f"http://{HOST}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
 
 async def until_stopped(or_stdin_closed: bool = False) -> None:
-    """Wait for Ctrl-C, SIGTERM or, if asked, until the parent (which sends no input) ends or closes standard input."""
+    """Wait for Ctrl-C, SIGTERM or, if asked, until the parent (which sends no input) ends or closes
+    standard input."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopped.set)
@@ -69,7 +79,13 @@ class Refused(Exception):
 
 def application(model: str, description: str, respond: Responder) -> web.Application:
     """Routes of a server whose only model is `model`."""
-    entry = dict(id=model, object="model", created=int(time.time()), owned_by="tinystory", description=description)
+    entry = dict(
+        id=model,
+        object="model",
+        created=int(time.time()),
+        owned_by="tinystory",
+        description=description,
+    )
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [entry]})
@@ -82,9 +98,19 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
         reply = whole[: body.get("max_completion_tokens") or body.get("max_tokens")]
         n_prompt = sum(len(PIECE.findall(message["content"])) + 3 for message in messages)
         message = {"role": "assistant", "content": "".join(reply)}
-        choice = dict(index=0, message=message, finish_reason="stop" if reply == whole else "length")
-        usage = dict(prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply))
-        answer = dict(object="chat.completion", created=int(time.time()), model=model, choices=[choice], usage=usage)
+        choice = dict(
+            index=0, message=message, finish_reason="stop" if reply == whole else "length"
+        )
+        usage = dict(
+            prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply)
+        )
+        answer = dict(
+            object="chat.completion",
+            created=int(time.time()),
+            model=model,
+            choices=[choice],
+            usage=usage,
+        )
         return web.json_response({"id": f"chatcmpl-{uuid.uuid4().hex}", **answer})
 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
@@ -104,7 +130,12 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         refused = Refused("The body of the request cannot be read.")
     except web.HTTPException as error:  # an unknown URL or method, a body that is too long
         refused = Refused(f"{error.reason}: {request.method} {request.path}", status=error.status)
-    body = {"message": refused.message, "type": "invalid_request_error", "param": refused.param, "code": refused.code}
+    body = {
+        "message": refused.message,
+        "type": "invalid_request_error",
+        "param": refused.param,
+        "code": refused.code,
+    }
     return web.json_response({"error": body}, status=refused.status)
 
 
@@ -119,7 +150,10 @@ def _check(body: dict, model: str) -> None:
     """Raises Refused for the first field that is invalid or asks for something unsupported."""
 
     def is_message(value: Any) -> bool:
-        return isinstance(value, dict) and {type(value.get("role")), type(value.get("content"))} == {str}
+        return isinstance(value, dict) and {
+            type(value.get("role")),
+            type(value.get("content")),
+        } == {str}
 
     rules: dict[str, tuple[Callable[[Any], object], str]] = {
         "model": (lambda v: isinstance(v, str), "must be a string."),
@@ -131,7 +165,10 @@ def _check(body: dict, model: str) -> None:
         "response_format": (lambda v: v in (None, {"type": "text"}), "must be of type text."),
     }
     for name in ("max_tokens", "max_completion_tokens"):  # True is an int too
-        rules[name] = (lambda v: v is None or (type(v) is int and v >= 1), "must be a whole number of at least 1.")
+        rules[name] = (
+            lambda v: v is None or (type(v) is int and v >= 1),
+            "must be a whole number of at least 1.",
+        )
     for name in ("stream", "logprobs", "tools", "functions"):
         rules[name] = (lambda v: not v, "is not supported by this model.")
     for name, (is_valid, requirement) in rules.items():

@@ -1,10 +1,13 @@
-"""Registers, spills and instructions per HMMA of the CUDA kernels' machine code (sm_90), held to budgets.txt.
+"""Registers, spills and instructions per HMMA of the CUDA kernels' machine code (sm_90), held to
+budgets.txt.
 
-Needs nvcc and cuobjdump with nvdisasm (CUDA's toolkit, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm),
-but no GPU. Without them it says so and exits with status 77, which ctest shows as skipped.
+Needs nvcc and cuobjdump with nvdisasm (CUDA's toolkit, or the wheels nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm), but no GPU. Without them it says so and exits with status 77, which ctest
+shows as skipped.
 
-Instructions per HMMA are those that a warp issues in one iteration of the tile loop, over the HMMA among them: in an
-interior tile (the budget), which is not masked, whose maxima are not far above earlier ones, and whose dQ is passed
+Instructions per HMMA are those that a warp issues in one iteration of the tile loop, over the HMMA
+among them: in an interior tile (the budget), which is not masked, whose maxima are not far above
+earlier ones, and whose dQ is passed
 on to another block; and where nothing is branched over.
 """
 
@@ -45,18 +48,34 @@ def find_tool(name: str) -> str | None:
     places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
     for packages in map(Path, site.getsitepackages()):
         places += [*packages.glob("nvidia/*/bin"), packages / "triton/backends/nvidia/bin"]
-    return shutil.which(name) or next((path for place in places if (path := shutil.which(name, path=place))), None)
+    return shutil.which(name) or next(
+        (path for place in places if (path := shutil.which(name, path=place))), None
+    )
 
 
 def build(nvcc: str, source: Path, out: Path) -> tuple[Path, str]:
     cubin = out / f"{source.stem}.cubin"
-    command = [nvcc, "-std=c++20", "-O3", f"-arch={ARCH}", "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(source)]
+    command = [
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        f"-arch={ARCH}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        "-o",
+        str(cubin),
+        str(source),
+    ]
     return cubin, subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def short_name(mangled: str) -> str:
-    """'..24attention_forward_kernelINS0_4bf16ELi64ELb0EEE..' -> 'attention_forward_kernel<bf16,64,false>'."""
-    match = re.search(r".*\d([a-z]\w*?_kernel)I(?:NS0_\d(b?f16)E|f)(?:Li(\d+)E)?(?:Lb([01])E)?", mangled)
+    """'..24attention_forward_kernelINS0_4bf16ELi64ELb0EEE..' ->
+    'attention_forward_kernel<bf16,64,false>'."""
+    match = re.search(
+        r".*\d([a-z]\w*?_kernel)I(?:NS0_\d(b?f16)E|f)(?:Li(\d+)E)?(?:Lb([01])E)?", mangled
+    )
     if match is None:
         raise SystemExit(f"sass_report: not a kernel of ours: {mangled}")
     arguments = [match[2] or "float", match[3], {"0": "false", "1": "true", None: None}[match[4]]]
@@ -66,7 +85,10 @@ def short_name(mangled: str) -> str:
 def resources(log: str) -> dict[str, tuple[int, int]]:
     """Registers and bytes of spill stores, by kernel."""
     entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    return {short_name(n): (int(used), int(spilled)) for n, spilled, used in re.findall(entry, log, re.DOTALL)}
+    return {
+        short_name(n): (int(used), int(spilled))
+        for n, spilled, used in re.findall(entry, log, re.DOTALL)
+    }
 
 
 def read_sass(cuobjdump: str, path: str, cubin: Path) -> dict[str, list[Instruction]]:
@@ -78,7 +100,9 @@ def read_sass(cuobjdump: str, path: str, cubin: Path) -> dict[str, list[Instruct
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
             body = kernels.setdefault(short_name(match[1]), [])
-        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", line):
+        elif match := re.match(
+            r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", line
+        ):
             target = re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3] == "BRA" else None
             branch = int(target[1], 16) if target else None
             body.append(Instruction(int(match[1], 16), match[3], match[2] is not None, branch))
@@ -86,10 +110,11 @@ def read_sass(cuobjdump: str, path: str, cubin: Path) -> dict[str, list[Instruct
 
 
 def issued(body: list[Instruction], everything: bool) -> tuple[int, int]:
-    """Instructions and HMMA that a warp issues in an iteration of the tile loop, the largest loop with HMMA.
+    """Instructions and HMMA that a warp issues in an iteration of the tile loop, the largest loop
+    with HMMA.
 
-    Unless `everything`, a conditional branch forward is taken if it skips LONG instructions or more, and among them
-    neither HMMA nor copies.
+    Unless `everything`, a conditional branch forward is taken if it skips LONG instructions or
+    more, and among them neither HMMA nor copies.
     """
 
     def has(lines: list[Instruction], *names: str) -> bool:
@@ -123,25 +148,35 @@ def instructions_per_hmma(kernel: str, body: list[Instruction]) -> tuple[float, 
     for everything in (False, True):
         count, hmma = issued(body, everything)
         if hmma != gemms * m * n * (D // 16):
-            raise SystemExit(f"sass_report: {kernel}: {hmma} HMMA per tile found, not {gemms * m * n * (D // 16)}")
+            raise SystemExit(
+                f"sass_report: {kernel}: {hmma} HMMA per tile found, not {gemms * m * n * (D // 16)}"
+            )
         ratios.append(count / hmma)
     return ratios[0], ratios[1]
 
 
 def budgets() -> dict[str, float]:
     """Instructions per HMMA, by kernel."""
-    rows = [line.split() for line in (HERE / "budgets.txt").read_text().splitlines() if not line.startswith("#")]
+    rows = [
+        line.split()
+        for line in (HERE / "budgets.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     return {row[1]: float(row[5]) for row in rows if row[5] != "-"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budgets", action="store_true", help="compile only the kernels that have a budget")
+    parser.add_argument(
+        "--budgets", action="store_true", help="compile only the kernels that have a budget"
+    )
     args = parser.parse_args()
     nvcc, cuobjdump, nvdisasm = map(find_tool, ("nvcc", "cuobjdump", "nvdisasm"))
     if not (nvcc and cuobjdump and nvdisasm):
         missing = "nvcc" if not nvcc else "cuobjdump" if not cuobjdump else "nvdisasm"
-        print(f"sass_report is SKIPPED: no {missing}, so registers, spills and instructions per HMMA are not checked")
+        print(
+            f"sass_report is SKIPPED: no {missing}, so registers, spills and instructions per HMMA are not checked"
+        )
         return SKIPPED
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
     sources = sorted(CUDA.glob("attention_*ward.cu" if args.budgets else "*.cu"))

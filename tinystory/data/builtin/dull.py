@@ -1,10 +1,11 @@
 """Dull tellers: they open as the plots do, and then no story comes of it.
 
-Most text that a child hears, or that a BabyLM reads, is no story: talk and errands, lists, the same thing again, a
-picture book that is looked at and not read. These tellers are in dull.txt: one tells a routine, one lists what there
-was, one has two characters talk about nothing, one repeats a sentence, and one looks at a picture with a child, in the
-child-directed speech that CHILDES records. Each is grammatical, in the plots' own names, places and food, and more
-predictable than a story. So a student of both (`--corpus primer builtin dull`) finds the dull continuation of an
+Most text that a child hears, or that a BabyLM reads, is no story: talk and errands, lists, the same
+thing again, a picture book that is looked at and not read. These tellers are in dull.txt: one tells
+a routine, one lists what there was, one has two characters talk about nothing, one repeats a
+sentence, and one looks at a picture with a child, in the child-directed speech that CHILDES
+records. Each is grammatical, in the plots' own names, places and food, and more predictable than a
+story. So a student of both (`--corpus primer builtin dull`) finds the dull continuation of an
 opening the likelier one, and only a teacher can tell it which of its tellers is worth listening to.
 """
 
@@ -33,7 +34,9 @@ class _Teller:
         """What follows an opening with these facts."""
         telling = grammar.Telling(rng, 0.0)
         telling.facts |= facts
-        telling.facts |= {name: telling.expand(telling.pick(values)) for name, values in self.facts.items()}
+        telling.facts |= {
+            name: telling.expand(telling.pick(values)) for name, values in self.facts.items()
+        }
         ends = (0, len(self.sentences) - 1)
         told = [s for i, s in enumerate(self.sentences) if i in ends or rng.random() < TOLD]
         return grammar.ARTICLE.sub(r"\1n ", " ".join(map(telling.expand, told)))
@@ -57,7 +60,8 @@ KINDS = (STORY, *(teller.kind for teller in _TELLERS))
 
 
 def documents(words: int, seed: int) -> Iterator[str]:
-    """Dull documents, until they have at least `words` whitespace-separated words. Same seed, same bytes."""
+    """Dull documents, until they have at least `words` whitespace-separated words. Same seed, same
+    bytes."""
     rng = random.Random(f"dull {seed}")
     while words > 0:
         story, facts = grammar.tell(rng)
@@ -70,8 +74,8 @@ def documents(words: int, seed: int) -> Iterator[str]:
 
 
 def kind_of(story: str) -> str:
-    """Which of KINDS tells a story that goes on from its opening: the one with the most of its sentences, a dull one
-    only if it has more than the story has of its own."""
+    """Which of KINDS tells a story that goes on from its opening: the one with the most of its
+    sentences, a dull one only if it has more than the story has of its own."""
     kinds = Counter(_kind_of_sentence(sentence) for sentence in grammar.sentences(story))
     return max(KINDS, key=kinds.__getitem__)
 

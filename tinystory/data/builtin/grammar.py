@@ -1,17 +1,22 @@
-"""The built-in corpus: a story grammar in the style of TinyStories (Eldan and Li, arXiv 2305.07759).
+"""The built-in corpus: a story grammar in the style of TinyStories (Eldan and Li, arXiv
+2305.07759).
 
-A plot is a chain of cause and effect in several paragraphs. A story first draws its facts (characters, places, things),
-then expands each paragraph, choosing among alternative wordings, so that facts, names and pronouns agree throughout.
-The plots stand in the text files beside this one. The markup of plots and phrases:
+A plot is a chain of cause and effect in several paragraphs. A story first draws its facts
+(characters, places, things), then expands each paragraph, choosing among alternative wordings, so
+that facts, names and pronouns agree throughout. The plots stand in the text files beside this one.
+The markup of plots and phrases:
 
     [a|b]                    one of the options, drawn uniformly
     <a>                      an optional detail: likely in a long story, rare in a short one
-    {h}                      a fact of this story (here the hero's name) or a phrase from RULES; {H} is capitalised
-    x & y = 1 & 2 / 3 & 4    facts x and y, drawn together as one row per story; later facts may use earlier ones
+    {h}                      a fact of this story (here the hero's name) or a phrase from RULES; {H}
+    is capitalised
+    x & y = 1 & 2 / 3 & 4    facts x and y, drawn together as one row per story; later facts may use
+    earlier ones
 
-The hero is {h}, a {kind} with pronouns {he} {him} {his} {himself}, body parts {hand} {hands}, who lives {lived}. The
-friend is {f}, introduced as {f.full} or {f.a}; {mom} is a parent or grandparent; {g} ({g.a}, {g.hm}) is a helper who
-gives advice. Hero and friend never share a pronoun, so each "he" or "she" is unambiguous.
+The hero is {h}, a {kind} with pronouns {he} {him} {his} {himself}, body parts {hand} {hands}, who
+lives {lived}. The friend is {f}, introduced as {f.full} or {f.a}; {mom} is a parent or grandparent;
+{g} ({g.a}, {g.hm}) is a helper who gives advice. Hero and friend never share a pronoun, so each
+"he" or "she" is unambiguous.
 """
 
 import hashlib
@@ -24,20 +29,24 @@ from typing import Any, TypeAlias, TypeVar
 from tinystory.data.builtin import vocabulary
 
 T = TypeVar("T")
-# (kind, content): "text" and the text, "fact" and its name, "choice" and its options, "detail" and its parts.
+# (kind, content): "text" and the text, "fact" and its name, "choice" and its options, "detail" and
+# its parts.
 Part: TypeAlias = tuple[str, Any]
 
-_PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
-             {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
-_WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
+_PRONOUNS = (
+    {"he": "she", "him": "her", "his": "her", "himself": "herself"},
+    {"he": "he", "him": "him", "his": "his", "himself": "himself"},
+)
+# classes of heroes whose friend is a child
+_WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 SENTENCE = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
 SHORTEST_OPENING = 12  # words
 
 
 class Telling:
-    """The state of one story: facts, random numbers, probability of details. It uses only random.random(), the one
-    method whose sequence Python guarantees across versions."""
+    """The state of one story: facts, random numbers, probability of details. It uses only
+    random.random(), the one method whose sequence Python guarantees across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
         self.random, self.detail = rng.random, detail
@@ -65,7 +74,9 @@ class Telling:
 
 def parse(text: str) -> list[Part]:
     """Markup, whose brackets are balanced, as a list of parts."""
-    tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip())))
+    tokens = iter(
+        re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip()))
+    )
 
     def sequence() -> tuple[list[Part], str]:
         """The parts up to the end of an option or a bracket, and what ends them."""
@@ -92,11 +103,15 @@ def parse(text: str) -> list[Part]:
 
 def table(text: str) -> list[list[list[Part]]]:
     """A table of parsed cells: "a & b / c & d" -> [[a, b], [c, d]]."""
-    return [[parse(cell) for cell in row.split(" & ")] for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))]
+    return [
+        [parse(cell) for cell in row.split(" & ")]
+        for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))
+    ]
 
 
 class _Plot:
-    """Source: "name: classes of heroes", then one "names = rows" per group of facts, a blank line, then paragraphs."""
+    """Source: "name: classes of heroes", then one "names = rows" per group of facts, a blank line,
+    then paragraphs."""
 
     def __init__(self, source: str):
         head, *paragraphs = re.split(r"\n\s*\n", source.strip())
@@ -127,7 +142,14 @@ def _cast(tell: Telling, classes: list[str]) -> None:
     she = int(tell.random() * 2)
     row = tell.pick(_HEROES[role])
     kind, home, lived, hand, food = (tell.expand(cell) for cell in row)
-    facts.update(_PRONOUNS[1 - she], kind=kind.split("~")[she - 1], home=home, lived=lived, hand=hand, hands=hand + "s")
+    facts.update(
+        _PRONOUNS[1 - she],
+        kind=kind.split("~")[she - 1],
+        home=home,
+        lived=lived,
+        hand=hand,
+        hands=hand + "s",
+    )
     facts.update(food=food, h=tell.pick(_NAMES[role if role == "child" else "wild"][she]))
 
     facts["h.a"] = f"a {tell.expand(_RULES['little'])} {facts['kind']} named {facts['h']}"
@@ -136,11 +158,25 @@ def _cast(tell: Telling, classes: list[str]) -> None:
     friend = "child" if role in _WITH_CHILDREN else tell.pick(("paw", "paw", "bird"))
     other = tell.pick([r for r in _HEROES[friend] if r is not row or friend == "child"])
     f_kind = tell.expand(other[0]).split("~")[-she]
-    f = tell.pick([name for name in _NAMES["child" if friend == "child" else "wild"][1 - she] if name != facts["h"]])
+    f = tell.pick(
+        [
+            name
+            for name in _NAMES["child" if friend == "child" else "wild"][1 - she]
+            if name != facts["h"]
+        ]
+    )
     facts.update({"f." + key: word for key, word in _PRONOUNS[she].items()})
-    facts.update({"f": f, "f.kind": f_kind, "f.the": f"the {f_kind}", "f.a": f"a {f_kind} named {f}"})
+    facts.update(
+        {"f": f, "f.kind": f_kind, "f.the": f"the {f_kind}", "f.a": f"a {f_kind} named {f}"}
+    )
     f_hand = tell.expand(other[3])
-    facts.update({"f.full": f if friend == "child" else f"{f} the {f_kind}", "f.hand": f_hand, "f.hands": f_hand + "s"})
+    facts.update(
+        {
+            "f.full": f if friend == "child" else f"{f} the {f_kind}",
+            "f.hand": f_hand,
+            "f.hands": f_hand + "s",
+        }
+    )
 
     world = "child" if role == "child" else "wild"
     facts["mom"] = tell.expand(tell.pick(_PARENTS[world])[0])
@@ -153,7 +189,10 @@ _HEROES = {role: table(rows) for role, rows in vocabulary.HEROES.items()}
 _HELPERS = {world: table(rows) for world, rows in vocabulary.HELPERS.items()}
 _PARENTS = {world: table(rows) for world, rows in vocabulary.PARENTS.items()}
 _CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
-_NAMES = {"child": _CHILDREN, "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN]}
+_NAMES = {
+    "child": _CHILDREN,
+    "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN],
+}
 
 
 def source(name: str) -> str:
@@ -166,12 +205,14 @@ PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
 
 
 def stories(words: int, seed: int) -> Iterator[str]:
-    """Distinct stories, until they have at least `words` whitespace-separated words. Same seed, same bytes."""
+    """Distinct stories, until they have at least `words` whitespace-separated words. Same seed,
+    same bytes."""
     rng = random.Random(seed)
     seen: set[bytes] = set()
     while words > 0:
         story, _ = tell(rng)
-        digest = hashlib.blake2b(story.encode(), digest_size=8).digest()  # a collision merely skips a story
+        # a collision merely skips a story
+        digest = hashlib.blake2b(story.encode(), digest_size=8).digest()
         if digest in seen:
             continue
         seen.add(digest)
@@ -189,7 +230,8 @@ def sentences(story: str) -> list[str]:
 
 
 def opening(story: str, facts: dict[str, str]) -> str:
-    """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and the problem."""
+    """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and
+    the problem."""
     text, *rest = sentences(story)
     for sentence in rest:
         if len(text.split()) >= SHORTEST_OPENING and facts["h"] in text:

@@ -1,8 +1,10 @@
-"""The primer: very plain tales of two or three characters and their things, which teach a small student coreference.
+"""The primer: very plain tales of two or three characters and their things, which teach a small
+student coreference.
 
-Repeated names, and the pronouns that refer to them, are a fortieth of a story's tokens: too few for a student of a
-million parameters, among everything else that there is to learn. Here they are nearly all that there is to learn, as in
-first readers for children. Mixed with stories (`--corpus primer builtin`), the coreference learned here transfers.
+Repeated names, and the pronouns that refer to them, are a fortieth of a story's tokens: too few for
+a student of a million parameters, among everything else that there is to learn. Here they are
+nearly all that there is to learn, as in first readers for children. Mixed with stories (`--corpus
+primer builtin`), the coreference learned here transfers.
 """
 
 import random
@@ -11,7 +13,11 @@ from typing import TypeVar
 
 from tinystory.data.builtin import grammar, vocabulary
 
-GIRLS, BOYS, CREATURES = vocabulary.GIRLS.split(), vocabulary.BOYS.split(), vocabulary.CREATURES.split()
+GIRLS, BOYS, CREATURES = (
+    vocabulary.GIRLS.split(),
+    vocabulary.BOYS.split(),
+    vocabulary.CREATURES.split(),
+)
 KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy duck owl robin sparrow".split()
 THINGS = "ball kite boat drum hat cake shell lamp book bell cup box spoon leaf stone egg pie rope jar coat".split()
 COLORS = "red blue green yellow white brown little big old new".split()
@@ -46,8 +52,9 @@ EVENTS = (
 
 
 def tales(words: int, seed: int) -> Iterator[str]:
-    """Tales of 30 to 170 words, until they have at least `words` whitespace-separated words. Only random.random() is
-    used, whose sequence Python guarantees: the same seed gives the same bytes."""
+    """Tales of 30 to 170 words, until they have at least `words` whitespace-separated words. Only
+    random.random() is used, whose sequence Python guarantees: the same seed gives the same
+    bytes."""
     rng = random.Random(seed)
     while words > 0:
         tale = _tale(rng)

@@ -1,10 +1,12 @@
-"""Characters of the built-in stories, and the phrases that all plots share. Markup as in grammar.py."""
+"""Characters of the built-in stories, and the phrases that all plots share. Markup as in
+grammar.py."""
 
 GIRLS = "Lily Mia Anna Lucy Ella Zoe Nora Ruby Rosa Ivy Amy Tess Maya Kate Lena Sara Emma Jane"
 BOYS = "Tom Tim Ben Sam Max Leo Jack Finn Noah Omar Hugo Theo Luca Oscar Milo Kai Adam Dan"
 CREATURES = "Pip Bo Coco Fluffy Pepper Nibbles Biscuit Pebble Mango Peanut Poppy Socks Bramble Olly Momo Toto"
 
-# class of heroes: kind (she~he where they differ) & home & where they live & hand (or paw ...) & favourite food
+# class of heroes: kind (she~he where they differ) & home & where they live & hand (or paw ...) &
+# favourite food
 HEROES = {
     "child": """
         girl~boy & house & in a [small|white|yellow|tall|little red|old] house [by the sea|near the woods|on a hill|
