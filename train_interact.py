@@ -7,8 +7,8 @@ rewards, update the policy. Every --eval-every steps it is evaluated on held-out
 best student is kept."""
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.scoring import Likelihood
-from tinystory.evaluate.second_judge import conclusion, judge_run
-from tinystory.ops.compute import resolve
+from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
@@ -50,16 +48,16 @@ from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
+from tinystory.student.model import Student
 from tinystory.teacher.callable import CallableGrader
 from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
-PRETRAIN_RUNS = Path("runs/pretrain"), Path("runs/demo/pretrain")
+PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
 NOT_SENT = Grade(None, None, error="not sent to the teacher (--graded)")
 # Words taken in during interaction at which a checkpoint is kept.
-INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {
-    "chck_1M": 1_000_000
-}
+INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
+INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 
 @command
@@ -67,107 +65,33 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     learners.check(config)
     distributed.start(config.device)
-    with (
-        distributed.on_rank0(locked(Path(config.out), new=not config.resume)),
-        InteractionRun(config) as run,
-    ):
+    lock = locked(Path(config.out), new=not config.resume)
+    with distributed.on_rank0(lock), open_run(config) as run:
         interact(run)
         report(run)
 
 
-class InteractionRun(contextlib.ExitStack):
-    """A run opened for its next step: policy, grader and records. Leaving the block closes teacher
-    and records."""
+@dataclass
+class InteractionRun:
+    """What a run holds while it is open. reference: the starting checkpoint, frozen, for the KL
+    penalty. grader: idle on all ranks but 0. update_report: rewrites report.html if it is due."""
 
-    def __init__(self, config: InteractConfig):
-        super().__init__()
-        folder, rank0 = Path(config.out), distributed.is_rank0()
-        distributed.require_one_each("--stories-per-step", config.stories_per_step)
-        distributed.require_one_each("--eval-stories", config.eval_stories)
-        self.config, self.compute = config, resolve(config.device, config.dtype)
-        resumed = (
-            distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
-            if config.resume
-            else None
-        )
-        origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
-        # The starting checkpoint, frozen, for the KL penalty.
-        self.reference = checkpoint.load(origin, self.compute.device)[0].requires_grad_(False)
-        self.policy = policy = load_policy(config, origin, self.compute)
-        self.state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
-        memory.require_for_interaction(config, self.reference.config, self.compute.device)
-        for warning in published_options(config) if rank0 else ():
-            print(f"warning: {warning}")
-        self.openings = open_openings(config, policy)
-        self.replay = CorpusReplay(
-            config, policy.history, policy.tokenizer, self.reference.config.context
-        )
-        milestones = words_of_milestones(config, policy.history)
-        with contextlib.ExitStack() as stack:
-            self.grader = self.open_grader(stack, folder)
-            facts = self.grader.facts | distributed.rank0_value(
-                lambda: calibrated(config, self.grader)
-            )
-            self.reader = (
-                Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
-            )
-            print(f"student {origin}, scored by {facts['scored_by']}")
-            scorer = self.grader.scorer
-            self.budget = Budget(
-                config, self.openings, milestones, scorer.most_words, scorer.affords
-            )
-            texts = self.replay.batches(self.state.step)
-            distributed.rank0_value(lambda: self.budget.require_first_step(self.state, texts))
-            resume_step = self.state.step if config.resume else None
-            self.log = distributed.rank0_first(
-                lambda: RunLog(folder, resume_step=resume_step, writes=rank0)
-            )
-            stack.enter_context(self.log)
-            student = {name: policy.history.get(name) for name in ("corpus", "words")}
-            student["parameters"] = sum(
-                parameter.numel() for parameter in self.reference.parameters()
-            )
-            start = {"init": config.init or str(origin), "student": student}
-            self.log.config(asdict(config) | facts | self.compute.recorded | start)
-            self.stop = stack.enter_context(Stop().listening())
-            self.update_report = stack.enter_context(live_report(folder, rank0))
-            distributed.broadcast_from_rank0(
-                [*policy.student.parameters(), *policy.critic.parameters()]
-            )
-            self.evaluator = Evaluator(config, policy, self.openings, scorer, self.log, self.stop)
-            self.detector = CollapseDetector(read_metrics(folder), config.kl_target)
-            total = config.steps * config.stories_per_step
-            self.bar = Progress(
-                total=total, initial=self.state.written, unit="story", disable=not rank0
-            )
-            self.stages = Stages(self.bar, self.compute.device)
-            if not resumed:
-                save(self, "start")
-            self.push(stack.pop_all())
-
-    def open_grader(self, stack: contextlib.ExitStack, folder: Path) -> Grader:
-        """Rank 0's grader (other ranks' are idle), opened before the run's folder: a mistake leaves
-        nothing behind."""
-        config, policy = self.config, self.policy
-        opened = open_grader(
-            config,
-            builtin_teacher,
-            corpus=policy.history.get("corpus"),
-            replies=folder / "replies.jsonl",
-            likelihood=lambda: Likelihood(
-                self.reference, policy.tokenizer, self.openings.train, config
-            ),
-        )
-        idle = CallableGrader(lambda openings, stories: [], "rank 0")
-        grader: Grader = distributed.rank0_first(
-            lambda: stack.enter_context(opened) if distributed.is_rank0() else idle
-        )
-        if forecast := grader.forecast(
-            stories_to_grade(config, self.state, config.graded_per_step), self.openings[0]
-        ):
-            everything = f"; without --graded {stories_to_grade(config, self.state, config.stories_per_step):,} stories"
-            print(f"forecast: {forecast}{everything if config.graded else ''}")
-        return grader
+    config: InteractConfig
+    compute: Compute
+    reference: Student
+    policy: Policy
+    state: RunState
+    openings: Openings
+    replay: CorpusReplay
+    grader: Grader
+    budget: Budget
+    log: RunLog
+    stop: Stop
+    update_report: Callable[[], None]
+    evaluator: Evaluator
+    detector: CollapseDetector
+    bar: Progress
+    stages: Stages
 
 
 def interact(run: InteractionRun) -> None:
@@ -176,45 +100,56 @@ def interact(run: InteractionRun) -> None:
     with contextlib.suppress(Interrupted), run.bar:
         if due(config, state.step):
             evaluate_at_rest(run)
-        while goes_on(run, texts := run.replay.batches(state.step)):
+        while state.step < config.steps and not stopped(run):
+            texts = run.replay.batches(state.step)
+            if budget_exhausted(run, texts):
+                break
+
             stages.begin("rollout")
-            prompts = [run.openings[state.written + i] for i in range(config.stories_per_step)]
-            dropout = config.rollout_dropout if state.step else 0.0
-            sent = sent_to_teacher(len(prompts), config.graded, config.seed, state.step)
-            stories = rollout(
-                policy, prompts, state.written, run.grader.send, run.bar, dropout, sent
-            )
-            stages.begin("reference")
+            sent = rows_to_grade(run)
+            stories = write_stories(run, sent)
+            stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
-            with run.compute.autocast():  # while the teacher grades
-                batch = ppo.reread(policy, batch) if dropout else batch
-                batch = ppo.read_reference(run.reference, batch, config)
+            with run.compute.autocast():
+                if dropout(run):
+                    batch = ppo.reread(policy, batch)
+                reference = ppo.read_reference(run.reference, batch, config)
             stages.begin("teacher")
-            grades, prediction = collect(run, sent), dict[str, Any]()
+            grades = collect_grades(run, sent)
             scores = [grade.score for grade in grades]
+            prediction: dict[str, Any] = {}
             if config.graded:
                 scores, prediction = with_predictions(
-                    policy.score_model, batch, stories, scores, sent
+                    policy.score_model, batch, reference, stories, scores, sent
                 )
+
             stages.begin("update")
             if config.unreadable_score != "none":
-                scores = [
-                    float(config.unreadable_score) if score is None else score for score in scores
-                ]
+                invented = float(config.unreadable_score)
+                scores = [invented if score is None else score for score in scores]
             rewards = story_rewards(config, stories, scores)
-            # so that a resumed run repeats an unbroken one
-            torch.manual_seed(config.seed * 1_000_003 + state.step)
-            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, texts)
+            torch.manual_seed(config.seed * 1_000_003 + state.step)  # as in a run never stopped
+            statistics = ppo.step(
+                policy, batch, reference, rewards, state.kl_coef, state.step, texts
+            )
             stages.begin("")
-            milestones = count(run, stories, grades, stats)
-            evaluation, failure = run.evaluator.evaluate_if_due(state)
-            record = log(run, stories, grades, scores, rewards, stats | prediction | evaluation)
-            for name in milestones:
-                save(run, name)
-            if failure or state.step % config.save_every == 0:
-                save(run)
-            if failure:
-                raise failure
+
+            words_before = state.words_in
+            count_step(run, stories, grades, statistics)
+            evaluation: dict[str, Any] = {}
+            evaluated = False
+            try:
+                if due(config, state.step):
+                    evaluation = run.evaluator.evaluate(state)
+                evaluated = True
+            finally:  # a teacher that fails now does not cost the step
+                record = log_step(
+                    run, stories, grades, scores, rewards, statistics | prediction | evaluation
+                )
+                for name in run.budget.passed(words_before, state.words_in):
+                    save(run, name)
+                if state.step % config.save_every == 0 or not evaluated:
+                    save(run)
             if warn(run, record):
                 break
         if not stopped(run):
@@ -225,84 +160,114 @@ def interact(run: InteractionRun) -> None:
 # ---- the stages of a step ------------------------------------------------------------------------
 
 
-def goes_on(run: InteractionRun, texts: Texts) -> bool:
-    """Whether there is another step, which would replay `texts`. A signal to any process stops all
-    of them."""
-    if run.state.step >= run.config.steps or stopped(run):
-        return False
-    if exhausted := distributed.rank0_value(lambda: run.budget.exhausted(run.state, texts)):
-        run.bar.write(f"{exhausted} does not hold another step")
-    return not exhausted
-
-
 def stopped(run: InteractionRun) -> bool:
+    """Whether a signal reached any process, which stops all of them."""
     return bool(distributed.all_reduce_max(run.stop.requested))
 
 
-def collect(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
+def budget_exhausted(run: InteractionRun, texts: Texts) -> bool:
+    limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state, texts))
+    if limit:
+        run.bar.write(f"{limit} does not hold another step")
+    return bool(limit)
+
+
+def dropout(run: InteractionRun) -> float:
+    return run.config.rollout_dropout if run.state.step else 0.0
+
+
+def rows_to_grade(run: InteractionRun) -> list[int]:
+    """Rows of the step's stories that the teacher grades."""
+    config = run.config
+    return sent_to_teacher(config.stories_per_step, config.graded, config.seed, run.state.step)
+
+
+def write_stories(run: InteractionRun, sent: Sequence[int]) -> list[Story]:
+    """The step's stories. Those of the rows `sent` go to the teacher as soon as they end."""
+    first_index = run.state.written
+    openings = [run.openings[first_index + row] for row in range(run.config.stories_per_step)]
+    to_send = set(sent)
+
+    def on_story(story: Story) -> None:
+        if story.index - first_index in to_send:
+            run.grader.send(story.index, story.opening, story.text)
+        run.bar.update()
+
+    return rollout(run.policy, openings, first_index, on_story, dropout(run))
+
+
+def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     """The step's grades, NOT_SENT outside `sent`. If the teacher fails, the state after the last
     step is saved."""
     try:
-        grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
-        require_scores(grades, run.config.max_unscored)
+        received = distributed.rank0_value(lambda: run.grader.collect(run.stop))
+        require_scores(received, run.config.max_unscored)
     except UserError:
         save(run)
         raise
-    by_row = dict(zip(sent, grades, strict=True))
-    return [by_row.get(row, NOT_SENT) for row in range(run.config.stories_per_step)]
+    grades = [NOT_SENT] * run.config.stories_per_step
+    for row, grade in zip(sent, received, strict=True):
+        grades[row] = grade
+    return grades
 
 
-def count(
-    run: InteractionRun, stories: Sequence[Story], grades: list[Grade], stats: dict[str, Any]
-) -> list[str]:
-    """Count the step, adapt the KL coefficient, and return the milestones (words taken in) that
-    were passed."""
-    state, before = run.state, run.state.words_in
-    replies, scored = (
-        sum(grade.reply_words for grade in grades),
-        len(stories) - int(stats["unscored"]),
-    )
-    state.spend(stories, run.budget.opening_words(state) + replies + int(stats["words_replayed"]))
-    state.step, state.written = state.step + 1, state.written + len(stories)
-    state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], scored, run.config)
-    return run.budget.passed(before, state.words_in)
+def count_step(
+    run: InteractionRun,
+    stories: Sequence[Story],
+    grades: Sequence[Grade],
+    statistics: dict[str, Any],
+) -> None:
+    """Count the step and its words, and adapt the KL coefficient."""
+    state = run.state
+    opening_words = run.budget.opening_words(state)
+    reply_words = sum(grade.reply_words for grade in grades)
+    state.spend(stories, opening_words + reply_words + int(statistics["words_replayed"]))
+    state.step += 1
+    state.written += len(stories)
+    with_reward = len(stories) - int(statistics["unscored"])
+    state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], with_reward, run.config)
 
 
-def log(
+def log_step(
     run: InteractionRun,
     stories: Sequence[Story],
     grades: list[Grade],
     scores: Sequence[float | None],
     rewards: list[float | None],
-    stats: dict[str, Any],
+    statistics: dict[str, Any],
 ) -> Record:
     """Record the step's stories and metrics, and return the metrics. scores: the teacher's and the
     predicted."""
-    state, graded = run.state, [grade.score for grade in grades]
-    predicted = [
-        score if grade == NOT_SENT else None for grade, score in zip(grades, scores, strict=True)
-    ]
+    state = run.state
+    predicted: list[float | None] = []
+    if run.config.graded:
+        predicted = [
+            score if grade == NOT_SENT else None
+            for grade, score in zip(grades, scores, strict=True)
+        ]
     mixed = has_dull_tellers(run.policy.history)
-    records = story_records(
-        state.step, stories, grades, rewards, mixed, predicted if run.config.graded else ()
-    )
-    means, unscored = story_means(records), graded.count(None) - grades.count(NOT_SENT)
+    records = story_records(state.step, stories, grades, rewards, mixed, predicted)
     run.log.stories(records)
+
+    means = story_means(records)
+    graded_scores = [grade.score for grade in grades]
+    unscored = graded_scores.count(None) - grades.count(NOT_SENT)
+    metrics = statistics | {"unscored": unscored}
+    metrics |= score_means(grades)
+    metrics |= means
+    metrics |= rollout_means(stories, graded_scores)
+    metrics |= {"words_in": state.words_in, "words_out": state.words_out}
+    metrics |= run.stages.seconds
+    metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
+    metrics |= run.grader.stats()
     run.bar.end_step(
-        {"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]}
+        {
+            "reward": statistics["reward_mean"],
+            "words": means["length_mean"],
+            "kl": statistics["kl"],
+        }
     )
-    return run.log.metrics(
-        step=state.step,
-        **stats | {"unscored": unscored},
-        **score_means(grades),
-        **means,
-        **rollout_means(stories, graded),
-        words_in=state.words_in,
-        words_out=state.words_out,
-        **run.stages.seconds,
-        peak_memory_mb=peak_memory_mb(run.compute.device),
-        **run.grader.stats(),
-    )
+    return run.log.metrics(step=state.step, **metrics)
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
@@ -314,33 +279,118 @@ def warn(run: InteractionRun, record: Record) -> bool:
     """Show new warnings in the terminal and the report. Returns whether they end the run."""
     run.update_report()
     warnings = distributed.rank0_value(lambda: run.detector.add(record))
-    for warning in warnings.values() if distributed.is_rank0() else ():
-        run.bar.write(warning)
-    return run.config.stop_on_collapse and bool(warnings.keys() & {"collapse", "kl"})
+    if distributed.is_rank0():
+        for warning in warnings.values():
+            run.bar.write(warning)
+    is_serious = bool(warnings.keys() & {"collapse", "kl"})
+    return run.config.stop_on_collapse and is_serious
 
 
 def evaluate_at_rest(run: InteractionRun) -> None:
     """Evaluate at the start or end, unless it is on record. The state is saved first: the teacher
     can fail."""
-    if not run.evaluator.done(run.state.step):
-        if run.state.step:
-            save(run)
-        run.log.track({"step": run.state.step} | run.evaluator.evaluate(run.state))
+    if run.evaluator.done(run.state.step):
+        return
+    if run.state.step:
+        save(run)
+    evaluation = run.evaluator.evaluate(run.state)
+    run.log.track({"step": run.state.step} | evaluation)
 
 
 # ---- before and after the loop -------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
+    """A run, ready for its next step. Leaving the block closes teacher and records. Whatever the
+    user can fix is found before the run's folder is written."""
+    folder = Path(config.out)
+    rank0 = distributed.is_rank0()
+    distributed.require_one_each("--stories-per-step", config.stories_per_step)
+    distributed.require_one_each("--eval-stories", config.eval_stories)
+    compute = resolve(config.device, config.dtype)
+
+    resumed = None
+    if config.resume:
+        resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
+    start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
+    reference, _, _ = checkpoint.load(start, compute.device)
+    reference.requires_grad_(False)
+    policy = load_policy(config, start, compute)
+    state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
+    memory.require_for_interaction(config, reference.config, compute.device)
+    if rank0:
+        for warning in published_options(config):
+            print(f"warning: {warning}")
+
+    openings = open_openings(config, policy)
+    replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)
+    milestones = words_of_milestones(config, policy.history)
+    with contextlib.ExitStack() as stack:
+        grader = open_grader_on_rank0(stack, config, policy, reference, openings)
+        scorer = grader.scorer
+        facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
+        print(f"student {start}, scored by {facts['scored_by']}")
+        print_forecast(config, state, grader, openings)
+        budget = Budget(config, openings, milestones, scorer.most_words, scorer.affords)
+        first_texts = replay.batches(state.step)
+        distributed.rank0_value(lambda: budget.require_first_step(state, first_texts))
+
+        resume_step = state.step if config.resume else None
+        log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
+        stack.enter_context(log)
+        student_facts = {
+            "corpus": policy.history.get("corpus"),
+            "words": policy.history.get("words"),
+            "parameters": sum(parameter.numel() for parameter in reference.parameters()),
+        }
+        start_facts = {"init": config.init or str(start), "student": student_facts}
+        log.config(asdict(config) | facts | compute.recorded | start_facts)
+        stop = stack.enter_context(Stop().listening())
+        distributed.broadcast_from_rank0(
+            [*policy.student.parameters(), *policy.critic.parameters()]
+        )
+        bar = Progress(
+            total=config.steps * config.stories_per_step,
+            initial=state.written,
+            unit="story",
+            disable=not rank0,
+        )
+        run = InteractionRun(
+            config=config,
+            compute=compute,
+            reference=reference,
+            policy=policy,
+            state=state,
+            openings=openings,
+            replay=replay,
+            grader=grader,
+            budget=budget,
+            log=log,
+            stop=stop,
+            update_report=stack.enter_context(live_report(folder, rank0)),
+            evaluator=Evaluator(config, policy, openings, scorer, log, stop),
+            detector=CollapseDetector(read_metrics(folder), config.kl_target),
+            bar=bar,
+            stages=Stages(bar, compute.device),
+        )
+        if not resumed:
+            save(run, "start")
+        yield run
+
+
 def starting_checkpoint(init: str) -> Path:
     """The checkpoint that --init names; by default the newest under runs/pretrain, or else that of
     `make demo`."""
-    run = Path(init) if init else next(filter(checkpoint.newest, PRETRAIN_RUNS), None)
-    if run is None:
-        first = hint("train_pretrain.py")
-        raise UserError(
-            f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
-        )
-    return checkpoint.find(run)
+    if init:
+        return checkpoint.find(Path(init))
+    for run in PRETRAIN_RUNS:
+        if checkpoint.newest(run):
+            return checkpoint.find(run)
+    first = hint("train_pretrain.py")
+    raise UserError(
+        f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
+    )
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:
@@ -350,9 +400,9 @@ def open_openings(config: InteractConfig, policy: Policy) -> Openings:
         print(
             "there is one opening, so none is held out: evaluations use the one that is trained on"
         )
-    longest = max(
-        len(encode_opening(policy.tokenizer, text)) for text in openings.train + openings.held_out
-    )
+    longest = 0
+    for opening in openings.train + openings.held_out:
+        longest = max(longest, len(encode_opening(policy.tokenizer, opening)))
     require_room(policy.student, longest, config.max_new_tokens)
     return openings
 
@@ -367,34 +417,66 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
     return babylm.milestones_beyond(history)
 
 
+def open_grader_on_rank0(
+    stack: contextlib.ExitStack,
+    config: InteractConfig,
+    policy: Policy,
+    reference: Student,
+    openings: Openings,
+) -> Grader:
+    """Rank 0's grader; other ranks' are idle."""
+    grader = open_grader(
+        config,
+        builtin_teacher,
+        corpus=policy.history.get("corpus"),
+        replies=Path(config.out) / "replies.jsonl",
+        likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+    )
+
+    def enter() -> Grader:
+        if distributed.is_rank0():
+            return stack.enter_context(grader)
+        return CallableGrader(lambda openings, stories: [], "rank 0")
+
+    return distributed.rank0_first(enter)
+
+
+def print_forecast(
+    config: InteractConfig, state: RunState, grader: Grader, openings: Openings
+) -> None:
+    """What the grades of the run will take, if the grader knows."""
+    forecast = grader.forecast(stories_to_grade(config, state, config.graded_per_step), openings[0])
+    if not forecast:
+        return
+    if config.graded:
+        everything = stories_to_grade(config, state, config.stories_per_step)
+        forecast = f"{forecast}; without --graded {everything:,} stories"
+    print(f"forecast: {forecast}")
+
+
 def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
     """Number of stories left to grade: `per_step` in each step, and `eval_stories` in each
     evaluation."""
-    evaluations = sum(
-        due(config, step) for step in range(state.step + bool(state.step), config.steps + 1)
-    )
+    first = state.step + 1 if state.step else 0
+    evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
     return (config.steps - state.step) * per_step + evaluations * config.eval_stories
 
 
 def report(run: InteractionRun) -> None:
     """Print how to resume a run that was asked to stop, or what a finished one learned."""
-    config, state, folder, reader = run.config, run.state, run.log.folder, run.reader
+    state, folder = run.state, run.log.folder
     asked_to_stop = stopped(run)
     if not distributed.is_rank0():
         return
     if asked_to_stop:
-        resume = hint(
-            "train_interact.py", "--out", folder, "--resume", *leads_out(recorded_options(folder))
-        )
+        options = leads_out(recorded_options(folder))
+        resume = hint("train_interact.py", "--out", folder, "--resume", *options)
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(folder, state.best_step)
     print(summary(folder))
-    if reader is not None:
-        print(conclusion(judge_run(folder, config, run.compute, reader, run.grader.grade_each)))
-    print(
-        f"report: {folder / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(folder))}"
-    )
+    print(f"report: {folder / 'report.html'}")
+    print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
 
 
 if __name__ == "__main__":

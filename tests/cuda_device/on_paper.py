@@ -169,8 +169,8 @@ def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
     def step() -> None:
         batch = collate(stories, CUDA)
         with policy.autocast():
-            batch = ppo.read_reference(reference, batch, config)
-        ppo.step(policy, batch, [0.1 * i for i in range(rows)], config.kl_coef)
+            seen = ppo.read_reference(reference, batch, config)
+        ppo.step(policy, batch, seen, [0.1 * i for i in range(rows)], config.kl_coef)
 
     return counted(step)
 

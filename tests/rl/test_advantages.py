@@ -6,9 +6,10 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from test_ppo import CONFIG, policy, random_batch, with_targets
+from test_ppo import CONFIG, policy, random_batch
 
 from tinystory.rl import ppo
+from tinystory.rl.batch import Targets
 from tinystory.rl.learners import best_quarter, dr_grpo, grpo, rloo
 
 RETURNS = torch.tensor([0.1, 0.9, 0.4, 0.7, 0.2, 0.5])
@@ -36,13 +37,14 @@ def test_the_best_quarter_is_rounded_up_and_keeps_its_order():
     assert best_quarter(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5])).tolist() == [0, 1]
 
 
-def gradient(student, config, batch, advantages, **more) -> list[torch.Tensor]:
+def gradient(student, config, batch, advantages, ref_logprobs=None, **more) -> list[torch.Tensor]:
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.parameters()]
     ppo.update(
         policy(student, torch.nn.Module(), optimizer, config),
-        with_targets(batch, advantages),
+        batch,
+        Targets(advantages, batch.logprobs if ref_logprobs is None else ref_logprobs),
         **more,
     )
     return [a - b.detach() for a, b in zip(before, student.parameters(), strict=True)]
@@ -55,14 +57,14 @@ def test_k3_and_replay_add_their_gradients_to_the_losss(student):
     batch = random_batch([4, 6, 5], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
-    batch.ref_logprobs = batch.logprobs + 0.3 * torch.randn(len(batch.logprobs))
+    ref_logprobs = batch.logprobs + 0.3 * torch.randn(len(batch.logprobs))
     texts = [(torch.randint(5, 90, (5, 13)), 9)]
     zeros, advantages = torch.zeros(len(batch.logprobs)), torch.randn(len(batch.logprobs))
     plain = gradient(student, config, batch, advantages)
-    both = gradient(student, config, batch, advantages, kl_coef=0.4, texts=texts)
+    both = gradient(student, config, batch, advantages, ref_logprobs, kl_coef=0.4, texts=texts)
 
     logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
-    ratio = (batch.ref_logprobs - logprobs).exp()
+    ratio = (ref_logprobs - logprobs).exp()
     k3 = (ratio - 1 - ratio.log()).mean()
     tokens = texts[0][0]
     replay = torch.nn.functional.cross_entropy(

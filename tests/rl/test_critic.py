@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.rl.batch import Batch
+from tinystory.rl.batch import Batch, Reference
 from tinystory.rl.critic import DECAY, PRIOR, RidgeCritic, features
 
 WIDTH = 6
@@ -34,15 +34,14 @@ def estimate(critic, states, logprobs, returns, mask):
         tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
         logprobs=logprobs[mask],
         values=logprobs[mask],
-        ref_logprobs=logprobs[mask],
-        ref_states=states[mask],
-        returns=returns[mask],
+        places=torch.arange(int(mask.sum())),
         lengths=mask.sum(1).numpy(),
         input_lengths=mask.sum(1).numpy(),
         longest=longest,
         **sizes,
     )
-    return batch.padded(critic.estimate(batch))
+    reference = Reference(logprobs[mask], states[mask])
+    return batch.padded(critic.estimate(batch, reference, returns[mask]))
 
 
 def test_features_are_what_is_known_before_each_token():

@@ -47,9 +47,9 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
             differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max())
         )
 
-    def recorded(policy, batch, *more):
-        used["batch"] = batch
-        return update(policy, batch, *more)
+    def recorded(policy, batch, targets, *more):
+        used["targets"] = targets
+        return update(policy, batch, targets, *more)
 
     update, used = ppo.update, {}
     monkeypatch.setattr(ppo, "update", recorded)
@@ -63,14 +63,16 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
         batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
             batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
-        batch = ppo.read_reference(reference, batch, config)
+        seen = ppo.read_reference(reference, batch, config)
         parts = policy(student, torch.nn.Module(), optimizer, config)
-        stats = ppo.step(parts, batch, theirs["scores"].tolist(), config.kl_coef)
+        stats = ppo.step(parts, batch, seen, theirs["scores"].tolist(), config.kl_coef)
         compare("loss", stats["policy_loss"], theirs["losses"].mean())
         compare("gradient norm", stats["grad_norm"], theirs["grad_norms"].mean())
         if "advantages" in theirs:
             compare(
-                "advantages", used["batch"].advantages, batch.packed(theirs["advantages"][:, None])
+                "advantages",
+                used["targets"].advantages,
+                batch.packed(theirs["advantages"][:, None]),
             )
     C = student.config.n_embd
     for name, want in tensors(f"{learner}/weights/").items():

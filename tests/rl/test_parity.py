@@ -70,23 +70,24 @@ def test_four_updates_are_trls(setting, monkeypatch):
             entropy = float(
                 ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()
             ) / len(mask)
-        batch = ppo.read_reference(reference, batch, config)
-        rewards = ppo.token_rewards(scores, batch, kl_coef)
-        judged = learners.gae(config, head, batch, rewards)
+        seen = ppo.read_reference(reference, batch, config)
+        rewards = ppo.token_rewards(scores, batch, seen, kl_coef)
+        targets = learners.gae(config, head, batch, seen, rewards)
         ours = (
             batch.logprobs,
-            batch.ref_logprobs,
+            seen.logprobs,
             batch.values,
             rewards,
-            judged.advantages,
-            judged.returns,
+            targets.advantages,
+            targets.returns,
         )
         for name, got in zip(ON_THE_WAY, ours, strict=True):
             compare(name, batch.padded(got), theirs[name])
 
         orders = iter(theirs["orders"])
         monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
-        got = ppo.step(policy(student, head, optimizer, config), batch, scores.tolist(), kl_coef)
+        learner = policy(student, head, optimizer, config)
+        got = ppo.step(learner, batch, seen, scores.tolist(), kl_coef)
         kl_coef = ppo.next_kl_coef(kl_coef, got["kl"], len(scores), config)
         got |= dict(tokens_mean=mask.sum(1).float().mean(), entropy=entropy, kl_coef_after=kl_coef)
         assert got["skipped"] == 0

@@ -9,7 +9,7 @@ import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import learners, ppo
-from tinystory.rl.batch import Batch, collate
+from tinystory.rl.batch import Batch, Reference, Targets, collate
 from tinystory.rl.policy import Policy, SharpAdam
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
@@ -33,14 +33,19 @@ def policy(student, critic, optimizer, config) -> Policy:
     return Policy(**parts, tokenizer=None, history={})
 
 
-def with_targets(batch, advantages=None, returns=None) -> Batch:
-    """The batch with advantages and returns, by default its values."""
-    default = batch.values
-    return dataclasses.replace(
-        batch,
-        advantages=default if advantages is None else advantages,
-        returns=default if returns is None else returns,
+def targets_of(batch, advantages=None, returns=None) -> Targets:
+    """Targets with these advantages and returns, by default the batch's values."""
+    return Targets(
+        advantages=batch.values if advantages is None else advantages,
+        ref_logprobs=batch.logprobs,
+        values=batch.values,
+        returns=batch.values if returns is None else returns,
     )
+
+
+def reference_of(logprobs) -> Reference:
+    """A reference with these log-probabilities, whose states nobody reads."""
+    return Reference(logprobs, torch.zeros(len(logprobs), 0))
 
 
 CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
@@ -135,11 +140,9 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
 
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
     batch = random_batch([3, 1], 300)
-    batch.logprobs, batch.ref_logprobs = (
-        torch.tensor([-1.0, -2.0, -3.0, -1.5]),
-        torch.tensor([-1.5, -2.0, -2.0, -1.0]),
-    )
-    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), batch, kl_coef=0.2)
+    batch.logprobs = torch.tensor([-1.0, -2.0, -3.0, -1.5])
+    reference = reference_of(torch.tensor([-1.5, -2.0, -2.0, -1.0]))
+    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), batch, reference, kl_coef=0.2)
     torch.testing.assert_close(got, torch.tensor([-0.1, 0.0, 0.2 + 0.5, 0.1 + 0.25]))
 
 
@@ -215,10 +218,10 @@ def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
             )
 
 
-def plain_loss(student, head, batch, c) -> torch.Tensor:
+def plain_loss(student, head, batch, targets, c) -> torch.Tensor:
     """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
     policy, value_loss, count = 0.0, 0.0, 0
-    columns = (batch.tokens, batch.logprobs, batch.values, batch.advantages, batch.returns)
+    columns = (batch.tokens, batch.logprobs, batch.values, targets.advantages, targets.returns)
     for tokens, logprobs, old, a, r in zip(
         *(x.split(batch.lengths.tolist()) for x in columns), strict=True
     ):
@@ -247,10 +250,10 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
         3, len(now), generator=torch.Generator().manual_seed(5)
     )
     batch.logprobs = now + 0.3 * noise
-    batch = with_targets(batch, advantages, returns)
+    targets = targets_of(batch, advantages, returns)
 
     twin, twin_head = copy.deepcopy(student), copy.deepcopy(head)
-    plain = plain_loss(twin, twin_head, batch, config)
+    plain = plain_loss(twin, twin_head, batch, targets, config)
     plain.backward()
     grads = [p.grad for p in (*twin.parameters(), *twin_head.parameters())]
 
@@ -261,7 +264,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
         seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())),
         step(),
     )
-    stats = ppo.update(policy(student, head, optimizer, config), batch)
+    stats = ppo.update(policy(student, head, optimizer, config), batch, targets)
     for got, want in zip(seen, grads, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
     assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(
@@ -277,7 +280,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     before = [p.clone() for p in student.parameters()]
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-2)
-    stats = ppo.update(policy(student, head, optimizer, config), with_targets(batch))
+    stats = ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
     assert stats["skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -297,7 +300,7 @@ def test_every_gradient_is_clipped(student):
         moved.append(float(torch.stack(norms).norm()))
 
     optimizer.step = recorded
-    ppo.update(policy(student, head, optimizer, config), with_targets(batch))
+    ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
     assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
 
 
@@ -310,7 +313,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
-    batch.ref_logprobs = batch.logprobs - 2.0  # 10 and 6 nats
+    reference = reference_of(batch.logprobs - 2.0)  # 10 and 6 nats
     head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
 
@@ -322,7 +325,8 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "token_rewards", rewards)
         config = dataclasses.replace(CONFIG, epochs=1)
-        stats = ppo.step(policy(student, head, optimizer, config), batch, [1.0, 0.5], 0.2)
+        learner = policy(student, head, optimizer, config)
+        stats = ppo.step(learner, batch, reference, [1.0, 0.5], 0.2)
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([-0.4, -0.4, -0.4, -0.4, 0.6, -0.4, -0.4, 0.1])
     torch.testing.assert_close(seen["rewards"], want)
@@ -332,11 +336,13 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch = random_batch([5, 3, 4], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
-    batch.ref_logprobs, ends, stats = batch.logprobs - 0.1, [], []
+    reference = reference_of(batch.logprobs - 0.1)
+    ends, stats = [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
         copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
         learner = policy(copied, head, SharpAdam(copied, head, CONFIG), CONFIG)
-        stats.append(ppo.step(learner, batch.rows(rows), rewards, 0.2))
+        part = batch.rows(rows)
+        stats.append(ppo.step(learner, part, reference.at(part.places), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == pytest.approx(stats[1] | {"unscored": 1}, rel=0, abs=0, nan_ok=True)
@@ -355,8 +361,9 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
         batch.values = head(states)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
-    targets = with_targets(batch, learners.whiten(gain, torch.ones_like(gain).bool()), returns)
-    first = ppo.update(policy(student, head, optimizer, config), targets)
+    advantages = learners.whiten(gain, torch.ones_like(gain).bool())
+    targets = targets_of(batch, advantages, returns)
+    first = ppo.update(policy(student, head, optimizer, config), batch, targets)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
         after, states = ppo.response_logprobs(student, batch, 1.0)
@@ -379,7 +386,8 @@ def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, mon
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         config = dataclasses.replace(config, max_ratio=1e9)
-        ppo.update(policy(student, head, optimizer, config), with_targets(batch), steps=steps)
+        learner = policy(student, head, optimizer, config)
+        ppo.update(learner, batch, targets_of(batch), steps=steps)
     assert rates == pytest.approx([0.8 - 0.1 * update for update in range(8)])
 
 
@@ -395,7 +403,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
         config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                ppo.update(policy(student, head, optimizer, config), with_targets(batch))
+                ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
         ends.append(copy.deepcopy(student.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 

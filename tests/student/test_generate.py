@@ -7,7 +7,7 @@ import torch
 from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.rl import ppo
-from tinystory.rl.batch import collate
+from tinystory.rl.batch import Reference, collate
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
 from tinystory.student.generate import StudentDecoder, encode_opening, generate, require_room
@@ -109,11 +109,9 @@ def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokeniz
     stories = write(eager_to_end, tokenizer)
     batch = collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
-    batch.ref_logprobs = batch.logprobs
-    columns = (
-        x.split(batch.lengths.tolist())
-        for x in (batch.tokens, ppo.token_rewards(scores, batch, 0.2))
-    )
+    reference = Reference(batch.logprobs, torch.zeros(len(batch.logprobs), 0))
+    token_rewards = ppo.token_rewards(scores, batch, reference, 0.2)
+    columns = (x.split(batch.lengths.tolist()) for x in (batch.tokens, token_rewards))
     for story, score, tokens, rewards in zip(stories, scores, *columns, strict=True):
         n = len(story.tokens)
         assert (
@@ -297,7 +295,6 @@ def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_
     )
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
     batch = collate(stories, torch.device("cpu"))
-    logprobs = ppo.read_reference(
-        eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False
-    ).ref_logprobs
+    reference = ppo.read_reference(eager_to_end, batch, InteractConfig(micro_batch_size=8))
+    logprobs = reference.logprobs
     assert float((batch.logprobs - logprobs).abs().max()) > 0.1

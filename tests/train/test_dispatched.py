@@ -20,7 +20,7 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.shards import TokenFile
 from tinystory.evaluate.validation import validate
 from tinystory.rl import ppo
-from tinystory.rl.batch import Batch, collate
+from tinystory.rl.batch import Batch, Targets, collate
 from tinystory.rl.policy import Policy
 from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -106,7 +106,7 @@ def validation() -> Counter:
     return second_micro_batch(run)
 
 
-def written(rows: int) -> Batch:
+def written(rows: int) -> tuple[Batch, Targets]:
     T, N = 16, 12
     stories = torch.randint(96, (rows, T + 1))
     zeros, each = torch.zeros(N), dict(text="", ended="length")
@@ -124,8 +124,7 @@ def written(rows: int) -> Batch:
         for i, row in enumerate(stories)
     ]
     batch = collate(told, torch.device("cpu"))
-    batch.advantages = batch.returns = batch.values
-    return batch
+    return batch, Targets(batch.values, batch.logprobs, batch.values, batch.values)
 
 
 def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
@@ -138,7 +137,7 @@ def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
         config=config,
     )
     parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={})
-    ppo.update(Policy(**parts), written(rows))
+    ppo.update(Policy(**parts), *written(rows))
 
 
 def interaction() -> Counter:

@@ -53,7 +53,7 @@ class Evaluator:
         Interrupted."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
-        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
+        stories = rollout(self.policy, prompts, FIRST_INDEX, self.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
@@ -68,6 +68,9 @@ class Evaluator:
         return {
             f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()
         }
+
+    def send(self, story: Story) -> None:
+        self.grader.send(story.index, story.opening, story.text)
 
     def evaluate_if_due(
         self, state: RunState

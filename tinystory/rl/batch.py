@@ -1,11 +1,9 @@
 """The stories of a step as tensors: padded rows for attention, one entry per token everywhere
 else."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +14,15 @@ from tinystory.run.device import upload
 from tinystory.student.generate import Story
 
 Rows = Sequence[int] | np.ndarray
-Later = Tensor | Any  # None until it is computed
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """B stories with n tokens in all.
+    """B stories with n tokens in all, as they were sampled.
 
-    inputs (B, T) int64, right-padded: the opening and the story without its last token. All other
-    tensors have one entry per story token, in the stories' order: tokens (n,) int64; logprobs,
-    values (n,) float32, as sampled; ref_logprobs (n,) and ref_states (n, C), the reference's;
-    advantages, returns (n,), the learner's; places (n,) int64, indices into the batch from which
-    `rows` took them.
+    inputs (B, T) int64, right-padded: the opening and the story without its last token. The other
+    tensors have one entry per story token, in the stories' order: tokens (n,) int64; logprobs and
+    values (n,) float32; places (n,) int64, indices into the batch from which `rows` took them.
 
     NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the
     stories; openings, equal for the same opening; prompt_lengths, lengths: tokens of opening and
@@ -38,11 +33,7 @@ class Batch:
     tokens: Tensor
     logprobs: Tensor
     values: Tensor
-    ref_logprobs: Later = None
-    ref_states: Later = None
-    advantages: Later = None
-    returns: Later = None
-    places: Later = None
+    places: Tensor
     indices: np.ndarray
     openings: np.ndarray
     prompt_lengths: np.ndarray
@@ -54,30 +45,35 @@ class Batch:
         return len(self.lengths)
 
     def rows(self, rows: Rows) -> "Batch":
-        chosen: dict[str, Any] = {}
-        at = upload(np.asarray(rows, np.int64), self.inputs.device)
+        """The batch of these stories alone."""
+        rows = np.asarray(rows, np.int64)
         starts = self.lengths.cumsum() - self.lengths
-        places = upload(spans(starts[rows], self.lengths[rows]), self.inputs.device)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                chosen[field.name] = value[rows]
-            elif isinstance(value, Tensor) and field.name != "places":
-                chosen[field.name] = value.index_select(0, at if field.name == "inputs" else places)
-        return dataclasses.replace(self, **chosen, places=places)
+        device = self.inputs.device
+        places = upload(spans(starts[rows], self.lengths[rows]), device)
+        return Batch(
+            inputs=self.inputs.index_select(0, upload(rows, device)),
+            tokens=self.tokens.index_select(0, places),
+            logprobs=self.logprobs.index_select(0, places),
+            values=self.values.index_select(0, places),
+            places=places,
+            indices=self.indices[rows],
+            openings=self.openings[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            lengths=self.lengths[rows],
+            input_lengths=self.input_lengths[rows],
+            longest=self.longest,
+        )
 
     def padded(self, x: Tensor) -> Tensor:
         """(n, ...) float32 -> (B, longest, ...), 0 where there is no token."""
         table = torch.zeros(len(self) * self.longest, *x.shape[1:], device=x.device)
-        return table.index_copy(0, self._table_places, x).unflatten(0, (len(self), self.longest))
+        table = table.index_copy(0, self._table_places, x)
+        return table.unflatten(0, (len(self), self.longest))
 
     def packed(self, table: Tensor) -> Tensor:
         """The inverse of `padded`. A table (B, 1, ...) is broadcast to each story's tokens."""
-        return (
-            table.expand(-1, self.longest, *table.shape[2:])
-            .flatten(0, 1)
-            .index_select(0, self._table_places)
-        )
+        full_table = table.expand(-1, self.longest, *table.shape[2:])
+        return full_table.flatten(0, 1).index_select(0, self._table_places)
 
     def story_sums(self, x: Tensor) -> Tensor:
         """(n,) -> (B,): the sum over each story's tokens."""
@@ -85,7 +81,43 @@ class Batch:
 
     @cached_property
     def _table_places(self) -> Tensor:
-        return upload(spans(np.arange(len(self)) * self.longest, self.lengths), self.inputs.device)
+        row_starts = np.arange(len(self)) * self.longest
+        return upload(spans(row_starts, self.lengths), self.inputs.device)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the frozen starting checkpoint sees of a batch: logprobs (n,) of the stories' tokens, and
+    the states (n, C) that predict them; (n, 0) if nobody reads them. Both are float32."""
+
+    logprobs: Tensor
+    states: Tensor
+
+    def at(self, places: Tensor) -> "Reference":
+        """The entries of these tokens, (m,) int64."""
+        return Reference(self.logprobs.index_select(0, places), self.states.index_select(0, places))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a learner's loss compares the policy with, (n,) float32 each: advantages; ref_logprobs,
+    the reference's. Learners with values also have values, as they were before the update, and
+    returns, which they should have been."""
+
+    advantages: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def at(self, places: Tensor) -> "Targets":
+        """The entries of these tokens, (m,) int64."""
+        values, returns = self.values, self.returns
+        return Targets(
+            advantages=self.advantages.index_select(0, places),
+            ref_logprobs=self.ref_logprobs.index_select(0, places),
+            values=None if values is None else values.index_select(0, places),
+            returns=None if returns is None else returns.index_select(0, places),
+        )
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -94,25 +126,22 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def collate(stories: Sequence[Story], device: torch.device) -> Batch:
-    first: dict[str, int] = {}
+    # The last token predicts nothing.
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
-    tokens, logprobs, values = (
-        upload(torch.cat([getattr(story, name) for story in stories]), device)
-        for name in ("tokens", "logprobs", "values")
-    )
+    first_row: dict[str, int] = {}
+    openings = [first_row.setdefault(story.opening, row) for row, story in enumerate(stories)]
     return Batch(
         inputs=upload(pad_sequence(inputs, batch_first=True), device),
-        tokens=tokens,
-        logprobs=logprobs,
-        values=values,
+        tokens=upload(torch.cat([story.tokens for story in stories]), device),
+        logprobs=upload(torch.cat([story.logprobs for story in stories]), device),
+        values=upload(torch.cat([story.values for story in stories]), device),
+        places=torch.arange(lengths.sum(), device=device),
         indices=np.array([story.index for story in stories]),
-        openings=np.array(
-            [first.setdefault(story.opening, row) for row, story in enumerate(stories)]
-        ),
+        openings=np.array(openings),
         prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
         lengths=lengths,
-        input_lengths=np.array([*map(len, inputs)]),
+        input_lengths=np.array([len(row) for row in inputs]),
         longest=int(lengths.max()),
     )
 
@@ -120,4 +149,5 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
 def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Indices in groups of at most `size` of similar length, so that little padding is computed."""
     order = lengths.argsort(kind="stable")
-    return (order[first : first + size] for first in range(0, len(order), size))
+    for first in range(0, len(order), size):
+        yield order[first : first + size]

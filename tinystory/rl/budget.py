@@ -25,18 +25,26 @@ class Budget:
     def exhausted(self, state: RunState, texts: Texts, evaluations: int = 1) -> str:
         """The limit that a step which replays `texts`, and these evaluations, would exceed, or "".
         Rank 0 only."""
-        config, evaluated = self.config, evaluations * self.config.eval_stories
+        config = self.config
+        evaluated = evaluations * config.eval_stories
         graded = config.graded_per_step + evaluated
-        words_in = state.words_in + self.opening_words(state) + graded * self.most_words
-        words_in += sum(words for _, words in texts)
-        words_out = state.words_out + (config.stories_per_step + evaluated) * config.max_new_tokens
+        written = config.stories_per_step + evaluated
+        replayed_words = sum(words for _, words in texts)
+        reply_words = graded * self.most_words
+        words_in = state.words_in + self.opening_words(state) + reply_words + replayed_words
+        words_out = state.words_out + written * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-        return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"
+        if not self.affords(graded):
+            return f"--budget-cost {config.budget_cost:g}"
+        return ""
 
     def require_first_step(self, state: RunState, texts: Texts) -> None:
         """Raises UserError if a new run cannot afford one step."""
-        if state.step == 0 and (limit := self.exhausted(state, texts, evaluations=2)):
+        if state.step:
+            return
+        limit = self.exhausted(state, texts, evaluations=2)
+        if limit:
             raise UserError(
                 f"{limit} does not hold a single step and the evaluations around it: raise it, or lower "
                 "--stories-per-step or --eval-stories"

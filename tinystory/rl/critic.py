@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinystory.rl.batch import Batch
+from tinystory.rl.batch import Batch, Reference
 
-# tokens after which the weights are shrunk by half: about 40 stories, the best value on held-out
-# ones
+# Ridge prior, in tokens: after PRIOR tokens (about 40 stories) the weights are shrunk by half. The
+# best value on held-out stories.
 PRIOR = 5000
 DECAY = 0.9  # of the accumulated statistics per PPO step; older returns come from an older policy
-# stories per chunk of features; on a CPU a quarter faster than a whole step's at once (LOG.md)
+# Stories per chunk of features: on a CPU a quarter faster than a whole step's at once (LOG.md).
 CHUNK = 32
 
 
@@ -36,52 +36,76 @@ class RidgeCritic(nn.Module):
         self.register_buffer("moment", torch.zeros(size, dtype=torch.float64))
 
     @torch.no_grad()
-    def estimate(self, batch: Batch) -> Tensor:
-        """(n,) float32: the expected return before each token, from ref_states and ref_logprobs.
-        Then adds the batch's returns to the statistics. Each half of the batch is estimated from
-        the other half and all earlier batches, so that no story has a part in its own estimate."""
-        halves = [np.arange(half, len(batch), 2) for half in (0, 1)]
-        sums = []
-        for half in halves:
-            gram, moment = torch.zeros_like(self.gram), torch.zeros_like(self.moment)
-            for x, returns, _ in chunks(batch, half):
-                gram.addmm_(x.T, x)
-                moment.addmv_(x.T, returns)
-            sums.append((gram, moment))
+    def estimate(self, batch: Batch, reference: Reference, returns: Tensor) -> Tensor:
+        """(n,) float32: the expected return before each token. Then adds the batch's returns, (n,),
+        to the statistics. Each half of the batch is estimated from the other half and all earlier
+        batches, so that no story has a part in its own estimate."""
+        even = np.arange(0, len(batch), 2)
+        odd = np.arange(1, len(batch), 2)
+        even_gram, even_moment = self.statistics(batch, reference, returns, even)
+        odd_gram, odd_moment = self.statistics(batch, reference, returns, odd)
+
         values = torch.zeros_like(batch.logprobs)
-        for half, (gram, moment) in zip(halves, reversed(sums), strict=True):
-            weights = ridge_weights(self.gram + gram, self.moment + moment)
-            for x, _, places in chunks(batch, half):
-                values[places] = (x @ weights).to(values.dtype)
-        for total, parts in zip((self.gram, self.moment), zip(*sums, strict=True), strict=True):
-            total.add_(sum(parts)).mul_(DECAY)
+        weights_for_even = ridge_weights(self.gram + odd_gram, self.moment + odd_moment)
+        for x, places in chunks(batch, reference, even):
+            values[places] = (x @ weights_for_even).to(values.dtype)
+        weights_for_odd = ridge_weights(self.gram + even_gram, self.moment + even_moment)
+        for x, places in chunks(batch, reference, odd):
+            values[places] = (x @ weights_for_odd).to(values.dtype)
+
+        self.gram.add_(even_gram + odd_gram).mul_(DECAY)
+        self.moment.add_(even_moment + odd_moment).mul_(DECAY)
         return values
 
+    def statistics(
+        self, batch: Batch, reference: Reference, returns: Tensor, rows: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """These stories' share of gram and moment."""
+        gram = torch.zeros_like(self.gram)
+        moment = torch.zeros_like(self.moment)
+        for x, places in chunks(batch, reference, rows):
+            gram.addmm_(x.T, x)
+            moment.addmv_(x.T, returns[places].double())
+        return gram, moment
 
-def chunks(batch: Batch, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features (n, D), returns (n,) and places in the batch of these stories' tokens, CHUNK stories
-    at a time."""
-    for first in range(0, max(len(rows), 1), CHUNK):
+
+def chunks(batch: Batch, reference: Reference, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (m, D) float64 of these stories' tokens, CHUNK stories at a time, and the tokens'
+    places in the batch, (m,)."""
+    for first in range(0, len(rows), CHUNK):
         part = batch.rows(rows[first : first + CHUNK])
-        x = part.packed(features(part.padded(part.ref_states), part.padded(part.ref_logprobs)))
-        yield x.double(), part.returns.double(), part.places
+        seen = reference.at(part.places)
+        table = features(part.padded(seen.states), part.padded(seen.logprobs))
+        yield part.packed(table).double(), part.places
 
 
 def features(states: Tensor, logprobs: Tensor) -> Tensor:
     """(B, N, 2C + 5), known before each token: 1; its position n, and n^2; the mean log-probability
     of the tokens before it, alone and times n; the reference's state, and the mean of its states so
     far."""
-    n = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)[:, None]
-    surprise = (logprobs.cumsum(1) - logprobs)[..., None] / n
-    at = (n / 100).expand(len(states), -1, 1)
-    return torch.cat(
-        [torch.ones_like(at), at, at**2, surprise, surprise * at, states, states.cumsum(1) / n], 2
-    )
+    stories, length, _ = states.shape
+    position = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[:, None]
+    scaled_position = (position / 100).expand(stories, -1, 1)
+    logprobs_before = logprobs.cumsum(1) - logprobs
+    mean_logprob = logprobs_before[..., None] / position
+    columns = [
+        torch.ones_like(scaled_position),
+        scaled_position,
+        scaled_position**2,
+        mean_logprob,
+        mean_logprob * scaled_position,
+        states,
+        states.cumsum(1) / position,
+    ]
+    return torch.cat(columns, dim=2)
 
 
 def ridge_weights(gram: Tensor, moment: Tensor) -> Tensor:
     """(D,). The penalty of a weight is proportional to its feature's variance: about 0 for the
-    constant."""
-    second, mean = gram.diagonal() / gram[0, 0].clamp(min=1), gram[0] / gram[0, 0].clamp(min=1)
-    penalty = PRIOR * (second - mean**2).clamp(min=0) + 1e-9
+    constant, which is the first feature."""
+    count = gram[0, 0].clamp(min=1)
+    mean = gram[0] / count
+    mean_square = gram.diagonal() / count
+    variance = (mean_square - mean**2).clamp(min=0)
+    penalty = PRIOR * variance + 1e-9
     return torch.linalg.solve(gram + torch.diag(penalty), moment)

@@ -19,7 +19,7 @@ class Packing:
     places (n,): position in (B * T) of each token of the sequence. source (B * T,): at each
     position the index of its token in the sequence, 0 for padding. copies (k,): padded positions of
     repeated opening tokens. shared (m,): indices in the sequence of the tokens that are repeated.
-    owners (k,): index in `shared` of the token that a copy repeats."""
+    owners (k,): index in `shared` of the token that each copy repeats."""
 
     places: Tensor
     source: Tensor
@@ -30,12 +30,16 @@ class Packing:
     def hidden(self, student: Student, tokens: Tensor) -> Tensor:
         """The student's final hidden states, (n, C), for tokens (B, T)."""
 
+        rows, columns = tokens.shape
+
         def attend(_: int, qkv: Tensor) -> Tensor:
-            out = ops.causal_attention(Unpack.apply(qkv, self).unflatten(0, tokens.shape))
+            padded = Unpack.apply(qkv, self).unflatten(0, (rows, columns))
+            out = ops.causal_attention(padded)
             return out.flatten(0, 1).index_select(0, self.places)
 
-        x = student.wte(tokens.flatten()[self.places]) + student.wpe(self.places % tokens.shape[1])
-        return student.trunk(x, attend)
+        sequence = tokens.flatten()[self.places]
+        positions = self.places % columns
+        return student.trunk(student.wte(sequence) + student.wpe(positions), attend)
 
 
 class Unpack(torch.autograd.Function):
@@ -49,27 +53,40 @@ class Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), p = grads, ctx.packing
-        own, wide = grad.index_select(0, p.places), torch.promote_types(grad.dtype, torch.float32)
-        total = own.index_select(0, p.shared).to(wide)
-        total.index_add_(0, p.owners, grad.index_select(0, p.copies).to(wide))
-        return own.index_copy_(0, p.shared, total.to(grad.dtype)), None
+        (grad,) = grads
+        packing = ctx.packing
+        sum_dtype = torch.promote_types(grad.dtype, torch.float32)
+        result = grad.index_select(0, packing.places)
+        # Tokens of an opening that other rows repeat get the gradients of those rows as well.
+        total = result.index_select(0, packing.shared).to(sum_dtype)
+        of_copies = grad.index_select(0, packing.copies).to(sum_dtype)
+        total.index_add_(0, packing.owners, of_copies)
+        return result.index_copy_(0, packing.shared, total.to(grad.dtype)), None
 
 
 def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
     """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's
     unpadded length."""
-    _, first, group = np.unique(openings, return_index=True, return_inverse=True)
-    if len(first) == len(openings):
+    _, first_rows, group = np.unique(openings, return_index=True, return_inverse=True)
+    if len(first_rows) == len(openings):
         return None
-    rows, columns, owner = np.arange(len(openings)), np.arange(lengths.max()), first[group]
-    in_opening, is_owner = columns < prompt_lengths[:, None], (owner == rows)[:, None]
-    is_computed = np.where(in_opening, is_owner, columns < lengths[:, None])
-    number = is_computed.cumsum().reshape(is_computed.shape) - 1
+    owner = first_rows[group]  # (B,): the row in which each row's opening is computed
+    is_owner = (owner == np.arange(len(openings)))[:, None]
+    columns = np.arange(lengths.max())
+    in_opening = columns < prompt_lengths[:, None]
+    in_row = columns < lengths[:, None]
+    is_computed = np.where(in_opening, is_owner, in_row)
     is_copy = in_opening & ~is_owner
-    source = np.where(is_copy, number[owner], np.where(is_computed, number, 0)).flatten()
+
+    number = is_computed.cumsum().reshape(is_computed.shape) - 1  # index in the sequence
+    number_or_zero = np.where(is_computed, number, 0)
+    source = np.where(is_copy, number[owner], number_or_zero).flatten()
     copies = np.flatnonzero(is_copy)
     shared, owners = np.unique(source[copies], return_inverse=True)
     return Packing(
-        *map(torch.from_numpy, (np.flatnonzero(is_computed), source, shared, copies, owners))
+        places=torch.from_numpy(np.flatnonzero(is_computed)),
+        source=torch.from_numpy(source),
+        shared=torch.from_numpy(shared),
+        copies=torch.from_numpy(copies),
+        owners=torch.from_numpy(owners),
     )

@@ -5,12 +5,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import StatisticsError, correlation
+from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
@@ -52,24 +51,24 @@ class SharpAdam(torch.optim.Adam):
     factor, so that s changes no value."""
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
-        self.norm, self.sharpness = (
-            student.ln_f,
-            nn.Parameter(torch.zeros((), device=student.ln_f.weight.device)),
-        )
+        self.norm = student.ln_f
+        self.sharpness = nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
         self.readers = [critic.linear.weight] if isinstance(critic, ValueHead) else []
-        named = [
-            *student.named_parameters(),
-            *((f"critic.{name}", p) for name, p in critic.named_parameters()),
-        ]
+        named = list(student.named_parameters())
+        named += [(f"critic.{name}", parameter) for name, parameter in critic.named_parameters()]
         groups: list[dict[str, Any]] = [
-            dict(params=named, lr=config.learning_rate),
-            dict(params=[("sharpness", self.sharpness)], lr=config.sharpness_rate),
+            {
+                "params": named,
+                "lr": config.learning_rate,
+                "initial_lr": config.learning_rate,
+            },
+            {
+                "params": [("sharpness", self.sharpness)],
+                "lr": config.sharpness_rate,
+                "initial_lr": config.sharpness_rate,
+            },
         ]
-        super().__init__(
-            [group | {"initial_lr": group["lr"]} for group in groups],
-            eps=config.adam_eps,
-            fused=True,
-        )
+        super().__init__(groups, eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -107,20 +106,21 @@ class Policy:
         """Write a checkpoint, and drop older ones."""
         if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
             return
-        words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
-        lifetime = (
-            {name: self.history.get(name, 0) + count for name, count in words.items()}
-            if state.step
-            else {}
-        )
+        history = dict(self.history)  # with the words of earlier interactions
+        if state.step:
+            words_in_before = history.get("interaction_words_in", 0)
+            words_out_before = history.get("interaction_words_out", 0)
+            history["interaction_words_in"] = words_in_before + state.words_in
+            history["interaction_words_out"] = words_out_before + state.words_out
         tensors = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        for name, tensor in self.critic.state_dict().items():
+            tensors[f"critic.{name}"] = tensor
         tensors |= self.score_model.tensors()
         checkpoint.save(
             folder,
             self.student,
             self.tokenizer,
-            history=self.history | lifetime,
+            history=history,
             state=tensors,
             counters=asdict(state),
             replace=replace,
@@ -140,9 +140,8 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     """A checkpoint's student with a new critic and a new optimizer."""
     student, tokenizer, history = checkpoint.load(folder, compute.device)
     critic_class = LEARNERS[config.learner].critic
-    critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(
-        compute.device
-    )
+    critic = critic_class(student.config.n_embd) if critic_class else nn.Module()
+    critic = critic.to(compute.device)
     return Policy(
         student=student,
         critic=critic,
@@ -158,25 +157,15 @@ def rollout(
     policy: Policy,
     openings: Sequence[str],
     first_index: int,
-    send: Callable[[int, str, str], None],
-    bar: tqdm | None = None,
+    on_story: Callable[[Story], None],
     dropout: float = 0.0,
-    sent: Sequence[int] | None = None,
 ) -> list[Story]:
-    """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each
-    to the grader, those of its own shard as soon as they end. sent: indices of the openings whose
-    stories are sent, by default all."""
-    to_send = set(range(len(openings)) if sent is None else sent)
-
-    def on_story(story: Story) -> None:
-        if distributed.is_rank0() and story.index - first_index in to_send:
-            send(story.index, story.opening, story.text)
-        if bar is not None:
-            bar.update()
-
+    """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
+    on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards."""
     shard = distributed.shard_contiguous(len(openings))
+    is_rank0 = distributed.is_rank0()
     with policy.autocast():
-        local = generate(
+        own_stories = generate(
             policy.student,
             policy.value_head,
             policy.tokenizer,
@@ -186,11 +175,13 @@ def rollout(
             max_new_tokens=policy.config.max_new_tokens,
             temperature=policy.config.temperature,
             dropout=dropout,
-            on_story=on_story,
+            on_story=on_story if is_rank0 else None,
         )
-    stories = distributed.all_gather_list(local)
-    for story in stories[len(local) :]:
-        on_story(story)
+    stories = distributed.all_gather_list(own_stories)
+    if is_rank0:
+        for story in stories:
+            if story.index - first_index not in shard:
+                on_story(story)
     return stories
 
 
@@ -201,20 +192,26 @@ def rollout_means(
     tokens_mean. Over the `scored` stories: Pearson's correlation of the score with the number of
     words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
     None."""
-    rows = [
-        (x, s.words, float(s.logprobs.mean()))
-        for x, s in zip(scores, stories, strict=True)
-        if x is not None
-    ]
-    related: list[float | None] = [None, None]
-    for i in (0, 1):
-        # fewer than two stories, or a column without variance
-        with contextlib.suppress(StatisticsError):
-            related[i] = correlation([row[0] for row in rows], [row[i + 1] for row in rows])
+    known_scores: list[float] = []
+    words: list[float] = []
+    mean_logprobs: list[float] = []
+    for story, score in zip(stories, scores, strict=True):
+        if score is not None:
+            known_scores.append(score)
+            words.append(story.words)
+            mean_logprobs.append(float(story.logprobs.mean()))
     return {
-        "entropy": sum(float(story.entropies.sum()) for story in stories) / len(stories),
-        "tokens_mean": sum(len(story.tokens) for story in stories) / len(stories),
-        "scored": len(rows),
-        "score_length": related[0],
-        "score_logprob": related[1],
+        "entropy": fmean(float(story.entropies.sum()) for story in stories),
+        "tokens_mean": fmean(len(story.tokens) for story in stories),
+        "scored": len(known_scores),
+        "score_length": correlation_or_none(known_scores, words),
+        "score_logprob": correlation_or_none(known_scores, mean_logprobs),
     }
+
+
+def correlation_or_none(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None for fewer than two values, or if all of x or of y are equal."""
+    try:
+        return correlation(x, y)
+    except StatisticsError:
+        return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinystory import ops
 from tinystory.config import InteractConfig
-from tinystory.rl.batch import Batch, by_length, spans
+from tinystory.rl.batch import Batch, Reference, Targets, by_length, spans
 from tinystory.rl.learners import LEARNERS, Size
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
@@ -24,14 +24,84 @@ from tinystory.run.device import upload
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student
 
-MEANS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+# What `backward` sums over a minibatch's tokens.
+STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
 
-def token_rewards(story_rewards: Tensor, batch: Batch, kl_coef: float) -> Tensor:
+def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them.
+    Columns that are padding in all rows are skipped. A shared opening is computed once on a CPU,
+    but not on a GPU, whose sums of its gradients would depend on the threads' order."""
+    columns = int(batch.input_lengths.max())
+    tokens = batch.inputs[:, :columns]
+    # The state at position p predicts token p + 1, so a story's first token is predicted from its
+    # prompt's last one.
+    row_starts = np.arange(len(batch)) * columns
+    places = spans(row_starts + batch.prompt_lengths - 1, batch.lengths)
+
+    packing = None
+    if not ops.on_gpu(tokens):
+        packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    if packing is None:
+        hidden = student.hidden(tokens).flatten(0, 1)
+        states = hidden.index_select(0, upload(places, tokens.device))
+    else:
+        hidden = packing.hidden(student, tokens)
+        states = hidden.index_select(0, packing.source[places])
+    logprobs, _ = ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)
+    return logprobs, states
+
+
+# ---- before the update ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def step_logprobs(
+    student: Student, batch: Batch, config: InteractConfig, states: bool
+) -> tuple[Tensor, Tensor]:
+    """`response_logprobs` of a whole step, in micro-batches, of which each process computes its
+    share. Both are float32, the states (n, 0) unless `states`."""
+    width = student.config.n_embd if states else 0
+    all_logprobs = torch.zeros_like(batch.logprobs)
+    all_states = all_logprobs.new_zeros(len(all_logprobs), width)
+    micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
+    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+        for rows in distributed.shard_strided(micro_batches):
+            part = batch.rows(rows)
+            part_logprobs, part_states = response_logprobs(student, part, config.temperature)
+            all_logprobs[part.places] = part_logprobs
+            if states:
+                all_states[part.places] = part_states.float()
+    return distributed.all_reduce_sum(all_logprobs), distributed.all_reduce_sum(all_states)
+
+
+def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
+    """What the frozen starting checkpoint sees of the stories; its states only if the ridge critic
+    or the score model uses them."""
+    states = config.learner == "ridge" or config.graded > 0
+    return Reference(*step_logprobs(reference, batch, config, states))
+
+
+def reread(policy: Policy, batch: Batch) -> Batch:
+    """The batch with the policy's own logprobs and values, for stories that were sampled with
+    dropout."""
+    head = policy.value_head
+    logprobs, states = step_logprobs(policy.student, batch, policy.config, states=head is not None)
+    if head is None:
+        return dataclasses.replace(batch, logprobs=logprobs)
+    with torch.no_grad():
+        values = head(states)
+    return dataclasses.replace(batch, logprobs=logprobs, values=values)
+
+
+def token_rewards(
+    story_rewards: Tensor, batch: Batch, reference: Reference, kl_coef: float
+) -> Tensor:
     """(n,): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its
     last token."""
-    rewards = -kl_coef * (batch.logprobs - batch.ref_logprobs)
-    rewards[upload(batch.lengths.cumsum() - 1, rewards.device)] += story_rewards
+    rewards = -kl_coef * (batch.logprobs - reference.logprobs)
+    last_places = upload(batch.lengths.cumsum() - 1, rewards.device)
+    rewards[last_places] += story_rewards
     return rewards
 
 
@@ -42,213 +112,203 @@ def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -
     return coef * (1 + error * stories / config.kl_horizon)
 
 
-def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them.
-    Columns that are padding in all rows are skipped. A shared opening is computed once on a CPU,
-    but not on a GPU, whose sums of its gradients would depend on the threads' order."""
-    T = int(batch.input_lengths.max())
-    tokens, places = (
-        batch.inputs[:, :T],
-        spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths),
-    )
-    packing = (
-        None
-        if ops.on_gpu(tokens)
-        else pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
-    )
-    if packing is None:
-        states = student.hidden(tokens).flatten(0, 1).index_select(0, upload(places, tokens.device))
-    else:
-        states = packing.hidden(student, tokens).index_select(0, packing.source[places])
-    return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)[0], states
-
-
-@torch.no_grad()
-def read_reference(
-    reference: Student, batch: Batch, config: InteractConfig, states: bool | None = None
-) -> Batch:
-    """The batch with ref_logprobs under the frozen starting checkpoint, and with ref_states if
-    `states`, by default if the ridge critic or the score model reads them."""
-    if states is None:
-        states = config.learner == "ridge" or config.graded > 0
-    logprobs = torch.zeros_like(batch.logprobs)
-    all_states = logprobs.new_zeros(len(logprobs), reference.config.n_embd) if states else None
-    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
-        for rows in distributed.shard_strided(
-            [*by_length(batch.input_lengths, config.micro_batch_size)]
-        ):
-            part = batch.rows(rows)
-            logprobs[part.places], part_states = response_logprobs(
-                reference, part, config.temperature
-            )
-            if all_states is not None:
-                all_states[part.places] = part_states.float()
-    all_states = None if all_states is None else distributed.all_reduce_sum(all_states)
-    return dataclasses.replace(
-        batch, ref_logprobs=distributed.all_reduce_sum(logprobs), ref_states=all_states
-    )
-
-
-@torch.no_grad()
-def reread(policy: Policy, batch: Batch) -> Batch:
-    """The batch with the policy's own logprobs and values, for stories that were sampled with
-    dropout."""
-    head = policy.value_head
-    own = read_reference(policy.student, batch, policy.config, states=head is not None)
-    values = batch.values if head is None else head(own.ref_states)
-    return dataclasses.replace(batch, logprobs=own.ref_logprobs, values=values)
-
-
 def step(
     policy: Policy,
     batch: Batch,
+    reference: Reference,
     story_rewards: Sequence[float | None],
     kl_coef: float,
     steps: int = 0,
     texts: Texts = (),
 ) -> dict[str, float]:
-    """One step: token rewards, advantages, the update. Returns its statistics. batch: from
+    """One step: token rewards, advantages, the update. Returns its statistics. reference: from
     `read_reference`. story_rewards: a story without one gives no gradient. steps: done before this
     one. texts: see `update`."""
-    config, learner = policy.config, LEARNERS[policy.config.learner]
-    batch = batch.rows([row for row, reward in enumerate(story_rewards) if reward is not None])
-    rewards = torch.tensor(
-        [reward for reward in story_rewards if reward is not None], device=batch.inputs.device
-    )
-    mean_kl = float(batch.story_sums(batch.logprobs - batch.ref_logprobs).mean())
-    reward_mean = float(rewards.mean())
-    stats = dict(
-        reward_mean=reward_mean,
-        reward_std=float(rewards.std()),
-        unscored=len(story_rewards) - len(rewards),
-    )
-    stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
-    in_reward, in_loss = (kl_coef, 0.0) if config.kl_in == "reward" else (0.0, kl_coef)
-    batch = learner.advantages(
-        config, policy.critic, batch, token_rewards(rewards, batch, in_reward)
-    )
-    batch = dataclasses.replace(batch, ref_states=None)  # no micro-batch needs its part of them
-    return stats | update(policy, batch, in_loss, steps, texts)
+    config = policy.config
+    learner = LEARNERS[config.learner]
+    scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
+    batch = batch.rows(scored)
+    reference = reference.at(batch.places)
+    rewards = torch.tensor([story_rewards[row] for row in scored], device=batch.inputs.device)
+
+    kl_in_reward = kl_coef if config.kl_in == "reward" else 0.0
+    kl_in_loss = kl_coef if config.kl_in == "loss" else 0.0
+    mean_kl = float(batch.story_sums(batch.logprobs - reference.logprobs).mean())
+    mean_reward = float(rewards.mean())
+    statistics = {
+        "reward_mean": mean_reward,
+        "reward_std": float(rewards.std()),
+        "unscored": len(story_rewards) - len(scored),
+        "kl": mean_kl,
+        "kl_coef": kl_coef,
+        "objective": mean_reward - kl_coef * mean_kl,
+    }
+
+    per_token = token_rewards(rewards, batch, reference, kl_in_reward)
+    if learner.select:
+        selected = learner.select(batch.story_sums(per_token)).cpu().numpy()
+        batch = batch.rows(selected)
+        reference = reference.at(batch.places)
+        per_token = per_token.index_select(0, batch.places)
+    targets = learner.targets(config, policy.critic, batch, reference, per_token)
+    return statistics | update(policy, batch, targets, kl_in_loss, steps, texts)
+
+
+# ---- the update ----------------------------------------------------------------------------------
 
 
 def update(
-    policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, texts: Texts = ()
+    policy: Policy,
+    batch: Batch,
+    targets: Targets,
+    kl_coef: float = 0.0,
+    steps: int = 0,
+    texts: Texts = (),
 ) -> dict[str, float]:
     """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
-    statistics.
+    mean statistics.
 
-    kl_coef: the KL penalty's weight in the loss. texts: one batch of the corpus per minibatch,
-    whose gradient is added. torch's global generator draws the order of minibatches. Gradients are
-    accumulated over micro-batches and processes and divided by the minibatch's tokens, so that both
-    affect only memory and speed."""
-    student, optimizer, config, device = (
-        policy.student,
-        policy.optimizer,
-        policy.config,
-        batch.inputs.device,
-    )
-    size = min(config.minibatch_size or len(batch), len(batch))
+    kl_coef: the KL penalty's weight in the loss. steps: done before this one. texts: one batch of
+    the corpus per minibatch, whose gradient is added. torch's global generator draws the order of
+    minibatches. Gradients are accumulated over micro-batches and processes and divided by the
+    minibatch's tokens, so that both affect only memory and speed."""
+    student, optimizer, config = policy.student, policy.optimizer, policy.config
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums = dict.fromkeys((*MEANS, "grad_norm", "replay_loss"), 0.0)
-    ratio_error, updates, skipped, words = 0.0, 0, 0, 0
     with policy.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
+
+    totals = dict.fromkeys((*STATISTICS, "grad_norm", "replay_loss"), 0.0)
+    ratio_error = 0.0
+    words_replayed = 0
+    updates = 0
+    skipped = 0
     for epoch in range(config.epochs):
-        order = np.arange(len(batch)) if size == len(batch) else torch.randperm(len(batch)).numpy()
-        minibatches = np.split(order, range(size, len(batch), size))
+        minibatches = shuffled_minibatches(len(batch), config.minibatch_size)
         for i, minibatch in enumerate(minibatches):
-            done = steps + (epoch + i / len(minibatches)) / config.epochs
-            for group in optimizer.param_groups if config.lr_decay else ():
-                group["lr"] = group["initial_lr"] * (1 - done / config.steps)
+            if config.lr_decay:
+                epochs_done = epoch + i / len(minibatches)
+                decay_learning_rates(
+                    optimizer, (steps + epochs_done / config.epochs) / config.steps
+                )
             optimizer.zero_grad(set_to_none=True)
             with student.lowered(dtype):
-                total, error = backward(policy, batch, minibatch, kl_coef)
+                sums, largest_ratio_error = backward(policy, batch, targets, minibatch, kl_coef)
             if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
-                ratio_error = float(error)
-            *means, mean_ratio = distributed.all_reduce_sum(total).tolist()
-            if not mean_ratio <= config.max_ratio:  # also true for NaN
+                ratio_error = float(largest_ratio_error)
+            sums = distributed.all_reduce_sum(sums)
+            statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
+            if not statistics["mean_ratio"] <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
-            replay_loss = math.nan
+
+            statistics["replay_loss"] = math.nan
             if texts:
-                tokens, text_words = texts[updates + skipped]
-                replayed = next_token_loss(
-                    student,
-                    upload(tokens, device),
-                    config.micro_batch_size,
-                    dtype,
-                    weight=config.replay_weight,
+                tokens, words = texts[epoch * len(minibatches) + i]
+                tokens = upload(tokens, batch.inputs.device)
+                micro_batch_size, weight = config.micro_batch_size, config.replay_weight
+                replay_loss = next_token_loss(
+                    student, tokens, micro_batch_size, dtype, weight=weight
                 )
-                replay_loss, words = float(replayed), words + text_words
+                statistics["replay_loss"] = float(replay_loss)
+                words_replayed += words
             distributed.all_reduce_gradients(parameters)
-            norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            max_norm = config.grad_clip or math.inf
+            statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, max_norm))
             optimizer.step()
             updates += 1
-            for name, value in zip(sums, (*means, norm, replay_loss), strict=True):
-                sums[name] += value
+            for name in totals:
+                totals[name] += statistics[name]
     optimizer.zero_grad(set_to_none=True)
-    # the fraction of the returns' variance that the values explain; without values, nan
-    explained = math.nan
-    if batch.returns is not None and len(batch.returns) > 1:
-        explained = 1 - float(
-            (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-12)
-        )
-    return {name: value / max(updates, 1) for name, value in sums.items()} | {
+
+    means = {name: total / max(updates, 1) for name, total in totals.items()}
+    del means["mean_ratio"]
+    return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        "words_replayed": words,
-        "explained_variance": explained,
+        "words_replayed": words_replayed,
+        "explained_variance": explained_variance(targets),
     }
 
 
+def shuffled_minibatches(stories: int, size: int) -> list[np.ndarray]:
+    """Rows of the minibatches of an epoch; 0: one of all stories, in their order."""
+    if not 0 < size < stories:
+        return [np.arange(stories)]
+    order = torch.randperm(stories).numpy()
+    return np.split(order, range(size, stories, size))
+
+
+def decay_learning_rates(optimizer: torch.optim.Optimizer, done: float) -> None:
+    """Linear decay to 0. done: fraction of the run."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1 - done)
+
+
 def backward(
-    policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
+    policy: Policy, batch: Batch, targets: Targets, minibatch: np.ndarray, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of this process's stories of a minibatch, rows of the batch, divided by the
     minibatch's tokens.
 
-    Returns sums over the tokens, divided alike, of MEANS and the ratio, (5,) float64, and the
-    largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
-    config, learner = policy.config, LEARNERS[policy.config.learner]
+    Returns sums of STATISTICS over the tokens, divided alike, (5,) float64, and the largest
+    |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    config = policy.config
+    learner = LEARNERS[config.learner]
     size = Size(int(batch.lengths[minibatch].sum()), len(minibatch))
-    sums = torch.zeros(5, dtype=torch.float64, device=batch.inputs.device)
-    max_ratio_error = torch.zeros((), device=batch.inputs.device)
+    sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=batch.inputs.device)
+    largest_ratio_error = torch.zeros((), device=batch.inputs.device)
     shard = np.array(distributed.shard_strided(minibatch.tolist()), np.int64)
     for rows in by_length(batch.input_lengths[shard], config.micro_batch_size):
         part = batch.rows(shard[rows])
+        target = targets.at(part.places)
         with policy.autocast():
             logprob, states = response_logprobs(policy.student, part, config.temperature)
             value = None if policy.value_head is None else policy.value_head(states)
-        policy_loss, clipped = learner.loss(config, part, logprob)
+
+        policy_loss, is_clipped = learner.loss(config, part, target, logprob)
         if kl_coef:
-            policy_loss = policy_loss + kl_coef * k3(part, logprob)
+            policy_loss = policy_loss + kl_coef * k3(target, logprob)
         if learner.weights:
             policy_loss = policy_loss * learner.weights(config, part, size)
-        values_loss = value_loss(config, part, value)
-        loss = (policy_loss.sum() + config.value_coef * values_loss.sum()) / size.tokens
+        value_loss = squared_error(config, target, value)
+        loss = (policy_loss.sum() + config.value_coef * value_loss.sum()) / size.tokens
         loss.backward()
+
         with torch.no_grad():
             ratio = torch.exp(logprob - part.logprobs)
-            max_ratio_error = torch.maximum(max_ratio_error, (ratio - 1).abs().max())
-            parts = (policy_loss, values_loss, clipped, (ratio - 1) - ratio.log(), ratio)
-            sums += torch.stack([x.sum().double() for x in parts]) / size.tokens
-    return sums, max_ratio_error
+            approx_kl = (ratio - 1) - ratio.log()
+            per_token = (policy_loss, value_loss, is_clipped, approx_kl, ratio)
+            sums += torch.stack([x.sum().double() for x in per_token]) / size.tokens
+            largest_ratio_error = torch.maximum(largest_ratio_error, (ratio - 1).abs().max())
+    return sums, largest_ratio_error
 
 
-def k3(batch: Batch, logprob: Tensor) -> Tensor:
+def k3(targets: Targets, logprob: Tensor) -> Tensor:
     """(n,): estimated KL from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), as in
     GRPO's eq. 4."""
-    log_ratio = batch.ref_logprobs - logprob
+    log_ratio = targets.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def value_loss(config: InteractConfig, batch: Batch, value: Tensor | None) -> Tensor:
+def squared_error(config: InteractConfig, targets: Targets, value: Tensor | None) -> Tensor:
     """(n,): half the squared error of the value head, whose values are clipped to within clip_value
     of the old ones if that error is larger; half the ridge critic's squared error, without
     gradient; 0 without values."""
-    if batch.returns is None:
-        return torch.zeros_like(batch.logprobs)
+    if targets.values is None or targets.returns is None:
+        return torch.zeros_like(targets.advantages)
     if value is None:
-        return 0.5 * (batch.values - batch.returns) ** 2
-    clipped = batch.values + (value - batch.values).clamp(-config.clip_value, config.clip_value)
-    return 0.5 * torch.maximum((value - batch.returns) ** 2, (clipped - batch.returns) ** 2)
+        return 0.5 * (targets.values - targets.returns) ** 2
+    change = (value - targets.values).clamp(-config.clip_value, config.clip_value)
+    clipped = targets.values + change
+    error = (value - targets.returns) ** 2
+    clipped_error = (clipped - targets.returns) ** 2
+    return 0.5 * torch.maximum(error, clipped_error)
+
+
+def explained_variance(targets: Targets) -> float:
+    """Fraction of the returns' variance that the values explain; NaN without values, or for a
+    single token."""
+    if targets.values is None or targets.returns is None or len(targets.returns) < 2:
+        return math.nan
+    residual = targets.returns - targets.values
+    return 1 - float(residual.var() / targets.returns.var().clamp(min=1e-12))

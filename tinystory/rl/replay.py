@@ -31,21 +31,26 @@ class CorpusReplay:
         self.updates = 0
         if not config.replay_weight:
             return
-        if missing := {"corpus", "documents", "corpus_seed", "val_fraction"} - history.keys():
+        missing = {"corpus", "documents", "corpus_seed", "val_fraction"} - history.keys()
+        if missing:
             raise UserError(
                 f"--replay-weight trains on the student's own corpus, and its checkpoint names no {min(missing)}: "
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
         distributed.require_one_each("--replay-batch", config.replay_batch)
-        split = dict(
-            vocab_size=tokenizer.vocab_size,
-            val_fraction=history["val_fraction"],
-            seed=history["corpus_seed"],
-        )
         corpus = open_corpus(history["corpus"], history["documents"])
-        data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
+        data = distributed.rank0_first(
+            lambda: prepare(
+                corpus,
+                vocab_size=tokenizer.vocab_size,
+                val_fraction=history["val_fraction"],
+                seed=history["corpus_seed"],
+                tokenizer=tokenizer,
+            )
+        )
         self.windows = Windows(data.train, context, config.replay_batch, config.seed, "whole")
         self.updates = config.updates_per_step
 
     def batches(self, step: int) -> Texts:
-        return [self.windows.batch(step * self.updates + i) for i in range(self.updates)]
+        first = step * self.updates
+        return [self.windows.batch(first + i) for i in range(self.updates)]

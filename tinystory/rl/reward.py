@@ -4,6 +4,7 @@ The score is multiplied by how different the story is from the others of its ste
 arXiv 2509.02534), and the paper's length term is added. A story that is cut off keeps a part of the
 sum."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,14 +17,15 @@ def story_rewards(
 ) -> list[float | None]:
     """The reward of each story of a step, None without a score. Stories without a score count in
     `differences`."""
-    return [
-        None
-        if score is None
-        else story_reward(config, score, difference, story.words, story.ended == "eos")
-        for story, score, difference in zip(
-            stories, scores, differences([s.text for s in stories]), strict=True
-        )
-    ]
+    rewards: list[float | None] = []
+    all_differences = differences([story.text for story in stories])
+    for story, score, difference in zip(stories, scores, all_differences, strict=True):
+        if score is None:
+            rewards.append(None)
+            continue
+        ended = story.ended == "eos"
+        rewards.append(story_reward(config, score, difference, story.words, ended))
+    return rewards
 
 
 def story_reward(
@@ -44,16 +46,23 @@ def story_reward(
 def differences(stories: Sequence[str]) -> list[float]:
     """How different each story is, 0..1: the mean over its distinct phrases of 1 / (number of
     stories that contain the phrase). 1 if it shares none; 0 if it is too short to contain one."""
-    grams = [phrases(story) for story in stories]
-    counts = Counter(gram for distinct in grams for gram in distinct)
-    return [
-        sum(1 / counts[gram] for gram in distinct) / len(distinct) if distinct else 0.0
-        for distinct in grams
-    ]
+    phrases_of_each = [phrases(story) for story in stories]
+    stories_with: Counter[tuple[str, ...]] = Counter()
+    for distinct in phrases_of_each:
+        stories_with.update(distinct)
+    result = []
+    for distinct in phrases_of_each:
+        # fsum: the order of a set is another one in each process.
+        rarity = math.fsum(1 / stories_with[phrase] for phrase in distinct)
+        result.append(rarity / len(distinct) if distinct else 0.0)
+    return result
 
 
 def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
     """Distinct word n-grams, in lower case and without punctuation. Capitalised words, names among
     them, count as one word: a story told again about someone else is not a different one."""
-    words = ["@" if word[:1].isupper() else word.lower().strip('.,;:!?"') for word in story.split()]
+    words = []
+    for word in story.split():
+        is_capitalised = word[:1].isupper()
+        words.append("@" if is_capitalised else word.lower().strip('.,;:!?"'))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}

@@ -5,6 +5,7 @@ It is refitted in each step with the penalty of least leave-one-out error, which
 (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score replaces the teacher's in the reward
 alone, and is recorded separately. A graded story without a readable reply gets none."""
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinystory.config import FEWEST_GRADED
-from tinystory.rl.batch import Batch
+from tinystory.rl.batch import Batch, Reference
 from tinystory.run import distributed
 from tinystory.student.generate import Story
 
@@ -39,45 +40,49 @@ def story_features(
     The mean and last state; the log-probabilities' mean, standard deviation, means of either half
     and of the last ten, fraction below -4 nats, and quantiles; the length, its square, its inverse
     and the end."""
-    rows = []
     sizes = [int(length) for length in lengths]
-    for x, seen, end in zip(
-        logprobs.cpu().double().split(sizes), states.cpu().double().split(sizes), ended, strict=True
-    ):
-        count, half = len(x), max(len(x) // 2, 1)
-        rare = (x < -4).double().mean()
-        parts = [
-            x.mean(),
-            x.std(correction=0),
-            x[:half].mean(),
-            x[-half:].mean(),
-            x[-10:].mean(),
-            rare,
+    logprobs_of_each = logprobs.cpu().double().split(sizes)
+    states_of_each = states.cpu().double().split(sizes)
+    rows = []
+    for x, seen, end in zip(logprobs_of_each, states_of_each, ended, strict=True):
+        count = len(x)
+        half = max(count // 2, 1)
+        columns = [
+            seen.mean(0),
+            seen[-1],
+            x.mean()[None],
+            x.std(correction=0)[None],
+            x[:half].mean()[None],
+            x[-half:].mean()[None],
+            x[-10:].mean()[None],
+            (x < -4).double().mean()[None],
+            torch.quantile(x, x.new_tensor(QUANTILES)),
+            x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, end]),
         ]
-        shape = x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, end])
-        quantiles = torch.quantile(x, x.new_tensor(QUANTILES))
-        rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape]))
+        rows.append(torch.cat(columns))
     return torch.stack(rows).float()
 
 
 def with_predictions(
     model: "ScoreModel",
     batch: Batch,
+    reference: Reference,
     stories: Sequence[Story],
     scores: Sequence[float | None],
     sent: Sequence[int],
 ) -> tuple[list[float | None], dict[str, Any]]:
     """The scores, with predictions for the stories that were not sent to the teacher, and what to
-    record about them. batch: from `ppo.read_reference`; sent: rows of the stories that were
-    sent."""
+    record about them. sent: rows of the stories that were sent."""
     ended = [story.ended == "eos" for story in stories]
-    features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
+    features = story_features(reference.logprobs, reference.states, batch.lengths, ended)
     graded = [scores[row] for row in sent]
     predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
-    record = {"predicted": len(stories) - predicted.count(None), "score_r_squared": r_squared}
-    return [
-        score if other is None else other for score, other in zip(scores, predicted, strict=True)
-    ], record
+    completed = list(scores)
+    for row, score in enumerate(predicted):
+        if score is not None:
+            completed[row] = score
+    count = len(stories) - predicted.count(None)
+    return completed, {"predicted": count, "score_r_squared": r_squared}
 
 
 class ScoreModel:
@@ -85,13 +90,15 @@ class ScoreModel:
     (n,) float64."""
 
     def __init__(self) -> None:
-        self.features, self.scores = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
+        self.features = torch.zeros(0, 0)
+        self.scores = torch.zeros(0, dtype=torch.float64)
         self._weights: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint; empty before the first grade."""
-        kept = {"features": self.features, "scores": self.scores}
-        return {f"score_model.{name}": tensor for name, tensor in kept.items() if len(self.scores)}
+        if not len(self.scores):
+            return {}
+        return {"score_model.features": self.features, "score_model.scores": self.scores}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`; others are ignored."""
@@ -103,16 +110,15 @@ class ScoreModel:
         """Add graded stories. Returns the R-squared of their predictions before (negative if their
         mean score would have been nearer), or None if there were none or all scores are equal."""
         new = torch.tensor(scores, dtype=torch.float64)
-        before = self.predict(features) if len(scores) > 1 else None
+        predicted = self.predict(features)
         self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
         self.scores = torch.cat([self.scores, new])[-MOST:]
         self._weights = None
-        spread = float(((new - new.mean()) ** 2).sum()) if len(scores) > 1 else 0.0
-        return (
-            1 - float(((new - before) ** 2).sum()) / spread
-            if before is not None and spread > 0
-            else None
-        )
+        if predicted is None or len(new) < 2:
+            return None
+        total = float(((new - new.mean()) ** 2).sum())
+        residual = float(((new - predicted) ** 2).sum())
+        return 1 - residual / total if total > 0 else None
 
     def predict(self, features: Tensor) -> Tensor | None:
         """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST_GRADED grades."""
@@ -120,7 +126,8 @@ class ScoreModel:
             return None
         if self._weights is None:
             self._weights = leave_one_out_ridge(self._scaled(self.features), self.scores)
-        return (self._scaled(features) @ self._weights + self.scores.mean()).clamp(0, 1)
+        expected = self._scaled(features) @ self._weights + self.scores.mean()
+        return expected.clamp(0, 1)
 
     def complete(
         self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
@@ -129,34 +136,44 @@ class ScoreModel:
         F), of all of them; graded: rows that were sent; scores: the teacher's for these rows, or
         None. Returns a score per story (None if it was sent, or without enough grades), and the
         R-squared of `learn`."""
-        known = [
-            (row, score) for row, score in zip(graded, scores, strict=True) if score is not None
-        ]
-        r_squared = (
-            self.learn(features[[row for row, _ in known]], [score for _, score in known])
-            if known
-            else None
-        )
-        expected, sent = self.predict(features), set(graded)
-        predicted = [None] * len(features) if expected is None else expected.tolist()
-        return [None if row in sent else score for row, score in enumerate(predicted)], r_squared
+        rows: list[int] = []
+        known_scores: list[float] = []
+        for row, score in zip(graded, scores, strict=True):
+            if score is not None:
+                rows.append(row)
+                known_scores.append(score)
+        r_squared = self.learn(features[rows], known_scores) if rows else None
+
+        expected = self.predict(features)
+        if expected is None:
+            return [None] * len(features), r_squared
+        predicted: list[float | None] = expected.tolist()
+        for row in graded:
+            predicted[row] = None
+        return predicted, r_squared
 
     def _scaled(self, features: Tensor) -> Tensor:
-        seen = self.features.double()
-        scale = seen.std(0, correction=0).clamp(min=1e-6)
-        return ((features.double() - seen.mean(0)) / scale).clamp(-LARGEST, LARGEST)
+        graded = self.features.double()
+        scale = graded.std(0, correction=0).clamp(min=1e-6)
+        scaled = (features.double() - graded.mean(0)) / scale
+        return scaled.clamp(-LARGEST, LARGEST)
 
 
 def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
     """(F,) weights that predict y (n,), less its mean, from x (n, F), with the penalty of least
     PRESS."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    y = y - y.mean()
-    errors, weights = [], []
+    centred = y - y.mean()
+    projection = u.T @ centred
+    least_error = math.inf
+    best_weights = torch.zeros(x.shape[1], dtype=x.dtype)
     for penalty in PENALTIES:
         shrinkage = s**2 / (s**2 + penalty)
         leverage = (u**2 * shrinkage).sum(1) + 1 / len(y)  # the mean's included
-        residual = y - u @ (shrinkage * (u.T @ y))
-        errors.append(float(((residual / (1 - leverage).clamp(min=1e-6)) ** 2).mean()))
-        weights.append(v.T @ (s / (s**2 + penalty) * (u.T @ y)))
-    return weights[errors.index(min(errors))]
+        residual = centred - u @ (shrinkage * projection)
+        left_out_residual = residual / (1 - leverage).clamp(min=1e-6)
+        error = float((left_out_residual**2).mean())
+        if error < least_error:
+            least_error = error
+            best_weights = v.T @ (s / (s**2 + penalty) * projection)
+    return best_weights

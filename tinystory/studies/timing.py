@@ -123,9 +123,9 @@ def ppo_iteration(setup: Setup) -> Run:
         batch = collate(stories, device)
         after_rollout = now(device)
         with policy.autocast():
-            batch = ppo.read_reference(reference, batch, options)
+            seen = ppo.read_reference(reference, batch, options)
         after_reference = now(device)
-        ppo.step(policy, batch, rewards, options.kl_coef)
+        ppo.step(policy, batch, seen, rewards, options.kl_coef)
         end = now(device)
         seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
         seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)
