@@ -116,13 +116,14 @@ def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
 
 def pretrain(config: PretrainConfig) -> None:
     distributed.require_one_each("--batch-size", config.batch_size)
-    run, rank0 = Path(config.out), distributed.is_rank0()
+    run = Path(config.out)
+    rank0 = distributed.is_rank0()
     compute = resolve(config.device, config.dtype)
     device = compute.device
     memory.require_for_pretraining(config, device)
-    resume_from = (
-        distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
-    )
+    resume_from = None
+    if config.resume:
+        resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run))
 
     fingerprint, data = load_data(config)
     tokenizer = data.tokenizer
@@ -147,15 +148,13 @@ def pretrain(config: PretrainConfig) -> None:
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
     size = sum(p.numel() for p in student.parameters())
-    log.config(
-        asdict(config)
-        | compute.recorded
-        | {"student": {"parameters": size, "corpus": config.corpus}}
-    )
+    student_facts = {"parameters": size, "corpus": config.corpus}
+    log.config(asdict(config) | compute.recorded | {"student": student_facts})
+    epochs = config.words / data.train.word_count
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "
         f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
-        f"{config.words / data.train.word_count:.2f} times the corpus"
+        f"{epochs:.2f} times the corpus"
     )
 
     def load_batch(number: int) -> tuple[torch.Tensor, int]:
@@ -173,27 +172,30 @@ def pretrain(config: PretrainConfig) -> None:
                 config.micro_batch_size,
                 config.packing,
             )
-        return dict(val_loss=loss, val_bits_per_byte=bits)
+        return {"val_loss": loss, "val_bits_per_byte": bits}
 
     def save(name: str) -> None:
         if not rank0:  # it would delete, as incomplete, what rank 0 is writing
             return
-        history = dict(
-            words=state.words,
-            tokens=state.tokens,
-            corpus=config.corpus,
-            corpus_words=data.train.word_count,
-        )
-        # These identify the held-out documents, for --replay-weight.
-        history |= dict(
-            corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents
-        )
-        tensors = checkpoint.pack_optimizer(optimizer)
-        folder = run / "checkpoints" / name
+        history = {
+            "words": state.words,
+            "tokens": state.tokens,
+            "corpus": config.corpus,
+            "corpus_words": data.train.word_count,
+            # These identify the held-out documents, for --replay-weight.
+            "corpus_seed": config.seed,
+            "val_fraction": config.val_fraction,
+            "documents": config.documents,
+        }
         checkpoint.save(
-            folder, student, tokenizer, history=history, state=tensors, counters=asdict(state)
+            run / "checkpoints" / name,
+            student,
+            tokenizer,
+            history=history,
+            state=checkpoint.pack_optimizer(optimizer),
+            counters=asdict(state),
         )
-        checkpoint.drop_older(folder)
+        checkpoint.drop_older(run / "checkpoints" / name)
 
     bar = Progress(
         total=config.words,
@@ -204,32 +206,25 @@ def pretrain(config: PretrainConfig) -> None:
         mininterval=0.5,
         disable=not rank0,
     )
-    steps = StepLog(
-        log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add
-    )
+    step_tokens = config.batch_size * config.context
+    steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(run)).add)
     next_batch = load_batch(state.step)
     with log, Stop().listening() as stop, live_report(run, rank0) as update_report, bar:
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
-            began, (batch, words) = time.perf_counter(), next_batch
+            began = time.perf_counter()
+            batch, words = next_batch
             rate = set_learning_rate(optimizer, config, state.words)
-            statistics = Download(
-                torch.stack(
-                    train_step(student, optimizer, batch, config, compute.dtype, state.step)
-                )
+            loss, grad_norm = train_step(
+                student, optimizer, batch, config, compute.dtype, state.step
             )
+            statistics = Download(torch.stack([loss, grad_norm]))
             next_batch = load_batch(state.step + 1)  # while a GPU computes
-            milestones = [
-                babylm.milestone_name(m)
-                for m in MILESTONES
-                if state.words < m <= state.words + words
-            ]
-            state = RunState(
-                state.corpus,
-                state.step + 1,
-                state.words + words,
-                state.tokens + batch[:, 1:].numel(),
-            )
+
+            words_before = state.words
+            state.step += 1
+            state.words += words
+            state.tokens += batch[:, 1:].numel()
             steps.launch(
                 began,
                 statistics,
@@ -241,10 +236,15 @@ def pretrain(config: PretrainConfig) -> None:
             )
 
             evaluates = state.step % config.eval_every == 0 or state.words >= config.words
-            steps.write(0 if evaluates else steps_ahead(device), validation if evaluates else None)
+            if evaluates:
+                steps.write(0, validation)
+            else:
+                steps.write(steps_ahead(device))
+            passed = [m for m in MILESTONES if words_before < m <= state.words]
+            names = [babylm.milestone_name(milestone) for milestone in passed]
             if state.step % config.save_every == 0:
-                milestones.append(f"step_{state.step:07d}")
-            for name in milestones:
+                names.append(f"step_{state.step:07d}")
+            for name in names:
                 steps.write(0)  # first: a resumed run keeps the metrics up to its checkpoint
                 save(name)
             update_report()
