@@ -27,9 +27,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.scoring import Likelihood
-from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report
@@ -46,7 +44,7 @@ from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
-from tinystory.run.paths import hint
+from tinystory.run.paths import ROOT, hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
@@ -107,9 +105,6 @@ class InteractionRun(contextlib.ExitStack):
             self.grader = self.open_grader(stack, folder)
             facts = self.grader.facts | distributed.rank0_value(
                 lambda: calibrated(config, self.grader)
-            )
-            self.reader = (
-                Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
             )
             print(f"student {origin}, scored by {facts['scored_by']}")
             scorer = self.grader.scorer
@@ -378,7 +373,7 @@ def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> 
 
 def report(run: InteractionRun) -> None:
     """Print how to resume a run that was asked to stop, or what a finished one learned."""
-    config, state, folder, reader = run.config, run.state, run.log.folder, run.reader
+    state, folder = run.state, run.log.folder
     asked_to_stop = stopped(run)
     if not distributed.is_rank0():
         return
@@ -390,11 +385,11 @@ def report(run: InteractionRun) -> None:
         return
     write_samples(folder, state.best_step)
     print(summary(folder))
-    if reader is not None:
-        print(conclusion(judge_run(folder, config, run.compute, reader, run.grader.grade_each)))
     print(
         f"report: {folder / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(folder))}"
     )
+    if (ROOT / "lab").is_dir():  # in a clone
+        print(f"judge:  {hint('lab/judge.py', folder)}")
 
 
 if __name__ == "__main__":

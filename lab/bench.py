@@ -1,16 +1,11 @@
 """Speed of training, generation and kernels on this machine, as one JSON line: medians over runs
 with random weights.
 
-python scripts/bench.py pretrain --shape small              a training step: forward, backward,
-optimizer
-python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the
-teacher
-python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a
-constant reward
-python scripts/bench.py kernels                             each operator and PyTorch's own,
-interleaved
-python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and
-TRL
+python lab/bench.py pretrain --shape small            a training step
+python lab/bench.py rollout --shape small --batch 64  stories from one opening, no teacher
+python lab/bench.py ppo --shape gpt2s --batch 16      rollout, reference, four epochs; reward constant
+python lab/bench.py kernels                           each operator and PyTorch's own, interleaved
+python lab/bench.py peers --nanogpt DIR --trl PYTHON  beside nanoGPT, transformers and TRL
 """
 
 import argparse
@@ -31,6 +26,8 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 from tqdm import tqdm
 
+from lab import kernels, timing
+from lab.timing import PROMPT, SHAPES, WORK, Setup
 from tinystory import ops
 from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
@@ -38,8 +35,6 @@ from tinystory.run.device import cpu_has_bf16, peak_memory_mb
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.paths import ROOT
-from tinystory.studies import kernels, timing
-from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 
 
 @command
@@ -112,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the seconds of a run in a process of scripts/peer.py, or
+    """Yields a function that returns the seconds of a run in a process of lab/peer.py, or
     raises UserError."""
     argv, pipe = (
-        [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)],
+        [python, str(ROOT / "lab/peer.py"), name, json.dumps(settings)],
         subprocess.PIPE,
     )
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)

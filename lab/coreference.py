@@ -3,27 +3,20 @@ he and she."""
 
 import re
 from collections.abc import Iterable
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tinystory.data.builtin import grammar, vocabulary
+from tinystory.data.builtin import vocabulary
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.stories import mean_of
 from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))
 NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
-UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
 BATCH = 16
-
-
-def unseen_stories(count: int) -> list[str]:
-    """Stories of the built-in grammar that are in no corpus."""
-    return list(islice(grammar.stories(10**9, UNSEEN_SEED), count))
 
 
 @torch.no_grad()

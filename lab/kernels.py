@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lab.timing import PROMPT, Setup
 from tinystory import ops
-from tinystory.studies.timing import PROMPT, Setup
 
 ROWS = 64  # stories decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}

@@ -13,9 +13,10 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
+from tinystory.evaluate.intervals import Z, bootstrap, wilson
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
@@ -122,17 +123,24 @@ def _item(record: dict[str, Any], file: str) -> Item:
     return Item(tuple(options), uid, **more)
 
 
+def task_items(path: str | Path, *, wug: bool) -> list[Item]:
+    """The items of the wug test, or of any other task. Raises UserError for those of the other
+    kind."""
+    items = read_items(path)
+    if any((item.ratio is not None) != wug for item in items):
+        raise UserError(
+            f"{path} is not of this task: --wug takes the wug test, and nothing else does"
+        )
+    return items
+
+
 def score_items(
     student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int
 ) -> tuple[int, Scored]:
     """The number of items, and those that fit the context, each with its options' log-probabilities
     after their common prefix, (options,) float64, in nats. Raises UserError for another task's
     items, or if fewer than `fewest` fit."""
-    items = read_items(path)
-    if any((item.ratio is not None) != wug for item in items):
-        raise UserError(
-            f"{path} is not of this task: --wug takes the wug test, and nothing else does"
-        )
+    items = task_items(path, wug=wug)
     groups = [[part(tokenizer, *option) for option in item.options] for item in items]
     fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
     if sum(fits) < fewest:
@@ -211,3 +219,27 @@ def evaluate_wug(
         "too_long": count - len(results),
         "predictions": predictions(results, name),
     }
+
+
+def weighted(
+    counts: Sequence[tuple[int, int]], weights: Sequence[float]
+) -> tuple[float, tuple[float, float]]:
+    """The sum of weight * correct / total over independent proportions (correct, total), and its
+    normal interval. The variance counts two more successes and failures each (Agresti and Coull),
+    so that no proportion is certain."""
+    correct, total = np.array(counts, dtype=float).T
+    mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
+    half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
+    return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of
+    either are equal."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    a, b = (rank - rank.mean() for rank in ranks)
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else float("nan")

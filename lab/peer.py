@@ -1,8 +1,7 @@
-"""One peer of `bench.py peers`, run by a Python that has its packages. Prints the seconds of a run
-    per line of input.
+"""One peer of `lab/bench.py peers`, run by a Python that has its packages. Prints the seconds of a
+run per line of input.
 
-    python scripts/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90,
-    "threads": 2}'
+python lab/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, ...}'
 
 Made for trl 0.9.4 and transformers 4.53.
 """

@@ -7,17 +7,26 @@ comes first or last. A story wins if it is preferred in both orders; otherwise t
 import contextlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from tinystory.evaluate.intervals import wilson
+from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.evaluate.stories import Sample, mean_of
 from tinystory.run.errors import UserError
-from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
+from tinystory.run.folder import SAMPLES, Fields, read_records
 from tinystory.run.journal import Journal
-from tinystory.teacher.prompt import Criterion, Template
+from tinystory.teacher.prompt import load_template
 
+PREFERENCES = "preferences.jsonl"  # in a run's folder: the choices between its stories
+_FIELDS: Fields = {
+    "opening": (str,),
+    "first": (str,),
+    "second": (str,),
+    "choice": (str, type(None)),
+    "by": (str,),
+}
+BEFORE_AFTER = ("the one before", "the story after interaction")
 # Which story is better, or ORDER if the two orders were judged differently (a tie).
 FIRST, SECOND, ORDER = "first", "second", "order"
 # Keys: whether the lower story is preferred when the second is below, and when the first is below.
@@ -50,7 +59,7 @@ def compared_pairs(
     if pairs:
         return pairs
     raise UserError(
-        "--compare takes a finished interaction, or two that tell different stories to the same openings"
+        "lab/compare.py takes a finished interaction, or two that tell different stories to the same openings"
     )
 
 
@@ -84,11 +93,10 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Each judge's win rate of a run's stories after interaction, by its latest choices in
-    `evaluate.py --compare`."""
+    """Each judge's win rate of a run's stories after interaction, by its latest choices."""
     pairs = set(run_pairs(run))
     by: dict[str, dict[StoryPair, str | None]] = defaultdict(dict)
-    for record in read_records(Path(run) / PREFERENCES):
+    for record in read_records(Path(run) / PREFERENCES, _FIELDS):
         if (pair := StoryPair(*(record[name] for name in StoryPair._fields))) in pairs:
             by[record["by"]][pair] = record["choice"]
     rates = {judge: win_rate(list(choices.values())) for judge, choices in by.items()}
@@ -104,26 +112,22 @@ def keep_choices(
             journal.append({**pair._asdict(), "choice": choice, "by": by})
 
 
-# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries,
-# cache and fence
-# all serve it. The score says which story is better, and how clearly.
-COMPARISON = Template(
-    (
-        Criterion(
-            "preference",
-            "Which of the two stories is the better one, as a story that goes on from the opening?",
-            (
-                "the first story is clearly better",
-                "the first story is a little better",
-                "the second story is a little better",
-                "the second story is clearly better",
-            ),
-        ),
-    ),
-    "You compare two short stories by beginners. Both go on from the same opening, and both may stop before their end; "
-    "do not count that against them, nor which one comes first, nor which is longer. The text to grade holds both, the "
-    "first above a line of dashes and the second below it.",
-)
+def preference_lines(
+    preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER
+) -> list[str]:
+    """One sentence per judge on its blind comparisons. names: the two storytellers."""
+    return [
+        f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
+        f"{rates['first']}, and one or the other by their order in {rates['order']}: "
+        f"win rate {with_ci(rates['rate'], rates['ci'])}"
+        for judge, rates in preferences.items()
+    ]
+
+
+# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries, cache and fence
+# all serve it. The score says which story is better, and how clearly. scripts/teach.py asks a person by the same file.
+COMPARISON_FILE = Path(__file__).with_name("comparison.json")
+COMPARISON = load_template(COMPARISON_FILE)
 
 
 def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:

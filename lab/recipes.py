@@ -1,8 +1,8 @@
 """Compare recipes of interaction with controls that need no teacher or no training: the tables of
-    docs/results.md.
+lab/results.md.
 
-    python scripts/recipes.py --seeds 1 2 3
-    python scripts/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"
+python lab/recipes.py --seeds 1 2 3
+python lab/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"
 
 Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by
 train_interact.py once per text of --options (default: the demo, and with the student's likelihood
@@ -16,10 +16,9 @@ seed's measures and each story's reward, and OUT/reward.svg, README's picture.
 import functools
 import json
 import math
-import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -29,22 +28,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
+from lab.coreference import coreference
+from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
-from tinystory.evaluate.coreference import coreference, unseen_stories
+from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.report import charts
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
-from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write
+from tinystory.run.errors import command
+from tinystory.run.folder import atomic_write, locked
 from tinystory.run.options import script_parser
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
-from tinystory.studies.runs import train
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
+    parser.add_argument("--out", default="runs/recipes", help="folder of the runs")
     parser.add_argument(
         "--seeds",
         nargs="+",
@@ -87,31 +87,37 @@ def main(argv: list[str] | None = None) -> None:
         help="of train_interact.py, per run",
     )
     options = parser.parse_args(argv)
-    try:
-        flags = {text: shlex.split(text) for text in options.options}
-    except ValueError as error:
-        raise UserError(
-            f"--options: {str(error).lower()}; write each text as on a command line"
-        ) from None
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = folder_of(options.out)
+    flags = {text: words_of("--options", text) for text in options.options}
+    for seed in map(str, options.seeds):
+        pretrain_config(["--seed", seed])
+        for words in flags.values():
+            interact_config(["--seed", seed, *words])
+    with locked(out):
+        compare(out, options.seeds, flags)
+
+
+def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]]) -> None:
+    """Train and measure the students, and print and write the tables. flags: the options of each
+    interaction, by their text."""
     records: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        start = options.out / f"pretrain-{seed}"
+    for seed in seeds:
+        start = out / f"pretrain-{seed}"
         train(start, ["--seed", str(seed)], words=PretrainConfig().words)
         by = {"first": "untouched", "likelihood": "likeliest of 4", "reward": "best of 4 by reward"}
         rows = [Row(name, start, n=4, chosen_by=choice) for choice, name in by.items()]
         rows += [Row(f"temperature {t}", start, t) for t in (0.7, 0.6, 0.5)]
-        for text in options.options:
-            out = options.out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
-            train(out, ["--init", str(start), "--seed", str(seed)], flags[text])
-            rows.append(Row(f"`{text}`" if text else "the demo", out))
+        for text, words in flags.items():
+            run = out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
+            train(run, ["--init", str(start), "--seed", str(seed)], words)
+            rows.append(Row(f"`{text}`" if text else "the demo", run))
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
                 records.append(
                     {"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS)
                 )
-                with open(options.out / "rows.jsonl", "a") as file:
+                with open(out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
     print(f"| | {' | '.join(columns)} | standard error |\n|---|{'---|' * (len(columns) + 1)}")
@@ -129,9 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = ["" if x is None else f"{x:.3f}" for x in [*means, standard_error]]
         print(f"| {name} | {' | '.join(cells)} |")
     title = "Reward of stories to held-out openings, with the standard error over openings"
-    atomic_write(
-        options.out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo"))
-    )
+    atomic_write(out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo")))
 
 
 @functools.lru_cache(1)

@@ -1,25 +1,22 @@
 """The paper's experiment as one command: does interaction replace pretraining on many times as many
-    words?
+words?
 
-    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, with
-    fewer stories python scripts/reproduce.py --scale small --pretrain "--corpus stories.txt" --out
-    runs/small
-    python scripts/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
+python lab/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, fewer stories
+python lab/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
+python lab/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
 One student is pretrained, with a checkpoint at every milestone of words. From some of these it
 continues in three ways:
 
-    interact   it writes stories and the teacher scores them, for several seeds
-    random     the same with a control, here a random score (--controls: values of
-    train_interact.py's --reward)
-    more       pretraining on as many further words as interaction took in and wrote, the learning
-    rate decaying to 0
+interact  it writes stories and the teacher scores them, for several seeds
+random    the same with a control, here a random score (--controls: values of --reward)
+more      pretraining on as many further words as interaction took in and wrote, the learning rate
+          decaying to 0
 
 Every checkpoint then writes stories with the same random numbers, the teacher grades them, and
 OUT/report.html compares them. The reward of `small` and `paper` is the paper's, for a single
-opening, unless --interact has other options.
-Each run of a train command has its own folder. After Ctrl-C or a kill, the same command resumes
-interrupted runs and skips finished ones.
+opening, unless --interact has other options. Each run of a train command has its own folder. After
+Ctrl-C or a kill, the same command resumes interrupted runs and skips finished ones.
 """
 
 import itertools
@@ -27,8 +24,8 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,31 +36,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from tqdm import tqdm
 
-from scripts import recipes
+from lab import recipes
+from lab.pairs import evaluate_pairs, task_items
+from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import (
-    INTERACT_PRESETS,
     PAPER_OPENING,
-    PRETRAIN_PRESETS,
     InteractConfig,
     PretrainConfig,
-    parse,
 )
 from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.held_out import has_dull_tellers
-from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import mean_of
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import CONFIG, Record, atomic_write, plain
+from tinystory.run.folder import (
+    CONFIG,
+    NO_FIELDS,
+    Fields,
+    Record,
+    atomic_write,
+    locked,
+    plain,
+    read_object,
+)
 from tinystory.run.options import add_number, script_parser
 from tinystory.student import checkpoint
-from tinystory.studies.runs import train
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -88,8 +91,46 @@ class Scale(NamedTuple):
     controls: Sequence[str]
 
 
-# `small`, the settings of docs/results.md whatever the demo's are, learned most in minutes on a CPU
-# (LOG.md): one epoch over more stories, a weak KL penalty, and the paper's reward.
+class Student(NamedTuple):
+    """A checkpoint to evaluate, the last of its run (the best would be selected by its score). start:
+    words of pretraining before its arm; words: of pretraining and taken in."""
+
+    arm: str
+    start: int
+    seed: int
+    words: int
+    folder: Path
+
+
+EVALUATION: Fields = {  # of a student, in a file of OUT/evaluation
+    "arm": (str,),
+    "start": (int,),
+    "seed": (int,),
+    "words": (int,),
+    "measures": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for, checked. settings: what must be the same when it is run
+    again; arms: options that name the scorer, by arm; starts: words of pretraining; seeds: their
+    number."""
+
+    out: Path
+    settings: Record
+    pretrain: PretrainConfig
+    pretrain_argv: Sequence[str]
+    interact: InteractConfig
+    interact_argv: Sequence[str]
+    arms: Mapping[str, Sequence[str]]
+    starts: Sequence[int]
+    seeds: int
+    on_device: Sequence[str]
+
+
+# `small`, the settings of lab/results.md whatever the demo's are, learned most in minutes on a CPU
+# (lab/LOG.md): one epoch over more stories, a weak KL penalty, and the paper's reward.
 SCALES = {
     "tiny": Scale(
         "--words 3M",
@@ -121,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny")
-    add("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
+    add("--out", help="folder of the experiment (default: runs/reproduce-SCALE)")
     add(
         "--pretrain",
         default="",
@@ -164,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     add("--device", default="auto")
     options = parser.parse_args(argv)
-    scale, out = SCALES[options.scale], options.out or Path("runs") / f"reproduce-{options.scale}"
+    scale = SCALES[options.scale]
+    default = f"runs/reproduce-{options.scale}"
+    out = folder_of(default if options.out is None else options.out)
     settings: Record = {
         "pretrain": f"{scale.pretrain} {options.pretrain}".strip(),
         "interact": f"{scale.interact} {options.interact}".strip(),
@@ -172,78 +215,110 @@ def main(argv: list[str] | None = None) -> None:
         "blimp": options.blimp,
     }
     controls = scale.controls if options.controls is None else options.controls
-    arms = {INTERACT: shlex.split(options.teacher)} | {
+    arms = {INTERACT: words_of("--teacher", options.teacher)} | {
         control: ["--reward", control] for control in controls
     }
     on_device = ["--device", options.device]
-    pretrain_argv, interact_argv = (
-        shlex.split(settings[name]) for name in ("pretrain", "interact")
-    )
-    pretrain: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*pretrain_argv, *on_device])
-    config, *_ = [
-        parse(InteractConfig, INTERACT_PRESETS, [*interact_argv, *scorer])
-        for scorer in arms.values()
-    ]
+    pretrain_argv = words_of("--pretrain", settings["pretrain"])
+    interact_argv = words_of("--interact", settings["interact"])
+    pretrain = pretrain_config([*pretrain_argv, *on_device])
+    configs = [interact_config([*interact_argv, *scorer]) for scorer in arms.values()]
     starts = [start * MILLION for start in options.milestones or scale.starts]
     if missing := [start for start in starts if start not in MILESTONES or start > pretrain.words]:
         raise UserError(
             f"pretraining on {pretrain.words:,} words leaves no checkpoint at {missing[0] // MILLION} M: choose "
             "--milestones that it reaches, among 1 to 9, 10 to 90 by 10, 100 to 1000 by 100"
         )
-    require_same(out / "experiment.json", settings)
-
-    train(out / "pretrain", pretrain_argv, on_device, pretrain.words)
-    milestones = {
-        words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES
-    }
-    # Arm, pretraining words before it, seed, words of pretraining and taken in, last checkpoint
-    # (the best one would be selected by its score).
-    students = [
-        (BEFORE, words, 0, words, path) for words, path in milestones.items() if path.exists()
-    ]
-    for arm, scorer in arms.items():
-        for seed, start in itertools.product(range(options.seeds or scale.seeds), starts):
-            folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
-            init = ["--init", str(milestones[start]), "--seed", str(seed)]
-            last = train(folder, [*interact_argv, *init], [*scorer, *on_device])
-            spent = checkpoint.read_counters(last)
-            students.append((arm, start, seed, start + spent["words_in"], last))
-            if (arm, seed) == (INTERACT, 0):
-                more, words = (
-                    out / MORE / folder.name,
-                    start + spent["words_in"] + spent["words_out"],
-                )
-                copy_milestone(milestones[start], more)
-                last = train(more, (), ["--words", str(words), *on_device], words)
-                students.append((MORE, start, 0, words, last))
-
-    config, records = replace(config, device=options.device), []
-    with open_grader(
-        config, builtin_teacher, corpus=pretrain.corpus, replies=out / "replies.jsonl"
-    ) as grader:
-        for arm, start, seed, words, folder in tqdm(students, desc="evaluation", unit="checkpoint"):
-            path = out / "evaluation" / f"{'-'.join(folder.relative_to(out).parts)}.json"
-            if not path.exists():
-                measures = plain(measure(folder, grader, pretrain, config, settings))
-                record = dict(arm=arm, start=start, seed=seed, words=words, measures=measures)
-                path.parent.mkdir(exist_ok=True)
-                atomic_write(path, json.dumps(record, indent=1) + "\n")
-            records.append(json.loads(path.read_bytes()))
-    settings |= {"scored by": str(grader.facts["scored_by"])}
-    print(f"report: {write_page(out, settings, [*arms], records)}")
+    if options.blimp and not task_items(options.blimp, wug=False):
+        raise UserError(f"--blimp {options.blimp} holds no .jsonl or .jsonl.gz file")
+    plan = Plan(
+        out=out,
+        settings=settings,
+        pretrain=pretrain,
+        pretrain_argv=pretrain_argv,
+        interact=replace(configs[0], device=options.device),
+        interact_argv=interact_argv,
+        arms=arms,
+        starts=starts,
+        seeds=options.seeds or scale.seeds,
+        on_device=on_device,
+    )
+    with locked(out):
+        require_same(out / "experiment.json", settings)
+        students = train_students(plan)
+        scored_by, records = evaluate(plan, students)
+        report = write_page(out, settings | {"scored by": scored_by}, [*arms], records)
+    print(f"report: {report}")
 
 
 def require_same(path: Path, settings: Record) -> None:
     """Write the settings that all runs of an experiment share. Raises UserError if the file has
-    others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(path.read_bytes()) if path.exists() else settings
+    others, or cannot be read."""
+    before = read_own(path) if path.exists() else settings
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         old, new = before.get(changed[0]), settings[changed[0]]
         raise UserError(
             f"{path.parent} was begun with {changed[0]} {old!r}, not {new!r}: choose another --out"
         )
     atomic_write(path, json.dumps(settings, indent=1) + "\n")
+
+
+def read_own(path: Path, fields: Fields = NO_FIELDS) -> Record:
+    try:
+        return read_object(path, fields)
+    except UserError as error:
+        raise UserError(f"{error}; restore it from a copy, or choose another --out") from None
+
+
+def train_students(plan: Plan) -> list[Student]:
+    """Run what is not finished yet, and return all checkpoints to evaluate."""
+    out, on_device = plan.out, plan.on_device
+    train(out / "pretrain", plan.pretrain_argv, on_device, plan.pretrain.words)
+    milestones = {
+        words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES
+    }
+    students = [
+        Student(BEFORE, words, 0, words, path)
+        for words, path in milestones.items()
+        if path.exists()
+    ]
+    for arm, scorer in plan.arms.items():
+        for seed, start in itertools.product(range(plan.seeds), plan.starts):
+            folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
+            init = ["--init", str(milestones[start]), "--seed", str(seed)]
+            last = train(folder, [*plan.interact_argv, *init], [*scorer, *on_device])
+            spent = checkpoint.read_counters(last)
+            students.append(Student(arm, start, seed, start + spent["words_in"], last))
+            if (arm, seed) == (INTERACT, 0):
+                more = out / MORE / folder.name
+                words = start + spent["words_in"] + spent["words_out"]
+                copy_milestone(milestones[start], more)
+                last = train(more, (), ["--words", str(words), *on_device], words)
+                students.append(Student(MORE, start, 0, words, last))
+    return students
+
+
+def evaluate(plan: Plan, students: Sequence[Student]) -> tuple[str, list[Record]]:
+    """The grader's name, and a record per student, kept in OUT/evaluation. Raises UserError if a
+    kept one cannot be read."""
+    records = []
+    replies = plan.out / "replies.jsonl"
+    with open_grader(
+        plan.interact, builtin_teacher, corpus=plan.pretrain.corpus, replies=replies
+    ) as grader:
+        for student in tqdm(students, desc="evaluation", unit="checkpoint"):
+            parts = student.folder.relative_to(plan.out).parts
+            path = plan.out / "evaluation" / f"{'-'.join(parts)}.json"
+            if not path.exists():
+                measures = measure(
+                    student.folder, grader, plan.pretrain, plan.interact, plan.settings
+                )
+                record = student._asdict() | {"measures": plain(measures)}
+                del record["folder"]
+                path.parent.mkdir(exist_ok=True)
+                atomic_write(path, json.dumps(record, indent=1) + "\n")
+            records.append(read_own(path, EVALUATION))
+        return str(grader.facts["scored_by"]), records
 
 
 def copy_milestone(milestone: Path, run: Path) -> None:

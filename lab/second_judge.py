@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from lab.reader import Reader
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, real_stories
 from tinystory.evaluate.held_out import FIRST_INDEX
 from tinystory.evaluate.intervals import mean_and_ci, mean_ci, with_ci
-from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
+from tinystory.report.charts import number
 from tinystory.run.errors import UserError
 from tinystory.run.folder import (
     EVALUATIONS,
-    JUDGED,
     SAMPLES,
     Record,
     atomic_write,
@@ -30,6 +30,7 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.grade import Grade
 
+JUDGED = "judged.jsonl"  # in a run's folder: the stories that were judged, with both scores
 TEMPERATURES = (0.7, 0.5)
 BEST_OF = 4
 BEFORE, AFTER, BEST, REAL = "before", "after", "best checkpoint", "real stories"
@@ -173,3 +174,29 @@ def conclusion(records: Sequence[Record]) -> str:
         f"The reader, which was not the teacher, sees a gain in sense of {text}{way}; that is {verdict} the {theirs} "
         f"(difference {with_ci(beyond, beyond_ci, sign='+')})."
     )
+
+
+def judged_rows(records: Sequence[Record]) -> list[list[str]]:
+    """A header, and per group: size, mean by each judge, and the fraction of the way from before to
+    real stories."""
+    tables = {measure: summary(records, measure) for measure in ("score", "sense")}
+    rows = [
+        [
+            "Stories",
+            "Number",
+            "Teacher’s score",
+            "of the way",
+            "Sense, nats per token",
+            "of the way",
+        ]
+    ]
+    for name in GROUPS:
+        cells = []
+        for table in tables.values():
+            row = table[name]
+            cells += [
+                with_ci(row["mean"], row["ci"]),
+                number(None) if row["gap"] is None else f"{row['gap']:.0%}",
+            ]
+        rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
+    return rows

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.pairs import babylm_file
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.pairs import babylm_file
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write

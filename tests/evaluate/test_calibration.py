@@ -9,6 +9,7 @@ import pytest
 from conftest import fails
 from fault_server import FaultServer
 
+from lab.coreference import unseen_stories
 from scripts import doctor
 from tinystory.config import InteractConfig
 from tinystory.evaluate.calibration import (
@@ -20,7 +21,6 @@ from tinystory.evaluate.calibration import (
     verdict,
     wins,
 )
-from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import (
     CORRUPTIONS,
     KINDS,

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 from conftest import LIMIT_S
 
+from lab.preference import COMPARISON
 from scripts import evaluate, teach
-from tinystory.evaluate.preference import COMPARISON
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve

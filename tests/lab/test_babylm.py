@@ -12,12 +12,8 @@ import pytest
 import torch
 from conftest import fails, tiny_stories
 
-from scripts import evaluate
-from tinystory.data.corpus import open_corpus
-from tinystory.evaluate import scoring
-from tinystory.evaluate.intervals import spearman
-from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug, read_items
-from tinystory.evaluate.reading_times import (
+from lab.pairs import evaluate_pairs, evaluate_wug, read_items
+from lab.reading_times import (
     BASELINE,
     EYES,
     SELF_PACED,
@@ -25,6 +21,10 @@ from tinystory.evaluate.reading_times import (
     evaluate_reading_times,
     explained,
 )
+from scripts import evaluate
+from tinystory.data.corpus import open_corpus
+from tinystory.evaluate import scoring
+from tinystory.evaluate.intervals import spearman
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.run.errors import UserError

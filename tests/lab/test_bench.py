@@ -1,4 +1,4 @@
-"""scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own
+"""lab/bench.py on a tiny shape: one line of JSON that adds up, through the product's own
 functions."""
 
 import contextlib
@@ -8,9 +8,9 @@ import statistics
 import pytest
 import torch
 
-from scripts import bench as bench_script
+from lab import bench as bench_script
+from lab import timing
 from tinystory.student.model import StudentConfig
-from tinystory.studies import timing
 
 
 @pytest.fixture

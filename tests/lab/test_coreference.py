@@ -4,9 +4,9 @@ and pronouns."""
 import pytest
 import torch
 
+from lab.coreference import NAMES, coreference, unseen_stories
 from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.coreference import NAMES, coreference, unseen_stories
 from tinystory.student.model import Student, StudentConfig
 
 

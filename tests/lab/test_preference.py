@@ -7,8 +7,7 @@ import pytest
 from conftest import fails
 from fault_server import FaultServer
 
-from scripts import evaluate
-from tinystory.evaluate.preference import (
+from lab.preference import (
     COMPARISON,
     FIRST,
     ORDER,
@@ -22,6 +21,7 @@ from tinystory.evaluate.preference import (
     run_preferences,
     win_rate,
 )
+from scripts import evaluate
 from tinystory.evaluate.stories import read_samples
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.evaluate import reader
-from tinystory.evaluate.reader import HIGH, MAX_TOKENS, REPEATED, Reader, _repeated
+from lab import reader
+from lab.reader import HIGH, MAX_TOKENS, REPEATED, Reader, _repeated
 from tinystory.run.errors import UserError
 
 VOCABULARY = 500

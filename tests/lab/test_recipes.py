@@ -1,4 +1,4 @@
-"""scripts/recipes.py: what it measures of a student, which stories are the best of several, and the
+"""lab/recipes.py: what it measures of a student, which stories are the best of several, and the
 table it prints."""
 
 import contextlib
@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import fails
 
-from scripts import recipes
+from lab import recipes
 from tinystory.data.builtin import dull
 from tinystory.ops.compute import resolve
 from tinystory.student import checkpoint

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import fails
 
-from scripts import reproduce
-from scripts.reproduce import BEFORE, INTERACT, MILLION, MORE
+from lab import reproduce, runs
+from lab.reproduce import BEFORE, INTERACT, MILLION, MORE
 from tinystory.config import (
     INTERACT_PRESETS,
     PRETRAIN_PRESETS,
@@ -23,7 +23,6 @@ from tinystory.data.babylm import MILESTONES
 from tinystory.data.builtin import dull
 from tinystory.report.charts import Line, chart, log_ticks
 from tinystory.student import checkpoint
-from tinystory.studies import runs
 from tinystory.teacher.callable import CallableGrader, random_scores
 
 # ---- runs of commands that train nothing ---------------------------------------------------------

@@ -10,9 +10,8 @@ from conftest import ROOT, SHORT, fails
 from fault_server import FaultServer
 
 import train_interact
-from scripts import evaluate
-from tinystory.evaluate import second_judge
-from tinystory.evaluate.second_judge import (
+from lab import second_judge
+from lab.second_judge import (
     AFTER,
     BEFORE,
     BEST_OF_N,
@@ -23,6 +22,7 @@ from tinystory.evaluate.second_judge import (
     gain,
     summary,
 )
+from scripts import evaluate
 from tinystory.evaluate.stories import best_of_n
 from tinystory.report.judges import judged_rows
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records

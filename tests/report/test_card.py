@@ -6,9 +6,9 @@ import pytest
 from conftest import SHORT, metrics
 
 import train_interact
+from lab.preference import SECOND, keep_choices, run_pairs
 from scripts import export_hf
 from tinystory.data.corpus import HUB
-from tinystory.evaluate.preference import SECOND, keep_choices, run_pairs
 from tinystory.run.folder import EVALUATIONS, read_records
 from tinystory.run.text import printable
 from tinystory.student import checkpoint

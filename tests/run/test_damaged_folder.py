@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import train_interact as interact
 import train_pretrain as pretrain
+from lab.preference import StoryPair
 from tinystory.evaluate.held_out import write_samples
-from tinystory.evaluate.preference import StoryPair
 from tinystory.report.before_after import summary
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError

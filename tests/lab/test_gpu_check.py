@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from scripts import bench
+from lab import bench
 
 
 def commands() -> str:
