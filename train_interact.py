@@ -27,8 +27,8 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.reader import Reader
-from tinystory.evaluate.scoring import Likelihood
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary
