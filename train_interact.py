@@ -27,7 +27,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.scoring import Likelihood
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report

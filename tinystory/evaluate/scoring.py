@@ -4,8 +4,6 @@ context only."""
 
 from collections.abc import Sequence
 from itertools import chain, takewhile
-from statistics import fmean, pstdev
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory import ops
-from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.student.generate import generate
 from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
-# the student's own stories get about this mean and deviation from a teacher
-MEAN, SPREAD = 0.5, 0.2
-STORIES = 64  # the student's own stories that set the scale
 
 # token ids, and the index (>= 1) of the first whose log-probability counts
 Part = tuple[tuple[int, ...], int]
@@ -71,49 +64,3 @@ def _after_common_prefix(group: Sequence[Part]) -> list[Part]:
     columns = zip(*(ids for ids, _ in group), strict=False) if len(group) > 1 else ()
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return [(ids, max(first, common)) for ids, first in group]
-
-
-class Likelihood:
-    """The control `--reward likelihood`: a linear function of the mean log-probability of a story's
-    tokens under the frozen student, clipped to 0..1. If the likelier story is the better one, it
-    teaches as much as a teacher."""
-
-    def __init__(
-        self,
-        student: Student,
-        tokenizer: Tokenizer,
-        openings: Sequence[str],
-        config: InteractConfig,
-    ):
-        self.student, self.tokenizer = student, tokenizer
-        prompts = [openings[i % len(openings)] for i in range(STORIES)]
-        sampling: dict[str, Any] = {
-            name: getattr(config, name) for name in ("seed", "max_new_tokens", "temperature")
-        }
-        with torch.no_grad():
-            stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
-        own = [
-            x
-            for x in self._mean_logprobs(prompts, [story.text for story in stories])
-            if x is not None
-        ]
-        self.mean, self.spread = fmean(own), max(pstdev(own), 1e-6)
-
-    def __call__(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
-        """Per story a score, 0..1; None for an empty one."""
-        return [
-            None if x is None else min(max(MEAN + SPREAD * (x - self.mean) / self.spread, 0.0), 1.0)
-            for x in self._mean_logprobs(openings, stories)
-        ]
-
-    def _mean_logprobs(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
-        parts = [
-            part(self.tokenizer, opening, f" {story}")
-            for opening, story in zip(openings, stories, strict=True)
-        ]
-        sums = sum_logprobs(self.student, [[ids] for ids in parts], "likelihood")
-        counts = [
-            len(ids) - first if story else 0
-            for (ids, first), story in zip(parts, stories, strict=True)
-        ]
-        return [float(total) / n if n else None for total, n in zip(sums, counts, strict=True)]

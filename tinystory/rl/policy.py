@@ -158,7 +158,7 @@ def rollout(
     policy: Policy,
     openings: Sequence[str],
     first_index: int,
-    send: Callable[[int, str, str], None],
+    send: Callable[[int, str, str, Sequence[int]], None],
     bar: tqdm | None = None,
     dropout: float = 0.0,
     sent: Sequence[int] | None = None,
@@ -170,7 +170,7 @@ def rollout(
 
     def on_story(story: Story) -> None:
         if distributed.is_rank0() and story.index - first_index in to_send:
-            send(story.index, story.opening, story.text)
+            send(story.index, story.opening, story.text, story.tokens.tolist())
         if bar is not None:
             bar.update()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinystory.config import FEWEST_GRADED
 from tinystory.rl.batch import Batch
 from tinystory.run import distributed
+from tinystory.run.text import is_blank
 from tinystory.student.generate import Story
 
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
@@ -75,9 +76,15 @@ def with_predictions(
     graded = [scores[row] for row in sent]
     predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
     record = {"predicted": len(stories) - predicted.count(None), "score_r_squared": r_squared}
-    return [
-        score if other is None else other for score, other in zip(scores, predicted, strict=True)
-    ], record
+    completed: list[float | None] = []
+    for story, score, prediction in zip(stories, scores, predicted, strict=True):
+        if prediction is None:
+            completed.append(score)
+        elif is_blank(story.text):
+            completed.append(0.0)  # every grader's score of an empty story
+        else:
+            completed.append(prediction)
+    return completed, record
 
 
 class ScoreModel:
