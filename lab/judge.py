@@ -8,6 +8,7 @@ python lab/judge.py --calibrate               whether it tells real stories from
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+import torch
 
 from lab import findings
 from lab.reader import PACKAGED, Reader
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
 from tinystory.data.corpus import NAMES
+from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.evaluate.intervals import with_ci
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
@@ -98,13 +102,26 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
         replies = run / "judge_replies.jsonl"
-        with open_grader(config, builtin_teacher, corpus=corpus, replies=replies) as grader:
+        with open_grader(
+            config,
+            builtin_teacher,
+            corpus=corpus,
+            replies=replies,
+            likelihood=functools.partial(likelihood, run, config, compute.device),
+        ) as grader:
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
         pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
     if len(runs) > 1:
         print_judged(f"{len(runs)} runs together", pooled)
+
+
+def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likelihood:
+    """The grader of a run with --reward likelihood."""
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", device)
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    return Likelihood(student, tokenizer, openings.train, config)
 
 
 def own_corpus(run: Path) -> list[str]:

@@ -25,9 +25,9 @@ from typing import Any, TextIO, TypeAlias
 import numpy as np
 import torch
 
+from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import Z, bootstrap, wilson
-from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
 

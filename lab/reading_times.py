@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lab.pairs import babylm_file
+from lab.scoring import Part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.scoring import Part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
 

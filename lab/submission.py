@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lab.pairs import babylm_file
+from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write
 from tinystory.student.model import Student

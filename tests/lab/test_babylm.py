@@ -1,7 +1,6 @@
 """The definitions of BabyLM's pipeline, on small files in its formats, against plain sums over
 logits."""
 
-import contextlib
 import csv
 import gzip
 import json
@@ -12,7 +11,8 @@ import pytest
 import torch
 from conftest import fails, tiny_stories
 
-from lab.pairs import evaluate_pairs, evaluate_wug, read_items
+from lab import babylm, scoring
+from lab.pairs import evaluate_pairs, evaluate_wug, read_items, spearman
 from lab.reading_times import (
     BASELINE,
     EYES,
@@ -21,15 +21,9 @@ from lab.reading_times import (
     evaluate_reading_times,
     explained,
 )
-from scripts import evaluate
-from tinystory.data.corpus import open_corpus
-from tinystory.evaluate import scoring
-from tinystory.evaluate.intervals import spearman
-from tinystory.evaluate.scoring import part, sum_logprobs
-from tinystory.evaluate.validation import bits_per_byte
+from lab.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
-from tinystory.teacher.grade import Grade, Grader
 
 PAIRS = [
     ("Tom had a kite.", "Tom had a a kite."),
@@ -308,38 +302,10 @@ def test_a_reading_file_of_another_kind_is_named(student, tokenizer, tmp_path):
         evaluate_reading_times(student, tokenizer, tmp_path / "nothing.csv")
 
 
-# ---- bits per byte -------------------------------------------------------------------------------
-
-
-def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
-    with torch.no_grad():
-        student.wte.weight.zero_()  # every token as likely
-    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
-    measures = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]).documents())
-    ids = [[*tokenizer.encode(story), tokenizer.eos] for story in tiny_stories(8)]
-    counted = [id for each in ids for id in each][1:]  # every token once but the very first
-    assert len(counted) > student.config.context
-    bits = (
-        len(counted)
-        * math.log2(tokenizer.vocab_size)
-        / sum(len(tokenizer.token_bytes[id]) for id in counted)
-    )
-    assert (
-        measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-        and measures["tokens"] == len(counted) + 1
-    )
-
-
-class Amused(Grader):
-    def grades(self, questions, stop=None):
-        return [Grade({"humour": 2}, 2 / 3)] * len(questions)
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: contextlib.nullcontext(Amused({})))
+def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         history = {"words": step * 1_000_000}
@@ -347,7 +313,6 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
             run / name, student, tokenizer, history=history, state={}, counters={"step": step}
         )
     hf.write(tmp_path / "<b>theirs", student, tokenizer)
-    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
     tasks = {
         "blimp": write(tmp_path / "blimp.jsonl", BLIMP),
         "wug": write(tmp_path / "wug.jsonl", WUG),
@@ -356,17 +321,8 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
     tasks |= {"reading": write_csv(tmp_path / "reading_data.csv", reading_rows())}
     arguments = [str(run / "chck_1M"), str(run.parent), str(tmp_path / "<b>theirs")]
     arguments += [word for task, path in tasks.items() for word in (f"--{task}", str(path))]
-    arguments += [
-        "--corpus",
-        str(tmp_path / "a.txt"),
-        "--stories",
-        "8",
-        "--max-new-tokens",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    evaluate.main([*arguments, "--out", str(tmp_path / "out" / "report.json")])
+    arguments += ["--coreference", "2", "--device", "cpu"]
+    babylm.main([*arguments, "--out", str(tmp_path / "out" / "report.json")])
     records = json.loads((tmp_path / "out" / "report.json").read_text())["checkpoints"]
     assert [(r["name"], r["words"]) for r in records] == [
         ("run/chck_1M", 10**6),
@@ -375,56 +331,23 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
     ]
     assert (
         records[0]["blimp"] == records[2]["blimp"]
-        and records[0]["stories"] == records[2]["stories"]
+        and records[0]["coreference"] == records[2]["coreference"]
     )
     printed = capsys.readouterr().out
-    assert "BLiMP, %" in printed and "run/chck_2M" in printed and "bits per byte" in printed
-
-
-def test_the_command_puts_anybodys_stories_beside_a_students(
-    student, tokenizer, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: contextlib.nullcontext(Amused({})))
-    ours = checkpoint.save(
-        tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1}
-    )
-    samples = {
-        name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)]
-        for name in ("gpt", "people")
-    }
-    files = [write(tmp_path / f"{name}.jsonl", stories) for name, stories in samples.items()]
-    arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
-    evaluate.main(
-        [str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments]
-    )
-    records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
-    assert [(r["name"], r["stories"]["stories"]) for r in records] == [
-        ("ours", 10),
-        ("gpt.jsonl", 10),
-        ("people.jsonl", 10),
-    ]
-    assert all(r["stories"]["score_mean"] == 2 for r in records)
-    assert (
-        records[1]["stories"]["story_clusters_10"] == 10
-        and "people.jsonl" in capsys.readouterr().out
-    )
-    evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
-    (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
-    assert record["stories"]["stories"] == 12
+    assert "BLiMP, %" in printed and "run/chck_2M" in printed
 
 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
         ([], "nothing to evaluate"),
-        (["--stories", "4", "--openings", "missing.txt"], "cannot be read"),
         (["--blimp", "missing"], "neither a checkpoint nor a run"),
     ],
 )
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["nothing", "--device", "cpu", *arguments])
+        babylm.main(["nothing", "--device", "cpu", *arguments])
     assert complaint in capsys.readouterr().err
 
 
@@ -498,10 +421,10 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     )
     common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
     checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
-    evaluate.main(
+    babylm.main(
         [*checkpoints, "--babylm", str(fast), "--aoa", str(fast / "cdi_childes.json"), *common]
     )
-    evaluate.main([checkpoints[1], "--babylm", str(full), *common])
+    babylm.main([checkpoints[1], "--babylm", str(full), *common])
     tasks = "entity_tracking/entity_tracking{} blimp/blimp{} blimp/supplement{} ewok/ewok{} reading"
     tasks += " wug_adj/wug_adj_nominalization wug_past/wug_past_tense"
     expected = {
@@ -578,14 +501,14 @@ def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, c
         "--predictions",
         str(tmp_path / "results" / "toy"),
     ]
-    assert "1 items of" in fails(evaluate.main, [*common, "--babylm", str(data)], capsys)
+    assert "1 items of" in fails(babylm.main, [*common, "--babylm", str(data)], capsys)
     assert "is not BabyLM's full_eval" in fails(
-        evaluate.main, [*common, "--babylm", str(tmp_path / "no")], capsys
+        babylm.main, [*common, "--babylm", str(tmp_path / "no")], capsys
     )
     assert "give --babylm FOLDER" in fails(
-        evaluate.main, [*common, "--blimp", str(data / "blimp_fast")], capsys
+        babylm.main, [*common, "--blimp", str(data / "blimp_fast")], capsys
     )
     write(tmp_path / "aoa.json", [{"ball": [1]}])
     assert "cannot be read as BabyLM's cdi_childes.json" in fails(
-        evaluate.main, [*common, "--aoa", str(tmp_path / "aoa.json")], capsys
+        babylm.main, [*common, "--aoa", str(tmp_path / "aoa.json")], capsys
     )

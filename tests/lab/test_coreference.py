@@ -4,9 +4,10 @@ and pronouns."""
 import pytest
 import torch
 
-from lab.coreference import NAMES, coreference, unseen_stories
+from lab.coreference import NAMES, coreference
 from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.student.model import Student, StudentConfig
 
 

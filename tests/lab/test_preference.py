@@ -7,6 +7,7 @@ import pytest
 from conftest import fails
 from fault_server import FaultServer
 
+from lab import compare as command
 from lab.preference import (
     COMPARISON,
     FIRST,
@@ -17,13 +18,12 @@ from lab.preference import (
     compare,
     compared_pairs,
     keep_choices,
+    preference_lines,
     run_pairs,
     run_preferences,
     win_rate,
 )
-from scripts import evaluate
 from tinystory.evaluate.stories import read_samples
-from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog
 from tinystory.student import checkpoint
@@ -124,7 +124,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
     samples(tmp_path)
     with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
         server.first = lambda: "1"
-        evaluate.main(["--compare", str(tmp_path), "--teacher-url", server.url])
+        command.main([str(tmp_path), "--teacher-url", server.url])
         texts = {request["messages"][-1]["content"] for request in server.requests}
         system = {request["messages"][0]["content"] for request in server.requests}
     assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
@@ -158,7 +158,7 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
     assert compared_pairs([*map(Path, paths)], read_samples) == PAIRS
     with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
         server.first = lambda: "1"
-        evaluate.main(["--compare", *paths, "--teacher-url", server.url])
+        command.main([*paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
     assert (
         "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and one or the other by their order in 0: win"
@@ -181,17 +181,12 @@ def test_a_student_beside_a_file_writes_to_the_files_openings(
     more = ["--max-new-tokens", "4", "--device", "cpu", "--stories", "2"]
     with FaultServer(lambda text, n: "3" if text.rpartition("\n")[2] == "plain" else "0") as server:
         server.first = lambda: "1"
-        evaluate.main(
-            ["--compare", str(tmp_path / "a.jsonl"), str(ours), *more, "--teacher-url", server.url]
-        )
+        command.main([str(tmp_path / "a.jsonl"), str(ours), *more, "--teacher-url", server.url])
     assert "preferred ours in 0 of 2 pairs, a.jsonl in 2" in capsys.readouterr().out
 
 
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
     url = ["--teacher-url", "http://127.0.0.1:9/v1"]
-    assert "or two that tell" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
-    assert "finished interaction" in fails(
-        evaluate.main, ["--compare", str(tmp_path), *url], capsys
-    )
-    assert "give --teacher-url" in fails(evaluate.main, ["--compare", *files(tmp_path)], capsys)
-    assert "nothing to evaluate" in fails(evaluate.main, [], capsys)
+    assert "or two that tell" in fails(command.main, ["a", "b", "c", *url], capsys)
+    assert "finished interaction" in fails(command.main, [str(tmp_path), *url], capsys)
+    assert "give --teacher-url" in fails(command.main, [*files(tmp_path)], capsys)

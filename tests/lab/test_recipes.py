@@ -46,9 +46,25 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     assert len(plain["rewards"]) == len(OPENINGS)
 
 
-def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
-    line = fails(recipes.main, ["--out", str(tmp_path / "r"), "--options", "'unclosed"], capsys)
-    assert "--options: no closing quotation" in line and not (tmp_path / "r").exists()
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--out", ""], "--out must be given: it is empty"),
+        (["--out", "file/x"], "cannot write"),
+        (["--options", "'x"], "--options: no closing quotation"),
+        (["--options", "", "--lam 7"], "--lam must be"),
+        (["--options", "--openings nowhere.txt"], "nowhere.txt"),
+        (["--seeds", "1", "-1"], "--seed must be"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(
+    argv, complaint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("it has begun to work"))
+    assert complaint in fails(recipes.main, argv, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_table_has_the_untouched_student_the_demo_and_the_controls(

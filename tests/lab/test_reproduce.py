@@ -22,8 +22,10 @@ from tinystory.config import (
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.builtin import dull
 from tinystory.report.charts import Line, chart, log_ticks
+from tinystory.run.folder import locked
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader, random_scores
+from tinystory.teacher.grade import Grade, Grader
 
 # ---- runs of commands that train nothing ---------------------------------------------------------
 
@@ -123,6 +125,54 @@ def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--out", ""], "--out must be given: it is empty"),
+        (["--out", "file/x"], "cannot write"),
+        (["--pretrain", "'x"], "--pretrain: no closing quotation"),
+        (["--interact", "'x"], "--interact: no closing quotation"),
+        (["--teacher", "'x"], "--teacher: no closing quotation"),
+        (["--interact", "--openings nowhere.txt"], "nowhere.txt"),
+        (["--blimp", "nowhere"], "nowhere cannot be read as BabyLM's sentence tasks"),
+        (["--blimp", "empty"], "--blimp empty holds no .jsonl"),
+        (["--blimp", "wug.jsonl"], "--wug takes the wug test"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(
+    argv, complaint, trainer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wug.jsonl").write_text('{"sentences": "a\\tb", "ratio": 0.5}')
+    before = sorted(tmp_path.rglob("*"))
+    assert complaint in fails(reproduce.main, argv, capsys)
+    assert trainer.calls == [] and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udc80"])
+def test_a_damaged_record_of_an_experiment_is_named(trainer, tmp_path, capsys, content):
+    argv = ["--out", str(tmp_path), "--milestones", "1", "--seeds", "1", "--controls"]
+    reproduce.main(argv)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("e*/*.json")}
+    kept |= {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert len(kept) > 3
+    calls = len(trainer.calls)
+    for path in list(kept)[-2:]:  # an evaluation and experiment.json
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        line = fails(reproduce.main, argv, capsys)
+        assert str(path) in line and "restore it from a copy" in line
+        path.write_bytes(kept[path])
+    assert len(trainer.calls) == calls
+
+
+def test_two_commands_do_not_work_on_one_experiment(trainer, tmp_path, capsys):
+    with locked(tmp_path):
+        assert "is in use by process" in fails(reproduce.main, ["--out", str(tmp_path)], capsys)
+    assert trainer.calls == []
+
+
 def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys):
     reproduce.main(["--out", str(tmp_path)])
     capsys.readouterr()
@@ -194,12 +244,19 @@ def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
 
+class Half(Grader):
+    """Gives every story half of the highest score, an empty one too."""
+
+    def grades(self, questions, stop=None):
+        return [Grade(None, 0.5)] * len(questions)
+
+
 def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
     history = {"corpus": ["primer", "builtin", "dull"]}
     monkeypatch.setattr(checkpoint, "load", lambda *_: (student, tokenizer, history))
     monkeypatch.setattr(reproduce.recipes, "COREFERENCE", 4)
-    grader = CallableGrader(lambda openings, stories: [0.5] * len(stories), "half")
+    grader = Half({})
     pretrain = PretrainConfig(corpus=[str(place / "corpus.txt")], device="cpu", vocab_size=300)
     (tmp_path / "openings.txt").write_text("Tom had a ball.\nMia sat.\n")
     config = InteractConfig(

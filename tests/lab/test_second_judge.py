@@ -1,8 +1,10 @@
 """A second judge: what is judged, and which of a run's gain the report says it sees."""
 
 import json
+import os
 import re
 import runpy
+import shlex
 
 import numpy as np
 import pytest
@@ -10,22 +12,30 @@ from conftest import ROOT, SHORT, fails
 from fault_server import FaultServer
 
 import train_interact
-from lab import second_judge
+from lab import judge, second_judge
+from lab import reader as lab_reader
 from lab.second_judge import (
     AFTER,
     BEFORE,
     BEST_OF_N,
     COLDER,
     GROUPS,
+    JUDGED,
     REAL,
     conclusion,
     gain,
+    judged_rows,
     summary,
 )
-from scripts import evaluate
+from tinystory.config import InteractConfig
+from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import best_of_n
-from tinystory.report.judges import judged_rows
-from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
+from tinystory.report.findings import read_findings
+from tinystory.run.folder import EVALUATIONS, read_records
+from tinystory.student import checkpoint
+
+READER = ["--reader", "short-words"]
 
 
 class Reader:
@@ -33,6 +43,8 @@ class Reader:
 
     def __init__(self, name, device="auto"):
         assert name == "short-words"
+
+    measures = lab_reader.Reader.measures
 
     def sense(self, stories):
         return np.array(
@@ -55,8 +67,7 @@ def trusted(place):
         f"{place / 'reward.py'}:score",
         "--corpus",
         str(place / "corpus.txt"),
-        "--reader",
-        "short-words",
+        *READER,
     ]
 
 
@@ -66,8 +77,7 @@ def run(place, tmp_path, monkeypatch):
     out = tmp_path / "run"
     reward = f"{place / 'reward.py'}:score"
     train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
-    monkeypatch.setattr(evaluate, "Reader", Reader)
-    monkeypatch.setattr(train_interact, "Reader", Reader)
+    monkeypatch.setattr(judge, "Reader", Reader)
     return out
 
 
@@ -76,7 +86,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     monkeypatch.setattr(
         second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
     )
-    evaluate.main(["--judge", str(run), str(run), *trusted(place)])
+    judge.main([str(run), str(run), *trusted(place)])
     printed = capsys.readouterr().out
     assert (
         "2 runs together" in printed
@@ -102,21 +112,64 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
         )
     page = (run / "report.html").read_text()
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
+    (finding,) = read_findings(run)  # the second judgement replaces the first
+    assert finding["step"] == 4 and finding["table"] == judged_rows(records)
+    assert finding["sentences"][0] == conclusion(records)
 
 
-def test_interaction_judges_at_its_end_if_asked(place, run, capsys):
-    assert not (run / JUDGED).exists()
-    train_interact.main(
-        ["--out", str(run), "--resume", *trusted(place)[:2], "--reader", "short-words"]
-    )
-    assert "not the teacher" in capsys.readouterr().out and (run / JUDGED).exists()
+def test_the_last_line_of_an_interaction_names_the_command_that_judges_it(place, run, capsys):
+    train_interact.main(["--out", str(run), "--resume", *trusted(place)[:2]])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[0] == "judge:" and words[2:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
 
 
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(
-        evaluate.main, ["--judge", str(run), *trusted(place)], capsys
-    )
+    assert "give a finished interaction" in fails(judge.main, [str(run), *trusted(place)], capsys)
+
+
+def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "Reader", Reader)
+    run = tmp_path / "run"
+    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
+    train_interact.main([*SHORT, *start, "--reward", "likelihood"])
+    judge.main([str(run), *trusted(place)[2:]])
+    records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")
+    config = InteractConfig(max_new_tokens=16)
+    grader = Likelihood(student, tokenizer, ["Once"], config)
+    grades = grader.grade_each([(record["opening"], record["story"]) for record in records])
+    scores = [grade.score for grade in grades]
+    assert len(scores) == 4 and [record["score"] for record in records] == pytest.approx(scores)
+
+
+def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "Reader", Reader)
+    for name, story in (("short", "a b c."), ("long", "abcdefgh abcdefgh.")):
+        lines = [json.dumps({"opening": "Once", "story": story}) + "\n"] * 3
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    judge.main([str(tmp_path / f"{name}.jsonl") for name in ("short", "long")] + READER)
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert header[0] == "stories"
+    assert [row[:3] for row in rows] == [
+        ["short.jsonl", "3", "-1.33"],
+        ["long.jsonl", "3", "-8.50"],
+    ]
+
+
+def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):
+    class Varied(Reader):
+        def sense(self, stories):
+            return np.array([-len(set(story.split())) + 0.0 for _, story in stories])
+
+    monkeypatch.setattr(judge, "Reader", Varied)
+    (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
+    judge.main(["--calibrate", *READER, "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "short-words" in lines[0]
+    shuffled = next(line for line in lines if "words shuffled" in line)
+    assert shuffled.count("[") == 1  # the interval of its area
+    assert lines[-1].startswith("the reader ")
 
 
 def change_config(run, **options):
@@ -133,23 +186,23 @@ def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
     (run / "evil.py").write_text(
         "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
     )
-    judge = ["--judge", str(run), "--reader", "short-words"]
+    argv = [str(run), *READER]
     change_config(run, reward=f"{run / 'evil.py'}:f")
-    assert "add exactly that to the command" in fails(evaluate.main, judge, capsys)
+    assert "add exactly that to the command" in fails(judge.main, argv, capsys)
     resume = fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
     assert f"asks for --reward {run / 'evil.py'}:f, which runs code" in resume
     with FaultServer() as server:
         change_config(run, reward="", teacher_url=[server.url])
-        assert f"asks for --teacher-url {server.url}, which" in fails(evaluate.main, judge, capsys)
+        assert f"asks for --teacher-url {server.url}, which" in fails(judge.main, argv, capsys)
         assert server.url in fails(
             train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys
         )
         assert not server.seen
     change_config(run, teacher_url=[])
-    line = fails(evaluate.main, judge, capsys)
+    line = fails(judge.main, argv, capsys)
     assert f"add --corpus {place / 'corpus.txt'}" in line
     assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
-    evaluate.main([*judge, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
+    judge.main([*argv, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
     assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
 
 
@@ -219,7 +272,7 @@ def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
     (tmp_path / "my_judges.py").write_text(
         re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
     )
-    monkeypatch.setattr("tinystory.evaluate.reader.Reader", lambda: Reader("short-words"))
+    monkeypatch.setattr("lab.reader.Reader", lambda: Reader("short-words"))
     monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
     score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]
     good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
