@@ -95,7 +95,7 @@ wheel-check: .venv/ready
 
 # Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
 bench: .venv/ready
-	for part in kernels pretrain rollout ppo; do $(PY) scripts/bench.py $$part --shape small; done
+	for part in kernels pretrain rollout ppo; do $(PY) lab/bench.py $$part --shape small; done
 
 # The CUDA kernels, bound to PyPI's torch for CUDA 13: compiled, loaded and disassembled. Needs nvcc 13, no card; 6 GB.
 cuda-build:
@@ -134,7 +134,7 @@ gpu-speeds:
 	mkdir -p build
 	for shape in small gpt2s; do \
 	  for work in "kernels --batch 32 --runs 20" "rollout --batch 360" "ppo --batch 64" "pretrain --batch 32"; do \
-	    $(PY) scripts/bench.py $$work --shape $$shape --device cuda; \
+	    $(PY) lab/bench.py $$work --shape $$shape --device cuda; \
 	  done; \
 	done | tee build/gpu-check.jsonl
 

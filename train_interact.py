@@ -27,7 +27,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.scoring import Likelihood
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report
@@ -44,7 +44,7 @@ from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
-from tinystory.run.paths import hint
+from tinystory.run.paths import ROOT, hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
@@ -190,7 +190,7 @@ def write_stories(run: InteractionRun, sent: Sequence[int]) -> list[Story]:
 
     def on_story(story: Story) -> None:
         if story.index - first_index in to_send:
-            run.grader.send(story.index, story.opening, story.text)
+            run.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
         run.bar.update()
 
     return rollout(run.policy, openings, first_index, on_story, dropout(run))
@@ -477,6 +477,8 @@ def report(run: InteractionRun) -> None:
     print(summary(folder))
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
+    if (ROOT / "lab").is_dir():  # in a clone
+        print(f"judge:  {hint('lab/judge.py', folder)}")
 
 
 if __name__ == "__main__":

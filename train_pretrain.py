@@ -136,12 +136,12 @@ def pretrain(config: PretrainConfig) -> None:
     optimizer = make_optimizer(student, config, compute.dtype)
     state = RunState(fingerprint)
     if resume_from:
-        checkpoint.restore(student, resume_from)
         tensors, state = checkpoint.load_trainer(resume_from, RunState)
-        if state.corpus != fingerprint:
+        if state.corpus != fingerprint:  # before the weights: its vocabulary may have another size
             raise UserError(
                 f"the corpus changed since {resume_from} was saved; start a new run with another --out"
             )
+        checkpoint.restore(student, resume_from)
         checkpoint.unpack_optimizer(optimizer, tensors)
 
     resume_step = state.step if config.resume else None

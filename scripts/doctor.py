@@ -1,12 +1,10 @@
 """Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
 
-    python scripts/doctor.py                                            the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the capabilities of
-    the teacher there python scripts/doctor.py --teacher-url URL --calibrate              ... and
-    whether it can judge stories
-    python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
-    python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a
-    reader, side by side
+    python scripts/doctor.py                                          the machine
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1  ... and what the teacher can do
+    python scripts/doctor.py --teacher-url URL --calibrate            ... and whether it can judge
+    python scripts/doctor.py --reward my_reward.py:score --calibrate  the same for a callable
+    python scripts/doctor.py --calibrate                              the same for the built-in teacher
 
 It builds nothing and changes nothing. Asking a teacher takes about eight short requests,
 calibrating it 200 more. A human is a teacher too: run scripts/teach.py, and give its URL.
@@ -41,7 +39,6 @@ from tinystory.evaluate.calibration import (
     verdict,
 )
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
-from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
@@ -79,11 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="measure how well the teacher, or the built-in one, judges stories",
     )
-    add(
-        "--reader",
-        metavar="NAME",
-        help="calibrate a reader too: smollm2, or a causal language model",
-    )
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
     add(
         "--corpus",
@@ -111,22 +103,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher and --reader score known stories. Raises UserError for a judgement below
+    """Print how a teacher scores known stories. Raises UserError for a judgement below
     --require-judgement."""
-    judges: dict[str, GradeKnown] = {name: grade}
-    if options.reader:
-        reader = Reader(options.reader)
-        judges[options.reader] = lambda stories: reader.sense(stories).tolist()
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
-    results, speeds = {}, ["stories per second"]
-    for judge, scores in judges.items():
-        began = time.perf_counter()
-        results[judge] = calibrate(scores, known)
-        speeds.append(f"{len(known) / (time.perf_counter() - began):.3g}")
-    for line in aligned([*table(results), speeds]):
+    began = time.perf_counter()
+    result = calibrate(grade, known)
+    speed = len(known) / (time.perf_counter() - began)
+    for line in aligned([*table(name, result), ["stories per second", f"{speed:.3g}"]]):
         print(f"{'':10} {line}")
-    print(f"{'judgement':10} the teacher {verdict(results[name])}")
-    require(results[name], options.require_judgement)
+    print(f"{'judgement':10} the teacher {verdict(result)}")
+    require(result, options.require_judgement)
 
 
 def builtin_scores(names: list[str]) -> GradeKnown:

@@ -1,12 +1,9 @@
 """Be the teacher: a page on which you read the student's stories and grade them, and an endpoint
-    for the trainer.
+for the trainer.
 
-    python scripts/teach.py                          then open the page that it names, and in
-    another terminal
-    python train_interact.py --teacher-url ...       the command that it prints
-
-    python scripts/teach.py --compare                which of two stories is better, without knowing
-    which is which: python scripts/evaluate.py --compare runs/interact --teacher-url ...
+    python scripts/teach.py                      then open the page that it names, and in another
+                                                 terminal
+    python train_interact.py --teacher-url ...   the command that it prints
 
 Keys 0 to 3 grade; B goes back, S skips, P pauses. Each grade is saved in --grades at once and never
 asked for again.
@@ -20,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.evaluate.preference import COMPARISON
 from tinystory.human.desk import Desk
 from tinystory.human.server import serve
 from tinystory.report import charts, page
@@ -49,13 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE",
         help="JSON file of criteria, as for the trainer",
     )
-    add(
-        "--compare",
-        action="store_true",
-        help="compare the pairs of stories that evaluate.py --compare sends",
-    )
     options = parser.parse_args(argv)
-    template = COMPARISON if options.compare else load_template(options.teacher_prompt)
+    template = load_template(options.teacher_prompt)
     with contextlib.closing(Desk(options.grades, template)) as desk:
         asyncio.run(_serve(desk, options))
 
@@ -64,10 +55,10 @@ async def _serve(desk: Desk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
         flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
-        client = (
-            "scripts/evaluate.py --compare RUN" if options.compare else f"train_interact.py {flags}"
-        )
-        print(f"and start: python {client} --teacher-url {url}/v1", flush=True)
+        client = f"python train_interact.py {flags}"
+        if options.teacher_prompt:
+            client = "the command that sends texts for these criteria, with"
+        print(f"and start: {client} --teacher-url {url}/v1", flush=True)
         await until_stopped()
 
 

@@ -280,9 +280,6 @@ class InteractConfig:
         "stories per evaluation; `best`: the latest within a standard error of the highest",
         "[1, 1e9]",
     )
-    reader: str = option(
-        "none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)"
-    )
 
     rollout_dropout: float = option(
         0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published"
@@ -369,7 +366,7 @@ _PAPER_INTERACT = dict(
     kl_target=6.0,
     kl_horizon=10_000.0,
 )
-# Further behaviour of the authors' code, followed only on request (docs/paper.md).
+# Further behaviour of the authors' code, followed only on request (lab/paper.md).
 AS_PUBLISHED = {
     "documents": "an end token follows each row of a text file, so the student ends its stories sooner",
     "rollout_dropout": "from the second step on, the policy that samples is not the one that is optimised",

@@ -19,7 +19,7 @@ from tinystory import ops
 from tinystory.run.device import pick_dtype
 from tinystory.student import checkpoint
 
-sys.path[:0] = [str(ROOT / "tests/train"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/train")]
 from test_learners import LEARNERS  # noqa: E402
 
 KERNELS = "CUDA_DEVICE_KERNELS" in os.environ
@@ -142,9 +142,8 @@ def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_ma
 
 
 def test_scripts_run(place, tmp_path, device_machine, capsys):
-    import bench
-    import evaluate
-    import sample
+    from lab import bench
+    from scripts import evaluate, sample
 
     where, files = ["--device", "cuda"], [str(checkpoint.newest(place / "p"))]
     (tmp_path / "openings.txt").write_text("Once\n")

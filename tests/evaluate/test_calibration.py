@@ -20,7 +20,6 @@ from tinystory.evaluate.calibration import (
     verdict,
     wins,
 )
-from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import (
     CORRUPTIONS,
     KINDS,
@@ -29,6 +28,7 @@ from tinystory.evaluate.corruptions import (
     WORDS,
     known_stories,
     split_sentences,
+    unseen_stories,
 )
 from tinystory.run.errors import UserError
 from tinystory.teacher.grader import open_grader
@@ -208,29 +208,14 @@ def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
     assert "--require-judgement 0.9: the teacher" in line and "choose another" in line
 
 
-def test_the_doctor_calibrates_the_builtin_teacher_and_a_reader_side_by_side(
-    capsys, monkeypatch, tmp_path
-):
-    class Reader:
-        def __init__(self, name):
-            assert name == "mine"
-
-        def sense(self, stories):
-            return np.array(
-                [float("nan") if story == "" else -len(set(story.split())) for _, story in stories]
-            )
-
+def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "machine", lambda: [])
-    monkeypatch.setattr(doctor, "Reader", Reader)
     (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
-    doctor.main(
-        ["--calibrate", "--reader", "mine", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")]
-    )
+    doctor.main(["--calibrate", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
     lines = capsys.readouterr().out.splitlines()
-    header = next(line for line in lines if "mine" in line)
-    assert "built-in teacher" in header
+    assert "built-in teacher" in lines[0]
     words = next(line for line in lines if "words shuffled" in line)
-    assert words.count("[") == 2  # two judges, each with an interval
+    assert words.count("[") == 1  # the interval of its area
     assert lines[-1].startswith("judgement  the teacher puts a story above shuffled words")
 
 

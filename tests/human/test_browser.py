@@ -17,7 +17,7 @@ from conftest import ROOT, metrics, story_record
 from fault_server import closed_port
 
 from tinystory.report.run import live_report, write_report
-from tinystory.run.folder import JUDGED, RunLog, read_stories
+from tinystory.run.folder import FINDINGS, RunLog, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 
@@ -284,9 +284,9 @@ def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
         log.evaluations(
             [story_record(step, i, scores={"readability": 2}) for step in (0, 1) for i in range(9)]
         )
-        log._append(
-            JUDGED, [dict(group="before, best of 4 by the teacher", index=0, score=5, sense=None)]
-        )
+        table = [["Stories", "Sense"], ["before, best of 4 by the teacher" * 9, "x" * 80]]
+        finding = {"title": "y" * 80, "step": 1, "sentences": ["z" * 200], "table": table}
+        log._append(FINDINGS, [finding])
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(f"file://{write_report(tmp_path)}")
     for folded in page.query_selector_all("details"):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 from conftest import LIMIT_S
 
-from scripts import evaluate, teach
-from tinystory.evaluate.preference import COMPARISON
+from lab import compare, preference
+from scripts import teach
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
@@ -204,10 +204,10 @@ def test_a_person_compares_stories_blindly_through_the_same_page(
             for i in range(3)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    with serving(Desk(tmp_path / "grades.jsonl", COMPARISON)) as url:
+    with serving(Desk(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
         files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
         asker = threading.Thread(
-            target=evaluate.main, args=(["--compare", *files, "--teacher-url", f"{url}/v1"],)
+            target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)
         )
         asker.start()
         places = []

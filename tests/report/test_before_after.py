@@ -9,7 +9,7 @@ from conftest import story_record
 from scripts import watch
 from tinystory.report.before_after import BeforeAfter, read_before_after, summary
 from tinystory.report.run import write_report
-from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, RunLog
+from tinystory.run.folder import EVALUATIONS, SAMPLES, RunLog
 
 GAINS = {0: -0.3, 1: 0.0, 2: 0.1, 3: 0.2, 4: 0.4}  # by opening; the median is 0.1
 
@@ -101,13 +101,13 @@ def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
             r | {"ended": end}
             for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)
         ]
-        rule, pairs = BeforeAfter(before, after, {}).typical()
+        rule, pairs = BeforeAfter(before, after).typical()
         return pairs[0][1]["index"], "both end" in rule
 
     assert pair_of("eos", "eos", "eos") == (1, True)
     assert pair_of("eos", "length", "length") == (0, True)
     assert pair_of("length", "length", "length") == (1, False)
-    assert BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5}), {}).typical() == ("", [])
+    assert BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5})).typical() == ("", [])
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,9 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
     assert "before interaction, reward 0.5:" in text and "None" not in text and "score" not in text
 
 
-def test_controls_stand_beside_before_and_after(run):
-    group = "before, temperature 0.7"
-    write(
-        run / JUDGED,
-        [dict(group=group, index=i, score=score, sense=None) for i, score in enumerate((5, 6))],
-    )
-    before_after = read_before_after(run)
-    header, *rows = before_after.table()
-    assert header[0] == "5 stories to held-out openings" and [row[0] for row in rows][2:] == [group]
-    assert group in summary(run) and group in text_of(write_report(run))
-
-
 def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
-    comparison = BeforeAfter(*records, {})
+    comparison = BeforeAfter(*records)
     assert comparison.tellers() == ""
     for record, kind in zip(
         (*records[0], *records[1]), ("list", "story", "story", "story"), strict=True

@@ -6,9 +6,9 @@ import pytest
 from conftest import SHORT, metrics
 
 import train_interact
+from lab import findings
 from scripts import export_hf
 from tinystory.data.corpus import HUB
-from tinystory.evaluate.preference import SECOND, keep_choices, run_pairs
 from tinystory.run.folder import EVALUATIONS, read_records
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
@@ -54,8 +54,7 @@ def run(place, tmp_path_factory):
 
 
 def test_an_interactions_card_holds_its_figures(run, tmp_path):
-    pairs = run_pairs(run)
-    keep_choices(run, "a judge", pairs, [SECOND] * len(pairs))
+    findings.keep(run, "<b>Judged", ["A `judge` saw *more*."], [["", "sense"], ["af|ter", "-0.9"]])
     config = json.loads((run / "config.json").read_text())
     config["options"] |= {
         "teacher": {"model": "[`x`](http://evil)"},
@@ -70,7 +69,8 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
         and f"In 2 steps of PPO it wrote {last['words_out']}" in text
     )
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
-    assert f"a judge preferred the story after interaction in {len(pairs)} of {len(pairs)}" in text
+    assert "## bJudged, after step 2\n\nA judge saw more.\n\n" in text
+    assert "|  | sense |\n| --- | --- |\n| after | -0.9 |" in text
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
     rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)

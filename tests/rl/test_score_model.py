@@ -1,6 +1,9 @@
 """The model of the teacher's scores: what it predicts, when it does not, and that it is what
 scikit-learn would fit."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +15,9 @@ from tinystory.rl.score_model import (
     leave_one_out_ridge,
     sent_to_teacher,
     story_features,
+    with_predictions,
 )
+from tinystory.student.generate import Story
 
 
 def made_up(n, seed=0, width=12):
@@ -110,6 +115,25 @@ def test_only_stories_that_were_not_sent_have_a_predicted_score():
         [None] * 40,
         None,
     )
+
+
+def test_an_empty_story_that_was_not_sent_has_the_score_0():
+    nothing = torch.zeros(0)
+    stories = [
+        Story(i, "Once", text, nothing, nothing, nothing, nothing, nothing, "eos")
+        for i, text in enumerate(["One."] * FEWEST_GRADED + ["Two.", ""])
+    ]
+    count = len(stories)
+    batch = SimpleNamespace(
+        ref_logprobs=-torch.rand(3 * count),
+        ref_states=torch.randn(3 * count, 4),
+        lengths=np.full(count, 3),
+    )
+    graded = list(range(FEWEST_GRADED))
+    scores = [0.9] * FEWEST_GRADED + [None, None]
+    completed, record = with_predictions(ScoreModel(), batch, stories, scores, graded)
+    assert completed == [0.9] * FEWEST_GRADED + [pytest.approx(0.9), 0.0]
+    assert record["predicted"] == 2
 
 
 @pytest.mark.parametrize("n", [10, 40])

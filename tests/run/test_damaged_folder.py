@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.evaluate.held_out import write_samples
-from tinystory.evaluate.preference import StoryPair
 from tinystory.report.before_after import summary
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
@@ -216,7 +215,6 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(
 
 
 BETTER = "Tim said yes, and he ran home."
-PAIR = StoryPair("Once", story_record(0)["story"], BETTER)
 RECORDS = {
     "metrics.jsonl": [
         dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5)
@@ -228,14 +226,10 @@ RECORDS = {
         story_record(0, 7, when="before"),
         story_record(1, 7, when="after", story=BETTER),
     ],
-    "judged.jsonl": [
-        dict(
-            group=group, index=i, opening="Once", story=BETTER, score=i, sense=-1.0 + shift + i / 10
-        )
-        for shift, group in enumerate(("before", "after", "real stories"))
-        for i in range(2)
+    "findings.jsonl": [
+        dict(title="Judged", step=2, sentences=["A gain."], table=[["", "sense"], ["after", "1"]]),
+        dict(title="Compared", step=3, sentences=["Ada preferred it."], table=[]),
     ],
-    "preferences.jsonl": [PAIR._asdict() | dict(choice="second", by="ada")],
 }
 
 

@@ -324,5 +324,5 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
         evaluate.checkpoint, "find", lambda path: pytest.fail("it has begun to work")
     )
     monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
-    for command, argv in ((evaluate, ["run", "--coreference", "1"]), (sample, ["run"])):
+    for command, argv in ((evaluate, ["run", "--corpus", "builtin"]), (sample, ["run"])):
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, fails
 
+from lab import babylm, compare
 from scripts import doctor, evaluate, prepare_data, sample
 from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
@@ -222,7 +223,7 @@ def test_what_is_no_number_is_refused(tmp_path, capsys):
 
 def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
     for main, argv in (
-        (evaluate.main, "--coreference=-1"),
+        (babylm.main, "--coreference=-1"),
         (evaluate.main, "--teacher-concurrency=0"),
         (doctor.main, "--teacher-max-tokens=0"),
         (doctor.main, "--require-judgement=nan"),
@@ -238,7 +239,7 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(
     monkeypatch.setattr(memory, "total", lambda device: 64 << 30)
     run = str(checkpoint.newest(place / "p"))
     teacher = ["--teacher-url", "http://127.0.0.1:9"]
-    for main, argv in ((sample.main, [run]), (evaluate.main, ["--compare", run, run, *teacher])):
+    for main, argv in ((sample.main, [run]), (compare.main, [run, run, *teacher])):
         line = fails(main, [*argv, "--stories", "1e9", "--device", "cpu"], capsys)
         assert "GB of memory" in line and "--max-new-tokens" in line
 

@@ -49,12 +49,12 @@ def test_the_wait_for_grades_ends_when_a_stop_is_requested():
 
 def test_a_callable_scores_and_costs_nothing(tmp_path):
     (tmp_path / "r.py").write_text(
-        "def f(opening, stories): return [len(opening + s) / 10 if s else None for s in stories]\n"
+        "def f(opening, stories): return [len(opening + s) / 10 if s != '?' else None for s in stories]\n"
     )
     config = InteractConfig(reward=f"{tmp_path / 'r.py'}:f")
     with open_grader(config, corpus=None) as grader:
         grader.send(1, "One", "abc")
-        grader.send(0, "Two", "")
+        grader.send(0, "Two", "?")
         grader.send(2, "One", "abcd")
         grades = grader.collect(Stop())
         assert [grade.score for grade in grades] == [None, 0.6, 0.7] and grades[1].scores is None
@@ -64,6 +64,22 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
             0,
             "",
         )
+
+
+def test_an_empty_story_scores_0_whoever_grades(tmp_path):
+    """And no function is asked about it, which may divide by its length."""
+    (tmp_path / "r.py").write_text(
+        "def f(openings, stories): return [1 / len(s.split()) for s in stories][: 1 // len(stories)]\n"
+    )
+    empty = ["", " \n\t", "\x00\u200b"]
+    with FaultServer(lambda story, n: "3 3 3") as server:
+        graders = [{"teacher_url": [server.url]}]
+        graders += [{"reward": name} for name in ("random", "constant", f"{tmp_path / 'r.py'}:f")]
+        for options in graders:
+            with open_grader(InteractConfig(**options), corpus=None) as grader:
+                *zeros, one = grader.grade("Once", [*empty, "One."])
+                assert [grade.score for grade in zeros] == [0.0] * 3 and one.score is not None
+                assert [grade.score for grade in grader.grade("Once", empty)] == [0.0] * 3
 
 
 def test_nothing_in_the_teachers_room_imports_the_rubric():

@@ -78,6 +78,12 @@ def test_a_consistent_judge_ranks_and_a_planted_bias_comes_out_neutral():
         assert [grade.score for grade in grades] == [0.5] * 4 and stats["rank_position_bias"] == 1
 
 
+def test_an_empty_story_scores_0_wherever_it_ranks():
+    with FaultServer(first_places) as server, Teacher(server.url) as teacher:
+        grades, _ = graded(teacher, [*STORIES[:3], ""])
+        assert [grade.score for grade in grades] == [0.5, 0.5, 0.5, 0.0]
+
+
 def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
     def script(joint, n):
         return "1 2" if "Mud." in texts(joint)[:1] else longest_first(joint)

@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/*.md name what there is: keys of metrics.jsonl, options and
+"""README.md, CONTRIBUTING.md, docs/*.md and lab's pages name what there is: keys of metrics.jsonl, options and
 files."""
 
 import importlib
@@ -11,6 +11,7 @@ import train_interact
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS += [ROOT / "lab" / name for name in ("README.md", "results.md", "paper.md")]
 OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port --model --model_alias"
 OTHERS += " --gpu-memory-utilization --take_final --padding_side"
 
@@ -29,16 +30,13 @@ def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
 
 
 def test_every_option_and_file_that_the_docs_name_exists(capsys):
-    for name in [
-        "train_pretrain",
-        "train_interact",
-        *(f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py")),
-    ]:
-        if name != "scripts.peer":  # runs in other programs' environments
-            with pytest.raises(SystemExit):
-                importlib.import_module(name).main(
-                    ["--help-all" if name.startswith("train_") else "--help"]
-                )
+    scripts = [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py")]
+    lab = [f"lab.{name}" for name in "babylm bench compare judge recipes reproduce".split()]
+    for name in ["train_pretrain", "train_interact", *scripts, *lab]:
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main(
+                ["--help-all" if name.startswith("train_") else "--help"]
+            )
     options = {*OTHERS.split(), *re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)}
     for doc in DOCS:
         text = doc.read_text()

@@ -7,7 +7,7 @@ from conftest import SHORT, SMALL, fails, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
-from scripts.reproduce import SCALES
+from lab.reproduce import SCALES
 from tinystory.config import (
     INTERACT_PRESETS,
     PRETRAIN_PRESETS,

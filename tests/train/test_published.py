@@ -1,5 +1,5 @@
 """--preset paper-published: what the authors' code does beyond the paper's recipe, each an option
-that is off elsewhere (docs/paper.md)."""
+that is off elsewhere (lab/paper.md)."""
 
 import json
 

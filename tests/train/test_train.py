@@ -564,15 +564,17 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
         assert interact.starting_checkpoint("").parent == Path(run) / "checkpoints"
 
 
-def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):
+@pytest.mark.parametrize("stories", [["a b " * 200, "b a"], tiny_stories(160)])
+def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
+    """Whether or not its vocabulary has another size, and so the weights another shape."""
     corpus = tmp_path / "c.txt"
     corpus.write_text((place / "corpus.txt").read_text())
     pretrain.main(["--corpus", str(corpus), "--words", "300", "--out", str(tmp_path / "r"), *SMALL])
-    corpus.write_text("\n<|endoftext|>\n".join(tiny_stories(160)))
+    corpus.write_text("\n<|endoftext|>\n".join(stories))
     line = fails(
         pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys
     )
-    assert "changed" in line
+    assert "the corpus changed since" in line and "model.safetensors" not in line
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinystory.config import InteractConfig
-from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import (
     DOCUMENTS,
     REAL,
@@ -17,6 +16,7 @@ from tinystory.evaluate.corruptions import (
     WORDS,
     KnownStory,
     known_stories,
+    unseen_stories,
 )
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.run.errors import UserError
@@ -93,32 +93,15 @@ def verdict(result: Mapping[str, Any]) -> str:
     )
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of cells that compare judges on the same stories: names, then per kind the mean score
-    and the AUC with its 95 % interval (0.5 is chance), then the number of unscored stories."""
-    columns = list(results.values())
-    rows = [["", *results]]
-    for kind in columns[0]["kinds"]:
-        values = [result["kinds"][kind] for result in columns]
-        areas = [
-            f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values
-        ]
-        rows.append(
-            [
-                kind,
-                *(
-                    with_ci(value["mean"], None) + area
-                    for value, area in zip(values, areas, strict=True)
-                ),
-            ]
-        )
-    return [
-        *rows,
-        [
-            "without a score",
-            *(f"{result['unscored']} of {result['stories']}" for result in columns),
-        ],
-    ]
+def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of two cells: the judge's name, then per kind the mean score and the AUC with its 95 %
+    interval (0.5 is chance), then the number of unscored stories."""
+    rows = [["", judge]]
+    for kind, value in result["kinds"].items():
+        area = f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else ""
+        rows.append([kind, with_ci(value["mean"], None) + area])
+    rows.append(["without a score", f"{result['unscored']} of {result['stories']}"])
+    return rows
 
 
 def require(result: Mapping[str, Any], least: float) -> None:

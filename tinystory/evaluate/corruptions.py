@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tinystory.data.builtin import grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
-from tinystory.evaluate.coreference import unseen_stories
 
 REAL, SENTENCES, WORDS = "real", "sentences shuffled", "words shuffled"
 LENGTHS = (60, 90, 120, 150, 180)  # words to which stories are cut, at the end of a sentence
 FEWEST_SENTENCES = 6  # with fewer, another order may be no worse
 DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
+UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
 
 _NOUN = re.compile(
     r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
@@ -149,6 +150,11 @@ def _essay(index: int) -> str:
     sentences = split_sentences(essays[index % len(essays)])
     shift = index // len(essays) % len(sentences)
     return " ".join(sentences[shift:] + sentences[:shift])
+
+
+def unseen_stories(count: int) -> list[str]:
+    """Stories of the built-in grammar that are in no corpus."""
+    return list(itertools.islice(grammar.stories(10**9, UNSEEN_SEED), count))
 
 
 def corpus_documents(names: Sequence[str]) -> Iterator[str]:

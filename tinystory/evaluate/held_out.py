@@ -17,7 +17,7 @@ from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
-from tinystory.run.errors import Interrupted, Stop, UserError
+from tinystory.run.errors import Stop
 from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
@@ -70,17 +70,7 @@ class Evaluator:
         }
 
     def send(self, story: Story) -> None:
-        self.grader.send(story.index, story.opening, story.text)
-
-    def evaluate_if_due(
-        self, state: RunState
-    ) -> tuple[dict[str, Any], UserError | Interrupted | None]:
-        """The metrics, and an error (the teacher's or Interrupted) to raise once the step is logged
-        and saved."""
-        try:
-            return self.evaluate(state) if due(self.config, state.step) else {}, None
-        except (UserError, Interrupted) as error:
-            return {}, error
+        self.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
 
 
 def has_dull_tellers(facts: Mapping[str, Any]) -> bool:

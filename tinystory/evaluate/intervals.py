@@ -1,5 +1,4 @@
-"""95 % confidence intervals of proportions and statistics, their printing, and Spearman's rank
-correlation."""
+"""95 % confidence intervals of proportions and statistics, and their printing."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,18 +16,6 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     middle = (p + square / 2) / (1 + square)
     half = Z * math.sqrt(p * (1 - p) / total + square / (4 * total)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def weighted(
-    counts: Sequence[tuple[int, int]], weights: Sequence[float]
-) -> tuple[float, tuple[float, float]]:
-    """The sum of weight * correct / total over independent proportions (correct, total), and its
-    normal interval. The variance counts two more successes and failures each (Agresti and Coull),
-    so that no proportion is certain."""
-    correct, total = np.array(counts, dtype=float).T
-    mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
-    half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
-    return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
@@ -62,15 +49,3 @@ def with_ci(
         return "\N{EN DASH}"
     ends = f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]" if ci else ""
     return f"{value:{sign}.{decimals}f}{ends}"
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of
-    either are equal."""
-    ranks = []
-    for values in (x, y):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    a, b = (rank - rank.mean() for rank in ranks)
-    scale = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale else float("nan")

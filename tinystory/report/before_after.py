@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tinystory.evaluate.held_out import reward_mean, story_means
-from tinystory.evaluate.second_judge import BEST_OF_N, COLDER
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
-from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, read_metrics, read_records
+from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
 from tinystory.run.text import aligned, printable
 
 COLUMNS = {
@@ -30,12 +29,10 @@ Pair: TypeAlias = tuple[Record, Record]
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """The evaluation before the first step, a later one, and the teacher's scores of controls that
-    need no training."""
+    """The evaluation before the first step, and a later one."""
 
     before: list[Record]
     after: list[Record]  # by the checkpoint `best`, or the latest of an unfinished run
-    controls: dict[str, list[Record]]
 
     @property
     def names(self) -> tuple[str, str]:
@@ -70,7 +67,7 @@ class BeforeAfter:
 
     def table(self) -> list[list[str]]:
         """A header, and a row of means per group of stories."""
-        groups = dict(zip(self.names, (self.before, self.after), strict=True)) | self.controls
+        groups = dict(zip(self.names, (self.before, self.after), strict=True))
         means = {name: group_means(records) for name, records in groups.items()}
         shown = [key for key in COLUMNS if any(row.get(key) is not None for row in means.values())]
         header = [
@@ -117,20 +114,11 @@ def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
     ]
     chosen = best[0] if best else max(evaluations, default=0)
     before, after = evaluations.get(0), evaluations.get(chosen) if best or chosen else None
-    judged = [*read_records(run / JUDGED)]
-    groups = {
-        name: [record for record in judged if record["group"] == name]
-        for name in (*COLDER, BEST_OF_N)
-    }
-    controls = {name: records for name, records in groups.items() if records}
-    return BeforeAfter(before, after, controls) if before and after else None
+    return BeforeAfter(before, after) if before and after else None
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:
-    """Means of evaluation stories. Controls have only a score, since their rewards and ends are not
-    on record."""
-    if "reward" not in records[0]:
-        return {"score_mean": mean_of(record["score"] for record in records)}
+    """Means of evaluation stories."""
     score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])
     return {"reward": reward_mean(records), "score_mean": score} | story_means(records)
 

@@ -3,14 +3,13 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
-from tinystory.evaluate.preference import run_preferences
 from tinystory.report.before_after import grade_line, read_before_after, story_lines
 from tinystory.report.charts import number
-from tinystory.report.judges import preference_lines
+from tinystory.report.findings import read_findings
 from tinystory.report.run import scorer, verdict
 from tinystory.run.folder import Record, read_config, read_metrics
 from tinystory.run.text import printable
@@ -79,16 +78,26 @@ def _run(source: Path, history: Record) -> Iterable[str]:
     )
     if (comparison := read_before_after(run, step)) is None:
         return
-    header, *rows = ([_plain(text) for text in row] for row in comparison.table())
     yield "## What it scores"
-    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-    yield from (f"{_plain(line)}." for line in preference_lines(run_preferences(run)))
+    yield _table(comparison.table())
     rule, pairs = comparison.typical()
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
             story = textwrap.indent(story_lines(record), "    ")
             rule += f"\n\n{name.capitalize()}, {_plain(grade_line(record))}:\n\n{story}"
     yield rule
+    for finding in read_findings(run):
+        yield f"## {_plain(finding['title'])}, after step {finding['step']}"
+        yield from map(_plain, finding["sentences"])
+        if finding["table"]:
+            yield _table(finding["table"])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table. rows: the header, then the others."""
+    header, *rest = ([_plain(cell) for cell in row] for row in rows)
+    lines = header, ["---"] * len(header), *rest
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _plain(text: object) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from zlib import crc32
 
 from tinystory.evaluate.stories import cluster_sizes, mean_of
-from tinystory.report import judges, page
+from tinystory.report import page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import COLOURS, Line, chart, number
+from tinystory.report.findings import findings_sections
 from tinystory.report.page import TOP_SCORE, block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
@@ -189,7 +190,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
             "Scores", escape(f"Scored by {by}. It {verdict(config)}.") if by else "", grid(scores)
         ),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
-        judges.judges_section(folder),
+        *findings_sections(folder),
         details(
             "Samples of the last step",
             "Drawn at random, whatever their reward.",

@@ -3,7 +3,7 @@ states.
 
 A value head on the student's trunk learns slowly and disturbs it. The reference reads every story
 anyway, and a linear function of its states explains most of the variance of the rewards after one
-step (LOG.md)."""
+step (lab/LOG.md)."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ from tinystory.rl.batch import Batch, Reference
 # best value on held-out stories.
 PRIOR = 5000
 DECAY = 0.9  # of the accumulated statistics per PPO step; older returns come from an older policy
-# Stories per chunk of features: on a CPU a quarter faster than a whole step's at once (LOG.md).
+# Stories per chunk of features: on a CPU a quarter faster than a whole step's at once (lab/LOG.md).
 CHUNK = 32
 
 

@@ -45,7 +45,7 @@ class SharpAdam(torch.optim.Adam):
     its own learning rate.
 
     Of 70 directions that scale a part of the student, s is the only one in which 256 stories tell a
-    gain from noise (LOG.md). After each step it is folded into the final norm. The norm can go
+    gain from noise (lab/LOG.md). After each step it is folded into the final norm. The norm can go
     there by itself, but at Adam's rate it goes as fast in 255 directions of noise. `readers`,
     weights that read the norm's output besides the logits (a value head's), are divided by the same
     factor, so that s changes no value."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from tinystory.config import FEWEST_GRADED
 from tinystory.rl.batch import Batch, Reference
 from tinystory.run import distributed
+from tinystory.run.text import is_blank
 from tinystory.student.generate import Story
 
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
@@ -78,9 +79,11 @@ def with_predictions(
     graded = [scores[row] for row in sent]
     predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
     completed = list(scores)
-    for row, score in enumerate(predicted):
-        if score is not None:
-            completed[row] = score
+    for row, prediction in enumerate(predicted):
+        if prediction is None:
+            continue
+        # Every grader's score of an empty story is 0.
+        completed[row] = 0.0 if is_blank(stories[row].text) else prediction
     count = len(stories) - predicted.count(None)
     return completed, {"predicted": count, "score_r_squared": r_squared}
 

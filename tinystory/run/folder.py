@@ -38,10 +38,7 @@ Fields: TypeAlias = dict[str, tuple[type | None, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-# the same and controls, by the teacher and a reader (--reader, evaluate.py --judge)
-JUDGED = "judged.jsonl"
-# choices between stories before and after interaction (evaluate.py --compare)
-PREFERENCES = "preferences.jsonl"
+FINDINGS = "findings.jsonl"  # what other programs found out about the run, for its report
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
@@ -65,15 +62,8 @@ FIELDS: dict[str, Fields] = {  # required in each record
     STORIES: _STORY,
     EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
-    JUDGED: {"group": (str,), "index": (int,), "score": _NUMBER, "sense": _NUMBER},
     CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
-    PREFERENCES: {
-        "opening": (str,),
-        "first": (str,),
-        "second": (str,),
-        "choice": (str, type(None)),
-        "by": (str,),
-    },
+    FINDINGS: {"title": (str,), "step": (int,), "sentences": (list,), "table": (list,)},
 }
 
 

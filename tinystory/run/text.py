@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return _IGNORABLE.sub("", "".join(map(_visible, text)))
 
 
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to read in `text`."""
+    return not printable(text).strip()
+
+
 def _visible(char: str) -> str:
     if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
         return char

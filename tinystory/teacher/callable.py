@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystory.run.errors import Stop, UserError
+from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.grade import LocalGrader
 from tinystory.teacher.prompt import Question
 
 # openings and stories of a step
@@ -29,17 +29,15 @@ ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
 FUNCTION = "score"  # default of FILE.py without :FUNCTION
 
 
-class CallableGrader(Grader):
+class CallableGrader(LocalGrader):
     def __init__(self, function: ScoreStories, name: str):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        scores = self.function(
-            [each.opening for each in questions], [each.story for each in questions]
-        )
-        unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
-        return [unscored if score is None else Grade(None, score) for score in scores]
+    def scores(self, questions: Sequence[Question]) -> Sequence[float | None]:
+        openings = [question.opening for question in questions]
+        stories = [question.story for question in questions]
+        return self.function(openings, stories)
 
 
 def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:

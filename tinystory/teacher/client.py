@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinystory.run.errors import Stop, UserError
+from tinystory.run.text import is_blank
 from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, Slots, base_url
@@ -27,7 +28,7 @@ from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, Prober
-from tinystory.teacher.prompt import Question, clean, fence, render
+from tinystory.teacher.prompt import Question, fence, render
 
 PROBE = "probe "  # prefix of a probe's key in the cache
 HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
@@ -154,8 +155,8 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             f"{f', cost {price:.2f}' if price else ''}, about {duration} of grading"
         )
 
-    def send(self, index: int, opening: str, story: str) -> None:
-        super().send(index, opening, story)
+    def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
+        super().send(index, opening, story, tokens)
         self.sent[self.pending[index]] = self.submit(self.pending[index])
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
@@ -305,10 +306,10 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             and first.probe is not None
         )
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        opening, story, number, template = question
-        template = template or self.template
+        opening, story, number = question.opening, question.story, question.number
+        template = question.template or self.template
         names = template.names
-        if not clean(story).strip():
+        if is_blank(story):
             return Grade(dict.fromkeys(names, 0), 0.0)  # as the instructions say
         mark = fence(self.seed, number, f"{opening}\n{story}")
         messages = render(opening, story, fence=mark, template=template)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinystory.run.errors import Stop, UserError
+from tinystory.run.text import is_blank
 from tinystory.teacher.prompt import CRITERIA, Question
 
 
@@ -57,9 +58,9 @@ class Grader(ABC):
         """Metrics since the last call."""
         return {}
 
-    def send(self, index: int, opening: str, story: str) -> None:
-        """Hand over a story as soon as it ends."""
-        self.pending[index] = Question(opening, story, index)
+    def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
+        """Hand over a story as soon as it ends. tokens: of which the student made it."""
+        self.pending[index] = Question(opening, story, index, tokens=tuple(tokens))
 
     def collect(self, stop: Stop) -> list[Grade]:
         """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every
@@ -77,7 +78,27 @@ class Grader(ABC):
 
     @abstractmethod
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order. Raises as `collect` does."""
+        """Grades of the questions, in order; an empty story's score is 0. Raises as `collect`
+        does."""
+
+
+class LocalGrader(Grader):
+    """A grader whose scores are computed on this machine."""
+
+    @abstractmethod
+    def scores(self, questions: Sequence[Question]) -> Sequence[float | None]:
+        """A score per question, 0..1, or None; of stories that are not empty."""
+
+    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
+        grades = [Grade(None, 0.0)] * len(questions)
+        rows = [row for row, question in enumerate(questions) if not is_blank(question.story)]
+        if not rows:
+            return grades
+        scores = self.scores([questions[row] for row in rows])
+        unscored = f"{self.facts['scored_by']} gave None"
+        for row, score in zip(rows, scores, strict=True):
+            grades[row] = Grade(None, score, error=unscored if score is None else None)
+        return grades
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:

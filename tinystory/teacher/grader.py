@@ -11,7 +11,7 @@ from typing import Any
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
 from tinystory.run.errors import UserError
-from tinystory.teacher.callable import CallableGrader, ScoreStories, load_score
+from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
@@ -49,22 +49,20 @@ def open_grader(
     *,
     corpus: Sequence[str] | None,
     replies: Path | None = None,
-    likelihood: Callable[[], ScoreStories] | None = None,
+    likelihood: Callable[[], Grader] | None = None,
 ) -> Iterator[Grader]:
     """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its
     `send` and `collect`. Raises UserError if it cannot be had. builtin_teacher: starts a teacher
     fitted to a corpus and yields its URL; used if no other grader is named. corpus: the student's,
     that teacher's default; None if unknown. replies: cache file of a teacher. likelihood: makes the
-    score function of --reward likelihood."""
+    grader of --reward likelihood."""
     extra = load_extra(config.teacher_extra)
     with contextlib.ExitStack() as stack:
+        if config.reward == "likelihood" and likelihood:
+            yield likelihood()
+            return
         if config.reward:
-            local = config.reward == "likelihood" and likelihood
-            score = (
-                local()
-                if local
-                else stack.enter_context(load_score(config.reward, config.teacher_timeout))
-            )
+            score = stack.enter_context(load_score(config.reward, config.teacher_timeout))
             yield CallableGrader(score, config.reward)
             return
         urls = config.teacher_url

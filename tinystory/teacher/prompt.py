@@ -97,12 +97,14 @@ DEFAULT = Template()
 
 
 class Question(NamedTuple):
-    """A story to be graded. number: its index in the run; template: replaces the grader's."""
+    """A story to be graded. number: its index in the run; template: replaces the grader's; tokens:
+    the student's, () if only the text is known."""
 
     opening: str
     story: str
     number: int
     template: Template | None = None
+    tokens: tuple[int, ...] = ()
 
 
 def load_template(path: str | os.PathLike) -> Template:

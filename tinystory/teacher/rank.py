@@ -10,6 +10,7 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from tinystory.run.errors import Stop
+from tinystory.run.text import is_blank
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.prompt import Criterion, Question, Template, clean
@@ -73,9 +74,9 @@ class Ranked(Grader):
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         return self.teacher.grade_each(pairs)
 
-    def send(self, index: int, opening: str, story: str) -> None:
+    def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
         """Send a group as soon as its last story ends."""
-        super().send(index, opening, story)
+        super().send(index, opening, story, tokens)
         group = range(index - index % self.size, index - index % self.size + self.size)
         if all(i in self.pending for i in group):
             for question in self._questions([self.pending[i] for i in group]):
@@ -107,6 +108,9 @@ class Ranked(Grader):
                 self._rows += table
                 for place, score in enumerate(ranks(table), start=i):
                     grades[place] = replace(grades[place], score=score)
+        for place, question in enumerate(questions):
+            if is_blank(question.story):
+                grades[place] = replace(grades[place], score=0.0, error=None)
         return grades
 
     def stats(self) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Evaluate checkpoints on BabyLM's zero-shot tasks and on coreference, and write a submission.
+
+python lab/babylm.py runs/pretrain --blimp blimp_filtered --reading reading_data.csv
+python lab/babylm.py chck_* --babylm full_eval --predictions results/small    files to submit
+python lab/babylm.py runs/pretrain --coreference 300                          who is he, who is she
+
+CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
+under runs/) or a folder that transformers wrote. Data files are BabyLM's own, gzipped or not, and
+measures are defined as in its pipeline.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+
+from tqdm import tqdm
+
+from lab import submission
+from lab.coreference import coreference
+from lab.pairs import evaluate_pairs, evaluate_wug
+from lab.reading_times import evaluate_reading_times
+from scripts.evaluate import student_record
+from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.stories import mean_of
+from tinystory.ops.compute import pick_device
+from tinystory.report.evaluation import comparison
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write, newest_run, require_writable
+from tinystory.run.options import add_number, script_parser
+from tinystory.run.text import aligned
+from tinystory.student import checkpoint
+
+TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+    "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
+    "supplement": (evaluate_pairs, "BLiMP's supplement"),
+    "ewok": (evaluate_pairs, "EWoK"),
+    "entity_tracking": (evaluate_pairs, "entity tracking"),
+    "wug": (evaluate_wug, "wug test of adjective nominalisation"),
+    "wug_past": (functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
+    "comps": (evaluate_pairs, "COMPS"),
+    "reading": (evaluate_reading_times, "reading_data.csv"),
+}
+# Name, task, keys of the value and its interval in the task's record, decimals.
+ROWS = (
+    ("BLiMP, %", "blimp", "accuracy", "ci", 1),
+    ("supplement, %", "supplement", "accuracy", "ci", 1),
+    ("EWoK, %", "ewok", "accuracy", "ci", 1),
+    ("COMPS, %", "comps", "accuracy", "ci", 1),
+    ("entity tracking, %", "entity_tracking", "accuracy", "ci", 1),
+    ("wug, Spearman's rho", "wug", "correlation", "ci", 2),
+    ("wug past, Spearman's rho", "wug_past", "correlation", "ci", 2),
+    ("words of childhood, nats", "aoa", "surprisal", None, 2),
+    ("eye tracking, % explained", "reading", "eye_tracking", None, 2),
+    ("self-paced reading, % explained", "reading", "self_paced", None, 2),
+    ("repeated name", "coreference", "repeated_name", None, 3),
+    ("any introduced name", "coreference", "introduced_name", None, 3),
+    ("he or she", "coreference", "he_or_she", None, 3),
+)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
+    for task, (_, text) in TASKS.items():
+        add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    add(
+        "--babylm",
+        type=Path,
+        metavar="FOLDER",
+        help="all of these in BabyLM's full_eval or fast_eval",
+    )
+    add(
+        "--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition"
+    )
+    add(
+        "--predictions",
+        type=Path,
+        metavar="RESULTS/MODEL",
+        help="where to write BabyLM's predictions",
+    )
+    add_number(
+        parser,
+        "--coreference",
+        0,
+        "[0, 100000]",
+        "unseen built-in stories to measure coreference on",
+    )
+    add("--device", default="auto")
+    add("--out", type=Path, help="report.json to write")
+    options = parser.parse_args(argv)
+    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
+    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    if not tasks and not options.aoa and not options.coreference:
+        raise UserError(
+            "nothing to evaluate: give --babylm FOLDER, --blimp or another task, or --coreference N"
+        )
+    if options.predictions and not (options.babylm or options.aoa):
+        raise UserError(
+            "--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE"
+        )
+    if options.out:
+        require_writable(options.out)
+    checkpoints = options.checkpoints or [newest_run()]
+    stories = unseen_stories(options.coreference)
+    records, surprisals = list[dict[str, Any]](), list[dict[str, Any]]()
+    for folder in tqdm(
+        [checkpoint.find(path) for path in checkpoints], desc="checkpoints", disable=None
+    ):
+        student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
+        record = student_record(folder, history)
+        for task, data in tasks.items():
+            record[task] = TASKS[task][0](student, tokenizer, data)
+            if options.predictions and options.babylm:
+                submission.save_predictions(options.predictions, folder, task, data, record[task])
+            record[task].pop("predictions")
+        if options.aoa:
+            by_word = submission.word_surprisals(student, tokenizer, options.aoa)
+            words = record["words"] or 0
+            surprisals += [{"step": folder.name, "word_count": words} | row for row in by_word]
+            finite = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
+            record["aoa"] = {"surprisal": mean_of(finite), "items": len(finite)}
+        if stories:
+            record["coreference"] = coreference(student, tokenizer, stories)
+        records.append(record)
+    if options.predictions and options.aoa:
+        submission.save_surprisals(options.predictions, surprisals)
+    print(*aligned(comparison(records, ROWS)), sep="\n")
+    for record in records:
+        if left_out := {
+            task: record[task]["too_long"] for task in tasks if record[task].get("too_long")
+        }:
+            print(f"{record['name']}: items longer than its context, left out: {left_out}")
+    if options.out:
+        report = {"tasks": tasks, "checkpoints": records}
+        atomic_write(options.out, json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Ask which of two stories to one opening is better, blindly and in both orders.
+
+python lab/compare.py runs/interact --teacher-url URL   before or after interaction (default: the
+                                                        newest run)
+python lab/compare.py A B --teacher-url URL             the stories of A or of B
+
+A and B are checkpoints, runs, folders that transformers wrote, or .jsonl files of stories, whose
+lines have an `opening` and a `story`. URL is a language model's, or a person's: run scripts/teach.py
+with --teacher-prompt lab/comparison.json. Choices about a run's stories are kept in its folder.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+
+from lab import findings
+from lab.preference import (
+    BEFORE_AFTER,
+    COMPARISON,
+    compare,
+    compared_pairs,
+    keep_choices,
+    preference_lines,
+    run_preferences,
+    win_rate,
+)
+from scripts.evaluate import add_sampling, name_of, openings_of, samples_of
+from tinystory.config import InteractConfig
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import newest_run
+from tinystory.run.options import add_number, script_parser
+from tinystory.teacher.client import Teacher
+
+TITLE = "Stories before and after, compared blindly"
+COMPARED = 40  # stories by default
+IN_FLIGHT = InteractConfig.teacher_concurrency
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", type=Path, metavar="RUN|A B")
+    add("--teacher-url", nargs="+", default=[], help="the judge")
+    add("--teacher-model", nargs="+", default=[], help="its name (default: the first listed)")
+    add_number(parser, "--teacher-concurrency", IN_FLIGHT, "[1, 10000]", "requests in flight")
+    add_number(parser, "--stories", COMPARED, "[1, 1e9]", "stories that a checkpoint writes")
+    add_sampling(parser)
+    options = parser.parse_args(argv)
+    if not options.teacher_url:
+        raise UserError(
+            "a comparison needs a judge that sees two stories: give --teacher-url, of a model or of scripts/teach.py "
+            "--teacher-prompt lab/comparison.json"
+        )
+    paths = options.paths or [newest_run()]
+    run = paths[0] if len(paths) == 1 else None
+    openings = openings_of(options.openings, paths)
+    pairs = compared_pairs(paths, lambda path: samples_of(path, options.stories, openings, options))
+    cache = run / "comparison_replies.jsonl" if run else None
+    settings: dict[str, Any] = dict(
+        concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON
+    )
+    with Teacher(
+        options.teacher_url, options.teacher_model or None, cache=cache, **settings
+    ) as teacher:
+        choices, second_place = compare(
+            pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)]
+        )
+        by = str(teacher.model)
+    rates = win_rate(choices)
+    if not rates["pairs"]:
+        raise UserError(
+            f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL"
+        )
+    names = BEFORE_AFTER if run else [name_of(path) for path in paths]
+    print(*preference_lines({by: rates}, names))
+    if second_place is not None:
+        print(
+            f"it preferred what came second in {second_place:.0%} of its answers (50 % without a bias)"
+        )
+    if None in choices:
+        print(f"{choices.count(None)} pairs without an answer")
+    if run:
+        keep_choices(run, by, pairs, choices)
+        findings.keep(run, TITLE, preference_lines(run_preferences(run)))
+
+
+if __name__ == "__main__":
+    main()

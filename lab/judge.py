@@ -1,0 +1,144 @@
+"""Show stories to a reader, a language model that was not their teacher: how much sense they make.
+
+python lab/judge.py runs/a runs/b             how much of these runs' gains it sees (default: the
+                                              newest run's)
+python lab/judge.py ours.jsonl people.jsonl   anybody's stories, side by side; each line has an
+                                              `opening` and a `story`
+python lab/judge.py --calibrate               whether it tells real stories from corruptions of them
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+import torch
+
+from lab import findings
+from lab.reader import PACKAGED, Reader
+from lab.second_judge import conclusion, judge_run, judged_rows
+from tinystory.config import InteractConfig, recorded_config
+from tinystory.data.corpus import NAMES
+from tinystory.data.openings import Openings, load_openings
+from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
+from tinystory.evaluate.corruptions import corpus_documents, known_stories
+from tinystory.evaluate.intervals import with_ci
+from tinystory.evaluate.likelihood import Likelihood
+from tinystory.evaluate.stories import Sample, read_samples
+from tinystory.ops.compute import resolve
+from tinystory.rubric.process import builtin_teacher
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import Record, newest_run
+from tinystory.run.options import add_number, script_parser
+from tinystory.run.text import aligned
+from tinystory.student import checkpoint
+from tinystory.teacher.grader import open_grader
+
+TITLE = "A judge that was not the teacher"
+NOTE = (
+    "Stories to the same openings, never trained on, and real ones, by the teacher and by a "
+    "language model that reads them (sense, in nats per token: lab/reader.py), with 95 % "
+    "intervals. A gain that only the teacher sees is a gain at pleasing the teacher; one that a "
+    "lower temperature gives too needs no training."
+)
+TRUSTED = ("reward", "teacher_url", "teacher_model")  # options that name a run's teacher anew
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", type=Path, metavar="RUN|FILE.jsonl")
+    add("--reader", default=PACKAGED, metavar="NAME", help=f"{PACKAGED} or a causal language model")
+    add("--calibrate", action="store_true", help="show it stories of known quality")
+    add_number(parser, "--per-kind", FULL, "[2, 1e6]", "of these, stories of each kind")
+    add("--corpus", nargs="+", metavar="NAME|FILE", help="of real stories (default: the student's)")
+    add("--reward", default="", metavar="FILE.py:FUNCTION", help="a RUN's teacher, named anew")
+    add("--teacher-url", nargs="+", default=[], help="the same, of a RUN that had these")
+    add("--teacher-model", nargs="+", default=[], help="its model's name")
+    add("--device", default="auto")
+    options = parser.parse_args(argv)
+    samples = {path.name: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
+    runs = [path for path in options.paths if path.suffix != ".jsonl"]
+    if not options.paths and not options.calibrate:
+        runs = [newest_run()]
+    reader = Reader(options.reader, options.device)
+    if options.calibrate:
+        calibrate_reader(options, reader)
+    if samples:
+        print(*aligned(sense_rows(reader, samples)), sep="\n")
+    judge_runs(options, reader, runs)
+
+
+def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
+    known = known_stories(corpus_documents(options.corpus or ["builtin"]), options.per_kind)
+    result = calibrate(lambda stories: reader.sense(stories).tolist(), known)
+    print(*aligned(table(options.reader, result)), sep="\n")
+    print(f"the reader {verdict(result)}")
+
+
+def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
+    """A header, and a row per file of stories: its name, their number, their mean sense."""
+    rows = [["", "stories", "sense, nats per token"]]
+    for name, stories in samples.items():
+        measures = reader.measures([(story.opening, story.text) for story in stories])
+        sense = with_ci(measures["sense_mean"], measures["sense_ci"])
+        rows.append([name, str(len(stories)), sense])
+    return rows
+
+
+def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
+    """Show each run's stories and controls to the reader, and print how much of the gain it
+    sees."""
+    typed = {name: getattr(options, name) for name in TRUSTED if getattr(options, name)}
+    pooled: list[Record] = []
+    for run in runs:
+        config: InteractConfig = recorded_config(InteractConfig, run, typed)
+        corpus = options.corpus or own_corpus(run)
+        compute = resolve(config.device, config.dtype)
+        replies = run / "judge_replies.jsonl"
+        with open_grader(
+            config,
+            builtin_teacher,
+            corpus=corpus,
+            replies=replies,
+            likelihood=functools.partial(likelihood, run, config, compute.device),
+        ) as grader:
+            records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
+        print_judged(str(run), records)
+        findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
+        pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
+    if len(runs) > 1:
+        print_judged(f"{len(runs)} runs together", pooled)
+
+
+def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likelihood:
+    """The grader of a run with --reward likelihood."""
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", device)
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    return Likelihood(student, tokenizer, openings.train, config)
+
+
+def own_corpus(run: Path) -> list[str]:
+    """The corpus of a run's student. Raises UserError if it is files, since a run's folder may come
+    from somebody else."""
+    corpus = checkpoint.load(run / "checkpoints" / "start")[2].get("corpus") or ["builtin"]
+    if files := [name for name in corpus if name not in NAMES]:
+        raise UserError(
+            f"{run} would read {files[0]}, its student's corpus, and quote it as real stories; a run's folder may "
+            f"come from somebody else, so if you trust it add --corpus {shlex.join(corpus)}"
+        )
+    return corpus
+
+
+def print_judged(name: str, records: Sequence[Record]) -> None:
+    print("", name, *aligned(judged_rows(records)), conclusion(records), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

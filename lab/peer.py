@@ -1,0 +1,121 @@
+"""One peer of `lab/bench.py peers`, run by a Python that has its packages. Prints the seconds of a
+run per line of input.
+
+python lab/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, ...}'
+
+Made for trl 0.9.4 and transformers 4.53.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def nanogpt(a: SimpleNamespace) -> Callable:
+    """A training step of nanoGPT's compiled model with fused AdamW, as in its train.py."""
+    sys.path.insert(0, a.repo)
+    from model import GPT, GPTConfig  # nanoGPT's
+
+    sizes = dict(a.model)
+    model = GPT(GPTConfig(block_size=sizes.pop("context"), dropout=0.0, bias=True, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model)
+    tokens = torch.randint(0, a.model["vocab_size"], (2, a.batch, a.model["context"]))
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.dtype == "bfloat16"):
+            _, loss = forward(tokens[0], tokens[1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def gpt2(model: dict) -> Any:  # a transformers model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(model)
+    return GPT2LMHeadModel(
+        GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=sizes.pop("context"), **sizes)
+    )
+
+
+def transformers(a: SimpleNamespace) -> Callable:
+    """generate() by pure sampling, without an early end, so that the work is fixed."""
+    model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
+    ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
+    options = dict(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=a.new,
+        min_new_tokens=a.new,
+        pad_token_id=0,
+    )
+
+    def run() -> None:
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    return run
+
+
+def trl(a: SimpleNamespace) -> Callable:
+    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities
+    under student and reference, four epochs over one batch. The reward is constant, so that only
+    the student's work is timed."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    tokenizer = Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(a.model["vocab_size"])}, unk_token="t0")
+    )
+    special = dict(pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t0")
+    with tempfile.TemporaryDirectory() as folder:
+        gpt2(a.model).save_pretrained(folder)
+        policy, reference = (
+            AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in range(2)
+        )
+    options = PPOConfig(batch_size=a.batch, mini_batch_size=a.batch, learning_rate=1e-6)
+    trainer = PPOTrainer(
+        options, policy, reference, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    )
+    queries = [torch.randint(5, a.model["vocab_size"], (a.prompt,)) for _ in range(a.batch)]
+    sampling = dict(max_new_tokens=a.new, min_length=-1, top_k=0, top_p=1.0, do_sample=True)
+    sampling |= dict(pad_token_id=0, eos_token_id=-1)
+
+    def run() -> None:
+        with torch.no_grad():
+            full = trainer.generate(queries, batch_size=a.batch, **sampling)
+        trainer.step(queries, [row[a.prompt :] for row in full], [torch.tensor(0.5)] * a.batch)
+
+    return run
+
+
+def main() -> None:
+    peer, settings = sys.argv[1:]
+    a = SimpleNamespace(**json.loads(settings))
+    output = os.fdopen(os.dup(1), "w")  # libraries print to standard output too
+    os.dup2(2, 1)
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    run = PEERS[peer](a)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, file=output, flush=True)
+
+
+PEERS = {"nanogpt": nanogpt, "transformers": transformers, "trl": trl}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""An experiment of many runs of the two train commands: checks before the first one; finished runs
+are not run again, and stopped ones are resumed."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import train_interact
+import train_pretrain
+from tinystory.config import (
+    INTERACT_PRESETS,
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    parse,
+)
+from tinystory.data.openings import load_openings
+from tinystory.run.errors import UserError
+from tinystory.run.folder import CONFIG, SAMPLES
+from tinystory.student import checkpoint
+
+
+def folder_of(out: str) -> Path:
+    """The folder that --out names. Raises UserError for an empty name, which would be this one."""
+    if not out:
+        raise UserError("--out must be given: it is empty")
+    return Path(out)
+
+
+def words_of(flag: str, text: str) -> list[str]:
+    """The words of options in one text. Raises UserError if it is no command line."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        reason = str(error).lower()
+        raise UserError(f"{flag}: {reason}; write each text as on a command line") from None
+
+
+def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
+    """The options of a pretraining run to come. Raises UserError as the run would."""
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*argv])
+    return config
+
+
+def interact_config(argv: Sequence[str]) -> InteractConfig:
+    """The same for an interaction, whose openings are read too."""
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, [*argv])
+    load_openings(config.openings)
+    return config
+
+
+def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
+    """Finish a run, and return its last checkpoint. argv: options of a new run; again: options
+    given on a resume too; words: length of a pretraining run, 0: an interaction. Raises UserError
+    if the run is stopped."""
+
+    def finished() -> bool:
+        newest = checkpoint.newest(out)
+        read = words and newest and checkpoint.read_counters(newest)["words"] >= words
+        # the last file that an interaction writes
+        return bool(read) if words else (out / SAMPLES).exists()
+
+    if not finished():
+        print(f"{out} ...", flush=True)
+        main = train_pretrain.main if words else train_interact.main
+        main(["--out", str(out), *(["--resume"] if (out / CONFIG).exists() else argv), *again])
+    last = checkpoint.newest(out)
+    if last is None or not finished():
+        raise UserError(f"{out} was stopped before its end: the same command continues from there")
+    return last

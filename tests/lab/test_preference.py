@@ -1,0 +1,192 @@
+"""Blind comparison: each pair in both orders, ties counted one half, and the report's sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import fails
+from fault_server import FaultServer
+
+from lab import compare as command
+from lab.preference import (
+    COMPARISON,
+    FIRST,
+    ORDER,
+    SECOND,
+    StoryPair,
+    both_orders,
+    compare,
+    compared_pairs,
+    keep_choices,
+    preference_lines,
+    run_pairs,
+    run_preferences,
+    win_rate,
+)
+from tinystory.evaluate.stories import read_samples
+from tinystory.run.errors import UserError
+from tinystory.run.folder import SAMPLES, RunLog
+from tinystory.student import checkpoint
+from tinystory.teacher.prompt import instructions
+
+PAIRS = [StoryPair("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
+
+
+def likes(word):
+    """A judge that prefers the story with this word, wherever it stands; 0..1 for the lower of the
+    two."""
+    return lambda samples: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in samples]
+
+
+def test_who_prefers_the_same_story_in_both_orders_wins_it():
+    assert compare(PAIRS, likes("fine")) == ([SECOND] * 10, 0.5)
+    assert compare(PAIRS, likes("plain")) == ([FIRST] * 10, 0.5)
+
+
+def test_who_prefers_a_place_decides_nothing():
+    assert compare(PAIRS, lambda samples: [2 / 3] * len(samples)) == ([ORDER] * 10, 1.0)
+
+
+def test_a_pair_without_an_answer_is_left_out():
+    def silent_once(samples):
+        return [
+            None if sample == both_orders(PAIRS[1])[1] else likes("fine")([sample])[0]
+            for sample in samples
+        ]
+
+    choices, _ = compare(PAIRS, silent_once)
+    assert choices == [SECOND, None, *[SECOND] * 8] and win_rate(choices)["pairs"] == 9
+
+
+def test_a_tie_counts_one_half():
+    result = win_rate([FIRST, SECOND, ORDER, ORDER, None])
+    assert (
+        result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1] and result["pairs"] == 4
+    )
+    assert win_rate([SECOND] * 10)["ci"][0] > 0.7 and win_rate([None])["rate"] is None
+
+
+def test_no_story_can_pretend_to_be_two():
+    pair = StoryPair("Once", "one\n--------\nand two", "three")
+    for _, text in both_orders(pair):
+        assert text.count("-" * 16) == 1
+
+
+def samples(run, pairs=PAIRS):
+    run.mkdir(exist_ok=True)
+    records = [
+        {
+            "when": when,
+            "step": step,
+            "index": i,
+            "opening": pair.opening,
+            "story": story,
+            "reply": None,
+            "scores": None,
+            "reward": None,
+            "words": 2,
+            "ended": "eos",
+        }
+        for i, pair in enumerate(pairs)
+        for when, step, story in (("before", 0, pair.first), ("after", 9, pair.second))
+    ]
+    (run / SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
+    samples(tmp_path)
+    assert run_pairs(tmp_path) == PAIRS
+    samples(tmp_path, [StoryPair("Once", "the same", "the same")])
+    with pytest.raises(UserError, match="finished interaction"):
+        compared_pairs([tmp_path], read_samples)
+    # a report asks without knowing
+    assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}
+
+
+def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
+    samples(tmp_path)
+    keep_choices(tmp_path, "m", PAIRS, [FIRST] * 10)
+    keep_choices(tmp_path, "m", PAIRS, [None, *[SECOND] * 9])  # the last word counts
+    keep_choices(tmp_path, "n", [StoryPair("Once", "old", "stories")], [FIRST])
+    result = run_preferences(tmp_path)
+    assert list(result) == ["m"] and (result["m"]["second"], result["m"]["first"]) == (9, 0)
+    (line,) = preference_lines(result)
+    assert (
+        "m preferred the story after interaction in 9 of 9 pairs" in line
+        and "win rate 1.00 [0." in line
+    )
+
+
+def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short_pauses):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu"})
+        log.metrics(step=9, reward_mean=0.5)
+    samples(tmp_path)
+    with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
+        server.first = lambda: "1"
+        command.main([str(tmp_path), "--teacher-url", server.url])
+        texts = {request["messages"][-1]["content"] for request in server.requests}
+        system = {request["messages"][0]["content"] for request in server.requests}
+    assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
+    printed = capsys.readouterr().out
+    assert "first preferred the story after interaction in 10 of 10 pairs" in printed
+    assert "second in 50% of its answers" in printed
+    assert run_preferences(tmp_path)["first"]["rate"] == 1
+    assert (
+        "first preferred the story after interaction in 10 of 10"
+        in (tmp_path / "report.html").read_text()
+    )
+
+
+def files(folder, pairs=PAIRS):
+    """Two files of stories, the second in another order and with stories to an opening of its
+    own."""
+    samples = (
+        [{"opening": p.opening, "story": p.first} for p in pairs],
+        [{"opening": "Never", "story": "a plain tale."}],
+    )
+    samples[1].extend({"opening": p.opening, "story": p.second} for p in pairs)
+    for name, stories in zip("ab", samples, strict=True):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(story) + "\n" for story in stories)
+        )
+    return str(folder / "a.jsonl"), str(folder / "b.jsonl")
+
+
+def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, short_pauses):
+    paths = files(tmp_path)
+    assert compared_pairs([*map(Path, paths)], read_samples) == PAIRS
+    with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
+        server.first = lambda: "1"
+        command.main([*paths, "--teacher-url", server.url])
+    out = capsys.readouterr().out
+    assert (
+        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and one or the other by their order in 0: win"
+        in out
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="different stories to the same openings"):
+        compared_pairs([Path(paths[0])] * 2, read_samples)
+
+
+def test_a_student_beside_a_file_writes_to_the_files_openings(
+    student, tokenizer, tmp_path, capsys, short_pauses
+):
+    ours = checkpoint.save(
+        tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1}
+    )
+    (tmp_path / "a.jsonl").write_text(
+        '{"opening": "Tom", "story": "plain"}\n{"opening": "Mia", "story": "plain"}\n'
+    )
+    more = ["--max-new-tokens", "4", "--device", "cpu", "--stories", "2"]
+    with FaultServer(lambda text, n: "3" if text.rpartition("\n")[2] == "plain" else "0") as server:
+        server.first = lambda: "1"
+        command.main([str(tmp_path / "a.jsonl"), str(ours), *more, "--teacher-url", server.url])
+    assert "preferred ours in 0 of 2 pairs, a.jsonl in 2" in capsys.readouterr().out
+
+
+def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
+    url = ["--teacher-url", "http://127.0.0.1:9/v1"]
+    assert "or two that tell" in fails(command.main, ["a", "b", "c", *url], capsys)
+    assert "finished interaction" in fails(command.main, [str(tmp_path), *url], capsys)
+    assert "give --teacher-url" in fails(command.main, [*files(tmp_path)], capsys)

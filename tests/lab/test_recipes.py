@@ -1,0 +1,97 @@
+"""lab/recipes.py: what it measures of a student, which stories are the best of several, and the
+table it prints."""
+
+import contextlib
+import dataclasses
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import fails
+
+from lab import recipes
+from tinystory.data.builtin import dull
+from tinystory.ops.compute import resolve
+from tinystory.student import checkpoint
+from tinystory.teacher.callable import CallableGrader
+
+OPENINGS = ["Once", "Tom", "Mia had", "Ben"] * 6
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    config = dataclasses.replace(recipes.CONFIG, max_new_tokens=12, diversity=0.0)
+    monkeypatch.setattr(recipes, "CONFIG", config)
+    monkeypatch.setattr(recipes, "resolve", lambda *_: resolve("cpu", "float32"))
+    monkeypatch.setattr(recipes, "OPENINGS", OPENINGS)
+    monkeypatch.setattr(recipes, "COREFERENCE", 4)
+
+
+def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
+    grader = CallableGrader(
+        lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters"
+    )
+    start = checkpoint.newest(place / "p")
+    plain, likeliest, best = (
+        recipes.measure(
+            recipes.Row("", start, n=4, chosen_by=choice), grader, recipes.CONFIG, OPENINGS
+        )
+        for choice in ("first", "likelihood", "reward")
+    )
+    assert plain.keys() == likeliest.keys() == best.keys()
+    assert best["reward"] >= max(plain["reward"], likeliest["reward"])  # of the same candidates
+    assert likeliest["ended"] >= plain["ended"]
+    alone = recipes.measure(recipes.Row("", start), grader, recipes.CONFIG, OPENINGS)
+    assert alone == plain and plain["bits_per_byte"] > 0
+    assert sum(plain[kind] for kind in dull.KINDS) == pytest.approx(1)
+    assert len(plain["rewards"]) == len(OPENINGS)
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--out", ""], "--out must be given: it is empty"),
+        (["--out", "file/x"], "cannot write"),
+        (["--options", "'x"], "--options: no closing quotation"),
+        (["--options", "", "--lam 7"], "--lam must be"),
+        (["--options", "--openings nowhere.txt"], "nowhere.txt"),
+        (["--seeds", "1", "-1"], "--seed must be"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(
+    argv, complaint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("it has begun to work"))
+    assert complaint in fails(recipes.main, argv, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
+    settings, place, tmp_path, monkeypatch, capsys
+):
+    calls = []
+    monkeypatch.setattr(recipes, "train", lambda *options, words=0: calls.append(str(options)))
+    monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(
+        recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]}
+    )
+    monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))
+    recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in table] == [
+        "untouched",
+        "likeliest of 4",
+        "best of 4 by reward",
+        "temperature 0.7",
+        "temperature 0.6",
+        "temperature 0.5",
+        "the demo",
+        "`--reward likelihood`",
+        "`--reward constant`",
+    ]
+    assert all(line.endswith("| 0.250 |") for line in table)
+    assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
+    picture = ElementTree.parse(tmp_path / "reward.svg").getroot()
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[1:3] == ["untouched", "0.500 ± 0.250"] and texts.count("--reward likelihood") == 1

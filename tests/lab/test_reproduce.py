@@ -1,0 +1,367 @@
+"""The experiment: what it runs, that it does nothing twice and loses nothing, and what its report
+says."""
+
+import contextlib
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import fails
+
+from lab import reproduce, runs
+from lab.reproduce import BEFORE, INTERACT, MILLION, MORE
+from tinystory.config import (
+    INTERACT_PRESETS,
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    parse,
+)
+from tinystory.data.babylm import MILESTONES
+from tinystory.data.builtin import dull
+from tinystory.report.charts import Line, chart, log_ticks
+from tinystory.run.folder import locked
+from tinystory.student import checkpoint
+from tinystory.teacher.callable import CallableGrader, random_scores
+from tinystory.teacher.grade import Grade, Grader
+
+# ---- runs of commands that train nothing ---------------------------------------------------------
+
+
+class Trainer:
+    """Stands in for both train commands: writes what tells that a run is finished, and keeps the
+    command lines."""
+
+    def __init__(self):
+        self.calls, self.stops = [], set()
+
+    def __call__(self, argv):
+        options = dict(itertools.pairwise(argv))
+        out = Path(options["--out"])
+        self.calls.append((out, argv[2:]))
+        pretrains = out.name == "pretrain" or out.parent.name == MORE
+        assert ("--resume" in argv) == (out / "config.json").exists()
+        stopped = out.name in self.stops
+        words = (
+            {f"chck_{m // MILLION}M": m for m in MILESTONES}
+            if out.name == "pretrain"
+            else {"step_9": 10**9}
+        )
+        for step, name in enumerate(words, 1 if out.name == "pretrain" else 99):
+            counters = {
+                "step": step,
+                "words": words[name] * pretrains,
+                "words_in": 30,
+                "words_out": 400,
+            }
+            (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+            (out / "checkpoints" / name / "trainer.json").write_text(json.dumps(counters))
+        (out / "config.json").write_text("{}")
+        if not pretrains and not stopped:
+            (out / "samples.jsonl").write_text("")
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    trainer = Trainer()
+    monkeypatch.setattr(runs.train_pretrain, "main", trainer)
+    monkeypatch.setattr(runs.train_interact, "main", trainer)
+    monkeypatch.setattr(reproduce, "measure", lambda *_: {"score": 1.0})
+    monkeypatch.setattr(reproduce, "builtin_teacher", None)
+    grader = CallableGrader(random_scores, "<b>")
+    monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
+    return trainer
+
+
+def interactions(trainer):
+    """The options of each interaction by its folder, as configurations."""
+    return {
+        str(out.relative_to(out.parents[1])): parse(InteractConfig, INTERACT_PRESETS, argv)
+        for out, argv in trainer.calls
+        if out.name != "pretrain" and out.parent.name != MORE
+    }
+
+
+@pytest.mark.parametrize("name", reproduce.SCALES)
+def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, trainer, tmp_path):
+    scale = reproduce.SCALES[name]
+    reproduce.main(["--scale", name, "--out", str(tmp_path)])
+    pretrain = parse(PretrainConfig, PRETRAIN_PRESETS, trainer.calls[0][1])
+    assert {start * MILLION for start in scale.starts} <= {
+        m for m in MILESTONES if m <= pretrain.words
+    }
+    configs = interactions(trainer)
+    assert len(configs) == (1 + len(scale.controls)) * len(scale.starts) * scale.seeds
+    for folder, config in configs.items():
+        arm, start, seed = re.fullmatch(r"(\w+)/(\d+M)-(\d)", folder).groups()
+        assert (config.init.rpartition("/")[2], config.seed) == (f"chck_{start}", int(seed))
+        assert config.reward == ("" if arm == INTERACT else arm)
+        paper = {
+            option: INTERACT_PRESETS["paper"][option]
+            for option in ("diversity", "unfinished", "openings")
+        }
+        assert name == "tiny" or {option: getattr(config, option) for option in paper} == paper
+
+
+def test_a_control_differs_in_the_reward_alone(trainer, tmp_path):
+    reproduce.main(["--scale", "small", "--interact", "--steps 7", "--out", str(tmp_path)])
+    configs = interactions(trainer)
+    real, control = vars(configs["interact/1M-1"]), vars(configs["random/1M-1"])
+    assert {name for name, value in control.items() if value != real[name]} == {"reward"} and real[
+        "steps"
+    ] == 7
+
+
+def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert "no checkpoint at 7 M" in fails(
+        reproduce.main, ["--milestones", "7", "--out", str(tmp_path / "out")], capsys
+    )
+    teacher = ["--teacher=--teacher-concurrency 0"]
+    assert "--teacher-concurrency" in fails(
+        reproduce.main, [*teacher, "--out", str(tmp_path / "out")], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--out", ""], "--out must be given: it is empty"),
+        (["--out", "file/x"], "cannot write"),
+        (["--pretrain", "'x"], "--pretrain: no closing quotation"),
+        (["--interact", "'x"], "--interact: no closing quotation"),
+        (["--teacher", "'x"], "--teacher: no closing quotation"),
+        (["--interact", "--openings nowhere.txt"], "nowhere.txt"),
+        (["--blimp", "nowhere"], "nowhere cannot be read as BabyLM's sentence tasks"),
+        (["--blimp", "empty"], "--blimp empty holds no .jsonl"),
+        (["--blimp", "wug.jsonl"], "--wug takes the wug test"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(
+    argv, complaint, trainer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wug.jsonl").write_text('{"sentences": "a\\tb", "ratio": 0.5}')
+    before = sorted(tmp_path.rglob("*"))
+    assert complaint in fails(reproduce.main, argv, capsys)
+    assert trainer.calls == [] and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udc80"])
+def test_a_damaged_record_of_an_experiment_is_named(trainer, tmp_path, capsys, content):
+    argv = ["--out", str(tmp_path), "--milestones", "1", "--seeds", "1", "--controls"]
+    reproduce.main(argv)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("e*/*.json")}
+    kept |= {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert len(kept) > 3
+    calls = len(trainer.calls)
+    for path in list(kept)[-2:]:  # an evaluation and experiment.json
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        line = fails(reproduce.main, argv, capsys)
+        assert str(path) in line and "restore it from a copy" in line
+        path.write_bytes(kept[path])
+    assert len(trainer.calls) == calls
+
+
+def test_two_commands_do_not_work_on_one_experiment(trainer, tmp_path, capsys):
+    with locked(tmp_path):
+        assert "is in use by process" in fails(reproduce.main, ["--out", str(tmp_path)], capsys)
+    assert trainer.calls == []
+
+
+def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys):
+    reproduce.main(["--out", str(tmp_path)])
+    capsys.readouterr()
+    line = fails(reproduce.main, ["--interact", "--lam 0.9", "--out", str(tmp_path)], capsys)
+    assert "was begun with interact" in line and "--lam 0.9" in line and "another --out" in line
+
+
+def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer, tmp_path, capsys):
+    argv = [
+        "--out",
+        str(tmp_path),
+        "--milestones",
+        "1",
+        "--seeds",
+        "1",
+        "--controls",
+        "--device",
+        "cpu",
+    ]
+    trainer.stops = {"1M-0"}
+    assert "interact/1M-0 was stopped before its end" in fails(reproduce.main, argv, capsys)
+    trainer.stops.clear()
+    reproduce.main(argv)
+    assert [out.name for out, _ in trainer.calls] == ["pretrain", "1M-0", "1M-0", "1M-0"]
+    assert trainer.calls[2][1] == ["--resume", "--device", "cpu"]
+    reproduce.main(argv)
+    assert len(trainer.calls) == 4
+
+
+def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(
+    trainer, tmp_path
+):
+    argv = [
+        "--out",
+        str(tmp_path),
+        "--milestones",
+        "1",
+        "--seeds",
+        "1",
+        "--controls",
+        "--device",
+        "cpu",
+    ]
+    half_copied = tmp_path / MORE / "1M-0" / "checkpoints" / "chck_2M"
+    half_copied.mkdir(parents=True)
+    reproduce.main(argv)
+    out, options = trainer.calls[-1]
+    assert out == tmp_path / MORE / "1M-0" and options == [
+        "--resume",
+        "--words",
+        "1000430",
+        "--device",
+        "cpu",
+    ]
+    assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
+    evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
+        *((BEFORE, m, m) for m in MILESTONES),
+        (INTERACT, MILLION, MILLION + 30),
+        (MORE, MILLION, MILLION + 430),
+    }
+
+
+def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
+    stories = [f"story {i}" for i in range(2000)]
+    scores = random_scores(["Once"] * 2000, stories)
+    assert scores == random_scores(["Never"] * 2000, stories)
+    assert {round(score * 9, 6) for score in scores} == set(range(10))
+    assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
+
+
+class Half(Grader):
+    """Gives every story half of the highest score, an empty one too."""
+
+    def grades(self, questions, stop=None):
+        return [Grade(None, 0.5)] * len(questions)
+
+
+def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    history = {"corpus": ["primer", "builtin", "dull"]}
+    monkeypatch.setattr(checkpoint, "load", lambda *_: (student, tokenizer, history))
+    monkeypatch.setattr(reproduce.recipes, "COREFERENCE", 4)
+    grader = Half({})
+    pretrain = PretrainConfig(corpus=[str(place / "corpus.txt")], device="cpu", vocab_size=300)
+    (tmp_path / "openings.txt").write_text("Tom had a ball.\nMia sat.\n")
+    config = InteractConfig(
+        max_new_tokens=12, openings=str(tmp_path / "openings.txt"), device="cpu"
+    )
+    settings = {"stories": 6, "blimp": ""}
+    columns = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert {
+        *dull.KINDS,
+        "repeated_name",
+        "he_or_she",
+        "bits_per_byte",
+    } < columns.keys() and columns["score"] == 4.5
+    history["corpus"] = ["elsewhere"]
+    others = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}
+    assert {name: others[name] for name in reproduce.OF_STORIES} == {
+        name: columns[name] for name in reproduce.OF_STORIES
+    }
+    assert others["bits_per_byte"] != columns["bits_per_byte"]
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def record(arm, start, seed, words, score):
+    measures = {"score": score, "rewards": [0.5], "distinct_4": 0.9 - seed / 100}
+    return dict(arm=arm, start=start * MILLION, seed=seed, words=words, measures=measures)
+
+
+def rows_of(page: str) -> list[list[str]]:
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
+    records = [
+        record(BEFORE, m, 0, m * MILLION, score) for m, score in ((1, 1.0), (2, 2.0), (4, 3.0))
+    ]
+    records += [record(INTERACT, 1, seed, MILLION + 9000, 1.4 + seed / 10) for seed in range(3)]
+    records += [record(INTERACT, 4, seed, 4 * MILLION + 9000, 3.5) for seed in range(3)]
+    records += [record("random", 1, 0, MILLION, 0.75), record(MORE, 1, 0, 1_250_000, None)]
+    settings = {"preset": "demo", "scored by": "<b>"}
+    page = reproduce.write_page(tmp_path, settings, [INTERACT, "random"], records).read_text()
+    rows = rows_of(page)
+    assert rows[0] == ["Student", "Seeds", "score", "distinct_4"]
+    assert rows[1:5] == [
+        ["1 M pretrained", "1", "1", "0.9"],
+        ["1 M + interaction", "3", "1.5 ± 0.0577", "0.89 ± 0.00577"],  # 0.1 / sqrt(3)
+        ["1 M + more pretraining", "1", "–", "0.9"],
+        ["1 M + --reward random", "1", "0.75", "0.9"],
+    ]
+    assert rows[-1] == ["4 M + interaction", "3", "3.5 ± 0", "0.89 ± 0.00577"]
+    assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page and "<svg" in page
+
+
+def test_a_chart_with_error_bars_over_a_logarithm():
+    line = Line([1e6, 1e7, 1e8], [1.0, 2.0, 3.0], "reward", "seeds", [0.5, None, 2.0])
+    drawing = chart("Score", [line], log_x=True)
+    x = [float(each) for each in re.findall(r'cx="([\d.]+)"', drawing)]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
+    bars = re.findall(r'class="error" d="M([\d.]+),([\d.]+)V([\d.]+)M', drawing)
+    lengths = [float(low) - float(high) for _, low, high in bars]
+    assert [float(at) for at, _, _ in bars] == [x[0], x[2]] and lengths[1] == pytest.approx(
+        4 * lengths[0], abs=0.3
+    )
+    assert log_ticks(1e6, 1e7) == [1e6, 2e6, 5e6, 1e7]
+    assert log_ticks(2e7, 9e8) == [2e7, 5e7, 1e8, 2e8, 5e8]
+    assert log_ticks(1, 1e9) == [10.0**p for p in range(10)]
+
+
+@pytest.mark.slow
+def test_the_whole_experiment(tmp_path):
+    small = "--words 1M --n-layer 1 --n-head 1 --n-embd 32 --vocab-size 320 --batch-size 32 --learning-rate 1e-2"
+    argv = [
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--milestones",
+        "1",
+        "--stories",
+        "16",
+        "--pretrain",
+        small,
+    ]
+    argv += ["--controls", "random"]
+    argv += ["--interact", "--steps 2 --stories-per-step 8 --max-new-tokens 40"]
+    reproduce.main(argv)
+    runs = {
+        "pretrain",
+        *(f"{arm}/1M-{seed}" for arm in (INTERACT, "random") for seed in (0, 1)),
+        "more/1M-0",
+    }
+    assert {
+        str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("config.json")
+    } == runs
+    rows = rows_of((tmp_path / "report.html").read_text())
+    assert [row[:2] for row in rows[1:]] == [
+        ["1 M pretrained", "1"],
+        ["1 M + interaction", "2"],
+        ["1 M + more pretraining", "1"],
+        ["1 M + --reward random", "2"],
+    ]
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    reproduce.main(argv)
+    changed = {path.name for path, time in written.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"experiment.json"}

@@ -1,0 +1,279 @@
+"""A second judge: what is judged, and which of a run's gain the report says it sees."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHORT, fails
+from fault_server import FaultServer
+
+import train_interact
+from lab import judge, second_judge
+from lab import reader as lab_reader
+from lab.second_judge import (
+    AFTER,
+    BEFORE,
+    BEST_OF_N,
+    COLDER,
+    GROUPS,
+    JUDGED,
+    REAL,
+    conclusion,
+    gain,
+    judged_rows,
+    summary,
+)
+from tinystory.config import InteractConfig
+from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.likelihood import Likelihood
+from tinystory.evaluate.stories import best_of_n
+from tinystory.report.findings import read_findings
+from tinystory.run.folder import EVALUATIONS, read_records
+from tinystory.student import checkpoint
+
+READER = ["--reader", "short-words"]
+
+
+class Reader:
+    """Finds most sense in short words; has nothing to say of stories without any."""
+
+    def __init__(self, name, device="auto"):
+        assert name == "short-words"
+
+    measures = lab_reader.Reader.measures
+
+    def sense(self, stories):
+        return np.array(
+            [
+                -np.mean([len(word) for word in text.split()]) if text.split() else np.nan
+                for _, text in stories
+            ]
+        )
+
+
+class Rubric:
+    def score(self, opening, story):
+        return dict.fromkeys("abc", 3 if story else 0)
+
+
+def trusted(place):
+    """The flags that name anew what a run's folder says of code and files outside of it."""
+    return [
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        "--corpus",
+        str(place / "corpus.txt"),
+        *READER,
+    ]
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch):
+    """A finished run with a callable as its teacher, which no second judge has seen."""
+    out = tmp_path / "run"
+    reward = f"{place / 'reward.py'}:score"
+    train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
+    monkeypatch.setattr(judge, "Reader", Reader)
+    return out
+
+
+def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
+    drawn = []  # scores by the teacher
+    monkeypatch.setattr(
+        second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
+    )
+    judge.main([str(run), str(run), *trusted(place)])
+    printed = capsys.readouterr().out
+    assert (
+        "2 runs together" in printed
+        and "not the teacher" in printed
+        and printed.count("real stories") >= 3
+    )
+    records = list(read_records(run / JUDGED))
+    evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
+    by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}
+    assert all(len(group) == len(evaluations) == 4 for group in by_group.values())
+    assert [record["story"] for record in by_group[BEFORE]] == [
+        record["story"] for record in evaluations
+    ]
+    openings = [record["opening"] for record in evaluations]
+    for name in (AFTER, *COLDER, BEST_OF_N):
+        assert [record["opening"] for record in by_group[name]] == openings
+    for i, (before, best) in enumerate(zip(by_group[BEFORE], by_group[BEST_OF_N], strict=True)):
+        candidates = drawn[0][i :: len(openings)]
+        assert (
+            len(candidates) == second_judge.BEST_OF
+            and candidates[0] == before["score"]
+            and max(candidates) == best["score"]
+        )
+    page = (run / "report.html").read_text()
+    assert "A judge that was not the teacher" in page and "temperature 0.5" in page
+    (finding,) = read_findings(run)  # the second judgement replaces the first
+    assert finding["step"] == 4 and finding["table"] == judged_rows(records)
+    assert finding["sentences"][0] == conclusion(records)
+
+
+def test_the_last_line_of_an_interaction_names_the_command_that_judges_it(place, run, capsys):
+    train_interact.main(["--out", str(run), "--resume", *trusted(place)[:2]])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[0] == "judge:" and words[2:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
+
+
+def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
+    (run / EVALUATIONS).write_text("")
+    assert "give a finished interaction" in fails(judge.main, [str(run), *trusted(place)], capsys)
+
+
+def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "Reader", Reader)
+    run = tmp_path / "run"
+    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
+    train_interact.main([*SHORT, *start, "--reward", "likelihood"])
+    judge.main([str(run), *trusted(place)[2:]])
+    records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")
+    config = InteractConfig(max_new_tokens=16)
+    grader = Likelihood(student, tokenizer, ["Once"], config)
+    grades = grader.grade_each([(record["opening"], record["story"]) for record in records])
+    scores = [grade.score for grade in grades]
+    assert len(scores) == 4 and [record["score"] for record in records] == pytest.approx(scores)
+
+
+def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "Reader", Reader)
+    for name, story in (("short", "a b c."), ("long", "abcdefgh abcdefgh.")):
+        lines = [json.dumps({"opening": "Once", "story": story}) + "\n"] * 3
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    judge.main([str(tmp_path / f"{name}.jsonl") for name in ("short", "long")] + READER)
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert header[0] == "stories"
+    assert [row[:3] for row in rows] == [
+        ["short.jsonl", "3", "-1.33"],
+        ["long.jsonl", "3", "-8.50"],
+    ]
+
+
+def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):
+    class Varied(Reader):
+        def sense(self, stories):
+            return np.array([-len(set(story.split())) + 0.0 for _, story in stories])
+
+    monkeypatch.setattr(judge, "Reader", Varied)
+    (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
+    judge.main(["--calibrate", *READER, "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "short-words" in lines[0]
+    shuffled = next(line for line in lines if "words shuffled" in line)
+    assert shuffled.count("[") == 1  # the interval of its area
+    assert lines[-1].startswith("the reader ")
+
+
+def change_config(run, **options):
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= options
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
+    place, run, capsys, monkeypatch
+):
+    """Until the user names anew what it asks for."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    (run / "evil.py").write_text(
+        "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
+    )
+    argv = [str(run), *READER]
+    change_config(run, reward=f"{run / 'evil.py'}:f")
+    assert "add exactly that to the command" in fails(judge.main, argv, capsys)
+    resume = fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
+    assert f"asks for --reward {run / 'evil.py'}:f, which runs code" in resume
+    with FaultServer() as server:
+        change_config(run, reward="", teacher_url=[server.url])
+        assert f"asks for --teacher-url {server.url}, which" in fails(judge.main, argv, capsys)
+        assert server.url in fails(
+            train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys
+        )
+        assert not server.seen
+    change_config(run, teacher_url=[])
+    line = fails(judge.main, argv, capsys)
+    assert f"add --corpus {place / 'corpus.txt'}" in line
+    assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
+    judge.main([*argv, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
+    assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
+
+
+def judged(**senses):
+    """Records of stories whose sense is this mean and some noise, the same for all groups."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 40)
+    noise -= noise.mean()
+    groups = {
+        BEFORE: -1.2,
+        AFTER: -0.8,
+        COLDER[0]: -1.1,
+        COLDER[1]: -1.1,
+        BEST_OF_N: -1.1,
+        REAL: -0.7,
+    } | senses
+    return [
+        {
+            "group": name,
+            "index": i,
+            "score": 5 + value,
+            "sense": mean + value * (1 if name == AFTER else -1),
+        }
+        for name, mean in groups.items()
+        for i, value in enumerate(noise)
+    ]
+
+
+@pytest.mark.parametrize(
+    "senses, words",
+    [
+        ({}, "that is more than the +0.1"),
+        ({COLDER[1]: -0.79}, "that is no different from the +0.41 for “before, temperature 0.5”"),
+        ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, temperature 0.7”"),
+        ({AFTER: -1.2}, "sees no gain in sense from interaction"),
+        ({AFTER: -1.5}, "sees no gain in sense from interaction"),
+    ],
+)
+def test_the_sentence_says_which_gain_the_reader_sees(senses, words):
+    records = judged(**senses)
+    assert words in conclusion(records)
+    if not senses:
+        assert "80% of the way to real stories" in conclusion(records)
+
+
+def test_no_fraction_of_a_way_that_is_none():
+    """Untouched stories within the interval of real ones."""
+    assert {row["gap"] for row in summary(judged(**{BEFORE: -0.7001}), "sense").values()} == {None}
+
+
+def test_stories_that_one_judge_did_not_score_are_left_out():
+    records = judged()
+    for record in records[::7]:
+        record["sense"] = None
+    value, (low, high) = gain(records, AFTER, BEFORE)
+    assert low < value < high and value == pytest.approx(0.4, abs=0.05)
+    for record in records:
+        record["score"] = None
+    table = summary(records, "score")
+    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(
+        judged_rows(records)
+    ) == 1 + len(GROUPS)
+    assert json.dumps(judged_rows(records))
+
+
+def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
+    text = (ROOT / "docs/teachers.md").read_text()
+    (tmp_path / "my_judges.py").write_text(
+        re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
+    )
+    monkeypatch.setattr("lab.reader.Reader", lambda: Reader("short-words"))
+    monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
+    score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]
+    good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
+    assert nothing == 0 < good <= 1

@@ -1,0 +1,90 @@
+"""The control `--reward likelihood`: a story's score is its likelihood under the frozen student. If
+the likelier story is the better one, it teaches as much as a teacher."""
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tinystory import ops
+from tinystory.config import InteractConfig
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.rl.batch import by_length
+from tinystory.student.generate import encode_opening, generate
+from tinystory.student.model import Student
+from tinystory.teacher.grade import LocalGrader
+from tinystory.teacher.prompt import Question
+
+# The student's own stories get about this mean and standard deviation from a teacher.
+MEAN, SPREAD = 0.5, 0.2
+STORIES = 64  # the student's own stories that set the scale
+
+Text = tuple[list[int], list[int]]  # token ids of an opening and of its story
+
+
+class Likelihood(LocalGrader):
+    """Scores are a linear function of the mean log-probability of a story's tokens, with its end
+    token if it has one, clipped to 0..1."""
+
+    def __init__(
+        self,
+        student: Student,
+        tokenizer: Tokenizer,
+        openings: Sequence[str],
+        config: InteractConfig,
+    ):
+        super().__init__({"scored_by": "likelihood"})
+        self.student = student
+        self.tokenizer = tokenizer
+        self.batch_size = config.micro_batch_size
+        stories = generate(
+            student,
+            None,
+            tokenizer,
+            [openings[i % len(openings)] for i in range(STORIES)],
+            first_index=0,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            temperature=config.temperature,
+        )
+        own = self.mean_logprobs(
+            [(story.prompt_ids.tolist(), story.tokens.tolist()) for story in stories]
+        )
+        self.mean = fmean(own)
+        self.spread = max(pstdev(own), 1e-6)
+
+    def scores(self, questions: Sequence[Question]) -> list[float]:
+        texts: list[Text] = []
+        for question in questions:
+            # A student's tokens need not be those of its text: many decode to the same one.
+            story = list(question.tokens) or self.tokenizer.encode(f" {question.story}")
+            texts.append((encode_opening(self.tokenizer, question.opening), story))
+        scores: list[float] = []
+        for mean in self.mean_logprobs(texts):
+            score = MEAN + SPREAD * (mean - self.mean) / self.spread
+            scores.append(min(max(score, 0.0), 1.0))
+        return scores
+
+    @torch.no_grad()
+    def mean_logprobs(self, texts: Sequence[Text]) -> list[float]:
+        """Per text, the mean log-probability of its story's tokens in nats per token. Of a text
+        longer than the context, which no student wrote, the last tokens are read."""
+        context = self.student.config.context
+        device = self.student.wte.weight.device
+        rows = [
+            torch.tensor((opening + story)[-context:], device=device) for opening, story in texts
+        ]
+        means = [0.0] * len(texts)
+        for group in by_length(np.array([len(row) for row in rows]), self.batch_size):
+            tokens = pad_sequence([rows[i] for i in group], batch_first=True)
+            hidden = self.student.hidden(tokens)  # padding comes last: no token sees it
+            for place, i in enumerate(group):
+                end = len(rows[i])
+                first = end - min(len(texts[i][1]), end - 1)  # no token precedes a row's first one
+                logprobs, _ = ops.token_logprob(
+                    hidden[place, first - 1 : end - 1], self.student.wte.weight, rows[i][first:]
+                )
+                means[i] = float(logprobs.double().mean())
+        return means
