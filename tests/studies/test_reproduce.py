@@ -195,6 +195,7 @@ def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.usefixtures("empty_stories_too")
 def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
     history = {"corpus": ["primer", "builtin", "dull"]}
