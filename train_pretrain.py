@@ -1,11 +1,11 @@
 """Pretrain a student on a corpus, with checkpoints along the way."""
 
+import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
 from tinystory.config import (
