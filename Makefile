@@ -5,7 +5,7 @@ PY := .venv/bin/python
         lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
         gpu-synccheck gpu-speeds
 
-# From nothing to a student that tells better stories: about ten minutes on two cores.
+# From nothing to a student that tells better stories, in minutes on two cores (README.md).
 demo: .venv/ready
 	rm -rf runs/demo
 	$(PY) train_pretrain.py --out runs/demo/pretrain

@@ -6,13 +6,13 @@ log-probabilities under the frozen starting checkpoint while the teacher grades,
 rewards, update the policy. Every --eval-every steps it is evaluated on held-out openings, and the
 best student is kept."""
 
+import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse, published_options

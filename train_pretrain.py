@@ -1,11 +1,11 @@
 """Pretrain a student on a corpus, with checkpoints along the way."""
 
+import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
 from tinystory.config import (
@@ -18,6 +18,7 @@ from tinystory.config import (
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
+from tinystory.data.openings import load_openings
 from tinystory.data.shards import Dataset, prepare
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import Windows
@@ -289,8 +290,27 @@ def report(
             f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
         )
     print(f"report: {run / 'report.html'}")
-    more = ["--out", f"{run}-interact"] if holds_run(Path(InteractConfig.out)) else []
-    print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run), *more)}")
+    print(f"next:   {next_command(config, tokenizer)}")
+
+
+def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:
+    """The command for an interaction with this student, or a sentence on why it has no room for
+    one."""
+    openings = load_openings(InteractConfig.openings)
+    longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
+    room = config.context - longest
+    if room < 1:
+        return (
+            f"a student with a longer --context than {config.context}: the longest built-in opening "
+            f"has {longest} tokens, so no story fits; train_interact.py would need a short --opening"
+        )
+    run = Path(config.out)
+    arguments = ["--init", str(checkpoint.newest(run))]
+    if room < InteractConfig.max_new_tokens:
+        arguments += ["--max-new-tokens", str(room)]
+    if holds_run(Path(InteractConfig.out)):
+        arguments += ["--out", f"{run}-interact"]
+    return hint("train_interact.py", *arguments)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,27 @@ def test_a_tenth_is_held_out_and_never_trained_on():
     assert not set(openings.held_out) & {openings[i] for i in range(500)}
 
 
+def test_twice_as_many_openings_take_twice_as_many_comparisons():
+    """Not four times as many, with which a file of 200 000 would take minutes."""
+
+    class Text(str):
+        comparisons = 0
+
+        def __eq__(self, other):
+            Text.comparisons += 1
+            return super().__eq__(other)
+
+        __hash__ = str.__hash__
+
+    counts = []
+    for count in (1000, 2000):
+        Text.comparisons = 0
+        openings = Openings([Text(f"Opening {i}.") for i in range(count)], seed=0)
+        assert len(openings.train) + len(openings.held_out) == count
+        counts.append(Text.comparisons)
+    assert counts[1] <= 2 * counts[0] + 10 and counts[1] <= 3 * 2000
+
+
 @pytest.mark.parametrize("count", [*range(2, 10)])
 def test_of_a_few_openings_one_is_held_out(count):
     openings = Openings(TEXTS[:count], seed=0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, fails
 
+import tinystory
 from lab import babylm, compare
 from scripts import doctor, evaluate, prepare_data, sample
 from tinystory.evaluate.stories import read_samples
@@ -160,6 +161,57 @@ def test_ctrl_c_ends_without_a_traceback():
     with pytest.raises(SystemExit) as caught:
         raises(KeyboardInterrupt())([])
     assert caught.value.code == 130
+
+
+INTERRUPTED = """
+import signal, sys
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "tinystory.run.errors":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+"""
+COMMANDS = [ROOT / "train_pretrain.py", ROOT / "train_interact.py"]
+# another's, elsewhere
+COMMANDS += [path for path in sorted(ROOT.glob("scripts/*.py")) if path.stem != "peer"]
+
+
+def interrupted(program, folder) -> subprocess.CompletedProcess:
+    """A program that gets Ctrl-C during its imports."""
+    (folder / "sitecustomize.py").write_text(INTERRUPTED)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    command = [sys.executable, str(program), "--help"]
+    variables = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", COMMANDS, ids=lambda path: path.stem)
+def test_ctrl_c_during_a_commands_imports_is_no_traceback(program, tmp_path):
+    done = interrupted(program, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_during_an_entry_points_imports_is_no_traceback(tmp_path):
+    (tmp_path / "tinystory-sample").write_text("from scripts.sample import main\nmain()\n")
+    done = interrupted(tmp_path / "tinystory-sample", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_another_program_keeps_its_handler_of_ctrl_c(tmp_path):
+    (tmp_path / "mine.py").write_text("import scripts.sample\nscripts.sample.main([])\n")
+    done = interrupted(tmp_path / "mine.py", tmp_path)
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_a_command_that_has_begun_handles_ctrl_c_itself():
+    before = signal.signal(signal.SIGINT, tinystory.end_at_once)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            command(signal.raise_signal)(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_the_environment_too(

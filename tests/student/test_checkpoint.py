@@ -107,15 +107,23 @@ def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
     (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
     (tmp_path / "checkpoints" / ".best.old").mkdir()
     (tmp_path / "checkpoints" / ".DS_Store").touch()  # of a file manager
-    (tmp_path / "checkpoints" / ".nfs001").mkdir()
+    others = [".chck_mine", ".nfs001", "step_0000001_backup", "step_old"]  # the user's
+    for name in others:
+        (tmp_path / "checkpoints" / name).mkdir()
     checkpoint.drop_older(last)
     # the last two: one of them may be damaged later
     names = ["chck_1M", "step_0000007", "step_0000009"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        ".DS_Store",
-        ".nfs001",
-        *names,
-    ]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {".DS_Store", *others, *names}
+
+
+def test_a_users_copy_of_a_checkpoint_is_one_of_the_runs(tmp_path, student, tokenizer):
+    folder = save(tmp_path / "checkpoints" / "step_0000001", student, tokenizer, step=1)
+    copy = shutil.copytree(folder, folder.with_name("step_0000001_backup"))
+    for step in (2, 3, 4):
+        last = save(tmp_path / "checkpoints" / f"step_000000{step}", student, tokenizer, step=step)
+        checkpoint.drop_older(last)
+    assert (1, copy) in checkpoint.checkpoints(tmp_path) and not folder.exists()
 
 
 def test_the_optimizers_state_of_another_student_is_a_sentence(student):

@@ -29,6 +29,19 @@ def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
     assert len(keys) > 50 and sorted(key for key in keys if f"`{key}`" not in rows) == []
 
 
+def test_contributing_names_only_constants_that_exist():
+    names = set(re.findall(r"`([A-Z][A-Z_]{2,})`", (ROOT / "CONTRIBUTING.md").read_text()))
+    folders = ("tinystory", "scripts", "lab", "csrc", "tests")
+    sources = [
+        path.read_text()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+    ]
+    words = set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", "\n".join(sources)))
+    assert len(names) > 5 and names - words == set()
+
+
 def test_every_option_and_file_that_the_docs_name_exists(capsys):
     scripts = [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py")]
     lab = [f"lab.{name}" for name in "babylm bench compare judge recipes reproduce".split()]

@@ -3,6 +3,8 @@ option."""
 
 import dataclasses
 import json
+import re
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -22,10 +24,12 @@ from tinystory.config import (
     leads_out,
     parse,
 )
+from tinystory.data.openings import builtin_openings
 from tinystory.rl import learners
 from tinystory.run.errors import UserError
 from tinystory.run.options import Interval
 from tinystory.student import checkpoint, memory
+from tinystory.student.generate import encode_opening
 
 COMMANDS = {PretrainConfig: PRETRAIN_PRESETS, InteractConfig: INTERACT_PRESETS}
 
@@ -361,3 +365,26 @@ def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
     ]
     pretrain.main([*corpus, "--context", "4"])
     assert (tmp_path / "p" / "report.html").exists()
+
+
+@pytest.mark.parametrize("context", ["16", "64", "128"])
+def test_the_next_command_that_is_printed_works_or_there_is_none(
+    place, tmp_path, capsys, monkeypatch, context
+):
+    monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
+    run = tmp_path / "p"
+    corpus = ["--corpus", str(place / "corpus.txt"), "--words", "50", "--out", str(run)]
+    pretrain.main([*corpus, *SMALL, "--context", context])
+    (following,) = re.findall(r"^next: +(.*)$", capsys.readouterr().out, re.M)
+    _, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
+    room = int(context) - max(
+        len(encode_opening(tokenizer, opening)) for opening in builtin_openings()
+    )
+    if room < 1:
+        assert f"a longer --context than {context}" in following
+        return
+    words = shlex.split(following)
+    arguments = words[next(i for i, word in enumerate(words) if word.startswith("--")) :]
+    assert ["--max-new-tokens", str(room)] == arguments[2:4]
+    small = "--steps 1 --stories-per-step 2 --eval-stories 2 --device cpu --reward constant".split()
+    interact.main([*arguments, *small, "--out", str(tmp_path / "i")])

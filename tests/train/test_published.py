@@ -123,6 +123,7 @@ def test_a_run_with_dropout_is_resumed_to_the_same_stories(student, tmp_path):
     assert a == b and len(a) == 18
 
 
+@pytest.mark.usefixtures("empty_stories_too")
 def test_a_story_without_a_score_is_rewarded_only_on_request_and_counted_in_any_case(
     place, student, tmp_path
 ):

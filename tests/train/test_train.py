@@ -476,6 +476,7 @@ def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, c
     assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 
+@pytest.mark.usefixtures("empty_stories_too")
 def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
     init = str(checkpoint.newest(place / "p"))
     base = ["--init", init, *SHORT, "--steps", "1"]

@@ -22,7 +22,8 @@ class Openings:
         self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
         if texts == builtin_openings():  # every tenth would be too few to tell two students apart
             self.held_out = texts[BUILTIN:]
-        self.train = [text for text in texts if text not in self.held_out] or texts
+        held_out = set(self.held_out)
+        self.train = [text for text in texts if text not in held_out] or texts
 
     def __getitem__(self, index: int) -> str:
         """The opening of story `index`, one per `per_opening` stories; each epoch shuffles all of

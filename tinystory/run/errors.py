@@ -23,6 +23,7 @@ if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes
         "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)"
     )
 
+from tinystory import end_at_once
 from tinystory.run.text import printable
 
 P = ParamSpec("P")
@@ -168,6 +169,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         open_outputs()
         try:
+            if signal.getsignal(signal.SIGINT) is end_at_once:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:

@@ -35,8 +35,9 @@ from tinystory.student.model import Student, StudentConfig, to_device, wrong_sha
 
 T = TypeVar("T")
 BEST = "best"
+STEP = re.compile(r"step_\d{7,}")
 # checkpoints that are half-written, or half-removed
-OURS = re.compile(r"\.(start|best|chck_\w+|step_\d+)(\.old)?")
+OURS = re.compile(r"\.(start|best|chck_\d+[KM]|step_\d{7,})(\.old)?")
 # Types of a `history`. They are checked, because a student may come from somebody else, who counted
 # otherwise, or lies.
 HISTORY: Fields = dict.fromkeys(
@@ -236,7 +237,8 @@ def drop_older(folder: Path) -> None:
     """Remove what a killed process left half-written, and all `step_*` checkpoints before `folder`
     but the last, in case `folder` is damaged later. Only for the process that writes them. (All
     other names sort before `step_`.)"""
-    older = sorted(path for path in folder.parent.glob("step_*") if path.name < folder.name)
+    steps = [path for path in folder.parent.iterdir() if STEP.fullmatch(path.name)]
+    older = sorted(path for path in steps if path.name < folder.name)
     try:
         for path in older[:-1]:
             # so that a kill leaves none that is half removed
