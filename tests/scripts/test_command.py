@@ -168,7 +168,7 @@ import signal, sys
 
 class CtrlC:
     def find_spec(self, name, *_):
-        if name == "tinystory.run.errors":
+        if name in ("torch", "tinystory.run.errors"):
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, CtrlC())
