@@ -25,9 +25,8 @@ def from_environment() -> str:
     another value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
-        raise UserError(
-            f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'"
-        )
+        advice = "unset it, or set it to 'reference' or 'ours'"
+        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; {advice}")
     return kernels
 
 
@@ -61,7 +60,9 @@ def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
     if kernels == "reference" or not has_kernel(op, device):
         return "reference"
     accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
-    return "pytorch" if accelerated and kernels == "auto" and op in MATMULS else "kernel"
+    if accelerated and kernels == "auto" and op in MATMULS:
+        return "pytorch"
+    return "kernel"
 
 
 @functools.cache
