@@ -12,7 +12,7 @@ from torch import Tensor
 from tinystory.ops import build, cuda
 from tinystory.run.errors import UserError
 
-REFERENCE = "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
+REFERENCE = "plain PyTorch runs in place of the kernels"
 
 # Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's
 # matrix units.
@@ -38,7 +38,7 @@ def current() -> str:
     if _current is None:
         _current = from_environment()
         if _current == "reference":
-            print(f"tinystory: {REFERENCE}", file=sys.stderr)
+            run_reference("TINYSTORY_KERNELS=reference")
     return _current
 
 
@@ -46,7 +46,7 @@ def run_reference(reason: str) -> None:
     """Let plain PyTorch run every operator from now on; stderr says why."""
     global _current
     _current = "reference"
-    print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
+    print(f"tinystory: {reason}: {REFERENCE}", file=sys.stderr)
 
 
 def implementation(op: str, x: Tensor) -> str:

@@ -63,7 +63,7 @@ def toolkit() -> Path:
 
 
 def version() -> str:
-    command = [toolkit() / "bin/nvcc", "--version"]
+    command = [str(toolkit() / "bin/nvcc"), "--version"]
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 

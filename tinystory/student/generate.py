@@ -102,7 +102,7 @@ def generate(
         decoder = DropoutDecoder(student, sampling)
     elif engine_runs(device, dtype):
         decoder = EngineDecoder(student, value_head, sampling, batch_size)
-        batch_size = len(openings)  # it keeps its own rows filled, with a story for each that ends
+        batch_size = len(openings)  # the engine itself begins a story whenever another ends
     else:
         decoder = StudentDecoder(student, value_head, sampling)
 
@@ -114,18 +114,18 @@ def generate(
     with student.lowered(dtype), bar:
         for begin in range(0, len(openings), batch_size):
             batch = openings[begin : begin + batch_size]
-            shared = list(dict.fromkeys(batch))  # each opening once
-            place = {opening: i for i, opening in enumerate(shared)}
-            index = first_index + begin  # the batch's first story's
+            unique = list(dict.fromkeys(batch))
+            place = {opening: i for i, opening in enumerate(unique)}
+            offset = first_index + begin  # index of the batch's first story
             decoder.start(
-                [prompts[opening] for opening in shared],
+                [prompts[opening] for opening in unique],
                 [place[opening] for opening in batch],
-                index,
+                offset,
             )
             while len(stories) < begin + len(batch):
-                for row, columns in decoder.step():
-                    prompt = prompts[batch[row]]
-                    story = story_of(tokenizer, index + row, batch[row], prompt, columns)
+                for i, columns in decoder.step():
+                    opening = batch[i]
+                    story = story_of(tokenizer, offset + i, opening, prompts[opening], columns)
                     stories.append(story)
                     if on_story:
                         on_story(story)
@@ -271,7 +271,7 @@ class StudentDecoder:
         self.t += 1
         if not len(ended):
             return []
-        outputs = self.token_step.read(ended, self.t)
+        outputs = self.token_step.read(ended, self.t).unbind()
         self.shrink()
         return [(story, columns_of(outputs, i, self.t)) for i, story in enumerate(ended.tolist())]
 
@@ -292,6 +292,8 @@ class StudentDecoder:
 class DropoutDecoder:
     """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and
     depend on the batch. The values are 0."""
+
+    drawn: Tensor  # each row's last token
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student = student
@@ -363,7 +365,7 @@ class DropoutDecoder:
         if not ended:
             return []
         self.alive[ended] = False
-        outputs = self.outputs.cpu()
+        outputs = self.outputs.cpu().unbind()
         return [(story, columns_of(outputs, story, self.t)) for story in ended]
 
 

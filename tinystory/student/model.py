@@ -120,7 +120,8 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
-        self.gelu, self.wide = gelu, wide
+        self.gelu = gelu
+        self.wide = wide
         self.copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

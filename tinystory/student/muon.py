@@ -43,16 +43,14 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        group = self.param_groups[0]
-        parameters = [p for p in group["params"] if p.grad is not None]
         # Orthogonalised together: matrices of one shape, or its transpose. On a CPU a large one
         # stays alone, and so in the caches.
         batches: dict[tuple[int, ...], list[Update]] = {}
-        for i, (p, direction) in enumerate(zip(parameters, self.momentum(parameters), strict=True)):
+        for i, (p, direction) in enumerate(self.momentum().items()):
             p.grad = None  # AdamW leaves it alone
             weights = matrices(p, self.heads)
             direction = matrices(direction, self.heads).to(self.dtype)
-            rate = group["lr"]
+            rate = self.param_groups[0]["lr"]
             if len(weights) == 1:
                 rate *= max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             if p.device.type == "cpu" and p.numel() > LARGE:
@@ -71,26 +69,30 @@ class MuonAdamW(torch.optim.AdamW):
                 directions = directions[n:]
         super().step()
 
-    def momentum(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Nesterov's momentum of each parameter, in the memory of its gradient."""
+    def momentum(self) -> dict[Tensor, Tensor]:
+        """Nesterov's momentum for each matrix with a gradient, in the gradient's memory."""
+        gradients: dict[Tensor, Tensor] = {}
         momenta = []
-        for p in parameters:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
             state = self.state[p]
             if "momentum" not in state:
                 state["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
                 state["momentum"] = torch.zeros_like(p)
             momenta.append(state["momentum"])
-        gradients = [p.grad for p in parameters]
+            gradients[p] = p.grad
+        directions = list(gradients.values())
         if self.grad_scale is not None:
-            torch._foreach_div_(gradients, self.grad_scale)
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        torch._foreach_lerp_(gradients, momenta, MOMENTUM)
+            torch._foreach_div_(directions, self.grad_scale)
+        torch._foreach_lerp_(momenta, directions, 1 - MOMENTUM)
+        torch._foreach_lerp_(directions, momenta, MOMENTUM)
         return gradients
 
 
 class Update(NamedTuple):
-    """weights, direction (n, rows, columns): views of n matrices, and what to subtract from them
-    once it is orthogonalised, times rate."""
+    """weights (n, rows, columns): views of n matrices. direction: of their shape, subtracted from
+    them once it is orthogonalised, times rate."""
 
     weights: Tensor
     direction: Tensor

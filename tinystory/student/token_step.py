@@ -60,7 +60,7 @@ def token_step(
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
         if step and step.same(head, sampling):
             count = max(count, step.rows)
-            prompt_tokens = max(prompt_tokens, step.prefix)
+            prompt_tokens = max(prompt_tokens, step.prompt_tokens)
         del step  # first, for its memory
         step = TokenStep(student, head, count, prompt_tokens, sampling)
     if step.on_graph:
@@ -92,12 +92,12 @@ class TokenStep:
         """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
         weight = student.wte.weight
         device = weight.device
-        # the reference waits for the device
+        # a capture cannot wait for the device, as the reference does
         self.on_graph = device.type == "cuda" and bool(ops.load())
         if self.on_graph:
             prompt_tokens = round_up(prompt_tokens, 1024)  # so that the next prompts fit too
         self.rows = rows
-        self.prefix = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
         self.head = head
         self.sampling = sampling
@@ -144,7 +144,9 @@ class TokenStep:
     def fits(
         self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
     ) -> bool:
-        return count <= self.rows and prompt_tokens <= self.prefix and self.same(head, sampling)
+        return (
+            count <= self.rows and prompt_tokens <= self.prompt_tokens and self.same(head, sampling)
+        )
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         """Begin a story for each entry of prompt_of, an index into prompts, and draw its first
