@@ -33,8 +33,6 @@ def decode_attention(
     lengths: Tensor,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`ops.decode_attention`. dropout_p: on the attention weights, from torch's generator; no
-    kernel has it."""
     batch = len(cache)
     cache[torch.arange(batch, device=cache.device), lengths] = qkv[:, 1:]  # the new key and value
 

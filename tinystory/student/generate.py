@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops import reference
 from tinystory.run.device import Download, upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -87,10 +86,10 @@ def generate(
         temperature = 1.0
         top_k = 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
-    prompts: dict[str, Tensor] = {}
-    for opening in openings:
-        if opening not in prompts:
-            prompts[opening] = torch.tensor(encode_opening(tokenizer, opening), device="cpu")
+    prompts = {
+        opening: torch.tensor(encode_opening(tokenizer, opening), device="cpu")
+        for opening in set(openings)
+    }
     require_room(student, max(len(prompt) for prompt in prompts.values()), max_new_tokens)
 
     device = student.wte.weight.device
@@ -317,10 +316,10 @@ class DropoutDecoder:
 
         self.outputs = torch.zeros(4, count, self.sampling.max_new_tokens, device=device)
         self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
-        self.rows = torch.arange(count, device=device)
-        self.offset = offset
+        rows = torch.arange(count, device=device)
+        self.ids = rows + offset
         self.t = 0
-        self.hidden = self.read_prompts(tokens)[self.rows, self.cache.lengths - 1]
+        self.hidden = self.read_prompts(tokens)[rows, self.cache.lengths - 1]
 
     def read_prompts(self, tokens: Tensor) -> Tensor:
         """Final hidden states (B, T, C) of the prompts, (B, T), which fill the cache."""
@@ -334,28 +333,12 @@ class DropoutDecoder:
         embedded = self.student.wte(tokens) + self.student.wpe.weight[: tokens.shape[1]]
         return self.student.trunk(embedded, attend, dropout, seed)
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Final hidden states (B, C) after one more token per row, (B,): `Student.step` with
-        dropout."""
-        dropout = self.sampling.dropout
-        cache = self.cache
-
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            return reference.decode_attention(
-                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths, dropout
-            )
-
-        embedded = self.student.wte(tokens) + self.student.wpe(cache.lengths)
-        hidden = self.student.trunk(embedded, attend, dropout, self.seeds.getrandbits(40))
-        cache.lengths += 1
-        return hidden
-
     def step(self) -> list[tuple[int, Columns]]:
         if self.t:
-            self.hidden = self.read(self.drawn)
+            seed = self.seeds.getrandbits(40)
+            self.hidden = self.student.step(self.drawn, self.cache, self.sampling.dropout, seed)
         logits = self.student.logits(self.hidden)
-        rows = self.rows + self.offset
-        self.drawn, logprobs, entropies = self.sampling.draw(logits, rows, self.t)
+        self.drawn, logprobs, entropies = self.sampling.draw(logits, self.ids, self.t)
         values = torch.zeros_like(logprobs)
         columns = [self.drawn.float(), logprobs, values, entropies]
         self.outputs[:, :, self.t] = torch.stack(columns)
