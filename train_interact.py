@@ -15,7 +15,7 @@ from typing import Any
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse, published_options
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -45,7 +45,7 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
+from tinystory.run.folder import Record, RunLog, locked, read_metrics
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
@@ -94,6 +94,8 @@ class InteractionRun(contextlib.ExitStack):
         # The starting checkpoint, frozen, for the KL penalty.
         self.reference = checkpoint.load(origin, self.compute.device)[0].requires_grad_(False)
         self.policy = policy = load_policy(config, origin, self.compute)
+        if resumed or not config.trust:
+            checkpoint.require_known_corpus(origin, policy.history, trusted=bool(resumed))
         self.state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
         memory.require_for_interaction(config, self.reference.config, self.compute.device)
         for warning in published_options(config) if rank0 else ():
@@ -383,9 +385,7 @@ def report(run: InteractionRun) -> None:
     if not distributed.is_rank0():
         return
     if asked_to_stop:
-        resume = hint(
-            "train_interact.py", "--out", folder, "--resume", *leads_out(recorded_options(folder))
-        )
+        resume = hint("train_interact.py", "--out", folder, "--resume")
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(folder, state.best_step)

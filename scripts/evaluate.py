@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.config import SEEDS, InteractConfig, recorded_config
-from tinystory.data.corpus import NAMES, open_corpus
+from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
@@ -160,6 +159,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.py:FUNCTION",
         help="the teacher of a --judge RUN that had this one",
     )
+    add("--trust", action="store_true", help="--judge a RUN that is not your own")
     add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
     add_number(
         parser,
@@ -325,17 +325,13 @@ def judge_runs(options: argparse.Namespace, runs: Sequence[Path]) -> None:
     typed = {name: getattr(options, name) for name in ("reward", "teacher_url", "teacher_model")}
     typed = {name: value for name, value in typed.items() if value}
     for run in runs:
-        config: InteractConfig = recorded_config(InteractConfig, run, typed)
-        corpus = (
-            options.corpus
-            or checkpoint.load(run / "checkpoints" / "start")[2].get("corpus")
-            or ["builtin"]
-        )
-        if not options.corpus and (files := [name for name in corpus if name not in NAMES]):
-            raise UserError(
-                f"{run} would read {files[0]}, its student's corpus, and quote it as real stories; a run's folder may "
-                f"come from somebody else, so if you trust it add --corpus {shlex.join(corpus)}"
-            )
+        config: InteractConfig = recorded_config(InteractConfig, run, typed, options.trust)
+        corpus = options.corpus
+        if not corpus:
+            start = run / "checkpoints" / "start"
+            history = checkpoint.load(start)[2]
+            checkpoint.require_known_corpus(start, history, trusted=True)
+            corpus = history.get("corpus") or ["builtin"]
         compute = resolve(config.device, config.dtype)
         with open_grader(
             config, builtin_teacher, corpus=corpus, replies=run / "judge_replies.jsonl"

@@ -97,5 +97,7 @@ def _plain(text: object) -> str:
 
 
 def _code(text: str) -> str:
-    """Recorded text as inline code, without backticks that would end it."""
-    return f"`{printable(text).replace('`', '') or 'not recorded'}`"
+    """Recorded text as inline code on one line, without backticks that would end it, and without
+    signs that a lenient renderer takes for HTML."""
+    line = " ".join(printable(text).split())
+    return f"`{re.sub('[`<>]', '', line) or 'not recorded'}`"
