@@ -48,16 +48,7 @@ class Rubric:
         return dict.fromkeys("abc", 3 if story else 0)
 
 
-def trusted(place):
-    """The flags that name anew what a run's folder says of code and files outside of it."""
-    return [
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        "--corpus",
-        str(place / "corpus.txt"),
-        "--reader",
-        "short-words",
-    ]
+READER = ["--reader", "short-words"]
 
 
 @pytest.fixture
@@ -71,12 +62,12 @@ def run(place, tmp_path, monkeypatch):
     return out
 
 
-def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
+def test_a_finished_run_is_judged_with_its_controls(run, capsys, monkeypatch):
     drawn = []  # scores by the teacher
     monkeypatch.setattr(
         second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
     )
-    evaluate.main(["--judge", str(run), str(run), *trusted(place)])
+    evaluate.main(["--judge", str(run), str(run), *READER])
     printed = capsys.readouterr().out
     assert (
         "2 runs together" in printed
@@ -104,18 +95,16 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
 
 
-def test_interaction_judges_at_its_end_if_asked(place, run, capsys):
+def test_interaction_judges_at_its_end_if_asked(run, capsys):
     assert not (run / JUDGED).exists()
-    train_interact.main(
-        ["--out", str(run), "--resume", *trusted(place)[:2], "--reader", "short-words"]
-    )
+    train_interact.main(["--out", str(run), "--resume", *READER])
     assert "not the teacher" in capsys.readouterr().out and (run / JUDGED).exists()
 
 
-def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
+def test_a_run_that_was_not_evaluated_is_refused(run, capsys):
     (run / EVALUATIONS).write_text("")
     assert "give a finished interaction" in fails(
-        evaluate.main, ["--judge", str(run), *trusted(place)], capsys
+        evaluate.main, ["--judge", str(run), *READER], capsys
     )
 
 
@@ -128,29 +117,26 @@ def change_config(run, **options):
 def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
     place, run, capsys, monkeypatch
 ):
-    """Until the user names anew what it asks for."""
+    """Until the user trusts it, once, having been told what it would do."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     (run / "evil.py").write_text(
         "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
     )
     judge = ["--judge", str(run), "--reader", "short-words"]
-    change_config(run, reward=f"{run / 'evil.py'}:f")
-    assert "add exactly that to the command" in fails(evaluate.main, judge, capsys)
-    resume = fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
-    assert f"asks for --reward {run / 'evil.py'}:f, which runs code" in resume
     with FaultServer() as server:
         change_config(run, reward="", teacher_url=[server.url])
-        assert f"asks for --teacher-url {server.url}, which" in fails(evaluate.main, judge, capsys)
-        assert server.url in fails(
-            train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys
-        )
+        line = fails(evaluate.main, judge, capsys)
+        assert f"send stories to {server.url} with your OPENAI_API_KEY" in line
+        assert f"read {place / 'p'}, {place / 'corpus.txt'}; if you trust it, add --trust" in line
         assert not server.seen
-    change_config(run, teacher_url=[])
-    line = fails(evaluate.main, judge, capsys)
-    assert f"add --corpus {place / 'corpus.txt'}" in line
+    change_config(run, reward=f"{run / 'evil.py'}:f", teacher_url=[])
+    for typed in ([], ["--corpus", "builtin"], ["--reward", f"{place / 'reward.py'}:score"]):
+        assert "--trust" in fails(evaluate.main, [*judge, *typed], capsys)
+    assert f"run the code of {run / 'evil.py'}:f" in fails(evaluate.main, judge, capsys)
     assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
-    evaluate.main([*judge, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
+    evaluate.main([*judge, "--trust"])
     assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
+    evaluate.main(judge)
 
 
 def judged(**senses):

@@ -99,5 +99,5 @@ def _plain(text: object) -> str:
 def _code(text: str) -> str:
     """Recorded text as inline code on one line, without backticks that would end it, and without
     signs that a lenient renderer takes for HTML."""
-    line = " ".join(printable(text).split())
-    return f"`{re.sub('[`<>]', '', line) or 'not recorded'}`"
+    plain = re.sub("[`<>]", "", printable(text))
+    return f"`{' '.join(plain.split()) or 'not recorded'}`"
