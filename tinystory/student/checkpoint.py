@@ -312,7 +312,7 @@ def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: b
     """Raises UserError if a checkpoint's history names files of this machine as its corpus that
     config.json of its run, with this user's mark, does not name: somebody else may have put them
     there, to be read. trusted: any mark will do."""
-    run = folder.resolve().parent.parent
+    run = Path(os.path.abspath(folder)).parent.parent  # a link may lead to another run
     record: Record = {}
     with contextlib.suppress(UserError):  # a checkpoint outside of a run
         record = read_config(run)
