@@ -1,6 +1,7 @@
 """The model card says what the run's records say, and nothing in them can add to its Markdown."""
 
 import json
+import shutil
 
 import pytest
 from conftest import SHORT, metrics
@@ -81,6 +82,24 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
         and "language" not in metadata
         and "- `corpus.txt`: files of the user" in text
     )
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("gpt\n\n# Heading\n<script>alert(1)</script>", "gpt # Heading scriptalert(1)/script"),
+        ("a`\n\n<b>b</b>`", "a bb/b"),
+        ("\u2028x\r\n\t<!-- y", "x !-- y"),
+        ("<>\n`", "not recorded"),
+    ],
+)
+def test_a_teachers_name_stays_in_its_code_span(run, tmp_path, name, shown):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["teacher"] = {"model": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = card(checkpoint.newest(folder), tmp_path / "tale")[1]
+    assert f"`{shown}` graded." in text and "<script>" not in text
 
 
 def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
