@@ -105,7 +105,7 @@ def test_a_changed_record_loses_its_mark(own, change):
     assert not trust.is_own(record)
 
 
-@pytest.mark.parametrize("private", ["openings", "teacher_prompt", "reader", "teacher_corpus"])
+@pytest.mark.parametrize("private", ["openings", "teacher_prompt", "teacher_corpus"])
 def test_a_file_that_a_strangers_run_names_is_not_read_and_the_sentence_names_it(
     others, tmp_path, capsys, monkeypatch, private
 ):
