@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import train_interact as interact
 import train_pretrain as pretrain
-from scripts import evaluate, export_hf, sample, watch
+from lab import judge
+from scripts import export_hf, sample, watch
 from tinystory.run import trust
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog, read_config, write_config, write_manifest
@@ -168,10 +169,9 @@ def test_a_checkpoint_whose_corpus_was_changed_leads_to_no_file(own, place, tmp_
     name_corpus(start, tmp_path / "private.txt")
     line = fails(interact.main, resume(folder), capsys)
     assert f"{start / 'model.json'} says" in line and "private.txt" in line
-    judge = ["--judge", str(folder), "--reader", str(tmp_path / "none")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "Reader", lambda *_: None)
-        assert "private.txt" in fails(evaluate.main, judge, capsys)
+        patch.setattr(judge, "Reader", lambda *_: None)
+        assert "private.txt" in fails(judge.main, [str(folder)], capsys)
 
 
 def test_a_strangers_checkpoint_leads_a_new_run_to_no_file(place, tmp_path, capsys):
