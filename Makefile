@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test test-elsewhere planted-bugs gpu-host-check fuzz browser-check slow-tests sanitize portable-check \
+.PHONY: demo test test-elsewhere luck planted-bugs gpu-host-check fuzz browser-check slow-tests sanitize portable-check \
         lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
         gpu-synccheck gpu-speeds
 
@@ -23,13 +23,22 @@ test: .venv/ready
 	.venv/bin/pytest
 
 # pytest as on other machines: first the kernels and torch as on a processor without AVX-512 and bfloat16, with one
-# thread; then five threads beside four busy processes. Tests in random order; --randomly-seed=N repeats one.
+# thread; then five threads beside four busy processes. Tests in random order; --randomly-seed=N repeats one. Then `luck`.
 elsewhere = .venv/bin/pytest -v -p randomly
 test-elsewhere: .venv/ready
 	CXX='c++ -march=x86-64-v3' ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	  OMP_NUM_THREADS=1 $(elsewhere)
 	for i in 1 2 3 4; do yes > /dev/null & busy="$$busy $$!"; done; trap 'kill $$busy' EXIT; \
 	  OMP_NUM_THREADS=5 $(elsewhere)
+	$(MAKE) luck
+
+# The tests in which a student writes, once per value of luck: other weights, last bits, seeds or dtypes
+# (tests/luck/luck.py). make luck LUCKS=7 repeats one value.
+LUCKS := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
+luck: .venv/ready
+	for luck in $(LUCKS); do \
+	  LUCK=$$luck PYTHONPATH=tests/luck .venv/bin/pytest -p luck --students --ignore tests/data --ignore tests/ops || \
+	    { echo "make luck LUCKS=$$luck repeats this failure"; exit 1; }; done
 
 # What takes longer; the hosted workflow runs it. One bug at a time in the CUDA kernels, which their tests must catch:
 planted-bugs: .venv/ready

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse, published_options
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -43,7 +43,7 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
+from tinystory.run.folder import Record, RunLog, locked, read_metrics
 from tinystory.run.paths import ROOT, hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
@@ -317,6 +317,8 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
+    if resumed or not config.trust:
+        checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
     memory.require_for_interaction(config, reference.config, compute.device)
     if rank0:
@@ -469,8 +471,7 @@ def report(run: InteractionRun) -> None:
     if not distributed.is_rank0():
         return
     if asked_to_stop:
-        options = leads_out(recorded_options(folder))
-        resume = hint("train_interact.py", "--out", folder, "--resume", *options)
+        resume = hint("train_interact.py", "--out", folder, "--resume")
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(folder, state.best_step)

@@ -143,7 +143,8 @@ def pretrain(config: PretrainConfig) -> None:
                 f"the corpus changed since {resume_from} was saved; start a new run with another --out"
             )
         checkpoint.restore(student, resume_from)
-        checkpoint.unpack_optimizer(optimizer, tensors)
+        with checkpoint.restoring(resume_from):
+            checkpoint.unpack_optimizer(optimizer, tensors)
 
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))

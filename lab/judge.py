@@ -9,7 +9,6 @@ python lab/judge.py --calibrate               whether it tells real stories from
 
 import argparse
 import functools
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from lab import findings
 from lab.reader import PACKAGED, Reader
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
-from tinystory.data.corpus import NAMES
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
@@ -32,10 +30,11 @@ from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import command
 from tinystory.run.folder import Record, newest_run
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
+from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint
 from tinystory.teacher.grader import open_grader
 
@@ -61,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--reward", default="", metavar="FILE.py:FUNCTION", help="a RUN's teacher, named anew")
     add("--teacher-url", nargs="+", default=[], help="the same, of a RUN that had these")
     add("--teacher-model", nargs="+", default=[], help="its model's name")
+    add("--trust", action="store_true", help=TRUST_HELP)
     add("--device", default="auto")
     options = parser.parse_args(argv)
     samples = {path.name: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
@@ -98,7 +98,7 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
     typed = {name: getattr(options, name) for name in TRUSTED if getattr(options, name)}
     pooled: list[Record] = []
     for run in runs:
-        config: InteractConfig = recorded_config(InteractConfig, run, typed)
+        config: InteractConfig = recorded_config(InteractConfig, run, typed, options.trust)
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
         replies = run / "judge_replies.jsonl"
@@ -125,15 +125,12 @@ def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likel
 
 
 def own_corpus(run: Path) -> list[str]:
-    """The corpus of a run's student. Raises UserError if it is files, since a run's folder may come
-    from somebody else."""
-    corpus = checkpoint.load(run / "checkpoints" / "start")[2].get("corpus") or ["builtin"]
-    if files := [name for name in corpus if name not in NAMES]:
-        raise UserError(
-            f"{run} would read {files[0]}, its student's corpus, and quote it as real stories; a run's folder may "
-            f"come from somebody else, so if you trust it add --corpus {shlex.join(corpus)}"
-        )
-    return corpus
+    """The corpus of a run's student. Raises UserError if it names files that the run's trusted
+    config.json does not."""
+    start = run / "checkpoints" / "start"
+    _, _, history = checkpoint.load(start)
+    checkpoint.require_known_corpus(start, history, trusted=True)
+    return history.get("corpus") or ["builtin"]
 
 
 def print_judged(name: str, records: Sequence[Record]) -> None:

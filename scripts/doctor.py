@@ -166,7 +166,7 @@ def compiler() -> str:
 
 def kernels() -> str:
     if backend.from_environment() == "reference":
-        return backend.REFERENCE
+        return f"TINYSTORY_KERNELS=reference: {backend.REFERENCE}"
     library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     if not build.intact(library):
         return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"

@@ -7,18 +7,17 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 import argparse
 import dataclasses
 import importlib.util
-import os
-import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONFIG, recorded_options, without_passwords
+from tinystory.run.folder import CONFIG, Record, require_config, write_config
 from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
 from tinystory.run.track import TRACKERS
+from tinystory.run.trust import TRUST_HELP, require_own, student_corpus
 
 DTYPE_HELP = (
     "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
@@ -46,6 +45,7 @@ class PretrainConfig:
     """Pretrain a student on a corpus."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
+    trust = False  # nor is this, and no run's record may set it
 
     out: str = option("runs/pretrain", "folder of the run", group="run")
     resume: bool = option(False, RESUME_HELP)
@@ -122,6 +122,7 @@ class InteractConfig:
     scores."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
+    trust = False  # nor is this, and no run's record may set it
 
     init: str = option(
         "", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run"
@@ -412,6 +413,7 @@ def parse(
     )
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
     parser.add_argument("--preset", choices=presets, help="named set of options (default: demo)")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
     options, unknown = parser.parse_known_args(words)
     typed = vars(options)
@@ -420,20 +422,25 @@ def parse(
         parser.exit()
     if unknown:
         raise UserError(unknown_option(unknown[0].split("=")[0], parser))
+    trust = typed.pop("trust")
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
-        return _resumed(config_class, typed)
-    preset = typed.pop("preset") or "demo"
-    config = config_class(**{**presets[preset], **typed})
-    config.preset = preset
-    check(config)
+        config = _resumed(config_class, typed, trust)
+    else:
+        preset = typed.pop("preset") or "demo"
+        config = config_class(**{**presets[preset], **typed})
+        config.preset = preset
+        check(config)
+    config.trust = trust
     return config
 
 
-def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
+def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     """The config of a run to be resumed. Raises UserError if another command or version began it,
-    or for another preset or start in `typed`, which would have no effect."""
+    for another preset or start in `typed`, which would have no effect, and for a folder that is not
+    this user's own, unless `trust`."""
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
-    recorded = recorded_options(folder)
+    record = require_config(folder)
+    recorded = record["options"]
     if missing := [f.name for f in dataclasses.fields(config_class) if f.name not in recorded]:
         raise UserError(
             f"{folder / CONFIG} has no {missing[0]}: the run was begun by another command or another version; go on "
@@ -445,23 +452,29 @@ def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
                 f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
                 "leave it out, or start a new run in another --out"
             )
-    return recorded_config(
-        config_class, folder, typed | {"preset": recorded["preset"]}, resumes=True
-    )
+    return _merged(config_class, folder, record, typed | {"preset": recorded["preset"]}, trust)
 
 
-def recorded_config(
-    config_class: type, run: Path, typed: dict[str, Any], *, resumes: bool = False
-) -> Any:
+def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:
     """The config in a run's config.json, overridden by `typed`, options from the command line.
 
-    The run may come from somebody else, so it must not decide what code is run nor who gets the
-    user's key: raises UserError for such options (`leads_out`) that `typed` does not repeat, and
-    for what `check` refuses."""
-    recorded = recorded_options(run)
+    With `trust`, the folder gets this user's mark. Raises UserError if it has none otherwise, since
+    it may come from somebody else, and for what `check` refuses."""
+    record = require_config(run)
+    config = _merged(config_class, run, record, typed, trust)
+    if trust:
+        write_config(run, record)
+    return config
+
+
+def _merged(
+    config_class: type, run: Path, record: Record, typed: dict[str, Any], trust: bool
+) -> Any:
+    recorded = record["options"]
     options = {
         f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded
-    } | typed
+    }
+    options |= typed
     preset = options.pop("preset", "demo")
     if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
         raise UserError(
@@ -473,26 +486,9 @@ def recorded_config(
         check(config)
     except UserError as error:
         raise UserError(f"{run / CONFIG}: {error}; correct it there, or by a flag") from None
-    if flags := leads_out(
-        {name: value for name, value in vars(config).items() if name not in typed}, resumes
-    ):
-        raise UserError(
-            f"{run / CONFIG} asks for {shlex.join(flags)}, which runs code, or sends stories and your key to a server; "
-            "a run's folder may come from somebody else, so add exactly that to the command if you trust it"
-        )
+    if not trust:
+        require_own(run / CONFIG, record, vars(config) | {"student_corpus": student_corpus(record)})
     return config
-
-
-def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
-    """The flags that config.json may not set by itself: --reward FILE.py:FUNCTION, and
-    --teacher-url, which a resumed run may set if there is no key to send."""
-    words: list[str] = []
-    if options.get("reward", "") not in ("", *CONTROLS):
-        words += ["--reward", options["reward"]]
-    has_key = any(name.startswith("OPENAI_API_KEY") for name in os.environ)
-    if options.get("teacher_url") and (has_key or not resumes):
-        words += ["--teacher-url", *map(without_passwords, options["teacher_url"])]
-    return words
 
 
 def check(config: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import fails, tiny_stories
 
 from lab import babylm, scoring
-from lab.pairs import evaluate_pairs, evaluate_wug, read_items, spearman
+from lab.pairs import evaluate_pairs, evaluate_wug, read_items
 from lab.reading_times import (
     BASELINE,
     EYES,
@@ -116,19 +116,18 @@ def test_the_batch_makes_no_difference(student, tokenizer, monkeypatch):
 def test_accuracy_is_the_mean_over_phenomena(student, tokenizer, tmp_path, name):
     folder = tmp_path / "blimp"
     folder.mkdir()
-    write(folder / name, BLIMP)
+    items = []
+    for item, is_right in zip(BLIMP, (True, False, True, False, True), strict=True):
+        texts = [item["sentence_good"], item["sentence_bad"]]
+        texts.sort(key=lambda text: logprob(student, tokenizer.encode(text), 1), reverse=is_right)
+        items.append(item | {"sentence_good": texts[0], "sentence_bad": texts[1]})
+    assert items[2]["sentence_good"] == items[2]["sentence_bad"]  # a tie is right
+    write(folder / name, items)
     measures = evaluate_pairs(student, tokenizer, folder)
-    right = [
-        logprob(student, tokenizer.encode(good), 1) >= logprob(student, tokenizer.encode(bad), 1)
-        for good, bad in PAIRS
-    ]
-    assert right[2]  # a tie is right
     rows = measures["phenomena"]
-    assert [rows[uid]["correct"] for uid in ("one", "two")] == [sum(right[:2]), sum(right[2:])]
+    assert [rows[uid]["correct"] for uid in ("one", "two")] == [1, 2]
     assert [rows[uid]["total"] for uid in ("one", "two")] == [2, 3]
-    assert measures["accuracy"] == pytest.approx(
-        100 * (sum(right[:2]) / 2 + sum(right[2:]) / 3) / 2
-    )
+    assert measures["accuracy"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
     assert measures["items"] == 5
     assert measures["ci"][0] < measures["accuracy"] < measures["ci"][1]
 
@@ -164,19 +163,22 @@ def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_pa
 
 
 def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path):
-    measures = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", WUG))
-    preferred = []
-    for record in WUG:
+    def preference(record):
+        """Log-odds of the first of two sentences."""
         a, b = (
             logprob(student, tokenizer.encode(text), 1) for text in record["sentences"].split("\t")
         )
-        preferred.append(1 / (1 + math.exp(b - a)))
-    assert measures["correlation"] == pytest.approx(
-        spearman(np.array(preferred), np.arange(8.0)), abs=1e-6
-    )
-    assert (
-        measures["items"] == 8 and measures["ci"][0] <= measures["correlation"] <= measures["ci"][1]
-    )
+        return a - b
+
+    # The people's order is the student's, except that neighbours have changed places.
+    ranks = (1, 0, 3, 2, 5, 4, 7, 6)
+    records = []
+    for record, rank in zip(sorted(WUG, key=preference), ranks, strict=True):
+        records.append(record | {"ratio": rank / 7})
+    measures = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", records))
+    assert measures["correlation"] == pytest.approx(1 - 6 * 8 / (8 * 63), abs=1e-6)
+    assert measures["items"] == 8
+    assert measures["ci"][0] <= measures["correlation"] <= measures["ci"][1]
 
 
 BROKEN = {

@@ -60,17 +60,6 @@ class Rubric:
         return dict.fromkeys("abc", 3 if story else 0)
 
 
-def trusted(place):
-    """The flags that name anew what a run's folder says of code and files outside of it."""
-    return [
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        "--corpus",
-        str(place / "corpus.txt"),
-        *READER,
-    ]
-
-
 @pytest.fixture
 def run(place, tmp_path, monkeypatch):
     """A finished run with a callable as its teacher, which no second judge has seen."""
@@ -86,7 +75,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     monkeypatch.setattr(
         second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
     )
-    judge.main([str(run), str(run), *trusted(place)])
+    judge.main([str(run), str(run), *READER])
     printed = capsys.readouterr().out
     assert (
         "2 runs together" in printed
@@ -118,14 +107,14 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
 
 
 def test_the_last_line_of_an_interaction_names_the_command_that_judges_it(place, run, capsys):
-    train_interact.main(["--out", str(run), "--resume", *trusted(place)[:2]])
+    train_interact.main(["--out", str(run), "--resume"])
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert words[0] == "judge:" and words[2:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
 
 
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(judge.main, [str(run), *trusted(place)], capsys)
+    assert "give a finished interaction" in fails(judge.main, [str(run), *READER], capsys)
 
 
 def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
@@ -133,7 +122,7 @@ def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_p
     run = tmp_path / "run"
     start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
     train_interact.main([*SHORT, *start, "--reward", "likelihood"])
-    judge.main([str(run), *trusted(place)[2:]])
+    judge.main([str(run), *READER])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")
     config = InteractConfig(max_new_tokens=16)
@@ -181,29 +170,26 @@ def change_config(run, **options):
 def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
     place, run, capsys, monkeypatch
 ):
-    """Until the user names anew what it asks for."""
+    """Until the user trusts it, once, having been told what it would do."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     (run / "evil.py").write_text(
         "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
     )
     argv = [str(run), *READER]
-    change_config(run, reward=f"{run / 'evil.py'}:f")
-    assert "add exactly that to the command" in fails(judge.main, argv, capsys)
-    resume = fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
-    assert f"asks for --reward {run / 'evil.py'}:f, which runs code" in resume
     with FaultServer() as server:
         change_config(run, reward="", teacher_url=[server.url])
-        assert f"asks for --teacher-url {server.url}, which" in fails(judge.main, argv, capsys)
-        assert server.url in fails(
-            train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys
-        )
+        line = fails(judge.main, argv, capsys)
+        assert f"send stories to {server.url} with your OPENAI_API_KEY" in line
+        assert f"read {place / 'p'}, {place / 'corpus.txt'}; if you trust it, add --trust" in line
         assert not server.seen
-    change_config(run, teacher_url=[])
-    line = fails(judge.main, argv, capsys)
-    assert f"add --corpus {place / 'corpus.txt'}" in line
+    change_config(run, reward=f"{run / 'evil.py'}:f", teacher_url=[])
+    for typed in ([], ["--corpus", "builtin"], ["--reward", f"{place / 'reward.py'}:score"]):
+        assert "--trust" in fails(judge.main, [*argv, *typed], capsys)
+    assert f"run the code of {run / 'evil.py'}:f" in fails(judge.main, argv, capsys)
     assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
-    judge.main([*argv, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
+    judge.main([*argv, "--trust"])
     assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
+    judge.main(argv)
 
 
 def judged(**senses):

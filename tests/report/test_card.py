@@ -1,6 +1,8 @@
 """The model card says what the run's records say, and nothing in them can add to its Markdown."""
 
 import json
+import shutil
+import textwrap
 
 import pytest
 from conftest import SHORT, metrics
@@ -9,8 +11,8 @@ import train_interact
 from lab import findings
 from scripts import export_hf
 from tinystory.data.corpus import HUB
+from tinystory.report.before_after import read_before_after, story_lines
 from tinystory.run.folder import EVALUATIONS, read_records
-from tinystory.run.text import printable
 from tinystory.student import checkpoint
 
 
@@ -22,14 +24,15 @@ def card(source, folder) -> tuple[dict, str]:
     return yaml.safe_load(metadata), text
 
 
-# Each call gives more than the one before, so the last student is the best one.
+# Each call gives more than the one before, by more than the length term can take away: the last
+# student is the best one, whatever the students write.
 RISING = """
 calls = 0
 
 def score(opening, stories):
     global calls
     calls += 1
-    return [calls / 1000] * len(stories)
+    return [min(calls / 5, 1)] * len(stories)
 """
 
 
@@ -48,7 +51,7 @@ def run(place, tmp_path_factory):
         "--steps",
         "2",
     ]
-    argv += ["--learning-rate", "0.01"]
+    argv += ["--learning-rate", "0.01", "--diversity", "0", "--unfinished", "1"]
     train_interact.main([*SHORT, *argv])
     return out
 
@@ -74,13 +77,35 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
     rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
-    assert f"| {rewards[1]:.3g} |" in text and printable(evaluation[0]["story"].split()[0]) in text
+    assert f"| {rewards[1]:.3g} |" in text
+    rule, pairs = read_before_after(run).typical()
+    assert rule in text
+    for record in pairs[0]:
+        assert textwrap.indent(story_lines(record), "    ") in text
     # Whoever trained it on a file of theirs says under which licence.
     assert (
         "license" not in metadata
         and "language" not in metadata
         and "- `corpus.txt`: files of the user" in text
     )
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("gpt\n\n# Heading\n<script>alert(1)</script>", "gpt # Heading scriptalert(1)/script"),
+        ("a`\n\n<b>b</b>`", "a bb/b"),
+        ("\u2028x\r\n\t<!-- y", "x !-- y"),
+        ("<>\n`", "not recorded"),
+    ],
+)
+def test_a_teachers_name_stays_in_its_code_span(run, tmp_path, name, shown):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["teacher"] = {"model": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = card(checkpoint.newest(folder), tmp_path / "tale")[1]
+    assert f"`{shown}` graded." in text and "<script>" not in text
 
 
 def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):

@@ -88,10 +88,11 @@ def test_predictions_are_scores():
 
 
 def test_a_restored_model_predicts_the_same():
-    model, (x, y) = ScoreModel(), made_up(50)
+    width = 4
+    model, (x, y) = ScoreModel(), made_up(50, width=2 * width + 15)
     model.learn(x[:30], y[:30].tolist())
     again = ScoreModel()
-    again.restore({name: tensor.clone() for name, tensor in model.tensors().items()})
+    again.restore({name: tensor.clone() for name, tensor in model.tensors().items()}, width)
     assert torch.equal(again.predict(x), model.predict(x))
     assert again.learn(x[30:], y[30:].tolist()) == model.learn(x[30:], y[30:].tolist())
     assert torch.equal(again.predict(x), model.predict(x))

@@ -122,8 +122,9 @@ def test_a_loss_of_pretraining_that_rises_is_said():
 
 
 def stories(count: int) -> list[Story]:
-    torch.manual_seed(count)
-    lengths = torch.randint(5, 80, (count,)).tolist()
+    """The correlations of their random scores with lengths and log-probabilities, which depend on no
+    generator, are below 0.01."""
+    lengths = [5 + 4 * i % 75 for i in range(count)]
     return [
         Story(
             i,
@@ -131,7 +132,7 @@ def stories(count: int) -> list[Story]:
             f"a{i} " * n,
             torch.arange(1),
             torch.arange(n),
-            -torch.rand(n) * i,
+            torch.full((n,), -float(5 * i % 67)),
             torch.zeros(n),
             torch.zeros(n),
             "eos",

@@ -208,14 +208,14 @@ def test_any_story_record_comes_back(tmp_path_factory, record, text):
     assert len((folder / "stories.jsonl").read_bytes().splitlines()) == 2
 
 
-def test_a_full_disk_is_one_clear_sentence(tmp_path):
+def test_a_full_disk_is_one_clear_sentence():
     full = "/dev/full"  # every write to it fails as on a full disk
     if not os.path.exists(full):
         pytest.skip("no /dev/full here")
-    with RunLog(tmp_path, resume_step=None) as log:
-        (tmp_path / "metrics.jsonl").symlink_to(full)
-        with pytest.raises(UserError, match="No space left on device"):
-            log.metrics(step=1)
+    journal = Journal(full)
+    with pytest.raises(UserError, match="No space left on device"):
+        journal.append({"step": 1})
+    journal.close()
 
 
 def test_a_run_whose_folder_is_deleted_meanwhile_does_not_go_on_into_nothing(tmp_path):
@@ -304,6 +304,38 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         journal.append({"a": 2})
         journal.close()
     assert synced == [18, 9, 18, 18]  # and at the end
+
+
+@pytest.mark.parametrize(
+    "content, after",
+    [
+        (b'{"a": 1}\n{"a": 2', b'{"a": 1}\n{"b": 1}\n'),  # half of a record
+        (b'{"a": 1}\n{', b'{"a": 1}\n{"b": 1}\n'),
+        (b'{"a": 1}\n{"a": 2}', b'{"a": 1}\n{"a": 2}\n{"b": 1}\n'),  # all but its end
+        (b"a note", None),
+        (b'{"a": 1}\na note', None),
+        (b'[{"a": 1}]', None),
+        (b"{\n  a note }", None),
+        (b"{a}", None),
+    ],
+)
+def test_a_journal_cuts_off_half_a_record_and_no_other_line(tmp_path, content, after):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    if after is None:
+        with pytest.raises(UserError, match=r"notes\.txt ends in a line that is no record"):
+            Journal(path)
+    else:
+        journal = Journal(path)
+        journal.append({"b": 1})
+        journal.close()
+    assert path.read_bytes() == (after or content)
+
+
+def test_a_last_line_that_is_whole_and_of_another_kind_is_not_skipped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"text": "another file"}')
+    with pytest.raises(UserError, match="line 2 of "):
+        read_metrics(tmp_path)
 
 
 def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):

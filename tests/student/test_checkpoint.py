@@ -133,7 +133,10 @@ def test_the_optimizers_state_of_another_student_is_a_sentence(student):
         for name in names
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
-    with pytest.raises(UserError, match="does not fit"):
+    with (
+        pytest.raises(UserError, match=r"x/trainer\.safetensors does not fit"),
+        checkpoint.restoring(Path("x")),
+    ):
         checkpoint.unpack_optimizer(torch.optim.Adam(student.named_parameters()), state)
 
 
@@ -354,5 +357,6 @@ def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
         checkpoint.load(checkpoint.find(run))
         checkpoint.restore(student, folder)
         state, _ = checkpoint.load_trainer(folder, RunState)
-        checkpoint.unpack_optimizer(optimizer, state)
+        with checkpoint.restoring(folder):
+            checkpoint.unpack_optimizer(optimizer, state)
         checkpoint.load_trainer(folder, RunState)

@@ -10,7 +10,7 @@ from fault_server import FaultServer, assert_one_clean_sentence, completion, err
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import Probe
+from tinystory.teacher.probe import load_probe
 from tinystory.teacher.prompt import CRITERIA, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -34,8 +34,8 @@ def test_the_probe_says_what_it_found():
         )
         assert probe.structure == probe.held_to == "nothing"
         assert (
-            Probe.load(json.dumps(asdict(probe))) == probe
-            and Probe.load('{"url": ""}') is Probe.load("no") is None
+            load_probe(json.dumps(asdict(probe)), server.url) == probe
+            and load_probe('{"url": ""}', "") is load_probe("no", "") is None
         )
         assert len(server.requests) == 1 and len(server.others) == 2  # two structures
         line = str(probe)

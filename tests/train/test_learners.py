@@ -112,11 +112,8 @@ def test_a_start_that_does_not_say_what_it_was_trained_on_is_refused(place, tmp_
     del record["history"]["val_fraction"]
     (old / "model.json").write_text(json.dumps(record))
     write_manifest(old)
-    line = fails(
-        interact.main,
-        ["--init", str(old), "--reward", "random", *SHORT, *REPLAY.split(), "--out", "x"],
-        capsys,
-    )
+    argv = ["--init", str(old), "--trust", "--reward", "random", *SHORT, *REPLAY.split()]
+    line = fails(interact.main, [*argv, "--out", "x"], capsys)
     assert "val_fraction" in line and "--replay-weight" in line
 
 

@@ -213,7 +213,7 @@ def run_interact(place, out: Path, *more: str) -> None:
 
 
 def test_interaction_records_what_it_did(place, tmp_path, capsys):
-    run_interact(place, tmp_path / "i")
+    run_interact(place, tmp_path / "i", "--dtype", "float32")
     records = metrics(tmp_path / "i")
     contract = (
         "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"

@@ -28,7 +28,12 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 
 
 def decode_attention(
-    qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor
+    qkv: Tensor,
+    prefix: Tensor,
+    spans: Tensor,
+    cache: Tensor,
+    lengths: Tensor,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Decode-step attention (B, H, D): one new token per row; its key and value are appended to the
     KV cache.
@@ -37,9 +42,13 @@ def decode_attention(
     of the prompts, each once; row b's is prefix[spans[b, 0] : spans[b, 1]] and may be empty, spans
     (B, 2) int64. cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] <
     T_max positions are filled, lengths (B,) int64. Row b's query attends to its prefix, the filled
-    positions and itself. All are contiguous and of one dtype. No gradient."""
-    run = torch.ops.tinystory if implementation("decode_attention", qkv) == "kernel" else reference
-    return run.decode_attention(qkv.detach(), prefix.detach(), spans, cache, lengths)
+    positions and itself. All are contiguous and of one dtype. No gradient. Dropout on the attention
+    weights comes from torch's generator, and plain PyTorch runs it."""
+    qkv = qkv.detach()
+    prefix = prefix.detach()
+    if not dropout_p and implementation("decode_attention", qkv) == "kernel":
+        return torch.ops.tinystory.decode_attention(qkv, prefix, spans, cache, lengths)
+    return reference.decode_attention(qkv, prefix, spans, cache, lengths, dropout_p)
 
 
 def sample(
@@ -66,8 +75,9 @@ def sample(
     later."""
     logits = logits.detach()
     steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
-    run = torch.ops.tinystory if implementation("sample", logits) == "kernel" else reference
-    return run.sample(logits, seed, rows, steps, temperature, top_k, top_p)
+    if implementation("sample", logits) == "kernel":
+        return torch.ops.tinystory.sample(logits, seed, rows, steps, temperature, top_k, top_p)
+    return reference.sample(logits, seed, rows, steps, temperature, top_k, top_p)
 
 
 def require_drawn(tokens: Tensor, rows: Tensor) -> None:
@@ -88,34 +98,36 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     theirs. Up to 100 MB of the (N, V) logits are kept for the backward pass (see kept_groups); the
     others exist one chunk at a time, in either pass."""
     hidden = hidden.to(matmul_dtype(hidden))
-    runs = implementation("token_logprob", hidden)
-    if runs == "kernel":
-        return torch.ops.tinystory.token_logprob(
-            hidden, weight, targets, kept_groups(hidden, weight)
-        )[:2]
-    run = chunked_token_logprob if runs == "pytorch" else reference.token_logprob
-    return run(hidden, weight, targets)
+    runs_on = implementation("token_logprob", hidden)
+    if runs_on == "kernel":
+        groups = kept_groups(hidden, weight)
+        return torch.ops.tinystory.token_logprob(hidden, weight, targets, groups)[:2]
+    if runs_on == "pytorch":
+        return chunked_token_logprob(hidden, weight, targets)
+    return reference.token_logprob(hidden, weight, targets)
 
 
 def kept_groups(hidden: Tensor, weight: Tensor) -> int:
     """How many groups of logit columns token_logprob keeps for a backward pass: on a CPU as many as
     KEPT_BYTES hold. 0 in bfloat16, where they would cost as much to read as to compute again."""
-    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if hidden.is_cuda or hidden.dtype == torch.bfloat16 or not needed or not len(hidden):
+    if hidden.is_cuda or hidden.dtype == torch.bfloat16 or not len(hidden):
         return 0
-    groups = (len(weight) + LOGIT_GROUP - 1) // LOGIT_GROUP
+    if not needs_gradient(hidden, weight):
+        return 0
+    groups = -(-len(weight) // LOGIT_GROUP)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return min(groups, KEPT_BYTES // (len(hidden) * LOGIT_STRIDE * wide.itemsize))
+    group_bytes = len(hidden) * LOGIT_STRIDE * wide.itemsize
+    return min(groups, KEPT_BYTES // group_bytes)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -logprob as in token_logprob, for pretraining. If gradients are required, the kernel
     computes them in the forward pass, so that the logits are computed once."""
     hidden = hidden.to(matmul_dtype(hidden))
-    needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if needs_gradients and implementation("cross_entropy", hidden) == "kernel":
+    if needs_gradient(hidden, weight) and implementation("cross_entropy", hidden) == "kernel":
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
-    return -token_logprob(hidden, weight, targets)[0].mean()
+    logprob, _ = token_logprob(hidden, weight, targets)
+    return -logprob.mean()
 
 
 def linear(
@@ -159,26 +171,31 @@ def add_layer_norm(
     or None. The dropout mask is a function of (seed, row, column), 8 bits per element, drawn again
     in the backward pass. One kernel, if C is a multiple of 32; else PyTorch."""
     dtype = matmul_dtype(x)
-    if (
-        x.dtype == torch.float32
-        and fits(x, weight)
-        and implementation("add_layer_norm", x) == "kernel"
-    ):
-        rows = branch if branch is None else branch.contiguous()
-        total, y = torch.ops.tinystory.add_layer_norm(
-            x.contiguous(), rows, weight, bias, dropout_p, seed, dtype
-        )[:2]
-        return x if branch is None else total, y
+    kernel_fits = x.dtype == torch.float32 and fits(x, weight)
+    if kernel_fits and implementation("add_layer_norm", x) == "kernel":
+        if branch is not None:
+            branch = branch.contiguous()
+        total, y, _, _ = torch.ops.tinystory.add_layer_norm(
+            x.contiguous(), branch, weight, bias, dropout_p, seed, dtype
+        )
+        if branch is None:
+            total = x  # the kernel writes no sum then
+        return total, y
     return reference.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels of linear layers and layer norms can run for this input and weight."""
-    dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu(x) else ()))
-    sizes = all(size % 32 == 0 for size in weight.shape)
-    return (
-        sizes and weight.dtype == torch.float32 and x.dtype in dtypes and matmul_dtype(x) in dtypes
-    )
+    dtypes = [torch.float32, torch.bfloat16]
+    if on_gpu(x):
+        dtypes.append(torch.float16)
+    if weight.dtype != torch.float32 or any(size % 32 for size in weight.shape):
+        return False
+    return x.dtype in dtypes and matmul_dtype(x) in dtypes
+
+
+def needs_gradient(hidden: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -188,5 +205,6 @@ def on_gpu(x: Tensor) -> bool:
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type in which x is multiplied: autocast's, or its own (always for float64)."""
     device = x.device.type
-    lower = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if lower else x.dtype
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -18,14 +18,15 @@ def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
     kernel. Rows are computed in chunks, and again in the backward pass, so that the (N, V) logits
     never exist at once."""
     rows = max(1, CHUNK // len(weight))
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    results = [
-        checkpoint(reference.token_logprob, part, weight, ids, use_reentrant=False)
-        for part, ids in parts
-    ]
-    return torch.cat([logprob for logprob, _ in results]), torch.cat(
-        [entropy for _, entropy in results]
-    )
+    logprobs = []
+    entropies = []
+    for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logprob, entropy = checkpoint(
+            reference.token_logprob, part, weight, ids, use_reentrant=False
+        )
+        logprobs.append(logprob)
+        entropies.append(entropy)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def lowered_linear(
@@ -33,45 +34,45 @@ def lowered_linear(
 ) -> Tensor:
     """gelu(x weight^T + bias) by cuBLAS, with 16-bit copies of weight and bias in autocast's type;
     PyTorch would cast both at each use. The gradients are those of weight and bias."""
-    x = x.to(copies[0].dtype)
+    weight16, bias16 = copies
+    rows = x.to(weight16.dtype).flatten(0, -2)
     if torch.is_grad_enabled():
-        return LoweredLinear.apply(x, weight, bias, *copies, gelu)
-    # On a GPU cuBLAS adds the bias and applies tanh GELU before it rounds.
-    weight, bias = copies
-    rows = x.flatten(0, -2)
-    y = (
-        torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-        if gelu
-        else bias.addmm(rows, weight.t())
-    )
+        y = LoweredLinear.apply(rows, weight, bias, weight16, bias16, gelu)
+    elif gelu:
+        # On a GPU cuBLAS adds the bias and applies tanh GELU before it rounds.
+        y = torch._addmm_activation(bias16, rows, weight16.t(), use_gelu=True)
+    else:
+        y = bias16.addmm(rows, weight16.t())
     return y.view(*x.shape[:-1], len(bias))
 
 
 class LoweredLinear(torch.autograd.Function):
-    """`lowered_linear` with gradients. The weight's needs no cast, since its GEMM writes the
-    float32 sums."""
+    """`lowered_linear` with gradients, on rows (R, K). The weight's needs no cast, since its GEMM
+    writes the float32 sums."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        rows: Tensor,
         weight: Tensor,
         bias: Tensor,
         weight16: Tensor,
         bias16: Tensor,
         gelu: bool,
     ) -> Tensor:
-        rows = x.flatten(0, -2)
-        inner = torch.addmm(bias16, rows, weight16.t())
-        ctx.save_for_backward(rows, weight16, inner if gelu else None)
-        y = F.gelu(inner, approximate="tanh") if gelu else inner
-        return y.view(*x.shape[:-1], len(bias))
+        y = torch.addmm(bias16, rows, weight16.t())
+        if not gelu:
+            ctx.save_for_backward(rows, weight16, None)
+            return y
+        ctx.save_for_backward(rows, weight16, y)
+        return F.gelu(y, approximate="tanh")
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight16, inner = ctx.saved_tensors
-        g = grad_y.reshape(len(rows), -1)
-        g = g if inner is None else torch.ops.aten.gelu_backward(g, inner, approximate="tanh")
-        grad_x = (g @ weight16).view(*grad_y.shape[:-1], -1)
-        grad_weight = torch.ops.aten.mm.dtype(g.t(), rows, torch.float32)  # which only CUDA has
-        return grad_x, grad_weight, g.sum(0, dtype=torch.float32), None, None, None
+        rows, weight16, before_gelu = ctx.saved_tensors
+        grad = grad_y
+        if before_gelu is not None:
+            grad = torch.ops.aten.gelu_backward(grad, before_gelu, approximate="tanh")
+        grad_rows = grad @ weight16
+        grad_weight = torch.ops.aten.mm.dtype(grad.t(), rows, torch.float32)  # which only CUDA has
+        return grad_rows, grad_weight, grad.sum(0, dtype=torch.float32), None, None, None

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinystory.ops import build, cuda
 from tinystory.run.errors import UserError
 
-REFERENCE = "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
+REFERENCE = "plain PyTorch runs in place of the kernels"
 
 # Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's
 # matrix units.
@@ -25,9 +25,8 @@ def from_environment() -> str:
     another value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
-        raise UserError(
-            f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'"
-        )
+        advice = "unset it, or set it to 'reference' or 'ours'"
+        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; {advice}")
     return kernels
 
 
@@ -39,7 +38,7 @@ def current() -> str:
     if _current is None:
         _current = from_environment()
         if _current == "reference":
-            print(f"tinystory: {REFERENCE}", file=sys.stderr)
+            run_reference("TINYSTORY_KERNELS=reference")
     return _current
 
 
@@ -47,7 +46,7 @@ def run_reference(reason: str) -> None:
     """Let plain PyTorch run every operator from now on; stderr says why."""
     global _current
     _current = "reference"
-    print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
+    print(f"tinystory: {reason}: {REFERENCE}", file=sys.stderr)
 
 
 def implementation(op: str, x: Tensor) -> str:
@@ -61,7 +60,9 @@ def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
     if kernels == "reference" or not has_kernel(op, device):
         return "reference"
     accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
-    return "pytorch" if accelerated and kernels == "auto" and op in MATMULS else "kernel"
+    if accelerated and kernels == "auto" and op in MATMULS:
+        return "pytorch"
+    return "kernel"
 
 
 @functools.cache

@@ -37,11 +37,16 @@ from tinystory.run.paths import ROOT, cache_dir
 
 # a clone's, or a wheel's
 CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
-# a micro-kernel's loop that began in the middle of a cache line cost 3 % of a step
-FLAGS += ["-falign-loops=64"]
-# sampling needs each float step as written; kernels write fma() where they want one
-FLAGS += ["-ffp-contract=off"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # a micro-kernel's loop that began in the middle of a cache line cost 3 % of a step
+    "-falign-loops=64",
+    # sampling needs each float step as written; kernels write fma() where they want one
+    "-ffp-contract=off",
+]
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
 OLD = ".old"  # suffix of folders that are to be removed
@@ -72,35 +77,39 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             if intact(library):
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
-            reason = (
-                "again, since they are damaged"
-                if (folder / "built").exists()
-                else f"({len(sources)} files, once)"
-            )
-            target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            print(
-                f"tinystory: compiling the {target} {reason} ...",
-                end=" ",
-                file=sys.stderr,
-                flush=True,
-            )
-            renew(folder)
-            started, outcome = time.monotonic(), "failed"
-            try:
-                module = compiled(name, sources, folder, gpus)
-                outcome = f"{time.monotonic() - started:.0f} s"
-            finally:
-                print(outcome, file=sys.stderr)
+            module = compiled_aloud(name, sources, folder, gpus)
             # no source has changed meanwhile
             if library_folder(name, sources, gpus, toolkit) == folder:
                 (folder / "built").write_text(file_hash(library))
             return module
         except (RuntimeError, OSError, ImportError) as error:
-            failed = re.findall(
-                r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE
-            )
-            message = ("".join(failed).strip() or str(error))[:4000]
+            message = compiler_messages(str(error))[:4000]
             raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
+
+
+def compiled_aloud(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
+    """`compiled` in an empty folder, with one line on stderr."""
+    target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
+    reason = f"({len(sources)} files, once)"
+    if (folder / "built").exists():
+        reason = "again, since they are damaged"
+    print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
+    renew(folder)
+    started = time.monotonic()
+    outcome = "failed"
+    try:
+        module = compiled(name, sources, folder, gpus)
+        outcome = f"{time.monotonic() - started:.0f} s"
+        return module
+    finally:
+        print(outcome, file=sys.stderr)
+
+
+def compiler_messages(output: str) -> str:
+    """What the compilers say of the files that failed, without ninja's lines and the commands; the
+    whole output if ninja names no such file."""
+    failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", output, re.MULTILINE)
+    return "".join(failed).strip() or output
 
 
 def renew(folder: Path) -> None:
@@ -122,14 +131,12 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     from torch.utils import cpp_extension  # here, because it takes half a second to import
 
     compiler, *flags = command()
-    # The second and third keep torch from warning of unknown compilers, and from taking objects out
-    # of a ccache that other machines share: it does not know which processor -march=native meant.
     settings = {
         "CXX": compiler,
-        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # no warning of unknown compilers
+        # no objects out of a ccache that other machines share: it does not know which processor
+        # -march=native meant
         "TORCH_NO_COMPILER_WRAPPER": "1",
-    }
-    settings |= {
         "TORCH_CUDA_ARCH_LIST": gpus,
         "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}",
     }
@@ -141,7 +148,7 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     try:
         return cpp_extension.load(
             name,
-            [*map(str, sources)],
+            [str(source) for source in sources],
             extra_cflags=[*flags, pybind],
             extra_cuda_cflags=["-std=c++20", "-O3"],
             extra_ldflags=flags[-1:],
@@ -171,19 +178,15 @@ def command() -> list[str]:
         install = "Debian, Ubuntu: apt install g++; macOS: xcode-select --install"
         advice = f"install one ({install}), name it in CXX, or {INSTEAD}"
         raise UserError(f"no C++ compiler found, for there is no {' or '.join(names)}: {advice}")
-    compiler = [found[0], *chosen[1:]]
-    flags = (
-        [] if re.search("-m(arch|cpu)=", " ".join(compiler)) else ["-march=native", "-mcpu=native"]
-    )
-    native = [flag for flag in flags if macros([*compiler, flag])][:1]
+    compiler = found[:1] + chosen[1:]
+    native: list[str] = []
+    if not re.search("-m(arch|cpu)=", " ".join(compiler)):
+        known = [flag for flag in ("-march=native", "-mcpu=native") if macros([*compiler, flag])]
+        native = known[:1]
     # GCC's OpenMP is torch's too. Other compilers have another or none: there,
     # csrc/cpu/thread_pool.h has threads.
-    return [
-        *compiler,
-        *FLAGS,
-        *native,
-        "-pthread" if "__clang__" in macros(compiler) else "-fopenmp",
-    ]
+    threads = "-pthread" if "__clang__" in macros(compiler) else "-fopenmp"
+    return compiler + FLAGS + native + [threads]
 
 
 def macros(command: list[str]) -> str:
@@ -197,15 +200,15 @@ def macros(command: list[str]) -> str:
 
 def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
     """The folder of a library, named after all that its machine code depends on."""
-    versions, compiler = (
-        [__version__, torch.__version__, str(torch.version.git_version), sys.version],
-        command(),
-    )
-    folders = {CSRC, *(source.parent for source in sources)}
-    # no editor's hidden copies
-    files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))
-    contents = [f"{file.relative_to(CSRC)} {file_hash(file)}" for file in files]
-    parts = [*versions, *compiler, macros(compiler), gpus, toolkit, *contents]
+    parts = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
+    compiler = command()
+    parts += compiler
+    parts += [macros(compiler), gpus, toolkit]
+    files: list[Path] = []
+    for folder in {CSRC} | {source.parent for source in sources}:
+        files += folder.glob("[!.]*.[ch]*")  # no editor's hidden copies
+    for file in sorted(files):
+        parts.append(f"{file.relative_to(CSRC)} {file_hash(file)}")
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
 
@@ -219,14 +222,12 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            print(
-                "tinystory: waiting for another process that compiles the kernels", file=sys.stderr
-            )
+            waiting = "waiting for another process that compiles the kernels"
+            print(f"tinystory: {waiting}", file=sys.stderr)
             held = lock.acquire()
     except OSError as error:
         problem = f"{folder} cannot be written or locked ({error.strerror})"
-        raise UserError(
-            f"{problem}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}"
-        ) from None
+        advice = f"set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}"
+        raise UserError(f"{problem}: {advice}") from None
     with held:
         yield

@@ -29,29 +29,16 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
     """Resolves --device and --dtype. Raises UserError if one cannot be used."""
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
-    name = str(dtype).removeprefix("torch.") if dtype_name == "auto" else dtype_name
-    return Compute(device, dtype, dict(device=str(device), dtype=name))
+    if dtype_name == "auto":
+        dtype_name = str(dtype).removeprefix("torch.")
+    return Compute(device, dtype, dict(device=str(device), dtype=dtype_name))
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for
-    it, else the CPU. A GPU too old for the kernels runs plain PyTorch. stderr explains either.
-    Raises UserError for an unusable device."""
+    """The device of --device, for auto see `auto_device`. A GPU too old for the kernels runs plain
+    PyTorch, and stderr says so. Raises UserError for an unusable device."""
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        try:
-            if backend.load() is not None and (reason := too_old(torch.device("cuda"))):
-                raise UserError(
-                    f"{reason}; for a large student --device cuda may be faster: plain PyTorch on the GPU"
-                )
-            return pick_device("cuda")
-        except UserError as error:
-            reason = str(error).splitlines()[0]
-            print(
-                f"tinystory: --device auto is the CPU here, not the GPU: {reason}", file=sys.stderr
-            )
-            return torch.device("cpu")
+        return auto_device()
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -59,19 +46,38 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name} cannot be used here ({reason}); try --device cpu"
-        ) from error
+        problem = f"--device {name} cannot be used here ({reason})"
+        raise UserError(f"{problem}; try --device cpu") from error
     if device.type == "cuda" and backend.load() is not None:
-        if reason := too_old(device):
-            backend.run_reference(reason)
+        problem = too_old(device)
+        if problem:
+            backend.run_reference(problem)
         else:
             cuda.load()
     return device
 
 
+def auto_device() -> torch.device:
+    """A GPU if torch sees one and the kernels can be compiled for it, else the CPU; if it is the
+    CPU despite a GPU, stderr says why."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        problem = ""
+        if backend.load() is not None:
+            problem = too_old(torch.device("cuda"))
+        if not problem:
+            return pick_device("cuda")
+        problem += "; for a large student --device cuda may be faster: plain PyTorch on the GPU"
+    except UserError as error:
+        problem = str(error).splitlines()[0]
+    print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
+    return torch.device("cpu")
+
+
 def too_old(device: torch.device) -> str:
     """Why the CUDA kernels cannot run on this GPU, or ""."""
     major, minor = torch.cuda.get_device_capability(device)
-    known = (major, minor) >= cuda.OLDEST
-    return "" if known else f"this GPU has compute capability {major}.{minor}, and {cuda.NEEDS}"
+    if (major, minor) >= cuda.OLDEST:
+        return ""
+    return f"this GPU has compute capability {major}.{minor}, and {cuda.NEEDS}"

@@ -21,9 +21,10 @@ def load() -> None:
     """Register the CUDA kernels of the operators, built first if need be. Raises UserError if they
     cannot be."""
     build.load()
-    if why := why_not():
-        raise UserError(f"{why}, {INSTEAD}")
-    sources = [path for path in sorted(build.CSRC.glob("cuda/*.c*")) if path.suffix != ".cuh"]
+    problem = why_not()
+    if problem:
+        raise UserError(f"{problem}, {INSTEAD}")
+    sources = sorted([*build.CSRC.glob("cuda/*.cu"), *build.CSRC.glob("cuda/*.cpp")])
     try:
         build.build("tinystory_cuda", sources, ";".join(architectures()), version())
     except UserError as error:
@@ -35,19 +36,20 @@ def why_not() -> str:
     """Why the CUDA kernels cannot be compiled here, with advice, or ""."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA: install one with it to use a GPU"
-    major = torch.version.cuda.split(".")[0]
     if not architectures():
         return f"no GPU here can run them, {NEEDS}: use another GPU"
+    major = torch.version.cuda.split(".")[0]
+    problem = f"torch has CUDA {torch.version.cuda}, but"
     home = toolkit()
-    if not all((home / part).exists() for part in ("bin/nvcc", "include/cuda_runtime.h")):
-        return (
-            f"torch has CUDA {torch.version.cuda}, but there is no CUDA toolkit to compile the kernels with: install "
-            f"version {major} and set CUDA_HOME to its folder"
-        )
+    if not (home / "bin/nvcc").exists() or not (home / "include/cuda_runtime.h").exists():
+        advice = f"install version {major} and set CUDA_HOME to its folder"
+        return f"{problem} there is no CUDA toolkit to compile the kernels with: {advice}"
+    advice = f"set CUDA_HOME to a toolkit of {major}"
     release = re.search(r"release (\d+)\.\d+", version())
-    if not release or release[1] != major:
-        nvcc = release[0] if release else "an nvcc that does not say its version"
-        return f"torch has CUDA {torch.version.cuda}, but {home} has {nvcc}: set CUDA_HOME to a toolkit of {major}"
+    if release is None:
+        return f"{problem} {home} has an nvcc that does not say its version: {advice}"
+    if release[1] != major:
+        return f"{problem} {home} has {release[0]}: {advice}"
     return ""
 
 
@@ -61,9 +63,8 @@ def toolkit() -> Path:
 
 
 def version() -> str:
-    return subprocess.run(
-        [toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True
-    ).stdout
+    command = [str(toolkit() / "bin/nvcc"), "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def architectures() -> list[str]:

@@ -1,5 +1,5 @@
 """Fake kernels for torch.compile and torch.library.opcheck: they return empty tensors of the right
-shape and dtype."""
+shape and dtype. Arguments and results are those of the schemas in csrc/ops.cpp."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,27 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGIT_GROUP, LOGIT_STRIDE = 256, 272  # columns of kept logits, as in csrc/kernels.h
+# columns of kept logits, as in csrc/kernels.h
+LOGIT_GROUP = 256
+LOGIT_STRIDE = 272
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def per_row(x: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(len(x), dtype=dtype) for dtype in dtypes)
-
-
 def causal_attention(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor]:
-    b, t, _, h, d = qkv.shape
-    return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=wide(qkv.dtype))
+    B, T, _, H, D = qkv.shape
+    out = qkv.new_empty(B, T, H, D)
+    lse = qkv.new_empty(B, H, T, dtype=wide(qkv.dtype))
+    return out, lse
+
+
+def causal_attention_backward(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def decode_attention(qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv[:, 0].shape)
+
+
+def sample(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B = len(logits)
+    tokens = logits.new_empty(B, dtype=torch.int64)
+    logprobs = logits.new_empty(B, dtype=torch.float32)
+    return tokens, logprobs, torch.empty_like(logprobs)
 
 
 def token_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int
-) -> tuple[Tensor, ...]:
-    logits = hidden.new_empty(kept_groups, len(hidden), LOGIT_STRIDE, dtype=wide(hidden.dtype))
-    return *per_row(hidden, wide(hidden.dtype), wide(hidden.dtype), torch.float64), logits
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N = len(hidden)
+    dtype = wide(hidden.dtype)
+    logprob = hidden.new_empty(N, dtype=dtype)
+    lse = hidden.new_empty(N, dtype=torch.float64)
+    logits = hidden.new_empty(kept_groups, N, LOGIT_STRIDE, dtype=dtype)
+    return logprob, torch.empty_like(logprob), lse, logits
+
+
+def token_logprob_backward(
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,11 +61,16 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, *dtypes: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    dtype, out_dtype = dtypes
-    shape = (*x.shape[:-1], weight.shape[0])
-    return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if gelu else (0,), dtype=dtype)
+    y = x.new_empty(*x.shape[:-1], len(weight), dtype=out_dtype)
+    slope = x.new_empty(y.shape if gelu else 0, dtype=dtype)
+    return y, slope
 
 
 def linear_backward(
@@ -58,37 +88,44 @@ def add_layer_norm(
     seed: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
     total = x.new_empty(0 if branch is None else x.shape)
-    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
+    y = x.new_empty(x.shape, dtype=dtype)
+    mean = x.new_empty(x.shape[:-1].numel())
+    return total, y, mean, torch.empty_like(mean)
 
 
 def add_layer_norm_backward(
-    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
+    grad_total: Tensor | None,
+    grad_y: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: int,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # the branch's dtype
-    grad_branch = total.new_empty(0 if others[-1] is None else total.shape, dtype=others[-1])
+    branch_shape = 0 if branch_dtype is None else total.shape
+    grad_branch = total.new_empty(branch_shape, dtype=branch_dtype)
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 
 
-# One for every operator of csrc/ops.cpp.
-FAKE_KERNELS: dict[str, Callable] = {
-    "causal_attention": causal_attention,
-    "causal_attention_backward": lambda grad_out, qkv, *_: torch.empty_like(qkv),
-    "decode_attention": lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape),
-    "sample": lambda logits, *_: per_row(logits, torch.int64, torch.float32, torch.float32),
-    "token_logprob": token_logprob,
-    # hidden, weight
-    "token_logprob_backward": lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[2:4]),
-    "cross_entropy": cross_entropy,
-    "linear": linear,
-    "linear_backward": linear_backward,
-    "add_layer_norm": add_layer_norm,
-    "add_layer_norm_backward": add_layer_norm_backward,
-}
+FAKE_KERNELS: list[Callable] = [
+    causal_attention,
+    causal_attention_backward,
+    decode_attention,
+    sample,
+    token_logprob,
+    token_logprob_backward,
+    cross_entropy,
+    linear,
+    linear_backward,
+    add_layer_norm,
+    add_layer_norm_backward,
+]
 
 
 def register() -> None:
     """Register them with torch, once, after the operators are loaded."""
-    for name, fake in FAKE_KERNELS.items():
-        torch.library.register_fake(f"tinystory::{name}", fake)
+    for fake in FAKE_KERNELS:
+        torch.library.register_fake(f"tinystory::{fake.__name__}", fake)

@@ -106,5 +106,7 @@ def _plain(text: object) -> str:
 
 
 def _code(text: str) -> str:
-    """Recorded text as inline code, without backticks that would end it."""
-    return f"`{printable(text).replace('`', '') or 'not recorded'}`"
+    """Recorded text as inline code on one line, without backticks that would end it, and without
+    signs that a lenient renderer takes for HTML."""
+    plain = re.sub("[`<>]", "", printable(text))
+    return f"`{' '.join(plain.split()) or 'not recorded'}`"

@@ -20,6 +20,7 @@ from tinystory.report.page import TOP_SCORE, block, details, grid, section, stor
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
 from tinystory.run.text import printable
+from tinystory.run.trust import MARK
 
 RANDOM, UNSCORED = 6, 3  # stories shown: random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
@@ -95,7 +96,7 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     else:
         sections = pretraining(metrics)
     if config:
-        rest = [item for item in config.items() if item[0] != "options"]
+        rest = [item for item in config.items() if item[0] not in ("options", MARK)]
         sections.append(
             details("How it was run", "", page.facts([*config["options"].items(), *rest]))
         )

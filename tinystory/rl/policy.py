@@ -130,9 +130,10 @@ class Policy:
     def restore(self, folder: Path) -> RunState:
         checkpoint.restore(self.student, folder)
         tensors, state = checkpoint.load_trainer(folder, RunState)
-        checkpoint.restore_module(self.critic, "critic", tensors)
-        self.score_model.restore(tensors)
-        checkpoint.unpack_optimizer(self.optimizer, tensors)
+        with checkpoint.restoring(folder):
+            checkpoint.restore_module(self.critic, "critic", tensors)
+            self.score_model.restore(tensors, self.student.config.n_embd)
+            checkpoint.unpack_optimizer(self.optimizer, tensors)
         return state
 
 

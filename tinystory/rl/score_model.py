@@ -22,6 +22,7 @@ from tinystory.student.generate import Story
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
 MOST = 4096  # newest grades that are kept, a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
+MORE_FEATURES = 15  # besides the mean and the last state
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
@@ -103,10 +104,24 @@ class ScoreModel:
             return {}
         return {"score_model.features": self.features, "score_model.scores": self.scores}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`; others are ignored."""
-        self.features = tensors.get("score_model.features", self.features)
-        self.scores = tensors.get("score_model.scores", self.scores)
+    def restore(self, tensors: Mapping[str, Tensor], width: int) -> None:
+        """The inverse of `tensors`; others are ignored. width: of the reference's states. Raises
+        ValueError, or KeyError, unless they are the features and scores of graded stories."""
+        if not any(name.startswith("score_model.") for name in tensors):
+            return
+        features = tensors["score_model.features"]
+        scores = tensors["score_model.scores"]
+        stories = len(scores) if scores.dim() else 0
+        if features.shape != (stories, 2 * width + MORE_FEATURES) or not 0 < stories <= MOST:
+            raise ValueError(f"score_model.features is {tuple(features.shape)}")
+        if scores.shape != (stories,):
+            raise ValueError(f"score_model.scores is {tuple(scores.shape)}")
+        if features.dtype != torch.float32 or scores.dtype != torch.float64:
+            raise ValueError(f"score_model is of {features.dtype} and {scores.dtype}")
+        if not bool(((scores >= 0) & (scores <= 1)).all()):
+            raise ValueError("score_model.scores holds one outside 0 to 1")
+        self.features = features
+        self.scores = scores
         self._weights = None
 
     def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -31,6 +31,7 @@ from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.journal import Journal
 from tinystory.run.paths import ROOT, hint
 from tinystory.run.track import Tracker
+from tinystory.run.trust import marked
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
 # allowed types by field; None: it may be missing
@@ -222,12 +223,13 @@ class RunLog(contextlib.ExitStack):
         record = dict(
             options=options, **machine, started=before.get("started", at), resumed=resumed
         )
-        text = without_passwords(json.dumps(record, indent=2, default=str))
-        atomic_write(self.folder / CONFIG, text + "\n")
+        text = without_passwords(json.dumps(record, default=str))
+        recorded = json.loads(text)
+        write_config(self.folder, recorded)
         # each resume continues the same run there
         if (tracker := options.get("track", "none")) != "none":
             run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
-            self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"])
+            self._tracker = Tracker(tracker, self.folder, run_id, recorded["options"])
             self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
@@ -262,6 +264,11 @@ class RunLog(contextlib.ExitStack):
                 contextlib.closing(Journal(self.folder / name))
             )
         self._journals[name].append(*map(plain, records))
+
+
+def write_config(folder: Path, record: Record) -> None:
+    """Write config.json with this user's mark."""
+    atomic_write(folder / CONFIG, json.dumps(marked(record), indent=2) + "\n")
 
 
 def without_passwords(text: str) -> str:
@@ -367,14 +374,14 @@ def read_config(folder: Path) -> Record:
     return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
 
-def recorded_options(folder: Path) -> Record:
-    """The options of a run to be resumed. Raises UserError if they cannot be read."""
+def require_config(folder: Path) -> Record:
+    """The object in config.json of a run to be resumed. Raises UserError if it cannot be read."""
     if not holds_run(Path(folder)):
         raise UserError(
             f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume"
         )
     try:
-        return read_object(Path(folder) / CONFIG, FIELDS[CONFIG])["options"]
+        return read_object(Path(folder) / CONFIG, FIELDS[CONFIG])
     except UserError as error:
         raise UserError(
             f"{error}; restore it from a copy, or start a new run in another --out"
@@ -411,10 +418,13 @@ def read_stories(folder: Path) -> Iterator[Record]:
     return read_records(Path(folder) / STORIES)
 
 
-def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
+def read_records(
+    path: Path, fields: Fields | None = None, check: Callable[[Record], None] | None = None
+) -> Iterator[Record]:
     """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of
-    its name). A last line left incomplete by a killed process is skipped. Raises UserError for any
-    other line that is no such record."""
+    its name). check: raises ValueError for a record that is refused all the same. A last line left
+    incomplete by a killed process is skipped. Raises UserError for any other line that is no such
+    record."""
     if not path.exists():
         return
     fields = FIELDS.get(path.name, NO_FIELDS) if fields is None else fields
@@ -426,8 +436,11 @@ def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
                 if len(line) > LONGEST:
                     raise ValueError(f"it is over {LONGEST >> 20} MB")
                 record = parse_object(line, fields)
+                if check is not None:
+                    check(record)
             except ValueError as error:
-                if len(line) <= LONGEST and not line.endswith(b"\n"):
+                torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                if torn and not line.endswith(b"\n"):
                     return
                 raise UserError(
                     f"line {number} of {path} does not belong there ({error}): fix or delete that line, or choose "

@@ -10,6 +10,7 @@ from typing import Any
 from tinystory.run.errors import UserError, cannot_write
 
 TAIL = 1 << 26  # bytes; every record is shorter
+RECORD_START = b'{"'
 
 
 class Journal:
@@ -17,21 +18,42 @@ class Journal:
     UserError if it cannot.
 
     `append` hands records to the operating system, so killing the process loses none. A power cut
-    loses those not yet written back: none after `close`, or if `durable`. An incomplete last line,
-    left by a killed process, is cut off."""
+    loses those not yet written back: none after `close`, or if `durable`. An incomplete last
+    record, left by a killed process, is cut off; a file that ends in anything else is refused, and
+    so is a symbolic link, which could lead to a file that is not ours."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path, self.durable = Path(path), durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.seek(max(size - TAIL, 0))
-            tail = self._file.read(min(size, TAIL))
-            if tail and not tail.endswith(b"\n"):
-                self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+            if self.path.is_symlink():
+                raise UserError(
+                    f"{self.path} is a symbolic link: records are not written through one; put the file itself there, "
+                    "or choose another"
+                )
+            self._file = open(self.path, "ab+", buffering=0, opener=_open_file)  # noqa: SIM115
+            self._mend_last_line()
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+    def _mend_last_line(self) -> None:
+        """Complete or cut off a last line that a killed process left without its end."""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - TAIL, 0))
+        tail = self._file.read(min(size, TAIL))
+        line = tail[tail.rfind(b"\n") + 1 :]
+        if not line:
+            return
+        if _is_record(line):
+            self._file.write(b"\n")
+        elif line.startswith(RECORD_START[: len(line)]) and len(line) < TAIL:
+            self._file.truncate(size - len(line))
+        else:
+            self._file.close()
+            raise UserError(
+                f"{self.path} ends in a line that is no record: it is another file; choose another name, or move it "
+                "away"
+            )
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write all the records or none."""
@@ -55,3 +77,15 @@ class Journal:
         with contextlib.suppress(OSError):  # a device has nothing to write back
             os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _open_file(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether it is a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -7,10 +7,11 @@ alone is replaced, is the result."""
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -23,13 +24,17 @@ from torch import Tensor
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.folder import (
+    CONFIG,
     Fields,
+    Record,
     check_fields,
+    read_config,
     read_object,
     require_whole,
     sync,
     write_manifest,
 )
+from tinystory.run.trust import is_own, names_file, student_corpus
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
@@ -52,6 +57,11 @@ HISTORY: Fields = dict.fromkeys(
     (int, None),
 )
 HISTORY |= {"corpus": (list, None), "val_fraction": (float, None), "documents": (str, None)}
+# Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
+# else too: within these bounds no sum of squares overflows.
+KINDS: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+LARGEST_COEFFICIENT = 1e9
+LARGEST_STATE = 1e15
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 
 
@@ -144,22 +154,33 @@ def restore(student: Student, folder: Path) -> None:
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, and its `counters` as a `run_state`. Raises UserError if they do
-    not fit."""
-    counters, kinds = read_counters(folder), get_type_hints(run_state)
-    allowed = {name: (int, float) if kind is float else (kind,) for name, kind in kinds.items()}
-    if counters.keys() != kinds.keys() or any(
-        type(value) not in allowed[name] for name, value in counters.items()
-    ):
-        raise UserError(
-            f"{folder / 'trainer.json'} is not what this command saves: it must hold {', '.join(kinds)}"
-        )
+    """The `state` given to `save`, whose numbers are finite, and its `counters` as a `run_state`.
+    Raises UserError for any others."""
+    counters = read_counters(folder)
+    kinds = get_type_hints(run_state)
+    path = folder / "trainer.json"
     try:
-        return load_file(folder / "trainer.safetensors"), run_state(**counters)
-    except SafetensorError as error:
+        if counters.keys() != kinds.keys():
+            raise ValueError("it has other fields")
+        check_fields(counters, {name: KINDS[kind] for name, kind in kinds.items()})
+        for name, value in counters.items():
+            if kinds[name] is float and not 0 <= value <= LARGEST_COEFFICIENT:
+                raise ValueError(f"its {name!r} is {value!r:.40}")
+    except ValueError as error:
         raise UserError(
-            f"{folder / 'trainer.safetensors'} is damaged ({error}): start from another checkpoint"
-        ) from error
+            f"{path} is not what this command saves ({error}): it must hold {', '.join(kinds)}"
+        ) from None
+    path = folder / "trainer.safetensors"
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): start from another checkpoint") from error
+    for name, tensor in state.items():
+        numbers = tensor.dtype in (torch.float32, torch.float64)
+        if not numbers or not bool((tensor.abs() <= LARGEST_STATE).all()):
+            kind = "NaN, infinite or absurdly large numbers" if numbers else f"{tensor.dtype}"
+            raise UserError(f"{path} holds {kind} in {name!r:.80}: start from another checkpoint")
+    return state, run_state(**counters)
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
@@ -167,19 +188,27 @@ def read_counters(folder: Path) -> dict[str, Any]:
     return read_object(folder / "trainer.json", {"step": (int,)})
 
 
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """In the block, which restores what `load_trainer` returned, ValueError and KeyError become a
+    UserError that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it was saved with, or "
+            "start from another checkpoint"
+        ) from error
+
+
 def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Load a module's parameters, NAME.* in a trainer's state. Raises UserError if they do not
-    fit."""
+    """Load a module's parameters, NAME.* in a trainer's state. Raises ValueError or KeyError if
+    they do not fit."""
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
-    except (KeyError, RuntimeError) as error:
-        raise does_not_fit(" ".join(str(error).split())[:200]) from error
-
-
-def does_not_fit(reason: str) -> UserError:
-    return UserError(
-        f"the trainer state to resume from does not fit ({reason}): give the options it was saved with"
-    )
+    except RuntimeError as error:
+        raise ValueError(error) from error
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -258,8 +287,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises UserError if one
-    does not fit."""
+    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises ValueError if one
+    does not fit, as another optimizer's, or another student's."""
     entries: dict[int, dict[str, Tensor]] = {}
     named = (
         (name, p, ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq"))
@@ -267,12 +296,36 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor])
         for name, p in zip(group["param_names"], group["params"], strict=True)
     )
     for i, (name, p, keys) in enumerate(named):
-        if f"step.{name}" in state:  # there is none before the first step
-            shapes = {key: () if key == "step" else p.shape for key in keys}
-            entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
-            if {key: value.shape for key, value in entries[i].items()} != shapes:
-                raise does_not_fit(name)  # another optimizer's, or another student's
+        if f"step.{name}" not in state:  # there is none before the first step
+            continue
+        entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
+        shapes = {key: () if key == "step" else p.shape for key in keys}
+        if {key: value.shape for key, value in entries[i].items()} != shapes:
+            raise ValueError(name)
+        for key, value in entries[i].items():
+            if value.dtype != torch.float32:
+                raise ValueError(f"{key}.{name} is {value.dtype}, not float32")
+            if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
+                raise ValueError(f"{key}.{name} is negative")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+
+def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: bool) -> None:
+    """Raises UserError if a checkpoint's history names files of this machine as its corpus that
+    config.json of its run, with this user's mark, does not name: somebody else may have put them
+    there, to be read. trusted: any mark will do."""
+    run = Path(os.path.abspath(folder)).parent.parent  # a link may lead to another run
+    record: Record = {}
+    with contextlib.suppress(UserError):  # a checkpoint outside of a run
+        record = read_config(run)
+    known = student_corpus(record) if trusted or is_own(record) else []
+    for name in history.get("corpus", []):
+        if names_file(name) and os.path.exists(name) and name not in known:
+            remedy = "restore it from a copy" if trusted else "if you trust it, add --trust"
+            raise UserError(
+                f"{folder / 'model.json'} says that the student was trained on {name}, which would be read, and no "
+                f"{CONFIG} with your mark says so: {remedy}"
+            )
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ not depend on the rest of its batch."""
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops import reference
 from tinystory.run.device import Download, upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -25,10 +24,11 @@ from tinystory.student.token_step import Sampling, token_step
 
 # Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else
 # LARGE_ROWS in all, so that a token step reads the weights once for many stories.
-ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
+ROWS = 32
+LARGE_ROWS = 128
+CACHE = 32 << 20
 
-# A decoder's story, on the CPU: tokens (n,) int64; logprobs, values, entropies (n,) float32.
-Columns = tuple[Tensor, Tensor, Tensor, Tensor]
+STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to read one
 
 
 @dataclass
@@ -83,61 +83,95 @@ def generate(
     is greedy decoding. dropout: see `DropoutDecoder`. Matmuls and the KV cache have autocast's
     dtype. Raises UserError if a story may not fit the context."""
     if temperature < 1e-6:
-        temperature, top_k = 1.0, 1
+        temperature = 1.0
+        top_k = 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
-    device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
     prompts = {
-        text: torch.tensor(encode_opening(tokenizer, text), device="cpu")
-        for text in dict.fromkeys(openings)
+        opening: torch.tensor(encode_opening(tokenizer, opening), device="cpu")
+        for opening in set(openings)
     }
-    require_room(student, max(map(len, prompts.values())), max_new_tokens)
-    size = rows_at_once(
-        len(openings), sum(p.numel() for p in student.parameters()) * dtype.itemsize, device
-    )
-    decoder: Decoder = StudentDecoder(student, value_head, sampling)
+    require_room(student, max(len(prompt) for prompt in prompts.values()), max_new_tokens)
+
+    device = student.wte.weight.device
+    dtype = ops.matmul_dtype(student.wte.weight)
+    weights = sum(p.numel() for p in student.parameters()) * dtype.itemsize
+    batch_size = rows_at_once(len(openings), weights, device)
+    decoder: Decoder
     if dropout:
         decoder = DropoutDecoder(student, sampling)
-    elif engine_runs(device, dtype):  # it begins a new story when one ends
-        decoder, size = EngineDecoder(student, value_head, sampling, size), len(openings)
-    stories: dict[int, Story] = {}
+    elif engine_runs(device, dtype):
+        decoder = EngineDecoder(student, value_head, sampling, batch_size)
+        batch_size = len(openings)  # the engine itself begins a story whenever another ends
+    else:
+        decoder = StudentDecoder(student, value_head, sampling)
+
+    stories: list[Story] = []
     silent = True if on_story else None  # None: silent without a terminal
     bar = tqdm(
         total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent
     )
     with student.lowered(dtype), bar:
-        for first in range(0, len(openings), size):
-            texts = openings[first : first + size]
-            place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        for begin in range(0, len(openings), batch_size):
+            batch = openings[begin : begin + batch_size]
+            unique = list(dict.fromkeys(batch))
+            place = {opening: i for i, opening in enumerate(unique)}
+            offset = first_index + begin  # index of the batch's first story
             decoder.start(
-                [prompts[text] for text in place],
-                [place[text] for text in texts],
-                first_index + first,
+                [prompts[opening] for opening in unique],
+                [place[opening] for opening in batch],
+                offset,
             )
-            while len(stories) < first + len(texts):
-                for row, columns in decoder.step():
-                    tokens, opening, index = (
-                        columns[0].tolist(),
-                        texts[row],
-                        first_index + first + row,
-                    )
-                    text, ended = (
-                        tokenizer.decode(tokens).strip(),
-                        "eos" if tokens[-1] == tokenizer.eos else "length",
-                    )
-                    story = stories[first + row] = Story(
-                        index, opening, text, prompts[opening], *columns, ended
-                    )
+            while len(stories) < begin + len(batch):
+                for i, columns in decoder.step():
+                    opening = batch[i]
+                    story = story_of(tokenizer, offset + i, opening, prompts[opening], columns)
+                    stories.append(story)
                     if on_story:
                         on_story(story)
                     bar.update()
-    return [stories[row] for row in range(len(openings))]
+    return sorted(stories, key=lambda story: story.index)
 
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
     """Decoding batch size: on a CPU, few enough that weights (in bytes) and KV cache stay in the
     caches."""
+    if device.type == "cuda":
+        return count
     rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
-    return count if device.type == "cuda" else min(count, rows)
+    return min(count, rows)
+
+
+class Columns(NamedTuple):
+    """What a decoder drew for a story, on the CPU: tokens (n,) int64; the others (n,) float32."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+
+
+def columns_of(outputs: Sequence[Tensor], row: int, length: int) -> Columns:
+    """A row's first `length` entries, from four tensors (rows, max_new_tokens). Copies, not views,
+    because pickle would write the whole tensor of a view."""
+    tokens, logprobs, values, entropies = (column[row, :length].clone() for column in outputs)
+    return Columns(tokens.long(), logprobs, values, entropies)
+
+
+def story_of(
+    tokenizer: Tokenizer, index: int, opening: str, prompt_ids: Tensor, columns: Columns
+) -> Story:
+    tokens = columns.tokens.tolist()
+    return Story(
+        index=index,
+        opening=opening,
+        text=tokenizer.decode(tokens).strip(),
+        prompt_ids=prompt_ids,
+        tokens=columns.tokens,
+        logprobs=columns.logprobs,
+        values=columns.values,
+        entropies=columns.entropies,
+        ended="eos" if tokens[-1] == tokenizer.eos else "length",
+    )
 
 
 class Decoder(Protocol):
@@ -154,19 +188,12 @@ class Decoder(Protocol):
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the C++ engine runs on this machine, for this device and matmul dtype."""
-    if (
-        device.type != "cpu"
-        or dtype not in (torch.float32, torch.bfloat16)
-        or not (module := ops.load())
-    ):
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    module = ops.load()
+    if module is None:
         return False
     return dtype == torch.float32 or module.engine_has_bf16()
-
-
-def columns_of(outputs: Iterable[Tensor], row: int, length: int) -> Columns:
-    """Copies, not views, because pickle would write the whole tensor of a view."""
-    tokens, logprobs, values, entropies = (column[row, :length].clone() for column in outputs)
-    return tokens.long(), logprobs, values, entropies
 
 
 class EngineDecoder:
@@ -175,19 +202,31 @@ class EngineDecoder:
     of a story."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling, size: int):
-        heads = [] if head is None else head.named_parameters(prefix="value_head")
-        parameters = {name: p.detach() for name, p in (*student.named_parameters(), *heads)}
-        config, module = student.config, ops.load()
+        named = dict(student.named_parameters())
+        if head is not None:
+            named |= head.named_parameters(prefix="value_head")
+        parameters = {name: p.detach() for name, p in named.items()}
+        module = ops.load()
         assert module is not None, "engine_runs says whether there is an engine"
+        config = student.config
         dtype = ops.matmul_dtype(student.wte.weight)
         self.engine = module.Engine(parameters, config.n_layer, config.n_head, dtype, CACHE)
-        self.sampling, self.size = sampling, size
+        self.sampling = sampling
+        self.size = size
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        s, rows = self.sampling, torch.tensor(prompt_of, device="cpu")
-        sizes = s.max_new_tokens, s.eos, s.seed, offset, self.size
+        sampling = self.sampling
         self.outputs = self.engine.start(
-            list(prompts), rows, *sizes, s.temperature, s.top_k, s.top_p
+            list(prompts),
+            torch.tensor(prompt_of, device="cpu"),
+            sampling.max_new_tokens,
+            sampling.eos,
+            sampling.seed,
+            offset,
+            self.size,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
         )
 
     def step(self) -> list[tuple[int, Columns]]:
@@ -199,100 +238,118 @@ class StudentDecoder:
     of which the host launches STEPS_AHEAD before it reads the tokens of one."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
-        self.student, self.head, self.sampling = student, head, sampling
+        self.student = student
+        self.head = head
+        self.sampling = sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         count = len(prompt_of)
-        self.token_step = token_step(
-            self.student, self.head, count, sum(map(len, prompts)), self.sampling
-        )
+        prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.token_step = token_step(self.student, self.head, count, prompt_tokens, self.sampling)
         self.token_step.start(prompts, prompt_of, offset)
-        self.offset, self.t = offset, 0
+        self.offset = offset
+        self.t = 0  # tokens that the host has read of each story
         self.batch = torch.arange(count, device="cpu")  # the story in each row of the batch
         self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
         self.launched = deque([(self.batch, Download(self.token_step.drawn))])
 
     def step(self) -> list[tuple[int, Columns]]:
-        last, on_graph = self.sampling.max_new_tokens - 1, self.token_step.on_graph
-        while len(self.launched) <= min(STEPS_AHEAD if on_graph else 0, last - self.t):
+        last_step = self.sampling.max_new_tokens - 1
+        ahead = STEPS_AHEAD if self.token_step.on_graph else 0
+        while len(self.launched) <= min(ahead, last_step - self.t):
             self.token_step.advance()
             self.launched.append((self.batch, Download(self.token_step.drawn)))
+
         stories, download = self.launched.popleft()
-        tokens, alive = download.wait(), self.alive[stories]
+        tokens = download.wait()
+        alive = self.alive[stories]
         ops.require_drawn(tokens[alive], stories[alive] + self.offset)
-        ended = stories[alive & ((tokens == self.sampling.eos) | (self.t == last))]
-        self.alive[ended], self.t = False, self.t + 1
-        outputs = [*self.token_step.read(ended, self.t)] if len(ended) else []
-        remain = int(self.alive.sum())
-        if remain and (size := next_batch_size(remain, len(self.batch), on_graph)) < len(
-            self.batch
-        ):
-            # Rows that have ended fill the batch up to its size.
-            rows = (
-                (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
-            )
+        ends = (tokens == self.sampling.eos) | (self.t == last_step)
+        ended = stories[alive & ends]
+        self.alive[ended] = False
+        self.t += 1
+        if not len(ended):
+            return []
+        outputs = self.token_step.read(ended, self.t).unbind()
+        self.shrink()
+        return [(story, columns_of(outputs, i, self.t)) for i, story in enumerate(ended.tolist())]
+
+    def shrink(self) -> None:
+        """Drop rows that have ended, if a smaller batch pays. Some of them may stay, to fill it up
+        to its size."""
+        remaining = int(self.alive.sum())
+        if not remaining:
+            return
+        size = next_batch_size(remaining, len(self.batch), self.token_step.on_graph)
+        if size < len(self.batch):
+            has_ended = (~self.alive[self.batch]).to(torch.uint8)
+            rows = has_ended.argsort(stable=True)[:size].sort().values
             self.token_step.keep(rows)
             self.batch = self.batch[rows]
-        return [(row, columns_of(outputs, i, self.t)) for i, row in enumerate(ended.tolist())]
 
 
 class DropoutDecoder:
     """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and
-    depend on the batch. There is no top-k or top-p, and the values are 0."""
+    depend on the batch. The values are 0."""
+
+    drawn: Tensor  # each row's last token
 
     def __init__(self, student: Student, sampling: Sampling):
-        self.student, self.sampling = student, sampling
+        self.student = student
+        self.sampling = sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        s, device = self.sampling, self.student.wte.weight.device
-        self.bits = random.Random(f"{s.seed} {offset}")
-        torch.manual_seed(self.bits.getrandbits(48))
-        openings = [prompts[i] for i in prompt_of]
-        tokens = upload(pad_sequence(openings, batch_first=True), device)
-        self.lengths = upload(torch.tensor([*map(len, openings)], device="cpu"), device)
-        count, T = tokens.shape
-        spans, dtype = self.lengths.new_zeros(count, 2), ops.matmul_dtype(self.student.wte.weight)
-        self.cache = KVCache(self.student.config, spans, T + s.max_new_tokens, dtype)
-        self.outputs = torch.zeros(4, count, s.max_new_tokens, device=device)
-        self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
-        self.rows, self.offset, self.t = torch.arange(count, device=device), offset, 0
-        self.hidden = self.read(tokens, self.student.wpe.weight[:T])[self.rows, self.lengths - 1]
+        weight = self.student.wte.weight
+        device = weight.device
+        self.seeds = random.Random(f"{self.sampling.seed} {offset}")
+        torch.manual_seed(self.seeds.getrandbits(48))
 
-    def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The final hidden states of the stories' first tokens, (B, T), or of the next token of
-        each, (B,)."""
-        p, seed = self.sampling.dropout, self.bits.getrandbits(40)
+        # No prompt is shared, since each story reads its own with other masks.
+        own_prompts = [prompts[i] for i in prompt_of]
+        tokens = upload(pad_sequence(own_prompts, batch_first=True), device)
+        lengths = torch.tensor([len(prompt) for prompt in own_prompts], device="cpu")
+        count, longest = tokens.shape
+        empty_spans = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        capacity = longest + self.sampling.max_new_tokens
+        self.cache = KVCache(self.student.config, empty_spans, capacity, ops.matmul_dtype(weight))
+        self.cache.lengths.copy_(upload(lengths, device))
+
+        self.outputs = torch.zeros(4, count, self.sampling.max_new_tokens, device=device)
+        self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
+        rows = torch.arange(count, device=device)
+        self.ids = rows + offset
+        self.t = 0
+        self.hidden = self.read_prompts(tokens)[rows, self.cache.lengths - 1]
+
+    def read_prompts(self, tokens: Tensor) -> Tensor:
+        """Final hidden states (B, T, C) of the prompts, (B, T), which fill the cache."""
+        dropout = self.sampling.dropout
+        seed = self.seeds.getrandbits(40)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            if qkv.dim() == 4:
-                return reference.decode_attention(
-                    qkv, self.cache.prefix[i], self.cache.spans, self.cache.own[i], self.lengths, p
-                )
             self.cache.own[i, :, : qkv.shape[1]] = qkv[:, :, 1:]
-            return ops.causal_attention(qkv, p, seed + i)
+            return ops.causal_attention(qkv, dropout, seed + i)
 
-        return self.student.trunk(self.student.wte(tokens) + positions, attend, p, seed)
+        embedded = self.student.wte(tokens) + self.student.wpe.weight[: tokens.shape[1]]
+        return self.student.trunk(embedded, attend, dropout, seed)
 
     def step(self) -> list[tuple[int, Columns]]:
-        s, t = self.sampling, self.t
-        if t:
-            drawn = self.outputs[0, :, t - 1].long()
-            self.hidden = self.read(drawn, self.student.wpe(self.lengths))
-            self.lengths += 1
+        if self.t:
+            seed = self.seeds.getrandbits(40)
+            self.hidden = self.student.step(self.drawn, self.cache, self.sampling.dropout, seed)
         logits = self.student.logits(self.hidden)
-        drawn, logprobs, entropies = ops.sample(
-            logits, seed=s.seed, rows=self.rows + self.offset, step=t, temperature=s.temperature
-        )
-        self.outputs[:, :, t] = torch.stack(
-            [drawn.float(), logprobs, torch.zeros_like(logprobs), entropies]
-        )
-        ended = self.alive & ((drawn == s.eos).cpu() | (t + 1 == s.max_new_tokens))
-        self.alive, self.t = self.alive & ~ended, t + 1
-        outputs = [*self.outputs.cpu()] if ended.any() else []
-        return [(row, columns_of(outputs, row, t + 1)) for row in ended.nonzero()[:, 0].tolist()]
-
-
-STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to read one
+        self.drawn, logprobs, entropies = self.sampling.draw(logits, self.ids, self.t)
+        values = torch.zeros_like(logprobs)
+        columns = [self.drawn.float(), logprobs, values, entropies]
+        self.outputs[:, :, self.t] = torch.stack(columns)
+        self.t += 1
+        ends = (self.drawn == self.sampling.eos).cpu() | (self.t == self.sampling.max_new_tokens)
+        ended = (self.alive & ends).nonzero().squeeze(1).tolist()
+        if not ended:
+            return []
+        self.alive[ended] = False
+        outputs = self.outputs.cpu().unbind()
+        return [(story, columns_of(outputs, story, self.t)) for story in ended]
 
 
 def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
@@ -310,8 +367,11 @@ def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
 
 def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> None:
     """Raises UserError if opening and story exceed the context."""
-    if max_new_tokens > (room := student.config.context - opening_tokens):
-        advice = f"lower --max-new-tokens to {room}, or " * (room > 0) + "shorten the opening"
+    room = student.config.context - opening_tokens
+    if max_new_tokens > room:
+        advice = "shorten the opening"
+        if room > 0:
+            advice = f"lower --max-new-tokens to {room}, or {advice}"
         raise UserError(
             f"the opening ({opening_tokens} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
             f"student's context of {student.config.context}: {advice}"

@@ -24,16 +24,16 @@ def next_token_loss(
     process's rows to the student's. batch: (B, T + 1) int64; dtype: for the matmuls; seeds: for
     attention dropout."""
     loss = torch.zeros((), device=batch.device)
+    autocast = torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32)
     with student.lowered(dtype):
-        for part in distributed.shard_strided(batch).split(micro_batch_size):
-            with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                hidden = student.hidden(
-                    part[:, :-1], dropout, seed=seeds.getrandbits(48) if seeds else 0
-                )
-                nats = ops.cross_entropy(
-                    hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten()
-                )
-            part_loss = nats * (len(part) / len(batch))
-            (weight * part_loss).backward()
-            loss += part_loss.detach()
+        for rows in distributed.shard_strided(batch).split(micro_batch_size):
+            inputs = rows[:, :-1]
+            targets = rows[:, 1:].flatten()
+            seed = seeds.getrandbits(48) if seeds else 0
+            with autocast:
+                hidden = student.hidden(inputs, dropout, seed).flatten(0, 1)
+                nats = ops.cross_entropy(hidden, student.wte.weight, targets)
+            rows_loss = nats * (len(rows) / len(batch))
+            (weight * rows_loss).backward()
+            loss += rows_loss.detach()
     return distributed.all_reduce_sum(loss)

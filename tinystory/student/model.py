@@ -40,28 +40,24 @@ class StudentConfig:
 
 def wrong_shape(sizes: Mapping[str, Any]) -> str:
     """Why these sizes, from an untrusted file, make no StudentConfig, or ""."""
-    names = [f.name for f in fields(StudentConfig)]
+    names = [field.name for field in fields(StudentConfig)]
     if sizes.keys() != set(names):
-        return f"it must have {', '.join(names)}, and has {', '.join(map(str, sizes))[:200] or 'nothing'}"
+        present = ", ".join(map(str, sizes))[:200] or "nothing"
+        return f"it must have {', '.join(names)}, and has {present}"
     for name in names:
         if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
             return f"its {name} is {sizes[name]!r:.80}"
     head = sizes["n_embd"] / sizes["n_head"]
-    return (
-        ""
-        if head % 16 == 0 and head <= 256
-        else f"its head size is {head:g}, not a multiple of 16 up to 256"
-    )
+    if head % 16 or head > 256:
+        return f"its head size is {head:g}, not a multiple of 16 up to 256"
+    return ""
 
 
 def to_device(student: "Student", device: torch.device | str) -> "Student":
     """Raises UserError if no CUDA kernel has the student's head size."""
     head = student.config.n_embd // student.config.n_head
-    if (
-        torch.device(device).type == "cuda"
-        and head not in CUDA_HEAD_SIZES
-        and backend.current() != "reference"
-    ):
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
         raise UserError(
             f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEAD_SIZES}: choose --n-head "
             "so that --n-embd divided by it is one of them, or use --device cpu"
@@ -85,32 +81,34 @@ class KVCache:
         prefix: int = 0,
     ):
         """prefix: room for this many tokens of prompts, by default for those of `spans`."""
-        heads = (2, config.n_head, config.n_embd // config.n_head)
-        zeros = partial(torch.zeros, device=spans.device)
-        self.spans = spans
-        self.prefix = zeros(config.n_layer, prefix or int(spans.max()), *heads, dtype=dtype)
-        self.own = zeros(config.n_layer, len(spans), capacity, *heads, dtype=dtype)
-        self.lengths = zeros(len(spans), dtype=torch.int64)
-        self.memory = self.own, self.lengths, self.spans
+        L = config.n_layer
+        B = len(spans)
+        P = prefix or int(spans.max())
+        H = config.n_head
+        D = config.n_embd // H
+        self.prefix = torch.zeros(L, P, 2, H, D, dtype=dtype, device=spans.device)
+        own = torch.zeros(L, B, capacity, 2, H, D, dtype=dtype, device=spans.device)
+        lengths = torch.zeros(B, dtype=torch.int64, device=spans.device)
+        self.memory = own, lengths, spans
+        self.use(B)
+
+    def use(self, rows: int) -> None:
+        """Make this many rows of the memory the batch."""
+        own, lengths, spans = self.memory
+        self.own = own[:, :rows]
+        self.lengths = lengths[:rows]
+        self.spans = spans[:rows]
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these, (R,) int64, which move to the front of the same memory."""
-        n = len(rows)
-        self.own[:, :n], self.lengths[:n], self.spans[:n] = (
-            self.own[:, rows],
-            self.lengths[rows],
-            self.spans[rows],
-        )
-        self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]
+        self.own[:, : len(rows)] = self.own[:, rows]
+        self.lengths[: len(rows)] = self.lengths[rows]
+        self.spans[: len(rows)] = self.spans[rows]
+        self.use(len(rows))
 
     def restart(self, spans: Tensor) -> None:
         """Empty the cache, for as many rows as spans, (B, 2) int64, in the same memory."""
-        own, lengths, old_spans = self.memory
-        self.own, self.lengths, self.spans = (
-            own[:, : len(spans)],
-            lengths[: len(spans)],
-            old_spans[: len(spans)],
-        )
+        self.use(len(spans))
         self.spans.copy_(spans)
         self.lengths.zero_()
 
@@ -122,7 +120,8 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
-        self.gelu, self.wide = gelu, wide
+        self.gelu = gelu
+        self.wide = wide
         self.copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,9 +209,9 @@ class Student(nn.Module):
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
-            x, branch = block(
-                x, branch, partial(attend, i), dropout, 2 * (seed * len(self.blocks) + i)
-            )
+            layer_seed = seed * len(self.blocks) + i
+            # A block draws two masks, one before each layer norm: from 2 * layer_seed and the next.
+            x, branch = block(x, branch, partial(attend, i), dropout, 2 * layer_seed)
         return self.ln_f(x + F.dropout(branch, dropout))
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
@@ -222,9 +221,8 @@ class Student(nn.Module):
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
 
-        return self.trunk(
-            self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout, seed
-        )
+        embedded = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        return self.trunk(embedded, attend, dropout, seed)
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
@@ -235,19 +233,16 @@ class Student(nn.Module):
             yield
             return
         layers = [module for module in self.modules() if isinstance(module, Linear)]
-        parameters = [p.detach() for layer in layers for p in (layer.weight, layer.bias)]
-        if (
-            not self.copies
-            or self.copies[0].dtype != dtype
-            or self.copies[0].device != parameters[0].device
-        ):
+        parameters: list[Tensor] = []
+        for layer in layers:
+            parameters += [layer.weight.detach(), layer.bias.detach()]
+        device = self.wte.weight.device
+        if not self.copies or (self.copies[0].dtype, self.copies[0].device) != (dtype, device):
             self.copies = [torch.empty_like(p, dtype=dtype) for p in parameters]
         torch._foreach_copy_(self.copies, parameters)
         try:
-            for layer, weight, bias in zip(
-                layers, self.copies[::2], self.copies[1::2], strict=True
-            ):
-                layer.copies = weight, bias
+            for i, layer in enumerate(layers):
+                layer.copies = self.copies[2 * i], self.copies[2 * i + 1]
             yield
         finally:
             for layer in layers:
@@ -265,39 +260,42 @@ class Student(nn.Module):
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
         """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the
         cache's prefix."""
-        lengths = torch.tensor([*map(len, prompts)], device="cpu")
-        tokens = pad_sequence(list(prompts), batch_first=True)
-        T = tokens.shape[1]
-        inside = (torch.arange(T, device="cpu") < lengths[:, None]).flatten().nonzero()[:, 0]
-        parts = [tokens.flatten(), inside, inside[lengths.cumsum(0) - 1]]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
+        padded = pad_sequence(list(prompts), batch_first=True)
+        T = padded.shape[1]
+        is_token = torch.arange(T, device="cpu") < lengths[:, None]
+        # Where the flattened table has tokens that are not padding, and where each prompt's last.
+        inside = is_token.flatten().nonzero().squeeze(1)
+        last = inside[lengths.cumsum(0) - 1]
         # One copy, and indices instead of a mask: the host waits for nothing.
-        tokens, inside, last = upload(torch.cat(parts), self.wte.weight.device).split(
-            [*map(len, parts)]
-        )
+        parts = [padded.flatten(), inside, last]
+        on_device = upload(torch.cat(parts), self.wte.weight.device)
+        tokens, inside, last = on_device.split([len(part) for part in parts])
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.prefix[i, : len(inside)] = qkv[:, :, 1:].flatten(0, 1).index_select(0, inside)
+            keys_and_values = qkv[:, :, 1:].flatten(0, 1)
+            cache.prefix[i, : len(inside)] = keys_and_values.index_select(0, inside)
             return ops.causal_attention(qkv)
 
-        x = self.trunk(self.wte(tokens.view(-1, T)) + self.wpe.weight[:T], attend)
-        return x.flatten(0, 1).index_select(0, last)
+        embedded = self.wte(tokens.view(-1, T)) + self.wpe.weight[:T]
+        hidden = self.trunk(embedded, attend)
+        return hidden.flatten(0, 1).index_select(0, last)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the
-        cache."""
+        cache. dropout: as in `trunk`, and on the attention weights, from torch's generator."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.decode_attention(
-                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths
+                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths, dropout
             )
 
-        x = self.trunk(
-            self.wte(tokens) + self.wpe(cache.spans[:, 1] - cache.spans[:, 0] + cache.lengths),
-            attend,
-        )
+        prompt_lengths = cache.spans[:, 1] - cache.spans[:, 0]
+        embedded = self.wte(tokens) + self.wpe(prompt_lengths + cache.lengths)
+        hidden = self.trunk(embedded, attend, dropout, seed)
         cache.lengths += 1
-        return x
+        return hidden
 
 
 class ValueHead(nn.Module):

@@ -6,7 +6,7 @@ with a large one. torch.optim.Muon works matrix by matrix in bfloat16, which tak
 rest of the step on a processor without bfloat16."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,50 +34,69 @@ class MuonAdamW(torch.optim.AdamW):
         dtype: torch.dtype,
         **options: Any,
     ):
-        super().__init__(
-            [dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options
-        )
-        self.heads, self.dtype = heads, dtype
+        muon = dict(params=list(matrices), weight_decay=0.0, muon=True)
+        super().__init__([muon, *others], **options)
+        self.heads = heads
+        self.dtype = dtype
         # the gradient is divided by it, as AdamW's fused step does
         self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        group = self.param_groups[0]
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            if "momentum" not in self.state[p]:
-                # AdamW expects one in every state that it loads
-                self.state[p]["step"] = torch.zeros(())
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta, updates = (
-            [self.state[p]["momentum"] for p in parameters],
-            [p.grad for p in parameters],
-        )
-        if self.grad_scale is not None:
-            torch._foreach_div_(updates, self.grad_scale)
-        torch._foreach_lerp_(momenta, updates, 1 - MOMENTUM)
-        torch._foreach_lerp_(updates, momenta, MOMENTUM)  # Nesterov's
-        # weights, updates, scales
-        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
-        for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
+        # Orthogonalised together: matrices of one shape, or its transpose. On a CPU a large one
+        # stays alone, and so in the caches.
+        batches: dict[tuple[int, ...], list[Update]] = {}
+        for i, (p, direction) in enumerate(self.momentum().items()):
             p.grad = None  # AdamW leaves it alone
-            weights, update = matrices(p, self.heads), matrices(update, self.heads).to(self.dtype)
-            scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5 if len(weights) == 1 else 1.0
-            # a batch of its own stays in the caches
+            weights = matrices(p, self.heads)
+            direction = matrices(direction, self.heads).to(self.dtype)
+            rate = self.param_groups[0]["lr"]
+            if len(weights) == 1:
+                rate *= max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             if p.device.type == "cpu" and p.numel() > LARGE:
-                batches[i,] = [(weights, update, scale)]
-                continue
-            # in one batch with those of the transposed shape
-            if weights.shape[1] > weights.shape[2]:
-                weights, update = weights.mT, update.mT
-            batches.setdefault(weights.shape[1:], []).append((weights, update, scale))
+                key: tuple[int, ...] = (i,)
+            else:
+                if weights.shape[1] > weights.shape[2]:
+                    weights = weights.mT
+                    direction = direction.mT
+                key = weights.shape[1:]
+            batches.setdefault(key, []).append(Update(weights, direction, rate))
         for batch in batches.values():
-            directions = orthogonalize(torch.cat([update for _, update, _ in batch]))
-            parts = directions.split([len(weights) for weights, _, _ in batch])
-            for (weights, _, scale), direction in zip(batch, parts, strict=True):
-                weights.add_(direction, alpha=-group["lr"] * scale)
+            directions = orthogonalize(torch.cat([update.direction for update in batch]))
+            for update in batch:
+                n = len(update.weights)
+                update.weights.add_(directions[:n], alpha=-update.rate)
+                directions = directions[n:]
         super().step()
+
+    def momentum(self) -> dict[Tensor, Tensor]:
+        """Nesterov's momentum for each matrix with a gradient, in the gradient's memory."""
+        gradients: dict[Tensor, Tensor] = {}
+        momenta = []
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "momentum" not in state:
+                state["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
+                state["momentum"] = torch.zeros_like(p)
+            momenta.append(state["momentum"])
+            gradients[p] = p.grad
+        directions = list(gradients.values())
+        if self.grad_scale is not None:
+            torch._foreach_div_(directions, self.grad_scale)
+        torch._foreach_lerp_(momenta, directions, 1 - MOMENTUM)
+        torch._foreach_lerp_(directions, momenta, MOMENTUM)
+        return gradients
+
+
+class Update(NamedTuple):
+    """weights (n, rows, columns): views of n matrices. direction: of their shape, subtracted from
+    them once it is orthogonalised, times rate."""
+
+    weights: Tensor
+    direction: Tensor
+    rate: float
 
 
 def matrices(x: Tensor, heads: int) -> Tensor:
@@ -87,7 +106,9 @@ def matrices(x: Tensor, heads: int) -> Tensor:
     rows, columns = x.shape
     if rows == 3 * columns:
         return x.view(3 * heads, -1, columns)
-    return x.view(rows, heads, -1).transpose(0, 1) if rows == columns else x[None]
+    if rows == columns:
+        return x.view(rows, heads, -1).transpose(0, 1)
+    return x[None]
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -108,7 +129,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     for i, (a, b, c) in enumerate(COEFFICIENTS):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = p @ product if i else p * product
+        product = p @ product if i else p * product  # a number per matrix at first
         if i + 1 < len(COEFFICIENTS):
             gram = p @ gram @ p
     return x @ product if tall else product @ x

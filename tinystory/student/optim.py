@@ -14,23 +14,25 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer
     muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
-    parameters = dict(student.named_parameters())
-    blocks = {
-        name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")
-    }
-    blocks = blocks if config.optimizer == "muon" else {}
-    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
-    vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
+    blocks = []
+    matrices = []
+    vectors = []
+    for name, p in student.named_parameters():
+        if p.dim() < 2:
+            vectors.append((name, p))
+        elif config.optimizer == "muon" and name.startswith("blocks."):
+            blocks.append((name, p))
+        else:
+            matrices.append((name, p))
     groups = [
-        dict(params=list(matrices.items()), weight_decay=config.weight_decay),
-        dict(params=list(vectors.items()), weight_decay=0.0),
+        dict(params=matrices, weight_decay=config.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
     ]
-    options: dict[str, Any] = dict(
-        lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
-    if not blocks:
+    betas = (config.beta1, config.beta2)
+    options: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+    if config.optimizer != "muon":
         return torch.optim.AdamW(groups, **options)
-    return MuonAdamW(blocks.items(), groups, heads=student.config.n_head, dtype=dtype, **options)
+    return MuonAdamW(blocks, groups, heads=student.config.n_head, dtype=dtype, **options)
 
 
 def set_learning_rate(
@@ -46,7 +48,7 @@ def set_learning_rate(
     else:
         rate = config.learning_rate * ((1 - progress) / (1 - config.warmup))
     for group in optimizer.param_groups:
-        group["lr"] = rate * (
-            config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0
-        )
+        group["lr"] = rate
+        if "muon" in group:
+            group["lr"] *= config.muon_learning_rate / config.learning_rate
     return rate

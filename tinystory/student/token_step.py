@@ -7,7 +7,6 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -32,6 +31,20 @@ class Sampling:
     top_p: float = 1.0
     dropout: float = 0.0
 
+    def draw(
+        self, logits: Tensor, rows: Tensor, step: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, logprobs and entropies of `ops.sample`."""
+        return ops.sample(
+            logits,
+            seed=self.seed,
+            rows=rows,
+            step=step,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+
 
 # kept between rollouts on a GPU
 TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()
@@ -46,7 +59,8 @@ def token_step(
     step = TOKEN_STEPS.pop(student, None)
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
         if step and step.same(head, sampling):
-            count, prompt_tokens = max(count, step.rows), max(prompt_tokens, step.prefix)
+            count = max(count, step.rows)
+            prompt_tokens = max(prompt_tokens, step.prompt_tokens)
         del step  # first, for its memory
         step = TokenStep(student, head, count, prompt_tokens, sampling)
     if step.on_graph:
@@ -76,80 +90,91 @@ class TokenStep:
         sampling: Sampling,
     ):
         """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
-        device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
-        # the reference waits for the device
+        weight = student.wte.weight
+        device = weight.device
+        # a capture cannot wait for the device, as the reference does
         self.on_graph = device.type == "cuda" and bool(ops.load())
-        self.rows, self.prefix = (
-            rows,
-            -(-prompt_tokens // 1024) * 1024 if self.on_graph else prompt_tokens,
-        )
+        if self.on_graph:
+            prompt_tokens = round_up(prompt_tokens, 1024)  # so that the next prompts fit too
+        self.rows = rows
+        self.prompt_tokens = prompt_tokens
         self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
-        self.head, self.dtype, self.sampling = head, dtype, sampling
+        self.head = head
+        self.sampling = sampling
+        self.dtype = ops.matmul_dtype(weight)
+
         # A padded copy, for logits alone: rows of logits that are not whole cache lines slow cuBLAS
         # down.
-        V, C = student.wte.weight.shape
-        self.unembedding = torch.zeros(
-            V + (-V % 64 if self.on_graph else 0), C, dtype=dtype, device=device
-        )
+        V, C = weight.shape
+        if self.on_graph:
+            V = round_up(V, 64)
+        self.unembedding = torch.zeros(V, C, dtype=self.dtype, device=device)
         spans = torch.zeros(rows, 2, dtype=torch.int64, device=device)
-        self.cache = KVCache(student.config, spans, sampling.max_new_tokens, dtype, self.prefix)
+        self.cache = KVCache(
+            student.config, spans, sampling.max_new_tokens, self.dtype, prompt_tokens
+        )
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        self.at, self.ids, self.drawn = self.state
+        self.use(rows)
         self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
-        # Per number of rows: None once the step has run, then its graph. All share the memory pool
-        # of the first.
-        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        # Numbers of rows for which the step has run once, and then its graph for each. All graphs
+        # share the memory pool of the first.
+        self.warmed_up: set[int] = set()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.addresses = self.parameter_addresses()
 
+    def use(self, rows: int) -> None:
+        """Make this many rows of the state the batch."""
+        self.at, self.ids, self.drawn = self.state[:, :rows]
+
     def parameter_addresses(self) -> list[int]:
-        heads = [] if self.head is None else self.head.parameters()
-        return [p.data_ptr() for p in (*self.student.parameters(), *self.student.copies, *heads)]
+        tensors = [*self.student.parameters(), *self.student.copies]
+        if self.head is not None:
+            tensors += self.head.parameters()
+        return [tensor.data_ptr() for tensor in tensors]
 
     def same(self, head: ValueHead | None, sampling: Sampling) -> bool:
         """Whether the graphs compute this, in autocast's dtype, for any number of rows."""
-        same = (
+        return (
             head is self.head
             and sampling == self.sampling
+            and self.dtype == ops.matmul_dtype(self.student.wte.weight)
             and self.addresses == self.parameter_addresses()
         )
-        return same and self.dtype == ops.matmul_dtype(self.student.wte.weight)
 
     def fits(
         self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
     ) -> bool:
-        return count <= self.rows and prompt_tokens <= self.prefix and self.same(head, sampling)
+        return (
+            count <= self.rows and prompt_tokens <= self.prompt_tokens and self.same(head, sampling)
+        )
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         """Begin a story for each entry of prompt_of, an index into prompts, and draw its first
         token."""
-        ends = [*accumulate(map(len, prompts), initial=0)]
-        table = torch.tensor([[ends[i], ends[i + 1], i] for i in prompt_of], device="cpu")
-        table = upload(table, self.state.device)
-        self.cache.restart(table[:, :2])
-        self.at, self.ids, self.drawn = self.state[:, : len(prompt_of)]
-        torch.arange(len(prompt_of), out=self.at, device=self.at.device)
+        device = self.state.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
+        ends = lengths.cumsum(0)
+        spans = torch.stack([ends - lengths, ends], dim=1)  # each prompt's, in the cache's prefix
+        prompt_index = torch.tensor(prompt_of, device="cpu")
+        self.cache.restart(upload(spans[prompt_index], device))
+        self.use(len(prompt_of))
+        torch.arange(len(prompt_of), out=self.at, device=device)
         torch.add(self.at, offset, out=self.ids)
-        self.unembedding[: len(self.student.wte.weight)] = self.student.wte.weight.detach()
-        self.draw(self.student.prefill(prompts, self.cache).index_select(0, table[:, 2]))
+        weight = self.student.wte.weight.detach()
+        self.unembedding[: len(weight)] = weight
+        hidden = self.student.prefill(prompts, self.cache)
+        self.draw(hidden.index_select(0, upload(prompt_index, device)))
 
     def draw(self, hidden: Tensor) -> None:
         """Draw each row's next token from its final hidden state, (R, C)."""
-        step, s = self.cache.lengths, self.sampling
+        step = self.cache.lengths
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
         logits[:, len(self.student.wte.weight) :] = -math.inf
-        drawn, logprobs, entropies = ops.sample(
-            logits,
-            seed=s.seed,
-            rows=self.ids,
-            step=step,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-        )
+        drawn, logprobs, entropies = self.sampling.draw(logits, self.ids, step)
         values = torch.zeros_like(logprobs) if self.head is None else self.head(hidden)
         self.outputs[:, self.at, step] = torch.stack([drawn.float(), logprobs, values, entropies])
         self.drawn.copy_(drawn)
-        self.at.masked_fill_(drawn == s.eos, self.rows)
+        self.at.masked_fill_(drawn == self.sampling.eos, self.rows)
 
     def run(self) -> None:
         # A negative token marks a failed draw. In a row that is alive it raises an error when the
@@ -162,18 +187,20 @@ class TokenStep:
         rows = len(self.at)
         if not self.on_graph:
             self.run()
-        elif rows not in self.graphs:
+        elif rows not in self.warmed_up:
             self.warm_up()
-            self.graphs[rows] = None
+            self.warmed_up.add(rows)
         else:
-            graph = self.graphs[rows] = self.graphs[rows] or self.capture()
-            graph.replay()
+            if rows not in self.graphs:
+                self.graphs[rows] = self.capture()
+            self.graphs[rows].replay()
 
     def warm_up(self) -> None:
         """Run the step on the capture's stream first: a capture forbids cuBLAS's set-up and the
         loading of kernels."""
         device = self.at.device
-        main, side = torch.cuda.current_stream(device), side_stream(device, "capture")
+        main = torch.cuda.current_stream(device)
+        side = side_stream(device, "capture")
         side.wait_stream(main)
         with torch.cuda.stream(side):
             self.run()
@@ -183,7 +210,7 @@ class TokenStep:
         """Record the step without running it. Other threads may use the device meanwhile. Unlike
         this, torch.cuda.graph waits for the device and empties the allocator's cache."""
         graph = torch.cuda.CUDAGraph()
-        pools = [other.pool() for other in self.graphs.values() if other]
+        pools = [other.pool() for other in self.graphs.values()]
         with torch.cuda.stream(side_stream(self.at.device, "capture")):
             graph.capture_begin(pool=pools[0] if pools else None, capture_error_mode="thread_local")
             try:
@@ -197,20 +224,22 @@ class TokenStep:
         rows = upload(rows, self.at.device)
         self.cache.keep(rows)
         self.state[:, : len(rows)] = self.state[:, rows]
-        self.at, self.ids, self.drawn = self.state[:, : len(rows)]
+        self.use(len(rows))
 
     def read(self, rows: Tensor, length: int) -> Tensor:
         """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the
         CPU, that no later step writes. Does not wait for steps that are launched."""
         device = self.outputs.device
-        with (
-            torch.cuda.stream(side_stream(device, "reading"))
-            if self.outputs.is_cuda
-            else contextlib.nullcontext()
-        ):
-            return Download(
-                self.outputs[:, :, :length].index_select(1, upload(rows, device))
-            ).wait()
+        stream: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if device.type == "cuda":
+            stream = torch.cuda.stream(side_stream(device, "reading"))
+        with stream:
+            stories = self.outputs[:, :, :length].index_select(1, upload(rows, device))
+            return Download(stories).wait()
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @functools.cache

@@ -272,9 +272,19 @@ def parse_json(body: bytes | str) -> object:
 
 def _tokens(usage: object) -> tuple[int, int] | None:
     match usage:
-        case {"prompt_tokens": int(prompt), "completion_tokens": int(reply)}:
-            return (int(prompt), int(reply)) if 0 <= prompt < 10**9 and 0 <= reply < 10**9 else None
+        case {"prompt_tokens": prompt, "completion_tokens": reply} if is_count_pair(
+            [prompt, reply]
+        ):
+            return prompt, reply
     return None
+
+
+def is_count_pair(value: object) -> bool:
+    """Whether it can be the numbers of tokens of a prompt and a reply."""
+    match value:
+        case [prompt, reply]:
+            return all(type(count) is int and 0 <= count < 10**9 for count in (prompt, reply))
+    return False
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:

@@ -9,10 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinystory.run.folder import Fields, read_records
+from tinystory.run.folder import Fields, Record, read_records
 from tinystory.run.journal import Journal
+from tinystory.teacher.api import is_count_pair
+from tinystory.teacher.prompt import TOP
 
-REPLY: Fields = {"key": (str,), "reply": (str,)}  # required fields of each line
+REPLY: Fields = {  # of each line
+    "key": (str,),
+    "reply": (str,),
+    "expected": (dict, None),
+    "error": (str, None),
+    "tokens": (list, type(None), None),
+}
 
 
 def cache_key(
@@ -25,6 +33,15 @@ def cache_key(
     asked = [question, [model, sorted(sampling.items())]]
     whole, short = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in asked)
     return whole[:24] + short[:8]
+
+
+def check_reply(record: Record) -> None:
+    """Raises ValueError for a line whose numbers no server's answer can have."""
+    if "tokens" in record and record["tokens"] is not None and not is_count_pair(record["tokens"]):
+        raise ValueError(f"its 'tokens' are {record['tokens']!r:.40}")
+    for score in record.get("expected", {}).values():
+        if type(score) not in (int, float) or not 0 <= score <= TOP:
+            raise ValueError(f"its 'expected' holds {score!r:.40}")
 
 
 class CachedReply(NamedTuple):
@@ -44,12 +61,12 @@ class Cache:
         # (prompt, completion) paid for by earlier processes, where the server counted them
         self.tokens = (0, 0)
         self._journal: Journal | None = None
-        for record in read_records(self._path, REPLY) if self._path else ():
+        for record in read_records(self._path, REPLY, check_reply) if self._path else ():
             reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
-            match record:
-                case {"tokens": [int(prompt), int(completion)]}:
-                    self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
+            if record.get("tokens"):
+                prompt, completion = record["tokens"]
+                self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
         self._earlier = {*self._replies}  # keys of replies from earlier processes
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:

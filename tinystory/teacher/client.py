@@ -27,7 +27,7 @@ from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.probe import FIRST_STORY, Prober
+from tinystory.teacher.probe import FIRST_STORY, Prober, load_probe
 from tinystory.teacher.prompt import Question, fence, render
 
 PROBE = "probe "  # prefix of a probe's key in the cache
@@ -281,9 +281,11 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
     def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
         """The newest cached probe of this server that was made with the current options."""
         for key, reply in reversed([*self._cache.items()]):
-            probe = Probe.load(reply.text) if key.startswith(PROBE) else None
+            if not key.startswith(PROBE):
+                continue
+            probe = load_probe(reply.text, endpoint.url)
             if (
-                probe
+                probe is not None
                 and key == self._probe_key(endpoint.url, probe.model)
                 and endpoint.model in (None, probe.model)
             ):
@@ -356,7 +358,10 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             if error := kept.error:
                 break
             replies.append(kept.text)
-            scores = kept.expected if self.logprobs else parse_scores(kept.text, names)
+            if not self.logprobs:
+                scores = parse_scores(kept.text, names)
+            elif kept.expected is not None and kept.expected.keys() == set(names):
+                scores = kept.expected
             if scores is not None:
                 break
         else:

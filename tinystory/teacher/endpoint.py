@@ -77,17 +77,6 @@ class Probe:
         ]
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
-    @classmethod
-    def load(cls, text: str) -> "Probe | None":
-        """Parse a probe from JSON; None for any other text, such as another version's probe."""
-        try:
-            fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
-            }
-            return cls(**fields)
-        except (ValueError, TypeError, AttributeError):
-            return None
-
 
 class Slots:
     """Limit on a server's requests in flight, at most `most`: half a slot less for each request

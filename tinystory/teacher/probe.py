@@ -4,11 +4,12 @@ ignore it."""
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tinystory.teacher.api import NO_SYSTEM, Failure, Reply
+from tinystory.run.folder import Fields, parse_object
+from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
 from tinystory.teacher.endpoint import LOGPROBS, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
@@ -34,6 +35,34 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
+# Types of a probe's fields, and the values that `Prober` gives some of them.
+PROBE_FIELDS: Fields = {
+    "url": (str,),
+    "model": (str,),
+    "token_cap": (str,),
+    "least_tokens": (int,),
+    "refused": (list,),
+    "quiet": (dict,),
+    "system": (bool,),
+    "reply": (str,),
+    "scored": (bool,),
+    "thinks": (bool,),
+    "structure": (str,),
+    "held_to": (str,),
+    "tokens": (list, type(None)),
+    "seconds": (int, float),
+    "notes": (list,),
+}
+STRUCTURES = ("numbers", "json", "nothing")
+REFUSABLE = ("temperature", "seed")
+PROBE_VALUES: dict[str, Container[Any]] = {
+    "token_cap": ("max_tokens", "max_completion_tokens"),
+    "least_tokens": range(THINKING_TOKENS + 1),
+    "quiet": ({}, *QUIETER),
+    "structure": STRUCTURES,
+    "held_to": STRUCTURES,
+}
+LONGEST_S = 1e6  # bound on an answer's duration
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
@@ -44,12 +73,41 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
         lambda form, words: {"token_cap": "max_completion_tokens"},
     ),
     (
-        re.compile(r"\b(temperature|seed)\b"),
+        re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
         lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)},
     ),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
 )
+
+
+def load_probe(text: str, url: str) -> Probe | None:
+    """Parse the probe of the server at `url` from JSON. None for any other text, such as another
+    version's probe, and for one that no server can have led to: its fields go into all requests."""
+    try:
+        record = parse_object(text, PROBE_FIELDS)
+        check_probe(record, url)
+    except ValueError:
+        return None
+    for name in ("refused", "tokens", "notes"):
+        if record[name] is not None:
+            record[name] = tuple(record[name])
+    return Probe(**record)
+
+
+def check_probe(record: Mapping[str, Any], url: str) -> None:
+    """Raises ValueError unless these fields of a probe have values that `Prober` gives them."""
+    chosen = {name: record[name] in values for name, values in PROBE_VALUES.items()}
+    known = all(chosen.values()) and record.keys() == PROBE_FIELDS.keys()
+    texts = [record["model"], *record["notes"]]
+    counted = record["tokens"] is None or is_count_pair(record["tokens"])
+    timed = 0 < record["seconds"] < LONGEST_S
+    if not (known and counted and timed and record["url"] == url):
+        raise ValueError("it is no probe")
+    if not all(name in REFUSABLE for name in record["refused"]):
+        raise ValueError("it leaves out other fields")
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise ValueError("it is no text for a terminal")
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:

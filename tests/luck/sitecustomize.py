@@ -1,0 +1,3 @@
+"""Gives the processes that tests start the same luck."""
+
+import luck  # noqa: F401
