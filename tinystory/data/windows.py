@@ -1,7 +1,7 @@
 """Training sequences: documents packed whole, or a stream of them cut every `context` tokens. In a
 stream most sequences begin in the middle of a story. With packing, only documents longer than a
 sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on as many words tells
-better stories (lab/results.md)."""
+better stories (lab/LOG.md)."""
 
 from bisect import bisect_left, insort
 
