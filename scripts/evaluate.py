@@ -64,7 +64,7 @@ from tinystory.report.judges import BEFORE_AFTER, judged_rows, preference_lines
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import Record, atomic_write, newest_run, require_writable
+from tinystory.run.folder import Record, atomic_write, newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     )
     if options.out:
-        require_writable(options.out)
+        require_output(options.out)
     if options.compare is not None:
         compare_stories(options, options.compare or [newest_run()])
     elif options.judge is not None:

@@ -15,11 +15,12 @@ from conftest import fails, story_record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts import evaluate, sample
+from scripts import evaluate, export_hf, sample
 from tinystory.run.errors import UserError
 from tinystory.run.folder import (
     RunLog,
     atomic_file,
+    atomic_folder,
     atomic_write,
     cannot_write,
     locked,
@@ -28,6 +29,7 @@ from tinystory.run.folder import (
     read_metrics,
     read_records,
     read_stories,
+    require_output,
 )
 from tinystory.run.journal import Journal
 
@@ -326,3 +328,73 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
     for command, argv in ((evaluate, ["run", "--coreference", "1"]), (sample, ["run"])):
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
+
+
+OF_A_RUN = [
+    "config.json",
+    "metrics.jsonl",
+    "stories.jsonl",
+    "samples.jsonl",
+    "replies.jsonl",
+    "report.html",
+    "checkpoints",
+    "checkpoints/new",
+    "checkpoints/chck_1M/model.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_an_out_among_the_files_of_a_run_is_refused_before_the_work(
+    tmp_path, monkeypatch, capsys, name
+):
+    a_run(tmp_path / "run", 1)
+    (tmp_path / "run" / "checkpoints" / "chck_1M").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.setattr(export_hf.checkpoint, "find", lambda path: path)
+    monkeypatch.setattr(export_hf.checkpoint, "load", lambda *_: pytest.fail("it began to work"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for out in (str(tmp_path / "run" / name), str(tmp_path / "link" / name)):
+        for command, argv in (
+            (evaluate, ["run", "--coreference", "1", "--out", out]),
+            (sample, ["run", "--out", out]),
+            (export_hf, ["run", "--gguf", out]),
+            (export_hf, ["run", out]),
+        ):
+            assert "among the files of a run" in fails(command.main, argv, capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_out_of_another_name_may_lie_beside_a_run(tmp_path):
+    a_run(tmp_path / "run", 1)
+    for name in ("evaluation.json", "ours.jsonl", "new/config.json"):
+        require_output(tmp_path / "run" / name)
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    (tmp_path / ".out.partial").mkdir()  # of a process that was killed
+    (tmp_path / ".out.partial" / "half").touch()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "out") as partial:
+        partial.mkdir()
+        (partial / "file").touch()
+        assert not (tmp_path / "out").exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "out",
+        "out/file",
+    ]
+
+
+@pytest.mark.parametrize("code, advice", [(errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "free some")])
+def test_a_lock_that_cannot_be_written_is_one_clear_sentence(tmp_path, monkeypatch, code, advice):
+    """A quota, or a limit of a file's size: an empty file may still be made."""
+
+    def refused(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("pathlib.Path.write_text", refused)
+    with pytest.raises(UserError, match=f"cannot write .*{advice}"), locked(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import AWKWARD, send_hub_file, tiny_stories
+from conftest import AWKWARD, ROOT, send_hub_file, tiny_stories
 from safetensors.torch import load_file, save_file
 
 import train_interact
@@ -428,6 +428,27 @@ def test_a_folder_a_milestone(run, tmp_path, capsys):
     assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
     export_hf.main([str(run), str(tmp_path / "one")])  # of no BabyLM corpus, and not its milestones
     assert "fine-tuning" not in capsys.readouterr().err
+
+
+def test_an_export_killed_half_way_is_repeated_by_the_same_command(run, tmp_path):
+    argv = [str(run), str(tmp_path / "all"), "--all-checkpoints"]
+    program = f"""
+import os
+from scripts import export_hf
+cards = []
+def dies(*arguments):
+    cards.append(arguments)
+    if len(cards) == 2:
+        os._exit(9)
+    return ""
+export_hf.model_card = dies
+export_hf.main({argv!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 9
+    assert not (tmp_path / "all").exists()
+    export_hf.main(argv)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"chck_2M", "chck_10M", "main"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "all"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

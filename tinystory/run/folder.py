@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def require_writable(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
+def require_output(path: Path) -> None:
+    """`require_writable` for a file or a new folder that the user names. Also raises UserError for
+    what a run keeps under that name, and for anything among a run's checkpoints."""
+    folder = path.parent.resolve()
+    names = (*FIELDS, "report.html", LOCK, "checkpoints")
+    of_run = path.name in names or path.name.endswith("replies.jsonl")
+    refused = of_run and holds_run(folder)
+    for parent in (folder, *folder.parents):
+        refused |= parent.name == "checkpoints" and holds_run(parent.parent)
+    if refused:
+        raise UserError(f"{path} is among the files of a run: choose another place")
+    require_writable(path)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -124,6 +139,25 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A path at which the block makes a folder, which becomes `folder`, a new one, when the block
+    ends without an error. What a killed process left half-written there is removed first. Raises
+    UserError if it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -149,7 +183,12 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
             raise UserError(
                 f"{folder} already holds a run: continue it with --resume or choose another --out"
             )
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
+        try:
+            path.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n"
+            )
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         yield
     finally:
         path.unlink(missing_ok=True)
