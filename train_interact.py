@@ -205,6 +205,7 @@ def interact(run: InteractionRun) -> None:
             # so that a resumed run repeats an unbroken one
             torch.manual_seed(config.seed * 1_000_003 + state.step)
             stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, texts)
+            policy.require_finite(state.step + 1)
             texts = ()  # so that the next step's are not held beside them
             stages.begin("")
             milestones = count(run, stories, grades, stats)

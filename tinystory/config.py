@@ -232,7 +232,7 @@ class InteractConfig:
         True, "linear decay of the learning rates to 0 over all updates of --steps"
     )
     sharpness_rate: float = option(
-        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]"
+        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 10]"
     )
     minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(
@@ -549,6 +549,11 @@ def _check_together(config: Any) -> Iterator[str]:
         yield (
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
+        )
+    if config.kl_horizon <= config.stories_per_step / 5:
+        yield (
+            f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
+            f"{config.stories_per_step}, or one step could make the KL coefficient negative"
         )
     group = config.stories_per_opening
     comparable = (

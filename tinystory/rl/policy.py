@@ -9,7 +9,7 @@ from statistics import StatisticsError, correlation
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tinystory.config import InteractConfig
@@ -18,9 +18,14 @@ from tinystory.ops.compute import Compute
 from tinystory.rl.learners import LEARNERS
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run import distributed
-from tinystory.student import checkpoint
+from tinystory.student import checkpoint, hf
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
+
+# What to do when an update makes weights that are not finite.
+TOO_LARGE = (
+    "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
+)
 
 
 @dataclass
@@ -113,19 +118,26 @@ class Policy:
             if state.step
             else {}
         )
-        tensors = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
-        tensors |= self.score_model.tensors()
         checkpoint.save(
             folder,
             self.student,
             self.tokenizer,
             history=self.history | lifetime,
-            state=tensors,
+            state=self.trainer_state(),
             counters=asdict(state),
             replace=replace,
         )
         checkpoint.drop_older(folder)
+
+    def trainer_state(self) -> dict[str, Tensor]:
+        """What a bit-exact resume needs besides the student."""
+        tensors = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        return tensors | self.score_model.tensors()
+
+    def require_finite(self, step: int) -> None:
+        """Raises UserError if the step made weights that no run can go on from."""
+        hf.require_finite(step, self.student, self.trainer_state(), TOO_LARGE)
 
     def restore(self, folder: Path) -> RunState:
         checkpoint.restore(self.student, folder)
