@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options, without_passwords
 from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
@@ -502,8 +503,15 @@ def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
     for f in fields(type(config)):
-        for mistake in mistakes(f, types[f.name], getattr(config, f.name)):
+        value = getattr(config, f.name)
+        for mistake in mistakes(f, types[f.name], value):
             raise UserError(f"{flag_of(f)} must be {mistake}")
+        for text in value if isinstance(value, list) else [value]:
+            variable = secret_in(text) if isinstance(text, str) else ""
+            if variable:
+                raise UserError(
+                    f"{flag_of(f)} holds the value of {variable}, and config.json would record it: leave it out"
+                )
     for mistake in _check_together(config):
         raise UserError(mistake)
 

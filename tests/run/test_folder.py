@@ -70,6 +70,17 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     assert config["options"]["teacher_url"] == "https://host/v1"
 
 
+def test_config_holds_no_key_of_the_environment_whoever_names_it(tmp_path, monkeypatch):
+    """A server may echo it as its model's name, and a key may need escapes in JSON."""
+    monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
+    monkeypatch.setenv("GATEWAY_SECRET", 'pl"anted\\x')
+    for step in (None, 0):
+        with RunLog(tmp_path, resume_step=step) as log:
+            log.config({"teacher": {"model": "gpt-planted0123", "notes": ['pl"anted\\x']}})
+        teacher = read_config(tmp_path)["options"]["teacher"]
+        assert teacher == {"model": "gpt-[key]", "notes": ["[key]"]}
+
+
 def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     a_run(tmp_path, 2)
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -362,3 +362,50 @@ def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
     ]
     pretrain.main([*corpus, "--context", "4"])
     assert (tmp_path / "p" / "report.html").exists()
+
+
+KEY = "planted-0123456789"
+
+
+@pytest.mark.parametrize(
+    "variable", ["OPENAI_API_KEY", "OPENAI_API_KEY_2", "HF_TOKEN", "OPENAI_CUSTOM_HEADERS"]
+)
+@pytest.mark.parametrize(
+    "flag, text",
+    [
+        ("--teacher-extra", '{"user": "%s"}'),
+        ("--teacher-extra", "%s"),
+        ("--openings", "Once %s"),
+        ("--teacher-model", "%s"),
+        ("--out", "runs/%s"),
+    ],
+)
+def test_a_key_of_the_environment_is_no_option(variable, flag, text, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, f"X-Api-Key: {KEY}" if "HEADERS" in variable else KEY)
+    with pytest.raises(UserError, match=rf"{flag} holds the value of {variable}") as caught:
+        parse(InteractConfig, INTERACT_PRESETS, [flag, text % KEY])
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_that_a_run_recorded_before_is_named_on_resume_and_a_flag_replaces_it(
+    monkeypatch, tmp_path
+):
+    resume = recorded(tmp_path, asdict(InteractConfig(teacher_extra=f'{{"user": "{KEY}"}}')))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UserError, match=r"config\.json: --teacher-extra holds the value of OPENAI"):
+        parse(InteractConfig, INTERACT_PRESETS, resume)
+    config = parse(InteractConfig, INTERACT_PRESETS, [*resume, "--teacher-extra", "{}"])
+    assert config.teacher_extra == "{}"
+
+
+@pytest.mark.parametrize(
+    "name, value", [("OPENAI_API_KEY", "none"), ("GIT_AUTHOR_NAME", "Jane Roe")]
+)
+def test_a_dummy_key_and_what_is_no_key_may_be_in_options(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert parse(InteractConfig, INTERACT_PRESETS, ["--opening", f"{value} ran."]).openings
+
+
+def test_a_path_is_no_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEPLOY_KEY", str(tmp_path))
+    assert parse(InteractConfig, INTERACT_PRESETS, ["--out", f"{tmp_path}/run"]).out

@@ -28,6 +28,7 @@ from typing import IO, Any, TypeAlias
 from filelock import FileLock, Timeout
 
 from tinystory import __version__
+from tinystory.run.credentials import redacted
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.journal import Journal
 from tinystory.run.paths import ROOT, hint
@@ -271,7 +272,7 @@ class RunLog(contextlib.ExitStack):
         record = dict(
             options=options, **machine, started=before.get("started", at), resumed=resumed
         )
-        text = without_passwords(json.dumps(record, indent=2, default=str))
+        text = redacted(without_passwords(json.dumps(record, indent=2, default=str)))
         atomic_write(self.folder / CONFIG, text + "\n")
         # each resume continues the same run there
         if (tracker := options.get("track", "none")) != "none":
