@@ -3,6 +3,7 @@ reading of the same files stands in for it; where it is (4.51.3 is what BabyLM's
 reads them itself."""
 
 import base64
+import copy
 import http.server
 import json
 import os
@@ -392,6 +393,28 @@ def test_interaction_starts_from_it(foreign, tmp_path):
     )
     student, tokenizer, history = checkpoint.load(checkpoint.newest(out))
     assert tokenizer.eos == student.config.vocab_size - 1 and history["interaction_words_out"] > 0
+
+
+def test_a_step_that_no_run_can_go_on_from_is_refused(student):
+    sound = {"exp_avg.wte.weight": torch.zeros(3), "critic.gram": torch.full((2,), 1e30)}
+    hf.require_finite(7, student, sound, "lower --x")
+    hf.require_finite(7, student, {}, "lower --x")
+    for number in (torch.nan, torch.inf, 1e5):
+        spoiled = copy.deepcopy(student)
+        with torch.no_grad():
+            spoiled.blocks[0].fc.weight[0, 0] = number
+        with pytest.raises(UserError, match=r"step 7 .* is not saved: lower --x; --resume"):
+            hf.require_finite(7, spoiled, sound, "lower --x")
+    for number in (torch.nan, -torch.inf):
+        with pytest.raises(UserError, match="is not saved"):
+            hf.require_finite(7, student, sound | {"critic.moment": torch.tensor(number)}, "")
+
+
+def test_a_step_after_which_the_student_computes_nothing_is_refused(student, monkeypatch):
+    """Finite weights can be so large that no kernel can read with them."""
+    monkeypatch.setattr(Student, "trunk", lambda self, x, *_: x * torch.nan)
+    with pytest.raises(UserError, match="is not saved"):
+        hf.require_finite(7, student, {}, "")
 
 
 # ---- the command ---------------------------------------------------------------------------------
