@@ -16,18 +16,20 @@ HEADERS = "OPENAI_CUSTOM_HEADERS"  # which openai sends: a line per header
 
 
 def environment_secrets() -> dict[str, str]:
-    """Name of a variable -> the key that it holds. A path is no key."""
-    values = {name: value.strip() for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    """Name of a variable, or of a header in one -> the key that it holds. A path is no key."""
+    variables = dict(os.environ)
     for line in os.environ.get(HEADERS, "").splitlines():
         name, _, value = line.partition(":")
-        if SECRET_NAME.search(name):
-            # of "Bearer KEY", the key
-            values[f"{HEADERS} ({name})"] = value.split()[-1] if value.split() else ""
-    return {
-        name: value
-        for name, value in values.items()
-        if len(value) >= SHORTEST_SECRET and not os.path.exists(value)
-    }
+        # of "Bearer KEY", the key
+        variables[f"{HEADERS}: {name.strip()}"] = value.strip().rpartition(" ")[2]
+
+    secrets: dict[str, str] = {}
+    for name, value in variables.items():
+        secret = value.strip()
+        is_long = len(secret) >= SHORTEST_SECRET
+        if SECRET_NAME.search(name) and is_long and not os.path.exists(secret):
+            secrets[name] = secret
+    return secrets
 
 
 def secret_in(text: str) -> str:
