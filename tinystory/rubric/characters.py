@@ -69,7 +69,7 @@ class Characters:
                 self._sex[pronoun] = sex
             self._sex[lexicon.members(NOUNS[sex])] = sex
         # "Mom" needs no introduction
-        self.name = lexicon.name & ~lexicon.members([*NOUNS[HE], *NOUNS[SHE]])
+        self.name = lexicon.name & ~lexicon.members(NOUNS[HE] + NOUNS[SHE])
         he_or_she = np.maximum(lexicon.pronoun_given[:, :2].sum(1), 1e-9)
         she = lexicon.pronoun_given[:, SHE] / he_or_she
         frequent = self.name & (np.bincount(lexicon.ids, minlength=size) >= 20)
@@ -92,8 +92,8 @@ class Characters:
         in_story = at >= start
         if not in_story.any():
             return None
-        log_odds = self._before.log_odds(self._context(ids, at, -1))
-        log_odds += self._after.log_odds(self._context(ids, at, 1))
+        before, after = self._contexts(ids, at)
+        log_odds = self._before.log_odds(before) + self._after.log_odds(after)
         new = first_occurrences(ids[at])
         evidence = np.where(new, log_odds, -log_odds)
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[in_story].mean())
@@ -115,20 +115,23 @@ class Characters:
             return ids
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids)
 
-    def _context(self, ids: np.ndarray, at: np.ndarray, side: int) -> Context:
-        """side: -1 for the tokens before each position, 1 for those after it."""
+    def _contexts(self, ids: np.ndarray, at: np.ndarray) -> tuple[Context, Context]:
+        """The tokens before each position, and those after it."""
         padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
-        place = at + 2
-        nearest = padded[place + side]
-        next_but_one = padded[place + 2 * side]
-        return Context(nearest, nearest * (len(self._masked) + 1) + next_but_one)
+        size = len(self._masked) + 1
+        before = padded[at + 1]
+        after = padded[at + 3]
+        two_before = before * size + padded[at]
+        two_after = after * size + padded[at + 4]
+        return Context(before, two_before), Context(after, two_after)
 
     def _learn_introductions(self, ids: np.ndarray) -> None:
         at = np.flatnonzero(self.name[ids])
         story = np.cumsum(ids == BOUNDARY)[at]
         new = first_occurrences(story * len(self._masked) + ids[at])
-        self._before = _Side(self._context(ids, at, -1), new)
-        self._after = _Side(self._context(ids, at, 1), new)
+        before, after = self._contexts(ids, at)
+        self._before = _Side(before, new)
+        self._after = _Side(after, new)
 
     def _learn_agreement(self, ids: np.ndarray) -> None:
         rng = np.random.default_rng(0)

@@ -110,7 +110,8 @@ class Lexicon:
         self.verb = verb | self.members(VERBS)
 
         # A noun follows a determiner and is not followed by another noun.
-        determined = self.members([*ARTICLES, *POSSESSIVES])[before]
+        determiner = self.members(ARTICLES) | self.members(POSSESSIVES)
+        determined = determiner[before]
         ends_phrase = (function | self.verb | ~is_word)[after]
         after_determiner = fraction(determined)
         last_of_phrase = fraction(determined & ends_phrase)

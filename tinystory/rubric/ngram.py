@@ -101,7 +101,7 @@ class NgramModel:
         given n tokens before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens
         that the corpus hardly has although its two overlapping parts are common, observed + 0.5 <
         ODD * (expected + 0.5)."""
-        padded = np.pad(ids, (ORDER - 1, 0), constant_values=BOUNDARY)
+        padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         counts = [np.full(len(padded) + 1, self._length)]  # of the n-grams in `padded`, from n = 0
         rows = []
         probability = self._unigram[padded]

@@ -355,8 +355,8 @@ class Rubric:
         if len(text.spans) > 3:
             openers: Counter[str] = Counter()
             for first, end in text.spans:
-                word = first + int(text.is_word[first:end].argmax())
-                openers[text.tokens[word].lower()] += 1
+                words = (token for token in text.tokens[first:end] if token[0].isalpha())
+                openers[next(words).lower()] += 1
             rhythm *= ramp(max(openers.values()) / len(text.spans), 0.95, 0.65)
         return {
             "varied": len(np.unique(story[text.is_word])) / text.words**0.7,
