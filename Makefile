@@ -33,7 +33,7 @@ test-elsewhere: .venv/ready
 	$(MAKE) luck
 
 # The tests in which a student writes, once per value of luck: other weights, last bits, seeds or dtypes
-# (tests/luck/luck.py). make luck LUCKS=7 repeats one value.
+# (tests/luck/luck.py). About three minutes each on two cores; make luck LUCKS=7 repeats one value.
 LUCKS := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 luck: .venv/ready
 	for luck in $(LUCKS); do \
