@@ -266,7 +266,7 @@ def _open(path: Path) -> Dataset:
 
 
 def _open_split(path: Path, name: str, tokenizer: Tokenizer) -> TokenFile:
-    arrays = []
+    arrays: list[np.ndarray] = []
     for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
         file = path / f"{name}.{part}"
         if file.stat().st_size:
