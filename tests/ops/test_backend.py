@@ -126,8 +126,8 @@ from pathlib import Path
 from tinystory.ops import backend
 
 def heap_mb():
-    begin, end = re.search(r"(\w+)-(\w+) .*\[heap\]", Path("/proc/self/maps").read_text()).groups()
-    return (int(end, 16) - int(begin, 16)) >> 20
+    areas = re.findall(r"(\w+)-(\w+) .*\[heap\]", Path("/proc/self/maps").read_text())
+    return sum(int(end, 16) - int(begin, 16) for begin, end in areas) >> 20
 
 backend.load()
 before = heap_mb()
