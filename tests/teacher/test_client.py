@@ -89,7 +89,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
         teacher.probes()[0]
-        teacher.deadline_s = 0.6  # which a busy machine could take for the probe
+        teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 

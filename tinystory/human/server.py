@@ -14,8 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import Desk
-from tinystory.teacher.client import HUMAN
-from tinystory.teacher.probe import FIRST_STORY
+from tinystory.teacher.probe import FIRST_STORY, HUMAN
 from tinystory.teacher.prompt import TOP, instructions, read_back
 from tinystory.teacher.server import HOST, Refused, application, listening, parse_body
 

@@ -2,19 +2,25 @@
 ignore it."""
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from tqdm import tqdm
 
 from tinystory.run.folder import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
-from tinystory.teacher.endpoint import LOGPROBS, Probe
+from tinystory.teacher.cache import Cache, CachedReply
+from tinystory.teacher.endpoint import PROBE, Endpoint, Options, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
+HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
+PATIENCE_S = 3 * 86_400.0  # time limit for a human
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Asked for animals, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [
@@ -115,32 +121,89 @@ def remedy(form: Probe, failure: Failure) -> Probe:
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
-                if (changed := replace(form, **change(form, match))) != form:
+                changed = replace(form, **change(form, match))
+                if changed != form:
                     return changed
     raise failure
 
 
-class Prober:
-    """Probes the endpoint of a pool of one. All methods raise Failure if the server gives no usable
-    answer."""
+@dataclass(frozen=True)
+class Examiner:
+    """Probes servers, and keeps their probes in the cache."""
 
-    def __init__(self, pool: ServerPool):
-        (self.endpoint,), self.pool, options = pool.endpoints, pool, pool.options
+    options: Options
+    cache: Cache
+
+    async def examine(self, endpoint: Endpoint) -> None:
+        """Set the server's model and probe. A cached probe also serves while the server cannot be
+        reached. Raises Failure if the server gives no usable answer."""
+        prober = Prober(endpoint)
+        try:
+            endpoint.model = await prober.choose_model()
+        except Failure as failure:
+            probe = self.cached_probe(endpoint)
+            if probe is None or not failure.unreachable:
+                raise
+            endpoint.model = probe.model
+            endpoint.probe = probe
+            tqdm.write(
+                f"warning: the teacher at {endpoint.url} {failure}; until then, kept replies will do"
+            )
+            return
+        probe = self.cached_probe(endpoint)
+        # A cached probe without scores is repeated, unless the run got scores in spite of it.
+        if probe is None or not (probe.scored or self.has_scores()):
+            probe = await prober.probe()
+            reply = CachedReply(json.dumps(asdict(probe)))
+            self.cache.put(endpoint.probe_key(endpoint.model), reply, again=True)
+        endpoint.probe = probe
+        if endpoint.model == HUMAN:  # a human may take a break
+            self.options.deadline_s = PATIENCE_S
+            endpoint.slots.shortest = PATIENCE_S
+
+    def cached_probe(self, endpoint: Endpoint) -> Probe | None:
+        """The newest cached probe of this server that was made with the current options."""
+        for key, reply in reversed([*self.cache.items()]):
+            if not key.startswith(PROBE):
+                continue
+            probe = load_probe(reply.text, endpoint.url)
+            if probe is None or key != endpoint.probe_key(probe.model):
+                continue
+            if endpoint.model in (None, probe.model):
+                return probe
+        return None
+
+    def has_scores(self) -> bool:
+        """Whether any cached reply holds scores."""
+        names = self.options.template.names
+        return any(parse_scores(reply.text, names) for _, reply in self.cache.items())
+
+    def oldest(self, endpoints: Sequence[Endpoint]) -> Endpoint:
+        """The one whose probe is the oldest in the cache."""
+        by_key = {endpoint.probe_key(endpoint.model): endpoint for endpoint in endpoints}
+        return next(by_key[key] for key, _ in self.cache.items() if key in by_key)
+
+
+class Prober:
+    """Probes one server. All methods raise Failure if the server gives no usable answer."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint = replace(endpoint)  # a copy, whose probe changes with each experiment
+        options = endpoint.options
+        self.options = options
+        self.pool = ServerPool([self.endpoint], options, probing=True)
         self.names = options.template.names
         mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
-        self.seed = options.seed
         self.notes: list[str] = []
         self.unlisted = ""  # the listed models, if the named one is not among them
         self.seconds: list[float] = []
 
-    async def choose_model(self) -> None:
-        """Take the first chat model that the server lists, unless one was named."""
+    async def choose_model(self) -> str:
+        """The named model, else the first chat model that the server lists."""
         endpoint = self.endpoint
         try:
-            models, *_ = await self.pool.ask(
-                lambda endpoint: endpoint.client.models(), exists=False
-            )
+            answer = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -150,32 +213,43 @@ class Prober:
             self.notes.append(
                 f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models"
             )
-            return
+            return endpoint.model
+        models = answer.value
         if endpoint.model is None:
             if not models:
                 raise Failure("lists no model: load one, or name it with --teacher-model")
-            endpoint.model = next((name for name in models if not NO_CHAT.search(name)), models[0])
+            chat_models = [name for name in models if not NO_CHAT.search(name)]
+            endpoint.model = (chat_models or models)[0]
         elif endpoint.model not in models:
             self.unlisted = endpoint.client.one_line(", ".join(models)) or "none"
-            message = f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
-            self.notes.append(message)
+            self.notes.append(
+                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
+            )
+        return endpoint.model
+
+    @property
+    def form(self) -> Probe:
+        assert self.endpoint.probe is not None
+        return self.endpoint.probe
+
+    def change_form(self, **fields: Any) -> None:
+        self.endpoint.probe = replace(self.form, **fields)
 
     async def probe(self) -> Probe:
         model = str(self.endpoint.model)
-        self.form = Probe(url=self.endpoint.url, model=model)
+        self.endpoint.probe = Probe(url=self.endpoint.url, model=model)
         reply = await self._first_reply()
-        thinks, scored = reply.thought, self._scored(reply)
-        if thinks and not scored:
+        thinks = reply.thought
+        if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-            scored = self._scored(reply)
         await self._find_structure()
-        if self.form.held_to == "json" and scored:
-            self.form = replace(self.form, held_to="nothing")
-        if self.form.held_to != "nothing" and not scored:
-            reply = await self._ask()
-            scored = self._scored(reply)
-        if self.pool.options.logprobs:
+        if self.form.held_to == "json" and self._scored(reply):
+            self.change_form(held_to="nothing")
+        if self.form.held_to != "nothing" and not self._scored(reply):
+            reply = await self._ask(self.messages)
+        if self.options.logprobs:
             await self._require_logprobs()
+        scored = self._scored(reply)
         if not scored:
             self.notes.append(
                 f"{model} was shown a story and gave no scores but {reply.text[:80]!r}"
@@ -190,20 +264,17 @@ class Prober:
             notes=tuple(self.notes),
         )
 
-    async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
-        """The reply to the probe's story, or to `messages`."""
-        start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
-        asked = self.endpoint.chat(
-            messages or self.messages, self.seed, self.names, self.form, **fields
-        )
+    async def _ask(self, messages: list[dict], logprobs: bool = False) -> Reply:
+        start = time.monotonic()
+        chat = self.endpoint.chat(messages, self.options.seed, self.names, logprobs)
         try:
-            reply = await asyncio.wait_for(asked, timeout)
+            reply = await asyncio.wait_for(chat, self.options.timeout_s)
         except asyncio.TimeoutError:
             raise Failure("takes too long to answer", again=True) from None
         self.seconds.append(time.monotonic() - start)
         return reply
 
-    async def _try(self, messages: list[dict] | None = None) -> Reply | None:
+    async def _try(self, messages: list[dict]) -> Reply | None:
         """`_ask`, but None after a failure that does not concern other requests."""
         try:
             return await self._ask(messages)
@@ -219,56 +290,63 @@ class Prober:
         """The reply to the story, after changing the form until the server accepts it."""
         while True:
             try:
-                return (await self.pool.ask(lambda _: self._ask()))[0]
+                answer = await self.pool.ask(lambda _: self._ask(self.messages))
+                return answer.value
             except Failure as failure:
                 if failure.status == 404 and self.unlisted:
                     message = f"has no model {self.endpoint.model!r} ({failure}); it lists: {self.unlisted}"
                     raise Failure(message, status=404) from None
-                self.form = remedy(self.form, failure)
+                self.endpoint.probe = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
         """Try QUIETER in turn on a model that reasons, then a limit of THINKING_TOKENS."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
-            self.form = replace(self.form, quiet=quiet)
-            if reply := await self._try():
-                if self._scored(reply) or not reply.thought:
-                    return reply
-                accepted = quiet
-        self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
-        reply, model = await self._try(), self.endpoint.model
+            self.change_form(quiet=quiet)
+            reply = await self._try(self.messages)
+            if reply is None:
+                continue
+            if self._scored(reply) or not reply.thought:
+                return reply
+            accepted = quiet
+        self.change_form(quiet=accepted, least_tokens=THINKING_TOKENS)
+        reply = await self._try(self.messages)
+        model = self.endpoint.model
         if reply is None or (reply.thought and not self._scored(reply)):
             raise Failure(
                 f"has a model, {model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold no scores: "
                 "choose a model that does not, or switch its thinking off on the server"
             )
-        used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
-        self.notes.append(
-            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}"
+        note = (
+            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens"
         )
+        if reply.tokens:
+            note += f"; it used {reply.tokens[1]} for the first story"
+        self.notes.append(note)
         return reply
 
     async def _find_structure(self) -> None:
         """Use the first structure that the server obeys, if any, after at most two requests."""
         for structure in ("numbers", "json"):
-            self.form = replace(self.form, structure=structure, held_to=structure)
+            self.change_form(structure=structure, held_to=structure)
             reply = await self._try(OFF_TOPIC)
             if reply is not None and self._scored(reply):
                 return
-        self.form = replace(self.form, structure="nothing", held_to="nothing")
+        self.change_form(structure="nothing", held_to="nothing")
 
     async def _require_logprobs(self) -> None:
         """Raises Failure unless a reply with scores has the log-probabilities for expected
         scores."""
         try:
-            reply = await self._ask(**LOGPROBS)
+            reply = await self._ask(self.messages, logprobs=True)
+            missing = self._scored(reply) and not expected_scores(
+                reply.text, self.names, reply.logprobs
+            )
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise
-            reply = None  # the server refuses log-probabilities
-        if reply is None or (
-            self._scored(reply) and not expected_scores(reply.text, self.names, reply.logprobs)
-        ):
+            missing = True  # the server refuses log-probabilities
+        if missing:
             raise Failure(
                 f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
                 "scores: leave --teacher-logprobs out, or ask a server that does"
