@@ -5,8 +5,9 @@ untrusted: only JSON and safetensors are opened, sizes are checked before anythi
 only GPT-2's exact layout is accepted."""
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ FILES = {
 }
 # the largest number of float16; below it no forward pass overflows float32
 LARGEST_WEIGHT = 65504.0
+PROBE = 64  # tokens of the sequence with which `require_finite` tries a student
 FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
@@ -71,6 +73,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def require_finite(
+    step: int, student: Student, state: Mapping[str, torch.Tensor], advice: str
+) -> None:
+    """Raises UserError if the step made weights that `read_student` would refuse or that give no
+    finite logits, or a trainer's state that is not finite, so that no checkpoint holds what no run
+    can go on from. advice: which options to change."""
+    largest_weight = torch.nn.utils.get_total_norm(student.parameters(), math.inf)
+    largest_state = torch.nn.utils.get_total_norm(state.values(), math.inf)
+    length = min(student.config.context, student.config.vocab_size, PROBE)
+    with torch.no_grad():
+        logits = student(torch.arange(length, device=student.wte.weight.device)[None])
+    if not (
+        largest_weight <= LARGEST_WEIGHT and largest_state.isfinite() and logits.isfinite().all()
+    ):
+        raise UserError(
+            f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; --resume goes on "
+            "from the last checkpoint, with such flags"
+        )
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
