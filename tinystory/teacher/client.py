@@ -25,7 +25,7 @@ from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.probe import FIRST_STORY, HUMAN, Examiner
+from tinystory.teacher.probe import FIRST_STORY, HUMAN, Prober, with_oldest_probe
 from tinystory.teacher.prompt import Question, fence, render
 
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
@@ -80,8 +80,9 @@ class Teacher(Grader):
             model = names[i % len(names)]
             slots = Slots(concurrency)
             self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, self.options))
-        self.examiner = Examiner(self.options, self.cache)
-        self.pool = ServerPool(self.endpoints, self.options, self.examiner.examine)
+        self.pool = ServerPool(
+            self.endpoints, examine=lambda endpoint: Prober(endpoint, self.cache).examine()
+        )
         # after probing: the server whose model and probe are in all cache keys
         self._first: Endpoint | None = None
         self._loop = asyncio.new_event_loop()
@@ -147,7 +148,7 @@ class Teacher(Grader):
             present = examined.result()
             if len({endpoint.model for endpoint in present}) > 1:
                 tqdm.write(f"warning: {self.model} are taken for one model")
-            self._first = self.examiner.oldest(present)
+            self._first = with_oldest_probe(present, self.cache)
         first = self._first.probe
         probes = [endpoint.probe for endpoint in self.endpoints if endpoint.probe is not None]
         probes.sort(key=lambda probe: probe is not first)

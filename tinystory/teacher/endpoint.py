@@ -77,17 +77,10 @@ class Probe:
     notes: tuple[str, ...] = ()  # warnings for the user
 
     def __str__(self) -> str:
-        findings = []
-        if self.scored:
-            findings.append("scored a story")
-        else:
-            findings.append(f"gave no scores but {self.reply[:60]!r}")
-        cap = self.token_cap
-        if self.least_tokens:
-            cap += f" at least {self.least_tokens}"
-        findings.append(cap)
+        reply = "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}"
+        least = f" at least {self.least_tokens}" if self.least_tokens else ""
         obeyed = "no structure" if self.structure == "nothing" else self.structure
-        findings.append(f"obeys {obeyed}")
+        findings = [reply, self.token_cap + least, f"obeys {obeyed}"]
         findings += [f"no {name}" for name in self.refused]
         if not self.system:
             findings.append("no system message")

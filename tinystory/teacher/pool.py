@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import Failure
-from tinystory.teacher.endpoint import Endpoint, Options
+from tinystory.teacher.endpoint import Endpoint
 
 T = TypeVar("T")
 FAILURES = 8  # failed requests before a story is given up: with the pauses below, a minute or more
@@ -38,7 +38,6 @@ class ServerPool:
     again once it is back."""
 
     endpoints: Sequence[Endpoint]
-    options: Options
     # probes a server, at the start or when it comes up for the first time
     examine: Callable[[Endpoint], Awaitable[None]] | None = None
     probing: bool = False  # for one server: failures are raised to the prober and never end the run
@@ -96,8 +95,8 @@ class ServerPool:
                     raise self.fatal
                 start = time.monotonic()
                 if deadline is None:
-                    deadline = start + self.options.deadline_s
-                timeout = endpoint.slots.timeout(self.options.timeout_s, timeouts)
+                    deadline = start + endpoint.options.deadline_s
+                timeout = endpoint.slots.timeout(endpoint.options.timeout_s, timeouts)
                 timeout = min(timeout, max(deadline - start, 0.0))
                 try:
                     value = await asyncio.wait_for(request(endpoint), timeout)

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tinystory.run.folder import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import PROBE, Endpoint, Options, Probe
+from tinystory.teacher.endpoint import PROBE, Endpoint, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
@@ -41,24 +41,6 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
-# Types of a probe's fields, and the values that `Prober` gives some of them.
-PROBE_FIELDS: Fields = {
-    "url": (str,),
-    "model": (str,),
-    "token_cap": (str,),
-    "least_tokens": (int,),
-    "refused": (list,),
-    "quiet": (dict,),
-    "system": (bool,),
-    "reply": (str,),
-    "scored": (bool,),
-    "thinks": (bool,),
-    "structure": (str,),
-    "held_to": (str,),
-    "tokens": (list, type(None)),
-    "seconds": (int, float),
-    "notes": (list,),
-}
 STRUCTURES = ("numbers", "json", "nothing")
 REFUSABLE = ("temperature", "seed")
 PROBE_VALUES: dict[str, Container[Any]] = {
@@ -68,6 +50,12 @@ PROBE_VALUES: dict[str, Container[Any]] = {
     "structure": STRUCTURES,
     "held_to": STRUCTURES,
 }
+# The types of a probe's fields in JSON.
+PROBE_FIELDS: Fields = {
+    name: (type(value),)
+    for name, value in json.loads(json.dumps(asdict(Probe(url="", model="")))).items()
+}
+PROBE_FIELDS |= {"tokens": (list, type(None)), "seconds": (int, float)}
 LONGEST_S = 1e6  # bound on an answer's duration
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
@@ -80,7 +68,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
     ),
     (
         re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
-        lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)},
+        lambda form, words: {"refused": tuple(sorted({*form.refused, words[1]}))},
     ),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
@@ -92,8 +80,9 @@ def load_probe(text: str, url: str) -> Probe | None:
     version's probe, and for one that no server can have led to: its fields go into all requests."""
     try:
         record = parse_object(text, PROBE_FIELDS)
-        check_probe(record, url)
     except ValueError:
+        return None
+    if record["url"] != url or not is_possible(record):
         return None
     for name in ("refused", "tokens", "notes"):
         if record[name] is not None:
@@ -101,19 +90,17 @@ def load_probe(text: str, url: str) -> Probe | None:
     return Probe(**record)
 
 
-def check_probe(record: Mapping[str, Any], url: str) -> None:
-    """Raises ValueError unless these fields of a probe have values that `Prober` gives them."""
-    chosen = {name: record[name] in values for name, values in PROBE_VALUES.items()}
-    known = all(chosen.values()) and record.keys() == PROBE_FIELDS.keys()
+def is_possible(record: Mapping[str, Any]) -> bool:
+    """Whether `Prober` can have made a probe of these fields."""
     texts = [record["model"], *record["notes"]]
-    counted = record["tokens"] is None or is_count_pair(record["tokens"])
-    timed = 0 < record["seconds"] < LONGEST_S
-    if not (known and counted and timed and record["url"] == url):
-        raise ValueError("it is no probe")
-    if not all(name in REFUSABLE for name in record["refused"]):
-        raise ValueError("it leaves out other fields")
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise ValueError("it is no text for a terminal")
+    return (
+        record.keys() == PROBE_FIELDS.keys()
+        and all(record[name] in values for name, values in PROBE_VALUES.items())
+        and all(name in REFUSABLE for name in record["refused"])
+        and all(isinstance(text, str) and text.isprintable() for text in texts)
+        and (record["tokens"] is None or is_count_pair(record["tokens"]))
+        and 0 < record["seconds"] < LONGEST_S
+    )
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
@@ -127,77 +114,66 @@ def remedy(form: Probe, failure: Failure) -> Probe:
     raise failure
 
 
-@dataclass(frozen=True)
-class Examiner:
-    """Probes servers, and keeps their probes in the cache."""
-
-    options: Options
-    cache: Cache
-
-    async def examine(self, endpoint: Endpoint) -> None:
-        """Set the server's model and probe. A cached probe also serves while the server cannot be
-        reached. Raises Failure if the server gives no usable answer."""
-        prober = Prober(endpoint)
-        try:
-            endpoint.model = await prober.choose_model()
-        except Failure as failure:
-            probe = self.cached_probe(endpoint)
-            if probe is None or not failure.unreachable:
-                raise
-            endpoint.model = probe.model
-            endpoint.probe = probe
-            tqdm.write(
-                f"warning: the teacher at {endpoint.url} {failure}; until then, kept replies will do"
-            )
-            return
-        probe = self.cached_probe(endpoint)
-        # A cached probe without scores is repeated, unless the run got scores in spite of it.
-        if probe is None or not (probe.scored or self.has_scores()):
-            probe = await prober.probe()
-            reply = CachedReply(json.dumps(asdict(probe)))
-            self.cache.put(endpoint.probe_key(endpoint.model), reply, again=True)
-        endpoint.probe = probe
-        if endpoint.model == HUMAN:  # a human may take a break
-            self.options.deadline_s = PATIENCE_S
-            endpoint.slots.shortest = PATIENCE_S
-
-    def cached_probe(self, endpoint: Endpoint) -> Probe | None:
-        """The newest cached probe of this server that was made with the current options."""
-        for key, reply in reversed([*self.cache.items()]):
-            if not key.startswith(PROBE):
-                continue
-            probe = load_probe(reply.text, endpoint.url)
-            if probe is None or key != endpoint.probe_key(probe.model):
-                continue
-            if endpoint.model in (None, probe.model):
-                return probe
-        return None
-
-    def has_scores(self) -> bool:
-        """Whether any cached reply holds scores."""
-        names = self.options.template.names
-        return any(parse_scores(reply.text, names) for _, reply in self.cache.items())
-
-    def oldest(self, endpoints: Sequence[Endpoint]) -> Endpoint:
-        """The one whose probe is the oldest in the cache."""
-        by_key = {endpoint.probe_key(endpoint.model): endpoint for endpoint in endpoints}
-        return next(by_key[key] for key, _ in self.cache.items() if key in by_key)
-
-
 class Prober:
     """Probes one server. All methods raise Failure if the server gives no usable answer."""
 
-    def __init__(self, endpoint: Endpoint):
-        self.endpoint = replace(endpoint)  # a copy, whose probe changes with each experiment
-        options = endpoint.options
+    def __init__(self, server: Endpoint, cache: Cache):
+        options = server.options
+        self.server = server
+        self.cache = cache
+        self.endpoint = replace(server)  # a copy, whose probe changes with each experiment
         self.options = options
-        self.pool = ServerPool([self.endpoint], options, probing=True)
+        self.pool = ServerPool([self.endpoint], probing=True)
         self.names = options.template.names
         mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
         self.notes: list[str] = []
         self.unlisted = ""  # the listed models, if the named one is not among them
         self.seconds: list[float] = []
+
+    async def examine(self) -> None:
+        """Set the server's model and probe. A cached probe also serves while the server cannot be
+        reached."""
+        server = self.server
+        try:
+            server.model = await self.choose_model()
+        except Failure as failure:
+            cached = self.cached_probe()
+            if cached is None or not failure.unreachable:
+                raise
+            server.model = cached.model
+            server.probe = cached
+            tqdm.write(
+                f"warning: the teacher at {server.url} {failure}; until then, kept replies will do"
+            )
+            return
+        probe = self.cached_probe()
+        # A cached probe without scores is repeated, unless the run got scores in spite of it.
+        if probe is None or not (probe.scored or self.has_cached_scores()):
+            probe = await self.probe()
+            reply = CachedReply(json.dumps(asdict(probe)))
+            self.cache.put(server.probe_key(server.model), reply, again=True)
+        server.probe = probe
+        if server.model == HUMAN:  # a human may take a break
+            self.options.deadline_s = PATIENCE_S
+            server.slots.shortest = PATIENCE_S
+
+    def cached_probe(self) -> Probe | None:
+        """The newest cached probe of this server that was made with the current options."""
+        server = self.server
+        for key, reply in reversed(list(self.cache.items())):
+            if not key.startswith(PROBE):
+                continue
+            probe = load_probe(reply.text, server.url)
+            if probe is None or key != server.probe_key(probe.model):
+                continue
+            if server.model in (None, probe.model):
+                return probe
+        return None
+
+    def has_cached_scores(self) -> bool:
+        """Whether any cached reply holds scores."""
+        return any(parse_scores(reply.text, self.names) for _, reply in self.cache.items())
 
     async def choose_model(self) -> str:
         """The named model, else the first chat model that the server lists."""
@@ -351,3 +327,9 @@ class Prober:
                 f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
                 "scores: leave --teacher-logprobs out, or ask a server that does"
             )
+
+
+def with_oldest_probe(endpoints: Sequence[Endpoint], cache: Cache) -> Endpoint:
+    """The one whose probe is the oldest in the cache."""
+    by_key = {endpoint.probe_key(endpoint.model): endpoint for endpoint in endpoints}
+    return next(by_key[key] for key, _ in cache.items() if key in by_key)
