@@ -113,19 +113,13 @@ class ChatClient:
 
     async def models(self) -> list[str]:
         """Model names, in the server's order."""
-        answer = await self._answer(
-            self._client.models.with_streaming_response.list(), LONGEST_LIST
-        )
-        names: list[str] = []
+        request = self._client.models.with_streaming_response.list()
+        answer = await self._answer(request, LONGEST_LIST)
         match answer:
-            case {"data": [*entries]}:
-                for entry in entries:
-                    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-                        raise Failure(NOT_OPENAI, status=200)
-                    names.append(self.one_line(entry["id"]))
-            case _:
-                raise Failure(NOT_OPENAI, status=200)
-        return [name for name in names if name]
+            case {"data": [*entries]} if all(map(_is_model, entries)):
+                names = [self.one_line(entry["id"]) for entry in entries]
+                return [name for name in names if name]
+        raise Failure(NOT_OPENAI, status=200)
 
     async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
         completions = self._client.chat.completions.with_streaming_response
@@ -312,6 +306,10 @@ def parse_json(body: bytes | str) -> object:
         return None
 
 
+def _is_model(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), str)
+
+
 def _tokens(usage: object) -> tuple[int, int] | None:
     match usage:
         case {"prompt_tokens": prompt, "completion_tokens": reply} if is_count_pair(
@@ -364,7 +362,7 @@ def _error_texts(answer: object) -> list[str]:
                     values.append(inner)
                 else:
                     texts[text] = None
-    return [*texts]
+    return list(texts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -378,7 +376,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":
     """The parsed URL; None if no server can have it."""
-    import httpx2  # as above
+    import httpx2  # here, since only runs with a teacher need it
 
     try:
         url = httpx2.URL(text)

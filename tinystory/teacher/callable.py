@@ -192,17 +192,12 @@ def _checked(scores: Any, count: int) -> list[float | None]:
         raise _Refused(
             f"it gave {len(values)} scores for {count} stories; it must give one per story"
         )
-    checked: list[float | None] = []
     for value in values:
-        if value is None:
-            checked.append(None)
-        elif _is_score(value):
-            checked.append(float(value))
-        else:
+        if value is not None and not _is_score(value):
             raise _Refused(
                 f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None"
             )
-    return checked
+    return [None if value is None else float(value) for value in values]
 
 
 def _is_score(value: object) -> bool:

@@ -65,6 +65,7 @@ class Grader(ABC):
         self.send_question(Question(opening, story, index, tokens=tuple(tokens)))
 
     def send_question(self, question: Question) -> None:
+        """`send` for a story that is a question already."""
         self.sent[question] = None
 
     def collect(self, stop: Stop) -> list[Grade]:

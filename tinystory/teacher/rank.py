@@ -25,14 +25,14 @@ def ranking(template: Template, count: int) -> Template:
         "above their middle",
         "among the best of them",
     )
-    stories: list[Criterion] = []
-    for i in range(1, count + 1):
-        question = f"How does story_{i} compare with the others?"
-        stories.append(Criterion(f"story_{i}", question, levels))
-    criteria: list[str] = []
-    for criterion in template.criteria:
-        weight = f"weight {criterion.weight:g}"
-        criteria.append(f"{criterion.name.capitalize()} ({weight}): {criterion.question}")
+    names = [f"story_{i}" for i in range(1, count + 1)]
+    stories = [
+        Criterion(name, f"How does {name} compare with the others?", levels) for name in names
+    ]
+    criteria = [
+        f"{criterion.name.capitalize()} (weight {criterion.weight:g}): {criterion.question}"
+        for criterion in template.criteria
+    ]
     return Template(
         tuple(stories),
         f"You compare {count} short stories by beginners. All go on from the same opening, and each may stop before "
@@ -116,7 +116,7 @@ class Ranked(Grader):
         self._rows = []
         for start in starts:
             group = replies[start : start + self.size]
-            table = [[*reply.scores.values()] for reply in group if reply.scores is not None]
+            table = [list(reply.scores.values()) for reply in group if reply.scores is not None]
             if len(table) < self.size:
                 continue
             self._rows += table
