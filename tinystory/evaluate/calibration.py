@@ -20,8 +20,9 @@ from tinystory.evaluate.corruptions import (
 )
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.run.errors import UserError
-from tinystory.teacher.client import HUMAN, Teacher
+from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
+from tinystory.teacher.probe import HUMAN
 
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)

@@ -43,7 +43,8 @@ class Desk:
     else."""
 
     def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
-        self.template, self._clock = template, clock
+        self.template = template
+        self._clock = clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
         # key of the story on the page; its grade, if any, was taken back
@@ -59,9 +60,8 @@ class Desk:
 
     def key(self, opening: str, story: str) -> str:
         """Hash of the story and the instructions."""
-        return hashlib.sha256(
-            json.dumps([instructions(self.template), opening, story]).encode()
-        ).hexdigest()[:24]
+        text = json.dumps([instructions(self.template), opening, story])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """Wait, without limit, for the human's scores; None if the story was skipped."""
@@ -120,14 +120,18 @@ class Desk:
         """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is
         not possible, or if the grade cannot be kept; the story then still waits for one."""
         match action:
-            case "grade" | "skip":
-                self._grade(who, request, self._scores(request) if action == "grade" else None)
+            case "grade":
+                self._grade(who, request, self._scores(request))
+            case "skip":
+                self._grade(who, request, None)
             case "back":
                 graded = [*self._grades]
                 if not graded:
                     raise Refused("there is nothing to go back to")
-                at = graded.index(self._current) if self._current in self._grades else len(graded)
-                self._current = graded[max(at - 1, 0)]
+                place = len(graded)
+                if self._current in self._grades:
+                    place = graded.index(self._current)
+                self._current = graded[max(place - 1, 0)]
             case "pause":  # a grade that was taken back counts again
                 self._current = None
             case _:
@@ -136,9 +140,11 @@ class Desk:
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
         names = self.template.names
         scores: Any = request.get("scores")
-        fits = isinstance(scores, dict) and scores.keys() == set(names)
-        if not fits or not all(
-            type(score) is int and 0 <= score <= TOP for score in scores.values()
+        allowed = range(TOP + 1)
+        if (
+            not isinstance(scores, dict)
+            or scores.keys() != set(names)
+            or not all(type(score) is int and score in allowed for score in scores.values())
         ):
             raise Refused(
                 f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}"
@@ -148,14 +154,17 @@ class Desk:
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked
         # again.
-        key, opening, story = (request.get(name) for name in ("key", "opening", "story"))
-        if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(
-            opening, story
+        key = request.get("key")
+        opening = request.get("opening")
+        story = request.get("story")
+        if (
+            not isinstance(opening, str)
+            or not isinstance(story, str)
+            or key != self.key(opening, story)
         ):
             raise Refused("this is not what was asked about: load the page again")
-        record: Record = dict(
-            key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp()
-        )
+        record: Record = {"key": key, "opening": opening, "story": story, "scores": scores}
+        record |= {"by": who, "at": timestamp()}
         try:
             self._journal.append(record)
         except UserError as error:
