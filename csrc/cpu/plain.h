@@ -1,5 +1,5 @@
-// The CPU kernels as plain loops, to be read before the fast ones beside them, which the native tests compare with them.
-// Each takes its kernel's arguments (kernels.h), whole: no range of items, no chunk, no workspace. Every tensor is f32,
+// The CPU kernels as plain loops, to be read before the fast ones beside them; the native tests compare the two. Each
+// takes its kernel's arguments (kernels.h), whole: no range of items, no chunk, no workspace. Every tensor is f32,
 // whatever the dtypes say, and every sum is formed in double.
 #pragma once
 #include <algorithm>
