@@ -34,6 +34,19 @@ STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4
 
 
+@dataclass
+class Exchange:
+    """What is sent to the teacher about one story."""
+
+    number: int  # the story's
+    names: tuple[str, ...]  # of the criteria
+    fence: str
+    messages: list[dict]
+    afresh: bool  # whether replies from earlier processes are ignored
+    asked: bool = False  # whether a request was made
+    deadline: float | None = None  # on the monotonic clock, for all attempts; set by the first
+
+
 class Teacher(Grader):
     """The teacher at `urls`: one server or several, of one model. A story whose reply holds no
     scores is sent again with another seed, up to `attempts` times. A failure that a retry cannot
@@ -274,7 +287,7 @@ class Teacher(Grader):
             error=error,
         )
 
-    async def _reply(self, exchange: "Exchange", attempt: int) -> CachedReply:
+    async def _reply(self, exchange: Exchange, attempt: int) -> CachedReply:
         """The reply from the cache, else from a server; then it is cached before it is used."""
         first = self._first
         assert first is not None
@@ -284,9 +297,7 @@ class Teacher(Grader):
         # A failure is kept for this story only, not for an equal one.
         failure_key = f"{key} {exchange.number}"
         earlier = not exchange.afresh
-        cached = self.cache.get(failure_key, earlier=earlier) or self.cache.get(
-            key, earlier=earlier
-        )
+        cached = self.cache.get(failure_key, earlier) or self.cache.get(key, earlier)
         if cached is not None:
             self.ledger.total["cached"] += 1
             return cached
@@ -324,16 +335,3 @@ class Teacher(Grader):
         await asyncio.gather(*tasks, return_exceptions=True)
         for endpoint in self.endpoints:
             await endpoint.client.close()
-
-
-@dataclass
-class Exchange:
-    """What is sent to the teacher about one story."""
-
-    number: int  # the story's
-    names: tuple[str, ...]  # of the criteria
-    fence: str
-    messages: list[dict]
-    afresh: bool  # whether replies from earlier processes are ignored
-    asked: bool = False  # whether a request was made
-    deadline: float | None = None  # on the monotonic clock, for all attempts; set by the first

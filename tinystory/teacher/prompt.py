@@ -139,7 +139,7 @@ def _template(value: object) -> Template:
 def _criterion(value: Any) -> Criterion:
     match value:
         case {"name": str(name), "question": question, "levels": [_, _, _, _] as levels, **rest}:
-            weight = rest.pop("weight", 1)
+            weight: Any = rest.pop("weight", 1)
             is_weight = type(weight) in (int, float) and 0 < weight < math.inf
             are_plain = all(map(_is_plain, [question, *levels]))
             if NAME.fullmatch(name) and is_weight and are_plain and not rest:
