@@ -132,6 +132,8 @@ def interact(run: InteractionRun) -> None:
             statistics = ppo.step(
                 policy, batch, reference, rewards, state.kl_coef, state.step, texts
             )
+            policy.require_finite(state.step + 1)
+            texts = ()  # so that the next step's are not held beside them
             stages.begin("")
 
             words_before = state.words_in

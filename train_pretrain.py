@@ -33,13 +33,15 @@ from tinystory.run.folder import Record, RunLog, holds_run, locked, read_metrics
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
-from tinystory.student import checkpoint, memory
+from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, StudentConfig, to_device
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
 OPENING = "Once upon a time,"
+# What to do when an update makes weights that are not finite.
+TOO_LARGE = "lower --learning-rate or --muon-learning-rate, or give --grad-clip 1"
 
 
 @dataclass
@@ -189,12 +191,14 @@ def pretrain(config: PretrainConfig) -> None:
             "val_fraction": config.val_fraction,
             "documents": config.documents,
         }
+        tensors = checkpoint.pack_optimizer(optimizer)
+        hf.require_finite(state.step, student, tensors, TOO_LARGE)
         checkpoint.save(
             run / "checkpoints" / name,
             student,
             tokenizer,
             history=history,
-            state=checkpoint.pack_optimizer(optimizer),
+            state=tensors,
             counters=asdict(state),
         )
         checkpoint.drop_older(run / "checkpoints" / name)

@@ -32,7 +32,7 @@ from tinystory.evaluate.stories import mean_of
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write, newest_run, require_writable
+from tinystory.run.folder import atomic_write, newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             "--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE"
         )
     if options.out:
-        require_writable(options.out)
+        require_output(options.out)
     checkpoints = options.checkpoints or [newest_run()]
     stories = unseen_stories(options.coreference)
     records, surprisals = list[dict[str, Any]](), list[dict[str, Any]]()

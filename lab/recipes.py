@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
+from lab import figures
 from lab.coreference import coreference
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import InteractConfig, PretrainConfig
@@ -37,7 +38,6 @@ from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
-from tinystory.report import charts
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
@@ -135,7 +135,8 @@ def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]])
         cells = ["" if x is None else f"{x:.3f}" for x in [*means, standard_error]]
         print(f"| {name} | {' | '.join(cells)} |")
     title = "Reward of stories to held-out openings, with the standard error over openings"
-    atomic_write(out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo")))
+    figure = figures.bars(title, bars, "the demo")
+    atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
 @functools.lru_cache(1)

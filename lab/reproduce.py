@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from tqdm import tqdm
 
-from lab import recipes
+from lab import figures, recipes
 from lab.pairs import evaluate_pairs, task_items
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import (
@@ -388,10 +388,9 @@ def write_page(
         "Teacher’s score, 0 to 9",
         lines,
         x_name="words of pretraining and taken in",
-        log_x=True,
         size=(640, 380),
     )
-    atomic_write(out / "figure.svg", charts.standalone(figure))
+    atomic_write(out / "figure.svg", figures.standalone(figure))
     note = (
         "Mean and standard error over the seeds of interaction. Only the reward was learned from. Story, routine, list "
         "...: the fraction that each kind of teller tells; distinct_4 and clusters: over 64 stories; bits_per_byte, "

@@ -36,7 +36,7 @@ from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import ROWS, comparison
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write, newest_run, require_writable
+from tinystory.run.folder import atomic_write, newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     openings = openings_of(options.openings, paths)
     if options.out:
-        require_writable(options.out)
+        require_output(options.out)
     checkpoints = options.checkpoints or ([] if paths else [newest_run()])
     corpus = open_corpus(options.corpus) if options.corpus else None
     files = {path.name: read_samples(path)[: count or None] for path in paths}

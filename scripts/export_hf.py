@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tinystory.report.card import model_card
 from tinystory.run import hub
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write, require_writable
+from tinystory.run.folder import atomic_folder, atomic_write, require_output
 from tinystory.run.options import script_parser
 from tinystory.student import checkpoint, gguf, hf
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     best = checkpoint.find(options.checkpoint)
     several = milestones(options.checkpoint) if options.all_checkpoints else []
     for path in filter(None, (options.gguf, options.folder)):
-        require_writable(path)
+        require_output(path)
     api, address = open_hub(options.push) if options.push else (None, "")
     if options.gguf:
         student, tokenizer, _ = checkpoint.load(best)
@@ -67,12 +67,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     sources = {path.name: path for path in several} | {MAIN: best}
     folders = {name: options.folder / name if several else options.folder for name in sources}
-    for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
-        student, tokenizer, history = checkpoint.load(sources[branch])
-        hf.write(folder, student, tokenizer)
-        revision = branch if options.push and branch != MAIN else ""
-        card = model_card(options.push or folder.name, sources[branch], student, history, revision)
-        atomic_write(folder / "README.md", card)
+    with atomic_folder(options.folder) as partial:
+        for branch in tqdm(sources, desc="writing", unit=" folders", disable=None):
+            student, tokenizer, history = checkpoint.load(sources[branch])
+            folder = partial / branch if several else partial
+            hf.write(folder, student, tokenizer)
+            name = options.push or folders[branch].name
+            revision = branch if options.push and branch != MAIN else ""
+            card = model_card(name, sources[branch], student, history, revision)
+            atomic_write(folder / "README.md", card)
     babylm = options.all_checkpoints or any(
         name.startswith("babylm") for name in history.get("corpus", [])
     )

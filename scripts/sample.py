@@ -23,7 +23,7 @@ from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import command
-from tinystory.run.folder import atomic_write, newest_run, require_writable
+from tinystory.run.folder import atomic_write, newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
 
     if options.out:
-        require_writable(options.out)
+        require_output(options.out)
     folder = checkpoint.find(options.checkpoint or newest_run())
     device = pick_device(options.device)
     student, tokenizer, _ = checkpoint.load(folder, device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, Record, require_config, write_config
 from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
@@ -233,7 +234,7 @@ class InteractConfig:
         True, "linear decay of the learning rates to 0 over all updates of --steps"
     )
     sharpness_rate: float = option(
-        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]"
+        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 10]"
     )
     minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(
@@ -495,8 +496,15 @@ def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
     for f in fields(type(config)):
-        for mistake in mistakes(f, types[f.name], getattr(config, f.name)):
+        value = getattr(config, f.name)
+        for mistake in mistakes(f, types[f.name], value):
             raise UserError(f"{flag_of(f)} must be {mistake}")
+        for text in value if isinstance(value, list) else [value]:
+            variable = secret_in(text) if isinstance(text, str) else ""
+            if variable:
+                raise UserError(
+                    f"{flag_of(f)} holds the value of {variable}, and config.json would record it: leave it out"
+                )
     for mistake in _check_together(config):
         raise UserError(mistake)
 
@@ -542,6 +550,11 @@ def _check_together(config: Any) -> Iterator[str]:
         yield (
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
+        )
+    if config.kl_horizon <= config.stories_per_step / 5:
+        yield (
+            f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
+            f"{config.stories_per_step}, or one step could make the KL coefficient negative"
         )
     group = config.stories_per_opening
     comparable = (

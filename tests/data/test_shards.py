@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinystory.data import shards
 from tinystory.data.builtin import grammar
-from tinystory.data.corpus import Corpus, open_corpus
+from tinystory.data.corpus import Corpus, Part, open_corpus
 from tinystory.data.shards import encode, prepare
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
@@ -39,7 +39,7 @@ TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(AWKWARD)), max_si
 def corpus_of(documents, fail=False) -> Corpus:
     """A corpus in memory; with `fail`, one of the same fingerprint that raises when it is read."""
     identity = hashlib.sha256(repr(documents).encode()).hexdigest()
-    return Corpus([(identity, (lambda: 1 / 0) if fail else (lambda: iter(documents)))])
+    return Corpus([Part(identity, (lambda: 1 / 0) if fail else (lambda: iter(documents)))])
 
 
 STORIES = [*grammar.stories(20_000, 0), "猫が 猫が 好きです", "a\u3000b \x1c c", "</s> is text"]

@@ -2,7 +2,9 @@
 is a way back."""
 
 import asyncio
+import contextlib
 import json
+import resource
 
 import pytest
 
@@ -232,3 +234,46 @@ def test_a_file_of_something_else_is_the_users_error(tmp_path):
     (tmp_path / "grades.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"has no .key.*choose another file"):
         Desk(tmp_path / "grades.jsonl", Template())
+
+
+@pytest.mark.parametrize("text", ["buy milk", '{"step": 1}', '{"key": "a"}\nbuy milk', "x" * 99])
+def test_a_file_of_something_else_is_refused_as_it_is(tmp_path, text):
+    """Also one whose only line has no end, as a killed process leaves it."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text(text)
+    with pytest.raises(UserError, match=r"notes\.txt .*choose another"):
+        Desk(notes, Template())
+    assert notes.read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"key": "0f', "\0" * 9])
+def test_what_a_kill_or_a_power_cut_leaves_is_a_file_of_grades(tmp_path, torn):
+    (tmp_path / "grades.jsonl").write_text(torn)
+    with contextlib.closing(Desk(tmp_path / "grades.jsonl", Template())) as desk:
+        assert desk.state()["done"] == 0
+
+
+@contextlib.contextmanager
+def no_room():
+    """A full disk, as files that may not grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_grade_that_cannot_be_kept_is_said_and_can_be_given_again(tmp_path):
+    async def scene(desk, clock):
+        (task,) = await asked(desk, "a")
+        with no_room(), pytest.raises(Refused, match=r"not kept yet: cannot write .*give it again"):
+            grade(desk, "ada")
+        await later(desk, clock)
+        assert not task.done() and lines(tmp_path) == []
+        assert grade(desk, "ada", POOR) == "a"
+        await later(desk, clock)
+        assert task.result() == POOR
+
+    run(scene, tmp_path)
+    assert [record["scores"] for record in lines(tmp_path)] == [POOR]

@@ -254,7 +254,7 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
 
 
 def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
-    text = (ROOT / "docs/teachers.md").read_text()
+    text = (ROOT / "lab/README.md").read_text()
     (tmp_path / "my_judges.py").write_text(
         re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
     )

@@ -15,11 +15,12 @@ from conftest import fails, story_record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts import evaluate, sample
+from scripts import evaluate, export_hf, sample
 from tinystory.run.errors import UserError
 from tinystory.run.folder import (
     RunLog,
     atomic_file,
+    atomic_folder,
     atomic_write,
     cannot_write,
     locked,
@@ -28,6 +29,7 @@ from tinystory.run.folder import (
     read_metrics,
     read_records,
     read_stories,
+    require_output,
 )
 from tinystory.run.journal import Journal
 
@@ -66,6 +68,17 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     )
     assert "secret" not in (tmp_path / "config.json").read_text()
     assert config["options"]["teacher_url"] == "https://host/v1"
+
+
+def test_config_holds_no_key_of_the_environment_whoever_names_it(tmp_path, monkeypatch):
+    """A server may echo it as its model's name, and a key may need escapes in JSON."""
+    monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
+    monkeypatch.setenv("GATEWAY_SECRET", 'pl"anted\\x')
+    for step in (None, 0):
+        with RunLog(tmp_path, resume_step=step) as log:
+            log.config({"teacher": {"model": "gpt-planted0123", "notes": ['pl"anted\\x']}})
+        teacher = read_config(tmp_path)["options"]["teacher"]
+        assert teacher == {"model": "gpt-[key]", "notes": ["[key]"]}
 
 
 def test_a_new_run_never_writes_over_an_old_one(tmp_path):
@@ -358,3 +371,73 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
     for command, argv in ((evaluate, ["run", "--corpus", "builtin"]), (sample, ["run"])):
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
+
+
+OF_A_RUN = [
+    "config.json",
+    "metrics.jsonl",
+    "stories.jsonl",
+    "samples.jsonl",
+    "replies.jsonl",
+    "report.html",
+    "checkpoints",
+    "checkpoints/new",
+    "checkpoints/chck_1M/model.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_an_out_among_the_files_of_a_run_is_refused_before_the_work(
+    tmp_path, monkeypatch, capsys, name
+):
+    a_run(tmp_path / "run", 1)
+    (tmp_path / "run" / "checkpoints" / "chck_1M").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.setattr(export_hf.checkpoint, "find", lambda path: path)
+    monkeypatch.setattr(export_hf.checkpoint, "load", lambda *_: pytest.fail("it began to work"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for out in (str(tmp_path / "run" / name), str(tmp_path / "link" / name)):
+        for command, argv in (
+            (evaluate, ["run", "--coreference", "1", "--out", out]),
+            (sample, ["run", "--out", out]),
+            (export_hf, ["run", "--gguf", out]),
+            (export_hf, ["run", out]),
+        ):
+            assert "among the files of a run" in fails(command.main, argv, capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_out_of_another_name_may_lie_beside_a_run(tmp_path):
+    a_run(tmp_path / "run", 1)
+    for name in ("evaluation.json", "ours.jsonl", "new/config.json"):
+        require_output(tmp_path / "run" / name)
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    (tmp_path / ".out.partial").mkdir()  # of a process that was killed
+    (tmp_path / ".out.partial" / "half").touch()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "out") as partial:
+        partial.mkdir()
+        (partial / "file").touch()
+        assert not (tmp_path / "out").exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "out",
+        "out/file",
+    ]
+
+
+@pytest.mark.parametrize("code, advice", [(errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "free some")])
+def test_a_lock_that_cannot_be_written_is_one_clear_sentence(tmp_path, monkeypatch, code, advice):
+    """A quota, or a limit of a file's size: an empty file may still be made."""
+
+    def refused(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("pathlib.Path.write_text", refused)
+    with pytest.raises(UserError, match=f"cannot write .*{advice}"), locked(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ reading of the same files stands in for it; where it is (4.51.3 is what BabyLM's
 reads them itself."""
 
 import base64
+import copy
 import http.server
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import AWKWARD, send_hub_file, tiny_stories
+from conftest import AWKWARD, ROOT, send_hub_file, tiny_stories
 from safetensors.torch import load_file, save_file
 
 import train_interact
@@ -394,6 +395,28 @@ def test_interaction_starts_from_it(foreign, tmp_path):
     assert tokenizer.eos == student.config.vocab_size - 1 and history["interaction_words_out"] > 0
 
 
+def test_a_step_that_no_run_can_go_on_from_is_refused(student):
+    sound = {"exp_avg.wte.weight": torch.zeros(3), "critic.gram": torch.full((2,), 1e30)}
+    hf.require_finite(7, student, sound, "lower --x")
+    hf.require_finite(7, student, {}, "lower --x")
+    for number in (torch.nan, torch.inf, 1e5):
+        spoiled = copy.deepcopy(student)
+        with torch.no_grad():
+            spoiled.blocks[0].fc.weight[0, 0] = number
+        with pytest.raises(UserError, match=r"step 7 .* is not saved: lower --x; --resume"):
+            hf.require_finite(7, spoiled, sound, "lower --x")
+    for number in (torch.nan, -torch.inf):
+        with pytest.raises(UserError, match="is not saved"):
+            hf.require_finite(7, student, sound | {"critic.moment": torch.tensor(number)}, "")
+
+
+def test_a_step_after_which_the_student_computes_nothing_is_refused(student, monkeypatch):
+    """Finite weights can be so large that no kernel can read with them."""
+    monkeypatch.setattr(Student, "trunk", lambda self, x, *_: x * torch.nan)
+    with pytest.raises(UserError, match="is not saved"):
+        hf.require_finite(7, student, {}, "")
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -428,6 +451,27 @@ def test_a_folder_a_milestone(run, tmp_path, capsys):
     assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
     export_hf.main([str(run), str(tmp_path / "one")])  # of no BabyLM corpus, and not its milestones
     assert "fine-tuning" not in capsys.readouterr().err
+
+
+def test_an_export_killed_half_way_is_repeated_by_the_same_command(run, tmp_path):
+    argv = [str(run), str(tmp_path / "all"), "--all-checkpoints"]
+    program = f"""
+import os
+from scripts import export_hf
+cards = []
+def dies(*arguments):
+    cards.append(arguments)
+    if len(cards) == 2:
+        os._exit(9)
+    return ""
+export_hf.model_card = dies
+export_hf.main({argv!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 9
+    assert not (tmp_path / "all").exists()
+    export_hf.main(argv)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"chck_2M", "chck_10M", "main"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "all"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -345,6 +345,10 @@ SECRETS = (
         ('{"extra_body": {"a": [{"client_secret": "x"}]}}', "such as client_secret"),
         ('{"metadata": ["a", ["sk-planted-0123456789"]]}', "such as metadata"),
         ('{"metadata": [{"a": ["Bearer x"]}]}', "such as a"),
+        ('{"note": "x sk-planted-0123456789"}', "such as note"),
+        ('{"note": "key:hf_0123456789abcdef"}', "such as note"),
+        ('{"note": "\\nsk-planted-0123456789"}', "such as note"),
+        ('{"note": "my Bearer x"}', "such as note"),
         ('{"sk-planted-0123456789": 1}', "such as a field's name"),
         *((json.dumps({"x": f"{prefix}0123456789abcdef"}), "such as x") for prefix in SECRETS),
         ('{"extra_headers": {"a": "b\\nc: d"}}', "one line of text"),
@@ -357,8 +361,21 @@ def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
     assert_one_clean_sentence(caught, "--teacher-extra", words)
 
 
+@pytest.mark.parametrize("value", ["%s", "x %s y", "\\u0070%s"])
+def test_the_keys_own_value_is_no_extra_field(value, monkeypatch):
+    """However it looks, and however JSON spells it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
+    spelled = value % ("lanted0123" if value.startswith("\\") else "planted0123")
+    for text in (f'{{"note": ["{spelled}"]}}', f'{{"{spelled}": 1}}'):
+        with pytest.raises(UserError) as caught:
+            load_extra(text)
+        assert_one_clean_sentence(caught, "it must hold no secret")
+        assert "planted0123" not in str(caught.value)
+
+
 def test_fields_that_only_sound_like_secrets_are_extra_fields():
-    text = '{"prompt_cache_key": "a", "stop_token_ids": [1], "max_output_tokens": 9, "metadata": {"author": "me"}}'
+    text = '{"prompt_cache_key": "a", "stop_token_ids": [1], "max_output_tokens": 9, "metadata": {"author": "me"}, '
+    text += '"note": "a basic task-force, risk_free, use_hf_tokenizers, hf-hub"}'
     assert load_extra(text) == json.loads(text)
     opened = open_grader(
         InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None

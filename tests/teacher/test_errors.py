@@ -210,6 +210,18 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
 
 
+def test_a_header_from_the_environment_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Team: stories\nX-Gateway-Key: {KEY}")
+    kept = tmp_path / "replies.jsonl"
+    with (
+        FaultServer(lambda story, n: f"stories, {KEY}") as server,
+        Teacher(server.url, cache=kept) as teacher,
+    ):
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+    assert grade.reply == "stories, [key]" and KEY not in kept.read_text()
+
+
 @pytest.mark.parametrize("key", ["0", "1", "3", "none"])
 def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", key)

@@ -3,6 +3,7 @@ refused."""
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_what_is_read_counts_as_words_in_and_keeps_within_the_budget(run, place,
     budget = on[1]["words_in"] + on[2]["words_replayed"] - 1  # one word too few for the third step
     run(tmp_path / "short", *REPLAY.split(), "--budget-words", str(budget))
     assert len(metrics(tmp_path / "short")) == 2
+
+
+def test_what_a_step_has_read_is_let_go_before_the_next_step_reads(run, tmp_path, monkeypatch):
+    batches, read, held = CorpusReplay.batches, [], []
+
+    def watched(replay, step):
+        held.extend(tokens() for tokens in read)
+        texts = batches(replay, step)
+        read[:] = [weakref.ref(tokens) for tokens, _ in texts]
+        return texts
+
+    monkeypatch.setattr(CorpusReplay, "batches", watched)
+    run(tmp_path / "on", *REPLAY.split())
+    assert len(held) > 1 and set(held) == {None}
 
 
 def test_no_document_that_pretraining_held_out_is_read(place, monkeypatch):

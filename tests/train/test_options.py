@@ -84,7 +84,8 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
 --graded 7|--graded 768|--unreadable-score 0.5 --graded 9
---reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--replay-batch 5"""
+--reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--replay-batch 5
+--sharpness-rate 100|--kl-horizon 1e-300|--kl-horizon 100"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -291,7 +292,7 @@ def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(
         str(tmp_path / "i"),
     ]
     for flags in (
-        "--stories-per-step 1e9",
+        "--stories-per-step 1e9 --kl-horizon 1e9",
         "--eval-stories 1e9",
         "--replay-weight 0.1 --replay-batch 1e9",
     ):
@@ -383,3 +384,50 @@ def test_the_next_command_that_is_printed_works_or_there_is_none(
     assert ["--max-new-tokens", str(room)] == arguments[2:4]
     small = "--steps 1 --stories-per-step 2 --eval-stories 2 --device cpu --reward constant".split()
     interact.main([*arguments, *small, "--out", str(tmp_path / "i")])
+
+
+KEY = "planted-0123456789"
+
+
+@pytest.mark.parametrize(
+    "variable", ["OPENAI_API_KEY", "OPENAI_API_KEY_2", "HF_TOKEN", "OPENAI_CUSTOM_HEADERS"]
+)
+@pytest.mark.parametrize(
+    "flag, text",
+    [
+        ("--teacher-extra", '{"user": "%s"}'),
+        ("--teacher-extra", "%s"),
+        ("--openings", "Once %s"),
+        ("--teacher-model", "%s"),
+        ("--out", "runs/%s"),
+    ],
+)
+def test_a_key_of_the_environment_is_no_option(variable, flag, text, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, f"X-Api-Key: {KEY}" if "HEADERS" in variable else KEY)
+    with pytest.raises(UserError, match=rf"{flag} holds the value of {variable}") as caught:
+        parse(InteractConfig, INTERACT_PRESETS, [flag, text % KEY])
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_that_a_run_recorded_before_is_named_on_resume_and_a_flag_replaces_it(
+    monkeypatch, tmp_path
+):
+    resume = recorded(tmp_path, asdict(InteractConfig(teacher_extra=f'{{"user": "{KEY}"}}')))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UserError, match=r"config\.json: --teacher-extra holds the value of OPENAI"):
+        parse(InteractConfig, INTERACT_PRESETS, resume)
+    config = parse(InteractConfig, INTERACT_PRESETS, [*resume, "--teacher-extra", "{}"])
+    assert config.teacher_extra == "{}"
+
+
+@pytest.mark.parametrize(
+    "name, value", [("OPENAI_API_KEY", "none"), ("GIT_AUTHOR_NAME", "Jane Roe")]
+)
+def test_a_dummy_key_and_what_is_no_key_may_be_in_options(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert parse(InteractConfig, INTERACT_PRESETS, ["--opening", f"{value} ran."]).openings
+
+
+def test_a_path_is_no_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEPLOY_KEY", str(tmp_path))
+    assert parse(InteractConfig, INTERACT_PRESETS, ["--out", f"{tmp_path}/run"]).out

@@ -188,6 +188,52 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     )
 
 
+def spoiling(step_function, at: int, place_of_student):
+    """A step that leaves an infinite weight behind when it is called for the `at`-th time."""
+    calls = []
+
+    def spoiled(*arguments, **options):
+        result = step_function(*arguments, **options)
+        calls.append(result)
+        if len(calls) == at:
+            with torch.no_grad():
+                place_of_student(arguments[0]).ln_f.weight[0] = math.inf
+        return result
+
+    return spoiled
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_pretraining(
+    place, tmp_path, monkeypatch, capsys
+):
+    """The loss of the step that makes them is finite."""
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "900", "--save-every", "1", *SMALL]
+    argv += ["--out", str(tmp_path / "p")]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "train_step", spoiling(pretrain.train_step, 3, lambda it: it))
+        line = fails(pretrain.main, argv, capsys)
+    assert "step 3 made weights that are not finite" in line and "--muon-learning-rate" in line
+    assert checkpoint.newest(tmp_path / "p").name == "step_0000002"
+    pretrain.main(["--resume", "--out", str(tmp_path / "p")])
+    assert metrics(tmp_path / "p")[-1]["words"] >= 900
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_interaction(
+    place, tmp_path, monkeypatch, capsys
+):
+    """Nor is a student with them evaluated, and other options let the run go on."""
+    argv = ["--init", str(place / "p"), *SHORT, "--save-every", "1", "--reward", "constant"]
+    argv += ["--out", str(tmp_path / "i")]
+    with monkeypatch.context() as patch:
+        step = spoiling(interact.ppo.step, 2, lambda policy: policy.student)
+        patch.setattr(interact.ppo, "step", step)
+        line = fails(interact.main, argv, capsys)
+    assert "step 2 made weights that are not finite" in line and "--sharpness-rate" in line
+    assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
+    interact.main(["--resume", "--out", str(tmp_path / "i"), "--sharpness-rate", "0.01"])
+    assert [record["step"] for record in metrics(tmp_path / "i")] == [1, 2, 3, 4]
+
+
 def test_micro_batches_change_only_memory(place, tmp_path):
     argv = ["--corpus", str(place / "corpus.txt"), "--words", "1000", "--dtype", "float32", *SMALL]
     pretrain.main([*argv, "--out", str(tmp_path / "a")])

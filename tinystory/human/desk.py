@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinystory.run.folder import Fields, Record, read_records, timestamp
+from tinystory.run.errors import UserError
+from tinystory.run.folder import Fields, Record, open_bytes, read_records, timestamp
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
@@ -26,6 +27,7 @@ GRADE: Fields = {
     "story": (str,),
     "scores": (dict, type(None)),
 }
+BEGINNING = b'{"key": "'  # of each line that `Desk` writes
 
 
 @dataclass
@@ -37,7 +39,8 @@ class _Story:
 
 
 class Desk:
-    """Grades by `template`, kept in the file `path`."""
+    """Grades by `template`, kept in the file `path`. Raises UserError for a file of something
+    else."""
 
     def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
         self.template, self._clock = template, clock
@@ -48,6 +51,7 @@ class Desk:
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE):
             self._grades[record["key"]] = record
+        _require_grades(path)
         self._journal = Journal(path, durable=True)
         self.close = self._journal.close
 
@@ -114,7 +118,7 @@ class Desk:
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is
-        not possible."""
+        not possible, or if the grade cannot be kept; the story then still waits for one."""
         match action:
             case "grade" | "skip":
                 self._grade(who, request, self._scores(request) if action == "grade" else None)
@@ -152,8 +156,29 @@ class Desk:
         record: Record = dict(
             key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp()
         )
-        self._journal.append(record)
+        try:
+            self._journal.append(record)
+        except UserError as error:
+            raise Refused(
+                f"This grade is not kept yet: {error}. Then give it again.", status=503
+            ) from error
         self._grades[key] = record
         if self._current == key:
             self._current = None
         self._graded = self._clock()
+
+
+def _require_grades(path: Path) -> None:
+    """Raises UserError unless an incomplete last line of the file is the beginning of a grade: a
+    killed process leaves such a line, and opening the journal cuts it off."""
+    if not path.exists():
+        return
+    last_line = b""
+    with open_bytes(path) as file:
+        for line in file:
+            last_line = line
+    cut = last_line.rstrip(b"\0")  # a power cut leaves zeros
+    if not cut.endswith(b"\n") and cut[: len(BEGINNING)] != BEGINNING[: len(cut)]:
+        raise UserError(
+            f"the last line of {path} is no grade, and it has no end: choose another --grades"
+        )

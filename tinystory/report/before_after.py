@@ -42,52 +42,57 @@ class BeforeAfter:
         """A sentence on how the pairs were chosen, and the pairs: the median gain in reward, then
         the quantiles MORE. Only pairs of stories that both end, if there are any; none if no
         opening has two rewards."""
-        after = {record["index"]: record for record in self.after if record["reward"] is not None}
-        scored = [
-            record
-            for record in self.before
-            if record["reward"] is not None and record["index"] in after
-        ]
-        pairs = [(record, after[record["index"]]) for record in scored]
+        after_by_index = {record["index"]: record for record in self.after}
+        pairs: list[Pair] = []
+        for before in self.before:
+            after = after_by_index.get(before["index"])
+            if after is None or before["reward"] is None or after["reward"] is None:
+                continue
+            pairs.append((before, after))
         ended = [pair for pair in pairs if pair[0]["ended"] == pair[1]["ended"] == "eos"]
-        pairs = sorted(
-            ended or pairs, key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"])
-        )
+        pairs = ended or pairs
+        if not pairs:
+            return "", []
+
+        pairs.sort(key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
         ends = " whose stories both end" if ended else ""
         rule = (
             f"The pair with the median gain in reward among {len(pairs)} held-out openings{ends}."
-            if pairs
-            else ""
         )
-        return rule, [
-            pairs[i]
-            for i in dict.fromkeys(int(q * (len(pairs) - 1)) for q in (0.5, *MORE))
-            if pairs
-        ]
+        shown: list[int] = []
+        for quantile in (0.5, *MORE):
+            place = int(quantile * (len(pairs) - 1))
+            if place not in shown:
+                shown.append(place)
+        return rule, [pairs[place] for place in shown]
 
     def table(self) -> list[list[str]]:
         """A header, and a row of means per group of stories."""
-        groups = dict(zip(self.names, (self.before, self.after), strict=True))
-        means = {name: group_means(records) for name, records in groups.items()}
-        shown = [key for key in COLUMNS if any(row.get(key) is not None for row in means.values())]
-        header = [
-            f"{len(self.before)} stories to held-out openings",
-            *(COLUMNS[key] for key in shown),
-        ]
-        return [
-            header,
-            *([name, *(number(row.get(key)) for key in shown)] for name, row in means.items()),
-        ]
+        before_means = group_means(self.before)
+        after_means = group_means(self.after)
+        header = [f"{len(self.before)} stories to held-out openings"]
+        before_row, after_row = ([name] for name in self.names)
+        for key, title in COLUMNS.items():
+            before = before_means.get(key)
+            after = after_means.get(key)
+            if before is None and after is None:
+                continue
+            header.append(title)
+            before_row.append(number(before))
+            after_row.append(number(after))
+        return [header, before_row, after_row]
 
     def tellers(self) -> str:
         """A sentence on the kinds of teller that the student imitates; "" if stories are not told
         apart by kind."""
-        before, after = group_means(self.before), group_means(self.after)
-        kinds = [key for key in before if key.startswith("teller_") and key in after]
-        shifts = (
-            f"{key.removeprefix('teller_')} {before[key]:.0%} → {after[key]:.0%}" for key in kinds
-        )
-        return f"Kinds of teller: {', '.join(shifts)}." if kinds else ""
+        before = group_means(self.before)
+        after = group_means(self.after)
+        shifts = []
+        for key in before:
+            if key.startswith("teller_") and key in after:
+                kind = key.removeprefix("teller_")
+                shifts.append(f"{kind} {before[key]:.0%} → {after[key]:.0%}")
+        return f"Kinds of teller: {', '.join(shifts)}." if shifts else ""
 
     def conclusion(self) -> str:
         """A sentence on the reward; "" if no story has one."""
@@ -96,7 +101,9 @@ class BeforeAfter:
             return ""
         if self.after[0]["step"] == self.before[0]["step"]:
             return f"No evaluation surpassed the student before interaction, with a mean reward of {number(first)}."
-        verb = "rose" if last > first else "fell" if last < first else "stayed"
+        verb = "stayed"
+        if last != first:
+            verb = "rose" if last > first else "fell"
         return f"The mean reward {verb} from {number(first)} before interaction to {number(last)} {self.names[1]}."
 
 
@@ -107,14 +114,21 @@ def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
             evaluations.setdefault(record["step"], []).append(record)
-    best = [
-        record["step"]
-        for record in read_records(run / SAMPLES)
-        if record["when"] == "after" and step is None
-    ]
-    chosen = best[0] if best else max(evaluations, default=0)
-    before, after = evaluations.get(0), evaluations.get(chosen) if best or chosen else None
+    chosen = max(evaluations, default=0)
+    best = best_step(run) if step is None else None
+    if best is None and chosen == 0:
+        return None
+    before = evaluations.get(0)
+    after = evaluations.get(chosen if best is None else best)
     return BeforeAfter(before, after) if before and after else None
+
+
+def best_step(run: Path) -> int | None:
+    """The step of the checkpoint `best` of a finished run."""
+    for record in read_records(run / SAMPLES):
+        if record["when"] == "after":
+            return int(record["step"])
+    return None
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:
@@ -125,15 +139,14 @@ def group_means(records: list[Record]) -> dict[str, float | None]:
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
     """metrics.jsonl's records, after one of step 0 with the means of the evaluation before
-    training, if there is
-    one."""
+    training, if there is one."""
     start = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     if not start:
         return metrics
-    return [
-        {"step": 0} | {f"held_out_{key}": value for key, value in group_means(start).items()},
-        *metrics,
-    ]
+    first: Record = {"step": 0}
+    for key, value in group_means(start).items():
+        first[f"held_out_{key}"] = value
+    return [first, *metrics]
 
 
 def summary(run: Path) -> str:
@@ -146,19 +159,27 @@ def summary(run: Path) -> str:
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
             lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
-    lines += ["", *aligned(comparison.table()), comparison.tellers(), comparison.conclusion()]
+    lines.append("")
+    lines += aligned(comparison.table())
+    lines += [comparison.tellers(), comparison.conclusion()]
     held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
-    lines.append(f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}")
-    best = f"checkpoints/best is the student {comparison.names[1]}: its evaluation is the latest whose mean reward is\n"
-    return "\n".join([*lines, f"{best}within a standard error of the highest."])
+    lines += [
+        f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
+        f"checkpoints/best is the student {comparison.names[1]}: its evaluation is the latest whose "
+        "mean reward is",
+        "within a standard error of the highest.",
+    ]
+    return "\n".join(lines)
 
 
 def grade_line(record: Record) -> str:
     """reward 0.61 (readability 2, coherence 2, creativity 1)."""
-    scores = ", ".join(
-        f"{printable(name)} {score:g}" for name, score in (record["scores"] or {}).items()
-    )
-    return f"reward {number(record['reward'])}" + (f" ({scores})" if scores else "")
+    reward = f"reward {number(record['reward'])}"
+    scores = record["scores"] or {}
+    if not scores:
+        return reward
+    named = ", ".join(f"{printable(name)} {score:g}" for name, score in scores.items())
+    return f"{reward} ({named})"
 
 
 def story_lines(record: Record) -> str:

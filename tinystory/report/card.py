@@ -38,34 +38,49 @@ def model_card(
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
     corpora = [Path(key).name for key in history.get("corpus", [])]  # no private paths
-    licences = [
-        f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}"
-        for key in corpora
-    ]
+    at = json.dumps(name)
+    if revision:
+        at = f"{at}, revision={json.dumps(revision)}"
     paragraphs = [
         f"# {name}",
         f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
-        USE.format(
-            at=json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
-        ),
+        USE.format(at=at),
         f"## What it read\n\n{number(history.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
-        *(_run(source, history) if history else ()),
-        f"## Limits\n\n{LIMITS}",
-        "\n".join(["## Licence of the corpus\n", *(licences or ["Not recorded."])]),
     ]
-    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [tinystory]"]
-    if datasets := [HUB[key][0] for key in corpora if key in HUB]:
-        metadata.append(f"datasets: {json.dumps(datasets)}")
+    if history:
+        paragraphs += _run(source, history)
+    paragraphs.append(f"## Limits\n\n{LIMITS}")
+    licences = ["## Licence of the corpus", ""]
+    for key in corpora:
+        licences.append(f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}")
+    if not corpora:
+        licences.append("Not recorded.")
+    paragraphs.append("\n".join(licences))
+    body = "\n\n".join(paragraphs)
+    return f"---\n{_metadata(corpora)}\n---\n\n{body}\n"
+
+
+def _metadata(corpora: Sequence[str]) -> str:
+    """The Hub's metadata, in YAML."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [tinystory]"]
+    datasets = [HUB[key][0] for key in corpora if key in HUB]
+    if datasets:
+        lines.append(f"datasets: {json.dumps(datasets)}")
     if corpora and set(corpora) <= set(LICENCES):
-        metadata += ["language: en"] + ["license: mit"] * (set(corpora) <= set(BUILTIN))
-    return "\n".join(["---", *metadata, "---", "", *(f"{text}\n" for text in paragraphs)])
+        lines.append("language: en")
+        if set(corpora) <= set(BUILTIN):
+            lines.append("license: mit")
+    return "\n".join(lines)
 
 
 def _run(source: Path, history: Record) -> Iterable[str]:
     """Paragraphs about the run that one of our checkpoints belongs to."""
-    run, step = source.resolve().parents[1], checkpoint.read_counters(source)["step"]
-    config, metrics = read_config(run), [row for row in read_metrics(run) if row["step"] <= step]
-    if bits := [row["val_bits_per_byte"] for row in metrics if row.get("val_bits_per_byte")]:
+    run = source.resolve().parents[1]
+    step = checkpoint.read_counters(source)["step"]
+    config = read_config(run)
+    metrics = [record for record in read_metrics(run) if record["step"] <= step]
+    bits = [record["val_bits_per_byte"] for record in metrics if record.get("val_bits_per_byte")]
+    if bits:
         yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
     if not metrics or "reward_mean" not in metrics[-1]:
         return
@@ -76,7 +91,8 @@ def _run(source: Path, history: Record) -> Iterable[str]:
         f"{number(metrics[-1].get('kl'))} nats per story from the student before. "
         f"{_code(scorer(config))} graded. On stories of known order, it {_plain(verdict(config))}."
     )
-    if (comparison := read_before_after(run, step)) is None:
+    comparison = read_before_after(run, step)
+    if comparison is None:
         return
     yield "## What it scores"
     yield _table(comparison.table())
@@ -95,9 +111,12 @@ def _run(source: Path, history: Record) -> Iterable[str]:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. rows: the header, then the others."""
-    header, *rest = ([_plain(cell) for cell in row] for row in rows)
-    lines = header, ["---"] * len(header), *rest
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = []
+    for row in rows:
+        cells = " | ".join(_plain(cell) for cell in row)
+        lines.append(f"| {cells} |")
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines)
 
 
 def _plain(text: object) -> str:

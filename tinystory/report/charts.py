@@ -3,7 +3,7 @@ sparkline for terminals."""
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike
 
 Span: TypeAlias = tuple[float, float]  # low and high end of an axis
 Size: TypeAlias = tuple[int, int]  # width and height in pixels
-ToPixels: TypeAlias = Callable[[ArrayLike], Any]
 
 POINTS = 60  # points per curve: single steps of a long run are noise
 SIZE = (340, 210)  # default
@@ -46,9 +45,8 @@ svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 
 
 def palette() -> str:
-    light, dark = (
-        "".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1)
-    )
+    light = "".join(f"--{name}: {colour}; " for name, (colour, _) in COLOURS.items())
+    dark = "".join(f"--{name}: {colour}; " for name, (_, colour) in COLOURS.items())
     return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
@@ -65,20 +63,27 @@ class Line:
 
     def points(self) -> np.ndarray:
         """float64 (3, n): x, y and error (nan: none) of the points that have both coordinates."""
-        table = np.array([self.x, self.y, self.errors or [None] * len(self.y)], dtype=float)
-        return table[:, ~np.isnan(table[:2]).any(0)]
+        errors = self.errors or [None] * len(self.y)
+        table = np.array([self.x, self.y, errors], dtype=float)
+        has_both = ~np.isnan(table[:2]).any(0)
+        return table[:, has_both]
 
-    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x and y of the points to draw, and y values that the axis must show."""
-        along, values, errors = self.points()
-        x, y = thin(along), thin(values)
+    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """x and y of the points to draw."""
+        x, y, _ = self.points()
+        return thin(x), thin(y)
+
+    def extent(self) -> np.ndarray:
+        """y values that the axis must show."""
+        _, values, errors = self.points()
+        y = thin(values)
         if len(y) < 8:
             ends = np.concatenate([values - errors, values + errors])
-            return x, y, np.concatenate([y, ends[~np.isnan(ends)]])
+            return np.concatenate([y, ends[~np.isnan(ends)]])
         # The axis shows the central 98 % of the values and hardly more: a single outlier would
         # flatten the rest.
         low, high = np.quantile(values, [0.01, 0.99])
-        return x, y, np.clip(y, 2 * low - high, 2 * high - low)
+        return np.clip(y, 2 * low - high, 2 * high - low)
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
@@ -96,20 +101,11 @@ def ticks(low: float, high: float) -> list[float]:
     while True:
         for multiple in (5, 2, 1):
             step = multiple * 10.0 ** (power - 1)
-            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            first = math.ceil(low / step - 1e-9)
+            last = math.floor(high / step + 1e-9)
             if last - first >= 2:
                 return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
         power -= 1
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; if more than 8, only
-    the powers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [
-        m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001
-    ]
-    return marks if len(marks) <= 8 else [mark for mark in marks if math.log10(mark).is_integer()]
 
 
 def tick_names(values: Sequence[float]) -> list[str]:
@@ -126,12 +122,7 @@ def number(value: float | None) -> str:
         return "\N{EN DASH}"
     size = abs(value)
     if size >= 99_950:
-        unit, name = next(
-            (unit, name)
-            for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-            if size >= unit * 0.9995
-        )
-        return f"{value / unit:.3g}{name}" if size < unit * 1000 else f"{value / unit:,.0f}{name}"
+        return large_number(value)
     if size >= 999.5 or value == int(value):
         return f"{value:,.0f}"
     if size < 0.001:
@@ -139,85 +130,120 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def large_number(value: float) -> str:
+    size = abs(value)
+    unit, letter = 1e3, "k"
+    if size >= 0.9995e9:
+        unit, letter = 1e9, "B"
+    elif size >= 0.9995e6:
+        unit, letter = 1e6, "M"
+    digits = ".3g" if size < unit * 1000 else ",.0f"
+    return f"{value / unit:{digits}}{letter}"
+
+
+@dataclass
+class Axes:
+    """Where values lie in a chart, in pixels. x, y: the ranges shown; right, bottom: the corner of
+    the plotting area opposite to (LEFT, TOP)."""
+
+    x: Span
+    y: Span
+    right: float
+    bottom: float
+
+    def across(self, values: ArrayLike) -> Any:
+        low, high = self.x
+        return LEFT + (np.asarray(values) - low) / (high - low) * (self.right - LEFT)
+
+    def down(self, values: ArrayLike) -> Any:
+        low, high = self.y
+        return TOP + (high - np.clip(values, low, high)) / (high - low) * (self.bottom - TOP)
+
+
 def chart(
     title: str,
     lines: Sequence[Line],
     y_range: Span | None = None,
     x_name: str = "step",
-    log_x: bool = False,
     size: Size = SIZE,
 ) -> str:
-    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the curves.
-    log_x: all x > 0."""
+    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the
+    curves."""
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
-    x, curves = (
-        np.concatenate([line.points()[0] for line in lines]),
-        [line.curve() for line in lines],
-    )
-    x_low, x_high = x.min(), x.max()
-    if x_high == x_low:
-        x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
-    x_ticks = (
-        log_ticks(x_low, x_high)
-        if log_x
-        else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
-    )
-    y_low, y_high = y_range or padded_range(np.concatenate([extent for _, _, extent in curves]))
-    y_ticks, name_length = ticks(y_low, y_high), max(len(line.name) for line in lines)
-    end, bottom = (
-        size[0] - (max(86, 50 + 7 * name_length) if name_length else RIGHT),
-        size[1] - BOTTOM,
-    )
-    scale = np.log10 if log_x else np.asarray
+    width, height = size
+    all_x = np.concatenate([line.points()[0] for line in lines])
+    x_low, x_high = all_x.min(), all_x.max()
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+    if y_range is None:
+        y_range = padded_range(np.concatenate([line.extent() for line in lines]))
+    longest_name = max(len(line.name) for line in lines)
+    label_width = max(86, 50 + 7 * longest_name) if longest_name else RIGHT
+    axes = Axes((x_low, x_high), y_range, width - label_width, height - BOTTOM)
 
-    def across(values: ArrayLike) -> Any:  # in pixels
-        return LEFT + (scale(values) - scale(x_low)) / (scale(x_high) - scale(x_low)) * (end - LEFT)
-
-    def down(values: ArrayLike) -> Any:
-        return TOP + (y_high - np.clip(values, y_low, y_high)) / (y_high - y_low) * (bottom - TOP)
-
-    parts = []
-    for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
-        parts.append(f'<path class="grid" d="M{LEFT},{down(tick):.1f}H{end}"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{name}</text>'
-        )
-    for tick in x_ticks:
-        parts.append(
-            f'<text x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>'
-        )
+    parts = grid(axes)
     parts.append(
-        f'<text x="{end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>'
+        f'<text x="{axes.right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>'
     )
-    labels = []
-    for line, (along, up, _) in zip(lines, curves, strict=True):
-        parts += draw(line, across, down, along, up)
-        labels.append(
-            (float(down(up[-1])), line.colour, f"{line.name} {number(float(up[-1]))}".strip())
-        )
-    lowest = -math.inf
-    for y, colour, text in sorted(labels):
-        lowest = max(y + 4, lowest + 13)  # below the label above
-        place = f'style="--tint: var(--{colour})" x="{end + 7}" y="{lowest:.1f}"'
-        parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
+    for line in lines:
+        parts += draw(line, axes)
+    parts += labels(lines, axes)
     return svg(title, size, parts)
 
 
-def draw(line: Line, across: ToPixels, down: ToPixels, x: np.ndarray, y: np.ndarray) -> list[str]:
+def grid(axes: Axes) -> list[str]:
+    """SVG elements of the horizontal lines and the ticks' names."""
+    parts = []
+    y_ticks = ticks(*axes.y)
+    for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
+        y = axes.down(tick)
+        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{axes.right}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
+    for tick in ticks(*axes.x):
+        if tick == int(tick):
+            x = axes.across(tick)
+            parts.append(
+                f'<text x="{x:.1f}" y="{axes.bottom + 16}" text-anchor="middle">{number(tick)}</text>'
+            )
+    return parts
+
+
+def labels(lines: Sequence[Line], axes: Axes) -> list[str]:
+    """SVG elements of the lines' names and last values, at their right ends, below each other."""
+    ends = []
+    for line in lines:
+        _, y = line.drawn()
+        text = f"{line.name} {number(float(y[-1]))}".strip()
+        ends.append((float(axes.down(y[-1])), line.colour, text))
+    parts = []
+    lowest = -math.inf
+    for end, colour, text in sorted(ends):
+        lowest = max(end + 4, lowest + 13)
+        place = f'style="--tint: var(--{colour})" x="{axes.right + 7}" y="{lowest:.1f}"'
+        parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
+    return parts
+
+
+def draw(line: Line, axes: Axes) -> list[str]:
     """SVG elements of a line: error bars, the curve, and dots if it has few points."""
     parts = [f'<g style="--tint: var(--{line.colour})">']
-    table = line.points()
-    for at, value, error in table[:, ~np.isnan(table[2])].T:
-        a, b, c = across(at), down(value - error), down(value + error)
-        shape = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
-        parts.append(f'<path class="error" d="{shape}"/>')
-    points = [*zip(across(x), down(y), strict=True)]
-    parts.append(f'<path class="line" d="M{"L".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
+    for x, y, error in line.points().T:
+        if not np.isnan(error):
+            at, low, high = axes.across(x), axes.down(y - error), axes.down(y + error)
+            shape = (
+                f"M{at:.1f},{low:.1f}V{high:.1f}M{at - 3:.1f},{low:.1f}h6M{at - 3:.1f},{high:.1f}h6"
+            )
+            parts.append(f'<path class="error" d="{shape}"/>')
+    drawn_x, drawn_y = line.drawn()
+    points = [*zip(axes.across(drawn_x), axes.down(drawn_y), strict=True)]
+    path = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts.append(f'<path class="line" d="M{path}"/>')
     if len(points) <= 12:
-        parts += [f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in points]
-    return [*parts, "</g>"]
+        parts += [f'<circle class="dot" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in points]
+    parts.append("</g>")
+    return parts
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:
@@ -226,52 +252,25 @@ def svg(title: str, size: Size, parts: Sequence[str]) -> str:
     return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
-    """An SVG of horizontal bars. rows: name, positive value, standard error; highlighted: a
-    name."""
-    left, scale = 12 + 7 * max(len(name) for name, _, _ in rows), max(value for _, value, _ in rows)
-    parts = []
-    for i, (name, value, error) in enumerate(rows):
-        y, length = 26 * i + 28, (540 - left) * value / scale
-        parts.append(f'<text x="0" y="{y + 12}">{html.escape(name)}</text>')
-        colour = "reward" if name == highlighted else "grey"
-        path = f'class="dot" style="--tint: var(--{colour})" d="M{left},{y}h{length:.1f}v16h-{length:.1f}Z"'
-        parts.append(
-            f'<path {path}/><text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>'
-        )
-    return svg(title, (640, 26 * len(rows) + 30), parts)
-
-
 def padded_range(values: np.ndarray) -> Span:
     """The range of the values with a margin; from 0 if they begin just above it."""
     low, high = float(values.min()), float(values.max())
     level = abs(high) if abs(high) > 1e-300 else 0.0
-    constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
-    margin = (level * 0.1 or 1.0) if constant else (high - low) * 0.06
-    return (low - margin if low < 0 or low > margin else 0.0, high + margin)
-
-
-def standalone(drawing: str) -> str:
-    """A chart as the text of an .svg file, for a README; it also follows light and dark mode."""
-    start = '<svg xmlns="http://www.w3.org/2000/svg" '
-    return (
-        drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1)
-        + "\n"
-    )
+    is_constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
+    margin = (high - low) * 0.06
+    if is_constant:
+        margin = level * 0.1 or 1.0
+    starts_at_zero = 0 <= low <= margin
+    return (0.0 if starts_at_zero else low - margin, high + margin)
 
 
 def text_curve(values: Sequence[float | None], width: int = 60) -> str:
     """Block characters, ▁ for the lowest value to █ for the highest, at most `width`; "" without
     values."""
-    y = thin(
-        np.array(
-            [value for value in values if value is not None and math.isfinite(value)], dtype=float
-        ),
-        width,
-    )
-    if not len(y):
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
         return ""
+    y = thin(np.array(finite, dtype=float), width)
     span = y.max() - y.min()
-    return "".join(
-        "▁▂▃▄▅▆▇█"[round(v)] for v in ((y - y.min()) / span * 7 if span else np.full(len(y), 3.0))
-    )
+    heights = (y - y.min()) / span * 7 if span else np.full(len(y), 3.0)
+    return "".join("▁▂▃▄▅▆▇█"[round(height)] for height in heights)

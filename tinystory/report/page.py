@@ -21,9 +21,14 @@ def write(
 ) -> Path:
     """Write a self-contained page of the non-empty sections, and return its path. Text is HTML.
     reload_s: 0 means never."""
-    style, body = charts.palette() + charts.STYLE + STYLE, "\n".join(filter(None, sections))
     reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
-    text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body, reload=reload)
+    text = PAGE.format(
+        name=title,
+        style=charts.palette() + charts.STYLE + STYLE,
+        subtitle=subtitle,
+        sections="\n".join(filter(None, sections)),
+        reload=reload,
+    )
     atomic_write(path, text.encode("utf-8", "replace"))  # text of a model may hold lone surrogates
     return path
 
@@ -48,16 +53,22 @@ def grid(drawings: Sequence[str]) -> str:
 def cluster_bar(sizes: Sequence[int], step: int) -> str:
     """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes:
     descending."""
-    clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
-    blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST])
-    if rest := sum(sizes[LARGEST:]):
-        blocks += f'<i class="rest" style="flex-grow: {rest}"></i>'
+    blocks = [f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST]]
+    rest = sum(sizes[LARGEST:])
+    if rest:
+        blocks.append(f'<i class="rest" style="flex-grow: {rest}"></i>')
+    clusters = count(len(sizes), "cluster")
+    stories = count(sum(sizes), "story", "stories")
     caption = f"Step {number(step)}: {clusters} in {stories}, the largest of {sizes[0]}"
-    return f'<figure class="clusters"><figcaption>{caption}</figcaption><div class="parts">{blocks}</div></figure>'
+    return (
+        f'<figure class="clusters"><figcaption>{caption}</figcaption>'
+        f'<div class="parts">{"".join(blocks)}</div></figure>'
+    )
 
 
 def count(n: int, one: str, many: str = "") -> str:
-    return f"{number(n)} {one if n == 1 else many or one + 's'}"
+    name = one if n == 1 else many or f"{one}s"
+    return f"{number(n)} {name}"
 
 
 def duration(seconds: float) -> str:
@@ -80,15 +91,16 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text, escaped here; the first column holds the row headers."""
+    if not rows:
+        return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in rows
-    )
+    body = ""
+    for first, *rest in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        body += f"<tr><th>{escape(first)}</th>{cells}</tr>"
     return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        if rows
-        else ""
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -96,21 +108,32 @@ def story_card(record: Record, title: str) -> str:
     """A story after its opening. record: opening, story; optionally scores, reward, words, ended,
     reply."""
     opening, story = record["opening"], record["story"]
-    gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
+    follows_directly = re.match(r"\s|[.,!?;:]|$", story)
+    gap = "" if not opening or opening[-1].isspace() or follows_directly else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
-    reward, words, reply = (record.get(key) for key in ("reward", "words", "reply"))
-    scores = (f"{clip(name, 80)} {score:g}" for name, score in (record.get("scores") or {}).items())
-    notes = [
-        "no score" if reward is None else f"reward {reward:.3f}",
-        ", ".join(scores),
-        "" if words is None else f"{number(words)} words",
-        "cut off at the length limit" if record.get("ended") == "length" else "",
-        f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",
-    ]
+    notes = " · ".join(story_notes(record))
     return (
-        f"<article><header><strong>{escape(title)}</strong> {' · '.join(filter(None, notes))}</header>"
+        f"<article><header><strong>{escape(title)}</strong> {notes}</header>"
         f'<p class="story"><em>{clip(opening)}</em>{text}</p></article>'
     )
+
+
+def story_notes(record: Record) -> list[str]:
+    """What is known of a story besides its text, as HTML."""
+    reward = record.get("reward")
+    words = record.get("words")
+    reply = record.get("reply")
+    scores = record.get("scores") or {}
+    notes = ["no score" if reward is None else f"reward {reward:.3f}"]
+    if scores:
+        notes.append(", ".join(f"{clip(name, 80)} {score:g}" for name, score in scores.items()))
+    if words is not None:
+        notes.append(f"{number(words)} words")
+    if record.get("ended") == "length":
+        notes.append("cut off at the length limit")
+    if reward is None and reply:
+        notes.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
+    return notes
 
 
 def clip(text: str, limit: int = LONGEST) -> str:

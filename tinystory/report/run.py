@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -47,14 +48,9 @@ KEYS = "Keys of metrics.jsonl."
 DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
 # shown by their last value; the others by their sum
 LATEST = ("words_in", "words_out", "teacher_cost")
-SUMMED = (
-    *(f"{part}_s" for part in PARTS),
-    "unscored",
-    "teacher_requests",
-    "teacher_retries",
-    "teacher_cached",
-)
-SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
+SUMMED = [f"{part}_s" for part in PARTS]
+SUMMED += "unscored teacher_requests teacher_retries teacher_cached".split()
+SUMMED += "teacher_tokens_in teacher_tokens_out".split()
 PRETRAINING_CURVES = {
     "val_bits_per_byte": "Validation, bits per byte",
     "lr": "Learning rate",
@@ -72,10 +68,11 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
 
     def update() -> None:
         nonlocal due
-        if writes and (start := time.monotonic()) >= due:
+        start = time.monotonic()
+        if writes and start >= due:
             write_report(run, live=True)
-            # at most a twentieth of the run's time
-            due = start + max(RELOAD_S, 20 * (time.monotonic() - start))
+            seconds = time.monotonic() - start
+            due = start + max(RELOAD_S, 20 * seconds)  # at most a twentieth of the run's time
 
     try:
         yield update
@@ -88,50 +85,61 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     """Write report.html into a run's folder, finished or not, and return its path. live: the page
     reloads itself."""
     folder = Path(run_folder)
-    metrics, config = read_metrics(folder), read_config(folder)
+    metrics = read_metrics(folder)
+    config = read_config(folder)
+    target = number_option(config, "kl_target") or math.inf
+    sections: list[str] = []
+    for step, sentence in CollapseDetector(metrics, target).warnings.values():
+        warning = f"<b>From step {number(step)}:</b> {escape(sentence)}"
+        sections.insert(0, f'<p class="warning">{warning}</p>')
     if not metrics:
-        sections = ['<p class="note">No step is recorded yet.</p>']
-    elif "reward_mean" in metrics[-1]:
-        sections = interaction(folder, metrics, config)
+        sections.append('<p class="note">No step is recorded yet.</p>')
+    elif is_interaction(metrics):
+        sections += interaction(folder, metrics, config)
     else:
-        sections = pretraining(metrics)
+        sections += pretraining(metrics)
     if config:
-        rest = [item for item in config.items() if item[0] not in ("options", MARK)]
-        sections.append(
-            details("How it was run", "", page.facts([*config["options"].items(), *rest]))
-        )
-    for step, sentence in CollapseDetector(
-        metrics, number_option(config, "kl_target") or math.inf
-    ).warnings.values():
-        sections.insert(
-            0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>'
-        )
-    title, note = heading(folder, metrics, config)
-    note += f" · {remaining(metrics, config)}" * live
-    return page.write(folder / "report.html", title, note, sections, RELOAD_S * live)
+        rest = [(name, value) for name, value in config.items() if name not in ("options", MARK)]
+        facts = page.facts([*config["options"].items(), *rest])
+        sections.append(details("How it was run", "", facts))
+    title = heading(metrics, config)
+    note = origin(folder, metrics, config)
+    if live:
+        note = f"{note} · {remaining(metrics, config)}"
+    reload_s = RELOAD_S if live else 0
+    return page.write(folder / "report.html", title, note, sections, reload_s)
 
 
-def heading(folder: Path, metrics: list[Record], config: Record) -> tuple[str, str]:
-    """The title (student, teacher, corpus) and the note (folder, step, device, start), as HTML."""
+def is_interaction(metrics: list[Record]) -> bool:
+    return bool(metrics) and "reward_mean" in metrics[-1]
+
+
+def heading(metrics: list[Record], config: Record) -> str:
+    """The page's title as HTML: student, teacher, corpus."""
     student = config.get("options", {}).get("student")
-    size, corpus = (
-        (student.get("parameters"), student.get("corpus"))
-        if isinstance(student, dict)
-        else (None, None)
-    )
+    if not isinstance(student, dict):
+        student = {}
+    size = student.get("parameters")
+    corpus = student.get("corpus")
     name = f"A student of {number(size)} parameters" if type(size) is int else "A student"
-    read = (
-        ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else "a corpus"
-    )
-    interacts = bool(metrics) and "reward_mean" in metrics[-1]
-    stage = f"taught by {scorer(config) or 'scores'} after reading" if interacts else "reading"
-    notes = [
-        folder.resolve().name,
-        *(page.count(record["step"], "step") for record in metrics[-1:]),
-    ]
+    stage = "reading"
+    if is_interaction(metrics):
+        stage = f"taught by {scorer(config) or 'scores'} after reading"
+    read = "a corpus"
+    if isinstance(corpus, list):
+        read = ", ".join(Path(str(part)).name for part in corpus)
+    return escape(f"{name}, {stage} {read}")
+
+
+def origin(folder: Path, metrics: list[Record], config: Record) -> str:
+    """The line under the title as HTML: folder, step, device, start."""
+    notes = [folder.resolve().name]
+    if metrics:
+        notes.append(page.count(metrics[-1]["step"], "step"))
     if config:
-        notes += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
-    return escape(f"{name}, {stage} {read}"), escape(" · ".join(notes))
+        minute = config["started"][:16].replace("T", " ")
+        notes += [config["device"], f"{minute} UTC"]
+    return escape(" · ".join(notes))
 
 
 def number_option(config: Record, name: str) -> float | None:
@@ -142,16 +150,28 @@ def number_option(config: Record, name: str) -> float | None:
 def remaining(metrics: list[Record], config: Record) -> str:
     """The state of an unfinished run, with the time left if the pace of its RECENT steps is
     known."""
-    recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
-    words, speed = last.get("words"), mean_of(column(recent, "tokens_per_s"))
-    if "reward_mean" in last and (steps := number_option(config, "steps")):
+    seconds = seconds_left(metrics, config)
+    return "running" if seconds is None else f"running, about {page.duration(seconds)} left"
+
+
+def seconds_left(metrics: list[Record], config: Record) -> float | None:
+    if not metrics:
+        return None
+    recent = metrics[-RECENT:]
+    last = metrics[-1]
+    if is_interaction(metrics):
+        steps = number_option(config, "steps")
+        if not steps:
+            return None
         seconds = sum(record.get(f"{part}_s") or 0 for part in PARTS for record in recent)
-        left = (steps - last["step"]) * seconds / len(recent)
-    elif words and speed and (total := number_option(config, "words")):
-        left = (total / words - 1) * (last.get("tokens") or 0) / speed
-    else:
-        return "running"
-    return f"running, about {page.duration(left)} left"
+        return (steps - last["step"]) * seconds / len(recent)
+    words = number_option(config, "words")
+    tokens_per_s = mean_of(column(recent, "tokens_per_s"))
+    if not words or not last.get("words") or not tokens_per_s:
+        return None
+    words_left = words - last["words"]
+    tokens_per_word = (last.get("tokens") or 0) / last["words"]
+    return words_left * tokens_per_word / tokens_per_s
 
 
 # ---- an interaction run --------------------------------------------------------------------------
@@ -160,55 +180,63 @@ def remaining(metrics: list[Record], config: Record) -> str:
 def scorer(config: Record) -> str:
     """The name of the model or callable that scored the stories; "" if it is not recorded."""
     options = config.get("options", {})
-    teacher, scored_by = options.get("teacher"), options.get("scored_by")
+    teacher = options.get("teacher")
     if isinstance(teacher, dict) and teacher.get("model"):
         return str(teacher["model"])
+    scored_by = options.get("scored_by")
     return Path(scored_by).name if isinstance(scored_by, str) else ""
 
 
 def verdict(config: Record) -> str:
     """The result of calibrating the scorer before the run, as a clause."""
     calibration = config.get("options", {}).get("calibration")
-    return (
-        str(calibration.get("verdict"))
-        if isinstance(calibration, dict)
-        else "was not calibrated before the run"
-    )
+    if not isinstance(calibration, dict):
+        return "was not calibrated before the run"
+    return str(calibration.get("verdict"))
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    first, last, unscored, criteria = digest(read_stories(folder))
-    curves, by = from_start(folder, metrics), scorer(config)
-    scores = []
-    for name in criteria:
-        line = curve(metrics, f"{name}_mean", name if name in COLOURS else "plain")
-        scores.append(chart(printable(name.replace("_", " ").capitalize()), [line], (0, TOP_SCORE)))
-    without = "The teacher returned no valid score for these, so they were left out of the update. The first ones:"
-    return [
+    stories = digest(read_stories(folder))
+    curves = from_start(folder, metrics)
+    name = scorer(config)
+    scored_by = f"Scored by {name}. It {verdict(config)}." if name else ""
+    left_out = (
+        "The teacher returned no valid score for these, so they were left out of the update. The "
+        "first ones:"
+    )
+    sections = [
         first_screen(metrics, curves, read_before_after(folder)),
-        sameness(curves, first, last),
-        section(
-            "Scores", escape(f"Scored by {by}. It {verdict(config)}.") if by else "", grid(scores)
-        ),
+        sameness(curves, stories),
+        section("Scores", escape(scored_by), grid(criterion_charts(metrics, stories.criteria))),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
-        *findings_sections(folder),
+    ]
+    sections += findings_sections(folder)
+    diagnostics = curve_charts(metrics, {key: key for key in DIAGNOSTICS})
+    sections += [
         details(
             "Samples of the last step",
             "Drawn at random, whatever their reward.",
-            cards(drawn(last)),
+            cards(drawn(stories.last)),
         ),
-        details("Stories without a score", without, cards(unscored)),
-        details(
-            "PPO diagnostics", KEYS, grid(curve_charts(metrics, {key: key for key in DIAGNOSTICS}))
-        ),
+        details("Stories without a score", left_out, cards(stories.unscored)),
+        details("PPO diagnostics", KEYS, grid(diagnostics)),
         details("Time, words and requests", KEYS, page.facts(totals(metrics))),
     ]
+    return sections
+
+
+def criterion_charts(metrics: list[Record], criteria: tuple[str, ...]) -> list[str]:
+    charts = []
+    for name in criteria:
+        colour = name if name in COLOURS else "plain"
+        title = printable(name.replace("_", " ").capitalize())
+        charts.append(chart(title, [curve(metrics, f"{name}_mean", colour)], (0, TOP_SCORE)))
+    return charts
 
 
 def cards(records: Iterable[Record]) -> str:
-    return block(
-        "cards", "".join(story_card(record, f"Step {number(record['step'])}") for record in records)
-    )
+    articles = [story_card(record, f"Step {number(record['step'])}") for record in records]
+    return block("cards", "".join(articles))
 
 
 def first_screen(
@@ -218,29 +246,32 @@ def first_screen(
         curve(metrics, "reward_mean", "plain", name="training"),
         curve(curves, "held_out_reward", "reward", name="held out"),
     ]
-    right = chart("Mean reward", lines, size=HERO)
+    figure = chart("Mean reward", lines, size=HERO)
     if comparison is None:
-        return block("hero", f"<div>{right}</div>")
+        return block("hero", f"<div>{figure}</div>")
+
     rule, pairs = comparison.typical()
-    names = [name.capitalize() for name in comparison.names]
-    first, *more = [block("pair", "".join(map(story_card, pair, names))) for pair in pairs] or [""]
-    others = details("The largest loss, and the quartiles of the gain", "", "".join(more))
-    header, *rows = comparison.table()
-    right += page.table(header, rows) + f'<p class="note">{escape(comparison.tellers())}</p>'
-    left = (
-        f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{first}{others}'
+    titles = [name.capitalize() for name in comparison.names]
+    blocks = [block("pair", "".join(map(story_card, pair, titles))) for pair in pairs]
+    typical = "".join(blocks[:1])
+    others = "".join(blocks[1:])
+    stories = (
+        f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{typical}'
+        + details("The largest loss, and the quartiles of the gain", "", others)
     )
-    return block("hero", f"<div>{left}</div><div>{right}</div>")
+    header, *rows = comparison.table()
+    means = page.table(header, rows)
+    tellers = f'<p class="note">{escape(comparison.tellers())}</p>'
+    return block("hero", f"<div>{stories}</div><div>{figure}{means}{tellers}</div>")
 
 
-def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> str:
-    ends = [first] * (first is not last) + [last]
-    steps = [
-        (cluster_sizes([r["story"] for r in records]), records[0]["step"])
-        for records in ends
-        if records
-    ]
-    bars = "".join(page.cluster_bar(*step) for step in steps)
+def sameness(metrics: list[Record], stories: "Digest") -> str:
+    steps = [stories.last] if stories.first is stories.last else [stories.first, stories.last]
+    bars = ""
+    for records in steps:
+        if records:
+            sizes = cluster_sizes([record["story"] for record in records])
+            bars += page.cluster_bar(sizes, records[0]["step"])
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
@@ -253,35 +284,44 @@ def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> 
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
-    values = {key: column(metrics, key)[-1] for key in LATEST}
-    values |= {key: sum(value or 0 for value in column(metrics, key)) for key in SUMMED}
+    values: dict[str, float | None] = {key: column(metrics, key)[-1] for key in LATEST}
+    for key in SUMMED:
+        values[key] = sum(value or 0 for value in column(metrics, key))
     return [(key, number(value)) for key, value in values.items() if value]
 
 
-def digest(
-    stories: Iterable[Record],
-) -> tuple[list[Record], list[Record], list[Record], tuple[str, ...]]:
-    """The stories of the first and the last step (one list if they are the same), the first
-    UNSCORED without a score, and the criteria. Only these are held in memory."""
-    first, last, unscored = list[Record](), list[Record](), list[Record]()
-    criteria: tuple[str, ...] = ()  # the last ones: a resume may bring another --teacher-prompt
-    for _, step in groupby(stories, lambda record: record["step"]):
-        last = [*step]
-        first = first or last
-        unscored += [record for record in last if record["reward"] is None][
-            : UNSCORED - len(unscored)
-        ]
-        criteria = next(
-            (tuple(record["scores"]) for record in reversed(last) if record["scores"]), criteria
-        )
-    return first, last, unscored, criteria
+@dataclass
+class Digest:
+    """What the report needs of a run's stories, which are too many for memory: those of the first
+    and the last step (one list if they are the same), the first UNSCORED without a score, and the
+    criteria."""
+
+    first: list[Record] = field(default_factory=list)
+    last: list[Record] = field(default_factory=list)
+    unscored: list[Record] = field(default_factory=list)
+    criteria: tuple[str, ...] = ()
+
+
+def digest(stories: Iterable[Record]) -> Digest:
+    result = Digest()
+    for _, records in groupby(stories, lambda record: record["step"]):
+        result.last = list(records)
+        result.first = result.first or result.last
+        for record in result.last:
+            if record["reward"] is None and len(result.unscored) < UNSCORED:
+                result.unscored.append(record)
+            if record["scores"]:  # the last ones: a resume may bring another --teacher-prompt
+                result.criteria = tuple(record["scores"])
+    return result
 
 
 def drawn(stories: Iterable[Record]) -> list[Record]:
     """RANDOM stories, the same ones at each call."""
-    return sorted(stories, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[
-        :RANDOM
-    ]
+
+    def random_key(record: Record) -> int:
+        return crc32(b"%d %d" % (record["step"], record["index"]))
+
+    return sorted(stories, key=random_key)[:RANDOM]
 
 
 # ---- a pretraining run ---------------------------------------------------------------------------
@@ -306,7 +346,8 @@ def pretraining(metrics: list[Record]) -> list[str]:
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
     """The numbers of a key; None for anything else, as a server may have sent."""
-    return [value if type(value := record.get(key)) in (int, float) else None for record in metrics]
+    values = [record.get(key) for record in metrics]
+    return [value if type(value) in (int, float) else None for value in values]
 
 
 def curve(

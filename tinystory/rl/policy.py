@@ -9,7 +9,7 @@ from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
@@ -17,9 +17,14 @@ from tinystory.ops.compute import Compute
 from tinystory.rl.learners import LEARNERS
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run import distributed
-from tinystory.student import checkpoint
+from tinystory.student import checkpoint, hf
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
+
+# What to do when an update makes weights that are not finite.
+TOO_LARGE = (
+    "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
+)
 
 
 @dataclass
@@ -112,20 +117,26 @@ class Policy:
             words_out_before = history.get("interaction_words_out", 0)
             history["interaction_words_in"] = words_in_before + state.words_in
             history["interaction_words_out"] = words_out_before + state.words_out
-        tensors = checkpoint.pack_optimizer(self.optimizer)
-        for name, tensor in self.critic.state_dict().items():
-            tensors[f"critic.{name}"] = tensor
-        tensors |= self.score_model.tensors()
         checkpoint.save(
             folder,
             self.student,
             self.tokenizer,
             history=history,
-            state=tensors,
+            state=self.trainer_state(),
             counters=asdict(state),
             replace=replace,
         )
         checkpoint.drop_older(folder)
+
+    def trainer_state(self) -> dict[str, Tensor]:
+        """What a bit-exact resume needs besides the student."""
+        tensors = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        return tensors | self.score_model.tensors()
+
+    def require_finite(self, step: int) -> None:
+        """Raises UserError if the step made weights that no run can go on from."""
+        hf.require_finite(step, self.student, self.trainer_state(), TOO_LARGE)
 
     def restore(self, folder: Path) -> RunState:
         checkpoint.restore(self.student, folder)

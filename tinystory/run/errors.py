@@ -39,6 +39,8 @@ NO_MEMORY = re.compile(
 ADVICE = {
     errno.EACCES: "ask its owner for the right to it, or choose another folder",
     errno.EROFS: "choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --teacher-concurrency",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "free some space or choose another folder",

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import IO, Any, TypeAlias
 from filelock import FileLock, Timeout
 
 from tinystory import __version__
+from tinystory.run.credentials import redacted
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.journal import Journal
 from tinystory.run.paths import ROOT, hint
@@ -102,6 +104,20 @@ def require_writable(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
+def require_output(path: Path) -> None:
+    """`require_writable` for a file or a new folder that the user names. Also raises UserError for
+    what a run keeps under that name, and for anything among a run's checkpoints."""
+    folder = path.parent.resolve()
+    names = (*FIELDS, "report.html", LOCK, "checkpoints")
+    of_run = path.name in names or path.name.endswith("replies.jsonl")
+    refused = of_run and holds_run(folder)
+    for parent in (folder, *folder.parents):
+        refused |= parent.name == "checkpoints" and holds_run(parent.parent)
+    if refused:
+        raise UserError(f"{path} is among the files of a run: choose another place")
+    require_writable(path)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -115,6 +131,25 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A path at which the block makes a folder, which becomes `folder`, a new one, when the block
+    ends without an error. What a killed process left half-written there is removed first. Raises
+    UserError if it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -140,7 +175,12 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
             raise UserError(
                 f"{folder} already holds a run: continue it with --resume or choose another --out"
             )
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
+        try:
+            path.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n"
+            )
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -223,7 +263,7 @@ class RunLog(contextlib.ExitStack):
         record = dict(
             options=options, **machine, started=before.get("started", at), resumed=resumed
         )
-        text = without_passwords(json.dumps(record, default=str))
+        text = redacted(without_passwords(json.dumps(record, default=str)))
         recorded = json.loads(text)
         write_config(self.folder, recorded)
         # each resume continues the same run there

@@ -5,6 +5,7 @@ untrusted: only JSON and safetensors are opened, sizes are checked before anythi
 only GPT-2's exact layout is accepted."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -47,6 +48,7 @@ FILES = {
 }
 # the largest number of float16; below it no forward pass overflows float32
 LARGEST_WEIGHT = 65504.0
+PROBE = 64  # tokens of the sequence with which `require_finite` tries a student
 FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
@@ -64,9 +66,9 @@ def download(address: str) -> Path:
     """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging
     Face Hub."""
     name, _, revision = address.removeprefix("hub:").partition("@")
-    return hub.download(
-        name, ("config.json", *FILES), repo_type="model", revision=revision or None
-    )[0].parent
+    files = ("config.json", *FILES)
+    paths = hub.download(name, files, repo_type="model", revision=revision or None)
+    return paths[0].parent
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -75,6 +77,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def require_finite(
+    step: int, student: Student, state: Mapping[str, torch.Tensor], advice: str
+) -> None:
+    """Raises UserError if the step made weights that `read_student` would refuse or that give no
+    finite logits, or a trainer's state that is not finite, so that no checkpoint holds what no run
+    can go on from. advice: which options to change."""
+    largest_weight = torch.nn.utils.get_total_norm(student.parameters(), math.inf)
+    largest_state = torch.nn.utils.get_total_norm(state.values(), math.inf)
+    length = min(student.config.context, student.config.vocab_size, PROBE)
+    with torch.no_grad():
+        logits = student(torch.arange(length, device=student.wte.weight.device)[None])
+    weights_fit = largest_weight <= LARGEST_WEIGHT  # false for NaN
+    if weights_fit and largest_state.isfinite() and logits.isfinite().all():
+        return
+    raise UserError(
+        f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; --resume goes on "
+        "from the last checkpoint, with such flags"
+    )
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:

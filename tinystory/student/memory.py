@@ -18,6 +18,9 @@ TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at lea
 # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
 ACTIVATIONS = 10
 STORY = 1024  # bytes of the objects that hold a story, at least
+# Bytes per token of a batch to replay: the token itself, for all updates of a step; and its position
+# in the corpus and its 16 bits there, while one batch is made.
+REPLAYED, REPLAYING = 8, 8 + 2
 
 
 def parameters(shape: StudentConfig) -> int:
@@ -75,15 +78,12 @@ def require_for_interaction(
     stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
     # one with gradients and Adam's moments, and the reference
     students = parameters(shape) * (4 + 1) * FLOAT
-    replayed = (
-        config.updates_per_step * config.replay_batch * 8 * (shape.context + 1)
-        if config.replay_weight
-        else 0
-    )
-    needed = students + story_memory(stories, config.max_new_tokens, shape, device, size) + replayed
-    require(
-        needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
-    )
+    needed = students + story_memory(stories, config.max_new_tokens, shape, device, size)
+    if config.replay_weight:
+        batch = config.replay_batch * (shape.context + 1)
+        needed += batch * (config.updates_per_step * REPLAYED + REPLAYING)
+    advice = "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
+    require(needed, device, advice)
 
 
 def require_for_stories(

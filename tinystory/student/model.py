@@ -171,7 +171,7 @@ class Student(nn.Module):
     scales with the width and keeps the token's own embedding in the foreground: deviations of 1 for
     embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final
     norm. Attention then starts sharp enough to be trained: a small student learns to copy a name
-    hundreds of steps sooner (lab/results.md)."""
+    hundreds of steps sooner (lab/LOG.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()

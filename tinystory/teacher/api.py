@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinystory.run.credentials import redacted
 from tinystory.run.errors import UserError
 from tinystory.run.text import printable
 
@@ -21,8 +22,6 @@ LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
 # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
 KEEP_ALIVE_S = 2.0
-# characters of a key; a shorter one ("1", "none") is a dummy for a local server, and no secret
-SHORTEST_SECRET = 8
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -244,8 +243,8 @@ class ChatClient:
         raise Failure(message, status=status, fatal=fatal)
 
     def _redacted(self, text: str) -> str:
-        """`text` without the key. A dummy key such as "1" stays, since a score may look like it."""
-        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+        """`text` without any key. A dummy such as "1" stays, since a score may look like it."""
+        return redacted(text, self._key)
 
     def one_line(self, text: str) -> str:
         """`text` as one short line, without control characters and the key."""

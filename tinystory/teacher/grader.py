@@ -10,6 +10,7 @@ from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
+from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
 from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
@@ -29,15 +30,14 @@ OWN_FIELDS = {
     "max_completion_tokens",
 }
 OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
-# Credentials in JSON: names of fields (but not prompt_cache_key, stop_token_ids,
-# skip_special_tokens or tokenizer), and prefixes of keys in any text.
-SECRET_NAME = re.compile(
-    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)",
-    re.IGNORECASE,
+# Prefixes of keys: at the beginning of a JSON text, and of a longer word within one.
+PREFIXES = (
+    r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
+    r"ya29\.|eyJ|SG\."
 )
 SECRET_TEXT = re.compile(
-    r'"(\s|\\[nrt])*((bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|'
-    r'pypi)[-_]|r8_|xox[a-z]-|xapp-|(AKIA|ASIA)[0-9A-Z]{16}"|AIza|ya29\.|eyJ|SG\.)',
+    rf'"(\s|\\[nrt])*((bearer|basic) |-----begin |{PREFIXES}|(AKIA|ASIA)[0-9A-Z]{{16}}")|'
+    rf"((?<!\w)|\\[nrt])((bearer )|({PREFIXES})[\w.-]{{8}}|(AKIA|ASIA)[0-9A-Z]{{16}}\b)",
     re.IGNORECASE,
 )
 
@@ -137,8 +137,10 @@ def load_extra(text: str) -> dict[str, Any]:
 
 def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
-        if SECRET_NAME.search(name) or SECRET_TEXT.search(json.dumps([name, value])):
-            shown = "a field's name" if SECRET_TEXT.search(json.dumps(name)) else name
+        text = json.dumps([name, value])
+        if SECRET_NAME.search(name) or SECRET_TEXT.search(text) or secret_in(text):
+            in_name = SECRET_TEXT.search(json.dumps(name)) or secret_in(name)
+            shown = "a field's name" if in_name else name
             raise ValueError(
                 f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY"
             )
