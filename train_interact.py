@@ -337,8 +337,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, scorer.most_words, scorer.affords)
-        first_texts = replay.batches(state.step)
-        distributed.rank0_value(lambda: budget.require_first_step(state, first_texts))
+        distributed.rank0_value(
+            lambda: budget.require_first_step(state, replay.batches(state.step))
+        )
 
         resume_step = state.step if config.resume else None
         log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
