@@ -34,9 +34,9 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     # no other script runs
-    own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{own}'; connect-src 'self'; "
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
@@ -74,45 +74,39 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
 
 async def _respond(desk: Desk, messages: list[dict]) -> str:
     """Reply to one request of a trainer; the human is asked only about a story."""
+    names = desk.template.names
     question = read_back(messages)
     if question is None:
         return NO_STORY
     if messages[0]["content"] != instructions(desk.template):
-        message = f"The human here grades {', '.join(desk.template.names)} in other words than these: give "
-        raise Refused(
-            f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages"
+        message = (
+            f"The human here grades {', '.join(names)} in other words than these: give the same "
+            "--teacher-prompt to the trainer and to teach.py."
         )
-    scores = (
-        dict.fromkeys(desk.template.names, EXAMPLE)
-        if question == FIRST_STORY
-        else await desk.ask(*question)
-    )
+        raise Refused(message, "messages")
+    if question == FIRST_STORY:
+        return " ".join(str(EXAMPLE) for _ in names)
+    opening, story = question
+    scores = await desk.ask(opening, story)
     if scores is None:
         return SKIPPED
-    return " ".join(str(scores[name]) for name in desk.template.names)
+    return " ".join(str(scores[name]) for name in names)
 
 
 @web.middleware
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse requests of foreign pages: DNS rebinding (their own Host name) and other origins."""
-    own = f"http://{request.host}"
-    if (
-        re.sub(r":[0-9]+$", "", request.host) not in NAMES
-        or request.headers.get("Origin", own) != own
-    ):
+    host = re.sub(r":[0-9]+$", "", request.host)
+    own_origin = f"http://{request.host}"
+    if host not in NAMES or request.headers.get("Origin", own_origin) != own_origin:
         raise Refused("This server answers only to this machine.", status=403)
     return await handler(request)
 
 
 def _name(who: object) -> str:
-    if (
-        not isinstance(who, str)
-        or not who.strip()
-        or len(who) > LONGEST_NAME
-        or not who.isprintable()
-    ):
-        raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
-    return who.strip()
+    if isinstance(who, str) and who.strip() and who.isprintable() and len(who) <= LONGEST_NAME:
+        return who.strip()
+    raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
 
 
 def page(style: str) -> str:
