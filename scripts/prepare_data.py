@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"{'':12}{'documents':>12}{'words':>14}{'tokens':>14}{'words/token':>13}")
     for name, split in (("train", data.train), ("validation", data.val)):
-        documents, words, tokens = len(split.offsets) - 1, split.word_count, len(split)
+        documents = len(split.offsets) - 1
+        words = split.word_count
+        tokens = len(split)
         print(f"{name:12}{documents:12,}{words:14,}{tokens:14,}{words / max(tokens, 1):13.3f}")
     print(f"vocabulary  {data.tokenizer.vocab_size:,} tokens")
     print(f"in          {data.path}")
