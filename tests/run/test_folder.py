@@ -16,22 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import evaluate, export_hf, sample
-from tinystory.run.errors import UserError
-from tinystory.run.folder import (
-    RunLog,
-    atomic_file,
-    atomic_folder,
-    atomic_write,
-    cannot_write,
-    locked,
-    plain,
-    read_config,
-    read_metrics,
-    read_records,
-    read_stories,
-    require_output,
-)
+from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.files import atomic_file, atomic_folder, atomic_write
+from tinystory.run.folder import locked, read_config, require_output
 from tinystory.run.journal import Journal
+from tinystory.run.log import RunLog
+from tinystory.run.records import plain, read_metrics, read_records, read_stories
 
 
 def a_run(folder, steps):
@@ -285,7 +275,7 @@ def test_a_reader_of_a_file_being_rewritten_sees_one_complete_version(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from tinystory.run.folder import atomic_write
+from tinystory.run.files import atomic_write
 n = 0
 while True:
     n += 1
@@ -398,7 +388,7 @@ def test_an_out_among_the_files_of_a_run_is_refused_before_the_work(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for out in (str(tmp_path / "run" / name), str(tmp_path / "link" / name)):
         for command, argv in (
-            (evaluate, ["run", "--coreference", "1", "--out", out]),
+            (evaluate, ["run", "--stories", "1", "--out", out]),
             (sample, ["run", "--out", out]),
             (export_hf, ["run", "--gguf", out]),
             (export_hf, ["run", out]),

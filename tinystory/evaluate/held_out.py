@@ -18,7 +18,8 @@ from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.errors import Stop
-from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
+from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, atomic_write, read_records
+from tinystory.run.log import RunLog
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, Grader, score_means

@@ -16,10 +16,8 @@ def download(
     with reached(f"download {repo} from the Hugging Face Hub"):
         from huggingface_hub import hf_hub_download
 
-        return [
-            Path(hf_hub_download(repo, file, repo_type=repo_type, revision=revision))
-            for file in files
-        ]
+        options = {"repo_type": repo_type, "revision": revision}
+        return [Path(hf_hub_download(repo, file, **options)) for file in files]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ class Journal:
     so is a symbolic link, which could lead to a file that is not ours."""
 
     def __init__(self, path: Path, durable: bool = False):
-        self.path, self.durable = Path(path), durable
+        self.path = Path(path)
+        self.durable = durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
@@ -46,7 +47,9 @@ class Journal:
             return
         if _is_record(line):
             self._file.write(b"\n")
-        elif line.startswith(RECORD_START[: len(line)]) and len(line) < TAIL:
+            return
+        begun = line.rstrip(b"\0")  # a power cut leaves zeros
+        if begun.startswith(RECORD_START[: len(begun)]) and len(line) < TAIL:
             self._file.truncate(size - len(line))
         else:
             self._file.close()
@@ -57,7 +60,8 @@ class Journal:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write all the records or none."""
-        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        lines = text.encode()
         size = self._file.seek(0, os.SEEK_END)
         if not os.fstat(self._file.fileno()).st_nlink:
             raise UserError(
@@ -65,7 +69,8 @@ class Journal:
             )
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
-                lines = lines[self._file.write(lines) :]
+                written = self._file.write(lines)
+                lines = lines[written:]
             if self.durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
