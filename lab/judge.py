@@ -9,6 +9,7 @@ python lab/judge.py --calibrate               whether it tells real stories from
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,8 +78,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
+    def grade(stories: Sequence[tuple[str, str]]) -> list[float | None]:
+        senses = reader.sense(stories).tolist()
+        return [None if math.isnan(sense) else sense for sense in senses]
+
     known = known_stories(corpus_documents(options.corpus or ["builtin"]), options.per_kind)
-    result = calibrate(lambda stories: reader.sense(stories).tolist(), known)
+    result = calibrate(grade, known)
     print(*aligned(table(options.reader, result)), sep="\n")
     print(f"the reader {verdict(result)}")
 

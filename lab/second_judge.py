@@ -2,18 +2,19 @@
 learning."""
 
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lab.reader import Reader
+from lab.reader import Reader, mean_and_ci
 from tinystory.config import InteractConfig
-from tinystory.evaluate.corruptions import corpus_documents, real_stories
+from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
 from tinystory.evaluate.held_out import FIRST_INDEX
-from tinystory.evaluate.intervals import mean_and_ci, mean_ci, with_ci
+from tinystory.evaluate.intervals import mean_ci, with_ci
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
 from tinystory.report.charts import number
@@ -104,6 +105,13 @@ def judge_run(
     ]
     atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def real_stories(documents: Iterable[str], count: int, seed: int) -> list[list[str]]:
+    """First sentences of `count` stories drawn from the documents; if too few are long enough, from
+    the grammar."""
+    drawn = random.Random(seed).sample(usable_documents(documents, count), count)
+    return [first_sentences(text, i) for i, text in enumerate(drawn)]
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:

@@ -109,7 +109,8 @@ def warn_of_context(student: Student) -> None:
     if context < hf.FINE_TUNING:
         print(
             f"warning: this student reads {context} tokens at most; BabyLM's fine-tuning uses "
-            f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING}, or fine-tune with a shorter --sequence_length",
+            f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING}, or fine-tune with a "
+            "shorter --sequence_length",
             file=sys.stderr,
         )
 
@@ -119,7 +120,8 @@ def milestones(run: Path) -> list[Path]:
     folders = [path for _, path in checkpoint.checkpoints(run) if path.name.startswith("chck_")]
     if not folders:
         raise UserError(
-            f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some"
+            f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that "
+            "has some"
         )
     return folders[::-1]
 

@@ -37,8 +37,9 @@ SAVE_HELP = "steps between the checkpoints that --resume starts from"
 TRACK_HELP = "tracker that also receives the records (wandb offline)"
 # The options that --help lists; --help-all lists the others too.
 FIRST = set(
-    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size learning_rate "
-    "optimizer eval_every teacher_url teacher_model teacher_concurrency reward openings steps stories_per_step "
+    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size "
+    "learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
+    "openings steps stories_per_step "
     "max_new_tokens budget_words diversity epochs learner kl_coef".split()
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
@@ -77,7 +78,8 @@ class PretrainConfig:
 
     corpus: list[str] = option(
         ["primer", "builtin", "dull"],
-        "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
+        "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, "
+        "gzipped or not",
         group="data",
     )
     words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
@@ -187,8 +189,8 @@ class InteractConfig:
     )
     reward: str = option(
         "",
-        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: random, constant, "
-        "likelihood (of the starting checkpoint)",
+        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: "
+        "random, constant, likelihood (of the starting checkpoint)",
     )
     calibrate: bool = option(
         True, "before the run, measure whether --teacher-url scores stories above shuffled words"
@@ -251,8 +253,8 @@ class InteractConfig:
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
     learner: str = option(
         "ridge",
-        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or cross-entropy on a step's best "
-        "quarter (sft-best)",
+        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or "
+        "cross-entropy on a step's best quarter (sft-best)",
         LEARNERS,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
@@ -452,14 +454,14 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     for f in dataclasses.fields(config_class):
         if f.name not in recorded:
             raise UserError(
-                f"{folder / CONFIG} has no {f.name}: the run was begun by another command or another version; go on "
-                "with that one, or start a new run in another --out"
+                f"{folder / CONFIG} has no {f.name}: the run was begun by another command or "
+                "another version; go on with that one, or start a new run in another --out"
             )
     for name in ("preset", "init"):
         if typed.get(name) not in (None, recorded.get(name)):
             raise UserError(
-                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
-                "leave it out, or start a new run in another --out"
+                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with "
+                f"{recorded.get(name)!r}; leave it out, or start a new run in another --out"
             )
     typed["preset"] = recorded["preset"]
     return _merged(config_class, folder, record, typed, trust)
@@ -538,7 +540,8 @@ def check(config: Any) -> None:
             variable = secret_in(text) if isinstance(text, str) else ""
             if variable:
                 raise UserError(
-                    f"{flag_of(f)} holds the value of {variable}, and config.json would record it: leave it out"
+                    f"{flag_of(f)} holds the value of {variable}, and config.json would record "
+                    "it: leave it out"
                 )
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise UserError(f"--track {config.track} needs its package: pip install {config.track}")
@@ -553,8 +556,8 @@ def _check_head_size(config: PretrainConfig) -> None:
     size, rest = divmod(config.n_embd, config.n_head)
     if rest or size % 16 or size > 256:
         raise UserError(
-            f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, and at most 256 "
-            f"times it: the size of a head is a multiple of 16 up to 256"
+            f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, "
+            "and at most 256 times it: the size of a head is a multiple of 16 up to 256"
         )
 
 
@@ -572,32 +575,35 @@ def _check_learning(config: InteractConfig) -> None:
         return
     if not FEWEST_GRADED <= config.graded < config.stories_per_step:
         raise UserError(
-            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step {config.stories_per_step}; "
-            "leave it out to have all graded"
+            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step "
+            f"{config.stories_per_step}; leave it out to have all graded"
         )
     if config.teacher_mode == "rank":
         raise UserError(
-            "--graded does not go with --teacher-mode rank, which compares all stories of an opening: leave one out"
+            "--graded does not go with --teacher-mode rank, which compares all stories of an "
+            "opening: leave one out"
         )
     if config.unreadable_score != "none":
         raise UserError(
-            "--graded does not go with --unreadable-score, which invents scores to learn from: leave one of them out"
+            "--graded does not go with --unreadable-score, which invents scores to learn from: "
+            "leave one of them out"
         )
 
 
 def _check_teacher(config: InteractConfig) -> None:
     if config.teacher_logprobs and config.preset != "demo":
         raise UserError(
-            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
-            "reach the student"
+            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's "
+            "probabilities must not reach the student"
         )
     if config.teacher_mode == "rank":
         group = config.stories_per_opening
         fits = 2 <= group <= config.teacher_max_tokens / 2
         if not config.teacher_url or not fits or config.stories_per_step % group:
             raise UserError(
-                "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening "
-                "2 to half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
+                "--teacher-mode rank compares the stories of an opening: give a --teacher-url, "
+                "--stories-per-opening 2 to half of --teacher-max-tokens, and a multiple of it as "
+                "--stories-per-step"
             )
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(

@@ -9,6 +9,7 @@ import torch
 
 from tinystory.config import FEWEST_GRADED
 from tinystory.rl import score_model
+from tinystory.rl.batch import Reference
 from tinystory.rl.score_model import (
     PENALTIES,
     ScoreModel,
@@ -125,14 +126,11 @@ def test_an_empty_story_that_was_not_sent_has_the_score_0():
         for i, text in enumerate(["One."] * FEWEST_GRADED + ["Two.", ""])
     ]
     count = len(stories)
-    batch = SimpleNamespace(
-        ref_logprobs=-torch.rand(3 * count),
-        ref_states=torch.randn(3 * count, 4),
-        lengths=np.full(count, 3),
-    )
+    batch = SimpleNamespace(lengths=np.full(count, 3))
+    reference = Reference(-torch.rand(3 * count), torch.randn(3 * count, 4))
     graded = list(range(FEWEST_GRADED))
     scores = [0.9] * FEWEST_GRADED + [None, None]
-    completed, record = with_predictions(ScoreModel(), batch, stories, scores, graded)
+    completed, record = with_predictions(ScoreModel(), batch, reference, stories, scores, graded)
     assert completed == [0.9] * FEWEST_GRADED + [pytest.approx(0.9), 0.0]
     assert record["predicted"] == 2
 

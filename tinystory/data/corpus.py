@@ -5,14 +5,13 @@ import functools
 import gzip
 import hashlib
 import heapq
-import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, TypeAlias, cast
+from typing import NamedTuple, TextIO, cast
 
 from tinystory.data.builtin import dull, grammar, primer
 from tinystory.run import hub
@@ -28,23 +27,26 @@ BUILTIN = {
 }
 NO_STORIES = ("primer", "dull")  # corpora unfit to measure stories by
 BUILTIN_SEED = 0
+# increase it whenever a change of builtin/*.py changes a generated text
+BUILTIN_VERSION = 1
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
 # TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on.
 # BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
-_PARTS = "bnc_spoken childes gutenberg open_subtitles simple_wiki switchboard"
-_BABYLM = tuple(f"{part}.train.txt" for part in _PARTS.split())
+_BABYLM = tuple(
+    f"{part}.train.txt"
+    for part in "bnc_spoken childes gutenberg open_subtitles simple_wiki switchboard".split()
+)
 HUB = {
     "tinystories": ("roneneldan/TinyStories", ("TinyStories-train.txt",)),
     "babylm-10m": ("BabyLM-community/BabyLM-2026-Strict-Small", _BABYLM),
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
 NAMES = (*BUILTIN, *HUB)
-LICENCES = {
-    name: f"see https://huggingface.co/datasets/{repository}"
-    for name, (repository, _) in HUB.items()
-}
-LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
+LICENCES = dict.fromkeys(BUILTIN, "MIT, as tinystory")
+for _name, (_repository, _) in HUB.items():
+    LICENCES[_name] = f"see https://huggingface.co/datasets/{_repository}"
+LICENCES["tinystories"] = "CDLA-Sharing-1.0"
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -57,8 +59,11 @@ UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
-# (file or, for generated text, its identity; function that opens a stream of its documents).
-Part: TypeAlias = tuple[str | Path, Callable[[], Iterator[str]]]
+class Part(NamedTuple):
+    """One corpus or file."""
+
+    identity: str | Path  # the file, or what determines a generated text
+    documents: Callable[[], Iterator[str]]  # opens a stream
 
 
 @dataclass(eq=False)
@@ -71,23 +76,32 @@ class Corpus:
     def documents(self) -> Iterator[str]:
         """A new stream of non-empty, stripped documents of at most MAX_DOCUMENT characters. Reading
         raises UserError if a file is malformed or holds no text."""
-        return itertools.chain.from_iterable(read() for _, read in self.parts)
+        for part in self.parts:
+            yield from part.documents()
 
     def mixed(self) -> Iterator[str]:
-        """The same documents interleaved: the next one comes from the file with the fewest words so
-        far, so that every prefix of the stream holds text of every file."""
-        heap = [(0, i, read()) for i, (_, read) in enumerate(self.parts)]
+        """The same documents interleaved: the next one comes from the part with the fewest words so
+        far, so that every prefix of the stream holds text of every part."""
+        streams = [part.documents() for part in self.parts]
+        heap = [(0, i) for i in range(len(streams))]  # words so far, index of the part
         while heap:
-            words, i, documents = heapq.heappop(heap)
-            if (document := next(documents, None)) is not None:
-                heapq.heappush(heap, (words + len(document.split()), i, documents))
+            words, i = heapq.heappop(heap)
+            document = next(streams[i], None)
+            if document is not None:
+                heapq.heappush(heap, (words + len(document.split()), i))
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of each file's content and format, or of the grammar's source. Takes a second
-        for 400 MB."""
-        parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self.parts]
-        key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
+        """Hex digest of each file's content and format, or of what determines a generated text.
+        Takes a second for 400 MB."""
+        key: list[object] = [MAX_DOCUMENT]
+        for part in self.parts:
+            if isinstance(part.identity, Path):
+                key.append((_kind(part.identity), file_hash(part.identity)))
+            else:
+                key.append(part.identity)
+        if self.kind != "passage":
+            key.append(self.kind)
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
@@ -103,19 +117,7 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
-            generate, words = BUILTIN[name]
-            files = sorted(
-                file
-                for file in Path(grammar.__file__).parent.iterdir()
-                if file.suffix in (".py", ".txt")
-            )
-            source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-            parts.append(
-                (
-                    f"{name} {words} {BUILTIN_SEED} {source}",
-                    functools.partial(generate, words, BUILTIN_SEED),
-                )
-            )
+            parts.append(_generated(name))
         elif name in HUB:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
@@ -123,35 +125,49 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     return Corpus(parts, kind)
 
 
+def _generated(name: str) -> Part:
+    generate, words = BUILTIN[name]
+    plots = hashlib.sha256()
+    for file in sorted(Path(grammar.__file__).parent.glob("*.txt")):
+        plots.update(file.read_bytes())
+    identity = f"{name} {words} {BUILTIN_SEED} {BUILTIN_VERSION} {plots.hexdigest()}"
+    return Part(identity, functools.partial(generate, words, BUILTIN_SEED))
+
+
 def _file(path: Path, kind: str) -> Part:
-    """The path, and a function that opens its stream of documents. Raises UserError if it cannot be
-    a corpus."""
-    if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
-        problem = "neither .txt nor .jsonl (or .gz of either)" if path.is_file() else "no file"
+    """Raises UserError if it cannot be a corpus."""
+    problem = ""
+    if not path.is_file():
+        problem = "no file"
+    elif _kind(path) not in (".txt", ".jsonl"):
+        problem = "neither .txt nor .jsonl (or .gz of either)"
+    if problem:
         raise UserError(
             f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}"
         )
-    split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
+    split = _rows if kind == "row" else _passages
+    if _kind(path) == ".jsonl":
+        split = _records
 
-    def read() -> Iterator[str]:
-        pieces = itertools.chain.from_iterable(map(_bounded, split(path)))
+    def documents() -> Iterator[str]:
+        empty = True
         try:
-            if (first := next(pieces, None)) is None:
+            for document in split(path):
+                for piece in _bounded(document):
+                    empty = False
+                    yield piece
+            if empty:
                 raise ValueError("it holds no documents")
-            yield first
-            yield from pieces
         except UnicodeDecodeError as error:
             byte = f"0x{error.object[error.start]:02x}"
-            message = (
-                f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
-            )
-            raise UserError(message) from None
-        except (OSError, EOFError, zlib.error, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+                f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
             ) from None
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read: {reason}") from None
 
-    return path, read
+    return Part(path, documents)
 
 
 def _kind(path: Path) -> str:
@@ -177,7 +193,8 @@ def _text(path: Path) -> Iterator[str]:
 
 def _passages(path: Path) -> Iterator[str]:
     """Documents of a plain-text file, long ones in pieces."""
-    separator, rest = _separator(path), ""
+    separator = _separator(path)
+    rest = ""
     for text in _text(path):
         *documents, rest = separator.split(rest + text)
         yield from documents
@@ -195,16 +212,19 @@ def _rows(path: Path) -> Iterator[str]:
 def _separator(path: Path) -> re.Pattern[str]:
     tail = ""
     for text in _text(path):
-        if MARKER in tail + text:
+        text = tail + text
+        if MARKER in text:
             return re.compile(re.escape(MARKER))
-        tail = (tail + text)[-len(MARKER) :]
+        tail = text[-len(MARKER) :]
     return BLANK_LINES
 
 
 def _records(path: Path) -> Iterator[str]:
-    # readline ends lines at \n only: in JSON, U+2028 and its like are text
+    number = 0
     with _open_text(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), ""), 1):
+        # readline ends lines at \n only: in JSON, U+2028 and its like are text
+        while line := file.readline(MAX_RECORD + 1):
+            number += 1
             if len(line) > MAX_RECORD:
                 size = f"over {MAX_RECORD >> 20} million characters"
                 raise ValueError(
@@ -234,18 +254,26 @@ def _bounded(document: str) -> Iterator[str]:
 def _broken(text: str) -> Iterator[str]:
     """`text`, stripped and cut so that runs stay below 2 * MAX_RUN characters: the time to train
     BPE grows with the square of the longest word, and an endless line of one letter is one word."""
-    ends = [
-        end
-        for end in range(MAX_RUN, len(text), MAX_RUN)
-        if UNBROKEN.fullmatch(text, end - MAX_RUN, end)
-    ]
-    pieces = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)]))
-    yield from filter(None, pieces)
+    start = 0
+    for end in range(MAX_RUN, len(text), MAX_RUN):
+        if UNBROKEN.fullmatch(text, end - MAX_RUN, end):
+            yield from _stripped(text[start:end])
+            start = end
+    yield from _stripped(text[start:])
+
+
+def _stripped(text: str) -> Iterator[str]:
+    text = text.strip()
+    if text:
+        yield text
 
 
 def _cut(text: str) -> tuple[str, str]:
     """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space,
     else exactly there."""
-    ends = (text.rfind(character, 1, MAX_DOCUMENT) + 1 for character in "\n ")
-    at = next(filter(None, ends), MAX_DOCUMENT)
+    at = text.rfind("\n", 1, MAX_DOCUMENT) + 1
+    if not at:
+        at = text.rfind(" ", 1, MAX_DOCUMENT) + 1
+    if not at:
+        at = MAX_DOCUMENT
     return text[:at], text[at:]

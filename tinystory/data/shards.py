@@ -14,11 +14,11 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice, repeat
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +103,9 @@ def prepare(
                     os.rename(whole, path)
         except OSError as error:
             if not path.exists():  # else another process finished first, with the same content
-                message = f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
-                raise UserError(message) from None
+                raise UserError(
+                    f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
+                ) from None
     return _open(path)
 
 
@@ -118,13 +119,17 @@ def _build(
 ) -> None:
     """Write a folder of shards in two passes over the corpus: train the tokenizer and measure, then
     encode."""
-    count, characters, smallest = 0, 0, 1.0
+    count = 0
+    characters = 0
+    smallest = 1.0  # draw
 
     def training_documents() -> Iterator[str]:
         nonlocal count, characters, smallest
-        for index, document in enumerate(corpus.documents()):
-            draw = _uniform(seed, index)
-            count, characters, smallest = count + 1, characters + len(document), min(smallest, draw)
+        for document in corpus.documents():
+            draw = _uniform(seed, count)
+            count += 1
+            characters += len(document)
+            smallest = min(smallest, draw)
             if draw > val_fraction:
                 yield document
 
@@ -133,42 +138,29 @@ def _build(
         tokenizer = Tokenizer.train(reading, vocab_size)
     else:
         deque(reading, maxlen=0)
-    if val_fraction and count < 2:
-        raise UserError(
-            "the corpus is a single document, where one is needed to train on and one for validation: separate its "
-            f"stories by blank lines or {MARKER}"
-        )
-    # at least the smallest draw: one document
-    threshold = max(val_fraction, smallest) if val_fraction else 0.0
+    threshold = 0.0
+    if val_fraction:
+        if count < 2:
+            raise UserError(
+                "the corpus is a single document, where one is needed to train on and one for validation: separate its "
+                f"stories by blank lines or {MARKER}"
+            )
+        threshold = max(val_fraction, smallest)  # at least the smallest draw: one document
     tokenizer.save(folder / "tokenizer.json")
 
-    for name in SPLITS:
-        _append(folder, name, tokenizer, np.empty(0), np.empty(0), np.zeros(1))
-    written = [0, 0]  # tokens per split
-    documents = enumerate(corpus.documents())
-    batches = _batches(
-        (_uniform(seed, index) <= threshold, document) for index, document in documents
-    )
+    writers = {name: _Writer(folder, name, tokenizer) for name in SPLITS}
+    batches = _batches(corpus, seed, threshold)
     threads = min(os.cpu_count() or 1, MAX_THREADS)
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None
-        ) as progress,
-    ):
-        while some := list(islice(batches, 2 * threads)):
-            encoded = pool.map(encode, repeat(tokenizer), [batch for _, batch in some])
-            for (is_val, batch), (tokens, words, lengths) in zip(some, encoded, strict=True):
-                _append(
-                    folder,
-                    SPLITS[is_val],
-                    tokenizer,
-                    tokens,
-                    words,
-                    written[is_val] + np.cumsum(lengths),
-                )
-                written[is_val] += len(tokens)
-                progress.update(sum(map(len, batch)))
+    progress = tqdm(
+        total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None
+    )
+    with ThreadPoolExecutor(threads) as pool, progress:
+        while group := list(islice(batches, 2 * threads)):
+            documents = [batch.documents for batch in group]
+            encoded = pool.map(functools.partial(encode, tokenizer), documents)
+            for batch, columns in zip(group, encoded, strict=True):
+                writers[batch.split].append(*columns)
+                progress.update(batch.characters)
     write_manifest(folder)
 
 
@@ -177,24 +169,33 @@ def _uniform(seed: int, index: int) -> float:
     held out."""
     if index == 0:
         return 2.0
-    return (
-        int.from_bytes(
-            hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little"
-        )
-        / 2**64
-    )
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
 
 
-def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list[str]]]:
-    """Batches of about BATCH characters, each from one split, in its order."""
-    batches, sizes = {False: list[str](), True: list[str]()}, Counter[bool]()
-    for is_val, document in documents:
-        batches[is_val].append(document)
-        sizes[is_val] += len(document)
-        if sizes[is_val] >= BATCH:
-            yield is_val, batches[is_val]
-            batches[is_val], sizes[is_val] = [], 0
-    yield from ((is_val, batch) for is_val, batch in batches.items() if batch)
+@dataclass
+class _Batch:
+    """Documents of one split, in its order."""
+
+    split: str
+    documents: list[str] = field(default_factory=list)
+    characters: int = 0
+
+
+def _batches(corpus: Corpus, seed: int, threshold: float) -> Iterator[_Batch]:
+    """Batches of about BATCH characters. Documents with draws up to the threshold are `val`."""
+    batches = {name: _Batch(name) for name in SPLITS}
+    for index, document in enumerate(corpus.documents()):
+        name = "val" if _uniform(seed, index) <= threshold else "train"
+        batch = batches[name]
+        batch.documents.append(document)
+        batch.characters += len(document)
+        if batch.characters >= BATCH:
+            yield batch
+            batches[name] = _Batch(name)
+    for batch in batches.values():
+        if batch.documents:
+            yield batch
 
 
 def encode(
@@ -206,28 +207,46 @@ def encode(
     eos = np.array([tokenizer.eos], dtype=np.uint32)
     arrays = [tokenizer.encode_array(document) for document in documents]
     lengths = np.array([len(array) + 1 for array in arrays], dtype=np.int64)
-    tokens = np.concatenate([part for array in arrays for part in (array, eos)])
+    parts = []
+    for array in arrays:
+        parts += [array, eos]
+    tokens = np.concatenate(parts)
 
     # one white-space byte after each document stands for its </s>
-    text = "\n".join([*documents, ""])
+    text = "\n".join(documents) + "\n"
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     space = IS_SPACE[codes]
     begins = ~space  # whether a word begins with this character
     begins[1:] &= space[:-1]
     width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-    first = (np.cumsum(width) - width)[begins]  # the first byte of each word
+    first_bytes = np.cumsum(width) - width  # of the characters
+    word_bytes = first_bytes[begins]  # the first byte of each word
 
     sizes = tokenizer.token_sizes.copy()
     sizes[tokenizer.eos] = 1
     ends = np.cumsum(sizes[tokens])  # end of each token, in bytes
-    words = np.diff(np.searchsorted(first, ends), prepend=0).astype(np.uint8)
+    words = np.diff(np.searchsorted(word_bytes, ends), prepend=0).astype(np.uint8)
     return tokens, words, lengths
 
 
-def _append(folder: Path, name: str, tokenizer: Tokenizer, *arrays: np.ndarray) -> None:
-    for part, dtype, array in zip(PARTS, _dtypes(tokenizer), arrays, strict=True):
-        with open(folder / f"{name}.{part}", "ab") as file:
-            file.write(array.astype(dtype).data)
+class _Writer:
+    """Appends encoded documents to the files of one split."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
+        self.paths = [folder / f"{name}.{part}" for part in PARTS]
+        self.dtypes = _dtypes(tokenizer)
+        self.written = 0  # tokens
+        nothing = np.empty(0)
+        self._write(nothing, nothing, np.zeros(1))
+
+    def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray) -> None:
+        self._write(tokens, words, self.written + np.cumsum(lengths))
+        self.written += len(tokens)
+
+    def _write(self, *arrays: np.ndarray) -> None:
+        for path, dtype, array in zip(self.paths, self.dtypes, arrays, strict=True):
+            with open(path, "ab") as file:
+                file.write(array.astype(dtype).data)
 
 
 def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # dtypes in the order of PARTS
@@ -241,16 +260,17 @@ def _open(path: Path) -> Dataset:
     except UserError as error:
         raise UserError(f"{error}; delete {path} and run this again") from None
     tokenizer = Tokenizer.load(path / "tokenizer.json")
+    train = _open_split(path, "train", tokenizer)
+    val = _open_split(path, "val", tokenizer)
+    return Dataset(tokenizer, train, val, path)
 
-    def split(name: str) -> TokenFile:
-        arrays = []
-        for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
-            file = path / f"{name}.{part}"  # an empty file cannot be mapped
-            arrays.append(
-                np.memmap(file, dtype=dtype, mode="r")
-                if file.stat().st_size
-                else np.empty(0, dtype)
-            )
-        return TokenFile(*arrays)
 
-    return Dataset(tokenizer, split("train"), split("val"), path)
+def _open_split(path: Path, name: str, tokenizer: Tokenizer) -> TokenFile:
+    arrays: list[np.ndarray] = []
+    for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
+        file = path / f"{name}.{part}"
+        if file.stat().st_size:
+            arrays.append(np.memmap(file, dtype=dtype, mode="r"))
+        else:  # cannot be mapped
+            arrays.append(np.empty(0, dtype))
+    return TokenFile(*arrays)

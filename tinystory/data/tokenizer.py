@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 
 # GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100
 # and up.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-MOVED = sorted({*range(256)} - {*PRINTABLE})
-BYTE_OF_CHAR = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(MOVED)}
+PRINTABLE = list(chain(range(0x21, 0x7F), range(0xA1, 0xAD), range(0xAE, 0x100)))
+OTHER = sorted(set(range(256)) - set(PRINTABLE))
+BYTE_OF_CHAR = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF_CHAR |= {chr(256 + i): byte for i, byte in enumerate(OTHER)}
 
 
 class Tokenizer:
@@ -47,12 +49,12 @@ class Tokenizer:
         for any other."""
         self.json = json_text
         self.token_bytes, self.specials = _token_bytes(json.loads(json_text))
-        specials = self.specials
-        eos = next((specials[name] for name in END_NAMES if name in specials), None)
-        if eos is None:
+        end_names = [name for name in END_NAMES if name in self.specials]
+        if not end_names:
             raise ValueError(f"it has no end token {' or '.join(END_NAMES)}")
-        self.eos: int = eos
-        self.bos, self.pad = specials.get("<s>", self.eos), specials.get("<pad>", self.eos)
+        self.eos = self.specials[end_names[0]]
+        self.bos = self.specials.get("<s>", self.eos)
+        self.pad = self.specials.get("<pad>", self.eos)
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.vocab_size = len(self.token_bytes)
         ranks = {token: id for id, token in enumerate(self.token_bytes) if token}
@@ -94,7 +96,7 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
-                "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it"
+                "train_pretrain.py wrote, or GPT-2's or one made like it"
             ) from None
 
     def fingerprint(self) -> str:
@@ -116,19 +118,13 @@ class Tokenizer:
 def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
     """Bytes of each id, and ids of the special tokens. Raises ValueError with the first unsupported
     setting."""
-    model, split = spec["model"], spec["pre_tokenizer"]
-    if (
-        model["type"] != "BPE"
-        or model.get("dropout")
-        or model.get("byte_fallback")
-        or model.get("ignore_merges")
-    ):
+    model = spec["model"]
+    split = spec["pre_tokenizer"]
+    changes = model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges")
+    if model["type"] != "BPE" or changes:
         raise ValueError("its model is not plain BPE")
-    if (
-        split["type"] != "ByteLevel"
-        or split["add_prefix_space"]
-        or not split.get("use_regex", True)
-    ):
+    by_regex = split["type"] == "ByteLevel" and split.get("use_regex", True)
+    if not by_regex or split["add_prefix_space"]:
         raise ValueError("its split is not GPT-2's")
     if spec.get("normalizer"):
         raise ValueError("it changes the text before it splits it")
@@ -137,15 +133,21 @@ def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
     names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         raise ValueError("its ids have gaps")
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+
     ordinary = [name for name in names if name not in specials]
-    if {name for name in ordinary if len(name) == 1} != BYTE_OF_CHAR.keys():
+    characters = {name for name in ordinary if len(name) == 1}
+    if characters != BYTE_OF_CHAR.keys():
         raise ValueError("its single characters are not the 256 bytes")
-    if [name for name in ordinary if len(name) > 1] != ["".join(pair) for pair in merges]:
+    merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]  # "a b" or ["a", "b"]
+    if merges != [name for name in ordinary if len(name) > 1]:
         raise ValueError("its ids do not follow its merges")
-    table = [
-        b"" if name in specials else bytes(BYTE_OF_CHAR[char] for char in name) for name in names
-    ]
-    if max(map(len, table)) > MAX_TOKEN_BYTES:
+
+    token_bytes = []
+    for name in names:
+        token = b""
+        if name not in specials:
+            token = bytes(BYTE_OF_CHAR[character] for character in name)
+        token_bytes.append(token)
+    if max(map(len, token_bytes)) > MAX_TOKEN_BYTES:
         raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
-    return table, specials
+    return token_bytes, specials

@@ -4,6 +4,7 @@ sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on 
 better stories (lab/LOG.md)."""
 
 from bisect import bisect_left, insort
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,22 +18,28 @@ class Windows:
 
     def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int, packing: str):
         """packing: "whole" or "stream". Raises UserError for a file shorter than one sequence."""
-        self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
         if len(file) <= context:
             raise UserError(
                 f"the corpus has {len(file)} tokens to train on, fewer than one sequence of --context {context}: "
                 "take a larger corpus or a shorter context"
             )
+        self.file = file
+        self.context = context
+        self.batch_size = batch_size
+        self.seed = seed
         self.pieces = pieces(file, context, packing)
         if packing == "stream":  # drop the last, shorter piece
-            self.pieces = self.pieces[self.pieces[:, 1] - self.pieces[:, 0] == context]
-        self.epoch, self.order = 0, self._shuffled(0)
+            lengths = self.pieces[:, 1] - self.pieces[:, 0]
+            self.pieces = self.pieces[lengths == context]
+        self.epoch = 0
+        self.order = self._shuffled(0)
         self.count = len(self.order)  # the same in every epoch: it depends on the lengths alone
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
         """Batch `number`: tokens (batch_size, context + 1) int64, and the number of words that
         begin in its inputs."""
-        at = np.stack([self._places(number * self.batch_size + i) for i in range(self.batch_size)])
+        first = number * self.batch_size
+        at = np.stack([self._places(first + i) for i in range(self.batch_size)])
         words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
@@ -41,16 +48,16 @@ class Windows:
         piece fill it up."""
         epoch, place = divmod(index, self.count)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, self._shuffled(epoch)
+            self.epoch = epoch
+            self.order = self._shuffled(epoch)
         at = places(self.pieces[self.order[place]])
-        more = np.arange(at[-1] + 1, at[-1] + 1 + self.context + 1 - len(at))
-        return np.concatenate([at, more]) % len(self.file)
+        after = at[-1] + 1
+        filling = np.arange(after, after + self.context + 1 - len(at))
+        return np.concatenate([at, filling]) % len(self.file)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(
-            len(self.pieces)
-        )
-        return pack(self.pieces, self.context, order)
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        return pack(self.pieces, self.context, rng.permutation(len(self.pieces)))
 
 
 def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
@@ -58,11 +65,13 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
     Documents are cut every `context` tokens; "stream" treats the file, without its first token, as
     one document."""
     bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
-    counts = -(-np.diff(bounds) // context)
-    document = np.repeat(np.arange(len(counts)), counts)
-    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    piece_counts = -(-np.diff(bounds) // context)
+    document = np.repeat(np.arange(len(piece_counts)), piece_counts)
+    first_piece = piece_counts.cumsum() - piece_counts
+    nth = np.arange(len(document)) - first_piece[document]  # piece of its document
     begins = bounds[document] + nth * context
-    return np.stack([begins, np.minimum(begins + context, bounds[document + 1]), nth == 0], 1)
+    ends = np.minimum(begins + context, bounds[document + 1])
+    return np.stack([begins, ends, nth == 0], 1)
 
 
 def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
@@ -70,34 +79,37 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
     piece first, each into the sequence with the least sufficient room. Returns lists of piece
     indices. order: (n,) int64, breaks ties and orders the sequences and the pieces within them,
     except that pieces from the middle of a document come first."""
-    rank = np.argsort(order)
     lengths = pieces[:, 1] - pieces[:, 0]
+    longest_first = order[np.argsort(-lengths[order], kind="stable")]
     by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
     rooms: list[int] = []  # rooms that some sequence has, sorted
-    for piece in order[np.argsort(-lengths[order], kind="stable")].tolist():
+    for piece in longest_first.tolist():
         length = int(lengths[piece])
         at = bisect_left(rooms, length)
-        sequence, room = [], context
-        if at < len(rooms):
+        if at == len(rooms):
+            room = context
+            sequence = []
+        else:
             room = rooms[at]
             sequence = by_room[room].pop()
             if not by_room[room]:
                 del rooms[at]
         sequence.append(piece)
-        if not by_room[room - length]:
-            insort(rooms, room - length)
-        by_room[room - length].append(sequence)
-    packed = [
-        sorted(sequence, key=lambda p: (pieces[p, 2], rank[p]))
-        for group in by_room
-        for sequence in group
-    ]
-    return sorted(packed, key=lambda sequence: rank[sequence[0]])
+        room -= length
+        if not by_room[room]:
+            insort(rooms, room)
+        by_room[room].append(sequence)
+
+    rank = np.argsort(order)
+    packed = list(chain.from_iterable(by_room))
+    for sequence in packed:
+        sequence.sort(key=lambda piece: (pieces[piece, 2], rank[piece]))
+    packed.sort(key=lambda sequence: rank[sequence[0]])
+    return packed
 
 
 def places(sequence: np.ndarray) -> np.ndarray:
     """(tokens + 1,) int64: positions of the pieces' tokens in the file, after that of the preceding
     token (-1 before the first document: the file's last token, also `</s>`)."""
-    return np.concatenate(
-        [sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)]
-    )
+    tokens = [np.arange(begin, end) for begin, end, _ in sequence]
+    return np.concatenate([sequence[:1, 0] - 1, *tokens])

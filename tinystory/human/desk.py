@@ -155,8 +155,11 @@ class Desk:
         key = request.get("key")
         opening = request.get("opening")
         story = request.get("story")
-        are_texts = isinstance(opening, str) and isinstance(story, str)
-        if not are_texts or key != self.key(str(opening), str(story)):
+        if (
+            not isinstance(opening, str)
+            or not isinstance(story, str)
+            or key != self.key(opening, story)
+        ):
             raise Refused("this is not what was asked about: load the page again")
         record: Record = {"key": key, "opening": opening, "story": story, "scores": scores}
         record |= {"by": who, "at": timestamp()}

@@ -2,6 +2,7 @@
 "rocket")."""
 
 import functools
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,14 +21,16 @@ class WordAssociation:
 
     def __init__(self, lexicon: Lexicon):
         ids = lexicon.ids
-        usable = lexicon.content & ~lexicon.name & (np.bincount(ids, minlength=len(lexicon)) >= 5)
-        self._row = np.where(usable, np.cumsum(usable) - 1, -1)
-        self._size = int(usable.sum())
+        frequent = np.bincount(ids, minlength=len(lexicon)) >= 5
+        counted = lexicon.content & ~lexicon.name & frequent
+        self._row = np.where(counted, np.cumsum(counted) - 1, -1)
+        self._size = int(counted.sum())
         self._word_counts = np.zeros(self._size)
-        starts = np.flatnonzero(ids == BOUNDARY)
-        pairs, self._windows = [], 0
-        for first, end in zip(starts + 1, np.append(starts[1:], len(ids)), strict=True):
-            for start in range(first, end, CORPUS_WINDOW):
+        self._windows = 0
+        pairs = []
+        document_bounds = np.append(np.flatnonzero(ids == BOUNDARY), len(ids))
+        for boundary, end in pairwise(document_bounds.tolist()):
+            for start in range(boundary + 1, end, CORPUS_WINDOW):
                 words = self._words(ids[start : min(start + CORPUS_WINDOW, end)])
                 self._word_counts[words] += 1
                 self._windows += 1
@@ -38,23 +41,19 @@ class WordAssociation:
         """Smoothed pointwise mutual information (Church and Hanks 1990), averaged over pairs of the
         text's words: log (1 + windows with both) / (1 + expected windows with both). None for fewer
         than FEWEST_WORDS words."""
+        pairs = []
         step = WINDOW // 2
-        windows = [
-            self._words(ids[start : start + WINDOW])
-            for start in range(0, max(len(ids) - step, 1), step)
-        ]
-        pairs = [self._pairs(words) for words in windows if len(words) >= FEWEST_WORDS]
+        for start in range(0, max(len(ids) - step, 1), step):
+            words = self._words(ids[start : start + WINDOW])
+            if len(words) >= FEWEST_WORDS:
+                pairs.append(self._pairs(words))
         if not pairs or not len(self._keys):
             return None
         keys = np.concatenate(pairs)
-        expected = (
-            self._word_counts[keys // self._size]
-            * self._word_counts[keys % self._size]
-            / self._windows
-        )
-        return float(
-            np.log((1 + lookup(self._keys, self._pair_counts, keys)) / (1 + expected)).mean()
-        )
+        observed = lookup(self._keys, self._pair_counts, keys)
+        first, second = np.divmod(keys, self._size)
+        expected = self._word_counts[first] * self._word_counts[second] / self._windows
+        return float(np.log((1 + observed) / (1 + expected)).mean())
 
     def _words(self, ids: np.ndarray) -> np.ndarray:
         rows = np.unique(self._row[ids])

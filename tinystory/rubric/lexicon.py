@@ -3,7 +3,7 @@ words occur. There is no parser: classes come from counts over a million words, 
 sums over a story."""
 
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,6 +27,7 @@ VERBS = "is was are were am be had has have did do does will would can could sho
 ENDINGS = ("ing", "ed", "ly", "s")
 # kinds 1 to 4; 0: no such word
 INTRODUCTIONS = (("a", "an"), ("the",), POSSESSIVES, ("named", "called"))
+NEAR = 20  # tokens between a noun or name and a pronoun that may refer to it
 
 
 class Lexicon:
@@ -41,36 +42,36 @@ class Lexicon:
         for document in documents:
             stream.extend(map(vocabulary.__getitem__, document))
             stream.append(0)
-        self.spelling_ids, self.spellings = np.array(stream), list(vocabulary)
-        total: defaultdict[str, int] = defaultdict(int)
-        for spelling, count in zip(
-            self.spellings[1:], np.bincount(self.spelling_ids)[1:].tolist(), strict=True
-        ):
+        self.spelling_ids = np.array(stream)
+        self.spellings = list(vocabulary)
+
+        total: Counter[str] = Counter()
+        counts = np.bincount(self.spelling_ids).tolist()
+        for spelling, count in zip(self.spellings[1:], counts[1:], strict=True):
             total[_folded(spelling)] += count
         # words seen once in a large corpus are often typos
         least = 2 if len(stream) > 200_000 else 1
-        words = sorted(
-            (word for word, count in total.items() if count >= least),
-            key=total.__getitem__,
-            reverse=True,
-        )
-        self.words = ["<unknown>", "<boundary>", *words]
+        self.words = ["<unknown>", "<boundary>"]
+        self.words += [word for word, count in total.most_common() if count >= least]
         self.index = {word: id for id, word in enumerate(self.words)}
-        self.ids = np.array([BOUNDARY, *self.look_up(self.spellings[1:])])[self.spelling_ids]
-        self._learn_classes(
-            np.array([spelling[:1].isupper() for spelling in self.spellings])[self.spelling_ids]
-        )
+        id_of_spelling = self.look_up(self.spellings)
+        id_of_spelling[0] = BOUNDARY
+        self.ids = id_of_spelling[self.spelling_ids]
+
+        is_capital = np.array([spelling[:1].isupper() for spelling in self.spellings])
+        self._learn_classes(is_capital[self.spelling_ids])
+        self._learn_patterns()
         self._learn_pronouns()
-        self._learn_places_and_introductions()
+        self._learn_places()
+        self._learn_introductions()
 
     def __len__(self) -> int:
         return len(self.words)
 
     def look_up(self, tokens: list[str]) -> np.ndarray:
         """(T,) token ids."""
-        return np.array(
-            [self.index.get(_folded(token), UNKNOWN) for token in tokens], dtype=np.int64
-        )
+        ids = [self.index.get(_folded(token), UNKNOWN) for token in tokens]
+        return np.array(ids, dtype=np.int64)
 
     def members(self, words: Iterable[str]) -> np.ndarray:
         """(V,) bool, True for the ids of these words."""
@@ -80,98 +81,105 @@ class Lexicon:
 
     def _learn_classes(self, capital: np.ndarray) -> None:
         """capital: (T,) bool, whether the token is spelled with a capital."""
-        ids, size = self.ids, len(self)
+        ids = self.ids
+        size = len(self)
         total = np.maximum(np.bincount(ids, minlength=size), 1)
         self.frequency = total / total.sum()
-        letters = np.array([word[:1].isalpha() for word in self.words]) & (
-            np.arange(size) > BOUNDARY
-        )
+        is_word = np.array([word[:1].isalpha() for word in self.words])
+        is_word[[UNKNOWN, BOUNDARY]] = False
         function = self.members(FUNCTION)
-        before, after = np.roll(ids, 1), np.roll(ids, -1)
+        self.content = is_word & ~function
+        before = np.roll(ids, 1)
+        after = np.roll(ids, -1)
 
         def fraction(where: np.ndarray) -> np.ndarray:
+            """(V,) fraction of a word's tokens that are there."""
             return np.bincount(ids[where], minlength=size) / total
 
-        # A name has a capital within sentences; a verb follows he, she, they; a noun follows a
-        # determiner and is not followed by another noun.
-        inside = letters[before] | (before == self.index.get(",", BOUNDARY))
-        middle = np.maximum(np.bincount(ids[inside], minlength=size), 1)
-        capitals = np.bincount(ids[inside & capital], minlength=size) / middle
+        # A name has a capital within sentences.
+        inside = is_word[before] | (before == self.index.get(",", BOUNDARY))
+        count_inside = np.maximum(np.bincount(ids[inside], minlength=size), 1)
+        capitals = np.bincount(ids[inside & capital], minlength=size) / count_inside
         self.may_be_capital = capitals > 0.15  # "Mom" as well as "her mom"
-        self.name = (capitals > 0.7) & letters & (total > 2)
-        self.name &= ~self.members(
-            word for word in self.words if word == "i" or word.startswith("i'")
-        )
-        verb = (
-            (fraction(self.members(SUBJECTS)[before]) > 0.08) & letters & ~self.name & (total > 2)
-        )
-        self.verb = (verb & ~function) | self.members(VERBS)
-        determined = self.members([*ARTICLES, *POSSESSIVES])[before]
-        # ends its noun phrase
-        last = fraction(determined & (function | self.verb | ~letters)[after])
-        determined = fraction(determined)
-        self.noun = (
-            (determined > 0.1) & (last > 0.6 * determined) & letters & ~function & ~self.name
-        )
-        self.entity = self.noun | self.name
-        self.content = letters & ~function
+        first_person = self.members(word for word in self.words if word.split("'")[0] == "i")
+        self.name = (capitals > 0.7) & is_word & (total > 2) & ~first_person
 
-        # A word's pattern: itself for function words and punctuation, else its class and ending
-        # ("-ing" of a verb).
-        endings = np.array(
-            [
-                next((i for i, e in enumerate(ENDINGS) if word.endswith(e)), -1)
-                for word in self.words
-            ]
-        )
-        classes = (
-            np.select([self.name, self.noun, self.verb], [0, 1, 2], 3) * (len(ENDINGS) + 1)
-            + endings
-            + 1
-        )
-        patterns = np.where(self.content, size + np.where(self.name, 0, classes), np.arange(size))
+        # A verb follows he, she, they.
+        after_subject = fraction(self.members(SUBJECTS)[before])
+        verb = (after_subject > 0.08) & self.content & ~self.name & (total > 2)
+        self.verb = verb | self.members(VERBS)
+
+        # A noun follows a determiner and is not followed by another noun.
+        determiner = self.members(ARTICLES) | self.members(POSSESSIVES)
+        determined = determiner[before]
+        ends_phrase = (function | self.verb | ~is_word)[after]
+        after_determiner = fraction(determined)
+        last_of_phrase = fraction(determined & ends_phrase)
+        noun = (after_determiner > 0.1) & (last_of_phrase > 0.6 * after_determiner)
+        self.noun = noun & self.content & ~self.name
+        self.entity = self.noun | self.name
+
+    def _learn_patterns(self) -> None:
+        """pattern: (V,) ids of what a word is in a pattern: itself for function words and
+        punctuation, else its class and ending ("-ing" of a verb), but all names are one."""
+        word_class = np.select([self.name, self.noun, self.verb], [0, 1, 2], 3)
+        endings = np.array([_ending(word) for word in self.words])
+        endings[self.name] = 0
+        inflected = len(self) + word_class * (len(ENDINGS) + 1) + endings
+        patterns = np.where(self.content, inflected, np.arange(len(self)))
         # UNKNOWN and BOUNDARY stay 0 and 1
-        self.pattern = np.unique(patterns, return_inverse=True)[1]
+        _, self.pattern = np.unique(patterns, return_inverse=True)
 
     def _learn_pronouns(self) -> None:
         """pronoun: (V,) 0..3 for he, she, it, they, else -1. pronoun_given: (V, 4) p(next pronoun |
         noun or name)."""
-        ids, size = self.ids, len(self)
+        ids = self.ids
+        size = len(self)
         self.pronoun = np.full(size, -1)
         for forms in PRONOUNS:
             for which, word in enumerate(forms):
                 self.pronoun[self.members([word])] = which
         pronouns = np.flatnonzero(self.pronoun[ids] >= 0)
         entities = np.flatnonzero(self.entity[ids])
-        following = np.append(pronouns, len(ids) + 20)[np.searchsorted(pronouns, entities)]
-        close = following - entities < 20
-        pairs = ids[entities[close]] * 4 + self.pronoun[ids[following[close]]]
-        counts = np.bincount(pairs, minlength=4 * size).reshape(size, 4).astype(float)
+        pronouns_and_end = np.append(pronouns, len(ids) + NEAR)
+        following = pronouns_and_end[np.searchsorted(pronouns, entities)]
+        near = following - entities < NEAR
+        entity = ids[entities[near]]
+        pronoun = self.pronoun[ids[following[near]]]
+        counts = np.bincount(entity * 4 + pronoun, minlength=4 * size).reshape(size, 4)
         prior = counts.sum(0) / max(counts.sum(), 1)
         self.pronoun_given = (counts + 4 * prior) / (counts.sum(1, keepdims=True) + 4)
 
-    def _learn_places_and_introductions(self) -> None:
-        """Mean place of each word pair in a story, shrunk towards the middle if rare. introduction:
-        (V, 2, 5), log p(kind of introduction | word, known or new)."""
-        ids, size = self.ids, len(self)
-        starts = np.flatnonzero(ids == BOUNDARY)
-        lengths = np.diff(starts, append=len(ids))
-        relative = (np.arange(len(ids)) - np.repeat(starts, lengths)) / np.repeat(lengths, lengths)
-        keys, inverse, count = np.unique(hashes(ids, 2), return_inverse=True, return_counts=True)
-        place = np.bincount(inverse, weights=relative[:-1] - 0.5) / (count + 20)
-        self._place_keys, self._place = keys[count > 4], place[count > 4]
+    def _learn_places(self) -> None:
+        """Mean place of each word pair in a story, shrunk towards the middle if rare."""
+        starts = np.flatnonzero(self.ids == BOUNDARY)
+        lengths = np.diff(starts, append=len(self.ids))
+        place = np.arange(len(self.ids)) - np.repeat(starts, lengths)
+        relative = place / np.repeat(lengths, lengths)
+        pairs = hashes(self.ids, 2)
+        keys, pair, count = np.unique(pairs, return_inverse=True, return_counts=True)
+        mean = np.bincount(pair, weights=relative[:-1] - 0.5) / (count + 20)
+        self._place_keys = keys[count > 4]
+        self._place = mean[count > 4]
 
+    def _learn_introductions(self) -> None:
+        """introduction: (V, 2, 5), log p(kind of introduction | word, known or new)."""
+        ids = self.ids
+        size = len(self)
         self._kind = np.zeros(size, np.int64)
         for kind, words in enumerate(INTRODUCTIONS, start=1):
             self._kind[self.members(words)] = kind
         self._adjective = self.content & ~self.name & ~self.verb
-        new = first_occurrences(np.repeat(np.arange(len(starts)), lengths) * size + ids)
+        story = np.cumsum(ids == BOUNDARY)
+        new = first_occurrences(story * size + ids).astype(int)
         shape = (size, 2, len(INTRODUCTIONS) + 1)
-        cells = np.ravel_multi_index((ids, new.astype(int), self.introductions(ids)), shape)
-        counts = np.bincount(cells, minlength=np.prod(shape)).reshape(shape).astype(float)
-        usual = np.stack([counts[self.noun].sum(0), counts[self.name].sum(0)]) + 1
-        usual /= usual.sum(-1, keepdims=True)
-        prior = np.where(self.name[:, None, None], usual[1], usual[0])
+        cells = np.ravel_multi_index((ids, new, self.introductions(ids)), shape)
+        counts = np.bincount(cells, minlength=np.prod(shape)).reshape(shape)
+        noun_counts = counts[self.noun].sum(0) + 1
+        name_counts = counts[self.name].sum(0) + 1
+        noun_prior = noun_counts / noun_counts.sum(-1, keepdims=True)
+        name_prior = name_counts / name_counts.sum(-1, keepdims=True)
+        prior = np.where(self.name[:, None, None], name_prior, noun_prior)
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
     def place(self, ids: np.ndarray) -> np.ndarray:
@@ -183,16 +191,25 @@ class Lexicon:
         """(T,) ids -> (T,) the kind of word that introduces each token, looking back over at most
         two adjectives."""
         kind = np.zeros(len(ids), np.int64)
-        adjectives = np.ones(len(ids), bool)  # whether only adjectives stand between the two
+        only_adjectives = np.ones(len(ids), bool)  # between a token and the word `back` before it
         for back in (1, 2, 3):
             before = ids[:-back]
-            kind[back:] = np.where(
-                adjectives[back:] & (kind[back:] == 0), self._kind[before], kind[back:]
-            )
-            adjectives[back:] &= self._adjective[before]
+            searching = only_adjectives[back:] & (kind[back:] == 0)
+            kind[back:] = np.where(searching, self._kind[before], kind[back:])
+            only_adjectives[back:] &= self._adjective[before]
         return kind
 
 
 def _folded(spelling: str) -> str:
     """Lower case; repeated end marks become the first: "?!" is "?"."""
-    return spelling[0] if spelling[0] in ".!?" and spelling != "..." else spelling.lower()
+    if spelling[0] in ".!?" and spelling != "...":
+        return spelling[0]
+    return spelling.lower()
+
+
+def _ending(word: str) -> int:
+    """1 to 4 for the first of ENDINGS that the word has; 0 for none."""
+    for number, ending in enumerate(ENDINGS, start=1):
+        if word.endswith(ending):
+            return number
+    return 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# token ids: a word that is not in the vocabulary; the separator of documents
-UNKNOWN, BOUNDARY = 0, 1
+UNKNOWN = 0  # token id of every word that is not in the vocabulary
+BOUNDARY = 1  # token id that separates documents
 ORDER = 5
 DISCOUNT = 0.75
 ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
@@ -33,10 +33,12 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The index of each key in the sorted table, and whether it is present."""
+    index = np.zeros(len(keys), np.int64)
+    if not len(table):
+        return index, np.zeros(len(keys), bool)
     order = np.argsort(keys)  # sorted: each search starts where the last one ended
-    index = np.empty(len(keys), np.int64)
     index[order] = np.minimum(np.searchsorted(table, keys[order]), len(table) - 1)
-    return index, table[index] == keys if len(table) else np.zeros(len(keys), bool)
+    return index, table[index] == keys
 
 
 def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -49,8 +51,9 @@ def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarra
 
 def first_occurrences(keys: np.ndarray) -> np.ndarray:
     """(n,) bool: True at the first occurrence of each key."""
+    _, places = np.unique(keys, return_index=True)
     first = np.zeros(len(keys), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
+    first[places] = True
     return first
 
 
@@ -73,24 +76,24 @@ class NgramModel:
         self._unigram = (counts / counts.sum()).astype(np.float32)
         self._length = len(ids)
         self._orders: list[_Order] = []
-        shorter = None
+        shorter: np.ndarray | None = None
         for hashed in rolling_hashes(ids, ORDER):
             keys, first, count = _unique(hashed)
             if shorter is None:
                 probability = self._unigram[ids[first]]
             else:
                 lower = self._orders[-1]
-                context, _ = find(lower.keys, shorter[first])
-                same_word, _ = find(lower.keys, shorter[first + 1])
+                context, _ = find(lower.keys, shorter[first])  # the n-gram without its last token
+                suffix, _ = find(lower.keys, shorter[first + 1])  # without its first
                 total = np.bincount(context, weights=count, minlength=len(lower.keys))
                 types = np.bincount(context, minlength=len(lower.keys))
-                lower.left_over = (DISCOUNT * types / np.maximum(total, 1)).astype(np.float32)
-                lower.left_over[total == 0] = 1.0
+                left_over = (DISCOUNT * types / np.maximum(total, 1)).astype(np.float32)
+                left_over[total == 0] = 1.0
+                lower.left_over = left_over
                 probability = (count - DISCOUNT) / total[context]
-                probability += lower.left_over[context] * lower.probability[same_word]
-            self._orders.append(
-                _Order(keys, count.astype(np.float32), probability.astype(np.float32))
-            )
+                probability += left_over[context] * lower.probability[suffix]
+            order = _Order(keys, count.astype(np.float32), probability.astype(np.float32))
+            self._orders.append(order)
             shorter = hashed
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,25 +102,28 @@ class NgramModel:
         that the corpus hardly has although its two overlapping parts are common, observed + 0.5 <
         ODD * (expected + 0.5)."""
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
-        probability, left_over = self._unigram[padded], None
-        rows, counts = [], []
-        odd = np.zeros(len(ids), bool)
-        for n, (order, hashed) in enumerate(
-            zip(self._orders, rolling_hashes(padded, ORDER), strict=True), start=1
-        ):
+        counts = [np.full(len(padded) + 1, self._length)]  # of the n-grams in `padded`, from n = 0
+        rows = []
+        probability = self._unigram[padded]
+        left_over: np.ndarray | None = None
+        for n, hashed in enumerate(rolling_hashes(padded, ORDER), start=1):
+            order = self._orders[n - 1]
             index, present = find(order.keys, hashed)
             counts.append(np.where(present, order.count[index], 0.0))
             if left_over is not None:
-                probability = np.where(
-                    present, order.probability[index], left_over[:-1] * probability[1:]
-                )
-            if 1 < n < ORDER:
-                inner = counts[-3][1:-1] if n > 2 else self._length
-                expected = counts[-2][:-1] * counts[-2][1:] / np.maximum(inner, 1)
-                odd |= (counts[-1] + 0.5 < ODD * (expected + 0.5))[ORDER - n :]
+                backed_off = left_over[:-1] * probability[1:]
+                probability = np.where(present, order.probability[index], backed_off)
             if order.left_over is not None:
                 left_over = np.where(present, order.left_over[index], 1.0)
             rows.append(probability[ORDER - n :])
+
+        odd = np.zeros(len(ids), bool)
+        for n in range(2, ORDER):
+            part = counts[n - 1]
+            shared = counts[n - 2][1:-1]  # what the n-gram's two parts have in common
+            expected = part[:-1] * part[1:] / np.maximum(shared, 1)
+            is_odd = counts[n] + 0.5 < ODD * (expected + 0.5)
+            odd |= is_odd[ORDER - n :]
         return np.log(np.stack(rows)), odd
 
 
@@ -137,7 +143,8 @@ def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     will do."""
     order = np.argsort(hashed)
     ranked = hashed[order]
-    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+    is_new = np.concatenate([[True], ranked[1:] != ranked[:-1]])
+    starts = np.flatnonzero(is_new)
     return ranked[starts], order[starts], np.diff(starts, append=len(ranked))
 
 
@@ -147,7 +154,8 @@ class Phrases:
 
     def __init__(self, ids: np.ndarray, examples: list[np.ndarray]):
         for n in (8, 12, 16, 24):
-            self._n, self._keys = n, np.sort(hashes(ids, n))
+            self._n = n
+            self._keys = np.sort(hashes(ids, n))
             if np.mean([self.copied(example) for example in examples]) < 0.3:
                 break
 
@@ -165,18 +173,22 @@ def sample(
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
-    rng = np.random.default_rng(0)
     starts = np.flatnonzero(ids[: -context - 1] == boundary)
+    if not len(starts):
+        return []
+    rng = np.random.default_rng(0)
     texts = []
-    for start in rng.choice(starts, count) if len(starts) else ():
+    for start in rng.choice(starts, count):
         text = list(ids[start : start + context + 1])
         while len(text) < length + context + 1:
             key = hashes(np.array(text[-context:]), context)[0]
-            low, high = np.searchsorted(ranked, key, "left"), np.searchsorted(ranked, key, "right")
-            if (
-                high == low
-                or (token := int(ids[order[rng.integers(low, high)] + context])) == boundary
-            ):
+            low = np.searchsorted(ranked, key, "left")
+            high = np.searchsorted(ranked, key, "right")
+            if low == high:
+                break
+            place = order[rng.integers(low, high)]
+            token = int(ids[place + context])
+            if token == boundary:
                 break
             text.append(token)
         texts.append(np.array(text[1:]))

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
 
-FOLDER = next(
-    (f for f in ("scripts", "tinystory_scripts") if (ROOT / f / "serve_teacher.py").exists()),
-    "scripts",
-)
-SCRIPT = ROOT / FOLDER / "serve_teacher.py"  # in a clone or an installed wheel
+SCRIPT = ROOT / "scripts" / "serve_teacher.py"
+if not SCRIPT.exists():  # an installed wheel, not a clone
+    SCRIPT = ROOT / "tinystory_scripts" / "serve_teacher.py"
 READY = "listening on "
 
 
@@ -22,7 +20,8 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     """Yield the URL of a rubric fitted to `corpus`; the process ends with the block, or with
     ours."""
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *corpus]
-    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    environment = dict(os.environ)
+    environment.pop("OPENAI_API_KEY", None)
     # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.
     with subprocess.Popen(
         command,

@@ -39,9 +39,11 @@ stories. A story without names, or without he and she, gets 0.5 for that part. W
 came before, in story or opening, are not fresh: padding, echoes and loops score nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -59,8 +61,10 @@ from tinystory.rubric.ngram import (
     sample,
 )
 from tinystory.rubric.surface import (
-    CLOSE,
+    END_MARKS,
+    Sentences,
     count_slips,
+    ends_sentence,
     split_sentences,
     tokenize,
     well_formed_words,
@@ -68,6 +72,7 @@ from tinystory.rubric.surface import (
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
+T = TypeVar("T")
 MAX_CORPUS_TOKENS = 1_700_000  # about 1.5 M words and their punctuation
 MIN_CORPUS_TOKENS = 200
 MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
@@ -83,9 +88,39 @@ TROUBLE = frozenset(
         "mean lonely missing difficult hard help careful sorry"
     ).split()
 )
-Measure: TypeAlias = Callable[[np.ndarray], float | None]
 # Ids beyond those of words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
+# Weights of the parts that make the thread of a story.
+THREAD = {
+    "focus": 0.15,
+    "introduced": 0.1,
+    "referred": 0.1,
+    "order": 0.2,
+    "joined": 0.1,
+    "shape": 0.15,
+    "association": 0.2,
+}
+
+
+class Scale(NamedTuple):
+    """The values of a part, as measured, that become 0 and 1."""
+
+    zero: float
+    one: float
+
+
+class Text(NamedTuple):
+    """A story after its opening."""
+
+    ids: np.ndarray  # of opening and story
+    start: int  # index of the story in `ids`
+    story: np.ndarray  # ids of the story alone
+    tokens: list[str]  # of the story, as all below
+    is_word: np.ndarray  # (tokens,) bool
+    words: int
+    sentences: Sentences
+    spans: list[tuple[int, int]]  # first token and one past the last of sentences with words
+    continues: bool  # within a sentence of the opening
 
 
 def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
@@ -109,24 +144,22 @@ class Rubric:
         """stories: tokenized stories to count in; examples: held-out ones, which set the scales;
         done: called after each of the PARTS of fitting."""
         done()  # the corpus is read
-        self.lexicon = lexicon = Lexicon(stories)
+        lexicon = Lexicon(stories)
+        self.lexicon = lexicon
         done()
         excerpts = [lexicon.look_up(tokens) for tokens in examples]
         with ThreadPoolExecutor() as pool:  # numpy sorts without Python's lock
-            models = [
-                pool.submit(NgramModel, ids, len(lexicon))
-                for ids in (lexicon.ids, lexicon.pattern[lexicon.ids])
-            ]
-            phrases, association = (
-                pool.submit(Phrases, lexicon.ids, excerpts),
-                pool.submit(WordAssociation, lexicon),
-            )
-            futures: list[Future] = [*models, phrases, association]
-            for future in futures:
+            model = pool.submit(NgramModel, lexicon.ids, len(lexicon))
+            patterns = pool.submit(NgramModel, lexicon.pattern[lexicon.ids], len(lexicon))
+            phrases = pool.submit(Phrases, lexicon.ids, excerpts)
+            association = pool.submit(WordAssociation, lexicon)
+            for future in (model, patterns, phrases, association):
                 future.add_done_callback(lambda _: done())
             self.characters = Characters(lexicon)
-            self.model, self.patterns = (model.result() for model in models)
-            self.phrases, self.association = phrases.result(), association.result()
+            self.model = model.result()
+            self.patterns = patterns.result()
+            self.phrases = phrases.result()
+            self.association = association.result()
         self._frame = np.arange(len(lexicon))
         self._frame[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
         self._skeleton = self._frame.copy()
@@ -134,10 +167,10 @@ class Rubric:
         self._skeleton[lexicon.content & lexicon.verb & ~lexicon.name] = ACT
         self._skeleton[lexicon.noun] = THING
         self._scale = {
-            "known": (0.75, 0.97),
-            "formed": (0.2, 0.95),
-            "clean": (0.92, 0.995),
-            "unlooped": (0.5, 0.9),
+            "known": Scale(0.75, 0.97),
+            "formed": Scale(0.2, 0.95),
+            "clean": Scale(0.92, 0.995),
+            "unlooped": Scale(0.5, 0.9),
         }
         rng = np.random.default_rng(0)
         self._set_scales(examples, rng)
@@ -154,28 +187,21 @@ class Rubric:
         stories: list[list[str]] = []
         held_out: list[list[str]] = []
         count = 0
-        passages = (
-            passage
-            for document in documents
-            for passage in _passages(tokenize(document), MAX_PASSAGE)
-        )
-        for index, passage in enumerate(passages):
+        for index, passage in enumerate(_corpus_passages(documents)):
             if index % 16 == 15 and len(held_out) < HELD_OUT:
                 held_out.append(passage)
-            else:
-                stories.append(passage)
-                count += len(passage)
+                continue
+            stories.append(passage)
+            count += len(passage)
             if count >= MAX_CORPUS_TOKENS:
                 break
         if count < MIN_CORPUS_TOKENS:
             raise UserError(
                 f"the corpus has only {count} words and stops: give the teacher more stories to measure by"
             )
-        return cls(
-            stories,
-            [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]],
-            done,
-        )
+        examples = held_out or stories[:HELD_OUT]
+        excerpts = [next(_passages(example, EXCERPT)) for example in examples]
+        return cls(stories, excerpts, done)
 
     def score(self, opening: str, story: str) -> dict[str, int]:
         """The integer score, 0..3, of each criterion."""
@@ -188,209 +214,267 @@ class Rubric:
         raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
         if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
-        part = {
-            name: 0.5 if raw[name] is None else ramp(raw[name], *scale)
-            for name, scale in self._scale.items()
-        }
-        part |= {name: float(raw[name]) for name in ("shape", "rhythm", "fresh")}
-        fresh = part["fresh"]
-        # Small floors, so that an improvement raises the total even of the worst text.
-        natural = (
-            part["fluent"] * part["grammatical"] * part["smooth"] * (0.1 + 0.9 * part["reach"])
-        ) ** 0.25
-        correct = part["known"] * (0.02 + 0.98 * part["formed"]) * (0.02 + 0.98 * part["clean"])
-        readability = correct * (0.02 + 0.98 * natural) * ramp(fresh, 1, 25)
-        thread = (
-            0.15 * part["focus"]
-            + 0.1 * part["introduced"]
-            + 0.1 * part["referred"]
-            + 0.2 * part["order"]
-        )
-        thread = thread + 0.1 * part["joined"] + 0.15 * part["shape"] + 0.2 * part["association"]
-        coreference = 0.2 + 0.5 * part["names"] + 0.3 * part["agreement"]
-        coherence = (
-            thread * coreference * part["unlooped"] * ramp(readability, 0, 0.4) * ramp(fresh, 5, 40)
-        )
-        novel = (
-            0.4 * part["varied"]
-            + 0.4 * part["rare"] * (0.2 + 0.8 * part["association"])
-            + 0.2 * part["rhythm"]
-        )
-        sense = ramp(readability, 0.1, 0.7) * (0.2 + 0.8 * ramp(coherence, 0, 0.6))
-        creativity = (
-            novel * (1 + 2 * part["uncopied"]) / 3 * part["unlooped"] * sense * ramp(fresh, 5, 45)
-        )
-        criteria = dict(
-            zip(CRITERIA, map(float, (readability, coherence, creativity)), strict=True)
-        )
+        part: dict[str, float] = {}
+        for name, (zero, one) in self._scale.items():
+            value = raw[name]
+            part[name] = 0.5 if value is None else ramp(value, zero, one)
+        for name in ("shape", "rhythm", "fresh"):
+            part[name] = float(raw[name])
+        readability = _readability(part)
+        coherence = _coherence(part, readability)
+        creativity = _creativity(part, readability, coherence)
+        criteria = {"readability": readability, "coherence": coherence, "creativity": creativity}
         return part | criteria | {"total": sum(criteria.values())}
 
     def _set_scales(self, examples: list[list[str]], rng: np.random.Generator) -> None:
         """Held-out stories set 1; corrupted copies of them and n-gram samples set 0."""
-        lexicon = self.lexicon
+        shuffled = [_shuffled(text, rng) for text in examples]
+        reordered = []
+        for text in examples:
+            sentences = [text[first:end] for first, end in split_sentences(text).bounds]
+            mixed = _shuffled(sentences, rng)
+            reordered.append(list(chain.from_iterable(mixed)))
+        sampled = []
+        for ids in sample(self.lexicon.spelling_ids, 0, 100, 100):
+            sampled.append([self.lexicon.spellings[id] for id in ids])
 
-        def raw_parts(texts: Iterable[list[str]]) -> list[dict]:
-            return [raw for text in texts if (raw := self._raw_parts([], text)) is not None]
-
-        real = raw_parts(examples)
-        shuffled = raw_parts(_shuffled([[token] for token in text], rng) for text in examples)
-        reordered = raw_parts(
-            _shuffled([text[a:b] for a, b in split_sentences(text).bounds], rng)
-            for text in examples
-        )
-        sampled = raw_parts(
-            [lexicon.spellings[id] for id in ids]
-            for ids in sample(lexicon.spelling_ids, 0, 100, 100)
-        )
-
-        def percentile(group: list[dict], name: str, percent: float) -> float:
-            values = [np.atleast_1d(raw[name]) for raw in group] or [np.zeros(1)]
-            return float(np.percentile(np.concatenate(values), percent))
+        real_parts = self._parts_of(examples)
+        shuffled_parts = self._parts_of(shuffled)
+        reordered_parts = self._parts_of(reordered)
+        sampled_parts = self._parts_of(sampled)
 
         # In nats per token. Against a repetitive corpus, -2.5 and -2 are enough for a score of 1.
         for name, enough in (("fluent", -2.5), ("grammatical", -2.0)):
-            one = min(percentile(real, name, 25), enough)
-            self._scale[name] = (min(percentile(shuffled, name, 50), one - 2), one)
-        self._scale |= {
-            "smooth": (min(percentile(shuffled, "smooth", 50), 0.9), 0.99),
-            "varied": (percentile(real, "varied", 50) / 2 - 0.01, percentile(real, "varied", 35)),
-            "rare": (percentile(real, "rare", 50) - 1.5, percentile(real, "rare", 40)),
-            "uncopied": (0.0, max(0.1, percentile(real, "uncopied", 25))),
-        }
+            one = min(_percentile(real_parts, name, 25), enough)
+            self._scale[name] = Scale(min(_percentile(shuffled_parts, name, 50), one - 2), one)
+        self._scale["smooth"] = Scale(min(_percentile(shuffled_parts, "smooth", 50), 0.9), 0.99)
+        self._scale["varied"] = Scale(
+            _percentile(real_parts, "varied", 50) / 2 - 0.01, _percentile(real_parts, "varied", 35)
+        )
+        self._scale["rare"] = Scale(
+            _percentile(real_parts, "rare", 50) - 1.5, _percentile(real_parts, "rare", 40)
+        )
+        self._scale["uncopied"] = Scale(0.0, max(0.1, _percentile(real_parts, "uncopied", 25)))
         for name in ("reach", "focus", "introduced", "referred", "order", "joined"):
-            one = percentile(real, name, 40)
-            zero = percentile(sampled, name, 50)
-            if name in ("introduced", "referred", "order", "joined"):
-                zero = min(zero, percentile(reordered, name, 50))
-            self._scale[name] = (min(zero, one - 0.1), one)
+            one = _percentile(real_parts, name, 40)
+            zero = _percentile(sampled_parts, name, 50)
+            if name not in ("reach", "focus"):
+                zero = min(zero, _percentile(reordered_parts, name, 50))
+            self._scale[name] = Scale(min(zero, one - 0.1), one)
 
     def _set_coreference_scales(self, stories: list[np.ndarray], rng: np.random.Generator) -> None:
         """The same for names, agreement and association. stories: ids of held-out stories."""
+        characters = self.characters
+        renamed = [characters.renamed(text, rng) for text in stories]
+        flipped = [characters.flipped(text, rng) for text in stories]
+        joined = []
+        for text, other in zip(stories, stories[1:] + stories[:1], strict=True):
+            joined.append(np.append(text[: len(text) // 2], other[len(other) // 2 :]))
+        self._scale["names"] = _scale(characters.introduction, stories, renamed, 0.5)
+        self._scale["agreement"] = _scale(characters.agreement, stories, flipped, 0.2)
+        self._scale["association"] = _scale(self.association.mean, stories, joined, 0.02)
 
-        def scale(
-            measure: Measure, corrupted: list[np.ndarray], least: float
-        ) -> tuple[float, float]:
-            real, worse = (
-                [value for text in group if (value := measure(text)) is not None] or [0.0]
-                for group in (stories, corrupted)
-            )
-            one = float(np.percentile(real, 40))
-            return min(float(np.percentile(worse, 50)), one - least), one
-
-        characters, others = self.characters, [*stories[1:], *stories[:1]]
-        halves = [
-            np.append(a[: len(a) // 2], b[len(b) // 2 :])
-            for a, b in zip(stories, others, strict=True)
-        ]
-        renamed, flipped = (
-            [f(text, rng) for text in stories] for f in (characters.renamed, characters.flipped)
-        )
-        self._scale |= {
-            "names": scale(characters.introduction, renamed, 0.5),
-            "agreement": scale(characters.agreement, flipped, 0.2),
-            "association": scale(self.association.mean, halves, 0.02),
-        }
+    def _parts_of(self, texts: list[list[str]]) -> list[dict]:
+        """Unscaled parts of the texts that are a sentence or more."""
+        return _known(self._raw_parts([], text) for text in texts)
 
     def _raw_parts(self, before: list[str], after: list[str]) -> dict | None:
         """Unscaled parts; None for less than a sentence. before, after: tokens of opening and
         story."""
-        words = np.array([token[0].isalpha() for token in after], bool)
-        count = int(words.sum())
-        if count < 3 or not any(token[0] in ".!?" for token in after):
+        is_word = np.array([token[0].isalpha() for token in after], bool)
+        words = int(is_word.sum())
+        if words < 3 or not any(token[0] in END_MARKS for token in after):
             return None
-        lexicon, start = self.lexicon, len(before)
-        ids = lexicon.look_up(before + after)
-        story = ids[start:]
+        start = len(before)
+        ids = self.lexicon.look_up(before + after)
         sentences = split_sentences(after)
-        spans = [(first, end) for first, end in sentences.bounds if words[first:end].any()]
-        lower = [token.lower() for token in after]
-        repeated = (_repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7))[start:]
-        logprob, odd = (values[..., start:] for values in self.model.read(ids))
-        pattern_logprob, odd_pattern = (
-            values[..., start:] for values in self.patterns.read(lexicon.pattern[ids])
+        text = Text(
+            ids=ids,
+            start=start,
+            story=ids[start:],
+            tokens=after,
+            is_word=is_word,
+            words=words,
+            sentences=sentences,
+            spans=[(first, end) for first, end in sentences.bounds if is_word[first:end].any()],
+            continues=start > 0 and not ends_sentence(before[-1]),
         )
-        continues = bool(before) and before[-1][0] not in f".!?{CLOSE}"
-        content = np.unique(story[lexicon.content[story]])
-        openers = [
-            next(word for word in lower[first:end] if word[0].isalpha()) for first, end in spans
-        ]
-        commonest = max(map(openers.count, openers)) / len(openers)
-        ended = after[-1][0] in f".!?{CLOSE}" and not sentences.unpaired
-        pair_places = lexicon.place(story)
-        places = [float(pair_places[first : end - 1].sum()) for first, end in spans]
+        logprob, odd = self.model.read(ids)
+        parts = self._readability_parts(text, logprob[:, start:], odd[start:])
+        parts |= self._coherence_parts(text, logprob[:, start:])
+        parts |= self._creativity_parts(text)
+
+        repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
+        parts["unlooped"] = 1 - repeated[start:].mean()
+        parts["fresh"] = int((is_word & ~repeated[start:]).sum())
+        return parts
+
+    def _readability_parts(self, text: Text, logprob: np.ndarray, odd: np.ndarray) -> dict:
+        """logprob: (ORDER, T), odd: (T,), of the story's tokens."""
+        lexicon = self.lexicon
+        sentences = text.sentences
+        verb = lexicon.verb[text.story].tolist()
+        may_be_capital = lexicon.may_be_capital[text.story].tolist()
+        pattern_logprob, odd_pattern = self.patterns.read(lexicon.pattern[text.ids])
         return {
-            "known": np.mean(story != UNKNOWN),
-            "formed": well_formed_words(after, sentences, lexicon.verb[story].tolist(), continues)
-            / count,
-            "clean": 1
-            - count_slips(after, sentences, lexicon.may_be_capital[story].tolist()) / count,
+            "known": np.mean(text.story != UNKNOWN),
+            "formed": well_formed_words(text.tokens, sentences, verb, text.continues) / text.words,
+            "clean": 1 - count_slips(text.tokens, sentences, may_be_capital) / text.words,
             "fluent": _by_sentence(logprob[-1], sentences.bounds),
-            "grammatical": _by_sentence(pattern_logprob[-1], sentences.bounds),
-            "smooth": 1 - (odd.mean() + odd_pattern.mean()) / 2,
+            "grammatical": _by_sentence(pattern_logprob[-1, text.start :], sentences.bounds),
+            "smooth": 1 - (odd.mean() + odd_pattern[text.start :].mean()) / 2,
             "reach": (logprob[-1] - logprob[2]).mean(),
-            **self._entities(ids, start),
-            "referred": self._referred(ids, start),
-            "names": self.characters.introduction(ids, start),
-            "agreement": self.characters.agreement(ids, start),
-            "association": self.association.mean(story),
+        }
+
+    def _coherence_parts(self, text: Text, logprob: np.ndarray) -> dict:
+        """logprob: (ORDER, T), of the story's tokens."""
+        pair_places = self.lexicon.place(text.story)
+        places = [float(pair_places[first : end - 1].sum()) for first, end in text.spans]
+        trouble = any(token.lower() in TROUBLE for token in text.tokens)
+        ended = ends_sentence(text.tokens[-1]) and not text.sentences.unpaired
+        ending = ended and places[-1] > 0
+        focus, introduced = self._entities(text)
+        return {
+            "focus": focus,
+            "introduced": introduced,
+            "referred": self._referred(text),
+            "names": self.characters.introduction(text.ids, text.start),
+            "agreement": self.characters.agreement(text.ids, text.start),
+            "association": self.association.mean(text.story),
             "order": _order(places),
-            "joined": _joined(logprob, spans),
-            "shape": 0.4 * any(word in TROUBLE for word in lower)
-            + 0.3 * ended
-            + 0.3 * (ended and places[-1] > 0),
-            "unlooped": 1 - repeated.mean(),
-            "fresh": int((words & ~repeated).sum()),
-            "varied": len(np.unique(story[words])) / count**0.7,
-            "rare": -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0,
-            "rhythm": ramp(count / len(spans), 3, 6)
-            * (ramp(commonest, 0.95, 0.65) if len(spans) > 3 else 1.0),
+            "joined": _joined(logprob, text.spans),
+            "shape": 0.4 * trouble + 0.3 * ended + 0.3 * ending,
+        }
+
+    def _creativity_parts(self, text: Text) -> dict:
+        lexicon = self.lexicon
+        story = text.story
+        content = np.unique(story[lexicon.content[story]])
+        rare = -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0
+        rhythm = ramp(text.words / len(text.spans), 3, 6)
+        if len(text.spans) > 3:
+            openers: Counter[str] = Counter()
+            for first, end in text.spans:
+                words = (token for token in text.tokens[first:end] if token[0].isalpha())
+                openers[next(words).lower()] += 1
+            rhythm *= ramp(max(openers.values()) / len(text.spans), 0.95, 0.65)
+        return {
+            "varied": len(np.unique(story[text.is_word])) / text.words**0.7,
+            "rare": rare,
+            "rhythm": rhythm,
             "uncopied": 1 - self.phrases.copied(story),
         }
 
-    def _entities(self, ids: np.ndarray, start: int) -> dict[str, float]:
+    def _entities(self, text: Text) -> tuple[float, float]:
+        """focus: fraction of the story's mentions whose entity is mentioned more than once;
+        introduced: mean nats per mention by which its introduction fits its status."""
         lexicon = self.lexicon
-        at = start + np.flatnonzero(lexicon.entity[ids[start:]])
+        at = text.start + np.flatnonzero(lexicon.entity[text.story])
         if not len(at):
-            return {"focus": 0.0, "introduced": -1.0}
+            return 0.0, -1.0
+        ids = text.ids
         mentions = np.bincount(ids[lexicon.entity[ids]])
-        # (entities, known or new)
+        focus = np.mean(mentions[ids[at]] > 1)
         logprob = lexicon.introduction[ids[at], :, lexicon.introductions(ids)[at]]
-        row, status = np.arange(len(at)), first_occurrences(ids)[at].astype(int)
-        evidence = np.clip(logprob[row, status] - logprob[row, 1 - status], -3, 3)
-        return {"focus": np.mean(mentions[ids[at]] > 1), "introduced": evidence.mean()}
+        for_new = logprob[:, 1] - logprob[:, 0]
+        evidence = np.where(first_occurrences(ids)[at], for_new, -for_new)
+        return float(focus), float(np.clip(evidence, -3, 3).mean())
 
-    def _referred(self, ids: np.ndarray, start: int) -> float:
+    def _referred(self, text: Text) -> float:
         """Mean over he, she, it, they of their best probability after one of the last five
         entities."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
-        for at in np.flatnonzero(lexicon.entity[ids] | (lexicon.pronoun[ids] >= 0)).tolist():
-            id = int(ids[at])
+        relevant = lexicon.entity[text.ids] | (lexicon.pronoun[text.ids] >= 0)
+        for at in np.flatnonzero(relevant).tolist():
+            id = int(text.ids[at])
             which = lexicon.pronoun[id]
             if which < 0:
-                recent = [*(entity for entity in recent if entity != id), id][-5:]
-            elif at >= start:
-                best.append(
-                    max((lexicon.pronoun_given[entity, which] for entity in recent), default=0.0)
-                )
+                if id in recent:
+                    recent.remove(id)
+                recent.append(id)
+                recent = recent[-5:]
+            elif at >= text.start:
+                fits = [lexicon.pronoun_given[entity, which] for entity in recent]
+                best.append(max(fits, default=0.0))
         return float(np.mean(best)) if best else 0.0
+
+
+def _floored(x: float, floor: float) -> float:
+    """`floor` for 0 and 1 for 1, so that an improvement raises the total even of the worst text."""
+    return floor + (1 - floor) * x
+
+
+def _readability(part: dict[str, float]) -> float:
+    likely = part["fluent"] * part["grammatical"] * part["smooth"]
+    natural = (likely * _floored(part["reach"], 0.1)) ** 0.25
+    correct = part["known"] * _floored(part["formed"], 0.02) * _floored(part["clean"], 0.02)
+    return correct * _floored(natural, 0.02) * ramp(part["fresh"], 1, 25)
+
+
+def _coherence(part: dict[str, float], readability: float) -> float:
+    thread = 0.0
+    for name, weight in THREAD.items():
+        thread += weight * part[name]
+    coreference = 0.2 + 0.5 * part["names"] + 0.3 * part["agreement"]
+    readable = ramp(readability, 0, 0.4)
+    return thread * coreference * part["unlooped"] * readable * ramp(part["fresh"], 5, 40)
+
+
+def _creativity(part: dict[str, float], readability: float, coherence: float) -> float:
+    rare = 0.4 * part["rare"] * _floored(part["association"], 0.2)
+    novel = 0.4 * part["varied"] + rare + 0.2 * part["rhythm"]
+    own = novel * (1 + 2 * part["uncopied"]) / 3
+    sense = ramp(readability, 0.1, 0.7) * _floored(ramp(coherence, 0, 0.6), 0.2)
+    return own * part["unlooped"] * sense * ramp(part["fresh"], 5, 45)
+
+
+def _percentile(group: list[dict], name: str, percent: float) -> float:
+    """Of this raw part over a group of texts, 0 for no texts."""
+    values = [np.zeros(1)]
+    if group:
+        values = [np.atleast_1d(raw[name]) for raw in group]
+    return float(np.percentile(np.concatenate(values), percent))
+
+
+def _scale(
+    measure: Callable[[np.ndarray], float | None],
+    stories: list[np.ndarray],
+    corrupted: list[np.ndarray],
+    least: float,
+) -> Scale:
+    """The scale on which corrupted stories are 0 and whole ones 1. least: its smallest length."""
+    real = _known(map(measure, stories)) or [0.0]
+    worse = _known(map(measure, corrupted)) or [0.0]
+    one = float(np.percentile(real, 40))
+    return Scale(min(float(np.percentile(worse, 50)), one - least), one)
+
+
+def _known(values: Iterable[T | None]) -> list[T]:
+    return [value for value in values if value is not None]
+
+
+def _corpus_passages(documents: Iterable[str]) -> Iterator[list[str]]:
+    for document in documents:
+        yield from _passages(tokenize(document), MAX_PASSAGE)
 
 
 def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
     """Split into passages of whole sentences, of at most `longest` tokens unless a single sentence
     is longer."""
     start = 0
-    for first, end in split_sentences(tokens).bounds if len(tokens) > longest else ():
-        if end - start > longest and first > start:
-            yield tokens[start:first]
-            start = first
+    if len(tokens) > longest:
+        for first, end in split_sentences(tokens).bounds:
+            if end - start > longest and first > start:
+                yield tokens[start:first]
+                start = first
     if tokens:
         yield tokens[start:]
 
 
-def _shuffled(pieces: list[list[str]], rng: np.random.Generator) -> list[str]:
-    return [token for at in rng.permutation(len(pieces)) for token in pieces[at]]
+def _shuffled(pieces: list[T], rng: np.random.Generator) -> list[T]:
+    return [pieces[at] for at in rng.permutation(len(pieces))]
 
 
 def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
@@ -401,14 +485,18 @@ def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
 def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
     """Each token's sentence mean, so that one easy sentence does not compensate for another."""
     starts, ends = np.array(bounds).T
-    return np.repeat(np.add.reduceat(logprob, starts) / (ends - starts), ends - starts)
+    lengths = ends - starts
+    means = np.add.reduceat(logprob, starts) / lengths
+    return np.repeat(means, lengths)
 
 
 def _order(places: list[float]) -> float:
     """-1..1: whether sentences are in the order in which their words usually come in a story."""
     differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
     total = float(np.abs(differences).sum())
-    return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4) if total > 0 else 0.0
+    if total == 0:
+        return 0.0
+    return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4)
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
@@ -416,9 +504,8 @@ def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
     end mark only."""
     # row n: given 4 tokens minus given n (n - 1 words and an end mark)
     gain = logprob[-1] - logprob
-    gains = [
-        gain[at + 1, first + at]
-        for first, end in spans[1:]
-        for at in range(min(ORDER - 2, end - first))
-    ]
+    gains = []
+    for first, end in spans[1:]:
+        for at in range(min(ORDER - 2, end - first)):
+            gains.append(gain[at + 1, first + at])
     return float(np.mean(gains)) if gains else -1.0

@@ -4,12 +4,23 @@ import re
 from typing import NamedTuple
 
 TOKEN = re.compile(r"[^\W\d_]+(?:['-](?!s\b)[^\W\d_]+)*|'s\b|\d+|\.\.\.|[.!?]+|[^\w\s]|_")
-OPEN, CLOSE = "\u201c", "\u201d"  # quotation marks, as tokens
+OPEN = "\u201c"  # quotation marks, as tokens
+CLOSE = "\u201d"
+END_MARKS = ".!?"
 _OPENING = re.compile(r'(?<![^\s(\[-])"(?=\S)')
 # Typographic quotation marks, apostrophes, dashes and dots.
-_PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--") | {
-    0x2026: "..."
-}
+_PLAIN = str.maketrans(
+    {
+        "\u201e": OPEN,
+        "\u00ab": OPEN,
+        "\u00bb": CLOSE,
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2026": "...",
+    }
+)
 LONGEST_SENTENCE = 30  # words; a longer one is a run-on sentence
 
 # Words that a child's story may say twice: "very very big", "knock knock".
@@ -17,9 +28,8 @@ MAY_DOUBLE = frozenset(
     "very so really ha no yes had that bye knock tick hop la quack woof meow beep long".split()
 )
 DISAGREEMENTS = frozenset(
-    [f"{subject} {verb}" for subject in ("he", "she", "it") for verb in ("are", "am")]
-    + [f"{subject} {verb}" for subject in ("they", "we") for verb in ("is", "was", "has", "am")]
-    + [f"i {verb}" for verb in ("is", "are", "has")]
+    "he are/he am/she are/she am/it are/it am/they is/they was/they has/they am/"
+    "we is/we was/we has/we am/i is/i are/i has".split("/")
 )
 
 
@@ -27,7 +37,9 @@ def tokenize(text: str) -> list[str]:
     """Words ('s apart), numbers, end marks and single other characters. Typographic marks become
     plain, but quotation marks that open (after a space, before none) stay distinct from those that
     close."""
-    return TOKEN.findall(_OPENING.sub(OPEN, text.translate(_PLAIN)).replace('"', CLOSE))
+    plain = text.translate(_PLAIN)
+    opened = _OPENING.sub(OPEN, plain)
+    return TOKEN.findall(opened.replace('"', CLOSE))
 
 
 class Sentences(NamedTuple):
@@ -40,24 +52,32 @@ class Sentences(NamedTuple):
 def split_sentences(tokens: list[str]) -> Sentences:
     """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before
     "asked the fish"."""
-    bounds, quoted, inside, start, unpaired = [], [], False, 0, 0
+    bounds: list[tuple[int, int]] = []
+    quoted: list[bool] = []
+    unpaired = 0
+    inside = False  # quotation marks
+    start = 0
     for at, token in enumerate(tokens):
-        if token in (OPEN, CLOSE):
-            unpaired += inside == (token == OPEN)
-            inside = token == OPEN
+        if token == OPEN:
+            unpaired += inside
+            inside = True
+        elif token == CLOSE:
+            unpaired += not inside
+            inside = False
         quoted.append(inside)
-        closes = token == CLOSE and at > start and tokens[at - 1][0] in ".!?"
-        if not closes and (token[0] not in ".!?" or tokens[at + 1 : at + 2] == [CLOSE]):
-            continue
-        goes_on = (
-            (closes or token == "...") and at + 1 < len(tokens) and tokens[at + 1][0].islower()
-        )
-        if not goes_on:
+
+        following = tokens[at + 1] if at + 1 < len(tokens) else ""
+        ends_quotation = token == CLOSE and at > start and tokens[at - 1][0] in END_MARKS
+        ends_plainly = token[0] in END_MARKS and following != CLOSE
+        may_go_on = ends_quotation or token == "..."
+        goes_on = may_go_on and following[:1].islower()
+        if (ends_quotation or ends_plainly) and not goes_on:
             bounds.append((start, at + 1))
             start = at + 1
-    unpaired += inside and start == len(tokens)
-    if start < len(tokens):
+    if start < len(tokens):  # the last sentence is cut short, and so may be its quotation
         bounds.append((start, len(tokens)))
+    else:
+        unpaired += inside
     return Sentences(bounds, quoted, unpaired)
 
 
@@ -72,33 +92,51 @@ def well_formed_words(
         words = [at for at in range(first, end) if tokens[at][0].isalpha()]
         if not words or len(words) > LONGEST_SENTENCE:
             continue
-        capital = tokens[words[0]][0].isupper() or (first == 0 and continues)
-        ended = tokens[end - 1][0] in f".!?{CLOSE}"
-        cut = end == len(tokens) and not ended
-        spoken = sentences.quoted[words[0]] and len(words) <= 5
-        if capital and (cut or (ended and (spoken or (len(words) >= 3 and any(verb[first:end]))))):
+        capital = tokens[words[0]][0].isupper()
+        begun_in_opening = continues and first == 0
+        if not (capital or begun_in_opening):
+            continue
+        ended = ends_sentence(tokens[end - 1])
+        cut_short = end == len(tokens) and not ended
+        cry = sentences.quoted[words[0]] and len(words) <= 5
+        clause = len(words) >= 3 and any(verb[first:end])
+        if cut_short or (ended and (cry or clause)):
             count += len(words)
     return count
+
+
+def ends_sentence(token: str) -> bool:
+    """Whether it is an end mark or a closing quotation mark."""
+    return token[0] in END_MARKS or token == CLOSE
 
 
 def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bool]) -> float:
     """Count a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed
     quotations."""
     count = 2.0 * sentences.unpaired
-    last, last_is_word = "", False
+    last = ""
+    last_is_word = False
     for at, token in enumerate(tokens):
-        word, is_word = token.lower(), token[0].isalpha()
+        word = token.lower()
+        is_word = token[0].isalpha()
         if is_word:
-            doubled = last == word and word not in MAY_DOUBLE
-            vowel = word[0] in "aeio" and not word.startswith(("one", "once", "eu"))
-            article = (last == "a" and vowel) or (last == "an" and word[0] not in "aeiouh")
-            if doubled or article or token == "i" or f"{last} {word}" in DISAGREEMENTS:
+            doubled = word == last and word not in MAY_DOUBLE
+            disagrees = f"{last} {word}" in DISAGREEMENTS
+            if doubled or disagrees or token == "i" or _wrong_article(last, word):
                 count += 1
-            if last_is_word and token[0].isupper() and not may_be_capital[at] and word != "i":
+            capital = token[0].isupper() and word != "i"
+            if capital and last_is_word and not may_be_capital[at]:
                 count += 0.5
-        elif last == OPEN or (
-            at and not last_is_word and last != CLOSE and word not in (OPEN, CLOSE)
-        ):
+        elif last == OPEN:
+            count += 1
+        elif at and not last_is_word and last != CLOSE and token not in (OPEN, CLOSE):
             count += 1  # two punctuation marks in a row
-        last, last_is_word = word, is_word
+        last = word
+        last_is_word = is_word
     return count
+
+
+def _wrong_article(article: str, word: str) -> bool:
+    if article == "a":
+        return word[0] in "aeio" and not word.startswith(("one", "once", "eu"))
+    return article == "an" and word[0] not in "aeiouh"

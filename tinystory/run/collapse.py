@@ -29,7 +29,8 @@ ADVICE = {
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "predicted": "more stories per step with --graded",
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
-    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that cannot judge)",
+    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
+    "cannot judge)",
 }
 SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
 FEW = 160  # scores in a window below which no correlation is significant
@@ -73,7 +74,8 @@ class CollapseDetector:
         r_squared = record.get("score_r_squared") or 0
         if r_squared < 0:
             signs["predicted"].append(
-                f"the predicted scores of step {record['step']} are worse than a constant (R-squared {r_squared:.2f})"
+                f"the predicted scores of step {record['step']} are worse than a constant "
+                f"(R-squared {r_squared:.2f})"
             )
         without_signal = self._equal_scores() or self._unrelated_scores()
         if without_signal:

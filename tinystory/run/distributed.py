@@ -44,7 +44,8 @@ def start(device: str) -> None:
     wrong = [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]
     if wrong:
         raise UserError(
-            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or unset them"
+            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or "
+            "unset them"
         )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
@@ -52,8 +53,9 @@ def start(device: str) -> None:
         gpus = torch.cuda.device_count()
         if processes > gpus or device not in ("auto", "cuda"):
             raise UserError(
-                f"{processes} processes need {processes} GPUs, one each, and this machine has {gpus}: set "
-                f"--nproc-per-node to {gpus} and leave --device out, or give --device cpu"
+                f"{processes} processes need {processes} GPUs, one each, and this machine has "
+                f"{gpus}: set --nproc-per-node to {gpus} and leave --device out, or give --device "
+                "cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -84,8 +86,8 @@ def peers() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise PeerLost(
-            f"process {rank()} lost the others of this run: one of them ended, and said why above, or was killed "
-            f"({reason:.120}); go on with --resume"
+            f"process {rank()} lost the others of this run: one of them ended, and said why "
+            f"above, or was killed ({reason:.120}); go on with --resume"
         ) from error
 
 

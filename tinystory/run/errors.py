@@ -20,7 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
     sys.exit(
-        "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)"
+        "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl "
+        "--install)"
     )
 
 from tinystory import end_at_once
@@ -33,7 +34,8 @@ READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 # Messages of Python, torch and the C++ library.
 NO_MEMORY = re.compile(
-    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable",
+    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily "
+    "unavailable",
     re.I,
 )
 ADVICE = {
@@ -74,8 +76,8 @@ def shortage(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
-            f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close other programs, raise "
-            "the limit (ulimit -v, ulimit -u), or choose smaller sizes"
+            f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close "
+            "other programs, raise the limit (ulimit -v, ulimit -u), or choose smaller sizes"
         )
     if isinstance(error, OSError) and error.errno in ADVICE:
         return f"{text}; {ADVICE[error.errno]}"

@@ -13,23 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.files import atomic_write as atomic_write
-from tinystory.run.files import read_text as read_text
-from tinystory.run.files import require_writable
-from tinystory.run.files import sync as sync
+from tinystory.run.files import atomic_write, require_writable
 from tinystory.run.paths import hint
-from tinystory.run.records import CONFIG as CONFIG
-from tinystory.run.records import EVALUATIONS as EVALUATIONS
-from tinystory.run.records import FIELDS, METRICS, STORIES
-from tinystory.run.records import SAMPLES as SAMPLES
-from tinystory.run.records import Fields as Fields
-from tinystory.run.records import Record as Record
-from tinystory.run.records import check_fields as check_fields
-from tinystory.run.records import parse_object as parse_object
-from tinystory.run.records import read_object as read_object
-from tinystory.run.records import read_records as read_records
-from tinystory.run.records import require_whole as require_whole
-from tinystory.run.records import write_manifest as write_manifest
+from tinystory.run.records import CONFIG, FIELDS, METRICS, SAMPLES, STORIES, Record, read_object
 from tinystory.run.trust import marked
 
 LOCK = ".lock"
@@ -50,7 +36,8 @@ def newest_run() -> Path:
             written[run] = max(path.stat().st_mtime for path in run.iterdir())
     if not written:
         raise UserError(
-            f"there is no run under runs/: give the folder of one, or begin one: {hint('train_pretrain.py')}"
+            "there is no run under runs/: give the folder of one, or begin one: "
+            f"{hint('train_pretrain.py')}"
         )
     newest = max(written, key=written.__getitem__)
     print(f"the newest run: {newest}", file=sys.stderr)
@@ -122,7 +109,8 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     except Timeout:
         holder = lock_holder(folder) or "another process"
         raise UserError(
-            f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose another --out"
+            f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose "
+            "another --out"
         ) from None
     except OSError as error:
         raise cannot_write(folder, error) from error

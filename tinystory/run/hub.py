@@ -16,8 +16,10 @@ def download(
     with reached(f"download {repo} from the Hugging Face Hub"):
         from huggingface_hub import hf_hub_download
 
-        options = {"repo_type": repo_type, "revision": revision}
-        return [Path(hf_hub_download(repo, file, **options)) for file in files]
+        return [
+            Path(hf_hub_download(repo, file, repo_type=repo_type, revision=revision))
+            for file in files
+        ]
 
 
 @contextlib.contextmanager
@@ -33,6 +35,6 @@ def reached(doing: str) -> Iterator[None]:
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot {doing} ({reason}): check the name, the network, HF_ENDPOINT and HF_HUB_OFFLINE; if it is gated, "
-            "accept its terms there, then hf auth login"
+            f"cannot {doing} ({reason}): check the name, the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE; if it is gated, accept its terms there, then hf auth login"
         ) from None

@@ -29,8 +29,8 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
                 raise UserError(
-                    f"{self.path} is a symbolic link: records are not written through one; put the file itself there, "
-                    "or choose another"
+                    f"{self.path} is a symbolic link: records are not written through one; put "
+                    "the file itself there, or choose another"
                 )
             self._file = open(self.path, "ab+", buffering=0, opener=_open_file)  # noqa: SIM115
             self._mend_last_line()
@@ -54,8 +54,8 @@ class Journal:
         else:
             self._file.close()
             raise UserError(
-                f"{self.path} ends in a line that is no record: it is another file; choose another name, or move it "
-                "away"
+                f"{self.path} ends in a line that is no record: it is another file; choose "
+                "another name, or move it away"
             )
 
     def append(self, *records: Mapping[str, Any]) -> None:
@@ -65,7 +65,8 @@ class Journal:
         size = self._file.seek(0, os.SEEK_END)
         if not os.fstat(self._file.fileno()).st_nlink:
             raise UserError(
-                f"{self.path} was deleted while it was written to, and its records with it: start again"
+                f"{self.path} was deleted while it was written to, and its records with it: start "
+                "again"
             )
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk

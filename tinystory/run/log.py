@@ -134,8 +134,8 @@ def warn_of_threads(before: Any, threads: int) -> None:
     """before: the threads on record, if any."""
     if type(before) is int and before != threads:
         print(
-            f"warning: {threads} threads, where the run had {before}: its bits will not be those of a "
-            f"run never stopped; OMP_NUM_THREADS={before} would keep them"
+            f"warning: {threads} threads, where the run had {before}: its bits will not be those "
+            f"of a run never stopped; OMP_NUM_THREADS={before} would keep them"
         )
 
 

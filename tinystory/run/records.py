@@ -148,8 +148,8 @@ def read_records(
                 if is_incomplete and not line.endswith(b"\n"):
                     return
                 raise UserError(
-                    f"line {number} of {path} does not belong there ({error}): fix or delete that line, or choose "
-                    "another file"
+                    f"line {number} of {path} does not belong there ({error}): fix or delete that "
+                    "line, or choose another file"
                 ) from None
             yield record
 

@@ -87,8 +87,8 @@ class StepLog:
             self.last_end = time.perf_counter()
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
-                    "checkpoint"
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or "
+                    "--resume from the last checkpoint"
                 )
             speed = self.step_tokens / (self.last_end - began)
             metrics |= {"loss": loss, "grad_norm": grad_norm, "tokens_per_s": speed}

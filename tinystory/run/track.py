@@ -55,7 +55,8 @@ class Tracker:
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
             tqdm.write(
-                f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it"
+                f"warning: {self.name} failed ({message}): the run goes on, and records "
+                "everything, without it"
             )
 
 

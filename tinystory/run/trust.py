@@ -89,8 +89,8 @@ def marked(record: Mapping[str, Any]) -> dict[str, Any]:
             secret = read_secret()
     except UserError as error:
         print(
-            f"warning: this run's folder does not get your mark ({error}), so --resume will want --trust; set "
-            "XDG_CONFIG_HOME to a folder that is kept"
+            f"warning: this run's folder does not get your mark ({error}), so --resume will want "
+            "--trust; set XDG_CONFIG_HOME to a folder that is kept"
         )
         return said
     assert secret is not None
@@ -119,8 +119,9 @@ def require_own(config_path: Path, record: Mapping[str, Any], options: Mapping[s
         return
     acts = list(outside_acts(options)) or ["do nothing outside its folder"]
     raise UserError(
-        f"{config_path} does not carry your mark: somebody else made it, or you did on another machine or with an "
-        f"earlier version, or it was changed since; it would {', and '.join(acts)}; if you trust it, add --trust, once"
+        f"{config_path} does not carry your mark: somebody else made it, or you did on another "
+        "machine or with an earlier version, or it was changed since; it would "
+        f"{', and '.join(acts)}; if you trust it, add --trust, once"
     )
 
 

@@ -25,21 +25,29 @@ class _Teller:
 
     def __init__(self, source: str):
         self.kind, *lines = source.strip().split("\n")
-        facts = [re.split(r" = ", line, maxsplit=1) for line in lines if " = " in line]
-        self.facts = {name: [cell for (cell,) in grammar.table(values)] for name, values in facts}
-        self.sentences = [grammar.parse(line) for line in lines if " = " not in line]
+        self.facts = {}
+        self.sentences = []
+        for line in lines:
+            if " = " in line:
+                name, values = line.split(" = ", maxsplit=1)
+                self.facts[name] = [cell for (cell,) in grammar.table(values)]
+            else:
+                self.sentences.append(grammar.parse(line))
         self.pattern = re.compile("|".join(map(self._pattern, self.sentences)))
 
     def tell(self, rng: random.Random, facts: dict[str, str]) -> str:
         """What follows an opening with these facts."""
         telling = grammar.Telling(rng, 0.0)
-        telling.facts |= facts
-        telling.facts |= {
-            name: telling.expand(telling.pick(values)) for name, values in self.facts.items()
-        }
-        ends = (0, len(self.sentences) - 1)
-        told = [s for i, s in enumerate(self.sentences) if i in ends or rng.random() < TOLD]
-        return grammar.ARTICLE.sub(r"\1n ", " ".join(map(telling.expand, told)))
+        telling.facts.update(facts)
+        for name, values in self.facts.items():
+            telling.facts[name] = telling.expand(telling.pick(values))
+        sentences = []
+        for i, sentence in enumerate(self.sentences):
+            is_end = i in (0, len(self.sentences) - 1)
+            if is_end or rng.random() < TOLD:
+                sentences.append(sentence)
+        text = " ".join(map(telling.expand, sentences))
+        return grammar.ARTICLE.sub(r"\1n ", text)
 
     def _pattern(self, parts: list[grammar.Part]) -> str:
         """A regular expression of a sentence, in which a fact is one word or several."""
@@ -51,7 +59,8 @@ class _Teller:
                 pattern += r"[\w' ]+"
             else:
                 options = self.facts[content] if kind == "fact" else content
-                pattern += f"(?:{'|'.join(map(self._pattern, options))})"
+                patterns = "|".join(map(self._pattern, options))
+                pattern += f"(?:{patterns})"
         return pattern
 
 
@@ -76,9 +85,12 @@ def documents(words: int, seed: int) -> Iterator[str]:
 def kind_of(story: str) -> str:
     """Which of KINDS tells a story that goes on from its opening: the one with the most of its
     sentences, a dull one only if it has more than the story has of its own."""
-    kinds = Counter(_kind_of_sentence(sentence) for sentence in grammar.sentences(story))
+    kinds = Counter(map(_kind_of_sentence, grammar.sentences(story)))
     return max(KINDS, key=kinds.__getitem__)
 
 
 def _kind_of_sentence(sentence: str) -> str:
-    return next((teller.kind for teller in _TELLERS if teller.pattern.fullmatch(sentence)), STORY)
+    for teller in _TELLERS:
+        if teller.pattern.fullmatch(sentence):
+            return teller.kind
+    return STORY

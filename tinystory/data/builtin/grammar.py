@@ -33,9 +33,9 @@ T = TypeVar("T")
 # its parts.
 Part: TypeAlias = tuple[str, Any]
 
-_PRONOUNS = (
-    {"he": "she", "him": "her", "his": "her", "himself": "herself"},
+_PRONOUNS = (  # by she = 0, 1
     {"he": "he", "him": "him", "his": "his", "himself": "himself"},
+    {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 )
 # classes of heroes whose friend is a child
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")
@@ -49,7 +49,8 @@ class Telling:
     random.random(), the one method whose sequence Python guarantees across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
-        self.random, self.detail = rng.random, detail
+        self.random = rng.random
+        self.detail = detail
         self.facts: dict[str, str] = {}
 
     def pick(self, options: Sequence[T]) -> T:
@@ -65,8 +66,12 @@ class Telling:
                 text += self.expand(self.pick(content))
             elif kind == "fact":
                 key = content[0].lower() + content[1:]
-                value = self.facts[key] if key in self.facts else self.expand(_RULES[key])
-                text += value if content == key else value[0].upper() + value[1:]
+                value = self.facts.get(key)
+                if value is None:
+                    value = self.expand(_RULES[key])
+                if content != key:
+                    value = value[0].upper() + value[1:]
+                text += value
             elif self.random() < self.detail:
                 text += self.expand(content)
         return text
@@ -74,16 +79,16 @@ class Telling:
 
 def parse(text: str) -> list[Part]:
     """Markup, whose brackets are balanced, as a list of parts."""
-    tokens = iter(
-        re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip()))
-    )
+    one_line = re.sub(r"\s*\n\s*", " ", text.strip())
+    tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", one_line))
 
     def sequence() -> tuple[list[Part], str]:
         """The parts up to the end of an option or a bracket, and what ends them."""
         parts: list[Part] = []
         for token in tokens:
             if token == "[":
-                options, end = [], "|"
+                options = []
+                end = "|"
                 while end == "|":
                     option, end = sequence()
                     options.append(option)
@@ -103,10 +108,8 @@ def parse(text: str) -> list[Part]:
 
 def table(text: str) -> list[list[list[Part]]]:
     """A table of parsed cells: "a & b / c & d" -> [[a, b], [c, d]]."""
-    return [
-        [parse(cell) for cell in row.split(" & ")]
-        for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))
-    ]
+    rows = re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))
+    return [list(map(parse, row.split(" & "))) for row in rows]
 
 
 class _Plot:
@@ -119,9 +122,11 @@ class _Plot:
         name, heroes = title.split(": ")
         self.name: str = name
         self.heroes = heroes.split()
-        pairs = (re.split(r" =\s+", fact, maxsplit=1) for fact in facts)
-        self.facts = [(names.split(" & "), table(rows)) for names, rows in pairs]
-        self.paragraphs = [parse(paragraph) for paragraph in paragraphs]
+        self.facts = []
+        for fact in facts:
+            names, rows = re.split(r" =\s+", fact, maxsplit=1)
+            self.facts.append((names.split(" & "), table(rows)))
+        self.paragraphs = list(map(parse, paragraphs))
 
     def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
         """One story and its facts."""
@@ -133,55 +138,53 @@ class _Plot:
                 tell.facts[name] = tell.expand(cell)
         paragraphs = [tell.expand(paragraph).strip() for paragraph in self.paragraphs]
         text = "\n".join(filter(None, paragraphs))
-        return ARTICLE.sub(r"\1n ", re.sub("  +", " ", text)), tell.facts
+        single_spaced = re.sub("  +", " ", text)
+        return ARTICLE.sub(r"\1n ", single_spaced), tell.facts
 
 
 def _cast(tell: Telling, classes: list[str]) -> None:
     """Draw the hero, friend, parent and helper, and add them to the facts of the story."""
-    facts, role = tell.facts, tell.pick(classes)
-    she = int(tell.random() * 2)
-    row = tell.pick(_HEROES[role])
-    kind, home, lived, hand, food = (tell.expand(cell) for cell in row)
-    facts.update(
-        _PRONOUNS[1 - she],
-        kind=kind.split("~")[she - 1],
-        home=home,
-        lived=lived,
-        hand=hand,
-        hands=hand + "s",
-    )
-    facts.update(food=food, h=tell.pick(_NAMES[role if role == "child" else "wild"][she]))
-
-    facts["h.a"] = f"a {tell.expand(_RULES['little'])} {facts['kind']} named {facts['h']}"
-    facts["h.full"] = facts["h"] if role == "child" else f"{facts['h']} the {facts['kind']}"
-
-    friend = "child" if role in _WITH_CHILDREN else tell.pick(("paw", "paw", "bird"))
-    other = tell.pick([r for r in _HEROES[friend] if r is not row or friend == "child"])
-    f_kind = tell.expand(other[0]).split("~")[-she]
-    f = tell.pick(
-        [
-            name
-            for name in _NAMES["child" if friend == "child" else "wild"][1 - she]
-            if name != facts["h"]
-        ]
-    )
-    facts.update({"f." + key: word for key, word in _PRONOUNS[she].items()})
-    facts.update(
-        {"f": f, "f.kind": f_kind, "f.the": f"the {f_kind}", "f.a": f"a {f_kind} named {f}"}
-    )
-    f_hand = tell.expand(other[3])
-    facts.update(
-        {
-            "f.full": f if friend == "child" else f"{f} the {f_kind}",
-            "f.hand": f_hand,
-            "f.hands": f_hand + "s",
-        }
-    )
-
+    facts = tell.facts
+    role = tell.pick(classes)
     world = "child" if role == "child" else "wild"
-    facts["mom"] = tell.expand(tell.pick(_PARENTS[world])[0])
-    for key, cell in zip(("g", "g.a", "g.hm"), tell.pick(_HELPERS[world]), strict=True):
-        facts[key] = tell.expand(cell)
+    she = int(tell.random() * 2)
+    hero = tell.pick(_HEROES[role])
+    kind, home, lived, hand, food = map(tell.expand, hero)
+    kind = kind.split("~")[she - 1]
+    name = tell.pick(_NAMES[world][she])
+    facts.update(_PRONOUNS[she], kind=kind, home=home, lived=lived, hand=hand, hands=f"{hand}s")
+    facts.update(food=food, h=name)
+    facts["h.a"] = f"a {tell.expand(_RULES['little'])} {kind} named {name}"
+    facts["h.full"] = name if world == "child" else f"{name} the {kind}"
+
+    if role in _WITH_CHILDREN:
+        friend_world = "child"
+        friends = _HEROES["child"]
+    else:
+        friend_world = "wild"
+        friends = [row for row in _HEROES[tell.pick(("paw", "paw", "bird"))] if row is not hero]
+    friend_she = 1 - she
+    kind_cell, _, _, hand_cell, _ = tell.pick(friends)
+    kind = tell.expand(kind_cell).split("~")[friend_she - 1]
+    names = [other for other in _NAMES[friend_world][friend_she] if other != name]
+    friend = tell.pick(names)
+    hand = tell.expand(hand_cell)
+    for key, word in _PRONOUNS[friend_she].items():
+        facts[f"f.{key}"] = word
+    facts["f"] = friend
+    facts["f.kind"] = kind
+    facts["f.the"] = f"the {kind}"
+    facts["f.a"] = f"a {kind} named {friend}"
+    facts["f.full"] = friend if friend_world == "child" else f"{friend} the {kind}"
+    facts["f.hand"] = hand
+    facts["f.hands"] = f"{hand}s"
+
+    (parent,) = tell.pick(_PARENTS[world])
+    facts["mom"] = tell.expand(parent)
+    helper, introduction, interjection = tell.pick(_HELPERS[world])
+    facts["g"] = tell.expand(helper)
+    facts["g.a"] = tell.expand(introduction)
+    facts["g.hm"] = tell.expand(interjection)
 
 
 _RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}

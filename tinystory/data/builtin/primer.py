@@ -8,16 +8,15 @@ primer builtin`), the coreference learned here transfers.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator
 
 from tinystory.data.builtin import grammar, vocabulary
 
-GIRLS, BOYS, CREATURES = (
-    vocabulary.GIRLS.split(),
-    vocabulary.BOYS.split(),
-    vocabulary.CREATURES.split(),
-)
+GIRLS = vocabulary.GIRLS.split()
+BOYS = vocabulary.BOYS.split()
+CREATURES = vocabulary.CREATURES.split()
+HE = {"he": "he", "He": "He", "him": "him", "his": "his", "His": "His"}
+SHE = {"he": "she", "He": "She", "him": "her", "his": "her", "His": "Her"}
 KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy duck owl robin sparrow".split()
 THINGS = "ball kite boat drum hat cake shell lamp book bell cup box spoon leaf stone egg pie rope jar coat".split()
 COLORS = "red blue green yellow white brown little big old new".split()
@@ -25,7 +24,6 @@ FOODS = "honey carrots cheese nuts apples berries soup bread pancakes corn".spli
 PLACES = (
     "by the pond/under the tree/in the garden/on the hill/by the fire/in the kitchen/near the river/at the gate"
 ).split("/")
-T = TypeVar("T")
 
 # {a} and {b} are two of the characters; {he}, {him}, {his}, {kind} and {thing} are a's.
 INTRODUCTIONS = (
@@ -63,26 +61,33 @@ def tales(words: int, seed: int) -> Iterator[str]:
 
 
 def _tale(rng: random.Random) -> str:
-    def pick(options: Sequence[T]) -> T:
-        return options[int(rng.random() * len(options))]
+    pick = grammar.Telling(rng, 0.0).pick
 
-    def details() -> dict[str, str]:
-        return {"color": pick(COLORS), "food": pick(FOODS), "place": pick(PLACES)}
+    def filled(template: str, facts: dict[str, str], **others: str) -> str:
+        color = pick(COLORS)
+        food = pick(FOODS)
+        place = pick(PLACES)
+        return template.format(**facts, **others, color=color, food=food, place=place)
 
     characters: list[dict[str, str]] = []
+    used: set[str] = set()
     for _ in range(pick((2, 2, 3))):
-        she, child = pick((False, True)), pick((False, True))
-        pronouns = ("she", "her", "her") if she else ("he", "him", "his")
-        facts = dict(zip(("he", "him", "his"), pronouns, strict=True))
-        used = {value for character in characters for value in character.values()}
-        names = (GIRLS if she else BOYS) + ([] if child else CREATURES)
+        she = pick((False, True))
+        child = pick((False, True))
+        names = GIRLS if she else BOYS
+        if not child:
+            names = names + CREATURES
+        facts = dict(SHE if she else HE)
         facts["a"] = pick([name for name in names if name not in used])
         facts["thing"] = pick([thing for thing in THINGS if thing not in used])
-        facts["kind"] = ("girl" if she else "boy") if child else pick(KINDS)
-        characters.append(facts | {key.title(): facts[key].title() for key in ("he", "his")})
-    sentences = [pick(INTRODUCTIONS).format(**character, **details()) for character in characters]
+        facts["kind"] = "girl" if she else "boy"
+        if not child:
+            facts["kind"] = pick(KINDS)
+        used.update(facts.values())
+        characters.append(facts)
+    sentences = [filled(pick(INTRODUCTIONS), facts) for facts in characters]
     for _ in range(4 + int(rng.random() * 6)):
         one = pick(characters)
         other = pick([character for character in characters if character is not one])
-        sentences.append(pick(EVENTS).format(**one, b=other["a"], **details()))
+        sentences.append(filled(pick(EVENTS), one, b=other["a"]))
     return grammar.ARTICLE.sub(r"\1n ", " ".join(sentences))
