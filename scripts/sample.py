@@ -103,9 +103,9 @@ def write_stories(options: argparse.Namespace) -> list[Story]:
     advice = "--stories, --best-of or --max-new-tokens"
     memory.require_for_stories(count, options.max_new_tokens or 1, student.config, device, advice)
 
-    texts = Openings(load_openings("builtin"), seed=0).held_out
-    if options.opening:
-        texts = load_openings(options.opening)
+    texts = load_openings(options.opening or "builtin")
+    if not options.opening:
+        texts = Openings(texts, seed=0).held_out
     openings = list(islice(cycle(texts), options.stories)) * options.best_of
     longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
     room = max(student.config.context - longest, 1)

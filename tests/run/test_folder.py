@@ -315,6 +315,7 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         (b'{"a": 1}\n{"a": 2', b'{"a": 1}\n{"b": 1}\n'),  # half of a record
         (b'{"a": 1}\n{', b'{"a": 1}\n{"b": 1}\n'),
         (b'{"a": 1}\n{"a": 2}', b'{"a": 1}\n{"a": 2}\n{"b": 1}\n'),  # all but its end
+        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n{"b": 1}\n'),  # as after a power cut
         (b"a note", None),
         (b'{"a": 1}\na note', None),
         (b'[{"a": 1}]', None),
@@ -322,7 +323,7 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         (b"{a}", None),
     ],
 )
-def test_a_journal_cuts_off_half_a_record_and_no_other_line(tmp_path, content, after):
+def test_a_journal_cuts_off_half_a_record_or_zeros_and_no_other_line(tmp_path, content, after):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     if after is None:

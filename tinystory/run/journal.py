@@ -14,13 +14,14 @@ RECORD_START = b'{"'
 
 
 class Journal:
-    """Appends records to `path`, creating its folder; `run.folder.read_records` reads them. Raises
+    """Appends records to `path`, creating its folder; `run.records.read_records` reads them. Raises
     UserError if it cannot.
 
     `append` hands records to the operating system, so killing the process loses none. A power cut
     loses those not yet written back: none after `close`, or if `durable`. An incomplete last
-    record, left by a killed process, is cut off; a file that ends in anything else is refused, and
-    so is a symbolic link, which could lead to a file that is not ours."""
+    record, left by a killed process, or zeros, left by a power cut, are cut off; a file that ends
+    in anything else is refused, and so is a symbolic link, which could lead to a file that is not
+    ours."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path = Path(path)

@@ -47,9 +47,9 @@ class Progress(tqdm):  # type: ignore[misc]
             self.refresh()
         if not self.lines or self.disable:
             return
-        now = time.monotonic()
-        if self.n >= self.total or now >= self.due:
-            self.due = now + LINE_S
+        time_now = time.monotonic()
+        if self.n >= self.total or time_now >= self.due:
+            self.due = time_now + LINE_S
             print(self, file=sys.stderr, flush=True)
 
 
