@@ -43,8 +43,10 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics
+from tinystory.run.folder import locked
+from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
+from tinystory.run.records import Record, read_metrics
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room

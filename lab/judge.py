@@ -32,8 +32,9 @@ from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
-from tinystory.run.folder import Record, newest_run
+from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record
 from tinystory.run.text import aligned
 from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.evaluate.stories import Sample, mean_of
 from tinystory.run.errors import UserError
-from tinystory.run.folder import SAMPLES, Fields, read_records
 from tinystory.run.journal import Journal
+from tinystory.run.records import SAMPLES, Fields, read_records
 from tinystory.teacher.prompt import load_template
 
 PREFERENCES = "preferences.jsonl"  # in a run's folder: the choices between its stories

@@ -19,14 +19,8 @@ from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
 from tinystory.report.charts import number
 from tinystory.run.errors import UserError
-from tinystory.run.folder import (
-    EVALUATIONS,
-    SAMPLES,
-    Record,
-    atomic_write,
-    plain,
-    read_records,
-)
+from tinystory.run.files import atomic_write
+from tinystory.run.records import EVALUATIONS, SAMPLES, Record, plain, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.grade import Grade

@@ -11,7 +11,7 @@ from lab.pairs import babylm_file
 from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.run.folder import atomic_write
+from tinystory.run.files import atomic_write
 from tinystory.student.model import Student
 
 # Our tasks -> BabyLM's, whose data folders begin with our name (for wug, with its own).

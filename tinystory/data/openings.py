@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_text
+from tinystory.run.files import read_text
 
 HELD_OUT = 10  # every tenth opening of a file, and at least one, is never trained on
 BUILTIN = 180  # built-in openings that are trained on

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from tinystory.data.corpus import MARKER, Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
+from tinystory.run.records import require_whole, write_manifest
 
 # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 FORMAT = 3

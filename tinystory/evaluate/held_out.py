@@ -17,7 +17,9 @@ from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.errors import Stop
-from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
+from tinystory.run.files import atomic_write
+from tinystory.run.log import RunLog
+from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, Grader, score_means

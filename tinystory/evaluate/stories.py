@@ -15,7 +15,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.rl.reward import phrases
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_records
+from tinystory.run.records import read_records
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader, score_means

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import (
+from tinystory.run.files import sync
+from tinystory.run.folder import read_config
+from tinystory.run.records import (
     CONFIG,
     Fields,
     Record,
     check_fields,
-    read_config,
     read_object,
     require_whole,
-    sync,
     write_manifest,
 )
 from tinystory.run.trust import is_own, names_file, student_corpus

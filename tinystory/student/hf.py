@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
 from tinystory.run import hub
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import read_object, read_text
+from tinystory.run.files import read_text
+from tinystory.run.records import read_object
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Parts of our parameters' names -> transformers'.

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinystory.run.folder import Fields, Record, read_records
 from tinystory.run.journal import Journal
+from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.api import is_count_pair
 from tinystory.teacher.prompt import TOP
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinystory.run.folder import Fields, parse_object
+from tinystory.run.records import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import PROBE, Endpoint, Probe

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_text
+from tinystory.run.files import read_text
 from tinystory.run.text import printable
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
