@@ -31,8 +31,8 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
     else:
         return
     raise UserError(
-        f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and this one has "
-        f"{corpus_words:,} to train on: give {advice}"
+        f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and "
+        f"this one has {corpus_words:,} to train on: give {advice}"
     )
 
 
@@ -42,16 +42,17 @@ def check_interaction(track: str, history: dict[str, Any], words_in: int, reads:
     What it writes is not limited in 2026."""
     if "corpus_words" not in history:
         raise UserError(
-            f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
-            f"does not say: start from one that train_pretrain.py --preset {track} wrote"
+            f"--preset {track} needs the number of words that the student was trained on, which "
+            f"this checkpoint does not say: start from one that train_pretrain.py --preset {track} "
+            "wrote"
         )
     check_pretraining(track, history["corpus_words"], history.get("words", 0), reads)
     words_seen = history["corpus_words"] + history.get("interaction_words_in", 0)
     left = max(TRACKS[track] - words_seen, 0)
     if words_in > left:
         raise UserError(
-            f"--preset {track} leaves this student {left:,} words after its training so far: give --budget-words "
-            f"{left} or fewer"
+            f"--preset {track} leaves this student {left:,} words after its training so far: give "
+            f"--budget-words {left} or fewer"
         )
 
 

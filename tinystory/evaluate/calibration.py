@@ -94,10 +94,13 @@ def verdict(result: Mapping[str, Any]) -> str:
     if result["judgement_ci"][0] > 0.5:
         return f"puts a story above shuffled words with probability {probability}"
     if lowest == highest:
-        return f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to learn from it"
+        return (
+            f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to "
+            "learn from it"
+        )
     return (
-        f"cannot tell a story from shuffled words: it puts the story first with probability {probability}, where "
-        "0.5 is chance; learning from it is learning from noise"
+        "cannot tell a story from shuffled words: it puts the story first with probability "
+        f"{probability}, where 0.5 is chance; learning from it is learning from noise"
     )
 
 

@@ -28,7 +28,8 @@ DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
 UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
 
 _NOUN = re.compile(
-    r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
+    r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})"
+    r"(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
 )
 
 
@@ -117,7 +118,8 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
 
 
 def usable_documents(documents: Iterable[str], count: int) -> list[str]:
-    """Those of the first DOCUMENTS that are long enough; the grammar's if fewer than `count` are."""
+    """The first DOCUMENTS without those that are too short; the grammar's stories if fewer than
+    `count` are left."""
     usable = [text for text in itertools.islice(documents, DOCUMENTS) if _is_long(text)]
     if len(usable) < count:
         usable = [text for text in unseen_stories(DOCUMENTS) if _is_long(text)]

@@ -53,7 +53,8 @@ def read_samples(path: Path) -> list[Sample]:
         ended = record.get("ended")
         if not (isinstance(opening, str) and isinstance(story, str)):
             raise UserError(
-                f"{path} line {number} lacks an opening and a story: each line is an object with both"
+                f"{path} line {number} lacks an opening and a story: each line is an object with "
+                "both"
             )
         text = story.removeprefix(opening).strip()
         stories.append(Sample(opening, text, ended if isinstance(ended, str) else None))

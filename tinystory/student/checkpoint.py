@@ -168,7 +168,8 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
                 raise ValueError(f"its {name!r} is {value!r:.40}")
     except ValueError as error:
         raise UserError(
-            f"{folder / 'trainer.json'} is not what this command saves ({error}): it must hold {', '.join(kinds)}"
+            f"{folder / 'trainer.json'} is not what this command saves ({error}): it must hold "
+            f"{', '.join(kinds)}"
         ) from None
 
     path = folder / "trainer.safetensors"
@@ -201,8 +202,8 @@ def restoring(folder: Path) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it was saved with, or "
-            "start from another checkpoint"
+            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it "
+            "was saved with, or start from another checkpoint"
         ) from error
 
 
@@ -248,7 +249,8 @@ def newest_whole(run: Path) -> Path | None:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
     if folders:
         raise UserError(
-            f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run"
+            f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a "
+            "new run"
         )
     print(f"{run} was stopped before its first checkpoint: it starts again")
     return None
@@ -342,8 +344,8 @@ def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: b
         if names_file(name) and os.path.exists(name) and name not in known:
             remedy = "restore it from a copy" if trusted else "if you trust it, add --trust"
             raise UserError(
-                f"{folder / 'model.json'} says that the student was trained on {name}, which would be read, and no "
-                f"{CONFIG} with your mark says so: {remedy}"
+                f"{folder / 'model.json'} says that the student was trained on {name}, which would "
+                f"be read, and no {CONFIG} with your mark says so: {remedy}"
             )
 
 

@@ -43,8 +43,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 # The files to read, and what to do if one is missing.
 FILES = {
-    "model.safetensors": "load it with transformers and save it again with save_pretrained(FOLDER, "
-    "max_shard_size='100GB'); a .bin file is a pickle, which can run code when it is loaded, and is not opened",
+    "model.safetensors": "load it with transformers and save it again with "
+    "save_pretrained(FOLDER, max_shard_size='100GB'); a .bin file is a pickle, which can run code "
+    "when it is loaded, and is not opened",
     "tokenizer.json": "save AutoTokenizer.from_pretrained(FOLDER) into it",
 }
 # the largest number of float16; below it no forward pass overflows float32
@@ -95,8 +96,8 @@ def require_finite(
     if weights_fit and largest_state.isfinite() and logits.isfinite().all():
         return
     raise UserError(
-        f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; --resume goes on "
-        "from the last checkpoint, with such flags"
+        f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; "
+        "--resume goes on from the last checkpoint, with such flags"
     )
 
 
@@ -255,7 +256,8 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 output = file.get_tensor("lm_head.weight").float()
                 if not output.equal(state["wte.weight"]):
                     raise ValueError(
-                        "it has a separate output layer (lm_head.weight), and only a tied one is supported"
+                        "it has a separate output layer (lm_head.weight), and only a tied one is "
+                        "supported"
                     )
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -275,7 +277,8 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         processor = spec.get("post_processor")
         if processor and processor["type"] != "ByteLevel":
             print(
-                f"{folder}: its tokenizer adds special tokens around a text; they are left out here",
+                f"{folder}: its tokenizer adds special tokens around a text; they are left out "
+                "here",
                 file=sys.stderr,
             )
         vocab = spec["model"]["vocab"]
