@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tinystory.data.builtin import grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
+from tinystory.run.errors import UserError
 
 REAL = "real"
 SENTENCES = "sentences shuffled"
@@ -53,9 +54,14 @@ def known_stories(
 ) -> list[KnownStory]:
     """`count` stories of each kind. Those with the same index share the opening, their first
     sentence. Half of the real ones are ours while they last, the others come from `documents`. A
-    corruption that changes nothing is left out."""
+    corruption that changes nothing is left out. Raises UserError if there are too few documents."""
     usable = usable_documents(documents, count)
     ours = _paragraphs("stories")[: count // 2]
+    if len(usable) < count - len(ours):
+        raise UserError(
+            f"there are {len(ours) + len(usable)} stories to corrupt, not {count}: ask for fewer of "
+            "each kind, or give a larger --corpus"
+        )
     theirs = random.Random(seed).sample(usable, count - len(ours))
     texts = [first_sentences(text, i) for i, text in enumerate(ours)]
     texts += [first_sentences(text, i) for i, text in enumerate(theirs)]

@@ -118,7 +118,7 @@ def load(
     else:
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
-        history = _history(folder, record.pop("history" if "history" in record else "facts", {}))
+        history = _history(folder, record.pop("history", {}))
         wrong = wrong_shape(record)
         if wrong:
             raise UserError(
