@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import pool
 
 os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # on a Mac too
+# A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow
 # machine is no failure.
 examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
