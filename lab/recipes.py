@@ -30,6 +30,7 @@ import torch
 
 from lab import figures
 from lab.coreference import coreference
+from lab.figures import Bar
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
@@ -116,7 +117,7 @@ def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]])
                     file.write(json.dumps(record) + "\n")
     bars = print_table(records)
     title = "Reward of stories to held-out openings, with the standard error over openings"
-    figure = figures.bars(title, bars, "the demo")
+    figure = figures.bar_chart(title, bars, "the demo")
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
@@ -139,8 +140,8 @@ def train_students(out: Path, seed: int, flags: Mapping[str, Sequence[str]]) -> 
     return rows
 
 
-def print_table(records: Sequence[Record]) -> list[tuple[str, float, float]]:
-    """Print Markdown, and return each row's name, mean reward and its standard error."""
+def print_table(records: Sequence[Record]) -> list[Bar]:
+    """Print Markdown, and return each row's mean reward."""
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
     print(f"| | {' | '.join(columns)} | standard error |")
     print("|---|" + "---|" * (len(columns) + 1))
@@ -155,7 +156,7 @@ def print_table(records: Sequence[Record]) -> list[tuple[str, float, float]]:
             if mean is not None:
                 openings.append(mean)
         standard_error = stdev(openings) / math.sqrt(len(openings))
-        bars.append((name.strip("`"), fmean(openings), standard_error))
+        bars.append(Bar(name.strip("`"), fmean(openings), standard_error))
         values = [mean_of(record[column] for record in seeds) for column in columns]
         values.append(standard_error)
         cells = ["" if value is None else f"{value:.3f}" for value in values]

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from tqdm import tqdm
 
-from lab import figures, recipes
+from lab import recipes
 from lab.pairs import evaluate_pairs, task_items
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import PAPER_OPENING, InteractConfig, PretrainConfig
@@ -344,8 +344,7 @@ def measure(
 def write_page(
     out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]
 ) -> Path:
-    """Write OUT/report.html and OUT/figure.svg, and return the report's path. scorers: the arms of
-    interaction."""
+    """Write OUT/report.html, and return its path. scorers: the arms of interaction."""
     columns = dict.fromkeys(name for record in records for name in record["measures"])
     columns.pop("rewards", None)
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
@@ -375,7 +374,6 @@ def write_page(
         x_name="words of pretraining and taken in",
         size=(640, 380),
     )
-    atomic_write(out / "figure.svg", figures.standalone(figure))
     note = (
         "Mean and standard error over the seeds of interaction. Only the reward was learned from. Story, routine, list "
         "...: the fraction that each kind of teller tells; distinct_4 and clusters: over 64 stories; bits_per_byte, "
