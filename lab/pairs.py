@@ -166,7 +166,8 @@ def predictions(scored: Sequence[Scored], uid: str = "") -> dict[str, Any]:
         name = uid or item.uid
         rows = table.setdefault(name, {"predictions": []})["predictions"]
         prefix, text = item.options[int(logprobs.argmax())]
-        row = {"id": f"{name}_{len(rows)}", "pred": prefix + text if item.whole else text}
+        pred = prefix + text if item.whole else text
+        row: dict[str, Any] = {"id": f"{name}_{len(rows)}", "pred": pred}
         if item.ratio is not None:
             row["prob"] = first_probability(logprobs)
         rows.append(row)

@@ -25,6 +25,7 @@ EYES = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 SELF_PACED = "self_paced_reading_time"
 BASELINE = ("Subtlex_log10", "length", "context_length")
 SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous word
+NUMERIC = (*EYES, SELF_PACED, *BASELINE, "prev_length")  # columns of the file
 WordInContext: TypeAlias = tuple[str, str]  # the sentence so far, and the word
 
 
@@ -44,14 +45,14 @@ def evaluate_reading_times(
     previous = [(row["prev_item"], row["prev_word"]) for row in rows]
     has_previous = [text for text in previous if text[0]]
     surprisal = surprisals(student, tokenizer, current + has_previous, path)
-    pred = [surprisal[text] for text in current]
-    prev_pred = [surprisal.get(text, math.nan) for text in previous]
-    data["pred"] = np.array(pred)
-    data["prev_pred"] = np.array(prev_pred)
-    eye_tracking = [explained(data, name, BASELINE) for name in EYES]
     predictions = []
     for i in range(len(rows)):
-        predictions.append({"id": i, "pred": pred[i], "prev_pred": prev_pred[i]})
+        pred = surprisal[current[i]]
+        prev_pred = surprisal.get(previous[i], math.nan)
+        predictions.append({"id": i, "pred": pred, "prev_pred": prev_pred})
+    for name in ("pred", "prev_pred"):
+        data[name] = np.array([row[name] for row in predictions])
+    eye_tracking = [explained(data, name, BASELINE) for name in EYES]
     return {
         "eye_tracking": float(np.mean(eye_tracking)),
         "self_paced": explained(data, SELF_PACED, SPILLOVER),
@@ -67,7 +68,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
         rows = list(csv.DictReader(file))
         if not rows or any(None in row.values() for row in rows):
             raise ValueError("no rows, or one that is cut short")
-        for name in (*EYES, SELF_PACED, *BASELINE, "prev_length"):
+        for name in NUMERIC:
             data[name] = np.array([float(row[name] or "nan") for row in rows])
     return rows, data
 
@@ -77,11 +78,12 @@ def surprisals(
 ) -> dict[WordInContext, float]:
     """Each word's surprisal, in nats. Raises UserError, which names the file, if a text exceeds the
     context."""
+    surprisal = dict.fromkeys(words, 0.0)
     owners = []
     groups = []
-    for word in dict.fromkeys(words):
-        for part in word_parts(tokenizer, *word):
-            owners.append(word)
+    for sentence, word in surprisal:
+        for part in word_parts(tokenizer, sentence, word):
+            owners.append((sentence, word))
             groups.append([part])
     context = student.config.context
     longest = max(len(part.ids) for [part] in groups)
@@ -90,9 +92,9 @@ def surprisals(
             f"{path} has a text of {longest} tokens, and the student's context is {context}: "
             f"evaluate one that was trained with --context {longest} or more"
         )
-    surprisal = dict.fromkeys(owners, 0.0)
-    for word, logprob in zip(owners, sum_logprobs(student, groups, "reading times"), strict=True):
-        surprisal[word] -= float(logprob)
+    sums = sum_logprobs(student, groups, "reading times")
+    for owner, logprob in zip(owners, sums, strict=True):
+        surprisal[owner] -= float(logprob)
     return surprisal
 
 

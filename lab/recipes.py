@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         compare(out, options.seeds, flags)
 
 
-def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]]) -> None:
+def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, list[str]]) -> None:
     """Train and measure the students, and print and write the tables. flags: the options of each
     interaction, by their text."""
     records: list[Record] = []
@@ -121,7 +121,7 @@ def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]])
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
-def train_students(out: Path, seed: int, flags: Mapping[str, Sequence[str]]) -> list[Row]:
+def train_students(out: Path, seed: int, flags: Mapping[str, list[str]]) -> list[Row]:
     """Finish a seed's runs, and return its rows. The first is the untouched student's."""
     start = out / f"pretrain-{seed}"
     train(start, ["--seed", str(seed)], words=PretrainConfig().words)

@@ -27,7 +27,7 @@ import shlex
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import cycle
@@ -103,13 +103,13 @@ class Plan:
     out: Path
     settings: Record
     pretrain: PretrainConfig
-    pretrain_argv: Sequence[str]
+    pretrain_argv: list[str]
     interact: InteractConfig
-    interact_argv: Sequence[str]
-    arms: Mapping[str, Sequence[str]]
+    interact_argv: list[str]
+    arms: dict[str, list[str]]
     starts: Sequence[int]
     seeds: int
-    on_device: Sequence[str]
+    on_device: list[str]
 
 
 # `small`, the settings of lab/results.md whatever the demo's are, learned most in minutes on a CPU
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """Raises UserError as the runs would."""
+    """The plan that these options ask for. Raises UserError as its runs would."""
     scale = SCALES[options.scale]
     default = f"runs/reproduce-{options.scale}"
     out = folder_of(default if options.out is None else options.out)
@@ -219,9 +219,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
     on_device = ["--device", options.device]
     pretrain_argv = words_of("--pretrain", settings["pretrain"])
     interact_argv = words_of("--interact", settings["interact"])
-    pretrain = pretrain_config([*pretrain_argv, *on_device])
+    pretrain = pretrain_config(pretrain_argv + on_device)
     for scorer in arms.values():
-        interact_config([*interact_argv, *scorer])
+        interact_config(interact_argv + scorer)
     starts = [start * MILLION for start in options.milestones or scale.starts]
     for start in starts:
         if start not in MILESTONES or start > pretrain.words:
@@ -236,7 +236,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         settings=settings,
         pretrain=pretrain,
         pretrain_argv=pretrain_argv,
-        interact=interact_config([*interact_argv, *arms[INTERACT], *on_device]),
+        interact=interact_config(interact_argv + arms[INTERACT] + on_device),
         interact_argv=interact_argv,
         arms=arms,
         starts=starts,
@@ -273,7 +273,7 @@ def train_students(plan: Plan) -> list[Student]:
         for seed, start in itertools.product(range(plan.seeds), plan.starts):
             run = plan.out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
             init = ["--init", str(milestones[start]), "--seed", str(seed)]
-            last = train(run, [*plan.interact_argv, *init], [*scorer, *plan.on_device])
+            last = train(run, plan.interact_argv + init, scorer + plan.on_device)
             spent = checkpoint.read_counters(last)
             words_in = start + spent["words_in"]
             students.append(Student(arm, start, seed, words_in, last))
@@ -281,7 +281,8 @@ def train_students(plan: Plan) -> list[Student]:
                 words = words_in + spent["words_out"]
                 more = plan.out / MORE / run.name
                 copy_milestone(milestones[start], more)
-                last = train(more, (), ["--words", str(words), *plan.on_device], words)
+                longer = ["--words", str(words)]
+                last = train(more, [], longer + plan.on_device, words)
                 students.append(Student(MORE, start, 0, words, last))
     return students
 

@@ -36,15 +36,15 @@ def words_of(flag: str, text: str) -> list[str]:
         raise UserError(f"{flag}: {reason}; write each text as on a command line") from None
 
 
-def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
+def pretrain_config(argv: list[str]) -> PretrainConfig:
     """The options of a pretraining run to come. Raises UserError as the run would."""
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*argv])
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     return config
 
 
-def interact_config(argv: Sequence[str]) -> InteractConfig:
+def interact_config(argv: list[str]) -> InteractConfig:
     """The same for an interaction, whose openings are read too."""
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, [*argv])
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     load_openings(config.openings)
     return config
 
@@ -56,7 +56,9 @@ def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int 
     if not is_finished(out, words):
         print(f"{out} ...", flush=True)
         begun = (out / CONFIG).exists()
-        arguments = ["--out", str(out), *(["--resume"] if begun else argv), *again]
+        arguments = ["--out", str(out)]
+        arguments += ["--resume"] if begun else argv
+        arguments += again
         if words:
             train_pretrain.main(arguments)
         else:
