@@ -77,16 +77,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     work = WORK.get(args.bench, WORK["pretrain"])
     setup = Setup(config, args.batch or work.batch[args.shape], args.new, compute)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts: dict[str, Any] = {
-        "bench": args.bench,
-        "shape": args.shape,
-        "device": name,
-        "dtype": str(compute.dtype).removeprefix("torch."),
-        "runs": args.runs,
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-    }
+    optimizers = {"pretrain": PretrainConfig.optimizer, "peers": "adamw"}
+    options = {}
+    if args.bench in optimizers:
+        options["optimizer"] = args.optimizer or optimizers[args.bench]
+    facts = conditions(args, setup)
     if args.bench != "peers":
         facts["batch"] = setup.batch
     if writes:
@@ -94,27 +89,40 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
-    optimizers = {"pretrain": PretrainConfig.optimizer, "peers": "adamw"}
-    options = {}
-    if args.bench in optimizers:
-        options["optimizer"] = args.optimizer or optimizers[args.bench]
+
     torch.manual_seed(0)
-    print(f"{args.bench} on {name}: {args.runs + 1} runs ...", file=sys.stderr)
+    print(f"{args.bench} on {facts['device']}: {args.runs + 1} runs ...", file=sys.stderr)
     if args.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, args.runs)
     elif args.bench == "peers":
         facts["peers"] = compare_peers(setup, args, options["optimizer"])
     else:
-        run = work.make_run(setup, **options)
-        run()  # warms up
-        laps = [run() for _ in range(args.runs)]
-        for key in laps[0]:
-            facts[key] = round(median(lap[key] for lap in laps), 4)
+        facts |= median_lap(work.make_run(setup, **options), args.runs)
         if args.bench != "ppo":
             facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(args.bench, setup)
     facts |= options
     facts["peak_mb"] = peak_memory_mb(device)
     print(json.dumps(facts), flush=True)
+
+
+def conditions(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    device = setup.compute.device
+    return {
+        "bench": args.bench,
+        "shape": args.shape,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(setup.compute.dtype).removeprefix("torch."),
+        "runs": args.runs,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def median_lap(run: timing.Run, runs: int) -> dict[str, float]:
+    """The median of each of a run's numbers."""
+    run()  # warms up
+    laps = [run() for _ in range(runs)]
+    return {key: round(median(lap[key] for lap in laps), 4) for key in laps[0]}
 
 
 # ---- other programs, timed in turns with ours ----------------------------------------------------

@@ -231,14 +231,17 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
     }
     measures |= dict.fromkeys(UNSEEN)
     if row.chosen_by == "first" and row.temperature == 1:
-        student, tokenizer = load_student(row.folder, torch.device("cpu"))
-        unseen = unseen_stories(COREFERENCE)
-        of_student = coreference(student, tokenizer, unseen)
-        of_student |= bits_per_byte(student, tokenizer, unseen)
-        for name in UNSEEN:
-            measures[name] = of_student[name]
+        measures |= unseen_measures(row.folder)
     measures["rewards"] = rewards
     return measures
+
+
+def unseen_measures(folder: Path) -> Record:
+    """The measures UNSEEN of a student, on stories that it did not train on."""
+    student, tokenizer = load_student(folder, torch.device("cpu"))
+    stories = unseen_stories(COREFERENCE)
+    measures = coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
+    return {name: measures[name] for name in UNSEEN}
 
 
 if __name__ == "__main__":
