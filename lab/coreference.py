@@ -20,6 +20,20 @@ NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 BATCH = 16
 
 
+class Place(NamedTuple):
+    """The position of a repeated name, and the ids of all names introduced before it."""
+
+    position: int
+    introduced: list[int]
+
+
+class Text(NamedTuple):
+    """A story's tokens, and its repeated names."""
+
+    ids: list[int]
+    places: list[Place]
+
+
 @torch.no_grad()
 def coreference(
     student: Student, tokenizer: Tokenizer, stories: Iterable[str]
@@ -41,9 +55,8 @@ def coreference(
     names = torch.tensor(sorted(name_ids.values()), device=device)
     column = {int(id): i for i, id in enumerate(names)}
     opposite = opposite_pronouns(tokenizer)
-    texts = [
-        repeated_names(tokenizer, story, student.config.context, name_ids) for story in stories
-    ]
+    context = student.config.context
+    texts = [repeated_names(tokenizer, story, context, name_ids) for story in stories]
     texts.sort(key=lambda text: len(text.ids))
     repeated: list[float] = []
     introduced: list[float] = []
@@ -87,20 +100,6 @@ def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
             opposite[ids[0]] = ids[1]
             opposite[ids[1]] = ids[0]
     return opposite
-
-
-class Place(NamedTuple):
-    """The position of a repeated name, and the ids of all names introduced before it."""
-
-    position: int
-    introduced: list[int]
-
-
-class Text(NamedTuple):
-    """A story's tokens, and its repeated names."""
-
-    ids: list[int]
-    places: list[Place]
 
 
 def repeated_names(
