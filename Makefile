@@ -33,7 +33,7 @@ test-elsewhere: .venv/ready
 	$(MAKE) luck
 
 # The tests in which a student writes, once per value of luck: other weights, last bits, seeds or dtypes
-# (tests/luck/luck.py). make luck LUCKS=7 repeats one value.
+# (tests/luck/luck.py). About three minutes each on two cores; make luck LUCKS=7 repeats one value.
 LUCKS := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 luck: .venv/ready
 	for luck in $(LUCKS); do \
@@ -42,12 +42,12 @@ luck: .venv/ready
 
 # What takes longer; the hosted workflow runs it. One bug at a time in the CUDA kernels, which their tests must catch:
 planted-bugs: .venv/ready
-	$(PY) tests/native/simt/planted_bugs.py
+	$(PY) tests/planted_bugs.py simt
 
 # A GPU's host path (copies, streams, graphs, waits) on a simulated device, and bugs planted in it. No GPU.
 gpu-host-check: .venv/ready
 	.venv/bin/pytest -m '' tests/cuda_device
-	$(PY) tests/cuda_device/planted_bugs.py
+	$(PY) tests/planted_bugs.py host
 
 # Property tests, with fifty times as many examples as in `make test`.
 fuzz: .venv/ready
@@ -116,7 +116,7 @@ cuda-build:
 ptx-check: .venv/ready
 	.venv/bin/cmake -S tests/native/ptx -B build/ptx && .venv/bin/cmake --build build/ptx -j 2
 	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
-	{ $(PY) tests/native/ptx/planted_bugs.py build/ptx || [ $$? = 77 ]; }
+	{ $(PY) tests/planted_bugs.py ptx || [ $$? = 77 ]; }
 
 # What the CUDA kernels do to memory, per source line, and their machine code if nvcc is there, beside their budgets.
 kernel-report: .venv/ready

@@ -43,8 +43,10 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics
+from tinystory.run.folder import locked
+from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
+from tinystory.run.records import Record, read_metrics
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
@@ -337,8 +339,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, scorer.most_words, scorer.affords)
-        first_texts = replay.batches(state.step)
-        distributed.rank0_value(lambda: budget.require_first_step(state, first_texts))
+        distributed.rank0_value(
+            lambda: budget.require_first_step(state, replay.batches(state.step))
+        )
 
         resume_step = state.step if config.resume else None
         log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))

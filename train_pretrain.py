@@ -29,8 +29,10 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Download, peak_memory_mb, upload
 from tinystory.run.errors import Stop, UserError, command
-from tinystory.run.folder import Record, RunLog, holds_run, locked, read_metrics
+from tinystory.run.folder import holds_run, locked
+from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
+from tinystory.run.records import Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, hf, memory

@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "cpu/engine.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace tinystory {
@@ -116,6 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "tinystory's compiled kernels; tinystory/ops/ is their documented face.";
   m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);
   m.def("instructions", tinystory::cpu::instructions);
+  m.def("keep_freed_memory", tinystory::keep_freed_memory);
   py::class_<Engine>(m, "Engine")
       .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, at::ScalarType, int64_t>(), NoGil())
       .def("start", &Engine::start, NoGil())

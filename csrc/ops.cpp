@@ -4,44 +4,14 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <malloc.h>
-#include <sys/mman.h>
-#endif
-#include <cstdlib>
 #include <tuple>
 
 #include "arguments.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace tinystory {
 namespace {
-
-// Asks for huge pages in [p, p + bytes): walking the tables of small ones costs 4 % of a pretraining step.
-void use_huge_pages(void* p, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = (begin + bytes) / kPage * kPage;
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
-#if defined(__GLIBC__)
-// A step's activations are freed, and allocated again in the next step. Returning the memory to the system in between
-// costs page faults each time (8 % of a pretraining step). 32 MiB is glibc's maximum for the first threshold. The heap
-// grows once, by what it may keep: until it is used, that takes no memory.
-[[maybe_unused]] const bool heap_is_kept = [] {
-  constexpr size_t kKept = 1 << 30, kHeap = kKept / 8 * 7;
-  mallopt(M_MMAP_THRESHOLD, 32 << 20), mallopt(M_TRIM_THRESHOLD, kKept);
-  mallopt(M_MMAP_MAX, 0);
-  void* heap = std::malloc(kHeap);
-  mallopt(M_MMAP_MAX, 65536);  // glibc's default
-  if (heap) use_huge_pages(heap, kHeap);
-  std::free(heap);
-  return true;
-}();
-#endif
 
 // Memory of this thread, at least so many bytes, kept between calls: a new 50 MB would cost its page faults each time.
 // Another piece, if a tensor that an earlier call returned still lies in this one. What is in use at the same time has
@@ -147,33 +117,77 @@ struct Logprob {
     use(entropy, lse);
   }
 
-  // Runs in chunks of about `bytes` bytes of f32. Gradients that follow their row's statistics need all columns in the
-  // chunk; else a chunk is 4096 rows and, for gradients, columns for every thread, so that the weight is packed rarely.
-  void run(int64_t bytes, bool stats, bool grads) {
-    const int64_t fit = bytes / int64_t(wide.dtype().itemsize());
-    const int64_t all_groups = blocks(x.V, kLogprobGroup), threads = at::get_num_threads();
-    const auto at_least = [](int64_t least, int64_t n) { return std::max(least, n); };
-    const int64_t rows = std::min(x.N, stats && grads ? at_least(2, fit / at_least(1, x.V) / 2 * 2) : 4096);
-    const int64_t groups = fit / at_least(1, rows) / kLogprobGroup;
-    const int64_t columns = stats ? all_groups : at_least(1, blocks(groups, threads)) * threads;
-    if (grads) allocate_grads(std::min(x.V, columns * kLogprobGroup));
-    const auto step = [&](auto kernel, int64_t items) {
-      parallel(items, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
-    };
-    x.rows = rows, x.groups = std::min(columns, all_groups);
-    x.workspace = workspace(cpu::logprob_workspace(x)).data_ptr();
-    for (x.first_group = 0; x.first_group < all_groups; x.first_group += columns) {
-      x.groups = std::min(columns, all_groups - x.first_group);
-      for (x.first = 0; x.first < x.N; x.first += rows) {
-        x.rows = std::min(rows, x.N - x.first);
-        if (rows < x.N || x.first_group == 0 || x.groups < columns)  // else it is still there
-          step(cpu::logprob_pack, (x.rows + 1) / 2);
-        if (stats) step(cpu::logprob_logits, x.groups), step(cpu::logprob_stats, x.rows);
-        if (grads) step(cpu::logprob_grad_weight, x.groups);
-        if (grads) step(cpu::logprob_grad_hidden, blocks(x.rows, kLogprobRows));
-      }
-      if (grads) finish_grad_weight();
+  // Log-probabilities and entropies.
+  void compute_results() {
+    const int64_t rows = std::min(x.N, kRows);
+    prepare(rows, all_groups());
+    each_chunk(rows, [&] {
+      pack_hidden();
+      results_of_chunk();
+    });
+  }
+
+  // Gradients from given entropies and lse. A chunk of about `bytes` bytes of logits has columns for every thread, so
+  // that the weight is packed rarely.
+  void compute_grads(int64_t bytes) {
+    const int64_t rows = std::min(x.N, kRows), threads = at::get_num_threads();
+    const int64_t fit = elements(bytes) / std::max<int64_t>(1, rows) / kLogprobGroup;
+    const int64_t groups = std::max<int64_t>(1, blocks(fit, threads)) * threads;
+    allocate_grads(std::min(x.V, groups * kLogprobGroup));
+    prepare(rows, std::min(groups, all_groups()));
+    for (x.first_group = 0; x.first_group < all_groups(); x.first_group += groups) {
+      x.groups = std::min(groups, all_groups() - x.first_group);
+      const bool packed = rows == x.N && x.first_group > 0 && x.groups == groups;  // by the chunk before
+      each_chunk(rows, [&] {
+        if (!packed) pack_hidden();
+        grads_of_chunk();
+      });
+      finish_grad_weight();
     }
+  }
+
+  // Both: a chunk of about `bytes` bytes of logits has all columns, so that its gradients can follow its statistics.
+  void compute_results_and_grads(int64_t bytes) {
+    const int64_t fit = elements(bytes) / std::max<int64_t>(1, x.V);
+    const int64_t rows = std::min(x.N, std::max<int64_t>(2, fit / 2 * 2));
+    allocate_grads(x.V);
+    prepare(rows, all_groups());
+    each_chunk(rows, [&] {
+      pack_hidden();
+      results_of_chunk();
+      grads_of_chunk();
+    });
+    finish_grad_weight();
+  }
+
+  static constexpr int64_t kRows = 4096;  // of a chunk, if its logits need not all exist at the same time
+  int64_t elements(int64_t bytes) const { return bytes / int64_t(wide.dtype().itemsize()); }
+  int64_t all_groups() const { return blocks(x.V, kLogprobGroup); }
+
+  // Allocates the workspace for chunks of so many rows and groups.
+  void prepare(int64_t rows, int64_t groups) {
+    x.rows = rows, x.groups = groups;
+    x.workspace = workspace(cpu::logprob_workspace(x)).data_ptr();
+  }
+  template <class F>
+  void each_chunk(int64_t rows, const F& f) {
+    for (x.first = 0; x.first < x.N; x.first += rows) {
+      x.rows = std::min(rows, x.N - x.first);
+      f();
+    }
+  }
+  template <class Kernel>
+  void step(Kernel kernel, int64_t items) {
+    parallel(items, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+  }
+  void pack_hidden() { step(cpu::logprob_pack, (x.rows + 1) / 2); }
+  void results_of_chunk() {
+    step(cpu::logprob_logits, x.groups);
+    step(cpu::logprob_stats, x.rows);
+  }
+  void grads_of_chunk() {
+    step(cpu::logprob_grad_weight, x.groups);
+    step(cpu::logprob_grad_hidden, blocks(x.rows, kLogprobRows));
   }
 
   void allocate_grads(int64_t columns) {
@@ -204,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, c
                             .view(p.wide.dtype().toScalarType())
                             .view({kept_groups, p.x.N, kLogprobStride});
   p.keep(logits);
-  p.run(0, true, false);
+  p.compute_results();
   return {p.logprob, p.entropy, p.lse, logits};
 }
 
@@ -216,7 +230,7 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   p.x.grad_logprob = g.const_data_ptr(), p.x.grad_entropy = ge.const_data_ptr();
   p.use(entropy, lse);
   p.keep(logits);
-  p.run(10 << 20, false, true);
+  p.compute_grads(10 << 20);
   return p.grads();
 }
 
@@ -227,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
   p.x.grad_everywhere = -1.0 / p.x.N;
   p.allocate_results();
-  p.run(64 << 20, true, true);
+  p.compute_results_and_grads(64 << 20);
   const auto [grad_hidden, grad_weight] = p.grads();
   return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }

@@ -33,8 +33,10 @@ from tinystory.evaluate.stories import mean_of
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import Record, atomic_write, newest_run, require_output
+from tinystory.run.files import atomic_write
+from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinystory.report.run import write_report
-from tinystory.run.folder import FINDINGS, read_metrics
 from tinystory.run.journal import Journal
+from tinystory.run.records import FINDINGS, read_metrics
 
 
 def keep(

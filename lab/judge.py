@@ -9,6 +9,7 @@ python lab/judge.py --calibrate               whether it tells real stories from
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,20 +20,21 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 
 from lab import findings
-from lab.reader import PACKAGED, Reader
+from lab.reader import PACKAGED, Reader, mean_and_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
-from tinystory.evaluate.intervals import mean_and_ci, with_ci
+from tinystory.evaluate.intervals import with_ci
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
-from tinystory.run.folder import Record, newest_run
+from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record
 from tinystory.run.text import aligned
 from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint
@@ -76,8 +78,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
+    def grade(stories: Sequence[tuple[str, str]]) -> list[float | None]:
+        senses = reader.sense(stories).tolist()
+        return [None if math.isnan(sense) else sense for sense in senses]
+
     known = known_stories(corpus_documents(options.corpus or ["builtin"]), options.per_kind)
-    result = calibrate(lambda stories: reader.sense(stories).tolist(), known)
+    result = calibrate(grade, known)
     print(*aligned(table(options.reader, result)), sep="\n")
     print(f"the reader {verdict(result)}")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.evaluate.stories import Sample, mean_of
 from tinystory.run.errors import UserError
-from tinystory.run.folder import SAMPLES, read_records
+from tinystory.run.records import SAMPLES, read_records
 from tinystory.teacher.prompt import load_template
 
 BEFORE_AFTER = ("the one before", "the story after interaction")

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory.evaluate.corruptions import split_sentences
+from tinystory.evaluate.intervals import mean_ci
 from tinystory.ops.compute import pick_device
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
@@ -205,3 +206,12 @@ def _repeated(ids: Ids) -> np.ndarray:
             mask[start : start + PHRASE] = True
         seen.add(phrase)
     return mask
+
+
+def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
+    """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are
+    none."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return None, None
+    return float(values.mean()), mean_ci(values)

@@ -43,8 +43,10 @@ from tinystory.ops.compute import resolve
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
-from tinystory.run.folder import Record, atomic_write, locked
+from tinystory.run.files import atomic_write
+from tinystory.run.folder import locked
 from tinystory.run.options import script_parser
+from tinystory.run.records import Record
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student

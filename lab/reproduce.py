@@ -54,8 +54,10 @@ from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import CONFIG, Record, atomic_write, locked, plain, read_object
+from tinystory.run.files import atomic_write
+from tinystory.run.folder import locked
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import CONFIG, Record, plain, read_object
 from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader

@@ -16,7 +16,7 @@ from tinystory.config import (
 )
 from tinystory.data.openings import load_openings
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONFIG, SAMPLES
+from tinystory.run.records import CONFIG, SAMPLES
 from tinystory.student import checkpoint
 
 

@@ -4,7 +4,8 @@ learning."""
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
@@ -12,17 +13,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lab.reader import Reader
+from lab.reader import Reader, mean_and_ci
 from tinystory.config import InteractConfig
-from tinystory.evaluate.corruptions import corpus_documents, real_stories
+from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
 from tinystory.evaluate.held_out import FIRST_INDEX
-from tinystory.evaluate.intervals import mean_and_ci, mean_ci, with_ci
+from tinystory.evaluate.intervals import mean_ci, with_ci
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
 from tinystory.report.before_after import best_step
 from tinystory.report.charts import number
 from tinystory.run.errors import UserError
-from tinystory.run.folder import EVALUATIONS, Record, atomic_write, plain, read_records
+from tinystory.run.files import atomic_write
+from tinystory.run.records import EVALUATIONS, Record, plain, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.grade import Grade
@@ -110,6 +112,13 @@ def evaluated_stories(run: Path) -> dict[str, list[StoryAfter]]:
             f"{run} was not evaluated before its first step and at its end: give a finished interaction"
         )
     return {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
+
+
+def real_stories(documents: Iterable[str], count: int, seed: int) -> list[list[str]]:
+    """First sentences of `count` stories drawn from the documents; if too few are long enough, from
+    the grammar."""
+    drawn = random.Random(seed).sample(usable_documents(documents, count), count)
+    return [first_sentences(text, i) for i, text in enumerate(drawn)]
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:

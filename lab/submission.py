@@ -12,7 +12,7 @@ from lab.pairs import babylm_file
 from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.run.folder import atomic_write
+from tinystory.run.files import atomic_write
 from tinystory.student.model import Student
 
 # BabyLM's name of each of our tasks. Its data folder begins with our name; wug's, with its own.

@@ -86,9 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     options = parser.parse_args(argv)
-    config = InteractConfig(
-        **{name: value for name, value in vars(options).items() if name in GRADER}
-    )
+    typed = {name: value for name, value in vars(options).items() if name in GRADER}
+    config = InteractConfig(**typed)
     check(config)
 
     for component, state in machine():
@@ -109,7 +108,8 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
     began = time.perf_counter()
     result = calibrate(grade, known)
     speed = len(known) / (time.perf_counter() - began)
-    for line in aligned([*table(name, result), ["stories per second", f"{speed:.3g}"]]):
+    rows = [*table(name, result), ["stories per second", f"{speed:.3g}"]]
+    for line in aligned(rows):
         print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(result)}")
     require(result, options.require_judgement)
@@ -119,9 +119,10 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     """The built-in teacher, fitted to a corpus without the documents that known stories are drawn
     from."""
     files = [name for name in names if name not in BUILTIN]
-    rubric = Rubric.from_corpus(
-        islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None)
-    )
+    documents = open_corpus(files or ["builtin"]).mixed()
+    if files:
+        documents = islice(documents, DOCUMENTS, None)
+    rubric = Rubric.from_corpus(documents)
     return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
@@ -130,16 +131,14 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    bf16 = "bfloat16 in hardware" if cpu_has_bf16() else "no bfloat16 in hardware: float32 is used"
+    bf16 = "no bfloat16 in hardware: float32 is used"
+    if cpu_has_bf16():
+        bf16 = "bfloat16 in hardware"
     yield "cpu", f"{os.cpu_count()} processors, {torch.get_num_threads()} torch threads; {bf16}"
     yield "compiler", tried(compiler)
     yield "kernels", tried(kernels)
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    names = ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-    yield "gpu", names or "none that this torch can use: see what nvidia-smi says"
-    unused = cuda.why_not()
-    capabilities = "" if unused else f"for compute capability {', '.join(cuda.architectures())}"
-    yield "nvcc", f"not used: {unused}" if unused else f"{cuda.toolkit()}, {capabilities}"
+    yield "gpu", gpus() or "none that this torch can use: see what nvidia-smi says"
+    yield "nvcc", nvcc()
     yield "cache", tried(cache)
 
 
@@ -177,14 +176,29 @@ def kernels() -> str:
     return f"built, and they load: {library}"
 
 
+def gpus() -> str:
+    names = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        names.append(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB")
+    return ", ".join(names)
+
+
+def nvcc() -> str:
+    reason = cuda.why_not()
+    if reason:
+        return f"not used: {reason}"
+    return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
+
+
 def cache() -> str:
     folder = cache_dir()
-    there = next(
-        parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent)
-    )
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    existing = folder.absolute()
+    while not os.path.exists(existing):
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
-    return f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free"
+    return f"{folder}, {shutil.disk_usage(existing).free / 2**30:.1f} GiB free"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import ROWS, comparison
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write, newest_run, require_output
+from tinystory.run.files import atomic_write
+from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
@@ -102,8 +103,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    count = max([0, *(value for value in options.stories if isinstance(value, int))])
-    paths = [value for value in options.stories if isinstance(value, Path)]
+    count = 0
+    paths: list[Path] = []
+    for value in options.stories:
+        if isinstance(value, Path):
+            paths.append(value)
+        else:
+            count = max(count, value)
     if not paths and not options.corpus and not count:
         raise UserError(
             "nothing to evaluate: give --corpus, --stories N, or files of stories, --stories FILE"
@@ -111,20 +117,22 @@ def main(argv: list[str] | None = None) -> None:
     openings = openings_of(options.openings, paths)
     if options.out:
         require_output(options.out)
-    checkpoints = options.checkpoints or ([] if paths else [newest_run()])
+    checkpoints = options.checkpoints
+    if not checkpoints and not paths:
+        checkpoints = [newest_run()]
     corpus = open_corpus(options.corpus) if options.corpus else None
     files = {path.name: read_samples(path)[: count or None] for path in paths}
-    records = list[dict[str, Any]]()
+
+    records: list[dict[str, Any]] = []
     with open_teacher(options) if count or files else contextlib.nullcontext() as grader:
-        for folder in tqdm(
-            [checkpoint.find(path) for path in checkpoints], desc="checkpoints", disable=None
-        ):
+        folders = [checkpoint.find(path) for path in checkpoints]
+        for folder in tqdm(folders, desc="checkpoints", disable=None):
             student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
             record = student_record(folder, history)
-            if seen := set(options.corpus or []) & set(history.get("corpus", [])):
-                print(
-                    f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it"
-                )
+            trained_on = set(options.corpus or []) & set(history.get("corpus", []))
+            if trained_on:
+                names = ", ".join(sorted(trained_on))
+                print(f"{record['name']}: it was trained on {names}, so that is no test of it")
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
             if count:
@@ -134,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, stories in files.items():
             measures = story_measures(stories, grader=grader, corpus=corpus)
             records.append({"name": name, "words": None, "stories": measures})
-    print(*aligned(comparison(records, ROWS)), sep="\n")
+    for line in aligned(comparison(records, ROWS)):
+        print(line)
     if options.out:
         report = {"corpus": options.corpus, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")
@@ -182,11 +191,9 @@ def samples_of(
 def name_of(folder: Path) -> str:
     """RUN/chck_1M for RUN/checkpoints/chck_1M, else the folder's or file's own name."""
     folder = folder.resolve()
-    return (
-        f"{folder.parents[1].name}/{folder.name}"
-        if folder.parent.name == "checkpoints"
-        else folder.name
-    )
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parents[1].name}/{folder.name}"
+    return folder.name
 
 
 def open_teacher(options: argparse.Namespace) -> AbstractContextManager[Grader]:

@@ -1,9 +1,8 @@
 """The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat
-    completions.
+completions.
 
-    python scripts/serve_teacher.py                                    measure stories against the
-    built-in corpus python scripts/serve_teacher.py --corpus my_stories.txt            ... against
-    your own stories
+    python scripts/serve_teacher.py                                    measure by the built-in corpus
+    python scripts/serve_teacher.py --corpus my_stories.txt            ... by your own stories
     python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
 
 It is a rubric that stands in for a language model. Use a real one if you have one: the interface is
@@ -49,24 +48,31 @@ def main(argv: list[str] | None = None) -> None:
         help="exit when standard input closes; once fitted, yield cores",
     )
     options = parser.parse_args(argv)
-    documents, names, start = (
-        open_corpus(options.corpus).mixed(),
-        " ".join(options.corpus),
-        time.monotonic(),
-    )
+    names = " ".join(options.corpus)
+    documents = open_corpus(options.corpus).mixed()
+    start = time.monotonic()
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
         rubric = Rubric.from_corpus(documents, bar.update)
-    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {time.monotonic() - start:.1f} s"
-    print(message, file=sys.stderr, flush=True)
-    # the parent's threads wait for each other: one without a core stops all
+    seconds = time.monotonic() - start
+    print(
+        f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {seconds:.1f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     if options.die_with_parent:
-        os.nice(NICENESS)  # not before: the parent waits until the teacher is fitted
-        # Linux divides cores among sessions first, and this one is no terminal's
-        if os.getsid(0) == os.getpid():
-            with contextlib.suppress(OSError):
-                Path("/proc/self/autogroup").write_text(str(NICENESS))
+        yield_cores()  # not before: the parent waits until the teacher is fitted
     asyncio.run(_serve(rubric, options.port, options.die_with_parent))
+
+
+def yield_cores() -> None:
+    """Let the parent run first: its threads wait for each other, so one without a core stops
+    all."""
+    os.nice(NICENESS)
+    # Linux divides cores among sessions first, and this one is no terminal's
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 async def _serve(rubric: Rubric, port: int, die_with_parent: bool) -> None:

@@ -31,13 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
-    grades = Path("runs/teach/grades.jsonl")
     add(
         "--grades",
         type=Path,
-        default=grades,
+        default=Path("runs/teach/grades.jsonl"),
         metavar="FILE",
-        help=f"where grades are kept (default: {grades})",
+        help="where grades are kept (default: %(default)s)",
     )
     add(
         "--teacher-prompt",

@@ -19,15 +19,9 @@ from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import (
-    holds_run,
-    in_use,
-    newest_run,
-    read_config,
-    read_metrics,
-    read_stories,
-)
+from tinystory.run.folder import holds_run, in_use, newest_run, read_config
 from tinystory.run.options import script_parser
+from tinystory.run.records import read_metrics, read_stories
 from tinystory.run.text import printable
 
 CURVES = {
@@ -41,8 +35,10 @@ CURVES = {
     "val_loss": "validation loss",
     "tokens_per_s": "tokens per second",
 }
-HEADING, CURVE = 36, 43  # characters
-STORIES, STORY = 3, 2000  # stories shown, and characters of each
+HEADING = 36  # characters
+CURVE = 43  # characters
+STORIES = 3
+STORY = 2000  # characters of a story, and of its opening
 PAUSE_S = 5.0
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -56,43 +52,57 @@ def main(argv: list[str] | None = None) -> None:
     run = parser.parse_args(argv).run or newest_run()
     if not holds_run(run):
         raise UserError(f"{run} holds no run: give the folder that --out named")
-    terminal = sys.stdout.isatty()
-    while (running := in_use(run)) and terminal:
+    if not sys.stdout.isatty():
+        columns = shutil.get_terminal_size((100, 0)).columns
+        print("\n".join(page(run, columns, in_use(run))))
+        return
+    running = True
+    while running:
         start = time.monotonic()
+        running = in_use(run)
         print(CLEAR + screen(run, running), flush=True)
-        # at most a twentieth of a processor
-        time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))
-    columns = shutil.get_terminal_size((100, 0)).columns
-    print(CLEAR + screen(run, running) if terminal else "\n".join(page(run, columns, running)))
+        if running:
+            # at most a twentieth of a processor
+            time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))
 
 
 def screen(run: Path, running: bool) -> str:
     """The page, cut to the terminal's height: more would scroll the first lines away."""
     size = shutil.get_terminal_size()
-    lines, rows = page(run, size.columns, running), size.lines - 1
-    return "\n".join(lines if len(lines) <= rows else [*lines[: rows - 1], "..."])
+    lines = page(run, size.columns, running)
+    rows = size.lines - 1
+    if len(lines) > rows:
+        lines = [*lines[: rows - 1], "..."]
+    return "\n".join(lines)
 
 
 def page(run: Path, width: int, running: bool) -> list[str]:
-    metrics, config = read_metrics(run), read_config(run)
+    """The lines to show."""
+    metrics = read_metrics(run)
+    config = read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
-    lines = textwrap.wrap(
-        f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width
-    )
-    for step, warning in CollapseDetector(
-        metrics, number_option(config, "kl_target") or math.inf
-    ).warnings.values():
-        lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
+    state = remaining(metrics, config) if running else "over"
+    lines = textwrap.wrap(f"{printable(str(run))}: {last}, {state}", width)
+
+    detector = CollapseDetector(metrics, number_option(config, "kl_target") or math.inf)
+    for step, warning in detector.warnings.values():
+        lines.append("")
+        lines += textwrap.wrap(f"Warning at step {step}: {warning}", width)
+
     curves = from_start(run, metrics)
-    lines += [""] * bool(curves)
+    if curves:
+        lines.append("")
     for key, name in CURVES.items():
-        if values := [value for value in column(curves, key) if value is not None]:
+        values = [value for value in column(curves, key) if value is not None]
+        if values:
             heading = f"{name} {number(values[0])} → {number(values[-1])}"
             lines.append(f"{heading:{HEADING}} {text_curve(values, CURVE)}"[:width])
+
     for story in deque(read_stories(run), STORIES):
         reward = "no score" if story["reward"] is None else f"reward {story['reward']:.3f}"
         text = printable(f"{story['opening'][:STORY]} {story['story'][:STORY]}")
-        lines += ["", *textwrap.wrap(f"Step {story['step']}, {reward}: {text}", width)]
+        lines.append("")
+        lines += textwrap.wrap(f"Step {story['step']}, {reward}: {text}", width)
     return lines
 
 

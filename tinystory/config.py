@@ -7,16 +7,24 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 import argparse
 import dataclasses
 import importlib.util
+import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONFIG, Record, require_config, write_config
-from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
+from tinystory.run.folder import require_config, write_config
+from tinystory.run.options import (
+    add_options,
+    fields,
+    flag_of,
+    option,
+    require_valid,
+    unknown_option,
+)
+from tinystory.run.records import CONFIG, Record
 from tinystory.run.track import TRACKERS
 from tinystory.run.trust import TRUST_HELP, require_own, student_corpus
 
@@ -29,13 +37,13 @@ SAVE_HELP = "steps between the checkpoints that --resume starts from"
 TRACK_HELP = "tracker that also receives the records (wandb offline)"
 # The options that --help lists; --help-all lists the others too.
 FIRST = set(
-    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size learning_rate "
-    "optimizer eval_every teacher_url teacher_model teacher_concurrency reward openings steps stories_per_step "
+    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size "
+    "learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
+    "openings steps stories_per_step "
     "max_new_tokens budget_words diversity epochs learner kl_coef".split()
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
-CONTROLS = ("random", "constant", "likelihood")  # values of --reward that name no file
 FEWEST_GRADED = 8  # minimum of --graded
 # defined in tinystory/rl/learners.py
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
@@ -70,7 +78,8 @@ class PretrainConfig:
 
     corpus: list[str] = option(
         ["primer", "builtin", "dull"],
-        "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
+        "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, "
+        "gzipped or not",
         group="data",
     )
     words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
@@ -98,8 +107,7 @@ class PretrainConfig:
     warmup: float = option(
         0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
     )
-    beta1: float = option(0.9, "", "[0, 1)")  # AdamW's
-    beta2: float = option(0.99, "", "[0, 1)")
+    beta2: float = option(0.99, "", "[0, 1)")  # AdamW's
     eps: float = option(1e-8, "", "(0, 1]")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
@@ -110,11 +118,10 @@ class PretrainConfig:
     )
 
     def __post_init__(self) -> None:
-        # `check` refuses other types
-        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:
+        if self.n_head == 0 and isinstance(self.n_embd, int):  # `check` refuses another type
             self.n_head = max(1, self.n_embd // 64)
-        if type(self.learning_rate) in (int, float) and self.learning_rate == 0:
-            self.learning_rate = 2.4e-2 if self.optimizer == "muon" else 2.4e-3
+        if self.learning_rate == 0:
+            self.learning_rate = 0.024 if self.optimizer == "muon" else 0.0024
 
 
 @dataclass
@@ -182,8 +189,8 @@ class InteractConfig:
     )
     reward: str = option(
         "",
-        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: random, constant, "
-        "likelihood (of the starting checkpoint)",
+        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: "
+        "random, constant, likelihood (of the starting checkpoint)",
     )
     calibrate: bool = option(
         True, "before the run, measure whether --teacher-url scores stories above shuffled words"
@@ -246,8 +253,8 @@ class InteractConfig:
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
     learner: str = option(
         "ridge",
-        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or cross-entropy on a step's best "
-        "quarter (sft-best)",
+        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or "
+        "cross-entropy on a step's best quarter (sft-best)",
         LEARNERS,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
@@ -293,9 +300,8 @@ class InteractConfig:
 
     @property
     def updates_per_step(self) -> int:
-        return self.epochs * -(
-            -self.stories_per_step // (self.minibatch_size or self.stories_per_step)
-        )
+        minibatch_size = self.minibatch_size or self.stories_per_step
+        return self.epochs * math.ceil(self.stories_per_step / minibatch_size)
 
     @property
     def graded_per_step(self) -> int:
@@ -322,7 +328,6 @@ _PAPER_PRETRAIN = dict(
     micro_batch_size=32,
     learning_rate=5e-4,
     warmup=0.01,
-    beta1=0.9,
     beta2=0.999,
     eps=1e-8,
     weight_decay=0.0,
@@ -423,16 +428,20 @@ def parse(
         parser.exit()
     if unknown:
         raise UserError(unknown_option(unknown[0].split("=")[0], parser))
+
     trust = typed.pop("trust")
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         config = _resumed(config_class, typed, trust)
     else:
         preset = typed.pop("preset") or "demo"
-        config = config_class(**{**presets[preset], **typed})
+        config = config_class(**presets[preset] | typed)
         config.preset = preset
         check(config)
     config.trust = trust
     return config
+
+
+# ---- a run's recorded options --------------------------------------------------------------------
 
 
 def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
@@ -442,18 +451,20 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     record = require_config(folder)
     recorded = record["options"]
-    if missing := [f.name for f in dataclasses.fields(config_class) if f.name not in recorded]:
-        raise UserError(
-            f"{folder / CONFIG} has no {missing[0]}: the run was begun by another command or another version; go on "
-            "with that one, or start a new run in another --out"
-        )
+    for f in dataclasses.fields(config_class):
+        if f.name not in recorded:
+            raise UserError(
+                f"{folder / CONFIG} has no {f.name}: the run was begun by another command or "
+                "another version; go on with that one, or start a new run in another --out"
+            )
     for name in ("preset", "init"):
         if typed.get(name) not in (None, recorded.get(name)):
             raise UserError(
-                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
-                "leave it out, or start a new run in another --out"
+                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with "
+                f"{recorded.get(name)!r}; leave it out, or start a new run in another --out"
             )
-    return _merged(config_class, folder, record, typed | {"preset": recorded["preset"]}, trust)
+    typed["preset"] = recorded["preset"]
+    return _merged(config_class, folder, record, typed, trust)
 
 
 def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:
@@ -472,12 +483,13 @@ def _merged(
     config_class: type, run: Path, record: Record, typed: dict[str, Any], trust: bool
 ) -> Any:
     recorded = record["options"]
-    options = {
-        f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded
-    }
+    options: dict[str, Any] = {}
+    for f in dataclasses.fields(config_class):
+        if f.name in recorded:
+            options[f.name] = recorded[f.name]
     options |= typed
     preset = options.pop("preset", "demo")
-    if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
+    if preset not in list(PRETRAIN_PRESETS):  # a list, because the value may be anything
         raise UserError(
             f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy"
         )
@@ -492,92 +504,115 @@ def _merged(
     return config
 
 
+def published_options(config: Any) -> list[str]:
+    """A warning for each option set to the behaviour of the authors' code instead of our
+    default."""
+    warnings = []
+    for f in fields(type(config)):
+        value = getattr(config, f.name)
+        if f.name in AS_PUBLISHED and value != f.default:
+            warnings.append(f"{flag_of(f)} {value}, as published: {AS_PUBLISHED[f.name]}")
+    return warnings
+
+
+def changed_options(config: InteractConfig) -> dict[str, str]:
+    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
+    defaults = vars(InteractConfig())
+    preset = INTERACT_PRESETS[config.preset]
+    flags = {}
+    for f in fields(InteractConfig):
+        usual = (defaults[f.name], preset.get(f.name))
+        if getattr(config, f.name) not in usual:
+            flags[f.name] = flag_of(f)
+    return flags
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
 def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
     for f in fields(type(config)):
         value = getattr(config, f.name)
-        for mistake in mistakes(f, types[f.name], value):
-            raise UserError(f"{flag_of(f)} must be {mistake}")
+        require_valid(f, types[f.name], value)
         for text in value if isinstance(value, list) else [value]:
             variable = secret_in(text) if isinstance(text, str) else ""
             if variable:
                 raise UserError(
-                    f"{flag_of(f)} holds the value of {variable}, and config.json would record it: leave it out"
+                    f"{flag_of(f)} holds the value of {variable}, and config.json would record "
+                    "it: leave it out"
                 )
-    for mistake in _check_together(config):
-        raise UserError(mistake)
-
-
-def published_options(config: Any) -> list[str]:
-    """A warning for each option set to the behaviour of the authors' code instead of our
-    default."""
-    chosen = [
-        f
-        for f in fields(type(config))
-        if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default
-    ]
-    return [
-        f"{flag_of(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}"
-        for f in chosen
-    ]
-
-
-def changed_options(config: InteractConfig) -> dict[str, str]:
-    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
-    usual = vars(InteractConfig()), INTERACT_PRESETS[config.preset]
-    changed = [
-        f
-        for f in fields(InteractConfig)
-        if getattr(config, f.name) not in [o.get(f.name) for o in usual]
-    ]
-    return {f.name: flag_of(f) for f in changed}
-
-
-def _check_together(config: Any) -> Iterator[str]:
-    """Yields a sentence for each group of options that do not go together."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
-        yield f"--track {config.track} needs its package: pip install {config.track}"
+        raise UserError(f"--track {config.track} needs its package: pip install {config.track}")
     if isinstance(config, PretrainConfig):
-        size, rest = divmod(config.n_embd, config.n_head)
-        if rest or size % 16 or size > 256:
-            yield (
-                f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, and at most 256 "
-                f"times it: the size of a head is a multiple of 16 up to 256"
-            )
-        return
-    if config.teacher_logprobs and config.preset != "demo":
-        yield (
-            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
-            "reach the student"
+        _check_head_size(config)
+    else:
+        _check_learning(config)
+        _check_teacher(config)
+
+
+def _check_head_size(config: PretrainConfig) -> None:
+    size, rest = divmod(config.n_embd, config.n_head)
+    if rest or size % 16 or size > 256:
+        raise UserError(
+            f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, "
+            "and at most 256 times it: the size of a head is a multiple of 16 up to 256"
         )
+
+
+def _check_learning(config: InteractConfig) -> None:
     if config.kl_horizon <= config.stories_per_step / 5:
-        yield (
+        raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
             f"{config.stories_per_step}, or one step could make the KL coefficient negative"
         )
-    group = config.stories_per_opening
-    comparable = (
-        2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
-    )
-    if config.teacher_mode == "rank" and not (config.teacher_url and comparable):
-        yield (
-            "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "
-            "half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
-        )
-    if config.graded and not (FEWEST_GRADED <= config.graded < config.stories_per_step):
-        yield (
-            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step {config.stories_per_step}; "
-            "leave it out to have all graded"
-        )
-    if config.graded and config.teacher_mode == "rank":
-        yield "--graded does not go with --teacher-mode rank, which compares all stories of an opening: leave one out"
-    if config.graded and config.unreadable_score != "none":
-        yield "--graded does not go with --unreadable-score, which invents scores to learn from: leave one of them out"
-    if config.budget_cost and not config.price_in + config.price_out:
-        yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
     if config.replay_batch != InteractConfig.replay_batch and not config.replay_weight:
-        yield "--replay-batch is read with --replay-weight only: give that too, or leave it out"
-    for name, flag in changed_options(config).items() if config.reward else ():
-        if name.startswith(("teacher_", "price_", "budget_cost")) and name != "teacher_timeout":
-            yield f"{flag} is for a teacher, and --reward takes its place: leave one of them out"
+        raise UserError(
+            "--replay-batch is read with --replay-weight only: give that too, or leave it out"
+        )
+    if not config.graded:
+        return
+    if not FEWEST_GRADED <= config.graded < config.stories_per_step:
+        raise UserError(
+            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step "
+            f"{config.stories_per_step}; leave it out to have all graded"
+        )
+    if config.teacher_mode == "rank":
+        raise UserError(
+            "--graded does not go with --teacher-mode rank, which compares all stories of an "
+            "opening: leave one out"
+        )
+    if config.unreadable_score != "none":
+        raise UserError(
+            "--graded does not go with --unreadable-score, which invents scores to learn from: "
+            "leave one of them out"
+        )
+
+
+def _check_teacher(config: InteractConfig) -> None:
+    if config.teacher_logprobs and config.preset != "demo":
+        raise UserError(
+            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's "
+            "probabilities must not reach the student"
+        )
+    if config.teacher_mode == "rank":
+        group = config.stories_per_opening
+        fits = 2 <= group <= config.teacher_max_tokens / 2
+        if not config.teacher_url or not fits or config.stories_per_step % group:
+            raise UserError(
+                "--teacher-mode rank compares the stories of an opening: give a --teacher-url, "
+                "--stories-per-opening 2 to half of --teacher-max-tokens, and a multiple of it as "
+                "--stories-per-step"
+            )
+    if config.budget_cost and not config.price_in + config.price_out:
+        raise UserError(
+            "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.reward:
+        for name, flag in changed_options(config).items():
+            is_for_teacher = name.startswith(("teacher_", "price_", "budget_cost"))
+            if is_for_teacher and name != "teacher_timeout":
+                raise UserError(
+                    f"{flag} is for a teacher, and --reward takes its place: leave one of them out"
+                )

@@ -41,12 +41,27 @@ struct Head {
   static constexpr int64_t kStrip = Policy::kPack == 2 ? 64 : 48;
   static constexpr int64_t kKeys = Policy::kPack * kPadding<Policy>;  // a strip's keys are padded to them, in zeros
 
+  // A (T, D) matrix in the forms in which the GEMMs read it.
+  struct Matrix {
+    Pack* rows;    // by rows: a left operand
+    Pack* panels;  // a right operand of sums over D, or null
+    Pack* pairs;   // a right operand of sums over rows, or null; with one element per Pack these are the rows
+  };
+  // A strip's rows of S, which become P, or of dP, which become dS: (kStrip, padded).
+  struct Scores {
+    Acc* rows;    // as sums, then as a left operand of sums over keys
+    Pack* pairs;  // as a left operand of sums over queries; with one element per Pack these are the rows
+  };
+
   const Attention& x;
   const int64_t T, D, padded, packs, row_stride;  // padded: T up to whole panels; the row stride of a strip
   const Acc scale, drop_scale;
   const bool tiles = on_tiles<Policy>();
-  Pack *Q, *K, *V, *dO, *K_panels, *V_panels, *Q_pairs, *K_pairs, *V_pairs, *dO_pairs, *P_pairs, *dS_pairs, *columns;
-  Acc *S, *dS, *out, *dK, *dV;
+  Matrix Q, K, V, dO;
+  Scores S, dS;
+  Pack* columns;  // P or dS by columns, for AMX's tiles
+  Acc* mixed;     // (kStrip, D): O l, or dQ
+  Acc *dK, *dV;   // (padded, D)
 
   Head(const Attention& x, bool backward)
       : x(x), T(x.T), D(x.D), padded(round_up(x.T, kColumns)), packs(x.D / Policy::kPack), row_stride(3 * x.H * x.D),
@@ -58,27 +73,42 @@ struct Head {
   }
 
   void allocate(Arena& m, bool backward) {
-    const int64_t rows = padded * packs, pairs = Policy::kPack == 2 ? rows : 0;
-    for (Pack** p : {&Q, &K, &V, &K_panels}) *p = m.take<Pack>(rows);
-    V_pairs = m.take<Pack>(pairs);
-    S = m.take<Acc>(kStrip * padded);
-    out = m.take<Acc>(kStrip * D);
+    Q = matrix(m, false, backward);
+    K = matrix(m, true, backward);
+    V = matrix(m, backward, !backward);
+    S = score_rows(m, backward);
+    mixed = m.take<Acc>(kStrip * D);
     if (!backward) return;
-    for (Pack** p : {&dO, &V_panels}) *p = m.take<Pack>(rows);
-    for (Pack** p : {&Q_pairs, &K_pairs, &dO_pairs}) *p = m.take<Pack>(pairs);
-    dS = m.take<Acc>(kStrip * padded);
-    P_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
-    dS_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
+    dO = matrix(m, false, true);
+    dS = score_rows(m, true);
     columns = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
     dK = m.take<Acc>(padded * D);
     dV = m.take<Acc>(padded * D);
   }
-
-  // Rows side by side for a GEMM that reduces over them; with one element per Pack they are in place already.
-  const Pack* pairs(Pack* to, const Pack* rows) const {
-    if (Policy::kPack == 1) return rows;
-    pair_rows<Policy>(to, rows, padded, D, D, padded / Policy::kPack);
+  Matrix matrix(Arena& m, bool panels, bool pairs) const {
+    Matrix to{};
+    to.rows = m.take<Pack>(padded * packs);
+    if (panels) to.panels = m.take<Pack>(padded * packs);
+    if (pairs) to.pairs = Policy::kPack == 2 ? m.take<Pack>(padded * packs) : to.rows;
     return to;
+  }
+  Scores score_rows(Arena& m, bool pairs) const {
+    Scores to{};
+    to.rows = m.take<Acc>(kStrip * padded);
+    if (pairs) to.pairs = Policy::kPack == 2 ? m.take<Pack>(kStrip / 2 * padded) : reinterpret_cast<Pack*>(to.rows);
+    return to;
+  }
+
+  // Packs a matrix whose rows are `stride` elements apart.
+  void load_matrix(const Matrix& to, const void* from, int64_t stride) const {
+    pack_rows<Policy>(to.rows, from, x.dtype, stride, T, padded, D, D);
+    if (to.panels) transpose_rows<Policy>(to.panels, to.rows, padded, D);
+    if (to.pairs && to.pairs != to.rows) pair_rows<Policy>(to.pairs, to.rows, padded, D, D, padded / Policy::kPack);
+  }
+  void load_input(int64_t b, int64_t h) const {
+    load_matrix(Q, input(0, b, h), row_stride);
+    load_matrix(K, input(1, b, h), row_stride);
+    load_matrix(V, input(2, b, h), row_stride);
   }
 
   const void* input(int which, int64_t b, int64_t h) const {
@@ -86,31 +116,34 @@ struct Head {
   }
   Acc& lse(int64_t head, int64_t i) const { return static_cast<Acc*>(x.lse)[head * T + i]; }
 
-  // to[rows of the strip][keys up to the diagonal] = left rows * panels: S = Q K^T, or dP = dO V^T.
-  void scores(Acc* to, const Pack* left, const Pack* panels, int64_t i0, int64_t rows) const {
+  // to[rows of the strip][keys up to the diagonal] = left right^T: S = Q K^T, or dP = dO V^T.
+  void scores(const Scores& to, const Matrix& left, const Matrix& right, int64_t i0, int64_t rows) const {
     constexpr int64_t kDiagonal = std::min<int64_t>(kWidth, 16);  // keys that are left out or not, together
     for (int64_t j = 0, width; j < i0 + rows; j += width) {
       width = j + kWidth <= i0 ? kWidth : kDiagonal;
       const int64_t r = std::max<int64_t>(0, j - i0) / 6 * 6;
-      gemm<Policy>(rows - r, width, packs, {left + (i0 + r) * packs, packs, 1},
-                   {panels + j / kWidth * kWidth * packs + j % kWidth, kWidth, kWidth * packs}, to + r * padded + j,
-                   padded);
+      gemm<Policy>(rows - r, width, packs, {left.rows + (i0 + r) * packs, packs, 1},
+                   {right.panels + j / kWidth * kWidth * packs + j % kWidth, kWidth, kWidth * packs},
+                   to.rows + r * padded + j, padded);
     }
   }
 
-  // out[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
-  void mix(const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
+  // mixed[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
+  void mix(const Scores& left, const Matrix& right, int64_t i0, int64_t rows) const {
+    const Pack* weights = reinterpret_cast<const Pack*>(left.rows);
     const int64_t stride = padded * sizeof(Acc) / sizeof(Pack), together = tiles ? 32 : 6;
     for (int64_t r = 0; r < rows; r += together) {
       const int64_t m = std::min(together, rows - r), keys = round_up(i0 + r + m, tiles ? kKeys : Policy::kPack);
-      gemm<Policy>(m, D, keys / Policy::kPack, {left + r * stride, stride, 1}, {right, D, kWidth}, out + r * D, D);
+      gemm<Policy>(m, D, keys / Policy::kPack, {weights + r * stride, stride, 1}, {right.pairs, D, kWidth},
+                   mixed + r * D, D);
     }
   }
 
   // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q. Keys
   // on the diagonal begin with different rows, so few are taken together.
-  void scatter(Acc* to, Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
-    right += i0 / Policy::kPack * D;
+  void scatter(Acc* to, const Scores& scores, const Matrix& matrix, int64_t i0, int64_t rows) const {
+    Pack* left = scores.pairs;
+    const Pack* right = matrix.pairs + i0 / Policy::kPack * D;
     if (tiles) {
       constexpr int64_t n = kStrip / Policy::kPack;
       const int64_t last = round_up(rows, Policy::kPack) / Policy::kPack, end = round_up(i0 + rows, kKeys);
@@ -140,40 +173,40 @@ struct Head {
 
   void forward(int64_t head) {
     const int64_t b = head / x.H, h = head % x.H;
-    pack_rows<Policy>(Q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<Policy>(K, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<Policy>(V, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
-    transpose_rows<Policy>(K_panels, K, padded, D);
-    const Pack* values = pairs(V_pairs, V);
-
+    load_input(b, h);
     for (int64_t i0 = 0; i0 < T; i0 += kStrip) {
       const int64_t rows = std::min(kStrip, T - i0);
-      scores(S, Q, K_panels, i0, rows);
       Acc l[kStrip];
-      for (int64_t r = 0; r < rows; ++r) {
-        Acc* row = S + r * padded;
-        const int64_t n = i0 + r + 1;
-        fill_tail(row, n, Acc(-INFINITY));
-        Vec top = splat<Vec>(Acc(-INFINITY));
-        for (int64_t j = 0; j < n; j += L) top = max(load<Vec>(row + j), top);
-        const Acc m = highest(top) * scale;
-        Vec sums{};
-        for (int64_t j = 0; j < n; j += L) {
-          const Vec p = exp2(fma(load<Vec>(row + j), splat<Vec>(scale), splat<Vec>(-m)) * Acc(kLog2e));
-          sums += p;
-          if (x.dropout > 0) store(row + j, p);
-          else store_elements<Policy>(row, j, p);
-        }
-        l[r] = sum(sums);
-        lse(head, i0 + r) = m + Acc(std::log(l[r]));
-        zero_rest(row, round_up(n, L), round_up(i0 + rows, kKeys), x.dropout > 0);
-      }
+      scores(S, Q, K, i0, rows);
+      softmax(l, head, i0, rows);
       if (x.dropout > 0) drop(head, i0, rows);
-      mix(reinterpret_cast<const Pack*>(S), values, i0, rows);
+      mix(S, V, i0, rows);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t d = 0; d < D; d += L)
           store_as(at(x.out, x.dtype, ((b * T + i0 + r) * x.H + h) * D + d), x.dtype,
-                   load<Vec>(out + r * D + d) / l[r]);
+                   load<Vec>(mixed + r * D + d) / l[r]);
+    }
+  }
+
+  // From S to P = exp(S - m), whose rows sum to l. With dropout, elements as they are, else Packs.
+  void softmax(Acc (&l)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      Acc* row = S.rows + r * padded;
+      const int64_t n = i0 + r + 1;
+      fill_tail(row, n, Acc(-INFINITY));
+      Vec top = splat<Vec>(Acc(-INFINITY));
+      for (int64_t j = 0; j < n; j += L) top = max(load<Vec>(row + j), top);
+      const Acc m = highest(top) * scale;
+      Vec sums{};
+      for (int64_t j = 0; j < n; j += L) {
+        const Vec p = exp2(fma(load<Vec>(row + j), splat<Vec>(scale), splat<Vec>(-m)) * Acc(kLog2e));
+        sums += p;
+        if (x.dropout > 0) store(row + j, p);
+        else store_elements<Policy>(row, j, p);
+      }
+      l[r] = sum(sums);
+      lse(head, i0 + r) = m + Acc(std::log(l[r]));
+      zero_rest(row, round_up(n, L), round_up(i0 + rows, kKeys), x.dropout > 0);
     }
   }
 
@@ -185,7 +218,7 @@ struct Head {
     }
   }
 
-  void drop(int64_t head, int64_t i0, int64_t rows) {
+  void drop(int64_t head, int64_t i0, int64_t rows) const {
     float keep[32][32];
     const int64_t end = round_up(i0 + rows, kKeys);
     for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
@@ -193,36 +226,31 @@ struct Head {
         if (j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
         for (int64_t r = std::max(i, i0) - i0; r < std::min(i + 32 - i0, rows); ++r)
           for (int64_t j = j0; j < std::min(j0 + 32, end); j += L) {
-            Vec p = load<Vec>(S + r * padded + j);
+            Vec p = load<Vec>(S.rows + r * padded + j);
             for (int l = 0; l < L; ++l) p[l] *= drop_scale * Acc(keep[i0 + r - i][j - j0 + l]);
-            store_elements<Policy>(S + r * padded, j, p);
+            store_elements<Policy>(S.rows + r * padded, j, p);
           }
       }
   }
 
   void backward(int64_t head) {
     const int64_t b = head / x.H, h = head % x.H;
-    pack_rows<Policy>(Q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<Policy>(K, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<Policy>(V, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<Policy>(dO, at(x.grad_out, x.dtype, (b * T * x.H + h) * D), x.dtype, x.H * D, T, padded, D, D);
-    transpose_rows<Policy>(K_panels, K, padded, D);
-    transpose_rows<Policy>(V_panels, V, padded, D);
-    const Pack* queries = pairs(Q_pairs, Q);
-    const Pack* keys = pairs(K_pairs, K);
-    const Pack* grads = pairs(dO_pairs, dO);
+    load_input(b, h);
+    load_matrix(dO, at(x.grad_out, x.dtype, (b * T * x.H + h) * D), x.H * D);
     std::memset(dK, 0, padded * D * sizeof *dK);
     std::memset(dV, 0, padded * D * sizeof *dV);
 
     for (int64_t i0 = 0; i0 < T; i0 += kStrip) {
       const int64_t rows = std::min(kStrip, T - i0);
-      scores(S, Q, K_panels, i0, rows);
-      scores(dS, dO, V_panels, i0, rows);
-      score_grads(head, i0, rows);
-      mix(reinterpret_cast<const Pack*>(dS), keys, i0, rows);
-      scatter(dV, Policy::kPack == 2 ? P_pairs : reinterpret_cast<Pack*>(S), grads, i0, rows);
-      scatter(dK, Policy::kPack == 2 ? dS_pairs : reinterpret_cast<Pack*>(dS), queries, i0, rows);
-      unpack(0, b, h, i0, rows, out);
+      Acc norm[kStrip], delta[kStrip];
+      scores(S, Q, K, i0, rows);
+      scores(dS, dO, V, i0, rows);
+      recompute_weights(norm, delta, head, i0, rows);
+      score_grads(norm, delta, i0, rows);
+      mix(dS, K, i0, rows);
+      scatter(dV, S, dO, i0, rows);
+      scatter(dK, dS, Q, i0, rows);
+      unpack(0, b, h, i0, rows, mixed);
     }
     unpack(1, b, h, 0, T, dK);
     unpack(2, b, h, 0, T, dV);
@@ -235,13 +263,13 @@ struct Head {
                  load<Vec>(from + r * D + d));
   }
 
-  // From S in S and dP in dS to P (with dropout) in S and dS in dS.
-  void score_grads(int64_t head, int64_t i0, int64_t rows) {
+  // From S to P, before dropout; a weight that dropout zeroes is stored negated. P sums to 1 except for the rounding of
+  // lse, which `norm` corrects. `delta`: each row's sum of P * dP. Beyond the diagonal P and dP become zero.
+  void recompute_weights(Acc (&norm)[kStrip], Acc (&delta)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
     Vec index, sums[kStrip]{}, deltas[kStrip]{};
     for (int l = 0; l < L; ++l) index[l] = Acc(l);
     float keep[32][32];
     const int64_t end = round_up(i0 + rows, kKeys);
-    // First P and each row's delta = sum of P * dP. A weight that dropout zeroes is stored negated.
     for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
       for (int64_t j0 = 0; j0 < end; j0 += 32) {
         if (x.dropout > 0 && j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
@@ -251,13 +279,14 @@ struct Head {
             Vec p{};
             if (valid > 0) {
               // The difference in one rounding, so that the change of base costs no accuracy where p is large.
-              const Vec log_p = fma(load<Vec>(S + r * padded + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
+              const Vec log_p =
+                  fma(load<Vec>(S.rows + r * padded + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
               p = exp2(log_p * Acc(kLog2e));
               if (valid < L) p = select<Vec>(index < splat<Vec>(Acc(valid)), p, Vec{});
               sums[r] += p;
-              Vec dP = load<Vec>(dS + r * padded + j);
+              Vec dP = load<Vec>(dS.rows + r * padded + j);
               if (valid < L) dP = select<Vec>(index < splat<Vec>(Acc(valid)), dP, Vec{});
-              store(dS + r * padded + j, dP);
+              store(dS.rows + r * padded + j, dP);
               if (x.dropout > 0) {
                 Vec kept;
                 for (int l = 0; l < L; ++l) kept[l] = Acc(keep[i0 + r - i][j - j0 + l]);
@@ -268,24 +297,27 @@ struct Head {
                 deltas[r] = fma(p, dP, deltas[r]);
               }
             } else {
-              store(dS + r * padded + j, Vec{});
+              store(dS.rows + r * padded + j, Vec{});
             }
-            store(S + r * padded + j, p);
+            store(S.rows + r * padded + j, p);
           }
       }
-    // P sums to 1 except for the rounding of lse, which is corrected here.
-    Acc delta[kStrip], norm[kStrip];
     for (int64_t r = 0; r < rows; ++r) {
       norm[r] = 1 / sum(sums[r]);
       delta[r] = sum(deltas[r]) * norm[r];
     }
-    // Then dS, two rows at a time, so that pairs of bf16 can be written; a missing last row is all zeros.
+  }
+
+  // From dP to dS = P * (dP - delta) * scale, and to P after dropout. Two rows at a time, so that pairs of bf16 can be
+  // written; a missing last row is all zeros.
+  void score_grads(const Acc (&norm)[kStrip], const Acc (&delta)[kStrip], int64_t i0, int64_t rows) const {
+    const int64_t end = round_up(i0 + rows, kKeys);
     for (int64_t r = 0; r < rows; r += 2)
       for (int64_t j = 0; j < end; j += L) {
         Vec p[2]{}, d[2]{};
         for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
-          p[e] = load<Vec>(S + (r + e) * padded + j) * norm[r + e];
-          Vec dP = load<Vec>(dS + (r + e) * padded + j);
+          p[e] = load<Vec>(S.rows + (r + e) * padded + j) * norm[r + e];
+          Vec dP = load<Vec>(dS.rows + (r + e) * padded + j);
           if (x.dropout > 0) {
             const Vec size = max(p[e], -p[e]);
             dP = select<Vec>(p[e] > Vec{}, dP * drop_scale, Vec{});
@@ -299,20 +331,20 @@ struct Head {
       }
   }
 
-  void put(int64_t r, int64_t j, int64_t rows, Vec (&p)[2], Vec (&d)[2]) {
+  void put(int64_t r, int64_t j, int64_t rows, Vec (&p)[2], Vec (&d)[2]) const {
 #if defined(TINYSTORY_BF16)
     if constexpr (Policy::kPack == 2) {
       const vh p0 = to_bf16(p[0]), p1 = to_bf16(p[1]), d0 = to_bf16(d[0]), d1 = to_bf16(d[1]);
-      store(P_pairs + r / 2 * padded + j, pair(p0, p1));
-      store(dS_pairs + r / 2 * padded + j, pair(d0, d1));
-      store(reinterpret_cast<uint16_t*>(dS + r * padded) + j, d0);
-      if (r + 1 < rows) store(reinterpret_cast<uint16_t*>(dS + (r + 1) * padded) + j, d1);
+      store(S.pairs + r / 2 * padded + j, pair(p0, p1));
+      store(dS.pairs + r / 2 * padded + j, pair(d0, d1));
+      store(reinterpret_cast<uint16_t*>(dS.rows + r * padded) + j, d0);
+      if (r + 1 < rows) store(reinterpret_cast<uint16_t*>(dS.rows + (r + 1) * padded) + j, d1);
       return;
     }
 #endif
     for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
-      store(S + (r + e) * padded + j, p[e]);
-      store(dS + (r + e) * padded + j, d[e]);
+      store(S.rows + (r + e) * padded + j, p[e]);
+      store(dS.rows + (r + e) * padded + j, d[e]);
     }
   }
 };

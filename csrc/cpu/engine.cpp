@@ -12,10 +12,8 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
+#include "../memory.h"
 #include "gemm.h"
 
 namespace tinystory::cpu {
@@ -34,9 +32,7 @@ class Buffer {
     data = static_cast<T*>(std::aligned_alloc(bytes < kHugePage ? 64 : kHugePage, bytes));
     size_ = data ? n : 0;
     if (!data) throw std::bad_alloc();
-#if defined(__linux__)
-    if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+    use_huge_pages(data, bytes);
   }
   Buffer() = default;
   Buffer(const Buffer&) = delete;

@@ -74,6 +74,72 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads)
   if (index == 0) *p.ticket = 0;
 }
 
+// What a column's fragments of dP / dropout scale start from: -delta / dropout scale.
+template <int kMmaN>
+__device__ __forceinline__ void load_deltas(float (&start)[kMmaN][4], const float* stats) {
+  const float* deltas = stats + 8 * kMmaN + lane_id() % 4 * 4;
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni) unpack(start[ni], load16_shared(deltas + 16 * ni), 0.0f);
+}
+
+// From S to P, and from dP - delta to dS = P (dP - delta), both over the dropout's scale. A dropped weight has dP = 0.
+template <bool kDropout, int kMmaM, int kMmaN>
+__device__ __forceinline__ void differentiate(float (&S)[kMmaM][kMmaN][4], float (&dP)[kMmaM][kMmaN][4],
+                                              const float* stats, const KeepMask<true, kMmaM, kMmaN>& keep, int t,
+                                              float scale_log2) {
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni) {
+    const float* lse2 = stats + 8 * ni + 2 * t;
+    const float* deltas = stats + 8 * kMmaN + 16 * ni + 4 * t;
+    const float dropped[2] = {deltas[0], deltas[1]};
+#pragma unroll
+    for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kDropout && !keep.kept(mi, ni, i)) dP[mi][ni][i] = dropped[i % 2];
+        S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], scale_log2, -lse2[i % 2]));
+        dP[mi][ni][i] *= S[mi][ni][i];
+      }
+  }
+}
+
+// A thread's fragments of a tile's dQ so far; those of all kThreads threads lie side by side.
+template <int kThreads, int kMmaN>
+__device__ __forceinline__ void load_partials(Vec16 (&to)[kMmaN], const float* partials, unsigned thread) {
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni) to[ni] = load16(partials + (ni * kThreads + thread) * 4);
+}
+template <int kThreads, int kMmaN>
+__device__ __forceinline__ void store_partials(float* partials, const float (&dQ)[kMmaN][4], unsigned thread) {
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni) store16(partials + (ni * kThreads + thread) * 4, pack(dQ[ni], 0.0f));
+}
+template <int kMmaN>
+__device__ __forceinline__ void add(float (&dQ)[kMmaN][4], const Vec16 (&partials)[kMmaN]) {
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dQ[ni][i] += bits_float(partials[ni].word[i]);
+}
+
+// Writes 16 rows of dQ to the gradient, `first` being the first row and `to` the first of its columns.
+template <class Element, int kMmaN>
+__device__ __forceinline__ void store_queries(Element* to, int stride, const float (&dQ)[kMmaN][4], int first, int rows,
+                                              float scale) {
+  const unsigned lane = recomputed(unsigned(lane_id()));
+  const int g = int(lane / 4), t = int(lane % 4);
+  to += 2 * t;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + 8 * half + g;
+    if (row < rows) {
+#pragma unroll
+      for (int ni = 0; ni < kMmaN; ++ni)
+        store2(to + int64_t(row) * stride + 8 * ni, dQ[ni][2 * half] * scale, dQ[ni][2 * half + 1] * scale);
+    }
+  }
+}
+
 template <class Element, int D, bool kDropout>
 __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
     attention_backward_kernel(BackwardParams<Element> p) {
@@ -143,42 +209,14 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
     } else {
       float start[kMmaN][4] = {};
       gemm_ss(S, K, queries, start);
-#pragma unroll
-      for (int ni = 0; ni < kMmaN; ++ni)
-        unpack(start[ni], load16_shared(stats + kQueries + 16 * ni + lane_id() % 4 * 4), 0.0f);
+      load_deltas(start, stats);
       gemm_ss(dP, V, grads, start);
       const unsigned lane = recomputed(unsigned(lane_id()));
-      const int g = int(lane / 4), t = int(lane % 4);
-      if (q0 < first + 16 * kMmaM - 1) {
-#pragma unroll
-        for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-          for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (q0 + 8 * ni + 2 * t + i % 2 < first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
-      }
-#pragma unroll
-      for (int ni = 0; ni < kMmaN; ++ni) {
-        const float* lse2 = stats + 8 * ni + 2 * t;
-        const float dropped[2] = {stats[kQueries + 16 * ni + 4 * t], stats[kQueries + 16 * ni + 4 * t + 1]};
-#pragma unroll
-        for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (kDropout && !keep.kept(mi, ni, i)) dP[mi][ni][i] = dropped[i % 2];
-            S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2[i % 2]));
-            dP[mi][ni][i] *= S[mi][ni][i];
-          }
-      }
+      if (q0 < first + 16 * kMmaM - 1) mask(S, lane, [&](int key, int query) { return q0 + query < first + key; });
+      differentiate<kDropout>(S, dP, stats, keep, int(lane % 4), p.scale_log2);
       pack_fragments<Element>(P, S);
       pack_fragments<Element>(dS, dP);
-      if constexpr (kDropout) {
-#pragma unroll
-        for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-          for (int ni = 0; ni < kMmaN; ++ni) keep.apply(P[mi][ni], mi, ni);
-      }
+      if constexpr (kDropout) keep.apply(P);
       store_fragments(dS, grad_scores, row0);
       gemm_rs(dV, P, grads);
       gemm_rs(dK, dS, queries);
@@ -188,53 +226,24 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
 
     const unsigned thread = recomputed(threadIdx.x);
     Vec16 earlier[Policy::kColumns / 8];
-    if (before > 0) {
-#pragma unroll
-      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
-        earlier[ni] = load16(partials + (ni * Policy::kThreads + thread) * 4);
-    }
+    if (before > 0) load_partials<Policy::kThreads>(earlier, partials, thread);
     if (tile + 1 < p.query_tiles) load(tile + 1);
     copy_commit();
     float dQ[Policy::kColumns / 8][4] = {};
     gemm_transposed<Policy::kKeys>(dQ, grad_scores, dq_row, keys, dq_column);
-    if (before > 0) {
-#pragma unroll
-      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dQ[ni][i] += bits_float(earlier[ni].word[i]);
-    }
+    if (before > 0) add(dQ, earlier);
     if (block > 0) {
-#pragma unroll
-      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
-        store16(partials + (ni * Policy::kThreads + thread) * 4, pack(dQ[ni], 0.0f));
+      store_partials<Policy::kThreads>(partials, dQ, thread);
     } else {
-      const float scale = p.scale * p.dropout.scale;
-      const unsigned lane = recomputed(unsigned(lane_id()));
-      const int g = int(lane / 4), t = int(lane % 4);
-      Element* to = p.grad_qkv + (q - p.qkv) + dq_column + 2 * t;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = q0 + dq_row + 8 * half + g;
-        if (row < p.T) {
-#pragma unroll
-          for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
-            store2(to + int64_t(row) * stride + 8 * ni, dQ[ni][2 * half] * scale, dQ[ni][2 * half + 1] * scale);
-        }
-      }
+      Element* to = p.grad_qkv + (q - p.qkv) + dq_column;
+      store_queries(to, stride, dQ, q0 + dq_row, p.T, p.scale * p.dropout.scale);
     }
   }
   sync_block();
   if (threadIdx.x == 0 && block > 0) post(turn - 1, (p.query_tiles - 1 - first_tile) / kTiles + 1);
 
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        dK[mi][ni][i] *= p.scale * p.dropout.scale;
-        dV[mi][ni][i] *= p.dropout.scale;
-      }
+  multiply(dK, p.scale * p.dropout.scale);
+  multiply(dV, p.dropout.scale);
   Element* grad_keys = p.grad_qkv + (q - p.qkv) + out_stride + int64_t(k0) * stride;
   store_rows<Element, D, kMmaM>(dK, keys, row0, grad_keys, stride, p.T - k0);
   store_rows<Element, D, kMmaM>(dV, values, row0, grad_keys + out_stride, stride, p.T - k0);

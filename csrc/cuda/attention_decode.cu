@@ -149,9 +149,18 @@ struct Decode {
   cudaStream_t stream;
   template <class Element, int D>
   void run() const {
-    const DecodeParams p{x.qkv,     x.prefix, x.cache,   x.spans,
-                         x.lengths, x.out,    workspace, x.T,
-                         int(x.P),  int(x.H), splits,    float(1.4426950408889634 / std::sqrt(double(D)))};
+    const DecodeParams p{.qkv = x.qkv,
+                         .prefix = x.prefix,
+                         .cache = x.cache,
+                         .spans = x.spans,
+                         .lengths = x.lengths,
+                         .out = x.out,
+                         .partials = workspace,
+                         .T = x.T,
+                         .P = int(x.P),
+                         .H = int(x.H),
+                         .splits = splits,
+                         .scale_log2 = float(1.4426950408889634 / std::sqrt(double(D)))};
     constexpr int kGroups = kThreads / (D / kVecElements<Element>);
     launch(decode_kernel<Element, D>, x.B * x.H * splits, kThreads, kGroups * (D + 2) * 4, stream, p);
     if (splits > 1) launch(merge_kernel<Element, D>, x.B * x.H, D, 0, stream, p);

@@ -25,6 +25,46 @@ struct ForwardPolicy {
   static_assert(kShared <= kMaxSharedBytes);
 };
 
+// The softmax of a warp's rows, whose scores arrive a tile of keys at a time.
+template <int kMmaM>
+struct OnlineSoftmax {
+  float scale_log2;  // of the scores
+  // Per row, in units of log2: m, and of l the part of this lane's columns. They are summed at the end.
+  float m[kMmaM][2], l[kMmaM][2];
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale_log2(scale) {
+    each_row<kMmaM>([&](int mi, int half) { m[mi][half] = -INFINITY, l[mi][half] = 0; });
+  }
+
+  // Moves m to the rows' maxima if a score exceeds it by kSlack; O and l follow.
+  template <int kMmaN, int kMmaD>
+  __device__ __forceinline__ void raise_maximum(const float (&S)[kMmaM][kMmaN][4], float (&O)[kMmaM][kMmaD][4]) {
+    float highest[kMmaM][2];
+    bool exceeds = false;
+    each_row<kMmaM>([&](int mi, int half) {
+      highest[mi][half] = row_max(S[mi], half);
+      exceeds |= fmaf(highest[mi][half], scale_log2, -m[mi][half]) > kSlack;
+    });
+    if (!ballot(exceeds)) return;
+    each_row<kMmaM>([&](int mi, int half) {
+      const float m_new = fmaxf(m[mi][half], warp_max<4>(highest[mi][half]) * scale_log2);
+      const float rescale = exp2_fast(m[mi][half] - m_new);
+      m[mi][half] = m_new;
+      l[mi][half] *= rescale;
+      multiply_row(O[mi], half, rescale);
+    });
+  }
+
+  // From S to P = exp(S - m), which l sums.
+  template <int kMmaN>
+  __device__ __forceinline__ void exponentiate(float (&S)[kMmaM][kMmaN][4]) {
+    each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) {
+      S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], scale_log2, -m[mi][i / 2]));
+      l[mi][i / 2] += S[mi][ni][i];
+    });
+  }
+};
+
 template <class Element, int D, bool kDropout>
 __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
     attention_forward_kernel(AttentionParams<Element> p) {
@@ -55,12 +95,9 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
 
   const int row0 = warp_id() * 16 * kMmaM, first = q0 + row0;
   LeftOperand<Element, D, kMmaM, Policy::kQueriesInRegisters> Q{queries, row0, {}};
-  float O[kMmaM][D / 8][4], m[kMmaM][2], l[kMmaM][2];
+  OnlineSoftmax<kMmaM> softmax(p.scale_log2);
+  float O[kMmaM][D / 8][4];
   clear(O);
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) m[mi][half] = -INFINITY, l[mi][half] = 0;
 
   const int end = q0 + Policy::kQueries < p.T ? q0 + Policy::kQueries : p.T,
             n_tiles = (end + Policy::kKeys - 1) / Policy::kKeys;
@@ -81,78 +118,26 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
     float S[kMmaM][kMmaN][4];
     const float zeros[kMmaN][4] = {};
     gemm_ss(S, Q, keys(tile % 2), zeros);
-    if (k0 + Policy::kKeys - 1 > first) {
-      const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-      for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (k0 + 8 * ni + 2 * t + i % 2 > first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
-    }
-
-    // m and l are of this lane's columns where the row's four lanes may differ: l is summed over them at the end.
-    float highest[kMmaM][2];
-    bool exceeds = false;
-#pragma unroll
-    for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        highest[mi][half] = S[mi][0][2 * half];
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni)
-          highest[mi][half] = fmaxf(highest[mi][half], fmaxf(S[mi][ni][2 * half], S[mi][ni][2 * half + 1]));
-        exceeds |= fmaf(highest[mi][half], p.scale_log2, -m[mi][half]) > kSlack;
-      }
-    if (ballot(exceeds)) {
-#pragma unroll
-      for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float m_new = fmaxf(m[mi][half], warp_max<4>(highest[mi][half]) * p.scale_log2),
-                      rescale = exp2_fast(m[mi][half] - m_new);
-          m[mi][half] = m_new;
-          l[mi][half] *= rescale;
-#pragma unroll
-          for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) O[mi][ni][i] *= rescale;
-        }
-    }
-#pragma unroll
-    for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-      for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -m[mi][i / 2]));
-          l[mi][i / 2] += S[mi][ni][i];
-        }
+    if (k0 + Policy::kKeys - 1 > first)
+      mask(S, lane_id(), [&](int query, int key) { return k0 + key > first + query; });
+    softmax.raise_maximum(S, O);
+    softmax.exponentiate(S);
     Packed<Element, kMmaM, kMmaN> P;
     pack_fragments<Element>(P, S);
     if constexpr (kDropout) {
 #pragma unroll
-      for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni) keep[ni / kMaskN].apply(P[mi][ni], mi, ni % kMaskN);
+      for (int i = 0; i < kMmaN / kMaskN; ++i) keep[i].apply(P, kMaskN * i);
     }
     gemm_rs(O, P, values(tile % 2));
   }
 
   float* lse = p.lse + int64_t(head) * p.T + q0;
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float row_sum = warp_sum<4>(l[mi][half]), scale = p.dropout.scale / row_sum;
-#pragma unroll
-      for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) O[mi][ni][i] *= scale;
-      const int row = row0 + 16 * mi + 8 * half + lane_id() / 4;
-      if (lane_id() % 4 == 0 && q0 + row < p.T) lse[row] = (m[mi][half] + log2_fast(row_sum)) * kLn2;
-    }
+  each_row<kMmaM>([&](int mi, int half) {
+    const float row_sum = warp_sum<4>(softmax.l[mi][half]);
+    multiply_row(O[mi], half, p.dropout.scale / row_sum);
+    const int row = row0 + 16 * mi + 8 * half + lane_id() / 4;
+    if (lane_id() % 4 == 0 && q0 + row < p.T) lse[row] = (softmax.m[mi][half] + log2_fast(row_sum)) * kLn2;
+  });
   const int out_stride = p.H * D;
   Element* to = p.out + p.template head_offset<D>(head, 1) + int64_t(q0) * out_stride;
   store_rows<Element, D, kMmaM>(O, queries, row0, to, out_stride, p.T - q0);

@@ -64,6 +64,62 @@ __device__ __forceinline__ void load_rows(Tile<Element, D> to, const Element* fr
   }
 }
 
+// --- fragments -------------------------------------------------------------------------------------------------------
+// Calls f(mi, half) for each row that this lane holds a part of: row 16 mi + 8 half + g.
+template <int kMmaM, class F>
+__device__ __forceinline__ void each_row(const F& f) {
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) f(mi, half);
+}
+
+// Calls f(mi, ni, i) for each element c[mi][ni][i] that this lane holds of 16 kMmaM x 8 kMmaN.
+template <int kMmaM, int kMmaN, class F>
+__device__ __forceinline__ void each_element(const F& f) {
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(mi, ni, i);
+}
+
+template <int kMmaM, int kMmaN>
+__device__ __forceinline__ void clear(float (&c)[kMmaM][kMmaN][4]) {
+  each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) { c[mi][ni][i] = 0; });
+}
+
+template <int kMmaM, int kMmaN>
+__device__ __forceinline__ void multiply(float (&c)[kMmaM][kMmaN][4], float factor) {
+  each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) { c[mi][ni][i] *= factor; });
+}
+
+// This lane's part of a row, columns 2t and 2t + 1 of each fragment: its largest element, and the row times a factor.
+template <int kMmaN>
+__device__ __forceinline__ float row_max(const float (&c)[kMmaN][4], int half) {
+  float highest = c[0][2 * half];
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni) highest = fmaxf(highest, fmaxf(c[ni][2 * half], c[ni][2 * half + 1]));
+  return highest;
+}
+template <int kMmaN>
+__device__ __forceinline__ void multiply_row(float (&c)[kMmaN][4], int half, float factor) {
+#pragma unroll
+  for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+    for (int i = 2 * half; i < 2 * half + 2; ++i) c[ni][i] *= factor;
+}
+
+// Sets the elements to -infinity whose row and column, counted from the first of the fragments, are `hidden`.
+template <int kMmaM, int kMmaN, class F>
+__device__ __forceinline__ void mask(float (&c)[kMmaM][kMmaN][4], unsigned lane, const F& hidden) {
+  const int g = int(lane / 4), t = int(lane % 4);
+  each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) {
+    if (hidden(16 * mi + g + i / 2 * 8, 8 * ni + 2 * t + i % 2)) c[mi][ni][i] = -INFINITY;
+  });
+}
+
 // --- GEMMs -----------------------------------------------------------------------------------------------------------
 // 16 * kMmaM rows of a tile as the A operand of a GEMM; with kInRegisters they are loaded once, by preload().
 template <class Element, int D, int kMmaM, bool kInRegisters>
@@ -126,12 +182,7 @@ template <int D, int kMmaM, int kMmaN>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftOperand<float, D, kMmaM, false>& left,
                                         Tile<float, D> right, const float (&start)[kMmaN][4]) {
   const int lane = recomputed(lane_id()), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[mi][ni][i] = start[ni][i];
+  each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) { c[mi][ni][i] = start[ni][i]; });
 #pragma unroll 1
   for (int ki = 0; ki < D / 4; ++ki) {
     float a[kMmaM][2][4];
@@ -315,16 +366,6 @@ __device__ __forceinline__ void store_rows(const float (&c)[kMmaM][D / 8][4], Ti
   }
 }
 
-template <int kMmaM, int kMmaN>
-__device__ __forceinline__ void clear(float (&c)[kMmaM][kMmaN][4]) {
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[mi][ni][i] = 0;
-}
-
 // --- dropout ---------------------------------------------------------------------------------------------------------
 struct Dropout {
   DropoutKeys keys;
@@ -384,6 +425,13 @@ struct KeepMask {
     for (int i = 0; i < 4; ++i)
       if (!kept(mi, ni, i)) c[i] = 0;
   }
+  // The same of all fragments; the mask's first column is that of c[mi][column].
+  __device__ __forceinline__ void apply(auto& c, int column = 0) const {
+#pragma unroll
+    for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+      for (int ni = 0; ni < kMmaN; ++ni) apply(c[mi][column + ni], mi, ni);
+  }
 };
 
 // --- parameters ------------------------------------------------------------------------------------------------------
@@ -410,17 +458,17 @@ template <class Element>
 AttentionParams<Element> attention_params(const Attention& x) {
   const double scale = 1 / std::sqrt(double(x.D));
   const uint32_t threshold = dropout_threshold(x.dropout);
-  return {static_cast<const Element*>(x.qkv),
-          static_cast<Element*>(x.out),
-          static_cast<float*>(x.lse),
-          static_cast<const Element*>(x.grad_out),
-          static_cast<Element*>(x.grad_qkv),
-          int(x.T),
-          int(x.H),
-          int(x.B * x.H),
-          float(scale),
-          float(scale * 1.4426950408889634),
-          {dropout_keys(x.seed), threshold, float(dropout_scale(threshold))}};
+  return {.qkv = static_cast<const Element*>(x.qkv),
+          .out = static_cast<Element*>(x.out),
+          .lse = static_cast<float*>(x.lse),
+          .grad_out = static_cast<const Element*>(x.grad_out),
+          .grad_qkv = static_cast<Element*>(x.grad_qkv),
+          .T = int(x.T),
+          .H = int(x.H),
+          .heads = int(x.B * x.H),
+          .scale = float(scale),
+          .scale_log2 = float(scale * 1.4426950408889634),
+          .dropout = {dropout_keys(x.seed), threshold, float(dropout_scale(threshold))}};
 }
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }

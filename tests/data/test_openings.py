@@ -15,7 +15,7 @@ from tinystory.data.openings import (
     builtin_openings,
     load_openings,
 )
-from tinystory.run import folder as runlog
+from tinystory.run import files
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import load_template
 
@@ -132,7 +132,7 @@ def test_what_is_no_file_is_the_opening_itself():
     ],
 )
 def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.setattr(runlog, "LONGEST", 1000 if name == "long.txt" else runlog.LONGEST)
+    monkeypatch.setattr(files, "LONGEST", 1000 if name == "long.txt" else files.LONGEST)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):

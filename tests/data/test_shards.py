@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -296,29 +295,3 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="TINYSTORY_CACHE"):
         prepare(corpus_of(STORIES), vocab_size=600)
-
-
-def test_the_command_says_what_is_in_a_corpus(cache, tmp_path, tale):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "prepare_data.py",
-        "--vocab-size",
-        "400",
-        "--corpus",
-    ]
-    process = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    data = prepare(open_corpus([str(tale)]), vocab_size=400)
-    for split in (data.train, data.val):
-        for number in (len(split.offsets) - 1, split.word_count, len(split)):
-            assert f" {number:,} " in process.stdout
-    assert str(data.path) in process.stdout
-    wrong = subprocess.run(
-        [*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True
-    )
-    assert (
-        wrong.returncode == 2
-        and wrong.stderr.startswith("error: ")
-        and wrong.stderr.count("\n") == 1
-    )

@@ -117,6 +117,11 @@ def test_half_of_the_stories_are_of_the_corpus_and_a_poor_corpus_is_no_error():
     assert len(known_stories(["too short"], 4, (REAL, WORDS))) == 8
 
 
+def test_more_stories_than_there_are_is_a_sentence():
+    with pytest.raises(UserError, match="stories to corrupt, not 5000: ask for fewer"):
+        known_stories(["A dog ran. It barked. It sat. It slept. It woke."], 5000)
+
+
 def test_the_same_seed_gives_the_same_texts():
     assert known_stories(unseen_stories(300), CHEAP) == STORIES
     assert known_stories(unseen_stories(300), CHEAP, seed=1) != STORIES

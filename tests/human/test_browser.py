@@ -17,7 +17,8 @@ from conftest import ROOT, metrics, story_record
 from fault_server import closed_port
 
 from tinystory.report.run import live_report, write_report
-from tinystory.run.folder import FINDINGS, RunLog, read_stories
+from tinystory.run.log import RunLog
+from tinystory.run.records import FINDINGS, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 

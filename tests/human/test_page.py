@@ -16,7 +16,8 @@ from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
-from tinystory.teacher.client import HUMAN, Teacher
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.probe import HUMAN
 from tinystory.teacher.prompt import Criterion, Question, Template
 
 EVIL = "</script><script>alert(1)</script><b onmouseover=x>"

@@ -24,7 +24,8 @@ from lab.preference import (
 from tinystory.evaluate.stories import read_samples
 from tinystory.report.findings import read_findings
 from tinystory.run.errors import UserError
-from tinystory.run.folder import SAMPLES, RunLog
+from tinystory.run.log import RunLog
+from tinystory.run.records import SAMPLES
 from tinystory.student import checkpoint
 from tinystory.teacher.prompt import instructions
 

@@ -31,7 +31,7 @@ from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import best_of_n
 from tinystory.report.findings import read_findings
-from tinystory.run.folder import EVALUATIONS, read_records
+from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 
 READER = ["--reader", "short-words"]

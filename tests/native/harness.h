@@ -25,6 +25,14 @@ inline std::vector<float> normal(size_t n, unsigned seed, float scale = 1) {
   return x;
 }
 
+// That two buffers agree to within a tolerance.
+inline void check_near(const std::vector<float>& got, const std::vector<float>& want, double tolerance,
+                       const char* what) {
+  CHECK(got.size() == want.size(), "%s", what);
+  for (size_t i = 0; i < want.size(); ++i)
+    CHECK(std::fabs(double(got[i]) - want[i]) < tolerance, "%s: element %zu is %g, not %g", what, i, got[i], want[i]);
+}
+
 // Calls f(begin, end) over [0, n) in equal parts, one thread per part.
 template <class F>
 void parallel(int64_t n, int threads, const F& f) {

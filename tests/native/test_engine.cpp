@@ -1,10 +1,10 @@
-// The engine against a plain double-precision loop over the stories that it wrote: the same values, the same bits in
+// The engine against its plain loop over the stories that it wrote: the same values, the same bits in
 // any batch and on any number of threads, nothing written after a story's end. And what it refuses.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/engine.h"
+#include "cpu/plain.h"
 #include "harness.h"
 
 using namespace tinystory;
@@ -55,67 +55,6 @@ struct Model {
     w = cpu::find_weights(n_layer, n_head, parameters);
   }
 };
-
-using Row = std::vector<double>;
-
-Row layer_norm(const Row& x, const cpu::StudentWeights::Affine& a) {
-  double mean = 0, square = 0;
-  for (double v : x) mean += v / x.size();
-  for (double v : x) square += (v - mean) * (v - mean) / x.size();
-  Row out(x.size());
-  for (size_t c = 0; c < x.size(); ++c) out[c] = (x[c] - mean) / std::sqrt(square + 1e-5) * a.weight[c] + a.bias[c];
-  return out;
-}
-
-Row apply(const Row& x, const float* weight, const float* bias, int64_t out) {
-  Row y(out);
-  for (int64_t j = 0; j < out; ++j) {
-    y[j] = bias ? bias[j] : 0;
-    for (size_t c = 0; c < x.size(); ++c) y[j] += x[c] * weight[j * x.size() + c];
-  }
-  return y;
-}
-Row apply(const Row& x, const cpu::StudentWeights::Affine& a, int64_t out) { return apply(x, a.weight, a.bias, out); }
-
-void add(Row& to, const Row& x) {
-  for (size_t c = 0; c < x.size(); ++c) to[c] += x[c];
-}
-
-// After each token the logits (V), then the value.
-std::vector<Row> plain(const cpu::StudentWeights& w, const std::vector<int64_t>& tokens) {
-  const int64_t C = w.C, D = C / w.heads;
-  std::vector<std::vector<Row>> seen(w.blocks.size());  // [layer][position]: q, k and v
-  std::vector<Row> results;
-  for (size_t t = 0; t < tokens.size(); ++t) {
-    Row x(C);
-    for (int64_t c = 0; c < C; ++c) x[c] = double(w.wte[tokens[t] * C + c]) + w.wpe[t * C + c];
-    for (size_t layer = 0; layer < w.blocks.size(); ++layer) {
-      const auto& b = w.blocks[layer];
-      seen[layer].push_back(apply(layer_norm(x, b.ln_1), b.qkv, 3 * C));
-      Row mixed(C), inner;
-      for (int64_t h = 0; h < C; h += D) {
-        Row p;
-        double total = 0;
-        for (const Row& past : seen[layer]) {
-          double s = 0;
-          for (int64_t d = h; d < h + D; ++d) s += seen[layer][t][d] * past[C + d];
-          p.push_back(std::exp(s / std::sqrt(double(D))));
-          total += p.back();
-        }
-        for (size_t j = 0; j <= t; ++j)
-          for (int64_t d = h; d < h + D; ++d) mixed[d] += p[j] / total * seen[layer][j][2 * C + d];
-      }
-      add(x, apply(mixed, b.attn_proj, C));
-      inner = apply(layer_norm(x, b.ln_2), b.fc, 4 * C);
-      for (double& v : inner) v *= 0.5 * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
-      add(x, apply(inner, b.mlp_proj, C));
-    }
-    const Row last = layer_norm(x, w.ln_f);
-    results.push_back(apply(last, w.wte, nullptr, w.V));
-    results.back().push_back(apply(last, w.value, 1)[0]);
-  }
-  return results;
-}
 
 struct Written {
   std::vector<int64_t> tokens;
@@ -173,7 +112,7 @@ void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& p
     const std::vector<int64_t>& prompt = prompts[which[i]];
     std::vector<int64_t> story = prompt;
     story.insert(story.end(), &all.tokens[at], &all.tokens[at] + n - 1);
-    const std::vector<Row> rows = plain(m.w, story);
+    const plain::Reading want = plain::read(m.w, story);
     for (int64_t t = 0; t < max_new; ++t) {
       if (t >= n) {
         CHECK(all.tokens[at + t] == -7 && all.logprobs[at + t] == -7, "story %ld goes on after its end", long(i));
@@ -181,17 +120,16 @@ void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& p
       }
       const bool last = all.tokens[at + t] == kEos || t + 1 == max_new;
       CHECK(last == (t + 1 == n), "story %ld ends at %ld", long(i), long(n));
-      const Row& row = rows[prompt.size() - 1 + t];
-      double total = 0, entropy = 0;
-      for (int64_t v = 0; v < m.w.V; ++v) total += std::exp(row[v] / 0.9);
-      for (int64_t v = 0; v < m.w.V; ++v) {
-        const double log_p = row[v] / 0.9 - std::log(total);
-        entropy -= std::exp(log_p) * log_p;
-        if (v != all.tokens[at + t]) continue;
-        CHECK(std::fabs(log_p - all.logprobs[at + t]) < tolerance, "%g %g", log_p, all.logprobs[at + t]);
-      }
+      const int64_t position = prompt.size() - 1 + t;
+      plain::Row p(&want.logits[position * m.w.V], &want.logits[(position + 1) * m.w.V]);
+      for (double& logit : p) logit /= 0.9;
+      plain::softmax(p);
+      double entropy = 0;
+      for (double probability : p) entropy -= probability * std::log(probability);
+      const double logprob = std::log(p[all.tokens[at + t]]), value = want.values[position];
+      CHECK(std::fabs(logprob - all.logprobs[at + t]) < tolerance, "%g %g", logprob, all.logprobs[at + t]);
       CHECK(std::fabs(entropy - all.entropies[at + t]) < tolerance, "%g %g", entropy, all.entropies[at + t]);
-      CHECK(std::fabs(row[m.w.V] - all.values[at + t]) < tolerance, "%g %g", row[m.w.V], all.values[at + t]);
+      CHECK(std::fabs(value - all.values[at + t]) < tolerance, "%g %g", value, all.values[at + t]);
     }
   }
   const auto check_same = [&](const Written& part, int64_t first) {

@@ -1,49 +1,43 @@
-// Sampling and log-probabilities: rows in any split over threads, odd lengths, guards behind every output.
+// Sampling and log-probabilities against their plain loops: rows in any split over threads, odd lengths, guards behind
+// every output.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 
+#include "cpu/plain.h"
 #include "cpu/vec.h"
 #include "harness.h"
-#include "kernels.h"
-#include "weights.h"
 
 using namespace tinystory;
 
 void test_sample(int64_t B, int64_t V, double temperature, int64_t top_k, double top_p) {
   std::vector<float> logits = normal(B * V, unsigned(V), 3);
   for (int64_t i = 0; i < B * V; i += 3) logits[i] = std::round(logits[i]);  // ties
-  std::vector<int64_t> rows(B), steps(B, 5), tokens(B), again(B);
+  std::vector<int64_t> rows(B), steps(B, 5), tokens(B), again(B), want(B);
   std::iota(rows.begin(), rows.end(), 1000);
-  std::vector<float> logprobs(B), entropy(B);
-  Sample x{DType::f32,  B,     V,     logits.data(), rows.data(),     steps.data(),  77,
-           temperature, top_k, top_p, tokens.data(), logprobs.data(), entropy.data()};
+  std::vector<float> logprobs(B), entropy(B), want_logprobs(B), want_entropy(B);
+  Sample x{.dtype = DType::f32,
+           .B = B,
+           .V = V,
+           .logits = logits.data(),
+           .rows = rows.data(),
+           .steps = steps.data(),
+           .seed = 77,
+           .temperature = temperature,
+           .top_k = top_k,
+           .top_p = top_p,
+           .tokens = tokens.data(),
+           .logprobs = logprobs.data(),
+           .entropy = entropy.data()};
   parallel(B, 3, [&](int64_t begin, int64_t end) { cpu::sample(x, begin, end); });
-  for (int64_t b = 0; b < B; ++b) {
-    const float* row = &logits[b * V];
-    std::vector<int64_t> order(V);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return row[i] > row[j]; });
-    if (top_k > 0 && top_k < V) order.resize(top_k);
-    CHECK(std::find(order.begin(), order.end(), tokens[b]) != order.end(), "token beyond top-k");
-    double kept = 0, ahead = 0, total = 0, h = 0;
-    for (int64_t i : order) kept += std::exp((row[i] - row[order[0]]) / temperature);
-    for (int64_t i : order) {
-      if (i == tokens[b]) break;
-      ahead += std::exp((row[i] - row[order[0]]) / temperature);
-    }
-    CHECK(ahead < top_p * kept * (1 + 1e-5), "token beyond top-p");
-    for (int64_t i = 0; i < V; ++i) total += std::exp((row[i] - row[order[0]]) / temperature);
-    for (int64_t i = 0; i < V; ++i) {
-      const double log_p = (row[i] - row[order[0]]) / temperature - std::log(total);
-      h -= std::exp(log_p) * log_p;
-      if (i == tokens[b]) CHECK(std::fabs(logprobs[b] - log_p) < 1e-5, "%g %g", logprobs[b], log_p);
-    }
-    CHECK(std::fabs(entropy[b] - h) < 2e-5, "%g %g", entropy[b], h);
-  }
   x.tokens = again.data();
   for (int64_t b = B; b-- > 0;) cpu::sample(x, b, b + 1);
   CHECK(tokens == again);
+  x.tokens = want.data(), x.logprobs = want_logprobs.data(), x.entropy = want_entropy.data();
+  plain::sample(x);
+  CHECK(tokens == want);
+  check_near(logprobs, want_logprobs, 1e-5, "logprobs");
+  check_near(entropy, want_entropy, 2e-5, "entropy");
 }
 
 void test_wrong_rows() {
@@ -55,8 +49,26 @@ void test_wrong_rows() {
   const int64_t rows[4] = {}, steps[4] = {};
   int64_t tokens[4];
   float logprobs[4], entropy[4];
-  cpu::sample({DType::f32, 4, V, logits.data(), rows, steps, 1, 1.0, 0, 1.0, tokens, logprobs, entropy}, 0, 4);
-  CHECK(tokens[0] >= 0 && tokens[1] == kNotANumber && tokens[2] == kNotANumber && tokens[3] == kNoToken);
+  const Sample x{.dtype = DType::f32,
+                 .B = 4,
+                 .V = V,
+                 .logits = logits.data(),
+                 .rows = rows,
+                 .steps = steps,
+                 .seed = 1,
+                 .temperature = 1,
+                 .top_k = 0,
+                 .top_p = 1,
+                 .tokens = tokens,
+                 .logprobs = logprobs,
+                 .entropy = entropy};
+  const auto check = [&] {
+    CHECK(tokens[0] >= 0 && tokens[1] == kNotANumber && tokens[2] == kNotANumber && tokens[3] == kNoToken);
+  };
+  cpu::sample(x, 0, 4);
+  check();
+  plain::sample(x);
+  check();
 }
 
 void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
@@ -137,28 +149,16 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
     CHECK(dh == dh_whole && dw == dw_whole);
   }
   const double tolerance = type == DType::bf16 ? 0.05 : 3e-5;  // of gradients: d is rounded to bf16
-  std::vector<double> want_h(N * C), want_w(V * C), logits(V);
-  for (int64_t i = 0; i < N; ++i) {
-    double total = 0, h = 0;
-    for (int64_t v = 0; v < V; ++v) {
-      logits[v] = 0;
-      for (int64_t c = 0; c < C; ++c) logits[v] += double(hidden[i * C + c]) * weight[v * C + c];
-      total += std::exp(logits[v]);
-    }
-    const auto log_p = [&](int64_t v) { return logits[v] - std::log(total); };
-    for (int64_t v = 0; v < V; ++v) h -= std::exp(log_p(v)) * log_p(v);
-    CHECK(std::fabs(logprob[i] - log_p(targets[i])) < 1e-5);
-    CHECK(std::fabs(entropy[i] - h) < 2e-5);
-    for (int64_t v = 0; v < V; ++v) {
-      const double p = std::exp(log_p(v)), d = g[i] * ((v == targets[i]) - p) - ge[i] * p * (log_p(v) + h);
-      for (int64_t c = 0; c < C; ++c) {
-        want_h[i * C + c] += d * weight[v * C + c];
-        want_w[v * C + c] += d * hidden[i * C + c];
-      }
-    }
-  }
-  for (int64_t i = 0; i < N * C; ++i) CHECK(std::fabs(dh[i / C * padded + i % C] - want_h[i]) < tolerance);
-  for (int64_t i = 0; i < V * C; ++i) CHECK(std::fabs(dw[i / C * padded + i % C] - want_w[i]) < tolerance);
+  std::vector<float> want_logprob(N + 9, 777), want_entropy(N + 9, 777), want_dh = dh, want_dw = dw;
+  x.hidden = hidden.data(), x.weight = weight.data();  // as float32, with the values that bf16 has
+  x.logprob = want_logprob.data(), x.entropy = want_entropy.data();
+  x.grad_hidden = want_dh.data(), x.grad_weight = want_dw.data();
+  plain::token_logprob(x);
+  plain::token_logprob_backward(x);
+  check_near(logprob, want_logprob, 1e-5, "logprob");
+  check_near(entropy, want_entropy, 2e-5, "entropy");
+  check_near(dh, want_dh, tolerance, "grad_hidden");
+  check_near(dw, want_dw, tolerance, "grad_weight");
   for (int i = 0; i < 64; ++i)
     CHECK(dh[N * padded + i] == 777 && dw[V * padded + i] == 777 && workspace[workspace.size() - 64 + i] == kNaN);
   for (int i = 0; i < 9; ++i) CHECK(logprob[N + i] == 777 && entropy[N + i] == 777);

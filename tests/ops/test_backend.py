@@ -1,6 +1,10 @@
 """Which implementation runs an operator; and operators by PyTorch's matmul: the same results as the
 kernels'."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -112,3 +116,24 @@ def test_the_reference_runs_no_kernel(on_a_mac):
             assert backend.implementation(name, hidden) == "reference"
     with using("ours"):
         assert backend.implementation("token_logprob", hidden) == "kernel" and ops.load()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told so")
+def test_loading_the_kernels_leaves_malloc_alone_until_it_is_told_to_keep_memory():
+    code = r"""
+import re
+from pathlib import Path
+from tinystory.ops import backend
+
+def heap_mb():
+    areas = re.findall(r"(\w+)-(\w+) .*\[heap\]", Path("/proc/self/maps").read_text())
+    return sum(int(end, 16) - int(begin, 16) for begin, end in areas) >> 20
+
+backend.load()
+before = heap_mb()
+backend.keep_freed_memory()
+print(before, heap_mb())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 896 <= after

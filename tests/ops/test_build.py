@@ -419,8 +419,8 @@ def test_nothing_needs_what_only_linux_has(place):
     library is built and loaded."""
     code = (
         "import torch; from pathlib import Path; from scripts import doctor; from tinystory import ops;"
-        "from tinystory.run import device, folder;"
-        "doctor.main([]); print(device.peak_memory_mb(torch.device('cpu')), folder.device_name('cpu'));"
+        "from tinystory.run import device;"
+        "doctor.main([]); print(device.peak_memory_mb(torch.device('cpu')), device.device_name('cpu'));"
         f"ops.build.CSRC = Path({str(place / 'csrc')!r}); "
         "print(ops.build.build(ops.build.NAME, ops.build.cpu_sources()).answer())"
     )

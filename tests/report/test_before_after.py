@@ -9,7 +9,8 @@ from conftest import story_record
 from scripts import watch
 from tinystory.report.before_after import BeforeAfter, read_before_after, summary
 from tinystory.report.run import write_report
-from tinystory.run.folder import EVALUATIONS, SAMPLES, RunLog
+from tinystory.run.log import RunLog
+from tinystory.run.records import EVALUATIONS, SAMPLES
 
 GAINS = {0: -0.3, 1: 0.0, 2: 0.1, 3: 0.2, 4: 0.4}  # by opening; the median is 0.1
 

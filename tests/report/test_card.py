@@ -12,7 +12,7 @@ from lab import findings
 from scripts import export_hf
 from tinystory.data.corpus import HUB
 from tinystory.report.before_after import read_before_after, story_lines
-from tinystory.run.folder import EVALUATIONS, read_records
+from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 
 

@@ -8,7 +8,8 @@ from conftest import story_record
 from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
-from tinystory.run.folder import FINDINGS, RunLog
+from tinystory.run.log import RunLog
+from tinystory.run.records import FINDINGS
 
 FOUND = {
     "title": "A <b>judge</b>",

@@ -20,7 +20,7 @@ from tinystory.report.run import (
     write_report,
 )
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog
+from tinystory.run.log import RunLog
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}

@@ -20,7 +20,9 @@ from tinystory.evaluate.held_out import write_samples
 from tinystory.report.before_after import summary
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog, locked, read_config, read_metrics, read_records
+from tinystory.run.folder import locked, read_config
+from tinystory.run.log import RunLog
+from tinystory.run.records import read_metrics, read_records
 from tinystory.student import checkpoint
 
 HOLDER = """
@@ -271,7 +273,8 @@ def test_a_sample_of_an_unknown_time_is_left_out_of_the_report(a_run, tmp_path):
 
 
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinystory.run.folder.LONGEST", 1 << 16)
+    monkeypatch.setattr("tinystory.run.files.LONGEST", 1 << 16)
+    monkeypatch.setattr("tinystory.run.records.LONGEST", 1 << 16)
     with open(tmp_path / "metrics.jsonl", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match=r"line 1 of .* is over"):

@@ -16,22 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import evaluate, export_hf, sample
-from tinystory.run.errors import UserError
-from tinystory.run.folder import (
-    RunLog,
-    atomic_file,
-    atomic_folder,
-    atomic_write,
-    cannot_write,
-    locked,
-    plain,
-    read_config,
-    read_metrics,
-    read_records,
-    read_stories,
-    require_output,
-)
+from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.files import atomic_file, atomic_folder, atomic_write
+from tinystory.run.folder import locked, read_config, require_output
 from tinystory.run.journal import Journal
+from tinystory.run.log import RunLog
+from tinystory.run.records import plain, read_metrics, read_records, read_stories
 
 
 def a_run(folder, steps):
@@ -285,7 +275,7 @@ def test_a_reader_of_a_file_being_rewritten_sees_one_complete_version(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from tinystory.run.folder import atomic_write
+from tinystory.run.files import atomic_write
 n = 0
 while True:
     n += 1
@@ -325,6 +315,7 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         (b'{"a": 1}\n{"a": 2', b'{"a": 1}\n{"b": 1}\n'),  # half of a record
         (b'{"a": 1}\n{', b'{"a": 1}\n{"b": 1}\n'),
         (b'{"a": 1}\n{"a": 2}', b'{"a": 1}\n{"a": 2}\n{"b": 1}\n'),  # all but its end
+        (b'{"a": 1}\n\0\0\0', b'{"a": 1}\n{"b": 1}\n'),  # as after a power cut
         (b"a note", None),
         (b'{"a": 1}\na note', None),
         (b'[{"a": 1}]', None),
@@ -332,7 +323,7 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         (b"{a}", None),
     ],
 )
-def test_a_journal_cuts_off_half_a_record_and_no_other_line(tmp_path, content, after):
+def test_a_journal_cuts_off_half_a_record_or_zeros_and_no_other_line(tmp_path, content, after):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     if after is None:
@@ -398,7 +389,7 @@ def test_an_out_among_the_files_of_a_run_is_refused_before_the_work(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for out in (str(tmp_path / "run" / name), str(tmp_path / "link" / name)):
         for command, argv in (
-            (evaluate, ["run", "--coreference", "1", "--out", out]),
+            (evaluate, ["run", "--corpus", "primer", "--out", out]),
             (sample, ["run", "--out", out]),
             (export_hf, ["run", "--gguf", out]),
             (export_hf, ["run", out]),

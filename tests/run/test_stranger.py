@@ -19,7 +19,9 @@ from lab import judge
 from scripts import export_hf, sample, watch
 from tinystory.run import trust
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog, read_config, write_config, write_manifest
+from tinystory.run.folder import read_config, write_config
+from tinystory.run.log import RunLog
+from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.client import Teacher

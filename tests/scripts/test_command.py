@@ -14,7 +14,7 @@ from conftest import ROOT, fails
 
 import tinystory
 from lab import babylm, compare
-from scripts import doctor, evaluate, prepare_data, sample
+from scripts import doctor, evaluate, sample
 from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
@@ -279,8 +279,6 @@ def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
         (evaluate.main, "--teacher-concurrency=0"),
         (doctor.main, "--teacher-max-tokens=0"),
         (doctor.main, "--require-judgement=nan"),
-        (prepare_data.main, "--seed=-1"),
-        (prepare_data.main, "--vocab-size=3"),
     ):
         assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
 

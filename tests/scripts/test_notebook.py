@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 
-from tinystory.run.folder import read_metrics
+from tinystory.run.records import read_metrics
 
 nbclient = pytest.importorskip("nbclient", reason="pip install 'tinystory[test]'")
 nbformat = pytest.importorskip("nbformat", reason="pip install 'tinystory[test]'")

@@ -12,7 +12,8 @@ import pytest
 from conftest import fails, story_record
 
 from scripts import watch
-from tinystory.run.folder import LOCK, RunLog, in_use, locked
+from tinystory.run.folder import LOCK, in_use, locked
+from tinystory.run.log import RunLog
 
 
 @pytest.fixture

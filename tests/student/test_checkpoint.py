@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.run.folder import write_manifest
+from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
 from train_pretrain import RunState

@@ -89,7 +89,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
         teacher.probes()[0]
-        teacher.deadline_s = 0.6  # which a busy machine could take for the probe
+        teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
@@ -210,7 +210,7 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
         )
         options = Options(deadline_s=LONG_S)
         endpoints = [Endpoint("http://x", "m", None, slots, ledger, options) for slots in each]
-        servers = pool.ServerPool(endpoints, options)
+        servers = pool.ServerPool(endpoints)
 
         async def story(i):
             nonlocal most
@@ -243,8 +243,8 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
     follow."""
     monkeypatch.setattr(pool, "PAUSE_S", 0.0)  # so that no clock decides who is in flight
     at_once, ledger, slots = [], Ledger(0.0, 0.0, None, (0, 0)), Slots(16)
-    endpoint = Endpoint("http://x", "m", None, slots, ledger, Options())
-    servers, in_flight = pool.ServerPool([endpoint], Options(deadline_s=LONG_S)), 0
+    endpoint = Endpoint("http://x", "m", None, slots, ledger, Options(deadline_s=LONG_S))
+    servers, in_flight = pool.ServerPool([endpoint]), 0
 
     async def request(endpoint):
         nonlocal in_flight

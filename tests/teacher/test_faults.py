@@ -19,7 +19,7 @@ from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
 from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests, weighed
 
 import train_interact as interact
-from tinystory.run.folder import read_stories
+from tinystory.run.records import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher

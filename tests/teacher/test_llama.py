@@ -16,7 +16,7 @@ from fault_server import closed_port
 
 import train_interact as interact
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_stories
+from tinystory.run.records import read_stories
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.client import Teacher

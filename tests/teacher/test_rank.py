@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import train_interact
 from tinystory.run.errors import Stop
-from tinystory.run.folder import read_stories
+from tinystory.run.records import read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import constraint
 from tinystory.teacher.prompt import DEFAULT, Criterion, Template, clean, instructions

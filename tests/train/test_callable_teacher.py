@@ -12,7 +12,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from scripts import sample
 from tinystory.report.before_after import summary
-from tinystory.run.folder import EVALUATIONS
+from tinystory.run.records import EVALUATIONS
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 

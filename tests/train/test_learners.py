@@ -18,7 +18,7 @@ from tinystory.rl.learners import check
 from tinystory.rl.policy import load_policy
 from tinystory.rl.replay import CorpusReplay
 from tinystory.run.errors import UserError
-from tinystory.run.folder import write_manifest
+from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
 
 REPLAY = "--replay-weight 0.3 --replay-batch 3"

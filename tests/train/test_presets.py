@@ -31,7 +31,6 @@ PAPER_PRETRAIN = dict(
     corpus=["babylm-100m"],
     val_fraction=0.1,
     words=11 * 90_000_000,
-    beta1=0.9,
     beta2=0.999,
     weight_decay=0.0,
     learning_rate=5e-4,

@@ -397,7 +397,7 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
 
     def second_step(self, stop):
         if (
-            min(self.pending) >= held_out.FIRST_INDEX
+            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
             and (tmp_path / "parts" / "evaluations.jsonl").exists()
         ):
             return interrupted(self, stop)
@@ -472,7 +472,7 @@ def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, mo
 
     def gone(self, stop):
         if (
-            min(self.pending) >= held_out.FIRST_INDEX
+            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
             and (tmp_path / "i" / "metrics.jsonl").exists()
         ):
             raise UserError("the teacher has gone")

@@ -23,17 +23,17 @@ def milestone_name(words: int) -> str:
 def check_pretraining(track: str, corpus_words: int, words: int, last_step: int = 0) -> None:
     """Raises UserError unless the track allows training on `words` words, counting repeats, of a
     corpus of `corpus_words`. last_step: most words by which the last step may exceed `words`."""
-    limit, too_large = max(EPOCHS * corpus_words - last_step, 0), corpus_words > TRACKS[track]
-    if too_large or words > limit:
-        advice = (
-            "a smaller --corpus or a larger --val-fraction"
-            if too_large
-            else f"--words {limit} or fewer"
-        )
-        raise UserError(
-            f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and this one has "
-            f"{corpus_words:,} to train on: give {advice}"
-        )
+    limit = max(EPOCHS * corpus_words - last_step, 0)
+    if corpus_words > TRACKS[track]:
+        advice = "a smaller --corpus or a larger --val-fraction"
+    elif words > limit:
+        advice = f"--words {limit} or fewer"
+    else:
+        return
+    raise UserError(
+        f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and "
+        f"this one has {corpus_words:,} to train on: give {advice}"
+    )
 
 
 def check_interaction(track: str, history: dict[str, Any], words_in: int, reads: int = 0) -> None:
@@ -42,15 +42,17 @@ def check_interaction(track: str, history: dict[str, Any], words_in: int, reads:
     What it writes is not limited in 2026."""
     if "corpus_words" not in history:
         raise UserError(
-            f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
-            f"does not say: start from one that train_pretrain.py --preset {track} wrote"
+            f"--preset {track} needs the number of words that the student was trained on, which "
+            f"this checkpoint does not say: start from one that train_pretrain.py --preset {track} "
+            "wrote"
         )
     check_pretraining(track, history["corpus_words"], history.get("words", 0), reads)
-    left = max(TRACKS[track] - history["corpus_words"] - history.get("interaction_words_in", 0), 0)
+    words_seen = history["corpus_words"] + history.get("interaction_words_in", 0)
+    left = max(TRACKS[track] - words_seen, 0)
     if words_in > left:
         raise UserError(
-            f"--preset {track} leaves this student {left:,} words after its training so far: give --budget-words "
-            f"{left} or fewer"
+            f"--preset {track} leaves this student {left:,} words after its training so far: give "
+            f"--budget-words {left} or fewer"
         )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO, cast
 from tinystory.data.builtin import dull, grammar, primer
 from tinystory.run import hub
 from tinystory.run.errors import UserError
-from tinystory.run.folder import file_hash
+from tinystory.run.files import file_hash
 
 # Generator and number of words; by these, three in eight openings are told to an end, the others by
 # a dull teller.

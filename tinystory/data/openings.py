@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_text
+from tinystory.run.files import read_text
 
 HELD_OUT = 10  # every tenth opening of a file, and at least one, is never trained on
-BUILTIN, BUILTIN_HELD_OUT = 180, 200
+BUILTIN = 180  # built-in openings that are trained on
+BUILTIN_HELD_OUT = 200
 LONGEST = 30  # words of a built-in opening
 
 
@@ -18,7 +19,8 @@ class Openings:
     """`train`: openings for PPO; `held_out`: openings for evaluation. A single opening is both."""
 
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
-        self.seed, self.per_opening = seed, per_opening
+        self.seed = seed
+        self.per_opening = per_opening
         self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
         if texts == builtin_openings():  # every tenth would be too few to tell two students apart
             self.held_out = texts[BUILTIN:]
@@ -34,14 +36,13 @@ class Openings:
     def new_words(self, first_index: int, count: int, repeated: bool = False) -> int:
         """Words in openings that these stories are the first to use; with `repeated`, in each
         story's opening."""
-        if repeated:
-            return sum(
-                len(self[index].split()) for index in range(first_index, first_index + count)
-            )
-        first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
-        return sum(
-            len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train)))
-        )
+        first_epoch = len(self.train) * self.per_opening
+        words = 0
+        for index in range(first_index, first_index + count):
+            is_first = index < first_epoch and index % self.per_opening == 0
+            if repeated or is_first:
+                words += len(self[index].split())
+        return words
 
 
 @functools.lru_cache(2)
@@ -63,7 +64,8 @@ def load_openings(name: str) -> list[str]:
     if name.strip() and not is_path:
         return [name]
     try:
-        texts = [*dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines())))]
+        lines = [line.strip() for line in read_text(path).splitlines()]
+        texts = [line for line in dict.fromkeys(lines) if line]
         if not texts:
             raise UserError(f"{name} holds no opening")
     except UserError as error:
@@ -79,9 +81,9 @@ def builtin_openings() -> list[str]:
     problem. Their seed is not the corpus's, so the student was not trained on their
     continuations."""
     rng = random.Random("openings")
-    openings: dict[str, None] = {}
+    openings: list[str] = []
     while len(openings) < BUILTIN + BUILTIN_HELD_OUT:
         opening = grammar.opening(*grammar.tell(rng))
-        if len(opening.split()) <= LONGEST:
-            openings[opening] = None
-    return list(openings)
+        if len(opening.split()) <= LONGEST and opening not in openings:
+            openings.append(opening)
+    return openings

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from tinystory.data.corpus import MARKER, Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
+from tinystory.run.records import require_whole, write_manifest
 
 # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 FORMAT = 3
@@ -266,7 +266,7 @@ def _open(path: Path) -> Dataset:
 
 
 def _open_split(path: Path, name: str, tokenizer: Tokenizer) -> TokenFile:
-    arrays = []
+    arrays: list[np.ndarray] = []
     for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
         file = path / f"{name}.{part}"
         if file.stat().st_size:

@@ -96,7 +96,7 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
-                "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it"
+                "train_pretrain.py wrote, or GPT-2's or one made like it"
             ) from None
 
     def fingerprint(self) -> str:

@@ -20,10 +20,13 @@ from tinystory.evaluate.corruptions import (
 )
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.run.errors import UserError
-from tinystory.teacher.client import HUMAN, Teacher
+from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
+from tinystory.teacher.probe import HUMAN
 
-FULL, CHEAP = 24, 16  # stories of each kind
+# stories of each kind
+FULL = 24
+CHEAP = 16
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 
 # (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None
@@ -39,31 +42,36 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     "ci"}}, "range": [lowest, highest]}, where auc is the probability that a real story scores above
     one of this kind. Intervals are Wilson's with as many trials as the smaller kind has stories,
     which is conservative."""
-    # None becomes nan
-    scores = np.array(grade([(story.opening, story.story) for story in known]), dtype=float)
-    kinds, scored = np.array([story.kind for story in known]), scores[~np.isnan(scores)]
-    by_kind = {
-        kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in dict.fromkeys(kinds.tolist())
-    }
-    results: dict[str, dict[str, Any]] = {}
+    scores = grade([(story.opening, story.story) for story in known])
+    by_kind: dict[str, list[float]] = {story.kind: [] for story in known}
+    for story, score in zip(known, scores, strict=True):
+        if score is not None:
+            by_kind[story.kind].append(score)
+
+    kinds: dict[str, dict[str, Any]] = {}
     for kind, values in by_kind.items():
-        results[kind] = {"mean": float(values.mean()) if len(values) else None}
+        kinds[kind] = {"mean": float(np.mean(values)) if values else None}
         if kind != REAL:
-            trials = min(len(by_kind[REAL]), len(values))
-            auc = float(wins(by_kind[REAL], values).mean()) if trials else None
-            results[kind] |= {
-                "auc": auc,
-                "ci": None if auc is None else list(wilson(auc * trials, trials)),
-            }
-    judgement = results.get(WORDS, {})
+            kinds[kind] |= area_and_interval(by_kind[REAL], values)
+    judgement = kinds.get(WORDS, {})
+    scored = [score for score in scores if score is not None]
     return {
         "stories": len(known),
         "unscored": len(known) - len(scored),
         "judgement": judgement.get("auc"),
         "judgement_ci": judgement.get("ci"),
-        "kinds": results,
-        "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
+        "kinds": kinds,
+        "range": [float(min(scored)), float(max(scored))] if scored else None,
     }
+
+
+def area_and_interval(better: Sequence[float], worse: Sequence[float]) -> dict[str, Any]:
+    """{"auc", "ci"}; None for both if either side has no scores."""
+    trials = min(len(better), len(worse))
+    if trials == 0:
+        return {"auc": None, "ci": None}
+    auc = float(wins(np.array(better), np.array(worse)).mean())
+    return {"auc": auc, "ci": list(wilson(auc * trials, trials))}
 
 
 def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
@@ -81,15 +89,18 @@ def verdict(result: Mapping[str, Any]) -> str:
         return (
             f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
         )
-    probability = with_ci(result["judgement"], result["judgement_ci"])
     lowest, highest = result["range"]
+    probability = with_ci(result["judgement"], result["judgement_ci"])
     if result["judgement_ci"][0] > 0.5:
         return f"puts a story above shuffled words with probability {probability}"
     if lowest == highest:
-        return f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to learn from it"
+        return (
+            f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to "
+            "learn from it"
+        )
     return (
-        f"cannot tell a story from shuffled words: it puts the story first with probability {probability}, where "
-        "0.5 is chance; learning from it is learning from noise"
+        "cannot tell a story from shuffled words: it puts the story first with probability "
+        f"{probability}, where 0.5 is chance; learning from it is learning from noise"
     )
 
 
@@ -98,15 +109,18 @@ def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
     interval (0.5 is chance), then the number of unscored stories."""
     rows = [["", judge]]
     for kind, value in result["kinds"].items():
-        area = f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else ""
-        rows.append([kind, with_ci(value["mean"], None) + area])
+        cell = with_ci(value["mean"], None)
+        if "auc" in value:
+            cell = f"{cell}: {with_ci(value['auc'], value['ci'])}"
+        rows.append([kind, cell])
     rows.append(["without a score", f"{result['unscored']} of {result['stories']}"])
     return rows
 
 
 def require(result: Mapping[str, Any], least: float) -> None:
     """Raises UserError if the judgement is below `least`."""
-    if least and (result["judgement"] is None or result["judgement"] < least):
+    judgement = result["judgement"]
+    if least and (judgement is None or judgement < least):
         raise UserError(
             f"--require-judgement {least:g}: the teacher {verdict(result)}; choose another teacher"
         )
@@ -120,9 +134,8 @@ def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
     if not needed or human:
         return {}
-    result = calibrate(
-        of_grader(grader), known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS)
-    )
+    known = known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS)
+    result = calibrate(of_grader(grader), known)
     print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")
     require(result, config.require_judgement)
     return {"calibration": result | {"verdict": verdict(result)}}

@@ -4,21 +4,33 @@ all."""
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tinystory.data.builtin import grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
+from tinystory.run.errors import UserError
 
-REAL, SENTENCES, WORDS = "real", "sentences shuffled", "words shuffled"
+REAL = "real"
+SENTENCES = "sentences shuffled"
+WORDS = "words shuffled"
+HALVES = "halves of two stories"
+NOUNS_REPLACED = "30 % of nouns replaced"
+WORDS_REPLACED = "10 % of words replaced"
+CORRUPTIONS = (SENTENCES, WORDS, HALVES, NOUNS_REPLACED, WORDS_REPLACED)
+GENERIC = "generic sentences"
+ESSAY = "essay: full marks"
+KINDS = (REAL, *CORRUPTIONS, GENERIC, ESSAY)
+
 LENGTHS = (60, 90, 120, 150, 180)  # words to which stories are cut, at the end of a sentence
 FEWEST_SENTENCES = 6  # with fewer, another order may be no worse
 DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
 UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
 
 _NOUN = re.compile(
-    r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
+    r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})"
+    r"(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
 )
 
 
@@ -37,6 +49,72 @@ class Pool(NamedTuple):
     words: Sequence[str]
 
 
+def known_stories(
+    documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
+) -> list[KnownStory]:
+    """`count` stories of each kind. Those with the same index share the opening, their first
+    sentence. Half of the real ones are ours while they last, the others come from `documents`. A
+    corruption that changes nothing is left out. Raises UserError if there are too few documents."""
+    usable = usable_documents(documents, count)
+    ours = _paragraphs("stories")[: count // 2]
+    if len(usable) < count - len(ours):
+        raise UserError(
+            f"there are {len(ours) + len(usable)} stories to corrupt, not {count}: ask for fewer of "
+            "each kind, or give a larger --corpus"
+        )
+    theirs = random.Random(seed).sample(usable, count - len(ours))
+    texts = [first_sentences(text, i) for i, text in enumerate(ours)]
+    texts += [first_sentences(text, i) for i, text in enumerate(theirs)]
+    pool_text = " ".join(usable[:300])
+    nouns = sorted(set(_NOUN.findall(pool_text)))
+    pool = Pool(nouns, words=re.findall(r"[a-z]+", pool_text))
+
+    stories = []
+    for i, text in enumerate(texts):
+        opening = text[0]
+        sentences = text[1:]
+        other = texts[(i + len(texts) // 2) % len(texts)]
+        real = " ".join(sentences)
+        for kind in kinds:
+            rng = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
+            if kind == REAL:
+                story = real
+            elif kind == GENERIC:
+                story = " ".join(rng.sample(split_sentences(_paragraphs("generic")[0]), 14))
+            elif kind == ESSAY:
+                story = _essay(i)
+            else:
+                story = corrupted(kind, sentences, other[1:], pool, rng)
+                if story == real:
+                    continue
+            stories.append(KnownStory(kind, opening, story))
+    return stories
+
+
+def corrupted(
+    kind: str, sentences: list[str], other: list[str], pool: Pool, rng: random.Random
+) -> str:
+    """A story with a corruption of this kind. other: another story's sentences."""
+    text = " ".join(sentences)
+    if kind == SENTENCES:
+        return " ".join(_reordered(sentences, rng))
+    if kind == WORDS:
+        return " ".join(_reordered(text.split(), rng))
+    if kind == HALVES:
+        first_half = sentences[: len(sentences) // 2]
+        second_half = other[len(other) // 2 :]
+        return " ".join(first_half + second_half)
+
+    def replace(match: re.Match[str]) -> str:
+        word = match[0]
+        if kind == WORDS_REPLACED:
+            return rng.choice(pool.words) if rng.random() < 0.1 else word
+        is_replaced = word in pool.nouns and rng.random() < 0.3
+        return rng.choice(pool.nouns) if is_replaced else word
+
+    return re.sub(r"[A-Za-z]+", replace, text)
+
+
 def _reordered(parts: list[str], rng: random.Random) -> list[str]:
     """The parts in a random order that differs from the given one, if there is one."""
     out = list(parts)
@@ -45,96 +123,29 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
     return out
 
 
-def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
-    return [
-        re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences
-    ]
+def usable_documents(documents: Iterable[str], count: int) -> list[str]:
+    """The first DOCUMENTS without those that are too short; the grammar's stories if fewer than
+    `count` are left."""
+    usable = [text for text in itertools.islice(documents, DOCUMENTS) if _is_long(text)]
+    if len(usable) < count:
+        usable = [text for text in unseen_stories(DOCUMENTS) if _is_long(text)]
+    return usable
 
 
-# (the story's sentences, another story's sentences, pool, rng) -> sentences or words to be joined
-# by spaces.
-CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random], list[str]]] = {
-    SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
-    WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
-    "halves of two stories": lambda s, other, pool, rng: [
-        *s[: len(s) // 2],
-        *other[len(other) // 2 :],
-    ],
-    "30 % of nouns replaced": lambda s, other, pool, rng: _replaced(
-        s,
-        lambda word: rng.choice(pool.nouns) if word in pool.nouns and rng.random() < 0.3 else word,
-    ),
-    "10 % of words replaced": lambda s, other, pool, rng: _replaced(
-        s, lambda word: rng.choice(pool.words) if rng.random() < 0.1 else word
-    ),
-}
-# (index of the story that is replaced, rng) -> a text that is no story.
-NO_STORIES: dict[str, Callable[[int, random.Random], str]] = {
-    "generic sentences": lambda index, rng: " ".join(
-        rng.sample(split_sentences(*_paragraphs("generic")), 14)
-    ),
-    "essay: full marks": lambda index, rng: _essay(index),
-}
-KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
-
-
-def known_stories(
-    documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
-) -> list[KnownStory]:
-    """`count` stories of each kind. Those with the same index share the opening, their first
-    sentence. Half of the real ones are ours while they last, the others come from `documents`. A
-    corruption that changes nothing is left out."""
-    usable = _usable_of(documents, count)
-    ours = [
-        _first_sentences(text, i) for i, text in enumerate(_paragraphs("stories")[: count // 2])
-    ]
-    texts = [*ours, *real_stories(usable, count - len(ours), seed)]
-    text = " ".join(usable[:300])
-    pool = Pool(sorted(set(_NOUN.findall(text))), re.findall(r"[a-z]+", text))
-    stories = []
-    for i, (opening, *sentences) in enumerate(texts):
-        other, real = texts[(i + len(texts) // 2) % len(texts)][1:], " ".join(sentences)
-        for kind in kinds:
-            draw = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
-            if kind in CORRUPTIONS:
-                story = " ".join(CORRUPTIONS[kind](sentences, other, pool, draw))
-            else:
-                story = NO_STORIES[kind](i, draw) if kind in NO_STORIES else real
-            if kind == REAL or story != real:
-                stories.append(KnownStory(kind, opening, story))
-    return stories
-
-
-def real_stories(documents: Iterable[str], count: int, seed: int = 0) -> list[list[str]]:
-    """First sentences of `count` stories drawn from the first DOCUMENTS; if too few are usable,
-    from the grammar."""
-    drawn = random.Random(seed).sample(_usable_of(documents, count), count)
-    return [_first_sentences(text, i) for i, text in enumerate(drawn)]
-
-
-def _usable_of(documents: Iterable[str], count: int) -> list[str]:
-    def usable(texts: Iterable[str]) -> list[str]:
-        return [
-            t
-            for t in texts
-            if len(split_sentences(t)) > FEWEST_SENTENCES and len(t.split()) >= min(LENGTHS)
-        ]
-
-    stories = usable(itertools.islice(documents, DOCUMENTS))
-    return stories if len(stories) >= count else usable(unseen_stories(DOCUMENTS))
+def _is_long(text: str) -> bool:
+    return len(split_sentences(text)) > FEWEST_SENTENCES and len(text.split()) >= min(LENGTHS)
 
 
 def split_sentences(text: str) -> list[str]:
     return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”']))\s+(?=[\"“'A-Z])", " ".join(text.split()))
 
 
-def _first_sentences(text: str, index: int) -> list[str]:
+def first_sentences(text: str, index: int) -> list[str]:
     """At least FEWEST_SENTENCES sentences, until they have LENGTHS[index] words (cyclic index)."""
-    sentences, end = split_sentences(text), FEWEST_SENTENCES
-    while (
-        end < len(sentences)
-        and len(" ".join(sentences[:end]).split()) < LENGTHS[index % len(LENGTHS)]
-    ):
+    sentences = split_sentences(text)
+    length = LENGTHS[index % len(LENGTHS)]
+    end = FEWEST_SENTENCES
+    while end < len(sentences) and len(" ".join(sentences[:end]).split()) < length:
         end += 1
     return sentences[:end]
 

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,7 +17,9 @@ from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.errors import Stop
-from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
+from tinystory.run.files import atomic_write
+from tinystory.run.log import RunLog
+from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, Grader, score_means
@@ -43,40 +44,45 @@ class Evaluator:
     stop: Stop
 
     def done(self, step: int) -> bool:
-        records = self.log.folder / EVALUATIONS
-        return distributed.rank0_value(
-            lambda: any(record["step"] == step for record in read_records(records))
-        )
+        """Whether the evaluation at this step is on record."""
+
+        def on_record() -> bool:
+            records = read_records(self.log.folder / EVALUATIONS)
+            return any(record["step"] == step for record in records)
+
+        return distributed.rank0_value(on_record)
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
         """Metrics on the held-out openings. The words count against the budget. Raises
         Interrupted."""
-        folder = self.log.folder
-        prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
-        stories = rollout(self.policy, prompts, FIRST_INDEX, self.send)
+        held_out = self.openings.held_out
+        openings = [held_out[i % len(held_out)] for i in range(self.config.eval_stories)]
+        stories = rollout(self.policy, openings, FIRST_INDEX, self.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
+
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
-        records = story_records(
-            state.step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history)
-        )
-        metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
+        mixed = has_dull_tellers(self.policy.history)
+        records = story_records(state.step, stories, grades, rewards, mixed)
         self.log.evaluations(records)
-        if distributed.rank0_value(lambda: is_best(read_records(folder / EVALUATIONS), state.step)):
+        evaluations = self.log.folder / EVALUATIONS
+        if distributed.rank0_value(lambda: is_best(read_records(evaluations), state.step)):
             state.best_step = state.step
-            self.policy.save(folder / "checkpoints" / checkpoint.BEST, state, replace=True)
-        return {
-            f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()
-        }
+            best = self.log.folder / "checkpoints" / checkpoint.BEST
+            self.policy.save(best, state, replace=True)
+
+        metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
+        metrics |= story_means(records)
+        return {f"held_out_{name}": value for name, value in metrics.items()}
 
     def send(self, story: Story) -> None:
         self.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
 
 
-def has_dull_tellers(facts: Mapping[str, Any]) -> bool:
-    """Whether this history of a student names the built-in dull tellers, whose sentences are
-    known."""
-    return "dull" in (facts.get("corpus") or ())
+def has_dull_tellers(history: Mapping[str, Any]) -> bool:
+    """Whether a student with this history was trained on the built-in dull tellers, whose sentences
+    are known."""
+    return "dull" in (history.get("corpus") or ())
 
 
 def story_records(
@@ -89,8 +95,9 @@ def story_records(
 ) -> list[Record]:
     """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
     the score model."""
-    return [
-        {
+    records = []
+    for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True)):
+        record: Record = {
             "step": step,
             "index": story.index,
             "opening": story.opening,
@@ -101,24 +108,30 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
-        | ({"predicted": predicted[i]} if predicted else {})
-        | ({"teller": dull.kind_of(story.text)} if mixed else {})
-        for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True))
-    ]
+        if predicted:
+            record["predicted"] = predicted[i]
+        if mixed:
+            record["teller"] = dull.kind_of(story.text)
+        records.append(record)
+    return records
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     """Means of length, endings and diversity; distinct_4 and clusters over all stories; the
     fraction of each teller."""
     texts = [record["story"] for record in records]
-    tellers = [record["teller"] for record in records if "teller" in record]
-    return {
+    means = {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
         "diversity_mean": fmean(differences(texts)),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
-    } | {f"teller_{kind}": tellers.count(kind) / len(tellers) for kind in dull.KINDS if tellers}
+    }
+    tellers = [record["teller"] for record in records if "teller" in record]
+    if tellers:
+        for kind in dull.KINDS:
+            means[f"teller_{kind}"] = tellers.count(kind) / len(tellers)
+    return means
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:
@@ -130,28 +143,34 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
     within one standard error: a smaller difference is noise, and the later student is preferred, as
     it has learned from more stories."""
-    # by step, then by index, which always has the same opening
-    rewards: dict[int, dict[int, float]] = {}
+    by_step: dict[int, dict[int, float]] = {}  # rewards by the story's index
     for record in records:
         if record["reward"] is not None:
-            rewards.setdefault(record["step"], {})[record["index"]] = record["reward"]
-    if step not in rewards:
+            rewards = by_step.setdefault(record["step"], {})
+            rewards[record["index"]] = record["reward"]
+    if step not in by_step:
         return False
-    highest = max(rewards.values(), key=lambda evaluation: fmean(evaluation.values()))
-    deficits = [
-        highest[index] - reward for index, reward in rewards[step].items() if index in highest
-    ]
-    error = stdev(deficits) / math.sqrt(len(deficits)) if len(deficits) > 1 else 0.0
-    return bool(deficits) and fmean(deficits) <= error
+
+    highest = max(by_step.values(), key=lambda rewards: fmean(rewards.values()))
+    # An index has the same opening in every evaluation, so stories are compared in pairs.
+    deficits = []
+    for index, reward in by_step[step].items():
+        if index in highest:
+            deficits.append(highest[index] - reward)
+    if not deficits:
+        return False
+    standard_error = 0.0
+    if len(deficits) > 1:
+        standard_error = stdev(deficits) / math.sqrt(len(deficits))
+    return fmean(deficits) <= standard_error
 
 
 def write_samples(folder: Path, best_step: int) -> None:
     """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
-    before, after = (
-        [record for record in records if record["step"] == step] for step in (0, best_step)
-    )
-    samples = [{"when": "before"} | record for record in before] + [
-        {"when": "after"} | record for record in after
-    ]
-    atomic_write(folder / SAMPLES, "".join(json.dumps(record) + "\n" for record in samples))
+    lines = []
+    for when, step in (("before", 0), ("after", best_step)):
+        for record in records:
+            if record["step"] == step:
+                lines.append(json.dumps({"when": when} | record) + "\n")
+    atomic_write(folder / SAMPLES, "".join(lines))

@@ -18,7 +18,8 @@ from tinystory.teacher.grade import LocalGrader
 from tinystory.teacher.prompt import Question
 
 # The student's own stories get about this mean and standard deviation from a teacher.
-MEAN, SPREAD = 0.5, 0.2
+MEAN = 0.5
+SPREAD = 0.2
 STORIES = 64  # the student's own stories that set the scale
 
 Text = tuple[list[int], list[int]]  # token ids of an opening and of its story
@@ -39,21 +40,21 @@ class Likelihood(LocalGrader):
         self.student = student
         self.tokenizer = tokenizer
         self.batch_size = config.micro_batch_size
+        prompts = [openings[i % len(openings)] for i in range(STORIES)]
         stories = generate(
             student,
             None,
             tokenizer,
-            [openings[i % len(openings)] for i in range(STORIES)],
+            prompts,
             first_index=0,
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
             temperature=config.temperature,
         )
-        own = self.mean_logprobs(
-            [(story.prompt_ids.tolist(), story.tokens.tolist()) for story in stories]
-        )
-        self.mean = fmean(own)
-        self.spread = max(pstdev(own), 1e-6)
+        texts = [(story.prompt_ids.tolist(), story.tokens.tolist()) for story in stories]
+        means = self.mean_logprobs(texts)
+        self.mean = fmean(means)
+        self.spread = max(pstdev(means), 1e-6)
 
     def scores(self, questions: Sequence[Question]) -> list[float]:
         texts: list[Text] = []
@@ -71,20 +72,20 @@ class Likelihood(LocalGrader):
     def mean_logprobs(self, texts: Sequence[Text]) -> list[float]:
         """Per text, the mean log-probability of its story's tokens in nats per token. Of a text
         longer than the context, which no student wrote, the last tokens are read."""
-        context = self.student.config.context
-        device = self.student.wte.weight.device
-        rows = [
-            torch.tensor((opening + story)[-context:], device=device) for opening, story in texts
-        ]
+        weight = self.student.wte.weight
+        rows = []
+        starts = []  # place of each story's first token in its row
+        for opening, story in texts:
+            row = (opening + story)[-self.student.config.context :]
+            rows.append(torch.tensor(row, device=weight.device))
+            starts.append(max(len(row) - len(story), 1))  # no token precedes a row's first one
         means = [0.0] * len(texts)
         for group in by_length(np.array([len(row) for row in rows]), self.batch_size):
             tokens = pad_sequence([rows[i] for i in group], batch_first=True)
             hidden = self.student.hidden(tokens)  # padding comes last: no token sees it
-            for place, i in enumerate(group):
-                end = len(rows[i])
-                first = end - min(len(texts[i][1]), end - 1)  # no token precedes a row's first one
-                logprobs, _ = ops.token_logprob(
-                    hidden[place, first - 1 : end - 1], self.student.wte.weight, rows[i][first:]
-                )
+            for i, states in zip(group, hidden, strict=True):
+                start = starts[i]
+                predicting = states[start - 1 : len(rows[i]) - 1]
+                logprobs, _ = ops.token_logprob(predicting, weight, rows[i][start:])
                 means[i] = float(logprobs.double().mean())
         return means

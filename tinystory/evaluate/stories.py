@@ -12,14 +12,16 @@ import numpy as np
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import mean_and_ci, mean_ci, wilson
+from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.rl.reward import phrases
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_records
+from tinystory.run.records import read_records
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader, score_means
 
+# Overlap of two stories' word 3-grams (Jaccard) above which they are in one cluster.
+CLUSTER_OVERLAP = 0.12
 OPENINGS = (
     "Once upon a time, in a faraway land,",
     "One day, a little girl named Lily",
@@ -44,31 +46,28 @@ def read_samples(path: Path) -> list[Sample]:
     """The stories of a .jsonl file of objects with `opening`, `story`, which goes on from it (a
     repeated opening is removed), and, where known, `ended`. Raises UserError for any other file."""
     stories = []
-    # an empty file lacks its first line
-    for number, record in enumerate([*read_records(path)] or [{}], 1):
-        opening, story, ended = (record.get(name) for name in ("opening", "story", "ended"))
+    records = list(read_records(path)) or [{}]  # an empty file lacks its first line
+    for number, record in enumerate(records, 1):
+        opening = record.get("opening")
+        story = record.get("story")
+        ended = record.get("ended")
         if not (isinstance(opening, str) and isinstance(story, str)):
             raise UserError(
-                f"{path} line {number} lacks an opening and a story: each line is an object with both"
+                f"{path} line {number} lacks an opening and a story: each line is an object with "
+                "both"
             )
-        stories.append(
-            Sample(
-                opening,
-                story.removeprefix(opening).strip(),
-                ended if isinstance(ended, str) else None,
-            )
-        )
+        text = story.removeprefix(opening).strip()
+        stories.append(Sample(opening, text, ended if isinstance(ended, str) else None))
     return stories
 
 
 def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
     """Distinct word n-grams divided by all word n-grams of the texts (Li et al. 2016, arXiv
     1510.03055): close to 0 if all texts are the same, None without n-grams."""
-    grams = [
-        tuple(words[i : i + n])
-        for words in map(str.split, texts)
-        for i in range(len(words) - n + 1)
-    ]
+    grams: list[tuple[str, ...]] = []
+    for text in texts:
+        words = text.split()
+        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
@@ -83,9 +82,9 @@ def write_stories(
     """Sample stories, spread evenly over the openings. sampling: max_new_tokens, temperature and
     seed of `generate`."""
     per_opening, rest = divmod(n_stories, len(openings))
-    prompts = [
-        opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))
-    ]
+    prompts: list[str] = []
+    for i, opening in enumerate(openings):
+        prompts += [opening] * (per_opening + (i < rest))
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
     return [Sample(story.opening, story.text, story.ended) for story in stories]
 
@@ -104,36 +103,31 @@ def story_measures(
     by_opening: dict[str, list[str]] = {}
     for story in stories:
         by_opening.setdefault(story.opening, []).append(story.text)
-    tens = [told[:10] for told in by_opening.values() if told[9:]]
+    clusters_of_ten = []
+    for same_opening in by_opening.values():
+        if len(same_opening) >= 10:
+            clusters_of_ten.append(len(cluster_sizes(same_opening[:10])))
     lengths = np.array([len(text.split()) for text in texts])
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
         "length_ci": mean_ci(lengths),
         "distinct_4": distinct_ngrams(texts),
-        "story_clusters_10": mean_of(len({*cluster_ids(ten)}) for ten in tens),
+        "story_clusters_10": mean_of(clusters_of_ten),
     }
     if all(story.ended for story in stories):
         ended = sum(story.ended == "eos" for story in stories)
-        measures |= {
-            "ended_eos_share": ended / len(stories),
-            "ended_eos_ci": wilson(ended, len(stories)),
-        }
+        measures["ended_eos_share"] = ended / len(stories)
+        measures["ended_eos_ci"] = wilson(ended, len(stories))
     if grader:
         grades = grader.grade_each([(story.opening, story.text) for story in stories])
-        sums = np.array(
-            [sum(grade.scores.values()) for grade in grades if grade.scores], dtype=float
-        )
+        sums = [float(sum(grade.scores.values())) for grade in grades if grade.scores]
         measures |= score_means(grades)
-        measures |= {
-            "score_ci": mean_and_ci(sums)[1],
-            "unscored": sum(grade.score is None for grade in grades),
-        }
+        measures["score_ci"] = mean_ci(np.array(sums)) if sums else None
+        measures["unscored"] = sum(grade.score is None for grade in grades)
     if corpus:
-        shared = longest_shared(texts, corpus)
-        measures["copied_share"] = fmean(
-            n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True)
-        )
+        shared = np.array(longest_shared(texts, corpus))
+        measures["copied_share"] = fmean(shared / lengths.clip(min=1))
     return measures
 
 
@@ -143,81 +137,103 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return fmean(present) if present else None
 
 
-def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
+def cluster_sizes(texts: Sequence[str]) -> list[int]:
+    """Texts per cluster (see `cluster_ids`), the largest first."""
+    return sorted(Counter(cluster_ids(texts)).values(), reverse=True)
 
 
-def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+def cluster_ids(texts: Sequence[str]) -> list[int]:
     """The cluster of each text, numbered by first appearance. A text joins the first cluster whose
-    founder's word 3-grams overlap its own by more than `threshold` (Jaccard; capitalised words
-    count as one word), or founds one."""
+    founder's word 3-grams overlap its own by more than CLUSTER_OVERLAP (capitalised words count as
+    one word), or founds one."""
     ids: list[int] = []
     sizes: list[int] = []  # number of 3-grams of each founder
     founders: dict[tuple[str, ...], list[int]] = {}  # clusters whose founder has the 3-gram
     for text in texts:
         grams = phrases(text, 3)
-        shared = Counter(founder for gram in grams for founder in founders.get(gram, ()))
-        near = [
-            i for i, count in shared.items() if count > threshold * (len(grams) + sizes[i] - count)
-        ]
-        ids.append(min(near, default=len(sizes)))
-        if not near:
-            for gram in grams:
-                founders.setdefault(gram, []).append(len(sizes))
-            sizes.append(len(grams))
+        shared: Counter[int] = Counter()  # number of 3-grams shared with each founder
+        for gram in grams:
+            shared.update(founders.get(gram, ()))
+        near = []
+        for founder, count in shared.items():
+            union = len(grams) + sizes[founder] - count
+            if count > CLUSTER_OVERLAP * union:
+                near.append(founder)
+        if near:
+            ids.append(min(near))
+            continue
+        new = len(sizes)
+        ids.append(new)
+        sizes.append(len(grams))
+        for gram in grams:
+            founders.setdefault(gram, []).append(new)
     return ids
 
 
 def best_of_n(values: Sequence[Any], count: int) -> list[int]:
     """For each i < count, the index of the largest of values[i::count]. None (no score) is less
     than any value."""
-    groups = (range(i, len(values), count) for i in range(count))
-    return [max(group, key=lambda i: (values[i] is not None, values[i])) for group in groups]
+    best = []
+    for first in range(count):
+        group = range(first, len(values), count)
+        best.append(max(group, key=lambda i: (values[i] is not None, values[i])))
+    return best
+
+
+# ---- copying -------------------------------------------------------------------------------------
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     """Per text, the length in words of its longest phrase that also occurs in a document of the
     corpus. Words are separated by whitespace; phrases are compared by 64-bit hashes of their
     words."""
-    vocabulary, stream = _words(corpus)
-    rows = [
-        np.array([vocabulary.get(word, 0) for word in text.split()], dtype=np.int64)
-        for text in texts
-    ]
-    # -1 here, and 0 in the corpus, match nothing
-    ours = np.concatenate([np.append(row, -1) for row in rows])
-    owner = np.repeat(np.arange(len(rows)), [len(row) + 1 for row in rows])
-    keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 2, dtype=np.uint64)
-    ours_at, theirs_at = np.flatnonzero(ours > 0), np.flatnonzero(stream)
-    ours_hash, theirs_hash = keys[ours[ours_at]], keys[stream[theirs_at]]
+    vocabulary, corpus_words = _words(corpus)
+    rows = []
+    owners = []
+    for i, text in enumerate(texts):
+        ids = [vocabulary.get(word, 0) for word in text.split()]
+        rows.append(np.array([*ids, 0]))
+        owners.append(np.full(len(ids) + 1, i))
+    words = np.concatenate(rows)
+    owner = np.concatenate(owners)
+    keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 1, dtype=np.uint64)
 
-    def longer(
-        words: np.ndarray, at: np.ndarray, hashed: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The phrases of `length` words at these positions, extended by one word where the text
-        goes on."""
-        inside = at + length < len(words)
-        at, hashed = at[inside], hashed[inside]
-        goes_on = words[at + length] > 0
-        at, hashed = at[goes_on], hashed[goes_on]
-        return at, hashed * np.uint64(6364136223846793005) + keys[words[at + length]]
-
-    longest, length = np.zeros(len(rows), dtype=int), 1
-    while len(ours_at):
+    # Where phrases of `length` words begin, and their hashes.
+    length = 1
+    starts = np.flatnonzero(words)
+    corpus_starts = np.flatnonzero(corpus_words)
+    hashes = keys[words[starts]]
+    corpus_hashes = keys[corpus_words[corpus_starts]]
+    longest = np.zeros(len(texts), dtype=int)
+    while len(starts):
         # A phrase can only grow where a shorter one matched, so few positions in the corpus remain
         # soon. They are filtered by 22 bits of their hashes: false positives do no harm, and
         # sorting the whole corpus takes seconds.
         sieve = np.zeros(2**22, dtype=bool)
-        sieve[ours_hash >> np.uint64(42)] = True
-        candidates = sieve[theirs_hash >> np.uint64(42)]
-        theirs_at, theirs_hash = theirs_at[candidates], theirs_hash[candidates]
-        shared = np.isin(ours_hash, theirs_hash)
-        ours_at, ours_hash = ours_at[shared], ours_hash[shared]
-        longest[owner[ours_at]] = length
-        ours_at, ours_hash = longer(ours, ours_at, ours_hash)
-        theirs_at, theirs_hash = longer(stream, theirs_at, theirs_hash)
+        sieve[hashes >> np.uint64(42)] = True
+        candidates = sieve[corpus_hashes >> np.uint64(42)]
+        corpus_starts = corpus_starts[candidates]
+        corpus_hashes = corpus_hashes[candidates]
+        shared = np.isin(hashes, corpus_hashes)
+        starts = starts[shared]
+        hashes = hashes[shared]
+        longest[owner[starts]] = length
+        starts, hashes = _extended(words, starts, hashes, length, keys)
+        corpus_starts, corpus_hashes = _extended(
+            corpus_words, corpus_starts, corpus_hashes, length, keys
+        )
         length += 1
     return longest.tolist()
+
+
+def _extended(
+    words: np.ndarray, starts: np.ndarray, hashes: np.ndarray, length: int, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and hashes of the phrases of `length` words that go on, extended by one word."""
+    next_words = words[starts + length]  # there is one: the last word is 0, and in no phrase
+    goes_on = next_words > 0
+    extended = hashes[goes_on] * np.uint64(6364136223846793005) + keys[next_words[goes_on]]
+    return starts[goes_on], extended
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,37 +29,30 @@ def validate(
 ) -> tuple[float, float]:
     """Nats per token and bits per byte on `sequences` (None: all), spread evenly over the file and
     sharded over processes. token_sizes: (V,) int, bytes per token; packing: as for `Windows`."""
-    device, context = student.wte.weight.device, student.config.context
+    device = student.wte.weight.device
+    context = student.config.context
     cuts = pieces(file, context, packing)
     packed = pack(cuts, context, np.arange(len(cuts)))
     count = min(sequences or len(packed), len(packed))
-    shard = distributed.shard_strided([packed[i * len(packed) // count] for i in range(count)])
-    tokens = size = 0
-    # read once, at the end: no synchronisation per batch
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    spread = [packed[i * len(packed) // count] for i in range(count)]
+    shard = distributed.shard_strided(spread)
+
+    # Nats, tokens and bytes. Read once, at the end: no synchronisation per batch.
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     with student.lowered(ops.matmul_dtype(student.wte.weight)):
-        for i in range(0, len(shard), batch):
-            rows = [
-                torch.from_numpy(file.tokens[places(cuts[row])].astype(np.int64))
-                for row in shard[i : i + batch]
-            ]
-            targets = torch.cat([row[1:] for row in rows])
-            tokens += len(targets)
-            size += int(token_sizes[targets].sum())
+        for first in range(0, len(shard), batch):
+            rows = [file.tokens[places(cuts[row])] for row in shard[first : first + batch]]
+            rows = [torch.from_numpy(row.astype(np.int64)) for row in rows]
             inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
-            mask = pad_sequence(
-                [torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True
-            )
-            hidden = student.hidden(upload(inputs, device)).flatten(0, 1)
-            hidden = hidden.index_select(0, upload(mask.flatten().nonzero().flatten(), device))
-            nats -= (
-                ops.token_logprob(hidden, student.wte.weight, upload(targets, device))[0]
-                .double()
-                .sum()
-            )
-    sums = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
-    total, tokens, size = distributed.all_reduce_sum(sums).tolist()
-    return total / tokens, total / math.log(2) / size
+            targets = torch.cat([row[1:] for row in rows])
+            hidden = student.hidden(upload(inputs, device))
+            states = torch.cat([hidden[i, : len(row) - 1] for i, row in enumerate(rows)])
+            logprobs, _ = ops.token_logprob(states, student.wte.weight, upload(targets, device))
+            sums[0] -= logprobs.double().sum()
+            sums[1] += len(targets)
+            sums[2] += int(token_sizes[targets].sum())
+    nats, tokens, size = distributed.all_reduce_sum(sums).tolist()
+    return nats / tokens, nats / math.log(2) / size
 
 
 def bits_per_byte(
@@ -67,7 +60,8 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of the documents, joined into one stream
     with end tokens."""
-    texts, size = [], 0
+    texts = []
+    size = 0
     for document in documents:
         texts.append(document)
         size += len(document)

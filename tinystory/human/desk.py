@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import Fields, Record, open_bytes, read_records, timestamp
+from tinystory.run.folder import timestamp
 from tinystory.run.journal import Journal
+from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
 
@@ -27,7 +28,6 @@ GRADE: Fields = {
     "story": (str,),
     "scores": (dict, type(None)),
 }
-BEGINNING = b'{"key": "'  # of each line that `Desk` writes
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Desk:
     else."""
 
     def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
-        self.template, self._clock = template, clock
+        self.template = template
+        self._clock = clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
         # key of the story on the page; its grade, if any, was taken back
@@ -51,7 +52,6 @@ class Desk:
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE):
             self._grades[record["key"]] = record
-        _require_grades(path)
         self._journal = Journal(path, durable=True)
         self.close = self._journal.close
 
@@ -59,9 +59,8 @@ class Desk:
 
     def key(self, opening: str, story: str) -> str:
         """Hash of the story and the instructions."""
-        return hashlib.sha256(
-            json.dumps([instructions(self.template), opening, story]).encode()
-        ).hexdigest()[:24]
+        text = json.dumps([instructions(self.template), opening, story])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """Wait, without limit, for the human's scores; None if the story was skipped."""
@@ -92,9 +91,10 @@ class Desk:
     def state(self) -> dict[str, Any]:
         """What the page shows: a story that a trainer waits for, or the one that the human went
         back to."""
-        # its trainer has stopped
         if self._current not in self._waiting and self._current not in self._grades:
-            self._current = next((key for key in self._waiting if key not in self._grades), None)
+            self._current = None  # its trainer has stopped
+        if self._current is None:
+            self._current = next(iter(self._ungraded()), None)
         ungraded = self._ungraded()
         return {
             "item": None if self._current is None else self._item(self._current),
@@ -105,14 +105,13 @@ class Desk:
         }
 
     def _item(self, key: str) -> dict[str, Any]:
-        grade = self._grades.get(key)
-        record = grade or vars(self._waiting[key])
+        record = self._grades.get(key) or vars(self._waiting[key])
         return {
             "key": key,
             "opening": record["opening"],
             "story": record["story"],
-            "scores": grade and grade["scores"],
-            "again": grade is not None,
+            "scores": record.get("scores"),
+            "again": key in self._grades,
             "late": key not in self._waiting,  # the trainer has its grade already
         }
 
@@ -120,26 +119,31 @@ class Desk:
         """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is
         not possible, or if the grade cannot be kept; the story then still waits for one."""
         match action:
-            case "grade" | "skip":
-                self._grade(who, request, self._scores(request) if action == "grade" else None)
+            case "grade":
+                self._grade(who, request, self._scores(request))
+            case "skip":
+                self._grade(who, request, None)
             case "back":
-                graded = [*self._grades]
-                if not graded:
-                    raise Refused("there is nothing to go back to")
-                at = graded.index(self._current) if self._current in self._grades else len(graded)
-                self._current = graded[max(at - 1, 0)]
+                self._go_back()
             case "pause":  # a grade that was taken back counts again
                 self._current = None
             case _:
                 raise Refused(f"unknown action {action[:20]!r}")
 
+    def _go_back(self) -> None:
+        graded = list(self._grades)
+        if not graded:
+            raise Refused("there is nothing to go back to")
+        place = len(graded)
+        if self._current in self._grades:
+            place = graded.index(self._current)
+        self._current = graded[max(place - 1, 0)]
+
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
         names = self.template.names
         scores: Any = request.get("scores")
-        fits = isinstance(scores, dict) and scores.keys() == set(names)
-        if not fits or not all(
-            type(score) is int and 0 <= score <= TOP for score in scores.values()
-        ):
+        is_complete = isinstance(scores, dict) and scores.keys() == set(names)
+        if not is_complete or not all(map(_is_score, scores.values())):
             raise Refused(
                 f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}"
             )
@@ -148,14 +152,17 @@ class Desk:
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked
         # again.
-        key, opening, story = (request.get(name) for name in ("key", "opening", "story"))
-        if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(
-            opening, story
+        key = request.get("key")
+        opening = request.get("opening")
+        story = request.get("story")
+        if (
+            not isinstance(opening, str)
+            or not isinstance(story, str)
+            or key != self.key(opening, story)
         ):
             raise Refused("this is not what was asked about: load the page again")
-        record: Record = dict(
-            key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp()
-        )
+        record: Record = {"key": key, "opening": opening, "story": story, "scores": scores}
+        record |= {"by": who, "at": timestamp()}
         try:
             self._journal.append(record)
         except UserError as error:
@@ -168,17 +175,5 @@ class Desk:
         self._graded = self._clock()
 
 
-def _require_grades(path: Path) -> None:
-    """Raises UserError unless an incomplete last line of the file is the beginning of a grade: a
-    killed process leaves such a line, and opening the journal cuts it off."""
-    if not path.exists():
-        return
-    last_line = b""
-    with open_bytes(path) as file:
-        for line in file:
-            last_line = line
-    cut = last_line.rstrip(b"\0")  # a power cut leaves zeros
-    if not cut.endswith(b"\n") and cut[: len(BEGINNING)] != BEGINNING[: len(cut)]:
-        raise UserError(
-            f"the last line of {path} is no grade, and it has no end: choose another --grades"
-        )
+def _is_score(value: object) -> bool:
+    return type(value) is int and 0 <= value <= TOP

@@ -14,15 +14,15 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import Desk
-from tinystory.teacher.client import HUMAN
-from tinystory.teacher.probe import FIRST_STORY
+from tinystory.teacher.probe import FIRST_STORY, HUMAN
 from tinystory.teacher.prompt import TOP, instructions, read_back
 from tinystory.teacher.server import HOST, Refused, application, listening, parse_body
 
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
 SKIPPED = "The human skipped this story."
-EXAMPLE = 1  # each score of the client's first story, which only tests whether replies can be read
+# each score of the client's first story, which only tests whether replies can be read
+EXAMPLE = "1"
 NAMES = (HOST, "localhost", "[::1]")  # accepted host names
 TICK_S = 0.25
 LONGEST_NAME = 40  # characters of a human's name
@@ -34,10 +34,10 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     # no other script runs
-    own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{own}'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
     async def get_page(request: web.Request) -> web.Response:
@@ -78,15 +78,15 @@ async def _respond(desk: Desk, messages: list[dict]) -> str:
     if question is None:
         return NO_STORY
     if messages[0]["content"] != instructions(desk.template):
-        message = f"The human here grades {', '.join(desk.template.names)} in other words than these: give "
         raise Refused(
-            f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages"
+            f"The human here grades {', '.join(desk.template.names)} in other words than these: "
+            "give the same --teacher-prompt to the trainer and to teach.py.",
+            "messages",
         )
-    scores = (
-        dict.fromkeys(desk.template.names, EXAMPLE)
-        if question == FIRST_STORY
-        else await desk.ask(*question)
-    )
+    if question == FIRST_STORY:
+        return " ".join([EXAMPLE] * len(desk.template.names))
+    opening, story = question
+    scores = await desk.ask(opening, story)
     if scores is None:
         return SKIPPED
     return " ".join(str(scores[name]) for name in desk.template.names)
@@ -96,23 +96,17 @@ async def _respond(desk: Desk, messages: list[dict]) -> str:
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse requests of foreign pages: DNS rebinding (their own Host name) and other origins."""
     own = f"http://{request.host}"
-    if (
-        re.sub(r":[0-9]+$", "", request.host) not in NAMES
-        or request.headers.get("Origin", own) != own
-    ):
+    origin = request.headers.get("Origin", own)
+    name = re.sub(r":[0-9]+$", "", request.host)
+    if name not in NAMES or origin != own:
         raise Refused("This server answers only to this machine.", status=403)
     return await handler(request)
 
 
 def _name(who: object) -> str:
-    if (
-        not isinstance(who, str)
-        or not who.strip()
-        or len(who) > LONGEST_NAME
-        or not who.isprintable()
-    ):
-        raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
-    return who.strip()
+    if isinstance(who, str) and who.strip() and who.isprintable() and len(who) <= LONGEST_NAME:
+        return who.strip()
+    raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
 
 
 def page(style: str) -> str:

@@ -32,7 +32,7 @@ import torch
 from tinystory import __version__
 from tinystory.ops import fake
 from tinystory.run.errors import UserError
-from tinystory.run.folder import file_hash
+from tinystory.run.files import file_hash
 from tinystory.run.paths import ROOT, cache_dir
 
 # a clone's, or a wheel's

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
-from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
+from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
 from tinystory.run.text import aligned, printable
 
 COLUMNS = {

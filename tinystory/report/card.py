@@ -11,7 +11,8 @@ from tinystory.report.before_after import grade_line, read_before_after, story_l
 from tinystory.report.charts import number
 from tinystory.report.findings import read_findings
 from tinystory.report.run import scorer, verdict
-from tinystory.run.folder import Record, read_config, read_metrics
+from tinystory.run.folder import read_config
+from tinystory.run.records import Record, read_metrics
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.model import Student

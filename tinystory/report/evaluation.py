@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from tinystory.evaluate.intervals import with_ci
-from tinystory.run.folder import Record
+from tinystory.run.records import Record
 
 # Name, task, keys of the value and its interval in the task's record, decimals.
 Row: TypeAlias = tuple[str, str, str, str | None, int]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinystory.report import page
 from tinystory.run.errors import UserError
-from tinystory.run.folder import FINDINGS, Record, read_records
+from tinystory.run.records import FINDINGS, Record, read_records
 from tinystory.run.text import printable
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tinystory.report import charts
 from tinystory.report.charts import number
-from tinystory.run.folder import Record, atomic_write
+from tinystory.run.files import atomic_write
+from tinystory.run.records import Record
 
 TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown

@@ -19,7 +19,8 @@ from tinystory.report.charts import COLOURS, Line, chart, number
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import TOP_SCORE, block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
-from tinystory.run.folder import Record, read_config, read_metrics, read_stories
+from tinystory.run.folder import read_config
+from tinystory.run.records import Record, read_metrics, read_stories
 from tinystory.run.text import printable
 from tinystory.run.trust import MARK
 

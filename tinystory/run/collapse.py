@@ -5,8 +5,11 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from statistics import fmean
+from typing import Any
 
-WINDOW, STORIES = 5, 768  # averages are over WINDOW steps, or over fewer that have STORIES stories
+# Averages are over WINDOW steps, or over fewer that have STORIES stories.
+WINDOW = 5
+STORIES = 768
 # Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest
 # one. The factors are coarse on purpose: noise changes a mean over WINDOW steps far less.
 SIGNS = (
@@ -26,7 +29,8 @@ ADVICE = {
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "predicted": "more stories per step with --graded",
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
-    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that cannot judge)",
+    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
+    "cannot judge)",
 }
 SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
 FEW = 160  # scores in a window below which no correlation is significant
@@ -47,67 +51,83 @@ class CollapseDetector:
     def add(self, record: dict) -> dict[str, str]:
         """Add a step's record. Returns the sentences of new warnings, by kind."""
         self._last.append(record)
-        while sum(map(_stories, self._last)) - _stories(self._last[0]) >= STORIES:
+        while self._stories() - graded_stories(self._last[0]) >= STORIES:
             self._last.popleft()
         signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
         for kind, metric, text, factor in SIGNS:
-            if (mean := self._mean(metric)) is not None:
-                base = self._base.setdefault(metric, mean)
-                if factor > 1:
-                    self._base[metric] = min(base, mean)
-                if mean > factor * base if factor > 1 else mean < factor * base:
-                    signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
-        if (kl := self._mean("kl")) is not None and kl > 3 * self.kl_target:
+            mean = self._mean(metric)
+            if mean is None:
+                continue
+            base = self._base.setdefault(metric, mean)
+            if factor > 1:
+                self._base[metric] = min(base, mean)
+            is_beyond = mean > factor * base if factor > 1 else mean < factor * base
+            if is_beyond:
+                signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
+        kl = self._mean("kl")
+        if kl is not None and kl > 3 * self.kl_target:
             signs["kl"].append(
                 f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})"
             )
-        if len(self._last) == WINDOW and all(record.get("skipped") for record in self._last):
+        if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
             signs["loss"].append("every step skips minibatches")
-        if (r_squared := record.get("score_r_squared") or 0) < 0:
+        r_squared = record.get("score_r_squared") or 0
+        if r_squared < 0:
             signs["predicted"].append(
-                f"the predicted scores of step {record['step']} are worse than a constant (R-squared {r_squared:.2f})"
+                f"the predicted scores of step {record['step']} are worse than a constant "
+                f"(R-squared {r_squared:.2f})"
             )
-        if sentence := self._without_signal():
-            signs["signal"].append(f"{sentence}, so nothing is learned from the teacher")
-        news = {
-            k: f"{', '.join(s)}: try {ADVICE[k]}"
-            for k, s in signs.items()
-            if s and k not in self.warnings
-        }
-        self.warnings |= {kind: (record["step"], sentence) for kind, sentence in news.items()}
-        return news
+        without_signal = self._equal_scores() or self._unrelated_scores()
+        if without_signal:
+            signs["signal"].append(f"{without_signal}, so nothing is learned from the teacher")
+
+        new: dict[str, str] = {}
+        for kind, sentences in signs.items():
+            if sentences and kind not in self.warnings:
+                new[kind] = f"{', '.join(sentences)}: try {ADVICE[kind]}"
+                self.warnings[kind] = (record["step"], new[kind])
+        return new
+
+    def _stories(self) -> int:
+        return sum(graded_stories(record) for record in self._last)
+
+    def _is_full(self) -> bool:
+        return len(self._last) == WINDOW or self._stories() >= STORIES
 
     def _mean(self, metric: str) -> float | None:
         """Mean over the window; None if the window is too short or one of its records lacks the
         metric."""
-        values = [value for record in self._last if (value := record.get(metric)) is not None]
-        return fmean(values) if self._enough and len(values) == len(self._last) else None
+        values: list[Any] = [record.get(metric) for record in self._last]
+        if None in values or not self._is_full():
+            return None
+        return fmean(values)
 
-    @property
-    def _enough(self) -> bool:
-        return len(self._last) == WINDOW or sum(map(_stories, self._last)) >= STORIES
+    def _steps(self) -> str:
+        return f"{len(self._last)} steps" if len(self._last) > 1 else "step"
 
-    def _without_signal(self) -> str:
-        """A sentence on why the scores in the window carry no signal; "" if they do."""
-        modes = [record.get("score_mode") or 0.0 for record in self._last]
-        steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
-        if self._enough and min(modes) >= SAME:
-            stories = "all" if min(modes) == 1 else f"{min(modes):.0%} or more of the"
-            level = self._last[-1].get("score_mean") or 0
-            return (
-                f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
-            )
-        scored = sum(record.get("scored") or 0 for record in self._last)
-        related = [
-            abs(r)
-            for name in ("score_length", "score_logprob")
-            if (r := self._mean(name)) is not None
-        ]
-        # two standard errors
-        if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):
+    def _equal_scores(self) -> str:
+        """A sentence on scores in the window that are almost all equal; "" if they are not."""
+        fraction = min(record.get("score_mode") or 0.0 for record in self._last)
+        if fraction < SAME or not self._is_full():
             return ""
-        return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+        stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
+        level = self._last[-1].get("score_mean") or 0
+        return f"{stories} stories of the last {self._steps()} had the same score ({level:g} in the last)"
+
+    def _unrelated_scores(self) -> str:
+        """A sentence on scores in the window that correlate with nothing; "" if they do."""
+        scored = sum(record.get("scored") or 0 for record in self._last)
+        if scored < FEW:
+            return ""
+        correlations = [self._mean("score_length"), self._mean("score_logprob")]
+        known = [abs(correlation) for correlation in correlations if correlation is not None]
+        two_standard_errors = 2 / math.sqrt(scored)
+        if not known or max(known) > two_standard_errors:
+            return ""
+        return (
+            f"the scores of the last {self._steps()} are as unrelated to the stories as random ones"
+        )
 
 
-def _stories(record: dict) -> int:
+def graded_stories(record: dict) -> int:
     return (record.get("scored") or 0) + (record.get("unscored") or 0)

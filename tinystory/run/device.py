@@ -1,8 +1,12 @@
-"""Precision, copies between host and device, timing and memory of a device."""
+"""Precision, copies between host and device, timing, memory and name of a device."""
 
+import contextlib
+import platform
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +21,9 @@ def cpu_has_bf16() -> bool:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
     # private, and not in every version of torch
-    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, flag, bool)() for flag in flags)
+    has_avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return has_avx512_bf16() or has_amx()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -31,17 +36,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if name != "auto":
         return getattr(torch, name)
-    on_gpu = device.type == "cuda"  # older GPUs emulate bf16
-    supported = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
-    )
-    return torch.bfloat16 if supported else torch.float32
+    has_bf16 = cpu_has_bf16()
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def upload(x: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Copy x from the CPU to the device, without waiting for the GPU."""
-    x, pinned = torch.as_tensor(x, device="cpu"), device.type == "cuda"
-    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
+    x = torch.as_tensor(x, device="cpu")
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class Download:
@@ -51,8 +57,9 @@ class Download:
         pinned = x.is_cuda
         self.host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
         self.host.copy_(x, non_blocking=pinned)
-        self.event = torch.cuda.Event() if pinned else None
-        if self.event:
+        self.event: torch.cuda.Event | None = None
+        if pinned:
+            self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(x.device))
 
     def wait(self) -> Tensor:
@@ -74,3 +81,17 @@ def peak_memory_mb(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB elsewhere
+
+
+def device_name(device: str) -> str:
+    """The device's own name, such as "NVIDIA H100 80GB HBM3"; for a CPU its model and the threads
+    in use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    model = names[0] if names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"

@@ -41,17 +41,21 @@ def start(device: str) -> None:
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
     numbers = [name for name in TORCHRUN if name not in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR")]
-    if wrong := [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]:
+    wrong = [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]
+    if wrong:
         raise UserError(
-            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or unset them"
+            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or "
+            "unset them"
         )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        gpus = torch.cuda.device_count()
         if processes > gpus or device not in ("auto", "cuda"):
             raise UserError(
-                f"{processes} processes need {processes} GPUs, one each, and this machine has {gpus}: set "
-                f"--nproc-per-node to {gpus} and leave --device out, or give --device cpu"
+                f"{processes} processes need {processes} GPUs, one each, and this machine has "
+                f"{gpus}: set --nproc-per-node to {gpus} and leave --device out, or give --device "
+                "cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -80,9 +84,10 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         if not CONNECTION_LOST.search(str(error)[:400]):  # a C++ backtrace may follow
             raise
+        reason = " ".join(str(error).split())
         raise PeerLost(
-            f"process {rank()} lost the others of this run: one of them ended, and said why above, or was killed "
-            f"({' '.join(str(error).split()):.120}); go on with --resume"
+            f"process {rank()} lost the others of this run: one of them ended, and said why "
+            f"above, or was killed ({reason:.120}); go on with --resume"
         ) from error
 
 
@@ -111,7 +116,9 @@ def shard_strided(rows: Rows) -> Rows:
 
 def shard_contiguous(count: int) -> range:
     """This process's contiguous part of range(count), in the order of the ranks."""
-    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+    start = count * rank() // world_size()
+    stop = count * (rank() + 1) // world_size()
+    return range(start, stop)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -123,12 +130,12 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_max(x: float) -> float:
-    if world_size() > 1:
-        box = torch.tensor(x, dtype=torch.float64)
-        with peers():
-            dist.all_reduce(box, dist.ReduceOp.MAX)
-        return float(box)
-    return x
+    if world_size() == 1:
+        return x
+    largest = torch.tensor(x, dtype=torch.float64)
+    with peers():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
@@ -137,17 +144,21 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     grads = []
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads.append(p.grad)
-    sums = all_reduce_sum(torch.cat([g.flatten() for g in grads]))
-    for g, total in zip(grads, sums.split([g.numel() for g in grads]), strict=True):
-        g.copy_(total.view_as(g))
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+    message = torch.cat([grad.flatten() for grad in grads])
+    sums = all_reduce_sum(message).split([grad.numel() for grad in grads])
+    for grad, total in zip(grads, sums, strict=True):
+        grad.copy_(total.view_as(grad))
 
 
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
-    for x in tensors if world_size() > 1 else ():
-        with peers():
+    if world_size() == 1:
+        return
+    with peers():
+        for x in tensors:
             dist.broadcast(x.detach(), 0)
 
 
@@ -156,22 +167,25 @@ def rank0_value(make: Callable[[], T]) -> T:
     every rank."""
     if world_size() == 1:
         return make()
-    box: list[Any] = [None, None]
+    value: Any = None
+    failure: Exception | None = None
     if is_rank0():
         try:
-            box[0] = make()
+            value = make()
         except (UserError, Interrupted) as error:
-            box[1] = error
+            failure = error
+    message = [value, failure]
     with peers():
-        dist.broadcast_object_list(box, 0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+        dist.broadcast_object_list(message, 0)
+    value, failure = message
+    if failure is not None:
+        raise failure
+    return value
 
 
 def rank0_first(make: Callable[[], T]) -> T:
     """Run `make` on rank 0, then on the other ranks; an error of rank 0 is raised on every rank."""
-    values: list[T] = []
+    values: list[T] = []  # not broadcast: it may be something that no other process could use
     rank0_value(lambda: values.append(make()))
     return values[0] if values else make()
 
@@ -180,7 +194,11 @@ def rank0_first(make: Callable[[], T]) -> T:
 def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
     """Enter the context on rank 0 only; an error there is raised on every rank."""
     with contextlib.ExitStack() as stack:
-        rank0_value(lambda: stack.enter_context(context) and None)
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        rank0_value(enter)
         yield
 
 
@@ -188,7 +206,10 @@ def all_gather_list(items: list[T]) -> list[T]:
     """The lists of all processes, concatenated in rank order, on every rank."""
     if world_size() == 1:
         return items
-    lists: list[Any] = [None] * world_size()
+    parts: list[Any] = [None] * world_size()
     with peers():
-        dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+        dist.all_gather_object(parts, items)
+    gathered: list[T] = []
+    for part in parts:
+        gathered += part
+    return gathered

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, ParamSpec, TextIO, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
     sys.exit(
-        "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)"
+        "error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl "
+        "--install)"
     )
 
 from tinystory import end_at_once
@@ -33,7 +34,8 @@ READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 # Messages of Python, torch and the C++ library.
 NO_MEMORY = re.compile(
-    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable",
+    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily "
+    "unavailable",
     re.I,
 )
 ADVICE = {
@@ -63,8 +65,9 @@ class Interrupted(Exception):
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
     advice = ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
-    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
+    return UserError(f"cannot write {path}: {reason}; {advice}")
 
 
 def shortage(error: Exception) -> str:
@@ -73,14 +76,12 @@ def shortage(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
-            f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close other programs, raise "
-            "the limit (ulimit -v, ulimit -u), or choose smaller sizes"
+            f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close "
+            "other programs, raise the limit (ulimit -v, ulimit -u), or choose smaller sizes"
         )
-    return (
-        f"{text}; {ADVICE[error.errno]}"
-        if isinstance(error, OSError) and error.errno in ADVICE
-        else ""
-    )
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        return f"{text}; {ADVICE[error.errno]}"
+    return ""
 
 
 class Output(io.FileIO):
@@ -139,28 +140,24 @@ class Stop:
 
 
 def open_outputs() -> None:
-    """Replace stdout and stderr by `Output`s, which escape characters that the encoding lacks. A
-    stream closed before the start becomes /dev/null: otherwise the next opened file would get its
-    descriptor, and its output."""
+    """Replace stdout and stderr by `Output`s. A stream closed before the start becomes /dev/null:
+    otherwise the next opened file would get its descriptor, and its output."""
     for name in ("stdin", "stdout", "stderr"):
-        stream: TextIO | None = getattr(sys, name)
-        if stream is None:
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (until the process ends)
-        elif (
-            name != "stdin"
-            and stream is getattr(sys, f"__{name}__")
-            and isinstance(stream, io.TextIOWrapper)
-        ):
-            stream.flush()
-            buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
-            by_line = stream.line_buffering or stream.write_through
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(
-                    buffer, stream.encoding, "backslashreplace", line_buffering=by_line
-                ),
-            )
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        is_own = stream is getattr(sys, f"__{name}__")
+        if is_own and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, to_output(stream))
+
+
+def to_output(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The stream over an `Output`. It escapes characters that its encoding lacks."""
+    stream.flush()
+    buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
+    by_line = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line)
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
@@ -176,14 +173,12 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            torchrun = all(name in os.environ for name in TORCHRUN)  # then rank 0 speaks for all
-            if not (torchrun and os.environ["RANK"].strip("0").isdecimal()) or isinstance(
-                error, PeerLost
-            ):
+            if isinstance(error, PeerLost) or not rank0_speaks():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:
-            if not (sentence := shortage(error)):
+            sentence = shortage(error)
+            if not sentence:
                 raise
             print(f"error: {printable(sentence)}", file=sys.stderr)
             sys.exit(2)
@@ -197,3 +192,9 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         return result
 
     return run
+
+
+def rank0_speaks() -> bool:
+    """Whether rank 0 of torchrun prints the errors of this process."""
+    under_torchrun = all(name in os.environ for name in TORCHRUN)
+    return under_torchrun and os.environ["RANK"].strip("0").isdecimal()

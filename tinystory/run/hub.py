@@ -35,6 +35,6 @@ def reached(doing: str) -> Iterator[None]:
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot {doing} ({reason}): check the name, the network, HF_ENDPOINT and HF_HUB_OFFLINE; if it is gated, "
-            "accept its terms there, then hf auth login"
+            f"cannot {doing} ({reason}): check the name, the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE; if it is gated, accept its terms there, then hf auth login"
         ) from None

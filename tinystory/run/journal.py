@@ -14,22 +14,24 @@ RECORD_START = b'{"'
 
 
 class Journal:
-    """Appends records to `path`, creating its folder; `run.folder.read_records` reads them. Raises
+    """Appends records to `path`, creating its folder; `run.records.read_records` reads them. Raises
     UserError if it cannot.
 
     `append` hands records to the operating system, so killing the process loses none. A power cut
     loses those not yet written back: none after `close`, or if `durable`. An incomplete last
-    record, left by a killed process, is cut off; a file that ends in anything else is refused, and
-    so is a symbolic link, which could lead to a file that is not ours."""
+    record, left by a killed process, or zeros, left by a power cut, are cut off; a file that ends
+    in anything else is refused, and so is a symbolic link, which could lead to a file that is not
+    ours."""
 
     def __init__(self, path: Path, durable: bool = False):
-        self.path, self.durable = Path(path), durable
+        self.path = Path(path)
+        self.durable = durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
                 raise UserError(
-                    f"{self.path} is a symbolic link: records are not written through one; put the file itself there, "
-                    "or choose another"
+                    f"{self.path} is a symbolic link: records are not written through one; put "
+                    "the file itself there, or choose another"
                 )
             self._file = open(self.path, "ab+", buffering=0, opener=_open_file)  # noqa: SIM115
             self._mend_last_line()
@@ -46,26 +48,31 @@ class Journal:
             return
         if _is_record(line):
             self._file.write(b"\n")
-        elif line.startswith(RECORD_START[: len(line)]) and len(line) < TAIL:
+            return
+        begun = line.rstrip(b"\0")  # a power cut leaves zeros
+        if begun.startswith(RECORD_START[: len(begun)]) and len(line) < TAIL:
             self._file.truncate(size - len(line))
         else:
             self._file.close()
             raise UserError(
-                f"{self.path} ends in a line that is no record: it is another file; choose another name, or move it "
-                "away"
+                f"{self.path} ends in a line that is no record: it is another file; choose "
+                "another name, or move it away"
             )
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write all the records or none."""
-        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        lines = text.encode()
         size = self._file.seek(0, os.SEEK_END)
         if not os.fstat(self._file.fileno()).st_nlink:
             raise UserError(
-                f"{self.path} was deleted while it was written to, and its records with it: start again"
+                f"{self.path} was deleted while it was written to, and its records with it: start "
+                "again"
             )
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
-                lines = lines[self._file.write(lines) :]
+                written = self._file.write(lines)
+                lines = lines[written:]
             if self.durable:
                 os.fsync(self._file.fileno())
         except OSError as error:

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import usage
@@ -23,10 +23,11 @@ def option(
     """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: "": no flag, only
     presets set it. allowed: an interval such as "[0, 1)", or choices. group: heading in --help, on
     its first option. flags: further names."""
-    interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
-    metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
+    metadata: dict[str, Any] = {"help": help, "allowed": allowed, "group": group, "flags": flags}
+    if isinstance(allowed, str) and allowed:
+        metadata["allowed"] = Interval(allowed)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -36,16 +37,34 @@ class Interval:
 
     def __init__(self, text: str):
         low, high = text[1:-1].split(",")
-        self.low, self.high = float(low), float(high)
-        self.includes_low, self.includes_high = text[0] == "[", text[-1] == "]"
+        self.low = float(low)
+        self.high = float(high)
+        self.includes_low = text[0] == "["
+        self.includes_high = text[-1] == "]"
 
     def __contains__(self, number: float) -> bool:
-        above = self.low <= number if self.includes_low else self.low < number
-        return above and (number <= self.high if self.includes_high else number < self.high)
+        if number == self.low:
+            return self.includes_low
+        if number == self.high:
+            return self.includes_high
+        return self.low < number < self.high
 
     def __str__(self) -> str:
-        low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
-        return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
+        low = "at least" if self.includes_low else "above"
+        high = "at most" if self.includes_high else "below"
+        return f"{low} {self.low:.12g} and {high} {self.high:.12g}"
+
+
+def fields(config_class: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
+
+
+def flag_of(f: dataclasses.Field) -> str:
+    """The name of an option for the user: its flag, or its name in config.json if it has none."""
+    return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def script_parser(text: str | None) -> argparse.ArgumentParser:
@@ -67,7 +86,8 @@ def add_number(
     """Add a numeric option, an integer if its default is one. Parsing raises UserError outside the
     interval. files: a suffix; the option then takes a list of numbers and of files with that
     suffix."""
-    interval, kind = Interval(allowed), type(default)
+    interval = Interval(allowed)
+    kind = type(default)
 
     def number(text: str) -> Any:
         if files and text.endswith(files):
@@ -78,24 +98,10 @@ def add_number(
         return value
 
     number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
-    help += _note(default, interval)
-    settings: dict[str, Any] = dict(default=default, metavar=_METAVARS[kind])
+    settings: dict[str, Any] = {"default": default, "metavar": _METAVARS[kind]}
     if files:
-        settings = dict(default=[default], metavar=f"N|FILE{files}", nargs="+")
-    parser.add_argument(flag, type=number, help=help, **settings)
-
-
-def _note(default: Any, allowed: object) -> str:
-    said = (
-        " ".join(default)
-        if isinstance(default, list)
-        else "on"
-        if default is True
-        else str(default)
-    )
-    parts = [f"default: {said}"] * (said not in ("", "False"))
-    parts += [str(allowed)] * (isinstance(allowed, Interval) and allowed.high <= 2)
-    return f" ({'; '.join(parts)})".replace("%", "%%") if parts else ""
+        settings = {"default": [default], "metavar": f"N|FILE{files}", "nargs": "+"}
+    parser.add_argument(flag, type=number, help=help + _note(default, interval), **settings)
 
 
 def add_options(
@@ -114,43 +120,55 @@ def add_options(
             group = parser.add_argument_group(f.metadata["group"])
         if not f.metadata["help"] or (names and f.name not in names):
             continue
-        kind, allowed = types[f.name], f.metadata["allowed"]
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        help = f.metadata["help"].replace("%", "%%") + _note(default, allowed)
-        listed = shown is None or f.name in shown
-        settings: dict[str, Any] = dict(
-            default=argparse.SUPPRESS, help=help if listed else argparse.SUPPRESS
-        )
-        if kind is bool:
-            settings |= dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(kind) is list:
-            settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
-        else:
-            metavar = (
-                "{" + ",".join(allowed) + "}" if isinstance(allowed, tuple) else _METAVARS[kind]
-            )
-            settings |= dict(type=_READERS[kind], metavar=metavar)
+        settings = _settings(f, types[f.name])
+        if shown is not None and f.name not in shown:
+            settings["help"] = argparse.SUPPRESS
         group.add_argument(flag_of(f), *f.metadata["flags"], dest=f.name, **settings)
 
 
+def _settings(f: dataclasses.Field, kind: Any) -> dict[str, Any]:
+    """Arguments of add_argument."""
+    allowed = f.metadata["allowed"]
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    help = f.metadata["help"] + _note(default, allowed)
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    if kind is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is list:
+        return settings | {"nargs": "+", "metavar": "NAME"}
+    metavar = _METAVARS[kind]
+    if isinstance(allowed, tuple):
+        metavar = "{" + ",".join(allowed) + "}"
+    return settings | {"type": _READERS[kind], "metavar": metavar}
+
+
+def _note(default: Any, allowed: object) -> str:
+    """The end of a line of help, as in " (default: 0.5; at least 0 and at most 1)"."""
+    text = str(default)
+    if isinstance(default, list):
+        text = " ".join(default)
+    elif isinstance(default, bool):
+        text = "on" if default else ""
+    parts = []
+    if text:
+        parts.append(f"default: {text}")
+    if isinstance(allowed, Interval) and allowed.high <= 2:
+        parts.append(str(allowed))
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
 def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
-    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
+    """A sentence on a flag that does not exist."""
     name = word.lstrip("-").replace("_", "-")
+    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     near = difflib.get_close_matches(name, names, 1)
-    # --lr
-    near += [full for full in names if name == "".join(part[:1] for part in full.split("-"))]
-    return f"there is no option {word}: " + (
-        f"did you mean --{near[0]}?" if near else "--help-all lists them all"
-    )
-
-
-def fields(config_class: type) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
-
-
-def flag_of(f: dataclasses.Field) -> str:
-    """The name of an option for the user: its flag, or its name in config.json if it has none."""
-    return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
+    for full_name in names:
+        initials = "".join(part[:1] for part in full_name.split("-"))
+        if name == initials:  # --lr
+            near.append(full_name)
+    if near:
+        return f"there is no option {word}: did you mean --{near[0]}?"
+    return f"there is no option {word}: --help-all lists them all"
 
 
 def _whole(text: str) -> int:
@@ -172,21 +190,33 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def mistakes(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
-    """Yields the end of the sentence "OPTION must be ..." for each way in which the value is
-    invalid."""
-    allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
-    scalar = get_args(kind)[0] if is_list else kind
-    if is_list and not isinstance(value, list):
-        yield f"a list, not {value!r:.80}"
-    for item in value if is_list else [value]:
-        if not (type(item) is scalar or (scalar is float and type(item) is int)):
-            yield f"{_KINDS[scalar]}, not {item!r:.80}"
-        if isinstance(allowed, Interval) and item not in allowed:
-            yield f"{allowed}, not {item}"
-        if isinstance(allowed, tuple) and item not in allowed:
-            yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
-        if item == "" != f.default:  # as from an unset shell variable
-            yield "given: it is empty"
-        if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
-            yield f"Unicode text without NUL characters, not {item!r:.80}"
+# ---- values --------------------------------------------------------------------------------------
+
+
+def require_valid(f: dataclasses.Field, kind: Any, value: Any) -> None:
+    """Raises UserError unless the value of an option is of its type and among those allowed. A list
+    is one of texts."""
+    if get_origin(kind) is not list:
+        _require_valid_item(f, kind, value)
+        return
+    if not isinstance(value, list):
+        raise UserError(f"{flag_of(f)} must be a list, not {value!r:.80}")
+    for item in value:
+        _require_valid_item(f, str, item)
+
+
+def _require_valid_item(f: dataclasses.Field, kind: type, item: Any) -> None:
+    must_be = f"{flag_of(f)} must be"
+    allowed = f.metadata["allowed"]
+    is_of_kind = type(item) is kind or (kind is float and type(item) is int)
+    if not is_of_kind:
+        raise UserError(f"{must_be} {_KINDS[kind]}, not {item!r:.80}")
+    if isinstance(allowed, Interval) and item not in allowed:
+        raise UserError(f"{must_be} {allowed}, not {item}")
+    if isinstance(allowed, tuple) and item not in allowed:
+        choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        raise UserError(f"{must_be} {choices}, not {item!r:.80}")
+    if item == "" and f.default != "":  # as from an unset shell variable
+        raise UserError(f"{must_be} given: it is empty")
+    if kind is str and ("\0" in item or item != item.encode(errors="replace").decode()):
+        raise UserError(f"{must_be} Unicode text without NUL characters, not {item!r:.80}")

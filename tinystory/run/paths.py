@@ -18,8 +18,10 @@ def cache_dir() -> Path:
     there is no home."""
     if folder := os.environ.get("TINYSTORY_CACHE"):
         return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "tinystory"
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
+        return Path.home() / ".cache" / "tinystory"
     except RuntimeError:
         raise UserError(
             "there is no home folder to cache in: set HOME, or TINYSTORY_CACHE to a folder"
@@ -30,13 +32,14 @@ def usage(text: str | None) -> str:
     """`text` with commands as the user can type them: outside a clone, `python scripts/sample.py`
     becomes `tinystory-sample` and `python train_interact.py` `tinystory-interact`, the entry points
     of pyproject.toml."""
+    text = text or ""
     if (ROOT / "pyproject.toml").is_file():
-        return text or ""
-    return re.sub(
-        r"python (?:scripts/|train_)(\w+)\.py",
-        lambda m: f"tinystory-{m[1]}".replace("_", "-"),
-        text or "",
-    )
+        return text
+
+    def entry_point(match: re.Match) -> str:
+        return f"tinystory-{match[1]}".replace("_", "-")
+
+    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", entry_point, text)
 
 
 def hint(script: str, *arguments: object) -> str:
@@ -46,8 +49,11 @@ def hint(script: str, *arguments: object) -> str:
         python = Path(sys.executable)
         on_path = shutil.which(python.name) == sys.executable
         words = [python.name if on_path else _from_here(python), _from_here(ROOT / script)]
-    return shlex.join([*words, *map(str, arguments)])
+    words += map(str, arguments)
+    return shlex.join(words)
 
 
 def _from_here(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(path)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
-from tinystory.run.folder import Record, RunLog
+from tinystory.run.log import RunLog
+from tinystory.run.records import Record
 
 LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
 LINE_S = 10.0  # seconds
@@ -40,13 +41,15 @@ class Progress(tqdm):  # type: ignore[misc]
         `update`."""
         # on a terminal `update` shows it, a few times a second
         self.set_postfix(numbers, refresh=False)
-        self.update(advance) if advance else self.refresh()
-        if (
-            self.lines
-            and not self.disable
-            and (self.n >= self.total or time.monotonic() >= self.due)
-        ):
-            self.due = time.monotonic() + LINE_S
+        if advance:
+            self.update(advance)
+        else:
+            self.refresh()
+        if not self.lines or self.disable:
+            return
+        time_now = time.monotonic()
+        if self.n >= self.total or time_now >= self.due:
+            self.due = time_now + LINE_S
             print(self, file=sys.stderr, flush=True)
 
 
@@ -62,7 +65,10 @@ class StepLog:
         step_tokens: int,
         watch: Callable[[Record], dict[str, str]],
     ):
-        self.log, self.bar, self.step_tokens, self.watch = log, bar, step_tokens, watch
+        self.log = log
+        self.bar = bar
+        self.step_tokens = step_tokens
+        self.watch = watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
         self.last_end = 0.0  # when the last written step ended
         self.metrics: dict[str, Any] = {}  # those written last
@@ -77,20 +83,16 @@ class StepLog:
         while len(self.launched) > ahead:
             began, statistics, metrics = self.launched.popleft()
             loss, grad_norm = statistics.wait().tolist()
-            began, self.last_end = max(began, self.last_end), time.perf_counter()
+            began = max(began, self.last_end)
+            self.last_end = time.perf_counter()
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
-                    "checkpoint"
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or "
+                    "--resume from the last checkpoint"
                 )
             speed = self.step_tokens / (self.last_end - began)
-            metrics |= dict(
-                loss=loss,
-                grad_norm=grad_norm,
-                tokens_per_s=speed,
-                val_loss=None,
-                val_bits_per_byte=None,
-            )
+            metrics |= {"loss": loss, "grad_norm": grad_norm, "tokens_per_s": speed}
+            metrics |= {"val_loss": None, "val_bits_per_byte": None}
             postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
             if validate and not self.launched:
                 metrics |= validate()
@@ -98,16 +100,19 @@ class StepLog:
             record = self.log.metrics(**metrics)
             self.bar.end_step(postfix, metrics["words"] - self.bar.n)
             self.metrics = metrics
-            for warning in self.watch(record).values() if self.log.writes else ():
-                self.bar.write(warning)
+            if self.log.writes:
+                for warning in self.watch(record).values():
+                    self.bar.write(warning)
 
 
 class Stages:
     """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of the finished ones."""
 
     def __init__(self, bar: Progress, device: torch.device):
-        self.bar, self.device = bar, device
-        self.name, self.began = "", 0.0
+        self.bar = bar
+        self.device = device
+        self.name = ""
+        self.began = 0.0
         self.seconds: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
@@ -117,4 +122,5 @@ class Stages:
             self.seconds[f"{self.name}_s"] = now(self.device) - self.began
         if name:
             self.bar.set_description(name)
-        self.name, self.began = name, time.perf_counter()
+        self.name = name
+        self.began = time.perf_counter()

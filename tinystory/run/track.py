@@ -22,26 +22,26 @@ class Tracker:
     def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
         self.name = name
         self._sink: TensorBoard | Wandb | None = None
-        self._sink = self._try(
-            TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options
-        )
+        tracker = TensorBoard if name == "tensorboard" else Wandb
+        self._sink = self._try(tracker, name, folder, run_id, options)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        numbers = {
-            key: value
-            for key, value in record.items()
-            if key != "step" and type(value) in (int, float)
-        }
-        if self._sink:
-            self._try(self._sink.log, record["step"], numbers)
+        if self._sink is None:
+            return
+        numbers = {}
+        for key, value in record.items():
+            if key != "step" and type(value) in (int, float):
+                numbers[key] = value
+        self._try(self._sink.log, record["step"], numbers)
 
     def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
-        rows = [
-            [" ".join(printable(str(record[name])).split()) for name in COLUMNS]
-            for record in records
-        ]
-        if self._sink:
-            self._try(self._sink.table, records[0]["step"], rows)
+        if self._sink is None:
+            return
+        rows = []
+        for record in records:
+            cells = [printable(str(record[name])) for name in COLUMNS]
+            rows.append([" ".join(cell.split()) for cell in cells])
+        self._try(self._sink.table, records[0]["step"], rows)
 
     def close(self) -> None:
         if self._sink:
@@ -55,7 +55,8 @@ class Tracker:
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
             tqdm.write(
-                f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it"
+                f"warning: {self.name} failed ({message}): the run goes on, and records "
+                "everything, without it"
             )
 
 
@@ -63,9 +64,8 @@ class TensorBoard:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
 
     def __init__(self, name: str, folder: Path, *_: object):
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-            folder / name
-        )
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        self.writer = tensorboard.SummaryWriter(folder / name)
         self.close = self.writer.close
 
     def log(self, step: int, numbers: dict) -> None:
@@ -74,14 +74,11 @@ class TensorBoard:
         self.writer.flush()
 
     def table(self, step: int, rows: list) -> None:
-        lines = [
-            COLUMNS,
-            ["---"] * len(COLUMNS),
-            *([cell.replace("|", "\\|") for cell in row] for row in rows),
-        ]
-        self.writer.add_text(
-            "stories", "\n".join(f"| {' | '.join(line)} |" for line in lines), step
-        )
+        lines: list[Sequence[str]] = [COLUMNS, ["---"] * len(COLUMNS)]
+        for row in rows:
+            lines.append([cell.replace("|", "\\|") for cell in row])
+        markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self.writer.add_text("stories", markdown, step)
 
 
 class Wandb:
@@ -89,15 +86,18 @@ class Wandb:
 
     def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
         self.module = importlib.import_module(name)
-        own: dict[str, Any] = dict(name=run_id, embed=False, auto_log_cpu=False, auto_log_gpu=False)
+        settings: dict[str, Any] = {
+            "project": "tinystory",
+            "resume": "allow",
+            "config": dict(options),
+        }
         if name == "wandb":
-            own = dict(
-                name=folder.name,
-                id=run_id,
-                dir=folder,
-                mode=os.environ.get("WANDB_MODE", "offline"),
-            )
-        self.module.init(project="tinystory", resume="allow", config=dict(options), **own)
+            mode = os.environ.get("WANDB_MODE", "offline")
+            settings |= {"name": folder.name, "id": run_id, "dir": folder, "mode": mode}
+        else:
+            settings |= {"name": run_id, "embed": False}
+            settings |= {"auto_log_cpu": False, "auto_log_gpu": False}
+        self.module.init(**settings)
         self.close = self.module.finish
 
     def log(self, step: int, numbers: dict) -> None:

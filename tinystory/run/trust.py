@@ -89,8 +89,8 @@ def marked(record: Mapping[str, Any]) -> dict[str, Any]:
             secret = read_secret()
     except UserError as error:
         print(
-            f"warning: this run's folder does not get your mark ({error}), so --resume will want --trust; set "
-            "XDG_CONFIG_HOME to a folder that is kept"
+            f"warning: this run's folder does not get your mark ({error}), so --resume will want "
+            "--trust; set XDG_CONFIG_HOME to a folder that is kept"
         )
         return said
     assert secret is not None
@@ -117,10 +117,11 @@ def require_own(config_path: Path, record: Mapping[str, Any], options: Mapping[s
     folder."""
     if is_own(record):
         return
-    acts = [*outside_acts(options)] or ["do nothing outside its folder"]
+    acts = list(outside_acts(options)) or ["do nothing outside its folder"]
     raise UserError(
-        f"{config_path} does not carry your mark: somebody else made it, or you did on another machine or with an "
-        f"earlier version, or it was changed since; it would {', and '.join(acts)}; if you trust it, add --trust, once"
+        f"{config_path} does not carry your mark: somebody else made it, or you did on another "
+        "machine or with an earlier version, or it was changed since; it would "
+        f"{', and '.join(acts)}; if you trust it, add --trust, once"
     )
 
 
@@ -135,10 +136,12 @@ def outside_acts(options: Mapping[str, Any]) -> Iterator[str]:
         if extra := options.get("teacher_extra"):
             act += f" with the fields {_quoted(extra)}"
         # openai sends the key, headers, organisation and project that it finds here
-        if variables := [name for name in sorted(os.environ) if name.startswith("OPENAI_")]:
+        variables = [name for name in sorted(os.environ) if name.startswith("OPENAI_")]
+        if variables:
             act += f" with your {', '.join(variables)}"
         yield f"{act} for replies of up to {options['teacher_max_tokens']} tokens"
-    if files := [*dict.fromkeys(_files(options))]:
+    files = dict.fromkeys(_files(options))  # each once
+    if files:
         yield f"read {', '.join(map(_quoted, files))}"
 
 
@@ -150,7 +153,7 @@ def _files(options: Mapping[str, Any]) -> Iterator[str]:
     if os.path.exists(options.get("openings", "")):  # else it is the text of an opening
         yield options["openings"]
     for name in ("corpus", "student_corpus", "teacher_corpus"):
-        yield from (corpus for corpus in options.get(name, ()) if names_file(corpus))
+        yield from filter(names_file, options.get(name, ()))
 
 
 def names_file(corpus: str) -> bool:
@@ -163,7 +166,8 @@ def student_corpus(record: Mapping[str, Any]) -> list[str]:
     match record:
         case {"options": {"student": {"corpus": [*names]}}}:
             return [name for name in names if isinstance(name, str)]
-    return []
+        case _:
+            return []
 
 
 def _quoted(text: str) -> str:

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import (
+from tinystory.run.files import sync
+from tinystory.run.folder import read_config
+from tinystory.run.records import (
     CONFIG,
     Fields,
     Record,
     check_fields,
-    read_config,
     read_object,
     require_whole,
-    sync,
     write_manifest,
 )
 from tinystory.run.trust import is_own, names_file, student_corpus
@@ -45,23 +45,23 @@ STEP = re.compile(r"step_\d{7,}")
 OURS = re.compile(r"\.(start|best|chck_\d+[KM]|step_\d{7,})(\.old)?")
 # Types of a `history`. They are checked, because a student may come from somebody else, who counted
 # otherwise, or lies.
-HISTORY: Fields = dict.fromkeys(
-    (
-        "words",
-        "tokens",
-        "corpus_words",
-        "corpus_seed",
-        "interaction_words_in",
-        "interaction_words_out",
-    ),
-    (int, None),
-)
-HISTORY |= {"corpus": (list, None), "val_fraction": (float, None), "documents": (str, None)}
+HISTORY: Fields = {
+    "words": (int, None),
+    "tokens": (int, None),
+    "corpus_words": (int, None),
+    "corpus_seed": (int, None),
+    "interaction_words_in": (int, None),
+    "interaction_words_out": (int, None),
+    "corpus": (list, None),
+    "val_fraction": (float, None),
+    "documents": (str, None),
+}
 # Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
 # else too: within these bounds no sum of squares overflows.
 KINDS: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 LARGEST_COEFFICIENT = 1e9
 LARGEST_STATE = 1e15
+UNREADABLE = 1 << 63  # in place of a step
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 
 
@@ -82,7 +82,8 @@ def save(
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
             return folder
-    partial, replaced = folder.with_name("." + folder.name), folder.with_name(f".{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}")
+    replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
@@ -117,8 +118,9 @@ def load(
     else:
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
-        history = _history(folder, record.pop("history" if "history" in record else "facts", {}))
-        if wrong := wrong_shape(record):
+        history = _history(folder, record.pop("history", {}))
+        wrong = wrong_shape(record)
+        if wrong:
             raise UserError(
                 f"{folder / 'model.json'} describes a student that there cannot be: {wrong}"
             )
@@ -133,10 +135,9 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
         check_fields(history, HISTORY)
-        if not all(
-            isinstance(name, str) and "\0" not in name for name in history.get("corpus", [])
-        ):
-            raise ValueError("its 'corpus' is no list of names")
+        for name in history.get("corpus", []):
+            if not isinstance(name, str) or "\0" in name:
+                raise ValueError("its 'corpus' is no list of names")
         if not 0 < history.get("val_fraction", 0.5) < 1:
             raise ValueError("its 'val_fraction' is none")
         return history
@@ -158,7 +159,6 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
     Raises UserError for any others."""
     counters = read_counters(folder)
     kinds = get_type_hints(run_state)
-    path = folder / "trainer.json"
     try:
         if counters.keys() != kinds.keys():
             raise ValueError("it has other fields")
@@ -168,18 +168,23 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
                 raise ValueError(f"its {name!r} is {value!r:.40}")
     except ValueError as error:
         raise UserError(
-            f"{path} is not what this command saves ({error}): it must hold {', '.join(kinds)}"
+            f"{folder / 'trainer.json'} is not what this command saves ({error}): it must hold "
+            f"{', '.join(kinds)}"
         ) from None
+
     path = folder / "trainer.safetensors"
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): start from another checkpoint") from error
     for name, tensor in state.items():
-        numbers = tensor.dtype in (torch.float32, torch.float64)
-        if not numbers or not bool((tensor.abs() <= LARGEST_STATE).all()):
-            kind = "NaN, infinite or absurdly large numbers" if numbers else f"{tensor.dtype}"
-            raise UserError(f"{path} holds {kind} in {name!r:.80}: start from another checkpoint")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            problem = str(tensor.dtype)
+        elif not (tensor.abs() <= LARGEST_STATE).all():
+            problem = "NaN, infinite or absurdly large numbers"
+        else:
+            continue
+        raise UserError(f"{path} holds {problem} in {name!r:.80}: start from another checkpoint")
     return state, run_state(**counters)
 
 
@@ -197,8 +202,8 @@ def restoring(folder: Path) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it was saved with, or "
-            "start from another checkpoint"
+            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it "
+            "was saved with, or start from another checkpoint"
         ) from error
 
 
@@ -213,26 +218,30 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """A run's checkpoints with their steps, newest first; those whose step is unreadable come
-    before, with 1 << 63. Without `best`, which is saved before its step is logged."""
+    before, with UNREADABLE. Without `best`, which is saved before its step is logged."""
     steps = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
             try:
                 steps.append((read_counters(folder)["step"], folder))
             except UserError:
-                steps.append((1 << 63, folder))
+                steps.append((UNREADABLE, folder))
     return sorted(steps, reverse=True)
 
 
 def newest(run: Path) -> Path | None:
     """A run's checkpoint with the most steps, or None."""
-    return next((folder for step, folder in checkpoints(run) if step < 1 << 63), None)
+    for step, folder in checkpoints(run):
+        if step < UNREADABLE:
+            return folder
+    return None
 
 
 def newest_whole(run: Path) -> Path | None:
     """The newest undamaged checkpoint, to resume from, or None if the run never reached one.
     Damaged ones are named on stderr. Raises UserError if all are damaged."""
-    for _, folder in (folders := checkpoints(run)):
+    folders = checkpoints(run)
+    for _, folder in folders:
         try:
             require_whole(folder, FILES)
             return folder
@@ -240,7 +249,8 @@ def newest_whole(run: Path) -> Path | None:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
     if folders:
         raise UserError(
-            f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run"
+            f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a "
+            "new run"
         )
     print(f"{run} was stopped before its first checkpoint: it starts again")
     return None
@@ -255,7 +265,10 @@ def find(path: Path) -> Path:
     if (path / "model.json").exists() or hf.is_folder(path):
         return path
     best = path / "checkpoints" / BEST
-    if folder := best if (best / "trainer.json").exists() else newest(path):
+    if (best / "trainer.json").exists():
+        return best
+    folder = newest(path)
+    if folder:
         return folder
     raise UserError(
         f"{path} is neither a checkpoint nor a run that has one: give the folder of either"
@@ -281,33 +294,41 @@ def drop_older(folder: Path) -> None:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of AdamW or MuonAdamW, made from named parameters, as named tensors."""
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    entries = optimizer.state_dict()["state"].items()
-    return {f"{key}.{names[i]}": value for i, entry in entries for key, value in entry.items()}
+    names: list[str] = []
+    for group in optimizer.param_groups:
+        names += group["param_names"]
+    tensors = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            tensors[f"{key}.{names[i]}"] = value
+    return tensors
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises ValueError if one
     does not fit, as another optimizer's, or another student's."""
     entries: dict[int, dict[str, Tensor]] = {}
-    named = (
-        (name, p, ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq"))
-        for group in optimizer.param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    )
-    for i, (name, p, keys) in enumerate(named):
-        if f"step.{name}" not in state:  # there is none before the first step
-            continue
-        entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
-        shapes = {key: () if key == "step" else p.shape for key in keys}
-        if {key: value.shape for key, value in entries[i].items()} != shapes:
-            raise ValueError(name)
-        for key, value in entries[i].items():
-            if value.dtype != torch.float32:
-                raise ValueError(f"{key}.{name} is {value.dtype}, not float32")
-            if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
-                raise ValueError(f"{key}.{name} is negative")
+    i = 0  # a parameter's number in the optimizer's state
+    for group in optimizer.param_groups:
+        keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if f"step.{name}" in state:  # there is none before the first step
+                entries[i] = {key: _entry(state, key, name, p.shape) for key in keys}
+            i += 1
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+
+def _entry(state: dict[str, Tensor], key: str, parameter: str, shape: torch.Size) -> Tensor:
+    """Raises ValueError if the state's KEY.PARAMETER cannot be the optimizer's."""
+    name = f"{key}.{parameter}"
+    value = state.get(name)
+    if value is None or value.shape != (() if key == "step" else shape):
+        raise ValueError(parameter)
+    if value.dtype != torch.float32:
+        raise ValueError(f"{name} is {value.dtype}, not float32")
+    if key in ("step", "exp_avg_sq") and (value < 0).any():
+        raise ValueError(f"{name} is negative")
+    return value
 
 
 def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: bool) -> None:
@@ -323,8 +344,8 @@ def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: b
         if names_file(name) and os.path.exists(name) and name not in known:
             remedy = "restore it from a copy" if trusted else "if you trust it, add --trust"
             raise UserError(
-                f"{folder / 'model.json'} says that the student was trained on {name}, which would be read, and no "
-                f"{CONFIG} with your mark says so: {remedy}"
+                f"{folder / 'model.json'} says that the student was trained on {name}, which would "
+                f"be read, and no {CONFIG} with your mark says so: {remedy}"
             )
 
 

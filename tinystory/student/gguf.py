@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.student.hf import FIXED
+from tinystory.student.hf import FIXED, renamed
 from tinystory.student.model import Student
 
 # Parts of our parameters' names -> llama.cpp's for its architecture "gpt2". Both store weights as
@@ -20,8 +20,6 @@ NAMES = {
     "blocks": "blk",
     "ln_1": "attn_norm",
     "qkv": "attn_qkv",
-}
-NAMES |= {
     "attn_proj": "attn_output",
     "ln_2": "ffn_norm",
     "fc": "ffn_up",
@@ -39,8 +37,11 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
         raise UserError(
             "--gguf needs the package that writes the format: pip install gguf"
         ) from error
-    shape, spec = student.config, json.loads(tokenizer.json)
-    vocab = spec["model"]["vocab"] | tokenizer.specials
+    shape = student.config
+    bpe = json.loads(tokenizer.json)["model"]
+    vocab = bpe["vocab"] | tokenizer.specials
+    kinds = [TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
     partial = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +58,8 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
             tokenizer_model="gpt2",
             tokenizer_pre="gpt-2",  # byte-level BPE, and GPT-2's split
             token_list=sorted(vocab, key=vocab.__getitem__),
-            token_types=[
-                TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes
-            ],
-            token_merges=[
-                m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]
-            ],
+            token_types=kinds,
+            token_merges=merges,
             bos_token_id=tokenizer.eos,
             eos_token_id=tokenizer.eos,
             pad_token_id=tokenizer.pad,
@@ -71,9 +68,7 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
         for name, value in fields.items():
             getattr(writer, f"add_{name}")(value)
         for ours, weight in student.state_dict().items():
-            writer.add_tensor(
-                ".".join(NAMES.get(part, part) for part in ours.split(".")), weight.cpu().numpy()
-            )
+            writer.add_tensor(renamed(ours, NAMES), weight.cpu().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

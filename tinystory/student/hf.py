@@ -7,7 +7,7 @@ only GPT-2's exact layout is accepted."""
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,18 @@ from safetensors.torch import save_file
 from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
 from tinystory.run import hub
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import read_object, read_text
+from tinystory.run.files import read_text
+from tinystory.run.records import read_object
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
-# Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear
-# as (out, in).
-MODULES = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj"}
-MODULES |= {"ln_2": "ln_2", "mlp.c_fc": "fc", "mlp.c_proj": "mlp_proj"}
+# Parts of our parameters' names -> transformers'.
+NAMES = {
+    "blocks": "h",
+    "qkv": "attn.c_attn",
+    "attn_proj": "attn.c_proj",
+    "fc": "mlp.c_fc",
+    "mlp_proj": "mlp.c_proj",
+}
 # Options that the layout fixes, with the accepted values; the first is transformers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
@@ -38,8 +43,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 # The files to read, and what to do if one is missing.
 FILES = {
-    "model.safetensors": "load it with transformers and save it again with save_pretrained(FOLDER, "
-    "max_shard_size='100GB'); a .bin file is a pickle, which can run code when it is loaded, and is not opened",
+    "model.safetensors": "load it with transformers and save it again with "
+    "save_pretrained(FOLDER, max_shard_size='100GB'); a .bin file is a pickle, which can run code "
+    "when it is loaded, and is not opened",
     "tokenizer.json": "save AutoTokenizer.from_pretrained(FOLDER) into it",
 }
 # the largest number of float16; below it no forward pass overflows float32
@@ -62,9 +68,9 @@ def download(address: str) -> Path:
     """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging
     Face Hub."""
     name, _, revision = address.removeprefix("hub:").partition("@")
-    return hub.download(
-        name, ("config.json", *FILES), repo_type="model", revision=revision or None
-    )[0].parent
+    files = ("config.json", *FILES)
+    paths = hub.download(name, files, repo_type="model", revision=revision or None)
+    return paths[0].parent
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -86,46 +92,51 @@ def require_finite(
     length = min(student.config.context, student.config.vocab_size, PROBE)
     with torch.no_grad():
         logits = student(torch.arange(length, device=student.wte.weight.device)[None])
-    if not (
-        largest_weight <= LARGEST_WEIGHT and largest_state.isfinite() and logits.isfinite().all()
-    ):
-        raise UserError(
-            f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; --resume goes on "
-            "from the last checkpoint, with such flags"
-        )
+    weights_fit = largest_weight <= LARGEST_WEIGHT  # false for NaN
+    if weights_fit and largest_state.isfinite() and logits.isfinite().all():
+        return
+    raise UserError(
+        f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; "
+        "--resume goes on from the last checkpoint, with such flags"
+    )
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     """Write a new folder that transformers can load. Raises UserError if it exists or cannot be
     written."""
-    sizes = asdict(student.config)
-    context = sizes.pop("context")
     names = {id: name for name, id in tokenizer.specials.items()}
-    roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
-    ids = {f"{role}_token_id": id for role, id in roles.items()}
-    tokens = {f"{role}_token": names[id] for role, id in roles.items()}
-    config = dict(architectures=["GPT2LMHeadModel"], **sizes, n_positions=context)
-    config |= {name: values[0] for name, values in FIXED.items()} | dict(torch_dtype="float32")
-    tokenizer_config = dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        model_max_length=context,
+    ids = {}
+    tokens = {}
+    for role in ("bos", "eos", "pad"):
+        token_id = getattr(tokenizer, role)
+        ids[f"{role}_token_id"] = token_id
+        tokens[f"{role}_token"] = names[token_id]
+    config = {"architectures": ["GPT2LMHeadModel"]} | asdict(student.config)
+    config["n_positions"] = config.pop("context")
+    for name, values in FIXED.items():
+        config[name] = values[0]
+    config["torch_dtype"] = "float32"
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": student.config.context,
         # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token
         # 0 everywhere.
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a document is ordinary text
-        padding_side="right",
-    )
-    files = {"config.json": config | ids, "generation_config.json": ids}
-    files |= {"tokenizer_config.json": tokenizer_config | tokens, "special_tokens_map.json": tokens}
-    ours = student.state_dict()
-    weights = {
-        f"transformer.{theirs}": (ours[name].T if transposed else ours[name])
-        .detach()
-        .cpu()
-        .contiguous()
-        for theirs, name, transposed, _ in layout(student.config)
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "</s>" in a document is ordinary text
+        "padding_side": "right",
     }
+    files = {
+        "config.json": config | ids,
+        "generation_config.json": ids,
+        "tokenizer_config.json": tokenizer_config | tokens,
+        "special_tokens_map.json": tokens,
+    }
+    weights = {}
+    for name, weight in student.state_dict().items():
+        if is_transposed(name, weight.shape):
+            weight = weight.T
+        weights[f"transformer.{renamed(name, NAMES)}"] = weight.cpu().contiguous()
     try:
         folder.mkdir(parents=True)
         write_tensors(folder / "model.safetensors", weights)
@@ -136,25 +147,35 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         raise cannot_write(folder, error) from error
 
 
-def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
-    """Each parameter's name in transformers, our name, whether it is transposed, and its shape in
-    transformers."""
+def layout(shape: StudentConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each of our parameters, without a student."""
     C = shape.n_embd
-    widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
-    yield "wte.weight", "wte.weight", False, (shape.vocab_size, C)
-    yield "wpe.weight", "wpe.weight", False, (shape.context, C)
+    modules = {
+        "ln_1": (C,),
+        "qkv": (3 * C, C),
+        "attn_proj": (C, C),
+        "ln_2": (C,),
+        "fc": (4 * C, C),
+        "mlp_proj": (C, 4 * C),
+    }
+    yield "wte.weight", (shape.vocab_size, C)
+    yield "wpe.weight", (shape.context, C)
     for layer in range(shape.n_layer):
-        for theirs, ours in MODULES.items():
-            size: tuple[int, ...] = widths.get(ours, (C,))
-            yield (
-                f"h.{layer}.{theirs}.weight",
-                f"blocks.{layer}.{ours}.weight",
-                ours in widths,
-                size,
-            )
-            yield f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, size[-1:]
-    yield "ln_f.weight", "ln_f.weight", False, (C,)
-    yield "ln_f.bias", "ln_f.bias", False, (C,)
+        for module, size in modules.items():
+            yield f"blocks.{layer}.{module}.weight", size
+            yield f"blocks.{layer}.{module}.bias", size[:1]
+    yield "ln_f.weight", (C,)
+    yield "ln_f.bias", (C,)
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """A parameter's name, with the parts that `names` has replaced."""
+    return ".".join(names.get(part, part) for part in name.split("."))
+
+
+def is_transposed(name: str, shape: Sequence[int]) -> bool:
+    """transformers' Conv1D stores weights as (in, out), our Linear as (out, in)."""
+    return name.startswith("blocks.") and len(shape) == 2
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
@@ -166,30 +187,38 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
             raise UserError(f"{folder} has no {name}: {advice}")
     config = read_object(folder / "config.json")
     shape = _shape(folder, config)
-    return read_student(folder / "model.safetensors", shape), _tokenizer(
-        folder, config, shape.vocab_size
-    )
+    student = read_student(folder / "model.safetensors", shape)
+    return student, _tokenizer(folder, config, shape.vocab_size)
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     """The student's sizes. Raises UserError if config.json describes anything but GPT-2's
     layout."""
     sizes: dict[str, Any] = {
-        name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")
+        "n_layer": config.get("n_layer"),
+        "n_head": config.get("n_head"),
+        "n_embd": config.get("n_embd"),
+        "context": config.get("n_positions"),
+        "vocab_size": config.get("vocab_size"),
     }
-    sizes["context"] = config.get("n_positions")
-    problem = wrong_shape(sizes).replace("its context", "its n_positions")
-    if wrong := [
-        name for name, values in FIXED.items() if config.get(name, values[0]) not in values
-    ]:
-        problem = f"its {wrong[0]} is {config[wrong[0]]!r:.80}, not {FIXED[wrong[0]][0]!r}"
-    elif not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        problem = f"its n_inner is {config['n_inner']!r:.80}, not 4 * n_embd"
+    problem = _difference(config) or wrong_shape(sizes).replace("its context", "its n_positions")
+    n_inner = config.get("n_inner")
+    if not problem and n_inner not in (None, 4 * sizes["n_embd"]):
+        problem = f"its n_inner is {n_inner!r:.80}, not 4 * n_embd"
     if problem:
         raise UserError(
             f"{folder}/config.json describes a model that is not supported here: {problem}"
         )
     return StudentConfig(**sizes)
+
+
+def _difference(config: dict[str, Any]) -> str:
+    """The first option that has another value than the layout's, or ""."""
+    for name, values in FIXED.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            return f"its {name} is {value!r:.80}, not {values[0]!r}"
+    return ""
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
@@ -201,37 +230,38 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             prefix = "transformer." if "transformer.wte.weight" in names else ""
-            for theirs, own, transposed, expected in layout(shape):
-                name = own if ours else prefix + theirs
-                if ours and transposed:  # our own files are not transposed
-                    transposed, expected = False, expected[::-1]
+            for own_name, expected in layout(shape):
+                name = own_name if ours else prefix + renamed(own_name, NAMES)
+                transposed = not ours and is_transposed(own_name, expected)
+                if transposed:
+                    expected = expected[::-1]
                 size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if size != expected:
                     raise ValueError(
                         f"{name} is {size}, and the .json file beside it says {expected}"
                     )
-                tensor = file.get_tensor(name).float()
-                if not tensor.abs().max() <= LARGEST_WEIGHT:
+                weight = file.get_tensor(name).float()
+                if not weight.abs().max() <= LARGEST_WEIGHT:
                     raise ValueError(f"it holds NaN, infinite or absurdly large weights, in {name}")
-                state[own] = (tensor.T if transposed else tensor).clone(
-                    memory_format=torch.contiguous_format
-                )
+                if transposed:
+                    weight = weight.T
+                state[own_name] = weight.clone(memory_format=torch.contiguous_format)
             # TRL's, which belongs to the run that trained it
             if any(name.startswith("v_head.") for name in names):
                 print(
                     f"{path}: its value head is left out; a run begins with a new one",
                     file=sys.stderr,
                 )
-            if "lm_head.weight" in names and not file.get_tensor("lm_head.weight").float().equal(
-                state["wte.weight"]
-            ):
-                raise ValueError(
-                    "it has a separate output layer (lm_head.weight), and only a tied one is supported"
-                )
+            if "lm_head.weight" in names:
+                output = file.get_tensor("lm_head.weight").float()
+                if not output.equal(state["wte.weight"]):
+                    raise ValueError(
+                        "it has a separate output layer (lm_head.weight), and only a tied one is "
+                        "supported"
+                    )
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be used here: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used here: {reason}") from error
     with torch.device("meta"):
         student = Student(shape)
     student.load_state_dict(state, assign=True)
@@ -244,24 +274,24 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
     spec = read_object(file)
     as_read = json.dumps(spec)
     try:
-        if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
+        processor = spec.get("post_processor")
+        if processor and processor["type"] != "ByteLevel":
             print(
-                f"{folder}: its tokenizer adds special tokens around a text; they are left out here",
+                f"{folder}: its tokenizer adds special tokens around a text; they are left out "
+                "here",
                 file=sys.stderr,
             )
-        vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+        vocab = spec["model"]["vocab"]
+        added = spec["added_tokens"]
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
         # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the
         # vocabulary, as padding.
         known = {token["content"] for token in added}
-        specials = {name: vocab[name] for name in SPECIALS if name in vocab and name not in known}
-        specials |= {f"<unused{id}>": id for id in range(len(ids), vocab_size)}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added += [
-            {"id": id, "content": name, **flags, "special": True} for name, id in specials.items()
-        ]
+        more = [name for name in SPECIALS if name in vocab and name not in known]
+        added += [_special(vocab[name], name) for name in more]
+        added += [_special(id, f"<unused{id}>") for id in range(len(ids), vocab_size)]
         end = config.get("eos_token_id")
         for token in added:
             if token["id"] == end and token["content"] not in END_NAMES:
@@ -270,7 +300,8 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
                         f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another"
                     )
                 vocab.pop(token["content"], None)
-                token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
+                token["content"] = END_NAMES[0]
+                vocab[END_NAMES[0]] = end
         changed = json.dumps(spec) != as_read
         # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its
         # fingerprint.
@@ -280,3 +311,16 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be used here: {error}") from error
+
+
+def _special(id: int, content: str) -> dict[str, Any]:
+    """A special token in `added_tokens` of a tokenizer.json."""
+    return {
+        "id": id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }

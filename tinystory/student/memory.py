@@ -34,15 +34,19 @@ def total(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     file = Path("/sys/fs/cgroup/memory.max")
-    limit = file.read_text().strip() if file.is_file() else ""
-    return min(machine, int(limit)) if limit.isdigit() else machine
+    if file.is_file():
+        limit = file.read_text().strip()
+        if limit.isdigit():  # not "max"
+            return min(machine, int(limit))
+    return machine
 
 
 def require(needed: int, device: torch.device, advice: str) -> None:
-    least, gb = needed / 2**30, total(device) / 2**30
-    if least > gb:
+    available = total(device)
+    if needed > available:
         raise UserError(
-            f"this run needs at least {least:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}"
+            f"this run needs at least {needed / 2**30:,.1f} GB of memory and {device} has "
+            f"{available / 2**30:,.1f}: lower {advice}"
         )
 
 
@@ -78,14 +82,12 @@ def require_for_interaction(
     if config.replay_weight:
         batch = config.replay_batch * (shape.context + 1)
         needed += batch * (config.updates_per_step * REPLAYED + REPLAYING)
-    require(
-        needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
-    )
+    advice = "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
+    require(needed, device, advice)
 
 
 def require_for_stories(
     stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str
 ) -> None:
-    require(
-        parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device), device, advice
-    )
+    needed = parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device)
+    require(needed, device, advice)

@@ -28,7 +28,7 @@ def make_optimizer(
         dict(params=matrices, weight_decay=config.weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
-    betas = (config.beta1, config.beta2)
+    betas = (0.9, config.beta2)
     options: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
     if config.optimizer != "muon":
         return torch.optim.AdamW(groups, **options)

@@ -2,6 +2,7 @@
 their shape is checked, and control characters and an echoed key are removed before any text is
 quoted in a message."""
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from tinystory.run.text import printable
 
 if TYPE_CHECKING:
     import httpx2
+    import openai
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
@@ -37,7 +39,7 @@ NO_SYSTEM = re.compile(
 )
 CUT_SHORT = "output limit was reached"  # OpenAI's 400 when reasoning uses up the token limit
 # fields of an error to read
-TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")
+ERROR_FIELDS = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")
 
 
 @dataclass(eq=False)
@@ -72,39 +74,20 @@ class ChatClient:
     callers set others."""
 
     def __init__(self, url: str, key: str | None):
-        # Not at the top of the file: the import takes a second, and only runs with a teacher need
-        # it.
-        import aiohttp
-        import httpx2
-        import openai
-
+        self._url = url
         self._key = (key or "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-        # which openai reads
-        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
-            if not re.fullmatch(
-                r"[ -~]*" if name.endswith("ID") else r"[ -~\n]*", os.environ.get(name, "")
-            ):
-                raise UserError(
-                    f"{name} holds characters that no header can have: set it again, or unset it"
-                )
-        for scheme, proxy in urllib.request.getproxies().items() if not LOOPBACK.match(url) else ():
-            full = proxy if "://" in proxy else f"http://{proxy}"
-            if scheme in ("http", "https", "all") and not server_url(
-                full, ("http", "https", "socks5", "socks5h")
-            ):
-                name = f"{scheme.upper()}_PROXY"
-                raise UserError(
-                    f"{name} is not the URL of a proxy: set it to one like http://host:port, or unset it"
-                )
-        self._broken = (
-            openai.APIConnectionError,
-            httpx2.RequestError,
-            aiohttp.ClientError,
-            OSError,
-        )
-        self._unreachable = aiohttp.ClientConnectorError
+        require_sendable_headers()
+        if not LOOPBACK.match(url):
+            require_proxies()
+
+    @functools.cached_property
+    def _client(self) -> "openai.AsyncOpenAI":
+        """Made for the first request: importing openai takes two seconds."""
+        import httpx2
+        import openai
+
         timeout = openai.Timeout(None, connect=10.0)
         # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of
         # 100. A redirect could carry the key to another host, so none is followed. A proxy cannot
@@ -114,114 +97,139 @@ class ChatClient:
             limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
             follow_redirects=False,
             event_hooks={"response": [self._check_status]},
-            trust_env=not LOOPBACK.match(url),
+            trust_env=not LOOPBACK.match(self._url),
         )
-        self._client = openai.AsyncOpenAI(
-            base_url=url,
+        return openai.AsyncOpenAI(
+            base_url=self._url,
             api_key=self._key or "none",
             max_retries=0,
             timeout=timeout,
             http_client=http_client,
         )
-        self.close = self._client.close
-        self._host = httpx2.URL(url).raw_host.decode()
+
+    async def close(self) -> None:
+        if "_client" in vars(self):
+            await self._client.close()
 
     async def models(self) -> list[str]:
         """Model names, in the server's order."""
-        match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
-            case {"data": [*entries]} if all(
-                isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries
-            ):
-                return [name for entry in entries if (name := self.one_line(entry["id"]))]
+        request = self._client.models.with_streaming_response.list()
+        answer = await self._answer(request, LONGEST_LIST)
+        match answer:
+            case {"data": [*entries]} if all(map(_is_model, entries)):
+                names = [self.one_line(entry["id"]) for entry in entries]
+                return [name for name in names if name]
         raise Failure(NOT_OPENAI, status=200)
 
     async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
         completions = self._client.chat.completions.with_streaming_response
+        # openai sends the extra body unchanged; elsewhere it would check the type of every field.
+        request = completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
         try:
-            # openai sends the extra body unchanged; elsewhere it would check the type of every
-            # field.
-            request = completions.create(
-                model="", messages=[], extra_body=body, extra_headers=headers
-            )
             answer = await self._answer(request, LONGEST_ANSWER)
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
                 return Reply("", thought=True)
             raise
+        reply = self._first_choice(answer)
+        if reply is None:
+            error = self.one_line("; ".join(_error_texts(answer)))
+            message = f"answers, but not with a chat completion ({error or 'nor an error'})"
+            raise Failure(message, status=200, again=True)
+        return reply
+
+    def _first_choice(self, answer: object) -> Reply | None:
+        """None if `answer` is no chat completion."""
         match answer:
-            case {"choices": [{"message": {**message}, **choice}, *_], **rest} if isinstance(
-                content := message.get("content"), str | None
-            ):
-                pass
+            case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
+                content = message.get("content")
             case _:
-                error = self.one_line("; ".join(_error_texts(answer)))
-                raise Failure(
-                    f"answers, but not with a chat completion ({error or 'nor an error'})",
-                    status=200,
-                    again=True,
-                )
-        # Some servers leave the reasoning in the text. JSON can hold lone surrogates, which cannot
-        # be encoded.
-        thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
-        text = self._redacted(text.lstrip() if thoughts else text)
-        apart = (
-            message.get("reasoning_content")
-            or message.get("reasoning")
-            or thoughts.replace("<think>", "").strip()
+                return None
+        if content is None:
+            content = ""
+        if not isinstance(content, str):
+            return None
+        # JSON can hold lone surrogates, which cannot be encoded.
+        content = content.encode(errors="replace").decode()
+        # Some servers leave the reasoning in the text.
+        before, _, text = content.rpartition("</think>")
+        thoughts = before.replace("<think>", "").strip()
+        if before:
+            text = text.lstrip()
+        text = self._redacted(text)
+        apart = message.get("reasoning_content") or message.get("reasoning")
+        cut = choice.get("finish_reason") == "length" and not text.strip()
+        return Reply(
+            text,
+            thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
+            logprobs=_logprobs(choice.get("logprobs")),
+            tokens=_tokens(rest.get("usage")),
         )
-        cut = not text.strip() and choice.get("finish_reason") == "length"
-        thought = bool(apart) or cut or "<think>" in text[:20]
-        return Reply(text, thought, _logprobs(choice.get("logprobs")), _tokens(rest.get("usage")))
 
     async def _answer(self, request: AbstractAsyncContextManager[Any], longest: int) -> object:
         """Parsed JSON of the response. Raises Failure for a connection that breaks or cannot be
         made."""
+        import aiohttp
+        import httpx2
+        import openai
+
+        broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         try:
             async with request as response:
                 return parse_json(await _read(response.iter_bytes(), longest))
-        except self._broken as error:
-            causes: list[BaseException] = [error]
-            while causes[-1].__cause__ is not None:
-                causes.append(causes[-1].__cause__)
-            cause = causes[-1]
-            if isinstance(cause, Failure):  # from _check_status: openai before 3.16 wraps it
-                raise cause from None
-            message = self.one_line(str(cause) or type(cause).__name__)
-            unreachable = next(
-                (cause for cause in causes if isinstance(cause, self._unreachable)), None
-            )
-            if unreachable is None:
-                raise Failure(f"broke off ({message})", again=True) from None
-            advice, peer = "start it, or check the URL", f"{unreachable.host}:{unreachable.port}"
-            if unreachable.host != self._host:
-                proxies = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
-                advice = f"start the proxy {peer} ({proxies}), or set NO_PROXY={self._host}"
-            raise Failure(
-                f"cannot be reached ({message}): {advice}", again=True, unreachable=True
-            ) from None
+        except broken as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: BaseException) -> Failure:
+        """What an error of the connection means, from the errors that caused it."""
+        import aiohttp
+
+        unreachable: aiohttp.ClientConnectorError | None = None
+        root = error
+        while True:
+            if isinstance(root, aiohttp.ClientConnectorError):
+                unreachable = unreachable or root
+            if root.__cause__ is None:
+                break
+            root = root.__cause__
+        if isinstance(root, Failure):  # from _check_status: openai before 3.16 wraps it
+            return root
+        message = self.one_line(str(root) or type(root).__name__)
+        if unreachable is None:
+            return Failure(f"broke off ({message})", again=True)
+        host = self._client.base_url.raw_host.decode()
+        advice = "start it, or check the URL"
+        if unreachable.host != host:
+            proxy = f"{unreachable.host}:{unreachable.port}"
+            proxies = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+            advice = f"start the proxy {proxy} ({proxies}), or set NO_PROXY={host}"
+        message = f"cannot be reached ({message}): {advice}"
+        return Failure(message, again=True, unreachable=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:
         """Response hook, called before the body is read. Raises Failure for any status except
         2xx."""
-        status, headers = response.status_code, response.headers
+        status = response.status_code
+        headers = response.headers
         if 200 <= status < 300:
             return
         if status < 400:
-            place = (
-                f"redirects to {headers['location']}: give that URL"
-                if "location" in headers
-                else NOT_OPENAI
-            )
+            place = NOT_OPENAI
+            if "location" in headers:
+                place = f"redirects to {headers['location']}: give that URL"
             raise Failure(f"{self.one_line(place)} (HTTP {status})", status=status, fatal=True)
-        texts = _error_texts(parse_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
-        error = self.one_line(": ".join(filter(None, [f"HTTP {status}", "; ".join(texts)])))
+        body = await _read(response.aiter_bytes(), LONGEST_ANSWER)
+        texts = _error_texts(parse_json(body))
+        error = f"HTTP {status}"
+        if any(texts):
+            error += f": {'; '.join(texts)}"
+        error = self.one_line(error)
         fatal = True
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
         elif status == 401 or WRONG_KEY in texts:
-            message = (
-                f"{'refuses the' if self._key else 'wants a'} key ({error}): set OPENAI_API_KEY"
-            )
+            verb = "refuses the" if self._key else "wants a"
+            message = f"{verb} key ({error}): set OPENAI_API_KEY"
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is in trouble ({error})",
@@ -237,9 +245,11 @@ class ChatClient:
             )
         elif NO_CONTEXT.search(error):
             message = f"has too short a context for opening and story ({error})"
-        else:  # 403 may concern this story only: OpenRouter's moderation
-            message, fatal = f"refuses the request ({error})", False
-            message += "; if it refuses every one, set OPENAI_API_KEY" * (status == 403)
+        else:
+            fatal = False
+            message = f"refuses the request ({error})"
+            if status == 403:  # it may concern this story only: OpenRouter's moderation
+                message += "; if it refuses every one, set OPENAI_API_KEY"
         raise Failure(message, status=status, fatal=fatal)
 
     def _redacted(self, text: str) -> str:
@@ -249,7 +259,34 @@ class ChatClient:
     def one_line(self, text: str) -> str:
         """`text` as one short line, without control characters and the key."""
         line = " ".join(printable(self._redacted(text)).split())
-        return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
+        if len(line) > LONGEST_MESSAGE:
+            line = line[: LONGEST_MESSAGE - 3] + "..."
+        return line
+
+
+def require_sendable_headers() -> None:
+    """Raises UserError for variables of openai's that no header can hold."""
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
+        value = os.environ.get(name, "")
+        if name == "OPENAI_CUSTOM_HEADERS":  # one per line
+            value = value.replace("\n", "")
+        if not re.fullmatch(r"[ -~]*", value):
+            raise UserError(
+                f"{name} holds characters that no header can have: set it again, or unset it"
+            )
+
+
+def require_proxies() -> None:
+    """Raises UserError for a proxy of the environment that cannot be one."""
+    for scheme, proxy in urllib.request.getproxies().items():
+        if scheme not in ("http", "https", "all"):
+            continue
+        if "://" not in proxy:
+            proxy = f"http://{proxy}"
+        if server_url(proxy, ("http", "https", "socks5", "socks5h")) is None:
+            raise UserError(
+                f"{scheme.upper()}_PROXY is not the URL of a proxy: set it to one like http://host:port, or unset it"
+            )
 
 
 async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
@@ -269,6 +306,10 @@ def parse_json(body: bytes | str) -> object:
         return None
 
 
+def _is_model(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), str)
+
+
 def _tokens(usage: object) -> tuple[int, int] | None:
     match usage:
         case {"prompt_tokens": prompt, "completion_tokens": reply} if is_count_pair(
@@ -281,27 +322,26 @@ def _tokens(usage: object) -> tuple[int, int] | None:
 def is_count_pair(value: object) -> bool:
     """Whether it can be the numbers of tokens of a prompt and a reply."""
     match value:
-        case [prompt, reply]:
-            return all(type(count) is int and 0 <= count < 10**9 for count in (prompt, reply))
+        case [_, _] as pair:
+            return all(type(count) is int and 0 <= count < 10**9 for count in pair)
     return False
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
     """`Reply.logprobs`; () unless every token has one. Rounding can make one positive; -9999 may
     stand for log 0."""
+    tokens: list[tuple[str, dict[str, float]]] = []
     try:
-        rows = [[token, *(token.get("top_logprobs") or ())] for token in value["content"]]
-        tokens = tuple(
-            (str(row[0]["token"]), {str(e["token"]): float(e["logprob"]) for e in row})
-            for row in rows
-        )
+        for token in value["content"]:
+            candidates: dict[str, float] = {}
+            for candidate in [token, *(token.get("top_logprobs") or ())]:
+                candidates[str(candidate["token"])] = float(candidate["logprob"])
+            if not all(logprob < 1e-3 for logprob in candidates.values()):
+                return ()
+            tokens.append((str(token["token"]), candidates))
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return ()
-    return (
-        tokens
-        if all(logprob < 1e-3 for _, candidates in tokens for logprob in candidates.values())
-        else ()
-    )
+    return tuple(tokens)
 
 
 def _error_texts(answer: object) -> list[str]:
@@ -313,7 +353,7 @@ def _error_texts(answer: object) -> list[str]:
     while values:
         match values.pop():
             case {**fields}:
-                values += [fields[name] for name in reversed(TOLD) if name in fields]
+                values += [fields[name] for name in reversed(ERROR_FIELDS) if name in fields]
             case [*items]:
                 values += reversed(items)
             case str(text):
@@ -322,7 +362,7 @@ def _error_texts(answer: object) -> list[str]:
                     values.append(inner)
                 else:
                     texts[text] = None
-    return [*texts]
+    return list(texts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -336,7 +376,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":
     """The parsed URL; None if no server can have it."""
-    import httpx2  # as above
+    import httpx2  # here, since only runs with a teacher need it
 
     try:
         url = httpx2.URL(text)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinystory.run.folder import Fields, Record, read_records
 from tinystory.run.journal import Journal
+from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.api import is_count_pair
 from tinystory.teacher.prompt import TOP
 
@@ -30,15 +30,18 @@ def cache_key(
     character that `clean` removes from prompts replaces the fence: the same story sent twice shares
     a key, and different prompts never do."""
     question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
-    asked = [question, [model, sorted(sampling.items())]]
-    whole, short = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in asked)
-    return whole[:24] + short[:8]
+    return _digest(question, 24) + _digest([model, sorted(sampling.items())], 8)
+
+
+def _digest(value: object, digits: int) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:digits]
 
 
 def check_reply(record: Record) -> None:
     """Raises ValueError for a line whose numbers no server's answer can have."""
-    if "tokens" in record and record["tokens"] is not None and not is_count_pair(record["tokens"]):
-        raise ValueError(f"its 'tokens' are {record['tokens']!r:.40}")
+    tokens = record.get("tokens")
+    if tokens is not None and not is_count_pair(tokens):
+        raise ValueError(f"its 'tokens' are {tokens!r:.40}")
     for score in record.get("expected", {}).values():
         if type(score) not in (int, float) or not 0 <= score <= TOP:
             raise ValueError(f"its 'expected' holds {score!r:.40}")
@@ -56,22 +59,32 @@ class Cache:
     creates."""
 
     def __init__(self, path: str | os.PathLike | None):
-        self._path = path and Path(path)
+        self._path = Path(path) if path else None
         self._replies: dict[str, CachedReply] = {}
+        self._journal: Journal | None = None
         # (prompt, completion) paid for by earlier processes, where the server counted them
         self.tokens = (0, 0)
-        self._journal: Journal | None = None
-        for record in read_records(self._path, REPLY, check_reply) if self._path else ():
+        if self._path is not None:
+            self._read(self._path)
+        self._earlier = set(self._replies)  # keys of replies from earlier processes
+
+    def _read(self, path: Path) -> None:
+        prompt_tokens = 0
+        completion_tokens = 0
+        for record in read_records(path, REPLY, check_reply):
             reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
             if record.get("tokens"):
                 prompt, completion = record["tokens"]
-                self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
-        self._earlier = {*self._replies}  # keys of replies from earlier processes
+                prompt_tokens += prompt
+                completion_tokens += completion
+        self.tokens = (prompt_tokens, completion_tokens)
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:
         """The reply, or None. earlier: whether a reply kept by an earlier process counts."""
-        return None if key in self._earlier and not earlier else self._replies.get(key)
+        if key in self._earlier and not earlier:
+            return None
+        return self._replies.get(key)
 
     def items(self) -> Iterator[tuple[str, CachedReply]]:
         """(key, reply) pairs, oldest key first."""
@@ -85,14 +98,14 @@ class Cache:
         this one replaces an earlier process's."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
-        optional = {
-            name: value
-            for name in ("expected", "error")
-            if (value := getattr(reply, name)) is not None
-        }
-        if self._path:
+        if self._path is not None:
+            record: Record = {"key": key, "reply": reply.text}
+            if reply.expected is not None:
+                record["expected"] = reply.expected
+            if reply.error is not None:
+                record["error"] = reply.error
             self._journal = self._journal or Journal(self._path)
-            self._journal.append({"key": key, "reply": reply.text, **optional, **about})
+            self._journal.append(record | about)
         self._earlier.discard(key)
         self._replies[key] = reply
         return reply

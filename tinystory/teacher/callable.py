@@ -16,8 +16,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
@@ -43,11 +44,11 @@ class CallableGrader(LocalGrader):
 def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
     """`--reward random`, the control that separates drift from learning: per story, three scores
     0..3, summed and divided by 9 as a teacher's are, but drawn from the story's hash."""
-    digests = (
-        hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest()
-        for story in stories
-    )
-    return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
+    scores: list[float] = []
+    for story in stories:
+        digest = hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest()
+        scores.append(sum(byte % 4 for byte in digest) / 9)
+    return scores
 
 
 CONTROLS: dict[str, ScoreStories] = {
@@ -66,53 +67,73 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
-    file, _, name = (spec if not spec.endswith(".py") else f"{spec}:{FUNCTION}").rpartition(":")
-    if not (Path(file).is_file() and file.endswith(".py")):
+    file, _, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        file = spec
+        name = FUNCTION
+    if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError(
             f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION"
         )
     ours, theirs = socket.socketpair()
+    ours.settimeout(timeout_s)
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ours.settimeout(timeout_s)
+    environment = {**os.environ, "PYTHONPATH": path}
     with theirs:
-        process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path}
-        )
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     with process, ours, ours.makefile() as stream:
-
-        def answer(*question: object) -> Any:
-            try:
-                if question:
-                    _send(ours, question)
-                line = stream.readline()
-            except TimeoutError:
-                message = f"{file}: it took more than {timeout_s:g} s (--teacher-timeout)"
-                raise UserError(f"--reward {spec}: {message}") from None
-            except ConnectionError:  # it exited before it read the question
-                line = ""
-            if not line:
-                # it may have closed only the connection
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                raise UserError(
-                    f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})"
-                )
-            if "error" in (value := json.loads(line)):
-                raise UserError(f"--reward {spec}: {value['error']}")
-            return value["answer"]
-
-        def by_opening(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
-            scores: dict[int, float | None] = {}
-            for opening in dict.fromkeys(openings):
-                rows = [i for i, other in enumerate(openings) if other == opening]
-                scores |= zip(rows, answer(opening, [stories[i] for i in rows]), strict=True)
-            return [scores[i] for i in range(len(stories))]
-
+        function = RemoteFunction(f"--reward {spec}", file, process, ours, stream)
         try:
-            yield answer if answer() == "openings" else by_opening
+            first_parameter = function.ask()
+            yield function.ask if first_parameter == "openings" else function.by_opening
         finally:
             process.kill()
+
+
+@dataclass
+class RemoteFunction:
+    """The user's function in its subprocess."""
+
+    option: str  # as the user gave it
+    file: str
+    process: subprocess.Popen
+    connection: socket.socket
+    stream: TextIO  # reads from the connection
+
+    def ask(self, *question: object) -> Any:
+        """Its next answer, after sending opening(s) and stories. Raises UserError for an error of
+        the user's."""
+        line = ""
+        try:
+            if question:
+                _send(self.connection, question)
+            line = self.stream.readline()
+        except TimeoutError:
+            limit = f"{self.connection.gettimeout():g} s (--teacher-timeout)"
+            raise UserError(f"{self.option}: {self.file}: it took more than {limit}") from None
+        except ConnectionError:  # it exited before it read the question
+            pass
+        if not line:
+            # it may have closed only the connection
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            code = self.process.returncode
+            raise UserError(f"{self.option}: {self.file}: it ended its process (exit code {code})")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"{self.option}: {answer['error']}")
+        return answer["answer"]
+
+    def by_opening(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
+        """Scores from one call per opening."""
+        scores: list[float | None] = [None] * len(stories)
+        for opening in dict.fromkeys(openings):
+            rows = [row for row, other in enumerate(openings) if other == opening]
+            of_opening = self.ask(opening, [stories[row] for row in rows])
+            for row, score in zip(rows, of_opening, strict=True):
+                scores[row] = score
+        return scores
 
 
 def _send(connection: socket.socket, value: object) -> None:
@@ -145,32 +166,38 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
     """Send the name of the function's first parameter, then the scores for each line [opening(s),
     stories]."""
     names = runpy.run_path(file, run_name=Path(file).stem)
-    if not callable(function := names.get(name)):
+    function = names.get(name)
+    if not callable(function):
         own = [each for each, value in names.items() if inspect.isfunction(value)]
         hint = f"; it has {', '.join(own[:8])}: write {file}:{own[0]}" if own else ""
         raise _Refused(f"{file} has no function {name!r}{hint}")
-    first = ""
+    parameters: list[str] = []
     with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
-        first = next(iter(inspect.signature(function).parameters), "")
-    _send(connection, {"answer": first})
+        parameters = list(inspect.signature(function).parameters)
+    _send(connection, {"answer": parameters[0] if parameters else ""})
     for line in connection.makefile():
         opening, stories = json.loads(line)
-        scores = function(opening, stories)
-        if scores is None or isinstance(scores, str):
+        scores = _checked(function(opening, stories), len(stories))
+        _send(connection, {"answer": scores})
+
+
+def _checked(scores: Any, count: int) -> list[float | None]:
+    """The scores of `count` stories. Raises _Refused if they are none."""
+    if scores is None or isinstance(scores, str):
+        raise _Refused(
+            f"it gave {reprlib.repr(scores)}; it must give a list with one score per story"
+        )
+    values = list(scores)
+    if len(values) != count:
+        raise _Refused(
+            f"it gave {len(values)} scores for {count} stories; it must give one per story"
+        )
+    for value in values:
+        if value is not None and not _is_score(value):
             raise _Refused(
-                f"it gave {reprlib.repr(scores)}; it must give a list with one score per story"
+                f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None"
             )
-        scores = list(scores)
-        if len(scores) != len(stories):
-            raise _Refused(
-                f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
-            )
-        for value in scores:
-            if value is not None and not _is_score(value):
-                raise _Refused(
-                    f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None"
-                )
-        _send(connection, {"answer": [None if value is None else float(value) for value in scores]})
+    return [None if value is None else float(value) for value in values]
 
 
 def _is_score(value: object) -> bool:
@@ -183,17 +210,16 @@ def _is_score(value: object) -> bool:
 
 def _cause(error: BaseException, file: str) -> str:
     """The exception, and the last line of `file` that was running."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
-    ]
-    at = f"{file}, line {lines[-1]}" if lines else file
     if isinstance(error, SyntaxError):
-        at, message = f"{error.filename or file}, line {error.lineno}", error.msg
-    else:  # not str(error): the user's __str__ can fail too
-        message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
-    return f"{at}: {type(error).__name__}" + f": {message[:200]}" * bool(message)
+        return f"{error.filename or file}, line {error.lineno}: {type(error).__name__}: {error.msg[:200]}"
+    place = file
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file:
+            place = f"{file}, line {frame.lineno}"
+    # Not str(error): the user's __str__ can fail too.
+    message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
+    cause = f"{place}: {type(error).__name__}"
+    return f"{cause}: {message[:200]}" if message else cause
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One model on one server: its capabilities, the form of its requests, and the request itself."""
 
+import hashlib
 import json
 import re
 from collections import deque
@@ -9,6 +10,7 @@ from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Reply, server_url
+from tinystory.teacher.cache import cache_key
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import DEFAULT, TOP, Template, instructions
 
@@ -21,6 +23,7 @@ LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}
 BUSY_COSTS = 0.5  # slots lost per refused request
 # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
 SLOWER, SHORTEST_S = 3.0, 10.0
+PROBE = "probe "  # prefix of a probe's key in the cache
 KNOWN = 32  # answers (and at least one full round) before the timeout is derived from the slowest
 
 
@@ -38,6 +41,15 @@ class Options:
     extra: dict[str, Any] = field(default_factory=dict)
     deadline_s: float = 300.0  # time limit of a story, from its first request
     attempts: int = 3  # each request takes at most deadline_s / attempts
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest time of one request."""
+        return self.deadline_s / self.attempts
+
+    @property
+    def extra_json(self) -> str:
+        return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +77,18 @@ class Probe:
     notes: tuple[str, ...] = ()  # warnings for the user
 
     def __str__(self) -> str:
-        findings = [
-            "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}",
-            self.token_cap + f" at least {self.least_tokens}" * bool(self.least_tokens),
-            "obeys no structure" if self.structure == "nothing" else f"obeys {self.structure}",
-            *(f"no {name}" for name in self.refused),
-            *["no system message"] * (not self.system),
-            *["thinks"] * self.thinks,
-            *[f"told not to think by {json.dumps(self.quiet)}"] * bool(self.quiet),
-            f"{self.seconds:.2f} s",
-        ]
+        reply = "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}"
+        least = f" at least {self.least_tokens}" if self.least_tokens else ""
+        obeyed = "no structure" if self.structure == "nothing" else self.structure
+        findings = [reply, self.token_cap + least, f"obeys {obeyed}"]
+        findings += [f"no {name}" for name in self.refused]
+        if not self.system:
+            findings.append("no system message")
+        if self.thinks:
+            findings.append("thinks")
+        if self.quiet:
+            findings.append(f"told not to think by {json.dumps(self.quiet)}")
+        findings.append(f"{self.seconds:.2f} s")
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
 
@@ -84,7 +98,9 @@ class Slots:
     by 1 - s/2, as in DCTCP (RFC 8257)."""
 
     def __init__(self, most: int):
-        self.most, self.limit, self.taken = most, float(most), 0
+        self.most = most
+        self.limit = float(most)
+        self.taken = 0
         self.open = True  # whether the server is asked at all
         self.shortest = SHORTEST_S
         # durations of the last answers
@@ -107,7 +123,8 @@ class Slots:
         in case the server has become slow."""
         if len(self._seconds) < max(self.most, KNOWN):
             return longest
-        return min(longest, max(SLOWER * max(self._seconds), self.shortest) * 2**timeouts)
+        usual = max(SLOWER * max(self._seconds), self.shortest)
+        return min(longest, usual * 2**timeouts)
 
 
 @dataclass(eq=False, repr=False)
@@ -124,87 +141,100 @@ class Endpoint:
     failures: int = 0  # transient failures since its last answer
     absences: int = 0  # checks for its return since then
 
-    def max_tokens(self, names: Sequence[str], form: Probe | None = None) -> int:
-        """Token limit of a reply with scores for `names`. form: the server's probe by default."""
-        form = form or self.probe
-        json_tokens = JSON_TOKENS * len(names) + 8  # upper bound for a JSON object of scores
-        return max(
-            self.options.max_tokens,
-            json_tokens if form is not None and form.held_to == "json" else 0,
-        )
+    def max_tokens(self, names: Sequence[str]) -> int:
+        """Token limit of a reply with scores for `names`."""
+        if self.probe is None or self.probe.held_to != "json":
+            return self.options.max_tokens
+        return max(self.options.max_tokens, JSON_TOKENS * len(names) + 8)
 
-    def sampling(
-        self, seed: int, names: Sequence[str], form: Probe | None = None
-    ) -> dict[str, Any]:
-        """Fields of a request that determine the reply; they ask for log-probabilities once `probe`
-        is set."""
-        # servers take 32 bits
-        fields = {"temperature": self.options.temperature, "seed": seed % 2**31}
-        fields["max_tokens"] = self.max_tokens(names, form)
-        return fields | (LOGPROBS if self.options.logprobs and self.probe else {})
+    def sampling(self, seed: int, names: Sequence[str]) -> dict[str, Any]:
+        """Fields of a request that determine the reply."""
+        return {
+            "temperature": self.options.temperature,
+            "seed": seed % 2**31,  # servers take 32 bits
+            "max_tokens": self.max_tokens(names),
+        }
+
+    def reply_key(self, messages: list[dict], fence: str, seed: int, names: Sequence[str]) -> str:
+        """Key in the cache of the reply to these messages."""
+        assert self.model is not None and self.probe is not None
+        determined_by = self.sampling(seed, names) | {"held_to": self.probe.held_to}
+        if self.options.logprobs:
+            determined_by |= LOGPROBS
+        if self.options.extra:
+            determined_by["extra"] = self.options.extra_json
+        return cache_key(self.model, messages, fence, determined_by)
+
+    def probe_key(self, model: str | None) -> str:
+        """Key in the cache of the probe of `model` with the current options."""
+        options = self.options
+        text = (
+            f"{self.url} {model} {options.max_tokens} {options.temperature} {options.logprobs} "
+            f"{options.template}{options.extra_json}"
+        )
+        return PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
     async def chat(
-        self,
-        messages: list[dict],
-        seed: int,
-        names: Sequence[str],
-        form: Probe | None = None,
-        **more: Any,
+        self, messages: list[dict], seed: int, names: Sequence[str], logprobs: bool
     ) -> Reply:
-        """Ask for scores for `names`, in the form of the server's probe or in `form`. If the server
-        needs a higher token limit than `max_tokens`, the reply is cut to about as many tokens."""
-        form = form or self.probe
+        """Ask for scores for `names`, in the form that the probe says. If the server needs a higher
+        token limit than `max_tokens`, the reply is cut to about as many tokens."""
+        form = self.probe
         assert form is not None
-        fields = {
-            **self.sampling(seed, names, form),
-            **constraint(form.held_to, names),
-            **form.quiet,
-            **more,
-        }
-        wanted, texts = fields.pop("max_tokens"), [message["content"] for message in messages]
+        fields = self.sampling(seed, names)
+        wanted = fields.pop("max_tokens")
         cap = max(wanted, form.least_tokens)
+        if logprobs:
+            fields |= LOGPROBS
+        fields |= constraint(form.held_to, names)
+        fields |= form.quiet
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
-        body = {
-            name: value for name, value in fields.items() if name not in form.refused
-        } | self.options.extra
+        texts = [message["content"] for message in messages]
         if not form.system and len(messages) > 1:
-            body["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
-        headers = body.pop("extra_headers", None)
-        # Upper bound on the prompt's tokens: a token is at least one byte, and the chat template
-        # adds a few. Where the server counted the tokens of the probe's prompt, only the part that
-        # differs from it is estimated.
-        sizes = [len(text.encode()) for text in texts]
-        longest = sum(sizes) + TEMPLATE_TOKENS
-        if self.probe is not None and self.probe.tokens and len(sizes) == 2:
-            # a ranking's instructions are longer
-            rubric = len(instructions(self.options.template).encode())
-            longest = self.probe.tokens[0] + max(sizes[0] - rubric, 0) + sizes[1]
-        with self.ledger.request(longest, cap) as charge:
-            reply = await self.client.chat(headers, body)
+            fields["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
+        for name in form.refused:
+            fields.pop(name, None)
+        fields |= self.options.extra
+        headers = fields.pop("extra_headers", None)
+        with self.ledger.request(self.most_prompt_tokens(texts), cap) as charge:
+            reply = await self.client.chat(headers, fields)
             if reply.tokens:
-                charge.update(zip(charge, reply.tokens, strict=True))
-        return (
-            reply
-            if cap == wanted
-            else replace(reply, text="".join(PIECE.findall(reply.text)[:wanted]))
-        )
+                charge["tokens_in"], charge["tokens_out"] = reply.tokens
+        if cap > wanted:
+            pieces = PIECE.findall(reply.text)
+            reply = replace(reply, text="".join(pieces[:wanted]))
+        return reply
+
+    def most_prompt_tokens(self, texts: Sequence[str]) -> int:
+        """Upper bound on a prompt's tokens: a token is at least one byte, and the chat template
+        adds a few. Where the server counted the tokens of the probe's prompt, only the part that
+        differs from it is estimated."""
+        sizes = [len(text.encode()) for text in texts]
+        if self.probe is None or not self.probe.tokens or len(sizes) != 2:
+            return sum(sizes) + TEMPLATE_TOKENS
+        prompt_tokens, _ = self.probe.tokens
+        rubric = len(instructions(self.options.template).encode())
+        longer = max(sizes[0] - rubric, 0)  # a ranking's instructions are
+        return prompt_tokens + longer + sizes[1]
 
 
 def constraint(structure: str, names: Sequence[str]) -> dict:
     """Fields of a request that constrain the reply to scores for `names`."""
-    match structure:
+    if structure == "numbers":
         # vLLM obeys the first field and llama.cpp's server the second; each ignores the other
-        case "numbers":
-            digits = [f"[0-{TOP}]"] * len(names)
-            grammar = "root ::= " + ' " " '.join(digits)
-            return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
-        case "json":
-            scores = {name: {"type": "integer", "enum": list(range(TOP + 1))} for name in names}
-            schema = dict(
-                type="object", properties=scores, required=list(names), additionalProperties=False
-            )
-            form = {"name": "grades", "strict": True, "schema": schema}
-            return {"response_format": {"type": "json_schema", "json_schema": form}}
+        digits = [f"[0-{TOP}]"] * len(names)
+        grammar = "root ::= " + ' " " '.join(digits)
+        return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
+    if structure == "json":
+        score = {"type": "integer", "enum": list(range(TOP + 1))}
+        schema = {
+            "type": "object",
+            "properties": dict.fromkeys(names, score),
+            "required": list(names),
+            "additionalProperties": False,
+        }
+        form = {"name": "grades", "strict": True, "schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
     return {}
 
 

@@ -4,6 +4,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Grader(ABC):
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
-        self.pending: dict[int, Question] = {}  # sent but not yet collected, by index
+        # not yet collected; with the grade to come, if it was asked for at once
+        self.sent: dict[Question, Future[Grade] | None] = {}
         # scores one story per request: for evaluations, and for the cost of a story
         self.scorer: Grader = self
 
@@ -59,14 +61,20 @@ class Grader(ABC):
         return {}
 
     def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
-        """Hand over a story as soon as it ends. tokens: of which the student made it."""
-        self.pending[index] = Question(opening, story, index, tokens=tuple(tokens))
+        """Hand over a story as soon as it ends. tokens: the story as the student's tokens."""
+        self.send_question(Question(opening, story, index, tokens=tuple(tokens)))
+
+    def send_question(self, question: Question) -> None:
+        """`send` for a story that is a question already."""
+        self.sent[question] = None
 
     def collect(self, stop: Stop) -> list[Grade]:
         """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every
         story would fail."""
-        questions, self.pending = [question for _, question in sorted(self.pending.items())], {}
-        return self.grades(questions, stop)
+        questions = sorted(self.sent, key=lambda question: question.number)
+        grades = self.grades(questions, stop)
+        self.sent.clear()
+        return grades
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
         """Grades of stories that share an opening, in order."""
@@ -95,28 +103,34 @@ class LocalGrader(Grader):
         if not rows:
             return grades
         scores = self.scores([questions[row] for row in rows])
-        unscored = f"{self.facts['scored_by']} gave None"
         for row, score in zip(rows, scores, strict=True):
-            grades[row] = Grade(None, score, error=unscored if score is None else None)
+            if score is None:
+                grades[row] = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
+            else:
+                grades[row] = Grade(None, score)
         return grades
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
+    """Whether more than a fraction `max_unscored` of the grades has no score."""
     return sum(grade.score is None for grade in grades) > max_unscored * len(grades)
 
 
 def require_scores(grades: list[Grade], max_unscored: float) -> None:
-    """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score."""
-    if too_few_scores(grades, max_unscored):
-        unscored = [grade for grade in grades if grade.score is None]
-        distinct = dict.fromkeys(
-            repr((grade.reply or grade.error or "")[:160]) for grade in unscored
-        )
-        replies = "; ".join([*distinct][:4])
-        raise UserError(
-            f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
-            f"all earlier steps are saved, so fix the teacher and go on with --resume (it said {replies})"
-        )
+    """Raises UserError if a step's stories have `too_few_scores`."""
+    if not too_few_scores(grades, max_unscored):
+        return
+    unscored = [grade for grade in grades if grade.score is None]
+    replies: list[str] = []
+    for grade in unscored:
+        reply = repr((grade.reply or grade.error or "")[:160])
+        if reply not in replies:
+            replies.append(reply)
+    raise UserError(
+        f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
+        "all earlier steps are saved, so fix the teacher and go on with --resume "
+        f"(it said {'; '.join(replies[:4])})"
+    )
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
@@ -124,18 +138,21 @@ def score_means(grades: list[Grade]) -> dict[str, float | None]:
     callable); its standard deviation score_std; score_mode, the fraction of scored stories with the
     commonest score (both None for one story); and NAME_mean of each criterion, None for those of
     the paper's three that are not graded."""
-    scored = [grade for grade in grades if grade.score is not None]
-    names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
-    values = {
-        f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores]
-        for name in names
-    }
-    sums = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
-    values["score_mean"] = sums
-    means = {name: sum(column) / len(column) if column else None for name, column in values.items()}
-    std, mode = (
-        (statistics.stdev(sums), max(Counter(sums).values()) / len(sums))
-        if len(sums) > 1
-        else (None, None)
-    )
-    return means | {"score_std": std, "score_mode": mode}
+    columns: dict[str, list[float]] = {f"{name}_mean": [] for name in CRITERIA}
+    sums: list[float] = []
+    for grade in grades:
+        if grade.score is None:
+            continue
+        if grade.scores is None:
+            sums.append(grade.score)
+            continue
+        sums.append(sum(grade.scores.values()))
+        for name, score in grade.scores.items():
+            columns.setdefault(f"{name}_mean", []).append(score)
+    columns["score_mean"] = sums
+
+    means = {name: statistics.fmean(column) if column else None for name, column in columns.items()}
+    if len(sums) < 2:
+        return means | {"score_std": None, "score_mode": None}
+    most_common = max(Counter(sums).values())
+    return means | {"score_std": statistics.stdev(sums), "score_mode": most_common / len(sums)}

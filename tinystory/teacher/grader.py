@@ -19,17 +19,8 @@ from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
 
 # Fields of a request that have options of their own or are set by the client.
-OWN_FIELDS = {
-    "model",
-    "messages",
-    "stream",
-    "n",
-    "temperature",
-    "seed",
-    "max_tokens",
-    "max_completion_tokens",
-}
-OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
+OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
+OWN_FIELDS |= {"max_completion_tokens", "logprobs", "top_logprobs", "extra_body", "extra_query"}
 # Prefixes of keys: at the beginning of a JSON text, and of a longer word within one.
 PREFIXES = (
     r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
@@ -56,57 +47,67 @@ def open_grader(
     fitted to a corpus and yields its URL; used if no other grader is named. corpus: the student's,
     that teacher's default; None if unknown. replies: cache file of a teacher. likelihood: makes the
     grader of --reward likelihood."""
-    extra = load_extra(config.teacher_extra)
-    with contextlib.ExitStack() as stack:
-        if config.reward == "likelihood" and likelihood:
-            yield likelihood()
-            return
-        if config.reward:
-            score = stack.enter_context(load_score(config.reward, config.teacher_timeout))
+    load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
+    if config.reward == "likelihood" and likelihood:
+        yield likelihood()
+    elif config.reward:
+        with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
-            return
-        urls = config.teacher_url
-        if not urls:
-            assert builtin_teacher is not None
-            # By default, it is fitted to the part of the student's corpus that is stories.
-            names = (
-                config.teacher_corpus
-                or [name for name in corpus or [] if name not in NO_STORIES]
-                or corpus
-            )
-            if not names:
-                message = f"{config.init} does not say what the student was trained on"
-                raise UserError(f"{message}: give --teacher-corpus NAME|FILE")
-            urls = [stack.enter_context(builtin_teacher(names))]
+    elif config.teacher_url:
+        with open_teacher(config, config.teacher_url, replies) as grader:
+            yield grader
+    else:
+        assert builtin_teacher is not None
+        with builtin_teacher(builtin_corpus(config, corpus)) as url:
             print(
-                f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
+                f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}"
             )
-        teacher = Teacher(
-            urls,
-            config.teacher_model,
-            template=load_template(config.teacher_prompt),
-            extra=extra,
-            seed=config.seed,
-            temperature=config.teacher_temperature,
-            max_tokens=config.teacher_max_tokens,
-            logprobs=config.teacher_logprobs,
-            concurrency=config.teacher_concurrency,
-            deadline_s=config.teacher_timeout,
-            max_unscored=config.max_unscored,
-            cache=replies,
-            price_in=config.price_in,
-            price_out=config.price_out,
-            budget_cost=config.budget_cost or None,
+            with open_teacher(config, [url], replies) as grader:
+                yield grader
+
+
+def builtin_corpus(config: InteractConfig, corpus: Sequence[str] | None) -> Sequence[str]:
+    """What the built-in teacher is fitted to: by default, the stories in the student's corpus."""
+    stories = [name for name in corpus or [] if name not in NO_STORIES]
+    names = config.teacher_corpus or stories or corpus
+    if not names:
+        raise UserError(
+            f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE"
         )
-        for probe in stack.enter_context(teacher).probes():
+    return names
+
+
+@contextlib.contextmanager
+def open_teacher(
+    config: InteractConfig, urls: Sequence[str], replies: Path | None
+) -> Iterator[Grader]:
+    """Yield the teacher at `urls`, once it is probed."""
+    teacher = Teacher(
+        urls,
+        config.teacher_model,
+        template=load_template(config.teacher_prompt),
+        extra=load_extra(config.teacher_extra),
+        seed=config.seed,
+        temperature=config.teacher_temperature,
+        max_tokens=config.teacher_max_tokens,
+        logprobs=config.teacher_logprobs,
+        concurrency=config.teacher_concurrency,
+        deadline_s=config.teacher_timeout,
+        max_unscored=config.max_unscored,
+        cache=replies,
+        price_in=config.price_in,
+        price_out=config.price_out,
+        budget_cost=config.budget_cost or None,
+    )
+    with teacher:
+        for probe in teacher.probes():
             print(f"teacher: {probe}")
             for note in probe.notes:
                 print(f"warning: {note}")
-        yield (
-            Ranked(teacher, config.stories_per_opening)
-            if config.teacher_mode == "rank"
-            else teacher
-        )
+        if config.teacher_mode == "rank":
+            yield Ranked(teacher, config.stories_per_opening)
+        else:
+            yield teacher
 
 
 def load_extra(text: str) -> dict[str, Any]:
@@ -118,12 +119,13 @@ def load_extra(text: str) -> dict[str, Any]:
         json.dumps(fields, allow_nan=False)
         if not isinstance(fields, dict):
             raise ValueError("this is none")
-        if taken := sorted(OWN_FIELDS & fields.keys()):
+        taken = sorted(OWN_FIELDS & fields.keys())
+        if taken:
             raise ValueError(
                 f"it cannot set {taken[0]}, which has an option of its own, or which the client needs"
             )
         headers = fields.get("extra_headers", {})
-        if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
+        if not isinstance(headers, dict) or not all(map(_is_header, headers, headers.values())):
             raise ValueError(
                 "its extra_headers must be an object whose values are one line of text each"
             )
@@ -148,8 +150,6 @@ def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_header(name: str, value: object) -> bool:
-    return (
-        bool(re.fullmatch(r"[A-Za-z0-9-]+", name))
-        and isinstance(value, str)
-        and bool(re.fullmatch("[ -~]*", value))
-    )
+    if not isinstance(value, str):
+        return False
+    return bool(re.fullmatch("[A-Za-z0-9-]+", name) and re.fullmatch("[ -~]*", value))

@@ -20,7 +20,9 @@ class Ledger:
     def __init__(
         self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]
     ):
-        self.price_in, self.price_out, self.budget = price_in, price_out, budget
+        self.price_in = price_in
+        self.price_out = price_out
+        self.budget = budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
         # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries,
         # cached.
@@ -37,10 +39,11 @@ class Ledger:
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
         """Whether these tokens, beyond those charged or reserved, stay within the budget."""
-        cost = self.price(
-            self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out
-        )
-        return self.budget is None or cost <= self.budget
+        if self.budget is None:
+            return True
+        tokens_in += self.total["tokens_in"]
+        tokens_out += self.total["tokens_out"]
+        return self.price(tokens_in, tokens_out) <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
@@ -55,7 +58,8 @@ class Ledger:
             )
         reserved = dict(tokens_in=tokens_in, tokens_out=tokens_out)
         self.total.update(reserved, requests=1)
-        charge, start = reserved.copy(), time.monotonic()
+        charge = reserved.copy()
+        start = time.monotonic()
         try:
             yield charge
             self._seconds.append(time.monotonic() - start)
@@ -71,17 +75,15 @@ class Ledger:
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50,
         _p90 and _p99 in seconds (None without an answer). For the whole run: cost."""
-        seconds, self._seconds = self._seconds, []
-        before, self._before = self._before, self.total.copy()
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
-        stats: dict[str, Any] = {name: self.total[name] - before[name] for name in names}
-        cuts = (
-            statistics.quantiles(seconds, n=100, method="inclusive")
-            if len(seconds) > 1
-            else seconds * 99
-        )
-        return (
-            stats
-            | {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)}
-            | {"cost": self.cost}
-        )
+        stats: dict[str, Any] = {name: self.total[name] - self._before[name] for name in names}
+        self._before = self.total.copy()
+        seconds = self._seconds
+        self._seconds = []
+        percentiles = seconds * 99
+        if len(seconds) > 1:
+            percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
+        for p in (50, 90, 99):
+            stats[f"latency_p{p}"] = percentiles[p - 1] if percentiles else None
+        stats["cost"] = self.cost
+        return stats

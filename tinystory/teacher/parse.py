@@ -2,10 +2,12 @@
 rewards ("2 2", cut short, is not 4/9), so three forms are accepted, here for the criteria
 readability, coherence, creativity:
 
-    2 1 3                                           integers in the order asked, separated by
-    spaces, commas or newlines {"readability": 2, "coherence": 1, ...}         one JSON object with
-    exactly these keys, bare or in a ```json fence readability: 2, coherence: 1, creativity: 3
-    exactly these labels
+    2 1 3
+        integers in the order asked, separated by spaces, commas or newlines
+    {"readability": 2, "coherence": 1, "creativity": 3}
+        one JSON object with exactly these keys, bare or in a ```json fence
+    readability: 2, coherence: 1, creativity: 3
+        exactly these labels
 """
 
 import bisect
@@ -20,7 +22,8 @@ from tinystory.teacher.prompt import TOP
 
 LONGEST_REPLY = 1000  # characters; a longer reply is an essay without scores
 
-_SPACE = r"[ \t\r\n]"
+_WHITESPACE = " \t\r\n"
+_SPACE = rf"[{_WHITESPACE}]"
 _BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
 _DIGIT = rf"[0-{TOP}]"  # not \d, which matches the digits of other scripts too
 _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
@@ -31,18 +34,23 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     exactly."""
     if len(reply) > LONGEST_REPLY:
         return None
-    text = reply.strip(" \t\r\n")
-    numbers, labelled = _patterns(tuple(criteria))
+    text = reply.strip(_WHITESPACE)
+    numbers = _numbers(len(criteria)).fullmatch(text)
+    labelled = _labelled(tuple(criteria)).fullmatch(text)
     items: list[tuple[str, object]]
-    if match := numbers.fullmatch(text):
-        items = list(zip(criteria, map(int, match.groups()), strict=True))
-    elif match := labelled.fullmatch(text):
-        items = list(zip(match.groups()[0::2], map(int, match.groups()[1::2]), strict=True))
+    if numbers:
+        items = list(zip(criteria, map(int, numbers.groups()), strict=True))
+    elif labelled:
+        names = labelled.groups()[0::2]
+        items = list(zip(names, map(int, labelled.groups()[1::2]), strict=True))
     else:
         items = _json_items(text)
-    # True is no score
-    scores = {name: value for name, value in items if type(value) is int and 0 <= value <= TOP}
-    if len(items) != len(criteria) or scores.keys() != set(criteria):
+    scores: dict[str, int] = {}
+    for name, value in items:
+        if type(value) is not int or not 0 <= value <= TOP or name in scores:  # True is no score
+            return None
+        scores[name] = value
+    if scores.keys() != set(criteria):
         return None
     return {name: scores[name] for name in criteria}
 
@@ -61,46 +69,56 @@ def expected_scores(
     if parse_scores(reply, criteria) is None or start < 0:
         return None
     token_starts = [0, *itertools.accumulate(len(token) for token, _ in tokens)]
-    expected = {}
-    for name, position in _digit_positions(reply, criteria).items():
+    expected: dict[str, float] = {}
+    for name in criteria:
+        position = _digit_position(reply, criteria, name)
+        if position is None:
+            return None
         token, candidates = tokens[bisect.bisect_right(token_starts, start + position) - 1]
-        probabilities = [0.0] * (TOP + 1)
+        if token.strip() != reply[position]:
+            return None
+        total = 0.0
+        weighted = 0.0
         for candidate, logprob in candidates.items():
             if re.fullmatch(_DIGIT, candidate.strip()):  # " 2" is 2
-                probabilities[int(candidate)] += math.exp(logprob)
-        if token.strip() != reply[position] or not any(probabilities):
+                probability = math.exp(logprob)
+                total += probability
+                weighted += int(candidate) * probability
+        if not total:
             return None
-        expected[name] = round(
-            sum(score * p for score, p in enumerate(probabilities)) / sum(probabilities), 4
-        )
-    return expected if len(expected) == len(criteria) else None
+        expected[name] = round(weighted / total, 4)
+    return expected
 
 
-def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
-    """Index of each criterion's digit in a reply that holds scores."""
-    if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
-        stripped = len(reply) - len(reply.lstrip(" \t\r\n"))
-        return {name: stripped + numbers.start(i) for i, name in enumerate(criteria, start=1)}
-    matches = (
-        (name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria
-    )
-    # a key may be written with \u escapes
-    return {name: match.start(1) for name, match in matches if match}
+def _digit_position(reply: str, criteria: Sequence[str], name: str) -> int | None:
+    """Index of a criterion's digit in a reply that holds scores; None for a key that is written
+    with \\u escapes."""
+    text = reply.lstrip(_WHITESPACE)
+    numbers = _numbers(len(criteria)).fullmatch(text.rstrip(_WHITESPACE))
+    if numbers:
+        return len(reply) - len(text) + numbers.start(1 + criteria.index(name))
+    labelled = re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)
+    return labelled.start(1) if labelled else None
 
 
 @functools.cache
-def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
-    numbers = _BETWEEN.join([f"({_DIGIT})"] * len(criteria))
+def _numbers(count: int) -> re.Pattern:
+    return re.compile(_BETWEEN.join([f"({_DIGIT})"] * count) + r"\.?")
+
+
+@functools.cache
+def _labelled(criteria: tuple[str, ...]) -> re.Pattern:
     label = "|".join(map(re.escape, criteria))
-    labelled = _BETWEEN.join([rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"] * len(criteria))
-    return re.compile(numbers + r"\.?"), re.compile(labelled + r"\.?")
+    item = rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"
+    return re.compile(_BETWEEN.join([item] * len(criteria)) + r"\.?")
 
 
 def _json_items(text: str) -> list[tuple[str, object]]:
     """The (key, value) pairs of a flat JSON object, repeated keys included; [] for any other
     text."""
-    if match := _FENCED.fullmatch(text):
-        text = match[1]
+    fenced = _FENCED.fullmatch(text)
+    if fenced:
+        text = fenced[1]
     if not text.startswith("{") or text.count("{") != 1:
         return []
     try:

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import Failure
-from tinystory.teacher.endpoint import Endpoint, Options
+from tinystory.teacher.endpoint import Endpoint
 
 T = TypeVar("T")
 FAILURES = 8  # failed requests before a story is given up: with the pauses below, a minute or more
@@ -21,6 +21,13 @@ FAILURES = 8  # failed requests before a story is given up: with the pauses belo
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 60.0
 PING_S = 10.0  # time limit of the check whether a server is back
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    value: T
+    endpoint: Endpoint  # whose answer it is
+    deadline: float  # the story's, on the monotonic clock: for its next request
 
 
 @dataclass(eq=False)
@@ -31,8 +38,7 @@ class ServerPool:
     again once it is back."""
 
     endpoints: Sequence[Endpoint]
-    options: Options
-    # probes a server that comes up for the first time
+    # probes a server, at the start or when it comes up for the first time
     examine: Callable[[Endpoint], Awaitable[None]] | None = None
     probing: bool = False  # for one server: failures are raised to the prober and never end the run
 
@@ -49,7 +55,10 @@ class ServerPool:
             yield self.endpoints[0]
             return
         turn: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
-        (self._waiting.appendleft if first else self._waiting.append)(turn)
+        if first:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
         self._admit()
         try:
             yield await turn
@@ -60,9 +69,10 @@ class ServerPool:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests."""
-        while self._waiting and (
-            free := [endpoint for endpoint in self.endpoints if endpoint.slots.free]
-        ):
+        while self._waiting:
+            free = [endpoint for endpoint in self.endpoints if endpoint.slots.free]
+            if not free:
+                return
             turn = self._waiting.popleft()
             if not turn.done():
                 endpoint = min(free, key=lambda endpoint: endpoint.slots.taken)
@@ -74,57 +84,79 @@ class ServerPool:
         request: Callable[[Endpoint], Awaitable[T]],
         deadline: float | None = None,
         exists: bool = True,
-    ) -> tuple[T, Endpoint, float]:
-        """Send a request, retrying after transient failures. Returns the result, the server, and
-        the story's deadline (set by its first request) for the next one. Raises Failure when giving
-        up. exists: whether the server is known to exist; if not, getting no answer is not
-        retried."""
+    ) -> Answer[T]:
+        """Send a request, retrying after transient failures. deadline: the story's, which its first
+        request sets. Raises Failure when giving up. exists: whether the server is known to exist;
+        if not, getting no answer is not retried."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:
                 if self.fatal is not None:
                     raise self.fatal
                 start = time.monotonic()
-                deadline = deadline or start + self.options.deadline_s
-                timeout = endpoint.slots.timeout(
-                    self.options.deadline_s / self.options.attempts, timeouts
-                )
+                if deadline is None:
+                    deadline = start + endpoint.options.deadline_s
+                timeout = endpoint.slots.timeout(endpoint.options.timeout_s, timeouts)
+                timeout = min(timeout, max(deadline - start, 0.0))
                 try:
-                    answer = await asyncio.wait_for(
-                        request(endpoint), min(max(deadline - start, 0.0), timeout)
-                    )
-                    endpoint.slots.answered(time.monotonic() - start)
-                    endpoint.failures = endpoint.absences = 0
-                    return answer, endpoint, deadline
+                    value = await asyncio.wait_for(request(endpoint), timeout)
                 except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
                     timeouts += 1
                 except Failure as error:
                     failure = error
+                else:
+                    endpoint.slots.answered(time.monotonic() - start)
+                    endpoint.failures = 0
+                    endpoint.absences = 0
+                    return Answer(value, endpoint, deadline)
                 endpoint.ledger.total["failures"] += 1
-                endpoint.failures += failure.again and not failure.busy
                 if failure.busy:
                     endpoint.slots.refused()
+                elif failure.again:
+                    endpoint.failures += 1
                 if self._is_left_out(endpoint, failure):  # the story is not the cause
                     continue
+
             failures += 1
-            pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(
-                failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S
-            )
-            hopeful = (
-                failure.again
-                and (failures < FAILURES or failure.busy)
-                and (exists or failure.status)
-            )
-            if hopeful and time.monotonic() + pause <= deadline:
+            pause = jittered(PAUSE_S * 2 ** (failures - 1))
+            pause += min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
+            in_time = time.monotonic() + pause <= deadline
+            tries_left = failures < FAILURES or failure.busy
+            may_exist = exists or failure.status is not None
+            if failure.again and tries_left and may_exist and in_time:
                 endpoint.ledger.total["retries"] += 1
                 await asyncio.sleep(pause)
-                continue
-            # the story is not the cause
-            if (failure.fatal or failure.unreachable) and not self.probing:
+            elif (failure.fatal or failure.unreachable) and not self.probing:
+                # The story is not the cause: no other one can be graded either.
                 self.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
                 raise self.fatal
-            raise failure
+            else:
+                raise failure
+
+    async def examine_all(self) -> list[Endpoint]:
+        """Examine all servers; returns those that can be used. The unreachable ones are left out
+        while another is there. Raises UserError for any other failure, or if none can be
+        reached."""
+        assert self.examine is not None
+        examine = self.examine
+        unreachable: dict[Endpoint, Failure] = {}
+
+        async def examine_one(endpoint: Endpoint) -> None:
+            try:
+                await examine(endpoint)
+            except Failure as failure:
+                if not failure.unreachable:
+                    raise UserError(f"the teacher at {endpoint.url} {failure}") from None
+                unreachable[endpoint] = failure
+
+        await asyncio.gather(*map(examine_one, self.endpoints))
+        present = [endpoint for endpoint in self.endpoints if endpoint not in unreachable]
+        for endpoint, failure in unreachable.items():
+            if not present:
+                raise UserError(f"the teacher at {endpoint.url} {failure}")
+            self.leave_out(endpoint, failure)
+        return present
 
     def leave_out(self, endpoint: Endpoint, failure: Failure) -> None:
         """Use the other servers only, until this one comes back."""
@@ -140,11 +172,8 @@ class ServerPool:
         is out."""
         if self.probing:
             return False
-        gone = (
-            (failure.fatal and failure.status)
-            or failure.unreachable
-            or endpoint.failures >= FAILURES
-        )
+        refused = failure.fatal and failure.status is not None
+        gone = refused or failure.unreachable or endpoint.failures >= FAILURES
         others = any(other.slots.open for other in self.endpoints if other is not endpoint)
         if gone and others and endpoint.slots.open:
             self.leave_out(endpoint, failure)
@@ -158,21 +187,24 @@ class ServerPool:
             endpoint.absences = min(endpoint.absences + 1, 9)
             try:
                 await asyncio.wait_for(endpoint.client.models(), PING_S)
-            except (asyncio.TimeoutError, Failure) as error:
-                if not isinstance(error, Failure) or error.again:
-                    continue
-            break
-        try:
-            if self.examine is not None and endpoint.probe is None:
+                break
+            except asyncio.TimeoutError:
+                pass
+            except Failure as failure:
+                if not failure.again:  # an answer, though not the one asked for
+                    break
+        if self.examine is not None and endpoint.probe is None:
+            try:
                 await self.examine(endpoint)
-        except (Failure, UserError) as error:
-            tqdm.write(
-                f"warning: the teacher at {endpoint.url} is back, but cannot be used: {error}"
-            )
-            return
+            except (Failure, UserError) as error:
+                tqdm.write(
+                    f"warning: the teacher at {endpoint.url} is back, but cannot be used: {error}"
+                )
+                return
         tqdm.write(f"warning: the teacher at {endpoint.url} is back")
         endpoint.failures = FAILURES - 1
-        endpoint.slots.open, endpoint.slots.limit = True, 1.0
+        endpoint.slots.limit = 1.0
+        endpoint.slots.open = True
         self._admit()
 
 

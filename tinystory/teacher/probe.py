@@ -2,19 +2,25 @@
 ignore it."""
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from tinystory.run.folder import Fields, parse_object
+from tqdm import tqdm
+
+from tinystory.run.records import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
-from tinystory.teacher.endpoint import LOGPROBS, Probe
+from tinystory.teacher.cache import Cache, CachedReply
+from tinystory.teacher.endpoint import PROBE, Endpoint, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
+HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
+PATIENCE_S = 3 * 86_400.0  # time limit for a human
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Asked for animals, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [
@@ -35,24 +41,6 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
-# Types of a probe's fields, and the values that `Prober` gives some of them.
-PROBE_FIELDS: Fields = {
-    "url": (str,),
-    "model": (str,),
-    "token_cap": (str,),
-    "least_tokens": (int,),
-    "refused": (list,),
-    "quiet": (dict,),
-    "system": (bool,),
-    "reply": (str,),
-    "scored": (bool,),
-    "thinks": (bool,),
-    "structure": (str,),
-    "held_to": (str,),
-    "tokens": (list, type(None)),
-    "seconds": (int, float),
-    "notes": (list,),
-}
 STRUCTURES = ("numbers", "json", "nothing")
 REFUSABLE = ("temperature", "seed")
 PROBE_VALUES: dict[str, Container[Any]] = {
@@ -62,6 +50,12 @@ PROBE_VALUES: dict[str, Container[Any]] = {
     "structure": STRUCTURES,
     "held_to": STRUCTURES,
 }
+# The types of a probe's fields in JSON.
+PROBE_FIELDS: Fields = {
+    name: (type(value),)
+    for name, value in json.loads(json.dumps(asdict(Probe(url="", model="")))).items()
+}
+PROBE_FIELDS |= {"tokens": (list, type(None)), "seconds": (int, float)}
 LONGEST_S = 1e6  # bound on an answer's duration
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
@@ -74,7 +68,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
     ),
     (
         re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
-        lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)},
+        lambda form, words: {"refused": tuple(sorted({*form.refused, words[1]}))},
     ),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
@@ -86,8 +80,9 @@ def load_probe(text: str, url: str) -> Probe | None:
     version's probe, and for one that no server can have led to: its fields go into all requests."""
     try:
         record = parse_object(text, PROBE_FIELDS)
-        check_probe(record, url)
     except ValueError:
+        return None
+    if record["url"] != url or not is_possible(record):
         return None
     for name in ("refused", "tokens", "notes"):
         if record[name] is not None:
@@ -95,19 +90,17 @@ def load_probe(text: str, url: str) -> Probe | None:
     return Probe(**record)
 
 
-def check_probe(record: Mapping[str, Any], url: str) -> None:
-    """Raises ValueError unless these fields of a probe have values that `Prober` gives them."""
-    chosen = {name: record[name] in values for name, values in PROBE_VALUES.items()}
-    known = all(chosen.values()) and record.keys() == PROBE_FIELDS.keys()
+def is_possible(record: Mapping[str, Any]) -> bool:
+    """Whether `Prober` can have made a probe of these fields."""
     texts = [record["model"], *record["notes"]]
-    counted = record["tokens"] is None or is_count_pair(record["tokens"])
-    timed = 0 < record["seconds"] < LONGEST_S
-    if not (known and counted and timed and record["url"] == url):
-        raise ValueError("it is no probe")
-    if not all(name in REFUSABLE for name in record["refused"]):
-        raise ValueError("it leaves out other fields")
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise ValueError("it is no text for a terminal")
+    return (
+        record.keys() == PROBE_FIELDS.keys()
+        and all(record[name] in values for name, values in PROBE_VALUES.items())
+        and all(name in REFUSABLE for name in record["refused"])
+        and all(isinstance(text, str) and text.isprintable() for text in texts)
+        and (record["tokens"] is None or is_count_pair(record["tokens"]))
+        and 0 < record["seconds"] < LONGEST_S
+    )
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
@@ -115,32 +108,78 @@ def remedy(form: Probe, failure: Failure) -> Probe:
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
-                if (changed := replace(form, **change(form, match))) != form:
+                changed = replace(form, **change(form, match))
+                if changed != form:
                     return changed
     raise failure
 
 
 class Prober:
-    """Probes the endpoint of a pool of one. All methods raise Failure if the server gives no usable
-    answer."""
+    """Probes one server. All methods raise Failure if the server gives no usable answer."""
 
-    def __init__(self, pool: ServerPool):
-        (self.endpoint,), self.pool, options = pool.endpoints, pool, pool.options
+    def __init__(self, server: Endpoint, cache: Cache):
+        options = server.options
+        self.server = server
+        self.cache = cache
+        self.endpoint = replace(server)  # a copy, whose probe changes with each experiment
+        self.options = options
+        self.pool = ServerPool([self.endpoint], probing=True)
         self.names = options.template.names
         mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
-        self.seed = options.seed
         self.notes: list[str] = []
         self.unlisted = ""  # the listed models, if the named one is not among them
         self.seconds: list[float] = []
 
-    async def choose_model(self) -> None:
-        """Take the first chat model that the server lists, unless one was named."""
+    async def examine(self) -> None:
+        """Set the server's model and probe. A cached probe also serves while the server cannot be
+        reached."""
+        server = self.server
+        try:
+            server.model = await self.choose_model()
+        except Failure as failure:
+            cached = self.cached_probe()
+            if cached is None or not failure.unreachable:
+                raise
+            server.model = cached.model
+            server.probe = cached
+            tqdm.write(
+                f"warning: the teacher at {server.url} {failure}; until then, kept replies will do"
+            )
+            return
+        probe = self.cached_probe()
+        # A cached probe without scores is repeated, unless the run got scores in spite of it.
+        if probe is None or not (probe.scored or self.has_cached_scores()):
+            probe = await self.probe()
+            reply = CachedReply(json.dumps(asdict(probe)))
+            self.cache.put(server.probe_key(server.model), reply, again=True)
+        server.probe = probe
+        if server.model == HUMAN:  # a human may take a break
+            self.options.deadline_s = PATIENCE_S
+            server.slots.shortest = PATIENCE_S
+
+    def cached_probe(self) -> Probe | None:
+        """The newest cached probe of this server that was made with the current options."""
+        server = self.server
+        for key, reply in reversed(list(self.cache.items())):
+            if not key.startswith(PROBE):
+                continue
+            probe = load_probe(reply.text, server.url)
+            if probe is None or key != server.probe_key(probe.model):
+                continue
+            if server.model in (None, probe.model):
+                return probe
+        return None
+
+    def has_cached_scores(self) -> bool:
+        """Whether any cached reply holds scores."""
+        return any(parse_scores(reply.text, self.names) for _, reply in self.cache.items())
+
+    async def choose_model(self) -> str:
+        """The named model, else the first chat model that the server lists."""
         endpoint = self.endpoint
         try:
-            models, *_ = await self.pool.ask(
-                lambda endpoint: endpoint.client.models(), exists=False
-            )
+            answer = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -150,32 +189,43 @@ class Prober:
             self.notes.append(
                 f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models"
             )
-            return
+            return endpoint.model
+        models = answer.value
         if endpoint.model is None:
             if not models:
                 raise Failure("lists no model: load one, or name it with --teacher-model")
-            endpoint.model = next((name for name in models if not NO_CHAT.search(name)), models[0])
+            chat_models = [name for name in models if not NO_CHAT.search(name)]
+            endpoint.model = (chat_models or models)[0]
         elif endpoint.model not in models:
             self.unlisted = endpoint.client.one_line(", ".join(models)) or "none"
-            message = f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
-            self.notes.append(message)
+            self.notes.append(
+                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
+            )
+        return endpoint.model
+
+    @property
+    def form(self) -> Probe:
+        assert self.endpoint.probe is not None
+        return self.endpoint.probe
+
+    def change_form(self, **fields: Any) -> None:
+        self.endpoint.probe = replace(self.form, **fields)
 
     async def probe(self) -> Probe:
         model = str(self.endpoint.model)
-        self.form = Probe(url=self.endpoint.url, model=model)
+        self.endpoint.probe = Probe(url=self.endpoint.url, model=model)
         reply = await self._first_reply()
-        thinks, scored = reply.thought, self._scored(reply)
-        if thinks and not scored:
+        thinks = reply.thought
+        if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-            scored = self._scored(reply)
         await self._find_structure()
-        if self.form.held_to == "json" and scored:
-            self.form = replace(self.form, held_to="nothing")
-        if self.form.held_to != "nothing" and not scored:
-            reply = await self._ask()
-            scored = self._scored(reply)
-        if self.pool.options.logprobs:
+        if self.form.held_to == "json" and self._scored(reply):
+            self.change_form(held_to="nothing")
+        if self.form.held_to != "nothing" and not self._scored(reply):
+            reply = await self._ask(self.messages)
+        if self.options.logprobs:
             await self._require_logprobs()
+        scored = self._scored(reply)
         if not scored:
             self.notes.append(
                 f"{model} was shown a story and gave no scores but {reply.text[:80]!r}"
@@ -190,20 +240,17 @@ class Prober:
             notes=tuple(self.notes),
         )
 
-    async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
-        """The reply to the probe's story, or to `messages`."""
-        start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
-        asked = self.endpoint.chat(
-            messages or self.messages, self.seed, self.names, self.form, **fields
-        )
+    async def _ask(self, messages: list[dict], logprobs: bool = False) -> Reply:
+        start = time.monotonic()
+        chat = self.endpoint.chat(messages, self.options.seed, self.names, logprobs)
         try:
-            reply = await asyncio.wait_for(asked, timeout)
+            reply = await asyncio.wait_for(chat, self.options.timeout_s)
         except asyncio.TimeoutError:
             raise Failure("takes too long to answer", again=True) from None
         self.seconds.append(time.monotonic() - start)
         return reply
 
-    async def _try(self, messages: list[dict] | None = None) -> Reply | None:
+    async def _try(self, messages: list[dict]) -> Reply | None:
         """`_ask`, but None after a failure that does not concern other requests."""
         try:
             return await self._ask(messages)
@@ -219,57 +266,70 @@ class Prober:
         """The reply to the story, after changing the form until the server accepts it."""
         while True:
             try:
-                return (await self.pool.ask(lambda _: self._ask()))[0]
+                answer = await self.pool.ask(lambda _: self._ask(self.messages))
+                return answer.value
             except Failure as failure:
                 if failure.status == 404 and self.unlisted:
                     message = f"has no model {self.endpoint.model!r} ({failure}); it lists: {self.unlisted}"
                     raise Failure(message, status=404) from None
-                self.form = remedy(self.form, failure)
+                self.endpoint.probe = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
         """Try QUIETER in turn on a model that reasons, then a limit of THINKING_TOKENS."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
-            self.form = replace(self.form, quiet=quiet)
-            if reply := await self._try():
-                if self._scored(reply) or not reply.thought:
-                    return reply
-                accepted = quiet
-        self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
-        reply, model = await self._try(), self.endpoint.model
+            self.change_form(quiet=quiet)
+            reply = await self._try(self.messages)
+            if reply is None:
+                continue
+            if self._scored(reply) or not reply.thought:
+                return reply
+            accepted = quiet
+        self.change_form(quiet=accepted, least_tokens=THINKING_TOKENS)
+        reply = await self._try(self.messages)
+        model = self.endpoint.model
         if reply is None or (reply.thought and not self._scored(reply)):
             raise Failure(
                 f"has a model, {model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold no scores: "
                 "choose a model that does not, or switch its thinking off on the server"
             )
-        used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
-        self.notes.append(
-            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}"
+        note = (
+            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens"
         )
+        if reply.tokens:
+            note += f"; it used {reply.tokens[1]} for the first story"
+        self.notes.append(note)
         return reply
 
     async def _find_structure(self) -> None:
         """Use the first structure that the server obeys, if any, after at most two requests."""
         for structure in ("numbers", "json"):
-            self.form = replace(self.form, structure=structure, held_to=structure)
+            self.change_form(structure=structure, held_to=structure)
             reply = await self._try(OFF_TOPIC)
             if reply is not None and self._scored(reply):
                 return
-        self.form = replace(self.form, structure="nothing", held_to="nothing")
+        self.change_form(structure="nothing", held_to="nothing")
 
     async def _require_logprobs(self) -> None:
         """Raises Failure unless a reply with scores has the log-probabilities for expected
         scores."""
         try:
-            reply = await self._ask(**LOGPROBS)
+            reply = await self._ask(self.messages, logprobs=True)
+            missing = self._scored(reply) and not expected_scores(
+                reply.text, self.names, reply.logprobs
+            )
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise
-            reply = None  # the server refuses log-probabilities
-        if reply is None or (
-            self._scored(reply) and not expected_scores(reply.text, self.names, reply.logprobs)
-        ):
+            missing = True  # the server refuses log-probabilities
+        if missing:
             raise Failure(
                 f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
                 "scores: leave --teacher-logprobs out, or ask a server that does"
             )
+
+
+def with_oldest_probe(endpoints: Sequence[Endpoint], cache: Cache) -> Endpoint:
+    """The one whose probe is the oldest in the cache."""
+    by_key = {endpoint.probe_key(endpoint.model): endpoint for endpoint in endpoints}
+    return next(by_key[key] for key, _ in cache.items() if key in by_key)

@@ -4,7 +4,6 @@ so it cannot end its own quotation. Criteria, order and scale are those of "Once
 Interactive Learning for Storytelling with Small Language Models" (arXiv 2509.15714); the wording is
 ours."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_text
+from tinystory.run.files import read_text
 from tinystory.run.text import printable
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
@@ -90,7 +89,8 @@ class Template:
     def score(self, scores: Mapping[str, float]) -> float:
         """Weighted mean of the criteria's scores, divided by TOP: 0..1."""
         total = sum(criterion.weight * scores[criterion.name] for criterion in self.criteria)
-        return total / (TOP * sum(criterion.weight for criterion in self.criteria))
+        weights = sum(criterion.weight for criterion in self.criteria)
+        return total / (TOP * weights)
 
 
 DEFAULT = Template()
@@ -140,13 +140,9 @@ def _criterion(value: Any) -> Criterion:
     match value:
         case {"name": str(name), "question": question, "levels": [_, _, _, _] as levels, **rest}:
             weight: Any = rest.pop("weight", 1)
-            positive = type(weight) in (int, float) and 0 < weight < math.inf
-            if (
-                positive
-                and not rest
-                and NAME.fullmatch(name)
-                and all(map(_is_plain, (question, *levels)))
-            ):
+            is_weight = type(weight) in (int, float) and 0 < weight < math.inf
+            are_plain = all(map(_is_plain, [question, *levels]))
+            if NAME.fullmatch(name) and is_weight and are_plain and not rest:
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
         f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
@@ -167,11 +163,12 @@ AFTER = "\n\nYour grades for the story between the marks, numbers only:"
 
 def instructions(template: Template = DEFAULT) -> str:
     """The system message with the rubric, the same for every story of a run."""
-    graded = "\n\n".join(
-        f"{criterion.name.capitalize()}. {criterion.question}\n"
-        + "\n".join(f"{level} = {meaning}" for level, meaning in enumerate(criterion.levels))
-        for criterion in template.criteria
-    )
+    rubric: list[str] = []
+    for criterion in template.criteria:
+        lines = [f"{criterion.name.capitalize()}. {criterion.question}"]
+        lines += [f"{level} = {meaning}" for level, meaning in enumerate(criterion.levels)]
+        rubric.append("\n".join(lines))
+    graded = "\n\n".join(rubric)
     count = "1 number" if len(template.names) == 1 else f"{len(template.names)} numbers"
     return (
         f"{template.preface}\n\n"
@@ -189,22 +186,22 @@ def instructions(template: Template = DEFAULT) -> str:
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
     """Chat messages that ask for one story's scores, both texts cleaned. A user's own messages have
     no fence, and are filled in once, so braces in a story stay text. Raises ValueError if the fence
-    is not one line or occurs in a
-    text."""
+    is not one line or occurs in a text."""
+    opening = clean(opening)
+    story = clean(story)
     if template.user:
-        texts = {"{opening}": clean(opening), "{story}": clean(story)}
+        texts = {"{opening}": opening, "{story}": story}
+        system = template.system
         user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
-        messages = {"system": template.system, "user": user}
-        return [{"role": role, "content": content} for role, content in messages.items() if content]
-    user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
-    if not fence or "\n" in fence or user.count(fence) != 2:
-        raise ValueError(
-            "the fence must be one line that occurs in neither the opening nor the story"
-        )
-    return [
-        {"role": "system", "content": instructions(template)},
-        {"role": "user", "content": user},
-    ]
+    else:
+        system = instructions(template)
+        user = f"{BEFORE}{opening}{BETWEEN}{fence}\n{story}\n{fence}{AFTER}"
+        if not fence or "\n" in fence or user.count(fence) != 2:
+            raise ValueError(
+                "the fence must be one line that occurs in neither the opening nor the story"
+            )
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return [message for message in messages if message["content"]]
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
@@ -216,15 +213,17 @@ def read_back(messages: object) -> tuple[str, str] | None:
             body = user.removeprefix(BEFORE).removesuffix(AFTER)
         case _:
             return None
-    mark = body.rpartition("\n")[2]
+    _, _, mark = body.rpartition("\n")
     parts = body.split(mark) if mark else []
-    if len(parts) == 3:
-        opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
-        # the mark occurs elsewhere too, perhaps only after cleaning
-        with contextlib.suppress(ValueError):
-            if render(opening, story, fence=mark)[-1]["content"] == user:
-                return opening, story
-    return None
+    if len(parts) != 3:
+        return None
+    opening = parts[0].removesuffix(BETWEEN)
+    story = parts[1][1:-1]  # without the line breaks around it
+    try:
+        rendered = render(opening, story, fence=mark)
+    except ValueError:  # the mark occurs elsewhere too, perhaps only after cleaning
+        return None
+    return (opening, story) if rendered[-1]["content"] == user else None
 
 
 def fence(seed: int, index: int, text: str) -> str:
@@ -232,7 +231,8 @@ def fence(seed: int, index: int, text: str) -> str:
     asks the same."""
     # NFKC: a model may read full-width and other compatible forms of letters and digits as the
     # plain ones.
-    text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
+    text = unicodedata.normalize("NFKC", clean(text)).casefold()
+    size = 6
     while True:
         digits = hashlib.shake_256(f"{seed} {index}".encode()).hexdigest(size)
         if digits not in text:

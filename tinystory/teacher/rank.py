@@ -19,23 +19,26 @@ from tinystory.teacher.prompt import Criterion, Question, Template, clean
 def ranking(template: Template, count: int) -> Template:
     """The template that asks how `count` stories compare with each other by the criteria of
     `template`."""
-    names = [f"story_{i}" for i in range(1, count + 1)]
     levels = (
         "among the worst of them",
         "below their middle",
         "above their middle",
         "among the best of them",
     )
-    listed = " ".join(
-        f"{c.name.capitalize()} (weight {c.weight:g}): {c.question}" for c in template.criteria
-    )
+    names = [f"story_{i}" for i in range(1, count + 1)]
+    stories = [
+        Criterion(name, f"How does {name} compare with the others?", levels) for name in names
+    ]
+    criteria = [
+        f"{criterion.name.capitalize()} (weight {criterion.weight:g}): {criterion.question}"
+        for criterion in template.criteria
+    ]
     return Template(
-        tuple(
-            Criterion(name, f"How does {name} compare with the others?", levels) for name in names
-        ),
+        tuple(stories),
         f"You compare {count} short stories by beginners. All go on from the same opening, and each may stop before "
         "its end; do not count that against it, nor its place, nor its length. The text to grade holds all of them, "
-        f"each below a line of dashes with its name. Compare them by these criteria. {listed}",
+        "each below a line of dashes with its name. Compare them by these criteria. "
+        f"{' '.join(criteria)}",
     )
 
 
@@ -52,8 +55,16 @@ def ranks(table: Sequence[Sequence[float]]) -> list[float]:
     """Score of each story of a group, 0..1: the fraction of the others that it beats (a tie counts
     1/2). table[i][j]: grade of place j in request i, where story (i + j) mod n stands."""
     n = len(table)
-    sums = [round(sum(table[i][(story - i) % n] for i in range(n)), 6) for story in range(n)]
-    return [(sum((a > b) + (a == b) / 2 for b in sums) - 0.5) / (n - 1) for a in sums]
+    sums: list[float] = []
+    for story in range(n):
+        grades = [table[i][(story - i) % n] for i in range(n)]
+        sums.append(round(sum(grades), 6))
+    scores: list[float] = []
+    for own in sums:
+        beaten = sum(other < own for other in sums)
+        ties = sums.count(own) - 1
+        scores.append((beaten + ties / 2) / (n - 1))
+    return scores
 
 
 class Ranked(Grader):
@@ -63,7 +74,9 @@ class Ranked(Grader):
 
     def __init__(self, teacher: Teacher, size: int):
         super().__init__(teacher.facts)
-        self.teacher, self.size, self.template = teacher, size, ranking(teacher.template, size)
+        self.teacher = teacher
+        self.size = size
+        self.template = ranking(teacher.options.template, size)
         self.scorer = teacher
         # grades by place, a row per request of the last `grades`
         self._rows: list[list[float]] = []
@@ -74,40 +87,41 @@ class Ranked(Grader):
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         return self.teacher.grade_each(pairs)
 
-    def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
+    def send_question(self, question: Question) -> None:
         """Send a group as soon as its last story ends."""
-        super().send(index, opening, story, tokens)
-        group = range(index - index % self.size, index - index % self.size + self.size)
-        if all(i in self.pending for i in group):
-            for question in self._questions([self.pending[i] for i in group]):
-                self.teacher.sent[question] = self.teacher.submit(question)
+        super().send_question(question)
+        number = question.number // self.size
+        group = [each for each in self.sent if each.number // self.size == number]
+        if len(group) == self.size:
+            group.sort(key=lambda each: each.number)
+            for rotation in self._rotations(group):
+                self.teacher.send_question(rotation)
 
-    def _questions(self, group: Sequence[Question]) -> list[Question]:
-        """One per rotation of the group: the i-th begins with the i-th story and has its number."""
-        turns = [
-            joined([each.story for each in (*group[i:], *group[:i])]) for i in range(len(group))
-        ]
-        return [
-            each._replace(story=turn, template=self.template)
-            for each, turn in zip(group, turns, strict=True)
-        ]
+    def _rotations(self, group: Sequence[Question]) -> list[Question]:
+        """The i-th begins with the i-th story of the group and has its number."""
+        stories = [question.story for question in group]
+        rotations: list[Question] = []
+        for i, question in enumerate(group):
+            text = joined(stories[i:] + stories[:i])
+            rotations.append(question._replace(story=text, template=self.template))
+        return rotations
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]
-        replies = self.teacher.grades(
-            [each for group in groups for each in self._questions(group)], stop
-        )
-        grades, self._rows = [replace(reply, score=None, scores=None) for reply in replies], []
-        for i in range(0, len(replies), self.size):
-            table = [
-                [*reply.scores.values()]
-                for reply in replies[i : i + self.size]
-                if reply.scores is not None
-            ]
-            if len(table) == self.size:
-                self._rows += table
-                for place, score in enumerate(ranks(table), start=i):
-                    grades[place] = replace(grades[place], score=score)
+        starts = range(0, len(questions), self.size)
+        rotations: list[Question] = []
+        for start in starts:
+            rotations += self._rotations(questions[start : start + self.size])
+        replies = self.teacher.grades(rotations, stop)
+        grades = [replace(reply, score=None, scores=None) for reply in replies]
+        self._rows = []
+        for start in starts:
+            group = replies[start : start + self.size]
+            table = [list(reply.scores.values()) for reply in group if reply.scores is not None]
+            if len(table) < self.size:
+                continue
+            self._rows += table
+            for place, score in enumerate(ranks(table), start):
+                grades[place] = replace(grades[place], score=score)
         for place, question in enumerate(questions):
             if is_blank(question.story):
                 grades[place] = replace(grades[place], score=0.0, error=None)
@@ -116,10 +130,14 @@ class Ranked(Grader):
     def stats(self) -> dict[str, Any]:
         """The teacher's metrics, and rank_position_bias: the fraction of the grades' variance that
         places explain (0 for a consistent judge, 1 for one that only looks at places)."""
-        spread = pvariance([grade for row in self._rows for grade in row]) if self._rows else 0.0
-        by_place = (
-            pvariance([fmean(column) for column in zip(*self._rows, strict=True)])
-            if spread
-            else 0.0
-        )
-        return self.teacher.stats() | {"rank_position_bias": by_place / spread if spread else None}
+        return self.teacher.stats() | {"rank_position_bias": self._position_bias()}
+
+    def _position_bias(self) -> float | None:
+        """None if all grades are equal, or there are none."""
+        if not self._rows:
+            return None
+        spread = pvariance([grade for row in self._rows for grade in row])
+        if not spread:
+            return None
+        means = [fmean(column) for column in zip(*self._rows, strict=True)]
+        return pvariance(means) / spread

@@ -59,7 +59,8 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
 async def until_stopped(or_stdin_closed: bool = False) -> None:
     """Wait for Ctrl-C, SIGTERM or, if asked, until the parent (which sends no input) ends or closes
     standard input."""
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopped.set)
     if or_stdin_closed:
@@ -79,13 +80,13 @@ class Refused(Exception):
 
 def application(model: str, description: str, respond: Responder) -> web.Application:
     """Routes of a server whose only model is `model`."""
-    entry = dict(
-        id=model,
-        object="model",
-        created=int(time.time()),
-        owned_by="tinystory",
-        description=description,
-    )
+    entry = {
+        "id": model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "tinystory",
+        "description": description,
+    }
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [entry]})
@@ -97,21 +98,25 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
         whole = PIECE.findall(await respond(messages))
         reply = whole[: body.get("max_completion_tokens") or body.get("max_tokens")]
         n_prompt = sum(len(PIECE.findall(message["content"])) + 3 for message in messages)
-        message = {"role": "assistant", "content": "".join(reply)}
-        choice = dict(
-            index=0, message=message, finish_reason="stop" if reply == whole else "length"
-        )
-        usage = dict(
-            prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply)
-        )
-        answer = dict(
-            object="chat.completion",
-            created=int(time.time()),
-            model=model,
-            choices=[choice],
-            usage=usage,
-        )
-        return web.json_response({"id": f"chatcmpl-{uuid.uuid4().hex}", **answer})
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(reply)},
+            "finish_reason": "stop" if reply == whole else "length",
+        }
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": len(reply),
+            "total_tokens": n_prompt + len(reply),
+        }
+        answer = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": [choice],
+            "usage": usage,
+        }
+        return web.json_response(answer)
 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
     routes.router.add_post("/v1/chat/completions", chat)
@@ -141,39 +146,46 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 def parse_body(body: bytes) -> dict:
     """The JSON object in a request's body. Raises Refused for anything else."""
-    if isinstance(value := parse_json(body), dict):
-        return value
-    raise Refused("The body of the request must be a JSON object.")
+    value = parse_json(body)
+    if not isinstance(value, dict):
+        raise Refused("The body of the request must be a JSON object.")
+    return value
+
+
+def _is_message(value: object) -> bool:
+    match value:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
+
+
+def _is_limit(value: object) -> bool:
+    return value is None or (type(value) is int and value >= 1)  # True is an int too
+
+
+# What each field of a request must be, and how a refusal says so.
+RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "model": (lambda value: isinstance(value, str), "must be a string."),
+    "messages": (
+        lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
+        "must be a list of at least one message, each with a role and a text as content.",
+    ),
+    "n": (lambda value: value in (None, 1), "must be 1: this model always gives the same answer."),
+    "response_format": (lambda value: value in (None, {"type": "text"}), "must be of type text."),
+    "max_tokens": (_is_limit, "must be a whole number of at least 1."),
+    "max_completion_tokens": (_is_limit, "must be a whole number of at least 1."),
+}
+UNSUPPORTED = ("stream", "logprobs", "tools", "functions")
 
 
 def _check(body: dict, model: str) -> None:
     """Raises Refused for the first field that is invalid or asks for something unsupported."""
-
-    def is_message(value: Any) -> bool:
-        return isinstance(value, dict) and {
-            type(value.get("role")),
-            type(value.get("content")),
-        } == {str}
-
-    rules: dict[str, tuple[Callable[[Any], object], str]] = {
-        "model": (lambda v: isinstance(v, str), "must be a string."),
-        "messages": (
-            lambda v: isinstance(v, list) and v and all(map(is_message, v)),
-            "must be a list of at least one message, each with a role and a text as content.",
-        ),
-        "n": (lambda v: v in (None, 1), "must be 1: this model always gives the same answer."),
-        "response_format": (lambda v: v in (None, {"type": "text"}), "must be of type text."),
-    }
-    for name in ("max_tokens", "max_completion_tokens"):  # True is an int too
-        rules[name] = (
-            lambda v: v is None or (type(v) is int and v >= 1),
-            "must be a whole number of at least 1.",
-        )
-    for name in ("stream", "logprobs", "tools", "functions"):
-        rules[name] = (lambda v: not v, "is not supported by this model.")
-    for name, (is_valid, requirement) in rules.items():
+    for name, (is_valid, requirement) in RULES.items():
         if not is_valid(body.get(name)):
             raise Refused(f"`{name}` {requirement}", name)
+    for name in UNSUPPORTED:
+        if body.get(name):
+            raise Refused(f"`{name}` is not supported by this model.", name)
     if body["model"] != model:
         message = f"The model `{body['model'][:100]}` does not exist; this server has `{model}`."
         raise Refused(message, "model", "model_not_found", 404)

@@ -119,7 +119,8 @@ class _Plot:
     def __init__(self, source: str):
         head, *paragraphs = re.split(r"\n\s*\n", source.strip())
         title, *facts = re.split(r"\n(?=\S)", head)
-        self.name, heroes = title.split(": ")
+        name, heroes = title.split(": ")
+        self.name: str = name
         self.heroes = heroes.split()
         self.facts = []
         for fact in facts:

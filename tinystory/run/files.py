@@ -1,0 +1,127 @@
+"""Files that are written whole or not at all, and foreign files that are read with care."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from tinystory.run.errors import UserError, cannot_write
+
+LONGEST = 1 << 26  # bytes of a file of text or JSON, or of a line of records
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that durably replaces `path` when the block ends without an error; else `path`
+    is untouched. Raises UserError if it cannot be written (disk full, read-only, no such
+    folder)."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)  # until then the rename is not durable
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        # a read-only file system refuses even to remove a missing file
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write content (str as UTF-8) so that a kill at any instant leaves either the old content or
+    the new."""
+    if isinstance(content, str):
+        content = content.encode()
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A path at which the block makes a folder, which becomes `folder`, a new one, when the block
+    ends without an error. What a killed process left half-written there is removed first. Raises
+    UserError if it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(path: Path) -> None:
+    """Create the folder of a file to be written after long work. Raises UserError if it cannot be
+    written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read. In the block, OSError and ValueError become a UserError that offers no
+    remedy; callers may add one. A pipe or a device is refused: reading it could block."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
+        with open(path, "rb") as file:
+            yield file
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file. Raises UserError if it is over LONGEST bytes, has NUL characters
+    or is not UTF-8."""
+    with open_bytes(path) as file:
+        content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it is over {LONGEST >> 20} MB")
+        if b"\0" in content:
+            raise ValueError("it holds NUL characters")
+        return content.decode()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open_bytes(path) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""Files of JSON: one object each, such as config.json, or one object per line, such as
+metrics.jsonl.
+
+A run's folder may have been cut, edited or written by something else, so each kind of file has one
+reader here, which checks names, types and sizes for its callers."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tinystory.run.errors import UserError
+from tinystory.run.files import LONGEST, atomic_file, file_hash, open_bytes, read_text, sync
+
+Record: TypeAlias = dict[str, Any]  # one JSON object
+# allowed types by field; None: it may be missing
+Fields: TypeAlias = dict[str, tuple[type | None, ...]]
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"  # one object per step
+STORIES = "stories.jsonl"  # one object per story
+SAMPLES = "samples.jsonl"
+EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
+FINDINGS = "findings.jsonl"  # what other programs found out about the run, for its report
+MANIFEST = "manifest.json"
+LARGEST = 1e100  # bound on the absolute value of a number in a record
+
+NUMBER = (int, float, type(None))
+NO_FIELDS: Fields = {}
+STORY_FIELDS: Fields = {
+    "opening": (str,),
+    "story": (str,),
+    "scores": (dict, type(None)),
+    "step": (int,),
+    "index": (int,),
+    "reply": (str, type(None)),
+    "reward": NUMBER,
+    "words": (int,),
+    "ended": (str,),
+}
+FIELDS: dict[str, Fields] = {  # required in each record
+    METRICS: {"step": (int,)},
+    STORIES: STORY_FIELDS,
+    EVALUATIONS: STORY_FIELDS,
+    SAMPLES: STORY_FIELDS | {"when": (str,)},
+    CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
+    FINDINGS: {"title": (str,), "step": (int,), "sentences": (list,), "table": (list,)},
+}
+
+
+# ---- one object ----------------------------------------------------------------------------------
+
+
+def read_object(path: Path, fields: Fields = NO_FIELDS) -> Record:
+    """The JSON object in a file. Raises UserError unless it is one with these fields."""
+    text = read_text(path)
+    try:
+        return parse_object(text, fields)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def parse_object(text: bytes | str, fields: Fields) -> Record:
+    """The JSON object in a text. Raises ValueError unless it is one, with these fields and without
+    NaN or Infinity."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}")
+
+    try:
+        record = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    check_fields(record, fields)
+    return record
+
+
+def check_fields(record: Record, fields: Fields) -> None:
+    """Raises ValueError for a field that is missing, of another type, or out of its range."""
+    for name, kinds in fields.items():
+        if name not in record:
+            if None in kinds:
+                continue
+            raise ValueError(f"it has no {name!r}")
+        value = record[name]
+        if type(value) not in kinds:
+            raise ValueError(f"its {name!r} is {value!r:.40}")
+        if int in kinds and float not in kinds and not 0 <= value < 1 << 53:
+            raise ValueError(f"its {name!r} is negative or too large")
+        if kinds == NUMBER:
+            check_size(name, value)
+    if fields is FIELDS[METRICS]:
+        check_metrics(record)
+    if "story" in fields:
+        check_scores(record["scores"] or {})
+
+
+def check_metrics(record: Record) -> None:
+    """Every metric is a number, true, false or null, except what a teacher says of itself."""
+    for name, value in record.items():
+        if type(value) not in (*NUMBER, bool) and not name.startswith("teacher_"):
+            raise ValueError(f"its {name!r} is {value!r:.40}")
+        check_size(name, value)
+
+
+def check_size(name: str, value: Any) -> None:
+    if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
+        raise ValueError(f"its {name!r} is too large")
+
+
+def check_scores(scores: Record) -> None:
+    for score in scores.values():
+        if type(score) not in (int, float) or not 0 <= score <= 3:
+            raise ValueError("a score in it is not a number from 0 to 3")
+
+
+# ---- one object per line -------------------------------------------------------------------------
+
+
+def read_records(
+    path: Path, fields: Fields | None = None, check: Callable[[Record], None] | None = None
+) -> Iterator[Record]:
+    """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of
+    its name). check: raises ValueError for a record that is refused all the same. A last line left
+    incomplete by a killed process is skipped. Raises UserError for any other line that is no such
+    record."""
+    if not path.exists():
+        return
+    if fields is None:
+        fields = FIELDS.get(path.name, NO_FIELDS)
+    number = 0
+    with open_bytes(path) as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if line == b"\n":
+                continue
+            try:
+                if len(line) > LONGEST:
+                    raise ValueError(f"it is over {LONGEST >> 20} MB")
+                record = parse_object(line, fields)
+                if check is not None:
+                    check(record)
+            except ValueError as error:
+                is_incomplete = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                if is_incomplete and not line.endswith(b"\n"):
+                    return
+                raise UserError(
+                    f"line {number} of {path} does not belong there ({error}): fix or delete that "
+                    "line, or choose another file"
+                ) from None
+            yield record
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    return list(read_records(Path(folder) / METRICS))
+
+
+def read_stories(folder: Path) -> Iterator[Record]:
+    """The records of stories.jsonl, one at a time: a long run's file is too large for memory."""
+    return read_records(Path(folder) / STORIES)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records of later steps."""
+    if not path.exists():
+        return
+    with atomic_file(path) as file:
+        for record in read_records(path):
+            if record["step"] <= step:
+                file.write(json.dumps(record).encode() + b"\n")
+
+
+def plain(value: Any) -> Any:
+    """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits,
+    non-finite ones are None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+# ---- manifests -----------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the SHA-256 of each file in a folder to its MANIFEST, and sync them
+    all."""
+    manifest = {path.name: size_and_hash(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in folder.iterdir():
+        sync(path)
+
+
+def require_whole(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError, naming the file, unless these files match the folder's MANIFEST."""
+    manifest = read_object(folder / MANIFEST)
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        if not path.is_file() or manifest.get(name) != size_and_hash(path):
+            raise UserError(
+                f"{path} is not what {MANIFEST} beside it says was saved: one of them is damaged"
+            )
+
+
+def size_and_hash(path: Path) -> Record:
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
