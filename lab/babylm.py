@@ -11,10 +11,11 @@ measures are defined as in its pipeline.
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,18 +36,25 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint
 
-TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
-    "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
-    "supplement": (evaluate_pairs, "BLiMP's supplement"),
-    "ewok": (evaluate_pairs, "EWoK"),
-    "entity_tracking": (evaluate_pairs, "entity tracking"),
-    "wug": (evaluate_wug, "wug test of adjective nominalisation"),
-    "wug_past": (functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
-    "comps": (evaluate_pairs, "COMPS"),
-    "reading": (evaluate_reading_times, "reading_data.csv"),
+
+class Task(NamedTuple):
+    evaluate: Callable[..., dict[str, Any]]
+    help: str
+
+
+TASKS = {
+    "blimp": Task(evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
+    "supplement": Task(evaluate_pairs, "BLiMP's supplement"),
+    "ewok": Task(evaluate_pairs, "EWoK"),
+    "entity_tracking": Task(evaluate_pairs, "entity tracking"),
+    "wug": Task(evaluate_wug, "wug test of adjective nominalisation"),
+    "wug_past": Task(functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
+    "comps": Task(evaluate_pairs, "COMPS"),
+    "reading": Task(evaluate_reading_times, "reading_data.csv"),
 }
 # Name, task, keys of the value and its interval in the task's record, decimals.
 ROWS = (
@@ -71,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
-    for task, (_, text) in TASKS.items():
-        add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    for name, task in TASKS.items():
+        add(f"--{name.replace('_', '-')}", metavar="PATH", help=task.help)
     add(
         "--babylm",
         type=Path,
@@ -98,9 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto")
     add("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
-    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
-    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
-    if not tasks and not options.aoa and not options.coreference:
+    paths = submission.find_tasks(options.babylm) if options.babylm else {}
+    for name in TASKS:
+        path = getattr(options, name)
+        if path:
+            paths[name] = path
+    if not paths and not options.aoa and not options.coreference:
         raise UserError(
             "nothing to evaluate: give --babylm FOLDER, --blimp or another task, or --coreference N"
         )
@@ -110,38 +121,41 @@ def main(argv: list[str] | None = None) -> None:
         )
     if options.out:
         require_output(options.out)
-    checkpoints = options.checkpoints or [newest_run()]
     stories = unseen_stories(options.coreference)
-    records, surprisals = list[dict[str, Any]](), list[dict[str, Any]]()
-    for folder in tqdm(
-        [checkpoint.find(path) for path in checkpoints], desc="checkpoints", disable=None
-    ):
+    folders = [checkpoint.find(path) for path in options.checkpoints or [newest_run()]]
+    records: list[Record] = []
+    surprisals: list[Record] = []
+    for folder in tqdm(folders, desc="checkpoints", disable=None):
         student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
         record = student_record(folder, history)
-        for task, data in tasks.items():
-            record[task] = TASKS[task][0](student, tokenizer, data)
+        for name, path in paths.items():
+            measures = TASKS[name].evaluate(student, tokenizer, path)
             if options.predictions and options.babylm:
-                submission.save_predictions(options.predictions, folder, task, data, record[task])
-            record[task].pop("predictions")
+                submission.save_predictions(options.predictions, folder, name, path, measures)
+            del measures["predictions"]
+            record[name] = measures
         if options.aoa:
-            by_word = submission.word_surprisals(student, tokenizer, options.aoa)
-            words = record["words"] or 0
-            surprisals += [{"step": folder.name, "word_count": words} | row for row in by_word]
-            finite = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
-            record["aoa"] = {"surprisal": mean_of(finite), "items": len(finite)}
+            words = submission.word_surprisals(student, tokenizer, options.aoa)
+            trained = {"step": folder.name, "word_count": record["words"] or 0}
+            surprisals += [trained | word for word in words]
+            known = [word["surprisal"] for word in words if not math.isnan(word["surprisal"])]
+            record["aoa"] = {"surprisal": mean_of(known), "items": len(known)}
         if stories:
             record["coreference"] = coreference(student, tokenizer, stories)
         records.append(record)
     if options.predictions and options.aoa:
         submission.save_surprisals(options.predictions, surprisals)
+
     print(*aligned(comparison(records, ROWS)), sep="\n")
     for record in records:
-        if left_out := {
-            task: record[task]["too_long"] for task in tasks if record[task].get("too_long")
-        }:
+        left_out = {}
+        for name in paths:
+            if record[name].get("too_long"):
+                left_out[name] = record[name]["too_long"]
+        if left_out:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
     if options.out:
-        report = {"tasks": tasks, "checkpoints": records}
+        report = {"tasks": paths, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")
 
 

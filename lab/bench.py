@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from lab import kernels, timing
-from lab.timing import PROMPT, SHAPES, WORK, Setup
+from lab.timing import PROMPT, SHAPES, WORK, Setup, Work
 from tinystory import ops
 from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
@@ -62,44 +62,67 @@ def main(argv: list[str] | None = None) -> None:
         choices=("muon", "adamw"),
         help="of pretraining (default: muon; peers: adamw, as nanoGPT's)",
     )
-    a = parser.parse_args(argv)
-    compute = resolve(a.device, a.dtype)
-    config, device = SHAPES[a.shape], compute.device
-    batch = a.batch or WORK.get(a.bench, WORK["pretrain"])[2][a.shape]
-    if a.bench == "peers":
-        require_peers(a, device)
-    elif a.nanogpt or a.trl:
+    args = parser.parse_args(argv)
+    compute = resolve(args.device, args.dtype)
+    device = compute.device
+    config = SHAPES[args.shape]
+    if args.bench == "peers":
+        require_peers(args, device)
+    elif args.nanogpt or args.trl:
         raise UserError("--nanogpt and --trl go with the bench peers")
-    writes = a.bench in ("rollout", "ppo", "peers")
-    if writes and PROMPT + a.new > config.context:
+    writes = args.bench in ("rollout", "ppo", "peers")
+    if writes and PROMPT + args.new > config.context:
         raise UserError(
-            f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens"
+            f"--new {args.new} does not fit: {args.shape} has room for {config.context - PROMPT} tokens"
         )
-    setup = Setup(config, batch, a.new, compute)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts: dict[str, Any] = dict(
-        bench=a.bench, shape=a.shape, device=name, dtype=str(compute.dtype)[6:], runs=a.runs
-    )
-    facts |= dict(threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2))
-    facts |= ({} if a.bench == "peers" else dict(batch=batch)) | (dict(new=a.new) if writes else {})
+    work = WORK.get(args.bench, WORK["pretrain"])
+    setup = Setup(config, args.batch or work.batch[args.shape], args.new, compute)
+    optimizers = {"pretrain": PretrainConfig.optimizer, "peers": "adamw"}
+    options = {}
+    if args.bench in optimizers:
+        options["optimizer"] = args.optimizer or optimizers[args.bench]
+    facts = conditions(args, setup)
+    if args.bench != "peers":
+        facts["batch"] = setup.batch
+    if writes:
+        facts["new"] = args.new
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
-    optimizers = {"pretrain": PretrainConfig.optimizer, "peers": "adamw"}
-    options = {"optimizer": a.optimizer or optimizers[a.bench]} if a.bench in optimizers else {}
+
     torch.manual_seed(0)
-    print(f"{a.bench} on {name}: {a.runs + 1} runs ...", file=sys.stderr)
-    if a.bench == "kernels":
-        facts["kernels"] = kernels.compare(setup, a.runs)
-    elif a.bench == "peers":
-        facts["peers"] = compare_peers(setup, a, **options)
+    print(f"{args.bench} on {facts['device']}: {args.runs + 1} runs ...", file=sys.stderr)
+    if args.bench == "kernels":
+        facts["kernels"] = kernels.compare(setup, args.runs)
+    elif args.bench == "peers":
+        facts["peers"] = compare_peers(setup, args, options["optimizer"])
     else:
-        run = WORK[a.bench][0](setup, **options)
-        laps = [run() for _ in range(a.runs + 1)][1:]  # the first warms up
-        facts |= {key: round(median(lap[key] for lap in laps), 4) for key in laps[0]}
-        if a.bench != "ppo":
-            facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(a.bench, setup)
-    print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
+        facts |= median_lap(work.make_run(setup, **options), args.runs)
+        if args.bench != "ppo":
+            facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(args.bench, setup)
+    facts |= options
+    facts["peak_mb"] = peak_memory_mb(device)
+    print(json.dumps(facts), flush=True)
+
+
+def conditions(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    device = setup.compute.device
+    return {
+        "bench": args.bench,
+        "shape": args.shape,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(setup.compute.dtype).removeprefix("torch."),
+        "runs": args.runs,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def median_lap(run: timing.Run, runs: int) -> dict[str, float]:
+    """The median of each of a run's numbers."""
+    run()  # warms up
+    laps = [run() for _ in range(runs)]
+    return {key: round(median(lap[key] for lap in laps), 4) for key in laps[0]}
 
 
 # ---- other programs, timed in turns with ours ----------------------------------------------------
@@ -109,19 +132,20 @@ def main(argv: list[str] | None = None) -> None:
 def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
     """Yields a function that returns the seconds of a run in a process of lab/peer.py, or
     raises UserError."""
-    argv, pipe = (
-        [python, str(ROOT / "lab/peer.py"), name, json.dumps(settings)],
-        subprocess.PIPE,
-    )
+    argv = [python, str(ROOT / "lab/peer.py"), name, json.dumps(settings)]
+    pipe = subprocess.PIPE
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
 
     def run() -> float:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # its output has ended too
             print("run", file=process.stdin, flush=True)
-        if line := process.stdout.readline():
-            return float(line)
-        raise UserError(f"the peer {name} ended with status {process.wait()}: its message is above")
+        line = process.stdout.readline()
+        if not line:
+            raise UserError(
+                f"the peer {name} ended with status {process.wait()}: its message is above"
+            )
+        return float(line)
 
     try:
         yield run
@@ -130,12 +154,16 @@ def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[
         process.communicate()
 
 
-def require_peers(a: argparse.Namespace, device: torch.device) -> None:
-    if device.type != "cpu" or a.batch:
+def require_peers(args: argparse.Namespace, device: torch.device) -> None:
+    if device.type != "cpu" or args.batch:
         raise UserError(
             "peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch"
         )
-    files = [path for path in (a.nanogpt and a.nanogpt / "model.py", a.trl) if path]
+    files = []
+    if args.nanogpt:
+        files.append(args.nanogpt / "model.py")
+    if args.trl:
+        files.append(args.trl)
     if not files or not all(path.is_file() for path in files):
         raise UserError(
             "peers needs --nanogpt DIR, a clone of github.com/karpathy/nanoGPT with its model.py, or --trl PYTHON, the "
@@ -143,39 +171,66 @@ def require_peers(a: argparse.Namespace, device: torch.device) -> None:
         )
 
 
-def compare_peers(setup: Setup, a: argparse.Namespace, optimizer: str) -> dict[str, dict[str, Any]]:
+def compare_peers(
+    setup: Setup, args: argparse.Namespace, optimizer: str
+) -> dict[str, dict[str, Any]]:
     """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so
     that a machine's drift affects both; ratio: median over turns of the peer's seconds, in its
     faster dtype, over ours (above 1: ours is faster)."""
-    results: dict[str, dict[str, Any]] = {}
-    peers = {"pretrain": ("nanogpt", sys.executable)} if a.nanogpt else {}
-    peers |= {"rollout": ("transformers", str(a.trl)), "ppo": ("trl", str(a.trl))} if a.trl else {}
-    for work, (name, python) in peers.items():
-        make_run, key, batches = WORK[work]
-        setup = dataclasses.replace(setup, batch=batches[a.shape])
-        ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
-        settings = dict(
-            model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT
+    results = {}
+    if args.nanogpt:
+        results["pretrain"] = compare_peer(
+            "nanogpt", sys.executable, setup, args, WORK["pretrain"], optimizer=optimizer
         )
-        settings |= dict(threads=torch.get_num_threads(), repo=str(a.nanogpt))
-        # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
-        dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
-        with contextlib.ExitStack() as stack:
-            theirs = [
-                stack.enter_context(peer(python, name, settings | {"dtype": dtype}))
-                for dtype in dtypes
-            ]
-            turns = tqdm(range(a.runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
-            # the first warms up
-            laps = [[ours()[key], *(run() for run in theirs)] for _ in turns][1:]
-        ours_s, *peer_s = (round(median(column), 4) for column in zip(*laps, strict=True))
-        best = peer_s.index(min(peer_s))
-        ratio = round(median(lap[1 + best] / lap[0] for lap in laps), 2)
-        results[work] = dict(
-            batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio
-        )
-        results[work]["peer_s"] = dict(zip(dtypes, peer_s, strict=True))
+    if args.trl:
+        python = str(args.trl)
+        results["rollout"] = compare_peer("transformers", python, setup, args, WORK["rollout"])
+        results["ppo"] = compare_peer("trl", python, setup, args, WORK["ppo"])
     return results
+
+
+def compare_peer(
+    name: str, python: str, setup: Setup, args: argparse.Namespace, work: Work, **options: str
+) -> dict[str, Any]:
+    """An entry of `compare_peers`. options: of work.make_run."""
+    setup = dataclasses.replace(setup, batch=work.batch[args.shape])
+    ours = work.make_run(setup, **options)
+    settings = {
+        "model": dataclasses.asdict(setup.config),
+        "batch": setup.batch,
+        "new": setup.new,
+        "prompt": PROMPT,
+        "threads": torch.get_num_threads(),
+        "repo": str(args.nanogpt),
+    }
+    dtypes = ["float32"]
+    # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
+    if name != "trl" and cpu_has_bf16():
+        dtypes.append("bfloat16")
+    our_laps = []
+    peer_laps: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for dtype in dtypes:
+            process = peer(python, name, settings | {"dtype": dtype})
+            runs[dtype] = stack.enter_context(process)
+        for _ in tqdm(range(args.runs + 1), desc=f"{name} and ours", unit="turn", disable=None):
+            our_laps.append(ours()[work.seconds_key])
+            for dtype, run in runs.items():
+                peer_laps[dtype].append(run())
+
+    # The first turn warms up.
+    peer_s = {dtype: round(median(laps[1:]), 4) for dtype, laps in peer_laps.items()}
+    best = min(dtypes, key=lambda dtype: peer_s[dtype])
+    turns = zip(peer_laps[best][1:], our_laps[1:], strict=True)
+    return {
+        "batch": setup.batch,
+        "ours_s": round(median(our_laps[1:]), 4),
+        "peer": name,
+        "best": best,
+        "ratio": round(median(peer_lap / our_lap for peer_lap, our_lap in turns), 2),
+        "peer_s": peer_s,
+    }
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ python lab/compare.py A B --teacher-url URL             the stories of A or of B
 
 A and B are checkpoints, runs, folders that transformers wrote, or .jsonl files of stories, whose
 lines have an `opening` and a `story`. URL is a language model's, or a person's: run scripts/teach.py
-with --teacher-prompt lab/comparison.json. Choices about a run's stories are kept in its folder.
+with --teacher-prompt lab/comparison.json. What it finds about a run is kept in its folder.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,9 +23,7 @@ from lab.preference import (
     COMPARISON,
     compare,
     compared_pairs,
-    keep_choices,
-    preference_lines,
-    run_preferences,
+    preference_line,
     win_rate,
 )
 from scripts.evaluate import add_sampling, name_of, openings_of, samples_of
@@ -61,23 +59,28 @@ def main(argv: list[str] | None = None) -> None:
     openings = openings_of(options.openings, paths)
     pairs = compared_pairs(paths, lambda path: samples_of(path, options.stories, openings, options))
     cache = run / "comparison_replies.jsonl" if run else None
-    settings: dict[str, Any] = dict(
-        concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON
-    )
     with Teacher(
-        options.teacher_url, options.teacher_model or None, cache=cache, **settings
+        options.teacher_url,
+        options.teacher_model or None,
+        cache=cache,
+        concurrency=options.teacher_concurrency,
+        seed=options.seed,
+        template=COMPARISON,
     ) as teacher:
-        choices, second_place = compare(
-            pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)]
-        )
-        by = str(teacher.model)
+
+        def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:
+            return [answer.score for answer in teacher.grade_each(texts)]
+
+        choices, second_place = compare(pairs, grade)
+        judge = str(teacher.model)
     rates = win_rate(choices)
     if not rates["pairs"]:
         raise UserError(
-            f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL"
+            f"{judge} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL"
         )
     names = BEFORE_AFTER if run else [name_of(path) for path in paths]
-    print(*preference_lines({by: rates}, names))
+    line = preference_line(judge, rates, names)
+    print(line)
     if second_place is not None:
         print(
             f"it preferred what came second in {second_place:.0%} of its answers (50 % without a bias)"
@@ -85,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if None in choices:
         print(f"{choices.count(None)} pairs without an answer")
     if run:
-        keep_choices(run, by, pairs, choices)
-        findings.keep(run, TITLE, preference_lines(run_preferences(run)))
+        findings.keep(run, f"{TITLE} by {judge}", [line])
 
 
 if __name__ == "__main__":

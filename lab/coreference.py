@@ -3,6 +3,7 @@ he and she."""
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,20 @@ NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 BATCH = 16
 
 
+class Place(NamedTuple):
+    """The position of a repeated name, and the ids of all names introduced before it."""
+
+    position: int
+    introduced: list[int]
+
+
+class Text(NamedTuple):
+    """A story's tokens, and its repeated names."""
+
+    ids: list[int]
+    places: list[Place]
+
+
 @torch.no_grad()
 def coreference(
     student: Student, tokenizer: Tokenizer, stories: Iterable[str]
@@ -31,36 +46,36 @@ def coreference(
     since two of them would often do. he_or_she is the probability of the right one of the two
     (chance is 1 / 2). A name counts if it is one token, including its space. Stories are truncated
     to the context."""
-    device, context = student.wte.weight.device, student.config.context
-    name_ids = {name: ids[0] for name in NAMES if len(ids := tokenizer.encode(f" {name}")) == 1}
+    device = student.wte.weight.device
+    name_ids = {}
+    for name in NAMES:
+        ids = tokenizer.encode(f" {name}")
+        if len(ids) == 1:
+            name_ids[name] = ids[0]
     names = torch.tensor(sorted(name_ids.values()), device=device)
     column = {int(id): i for i, id in enumerate(names)}
-    opposite = {
-        a[0]: b[0]
-        for he, she in ((" he", " she"), (" He", " She"), ("He", "She"))
-        if len(a := tokenizer.encode(he)) == len(b := tokenizer.encode(she)) == 1
-    }
-    opposite |= {she: he for he, she in opposite.items()}
-    repeated, introduced, pronouns = [], [], []
-    rows = sorted(
-        (_repeated_names(tokenizer, story, context, name_ids) for story in stories),
-        key=lambda r: len(r[0]),
-    )
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        tokens = pad_sequence(
-            [torch.tensor(ids, device=device) for ids, _ in batch], batch_first=True
-        )
-        for hidden, (ids, places) in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
-            if places:
-                probs = _probabilities(student, hidden[[at - 1 for at, _ in places]], names)
-                for row, (at, known) in zip(probs, places, strict=True):
-                    repeated.append(float(row[column[ids[at]]]))
-                    introduced.append(float(row[[column[id] for id in known]].sum()))
-            for i in range(1, len(ids)):
-                if ids[i] in opposite:
-                    pair = torch.tensor([ids[i], opposite[ids[i]]], device=device)
-                    pronouns.append(float(_probabilities(student, hidden[i - 1], pair)[0]))
+    opposite = opposite_pronouns(tokenizer)
+    context = student.config.context
+    texts = [repeated_names(tokenizer, story, context, name_ids) for story in stories]
+    texts.sort(key=lambda text: len(text.ids))
+    repeated: list[float] = []
+    introduced: list[float] = []
+    pronouns: list[float] = []
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        rows = [torch.tensor(text.ids, device=device) for text in batch]
+        tokens = pad_sequence(rows, batch_first=True)
+        for hidden, text in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
+            for place in text.places:
+                probability = softmax_over(student, hidden[place.position - 1], names)
+                right = column[text.ids[place.position]]
+                candidates = [column[id] for id in place.introduced]
+                repeated.append(float(probability[right]))
+                introduced.append(float(probability[candidates].sum()))
+            for i, id in enumerate(text.ids):
+                if i > 0 and id in opposite:
+                    pair = torch.tensor([id, opposite[id]], device=device)
+                    pronouns.append(float(softmax_over(student, hidden[i - 1], pair)[0]))
     return {
         "repeated_name": mean_of(repeated),
         "introduced_name": mean_of(introduced),
@@ -70,25 +85,41 @@ def coreference(
     }
 
 
-def _probabilities(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
-    """(..., len(ids)): the softmax over these tokens alone, after hidden states (..., C)."""
+def softmax_over(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
+    """(len(ids),): the probabilities after a hidden state (C,), if the next token is one of
+    these."""
     return (hidden.float() @ student.wte.weight[ids].float().T).softmax(-1)
 
 
-def _repeated_names(
+def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
+    """The token of she for each token of he, and the reverse."""
+    opposite = {}
+    for he, she in ((" he", " she"), (" He", " She"), ("He", "She")):
+        ids = tokenizer.encode(he) + tokenizer.encode(she)
+        if len(ids) == 2:
+            opposite[ids[0]] = ids[1]
+            opposite[ids[1]] = ids[0]
+    return opposite
+
+
+def repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
-) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """The story's tokens; each repeated name's position, with the ids of all names introduced
-    before it."""
+) -> Text:
     ids = tokenizer.encode(story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()
-    name_at = {len(story[: match.end()].encode()): match[1] for match in NAME.finditer(story)}
-    introduced: dict[str, None] = {}
+    name_by_end = {}
+    for match in NAME.finditer(story):
+        end = len(story[: match.end()].encode())
+        name_by_end[end] = match[1]
+    introduced: list[str] = []
     places = []
-    for at, end in enumerate(ends):
-        if (name := name_at.get(end)) is None:
+    for position, end in enumerate(ends):
+        name = name_by_end.get(end)
+        if name is None:
             continue
-        if name in introduced and name_ids.get(name) == ids[at]:
-            places.append((at, [name_ids[other] for other in introduced if other in name_ids]))
-        introduced[name] = None
-    return ids, places
+        if name not in introduced:
+            introduced.append(name)
+        elif name_ids.get(name) == ids[position]:
+            known = [name_ids[other] for other in introduced if other in name_ids]
+            places.append(Place(position, known))
+    return Text(ids, places)

@@ -2,27 +2,36 @@
 
 import html
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tinystory.report.charts import STYLE, palette, svg
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
-    """An SVG of horizontal bars. rows: name, positive value, standard error; highlighted: a
-    name."""
-    left = 12 + 7 * max(len(name) for name, _, _ in rows)
-    largest = max(value for _, value, _ in rows)
+class Bar(NamedTuple):
+    """value: positive; error: its standard error."""
+
+    name: str
+    value: float
+    error: float
+
+
+def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
+    """An SVG of horizontal bars. highlighted: a name."""
+    left = 12 + 7 * max(len(bar.name) for bar in bars)
+    largest = max(bar.value for bar in bars)
     parts = []
-    for i, (name, value, error) in enumerate(rows):
+    for i, bar in enumerate(bars):
         y = 26 * i + 28
-        length = (540 - left) * value / largest
-        colour = "reward" if name == highlighted else "grey"
+        length = (540 - left) * bar.value / largest
+        colour = "reward" if bar.name == highlighted else "grey"
         shape = f"M{left},{y}h{length:.1f}v16h-{length:.1f}Z"
+        value = f"{bar.value:.3f} ± {bar.error:.3f}"
         parts += [
-            f'<text x="0" y="{y + 12}">{html.escape(name)}</text>',
+            f'<text x="0" y="{y + 12}">{html.escape(bar.name)}</text>',
             f'<path class="dot" style="--tint: var(--{colour})" d="{shape}"/>',
-            f'<text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>',
+            f'<text x="{left + length + 7:.1f}" y="{y + 12}">{value}</text>',
         ]
-    return svg(title, (640, 26 * len(rows) + 30), parts)
+    return svg(title, (640, 26 * len(bars) + 30), parts)
 
 
 def standalone(drawing: str) -> str:

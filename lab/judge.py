@@ -20,7 +20,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 
 from lab import findings
-from lab.reader import PACKAGED, Reader
+from lab.reader import PACKAGED, Reader, mean_and_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
 from tinystory.data.openings import Openings, load_openings
@@ -92,33 +92,37 @@ def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[
     """A header, and a row per file of stories: its name, their number, their mean sense."""
     rows = [["", "stories", "sense, nats per token"]]
     for name, stories in samples.items():
-        measures = reader.measures([(story.opening, story.text) for story in stories])
-        sense = with_ci(measures["sense_mean"], measures["sense_ci"])
-        rows.append([name, str(len(stories)), sense])
+        senses = reader.sense([(story.opening, story.text) for story in stories])
+        mean, ci = mean_and_ci(senses)
+        rows.append([name, str(len(stories)), with_ci(mean, ci)])
     return rows
 
 
 def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
     """Show each run's stories and controls to the reader, and print how much of the gain it
     sees."""
-    typed = {name: getattr(options, name) for name in TRUSTED if getattr(options, name)}
+    typed = {}
+    for name in TRUSTED:
+        value = getattr(options, name)
+        if value:
+            typed[name] = value
     pooled: list[Record] = []
     for run in runs:
         config: InteractConfig = recorded_config(InteractConfig, run, typed, options.trust)
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
-        replies = run / "judge_replies.jsonl"
         with open_grader(
             config,
             builtin_teacher,
             corpus=corpus,
-            replies=replies,
+            replies=run / "judge_replies.jsonl",
             likelihood=functools.partial(likelihood, run, config, compute.device),
         ) as grader:
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
-        pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
+        first = len(pooled)  # so that no two runs' openings have one index
+        pooled += [record | {"index": first + record["index"]} for record in records]
     if len(runs) > 1:
         print_judged(f"{len(runs)} runs together", pooled)
 

@@ -3,9 +3,9 @@ its limit."""
 
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,54 +15,104 @@ from lab.timing import PROMPT, Setup
 from tinystory import ops
 
 ROWS = 64  # stories decoded at a time
-UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
-# Ours, PyTorch's, the unit of work (a key of UNITS), and the amount: FLOPs, or bytes that must be
-# read.
-Operator: TypeAlias = tuple[Callable[[], Any], Callable[[], Any], str, float]
 
 
-def sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+@dataclass(frozen=True)
+class Unit:
+    """A rate of work: its key in the results, and work per second of one such unit."""
+
+    key: str
+    scale: float
 
 
-def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
-    return lambda: f(*arguments).sum().backward()
+TFLOP_S = Unit("tflop_s", 1e12)
+GB_S = Unit("gb_s", 1e9)
 
 
-def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
-    """The operators by name, and the leaf tensors that receive gradients: attention's qkv, hidden
-    states, weight."""
-    B, T, H, C, V = (
-        setup.batch,
-        setup.config.context,
-        setup.config.n_head,
-        setup.config.n_embd,
-        setup.config.vocab_size,
-    )
-    D, N, device = C // H, B * T, setup.compute.device
+@dataclass(frozen=True)
+class Operator:
+    """One piece of work by our operator and by PyTorch's. amount: FLOPs, or bytes that must be
+    read; leaves: tensors that receive gradients."""
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(setup.compute.dtype).requires_grad_()
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    unit: Unit
+    amount: float
+    leaves: Sequence[Tensor] = ()
 
-    qkv, hidden, weight = random(B, T, 3, H, D), random(N, C), random(V, C)
-    targets, rows = torch.randint(V, (N,), device=device), torch.arange(ROWS, device=device)
-    logits = random(ROWS, V).detach()
-    new, prefix, cache = (
-        random(*n, H, D).detach() for n in ((ROWS, 3), (PROMPT, 2), (ROWS, T - PROMPT, 2))
-    )
-    whole = torch.cat([prefix.expand(ROWS, *prefix.shape), cache], 1)
-    lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (ROWS,), device=device)
-    spans = torch.tensor([[0, PROMPT]] * ROWS, device=device)
-    valid = (torch.arange(T, device=device) <= PROMPT + lengths[:, None])[:, None, None]
 
-    def log_softmax() -> Tensor:
-        log_p = F.linear(hidden, weight).float().log_softmax(-1)
-        return log_p.gather(1, targets[:, None]).sum() - 0.01 * (log_p.exp() * log_p).sum()
+def operators(setup: Setup) -> dict[str, Operator]:
+    table = {"attention": attention(setup)}
+    table |= losses(setup)
+    table["sample"] = sample(setup)
+    table["decode_attention"] = decode_attention(setup)
+    return table
 
-    def logprob_and_entropy() -> Tensor:
+
+def randn(setup: Setup, *shape: int) -> Tensor:
+    return torch.randn(shape, device=setup.compute.device).to(setup.compute.dtype)
+
+
+def attention(setup: Setup) -> Operator:
+    B, T, H = setup.batch, setup.config.context, setup.config.n_head
+    D = setup.config.n_embd // H
+    qkv = randn(setup, B, T, 3, H, D).requires_grad_()
+
+    def ours() -> None:
+        ops.causal_attention(qkv).sum().backward()
+
+    def sdpa() -> None:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).sum().backward()
+
+    flops = 7.0 * B * H * T * T * D  # causal: half of 2 + 5 GEMMs
+    return Operator(ours, sdpa, TFLOP_S, flops, [qkv])
+
+
+def losses(setup: Setup) -> dict[str, Operator]:
+    """The operators that read hidden states (N, C) and the vocabulary's weight (V, C)."""
+    N = setup.batch * setup.config.context
+    C, V = setup.config.n_embd, setup.config.vocab_size
+    hidden = randn(setup, N, C).requires_grad_()
+    weight = randn(setup, V, C).requires_grad_()
+    targets = torch.randint(V, (N,), device=setup.compute.device)
+
+    def token_logprob() -> None:
+        logprob, _ = ops.token_logprob(hidden, weight, targets)
+        logprob.sum().backward()
+
+    def token_logprob_entropy() -> None:
         logprob, entropy = ops.token_logprob(hidden, weight, targets)
-        return logprob.sum() + 0.01 * entropy.sum()
+        (logprob.sum() + 0.01 * entropy.sum()).backward()
+
+    def cross_entropy() -> None:
+        ops.cross_entropy(hidden, weight, targets).sum().backward()
+
+    def torch_cross_entropy() -> None:
+        F.cross_entropy(F.linear(hidden, weight), targets).backward()
+
+    def torch_logprob_entropy() -> None:
+        log_p = F.linear(hidden, weight).float().log_softmax(-1)
+        logprob = log_p.gather(1, targets[:, None])
+        entropy = -(log_p.exp() * log_p).sum()
+        (logprob.sum() + 0.01 * entropy).backward()
+
+    def operator(ours: Callable[[], None], theirs: Callable[[], None]) -> Operator:
+        return Operator(ours, theirs, TFLOP_S, 6.0 * N * C * V, [hidden, weight])
+
+    return {
+        "token_logprob": operator(token_logprob, torch_cross_entropy),
+        "token_logprob_entropy": operator(token_logprob_entropy, torch_logprob_entropy),
+        "cross_entropy": operator(cross_entropy, torch_cross_entropy),
+    }
+
+
+def sample(setup: Setup) -> Operator:
+    logits = randn(setup, ROWS, setup.config.vocab_size)
+    rows = torch.arange(ROWS, device=setup.compute.device)
+
+    def ours() -> Any:
+        return ops.sample(logits, seed=0, rows=rows, step=0)
 
     def multinomial() -> tuple[Tensor, Tensor]:
         log_p = logits.float().log_softmax(-1)
@@ -70,80 +120,80 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
         tokens = p.multinomial(1)
         return log_p.gather(1, tokens), -(p * log_p).sum(-1)
 
+    return Operator(ours, multinomial, GB_S, logits.nbytes)
+
+
+def decode_attention(setup: Setup) -> Operator:
+    """Stories of one opening, whose caches are filled to half of their room or more."""
+    device = setup.compute.device
+    T, H = setup.config.context, setup.config.n_head
+    D = setup.config.n_embd // H
+    room = T - PROMPT
+    new = randn(setup, ROWS, 3, H, D)
+    prefix = randn(setup, PROMPT, 2, H, D)
+    cache = randn(setup, ROWS, room, 2, H, D)
+    rows = torch.arange(ROWS, device=device)
+    lengths = torch.randint(room // 2, room, (ROWS,), device=device)
+    spans = torch.tensor([[0, PROMPT]] * ROWS, device=device)
+    whole = torch.cat([prefix.expand(ROWS, *prefix.shape), cache], 1)
+    visible = torch.arange(T, device=device) <= PROMPT + lengths[:, None]
+    mask = visible[:, None, None]
+
+    def ours() -> Tensor:
+        return ops.decode_attention(new, prefix, spans, cache, lengths)
+
     def masked_sdpa() -> Tensor:
         whole[rows, PROMPT + lengths] = new[:, 1:]
         k, v = whole.transpose(1, 3).unbind(2)
-        return F.scaled_dot_product_attention(new[:, 0, :, None], k, v, attn_mask=valid)
+        return F.scaled_dot_product_attention(new[:, 0, :, None], k, v, attn_mask=mask)
 
-    sample = partial(ops.sample, logits, seed=0, rows=rows, step=0)
-    decode = partial(ops.decode_attention, new, prefix, spans, cache, lengths)
-    logprob = backward(lambda: ops.token_logprob(hidden, weight, targets)[0])
-    cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
-    linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
-    # causal: half of 2 + 5 GEMMs
-    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D
-    cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.compute.dtype.itemsize
-    return {
-        "attention": (
-            backward(ops.causal_attention, qkv),
-            backward(sdpa, qkv),
-            "flops",
-            attention_flops,
-        ),
-        "token_logprob": (logprob, linear_loss, "flops", loss_flops),
-        "token_logprob_entropy": (
-            backward(logprob_and_entropy),
-            backward(log_softmax),
-            "flops",
-            loss_flops,
-        ),
-        "cross_entropy": (cross_entropy, linear_loss, "flops", loss_flops),
-        "sample": (sample, multinomial, "bytes", ROWS * V * setup.compute.dtype.itemsize),
-        "decode_attention": (decode, masked_sdpa, "bytes", cached),
-    }, [qkv, hidden, weight]
+    cached_tokens = PROMPT + int(lengths.sum())
+    return Operator(ours, masked_sdpa, GB_S, cached_tokens * 2 * H * D * new.itemsize)
 
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
     """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their
     ratio (above 1: ours is faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or
     copy, and the peak memory beyond the inputs in MB."""
-    table, leaves = operators(setup)
     device = setup.compute.device
-    flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-
-    def medians(*functions: Callable) -> list[float]:
-        times: list[list[float]] = [[] for _ in functions]
-        for _ in range(runs + 1):
-            for f, laps in zip(functions, times, strict=True):
-                for tensor in leaves:
-                    tensor.grad = None
-                laps.append(seconds(f, flush))
-        return [statistics.median(laps[1:]) for laps in times]
-
-    limits: dict[str, float] = {}
-    if flush is not None:
-        a, big = (
-            torch.randn(8192, 8192, device=device).to(setup.compute.dtype),
-            torch.empty_like(flush),
-        )
-        gemm, copy = medians(lambda: a @ a, lambda: big.clone())
-        limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
-        del a, big
-    results: dict[str, dict[str, float]] = {}
-    for name, (ours, theirs, unit, amount) in table.items():
-        ours_s, theirs_s = medians(ours, theirs)
-        results[name] = {
-            "ours_ms": 1000 * ours_s,
-            "torch_ms": 1000 * theirs_s,
-            "ratio": theirs_s / ours_s,
-        }
+    flush = None
+    limits: dict[Unit, float] = {}
+    if device.type == "cuda":
+        flush = torch.empty(2**28, dtype=torch.uint8, device=device)
+        limits = gpu_limits(setup, runs, flush)
+    results = {}
+    for name, operator in operators(setup).items():
+        ours_s, torch_s = medians(operator, runs, flush)
+        row = {"ours_ms": 1000 * ours_s, "torch_ms": 1000 * torch_s, "ratio": torch_s / ours_s}
         if limits:
-            key, scale = UNITS[unit]
-            results[name] |= {key: amount / ours_s / scale, f"limit_{key}": limits[unit] / scale}
-            results[name] |= dict(ours_mb=peak_mb(ours, device), torch_mb=peak_mb(theirs, device))
-    return {
-        name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()
-    }
+            unit = operator.unit
+            row[unit.key] = operator.amount / ours_s / unit.scale
+            row[f"limit_{unit.key}"] = limits[unit] / unit.scale
+            row["ours_mb"] = peak_mb(operator.ours, device)
+            row["torch_mb"] = peak_mb(operator.theirs, device)
+        results[name] = {key: round(value, 3) for key, value in row.items()}
+    return results
+
+
+def gpu_limits(setup: Setup, runs: int, flush: Tensor) -> dict[Unit, float]:
+    """FLOPs per second of a large GEMM, and bytes per second, read and written, of a copy."""
+    a = randn(setup, 8192, 8192)
+    big = torch.empty_like(flush)
+    work = Operator(lambda: a @ a, lambda: big.clone(), TFLOP_S, 0.0)
+    gemm_s, copy_s = medians(work, runs, flush)
+    return {TFLOP_S: 2 * 8192**3 / gemm_s, GB_S: 2 * big.nbytes / copy_s}
+
+
+def medians(operator: Operator, runs: int, flush: Tensor | None) -> tuple[float, float]:
+    """Median seconds of ours and of PyTorch's, in turns, after a turn that warms up."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(runs + 1):
+        for work, laps in ((operator.ours, ours), (operator.theirs, theirs)):
+            for tensor in operator.leaves:
+                tensor.grad = None
+            laps.append(seconds(work, flush))
+    return statistics.median(ours[1:]), statistics.median(theirs[1:])
 
 
 def seconds(f: Callable, flush: Tensor | None) -> float:

@@ -16,20 +16,32 @@ import json
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import Z, bootstrap, wilson
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
+
+# What reading a file that is not BabyLM's raises.
+BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    csv.Error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -38,89 +50,76 @@ class Item:
     averaged within a `split` first. ratio: fraction of humans who chose the first option (wug).
     whole: predictions include the prefix."""
 
-    options: tuple[tuple[str, str], ...]
+    options: list[tuple[str, str]]
     uid: str
     split: str = ""
     ratio: float | None = None
     whole: bool = False
 
 
-Scored: TypeAlias = list[tuple[Item, torch.Tensor]]
+class Scored(NamedTuple):
+    """An item, and its options' log-probabilities after their common prefix: (options,) float64, in
+    nats."""
+
+    item: Item
+    logprobs: Tensor
 
 
 def read_items(path: str | Path) -> list[Item]:
     """The items of a .jsonl or .jsonl.gz file, or of all such in a folder. Raises UserError for an
     unknown format."""
     path = Path(path)
-    files = (
-        sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz"))
     items = []
     for file in files:
         name = file.name.removesuffix(".gz").removesuffix(".jsonl")
         with babylm_file(file, "BabyLM's sentence tasks") as lines:
-            items += [_item(json.loads(line), name) for line in lines if line.strip()]
+            for line in lines:
+                if line.strip():
+                    items.append(read_item(json.loads(line), name))
     return items
 
 
 @contextlib.contextmanager
 def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
     """Opens a text file of BabyLM's, gzipped or not. Errors in the block become a UserError."""
-    broken = (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        RecursionError,
-        csv.Error,
-        zlib.error,
-    )
+    open_text: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8", newline=""
-        ) as file:
+        with open_text(path, "rt", encoding="utf-8", newline="") as file:
             yield file
-    except (OSError, *broken) as error:
+    except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{path} cannot be read as {kind} ({reason}): give BabyLM's own file"
         ) from error
 
 
-def _item(record: dict[str, Any], file: str) -> Item:
-    more: dict[str, Any] = {}
-    if "sentence_good" in record:
-        uid, options = (
-            record.get("UID", file),
-            [("", record["sentence_good"]), ("", record["sentence_bad"])],
-        )
-    elif "options" in record:
-        uid, options = (
-            f"{file}_{record['numops']}_ops",
-            [(record["input_prefix"], text) for text in record["options"]],
-        )
-        more = {"split": file}
-    elif "Target1" in record:
-        uid, options = (
-            record["Domain"],
-            [(record["Context1"], f" {record[name]}") for name in ("Target1", "Target2")],
-        )
-    elif "property_phrase" in record:
-        prefixes = record["prefix_acceptable"], record["prefix_unacceptable"]
-        uid, options = (
-            file.removeprefix("comps_"),
-            [(f"{prefix} ", record["property_phrase"]) for prefix in prefixes],
-        )
-        uid, more = uid.replace("-", "_"), {"whole": True}
-    else:
-        uid, options = file, [("", text) for text in record["sentences"].split("\t")]
-        more = {"ratio": float(record["ratio"])}
-    if len(options) < 2 or not all(
-        isinstance(text, str) for text in (uid, *itertools.chain(*options))
-    ):
+def read_item(record: dict[str, Any], file: str) -> Item:
+    """An item of any of the tasks. file: the name of its file, without an ending."""
+    if "sentence_good" in record:  # BLiMP and its supplement
+        options = [("", record["sentence_good"]), ("", record["sentence_bad"])]
+        item = Item(options, record.get("UID", file))
+    elif "options" in record:  # entity tracking
+        options = [(record["input_prefix"], text) for text in record["options"]]
+        item = Item(options, f"{file}_{record['numops']}_ops", split=file)
+    elif "Target1" in record:  # EWoK
+        context = record["Context1"]
+        options = [(context, f" {record['Target1']}"), (context, f" {record['Target2']}")]
+        item = Item(options, record["Domain"])
+    elif "property_phrase" in record:  # COMPS
+        prefixes = [record["prefix_acceptable"], record["prefix_unacceptable"]]
+        options = [(f"{prefix} ", record["property_phrase"]) for prefix in prefixes]
+        uid = file.removeprefix("comps_").replace("-", "_")
+        item = Item(options, uid, whole=True)
+    else:  # wug
+        options = [("", text) for text in record["sentences"].split("\t")]
+        item = Item(options, file, ratio=float(record["ratio"]))
+    texts = [item.uid, *itertools.chain(*options)]
+    if len(options) < 2 or not all(isinstance(text, str) for text in texts):
         raise ValueError("an item needs two texts or more")
-    return Item(tuple(options), uid, **more)
+    return item
 
 
 def task_items(path: str | Path, *, wug: bool) -> list[Item]:
@@ -136,34 +135,49 @@ def task_items(path: str | Path, *, wug: bool) -> list[Item]:
 
 def score_items(
     student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int
-) -> tuple[int, Scored]:
-    """The number of items, and those that fit the context, each with its options' log-probabilities
-    after their common prefix, (options,) float64, in nats. Raises UserError for another task's
-    items, or if fewer than `fewest` fit."""
+) -> tuple[list[Scored], int]:
+    """The items that fit the student's context, and the number of the others. Raises UserError for
+    another task's items, or if fewer than `fewest` fit."""
+    context = student.config.context
     items = task_items(path, wug=wug)
-    groups = [[part(tokenizer, *option) for option in item.options] for item in items]
-    fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
-    if sum(fits) < fewest:
+    fitting = []
+    groups = []
+    for item in items:
+        parts = [part(tokenizer, prefix, text) for prefix, text in item.options]
+        if max(len(option.ids) for option in parts) <= context:
+            fitting.append(item)
+            groups.append(parts)
+    if len(fitting) < fewest:
         raise UserError(
-            f"{path} holds {len(items)} items, and {sum(fits)} of them fit the student's context of "
-            f"{student.config.context} tokens: give .jsonl or .jsonl.gz files of which {fewest} or more fit"
+            f"{path} holds {len(items)} items, and {len(fitting)} of them fit the student's context of "
+            f"{context} tokens: give .jsonl or .jsonl.gz files of which {fewest} or more fit"
         )
-    sums = sum_logprobs(student, list(compress(groups, fits)), Path(path).name)
-    return len(items), list(zip(compress(items, fits), sums, strict=True))
+    sums = sum_logprobs(student, groups, Path(path).name)
+    scored = [Scored(item, logprobs) for item, logprobs in zip(fitting, sums, strict=True)]
+    return scored, len(items) - len(fitting)
 
 
-def predictions(results: Scored, uid: str = "") -> dict[str, Any]:
+def predictions(scored: Sequence[Scored], uid: str = "") -> dict[str, Any]:
     """The chosen options in BabyLM's format, {uid: {"predictions": [{"id", "pred"}, ...]}}. The wug
     tests have the given `uid`, and "prob", the first option's probability, in float32 as in the
     pipeline."""
     table: dict[str, Any] = {}
-    for item, logprobs in results:
+    for item, logprobs in scored:
         name = uid or item.uid
         rows = table.setdefault(name, {"predictions": []})["predictions"]
         prefix, text = item.options[int(logprobs.argmax())]
-        prob = {} if item.ratio is None else {"prob": float(logprobs.float().softmax(0)[0])}
-        rows.append({"id": f"{name}_{len(rows)}", "pred": prefix * item.whole + text} | prob)
+        pred = prefix + text if item.whole else text
+        row: dict[str, Any] = {"id": f"{name}_{len(rows)}", "pred": pred}
+        if item.ratio is not None:
+            row["prob"] = first_probability(logprobs)
+        rows.append(row)
     return table
+
+
+def first_probability(logprobs: Tensor) -> float:
+    """The first option's. In float32, as in the pipeline, where preferences near 0 and 1 become
+    ties."""
+    return float(logprobs.float().softmax(0)[0])
 
 
 def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
@@ -173,32 +187,41 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     pipeline; items (scored) and too_long (left out, since they exceed the context); phenomena {uid:
     {accuracy, ci (Wilson), correct, total}}; predictions. Raises UserError if no item fits, or for
     the files of the wug test."""
-    count, scored = score_items(student, tokenizer, path, wug=False, fewest=1)
+    scored, too_long = score_items(student, tokenizer, path, wug=False, fewest=1)
     answers: dict[tuple[str, str], list[bool]] = defaultdict(list)  # by split and phenomenon
     for item, logprobs in scored:
-        # the first of equal ones, as in the pipeline
-        answers[item.split, item.uid].append(int(logprobs.argmax()) == 0)
-    splits = Counter(split for split, _ in answers)
-    weights = [1 / (len(splits) * splits[split]) for split, _ in answers]
-    counts = [(sum(correct), len(correct)) for correct in answers.values()]
+        chosen = int(logprobs.argmax())  # the first of equal ones, as in the pipeline
+        answers[item.split, item.uid].append(chosen == 0)
+
+    split_sizes = Counter(split for split, _ in answers)
+    counts = []
+    weights = []
+    phenomena = {}
+    for (split, uid), is_right in answers.items():
+        correct = sum(is_right)
+        total = len(is_right)
+        counts.append((correct, total))
+        weights.append(1 / (len(split_sizes) * split_sizes[split]))
+        phenomena[uid] = {
+            "accuracy": 100 * correct / total,
+            "ci": percent(wilson(correct, total)),
+            "correct": correct,
+            "total": total,
+        }
     accuracy, ci = weighted(counts, weights)
     return {
         "accuracy": 100 * accuracy,
-        "ci": _percent(ci),
+        "ci": percent(ci),
         "items": len(scored),
-        "too_long": count - len(scored),
-        "phenomena": {
-            uid: dict(
-                accuracy=100 * right / n, ci=_percent(wilson(right, n)), correct=right, total=n
-            )
-            for (_, uid), (right, n) in zip(answers, counts, strict=True)
-        },
+        "too_long": too_long,
+        "phenomena": phenomena,
         "predictions": predictions(scored),
     }
 
 
-def _percent(interval: tuple[float, float]) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
+def percent(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    return 100 * low, 100 * high
 
 
 def evaluate_wug(
@@ -208,16 +231,15 @@ def evaluate_wug(
     of the log-probabilities) with the fraction of humans who chose it; ci (bootstrap), items,
     too_long and predictions under `name`. Raises UserError for files of another task, or if fewer
     than three items fit."""
-    count, results = score_items(student, tokenizer, path, wug=True, fewest=3)
-    # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
-    model = torch.stack([logprobs.float().softmax(0)[0] for _, logprobs in results]).numpy()
-    human = np.array([item.ratio for item, _ in results])
+    scored, too_long = score_items(student, tokenizer, path, wug=True, fewest=3)
+    model = np.array([first_probability(logprobs) for _, logprobs in scored], dtype=np.float32)
+    human = np.array([item.ratio for item, _ in scored])
     return {
         "correlation": spearman(model, human),
-        "ci": bootstrap(lambda rows: spearman(model[rows], human[rows]), len(results)),
-        "items": len(results),
-        "too_long": count - len(results),
-        "predictions": predictions(results, name),
+        "ci": bootstrap(lambda rows: spearman(model[rows], human[rows]), len(scored)),
+        "items": len(scored),
+        "too_long": too_long,
+        "predictions": predictions(scored, name),
     }
 
 
@@ -228,18 +250,24 @@ def weighted(
     normal interval. The variance counts two more successes and failures each (Agresti and Coull),
     so that no proportion is certain."""
     correct, total = np.array(counts, dtype=float).T
-    mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
-    half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
+    mean = float(weights @ (correct / total))
+    p = (correct + 2) / (total + 4)
+    variance = np.square(weights) @ (p * (1 - p) / (total + 4))
+    half = Z * math.sqrt(variance)
     return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of
-    either are equal."""
-    ranks = []
-    for values in (x, y):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    a, b = (rank - rank.mean() for rank in ranks)
+    """Spearman's rank correlation of (n,) and (n,); nan if all values of either are equal."""
+    a = centred_ranks(x)
+    b = centred_ranks(y)
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale else float("nan")
+
+
+def centred_ranks(values: np.ndarray) -> np.ndarray:
+    """(n,): the values' ranks minus their mean. Ties get their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_ranks = np.cumsum(counts) - (counts - 1) / 2
+    ranks = mean_ranks[inverse]
+    return ranks - ranks.mean()

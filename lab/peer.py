@@ -24,14 +24,16 @@ def nanogpt(a: SimpleNamespace) -> Callable:
     from model import GPT, GPTConfig  # nanoGPT's
 
     sizes = dict(a.model)
-    model = GPT(GPTConfig(block_size=sizes.pop("context"), dropout=0.0, bias=True, **sizes))
+    context = sizes.pop("context")
+    model = GPT(GPTConfig(block_size=context, dropout=0.0, bias=True, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model)
-    tokens = torch.randint(0, a.model["vocab_size"], (2, a.batch, a.model["context"]))
+    inputs = torch.randint(0, sizes["vocab_size"], (a.batch, context))
+    targets = torch.randint(0, sizes["vocab_size"], (a.batch, context))
 
     def run() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.dtype == "bfloat16"):
-            _, loss = forward(tokens[0], tokens[1])
+            _, loss = forward(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -43,27 +45,28 @@ def gpt2(model: dict) -> Any:  # a transformers model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = dict(model)
-    return GPT2LMHeadModel(
-        GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=sizes.pop("context"), **sizes)
-    )
+    context = sizes.pop("context")
+    config = GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=context, **sizes)
+    return GPT2LMHeadModel(config)
 
 
 def transformers(a: SimpleNamespace) -> Callable:
     """generate() by pure sampling, without an early end, so that the work is fixed."""
     model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
     ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
-    options = dict(
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=a.new,
-        min_new_tokens=a.new,
-        pad_token_id=0,
-    )
 
+    @torch.no_grad()
     def run() -> None:
-        with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=a.new,
+            min_new_tokens=a.new,
+            pad_token_id=0,
+        )
 
     return run
 
@@ -76,29 +79,44 @@ def trl(a: SimpleNamespace) -> Callable:
     from transformers import PreTrainedTokenizerFast
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-    tokenizer = Tokenizer(
-        models.WordLevel({f"t{i}": i for i in range(a.model["vocab_size"])}, unk_token="t0")
+    size = a.model["vocab_size"]
+    words = models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words),
+        pad_token="t0",
+        bos_token="t1",
+        eos_token="t2",
+        unk_token="t0",
     )
-    special = dict(pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t0")
     with tempfile.TemporaryDirectory() as folder:
         gpt2(a.model).save_pretrained(folder)
-        policy, reference = (
-            AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in range(2)
-        )
-    options = PPOConfig(batch_size=a.batch, mini_batch_size=a.batch, learning_rate=1e-6)
-    trainer = PPOTrainer(
-        options, policy, reference, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    )
-    queries = [torch.randint(5, a.model["vocab_size"], (a.prompt,)) for _ in range(a.batch)]
-    sampling = dict(max_new_tokens=a.new, min_length=-1, top_k=0, top_p=1.0, do_sample=True)
-    sampling |= dict(pad_token_id=0, eos_token_id=-1)
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+        reference = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    config = PPOConfig(batch_size=a.batch, mini_batch_size=a.batch, learning_rate=1e-6)
+    trainer = PPOTrainer(config, policy, reference, tokenizer)
+    queries = [torch.randint(5, size, (a.prompt,)) for _ in range(a.batch)]
+    rewards = [torch.tensor(0.5)] * a.batch
 
     def run() -> None:
         with torch.no_grad():
-            full = trainer.generate(queries, batch_size=a.batch, **sampling)
-        trainer.step(queries, [row[a.prompt :] for row in full], [torch.tensor(0.5)] * a.batch)
+            texts = trainer.generate(
+                queries,
+                batch_size=a.batch,
+                max_new_tokens=a.new,
+                min_length=-1,
+                top_k=0,
+                top_p=1.0,
+                do_sample=True,
+                pad_token_id=0,
+                eos_token_id=-1,
+            )
+        responses = [text[a.prompt :] for text in texts]
+        trainer.step(queries, responses, rewards)
 
     return run
+
+
+PEERS = {"nanogpt": nanogpt, "transformers": transformers, "trl": trl}
 
 
 def main() -> None:
@@ -114,8 +132,6 @@ def main() -> None:
         run()
         print(time.perf_counter() - start, file=output, flush=True)
 
-
-PEERS = {"nanogpt": nanogpt, "transformers": transformers, "trl": trl}
 
 if __name__ == "__main__":
     main()

@@ -4,9 +4,8 @@ storytellers.
 The judge, a language model or a human, sees each pair in both orders, since many prefer whichever
 comes first or last. A story wins if it is preferred in both orders; otherwise the pair is a tie."""
 
-import contextlib
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,24 +13,12 @@ from typing import Any, NamedTuple, TypeAlias
 from tinystory.evaluate.intervals import wilson, with_ci
 from tinystory.evaluate.stories import Sample, mean_of
 from tinystory.run.errors import UserError
-from tinystory.run.journal import Journal
-from tinystory.run.records import SAMPLES, Fields, read_records
+from tinystory.run.records import SAMPLES, read_records
 from tinystory.teacher.prompt import load_template
 
-PREFERENCES = "preferences.jsonl"  # in a run's folder: the choices between its stories
-_FIELDS: Fields = {
-    "opening": (str,),
-    "first": (str,),
-    "second": (str,),
-    "choice": (str, type(None)),
-    "by": (str,),
-}
 BEFORE_AFTER = ("the one before", "the story after interaction")
 # Which story is better, or ORDER if the two orders were judged differently (a tie).
 FIRST, SECOND, ORDER = "first", "second", "order"
-# Keys: whether the lower story is preferred when the second is below, and when the first is below.
-# Other pairs: ORDER.
-CHOICES: dict[tuple[bool | None, bool | None], str] = {(True, False): SECOND, (False, True): FIRST}
 # (opening, text to grade) pairs -> numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
@@ -49,25 +36,24 @@ def compared_pairs(
 ) -> list[StoryPair]:
     """The pairs of one run, or of two storytellers, whose stories `read` loads. Raises UserError if
     there are none."""
-    pairs = (
-        run_pairs(*paths)
-        if len(paths) == 1
-        else story_pairs(*map(read, paths))
-        if len(paths) == 2
-        else []
-    )
-    if pairs:
-        return pairs
-    raise UserError(
-        "lab/compare.py takes a finished interaction, or two that tell different stories to the same openings"
-    )
+    pairs: list[StoryPair] = []
+    if len(paths) == 1:
+        pairs = run_pairs(paths[0])
+    elif len(paths) == 2:
+        first, second = paths
+        pairs = story_pairs(read(first), read(second))
+    if not pairs:
+        raise UserError(
+            "lab/compare.py takes a finished interaction, or two that tell different stories to the same openings"
+        )
+    return pairs
 
 
 def run_pairs(run: Path) -> list[StoryPair]:
     """A run's stories to its held-out openings, before interaction (first) and after it
     (second)."""
     stories: dict[str, list[Sample]] = defaultdict(list)
-    for record in read_records(Path(run) / SAMPLES):
+    for record in read_records(run / SAMPLES):
         stories[record["when"]].append(Sample(record["opening"], record["story"]))
     return story_pairs(stories["before"], stories["after"])
 
@@ -75,11 +61,14 @@ def run_pairs(run: Path) -> list[StoryPair]:
 def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[StoryPair]:
     """The n-th story to each opening in the first list with the n-th in the second, where they
     differ."""
-    waiting: dict[str, list[Sample]] = defaultdict(list)
-    for story in reversed(second):
-        waiting[story.opening].append(story)
-    couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
-    return [StoryPair(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
+    waiting: dict[str, deque[str]] = defaultdict(deque)
+    for story in second:
+        waiting[story.opening].append(story.text)
+    pairs = []
+    for story in first:
+        if waiting[story.opening]:
+            pairs.append(StoryPair(story.opening, story.text, waiting[story.opening].popleft()))
+    return [pair for pair in pairs if pair.first != pair.second]
 
 
 def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
@@ -87,41 +76,20 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
     the second story wins, a tie counting one half, with Wilson's interval (None without pairs). A
     choice of None does not count."""
     counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
-    pairs, won = sum(counts.values()), counts[SECOND] + counts[ORDER] / 2
-    rate, ci = (won / pairs, list(wilson(won, pairs))) if pairs else (None, None)
-    return {"pairs": pairs, **counts, "rate": rate, "ci": ci}
+    pairs = sum(counts.values())
+    if not pairs:
+        return counts | {"pairs": 0, "rate": None, "ci": None}
+    won = counts[SECOND] + counts[ORDER] / 2
+    return counts | {"pairs": pairs, "rate": won / pairs, "ci": wilson(won, pairs)}
 
 
-def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Each judge's win rate of a run's stories after interaction, by its latest choices."""
-    pairs = set(run_pairs(run))
-    by: dict[str, dict[StoryPair, str | None]] = defaultdict(dict)
-    for record in read_records(Path(run) / PREFERENCES, _FIELDS):
-        if (pair := StoryPair(*(record[name] for name in StoryPair._fields))) in pairs:
-            by[record["by"]][pair] = record["choice"]
-    rates = {judge: win_rate(list(choices.values())) for judge, choices in by.items()}
-    return {judge: rate for judge, rate in rates.items() if rate["pairs"]}
-
-
-def keep_choices(
-    run: Path, by: str, pairs: Sequence[StoryPair], choices: Sequence[str | None]
-) -> None:
-    """Append a judge's choices between a run's pairs; they replace its earlier ones."""
-    with contextlib.closing(Journal(Path(run) / PREFERENCES)) as journal:
-        for pair, choice in zip(pairs, choices, strict=True):
-            journal.append({**pair._asdict(), "choice": choice, "by": by})
-
-
-def preference_lines(
-    preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER
-) -> list[str]:
-    """One sentence per judge on its blind comparisons. names: the two storytellers."""
-    return [
-        f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
-        f"{rates['first']}, and one or the other by their order in {rates['order']}: "
-        f"win rate {with_ci(rates['rate'], rates['ci'])}"
-        for judge, rates in preferences.items()
-    ]
+def preference_line(judge: str, rates: Mapping[str, Any], names: Sequence[str]) -> str:
+    """One sentence on a blind comparison of two storytellers, these `names`."""
+    first, second = names
+    return (
+        f"{judge} preferred {second} in {rates['second']} of {rates['pairs']} pairs, {first} in {rates['first']}, "
+        f"and one or the other by their order in {rates['order']}: win rate {with_ci(rates['rate'], rates['ci'])}"
+    )
 
 
 # A comparison is a grade of a text that holds two stories, so that the client's parsing, retries, cache and fence
@@ -135,7 +103,8 @@ def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
     mark = "-" * 8
     while mark in pair.first + pair.second:  # no story can pretend to be two
         mark += "-" * 8
-    first, second = pair.first.strip(), pair.second.strip()
+    first = pair.first.strip()
+    second = pair.second.strip()
     return (pair.opening, f"{first}\n{mark}\n{second}"), (
         pair.opening,
         f"{second}\n{mark}\n{first}",
@@ -149,8 +118,21 @@ def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | N
     texts = [text for pair in pairs for text in both_orders(pair)]
     # a human is not to know which story comes first
     shuffled = random.Random(0).sample(texts, len(texts))
-    grades = zip(shuffled, grade(shuffled), strict=True)
-    lower = {text: None if preference is None else preference > 0.5 for text, preference in grades}
-    answers = [(lower[straight], lower[turned]) for straight, turned in map(both_orders, pairs)]
-    choices = [None if None in answer else CHOICES.get(answer, ORDER) for answer in answers]
-    return choices, mean_of(lower.values())
+    prefers_lower: dict[tuple[str, str], bool | None] = {}
+    for text, preference in zip(shuffled, grade(shuffled), strict=True):
+        prefers_lower[text] = None if preference is None else preference > 0.5
+    choices = []
+    for pair in pairs:
+        second_below, first_below = both_orders(pair)
+        choices.append(choice(prefers_lower[second_below], prefers_lower[first_below]))
+    return choices, mean_of(prefers_lower.values())
+
+
+def choice(prefers_second: bool | None, prefers_first: bool | None) -> str | None:
+    """The choice of a judge that was asked twice: with the second story below, and with the
+    first."""
+    if prefers_second is None or prefers_first is None:
+        return None
+    if prefers_second == prefers_first:
+        return ORDER
+    return SECOND if prefers_second else FIRST

@@ -7,9 +7,9 @@ teacher, since alone it would reward bland sentences. It also judges register, s
 of one kind with it."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,20 @@ Ids: TypeAlias = tuple[int, ...]
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 
+class Sentence(NamedTuple):
+    """row: the prefix and the sentence, of which the last `length` tokens are the story's."""
+
+    row: Ids
+    length: int
+
+
+class Text(NamedTuple):
+    """whole: the prefix, the opening and the story. sentences: each of the story's alone."""
+
+    whole: Ids
+    sentences: list[Sentence]
+
+
 class Reader:
     """Judges stories with any causal language model of transformers. It reads up to MAX_CHARACTERS,
     MAX_TOKENS or the model's context, so that no text takes longer than about a second, and reads
@@ -48,12 +62,11 @@ class Reader:
         self.device = pick_device(device)
         try:
             self._tokenizer, self._model = _load(name, self.device)
-            first = [
-                id
-                for id in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-                if id is not None
-            ][:1]
-            self._prefix = (*first, *self._encode(PREFIX))
+            self._prefix = self._encode(PREFIX)
+            for first in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+                if first is not None:
+                    self._prefix = (first, *self._prefix)
+                    break
             longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
             # tokens of an opening, and of a story
             self._limit = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)
@@ -78,78 +91,88 @@ class Reader:
         (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few tokens do not
         decide. At most HIGH; about -0.7 for real stories for children; nan for a story without a
         word."""
-        texts = [self._rows(*story) for story in stories]
-        logprobs = self._logprobs(
-            [row for whole, alone in texts for row in (whole, *(row for row, _ in alone))]
-        )
+        texts = [self._text(opening, story) for opening, story in stories]
+        rows = []
+        for text in texts:
+            rows.append(text.whole)
+            rows += [sentence.row for sentence in text.sentences]
+        logprobs = self._logprobs(rows)
         values = np.full(len(texts), np.nan)
-        for i, (whole, alone) in enumerate(texts):
-            if count := sum(length for _, length in alone):
-                full = logprobs[whole][-count:]
-                by_sentence = np.concatenate([logprobs[row][-length:] for row, length in alone])
-                token = np.minimum(0, full + SURPRISE) + np.clip(full - by_sentence, LOW, HIGH)
-                values[i] = np.where(_repeated(whole)[-count:], REPEATED, token).mean()
+        for i, text in enumerate(texts):
+            if not text.sentences:
+                continue
+            parts = [logprobs[sentence.row][-sentence.length :] for sentence in text.sentences]
+            alone = np.concatenate(parts)
+            full = logprobs[text.whole][-len(alone) :]
+            contribution = np.clip(full - alone, LOW, HIGH)
+            value = np.minimum(0, full + SURPRISE) + contribution
+            repeated = _repeated(text.whole)[-len(alone) :]
+            values[i] = np.where(repeated, REPEATED, value).mean()
         return values
 
-    def measures(self, stories: Stories) -> dict[str, Any]:
-        """The mean sense over the stories and its bootstrap interval; None if no story has a
-        word."""
-        mean, ci = mean_and_ci(self.sense(stories))
-        return {"sense_mean": mean, "sense_ci": ci}
-
     def _encode(self, text: str) -> Ids:
-        return tuple(
-            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        )
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded["input_ids"])
 
-    def _rows(self, opening: str, story: str) -> tuple[Ids, list[tuple[Ids, int]]]:
-        """Token ids of the whole story after its opening, and of each sentence alone with its
-        number of tokens. The first sentence continues an unfinished one of the opening."""
-        before, after = (
-            " ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story)
-        )
-        unfinished = (
-            split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
-        )
-        context = self._encode(f" {before}" if before else "")[-self._limit :]
-        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._limit :]
-        whole, alone, start, room = (
-            self._prefix + context,
-            list[tuple[Ids, int]](),
-            self._prefix + tail,
-            self._limit,
-        )
-        for sentence in filter(None, split_sentences(after)):
-            if ids := self._encode(f" {sentence}")[:room]:
-                alone.append((start + ids, len(ids)))
-                whole, start, room = whole + ids, self._prefix, room - len(ids)
-        return whole, alone
+    def _text(self, opening: str, story: str) -> Text:
+        """The first sentence continues an unfinished one of the opening."""
+        before = one_line(opening)
+        unfinished = ""
+        context: Ids = ()
+        if before:
+            context = self._encode(f" {before}")[-self._limit :]
+            if before[-1] not in '.!?"\u201d':
+                unfinished = split_sentences(before)[-1]
+        start = self._prefix
+        if unfinished:
+            start += self._encode(f" {unfinished}")[-self._limit :]
+        whole = self._prefix + context
+        sentences = []
+        room = self._limit
+        for sentence in split_sentences(one_line(story)):
+            ids = self._encode(f" {sentence}")[:room] if sentence else ()
+            if ids:
+                sentences.append(Sentence(start + ids, len(ids)))
+                whole += ids
+                start = self._prefix
+                room -= len(ids)
+        return Text(whole, sentences)
 
     @torch.inference_mode()
-    def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
+    def _logprobs(self, rows: Iterable[Ids]) -> dict[Ids, np.ndarray]:
         """Maps each distinct row (T,) to float32 (T - 1,): ln p(token i | tokens before i) for i >=
         1."""
-        todo = sorted(set(rows), key=len)
-        out = {}
-        options: dict[str, Any] = dict(
-            unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None
-        )
-        with tqdm(total=sum(map(len, todo)), desc="reader", **options) as bar:
-            while todo:  # the longest first, so that a lack of memory shows at once
-                start = max(len(todo) - max(BATCH // len(todo[-1]), 1), 0)
-                batch, todo = todo[start:], todo[:start]
-                ids = pad_sequence(
-                    [torch.tensor(row, device=self.device) for row in batch], batch_first=True
-                )
+        waiting = sorted(set(rows), key=len)
+        total = sum(len(row) for row in waiting)
+        logprobs = {}
+        with tqdm(
+            total=total,
+            desc="reader",
+            unit=" tokens",
+            unit_scale=True,
+            leave=False,
+            delay=2,
+            disable=None,
+        ) as bar:
+            while waiting:  # the longest first, so that a lack of memory shows at once
+                size = max(BATCH // len(waiting[-1]), 1)
+                batch = waiting[-size:]
+                del waiting[-size:]
+                tokens = [torch.tensor(row, device=self.device) for row in batch]
+                ids = pad_sequence(tokens, batch_first=True)
                 # padding comes last: no token sees it
                 logits = self._model(input_ids=ids, use_cache=False).logits
-                for row, scores in zip(batch, logits, strict=True):
-                    targets = torch.tensor(row[1:], device=self.device)[:, None]
+                for row, targets, scores in zip(batch, tokens, logits, strict=True):
                     scores = scores[: len(row) - 1].float()
-                    logprob = scores.gather(1, targets)[:, 0] - scores.logsumexp(-1)
-                    out[row] = logprob.cpu().numpy()
-                bar.update(sum(map(len, batch)))
-        return out
+                    target_scores = scores.gather(1, targets[1:, None])[:, 0]
+                    logprob = target_scores - scores.logsumexp(-1)
+                    logprobs[row] = logprob.cpu().numpy()
+                bar.update(sum(len(row) for row in batch))
+        return logprobs
+
+
+def one_line(text: str) -> str:
+    return " ".join(clean(text[:MAX_CHARACTERS]).split())
 
 
 def _load(name: str, device: torch.device) -> tuple[Any, Any]:
@@ -175,7 +198,8 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
 
 def _repeated(ids: Ids) -> np.ndarray:
     """bool (T,): True in each phrase of PHRASE tokens that occurred before."""
-    seen, mask = set(), np.zeros(len(ids), bool)
+    seen = set()
+    mask = np.zeros(len(ids), bool)
     for start in range(len(ids) - PHRASE + 1):
         phrase = ids[start : start + PHRASE]
         if phrase in seen:

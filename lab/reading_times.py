@@ -8,9 +8,10 @@ text so far is tokenized again for each token of the word."""
 
 import csv
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,8 @@ EYES = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 SELF_PACED = "self_paced_reading_time"
 BASELINE = ("Subtlex_log10", "length", "context_length")
 SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous word
+NUMERIC = (*EYES, SELF_PACED, *BASELINE, "prev_length")  # columns of the file
+WordInContext: TypeAlias = tuple[str, str]  # the sentence so far, and the word
 
 
 def evaluate_reading_times(
@@ -36,46 +39,63 @@ def evaluate_reading_times(
     surprisal explains. There is no interval, since resampling words overstates a gain that cannot
     be negative. items is the number of words; predictions holds their surprisals. Raises UserError
     for another file, or if a text exceeds the context."""
-    rows, data = _read(Path(path))
+    path = Path(path)
+    rows, data = read_rows(path)
     current = [(row["item"] or "None", row["word"]) for row in rows]
-    previous = [(row["prev_item"], row["prev_word"]) if row["prev_item"] else None for row in rows]
-    texts = list(dict.fromkeys([*current, *filter(None, previous)]))
-    groups = [word_parts(tokenizer, *text) for text in texts]
-    longest = max(len(ids) for group in groups for ids, _ in group)
-    if longest > student.config.context:
-        raise UserError(
-            f"{path} has a text of {longest} tokens, and the student's context is {student.config.context}: "
-            f"evaluate one that was trained with --context {longest} or more"
-        )
-    sums = iter(
-        sum_logprobs(student, [[part] for group in groups for part in group], "reading times")
-    )
-    surprisal = {
-        text: -sum(float(next(sums)) for _ in group)
-        for text, group in zip(texts, groups, strict=True)
-    }
-    data["pred"] = np.array([surprisal[text] for text in current])
-    data["prev_pred"] = np.array([surprisal[text] if text else np.nan for text in previous])
-    pairs = zip(data["pred"].tolist(), data["prev_pred"].tolist(), strict=True)
-    predictions = [
-        {"id": i, "pred": now, "prev_pred": before} for i, (now, before) in enumerate(pairs)
-    ]
+    previous = [(row["prev_item"], row["prev_word"]) for row in rows]
+    has_previous = [text for text in previous if text[0]]
+    surprisal = surprisals(student, tokenizer, current + has_previous, path)
+    predictions = []
+    for i in range(len(rows)):
+        pred = surprisal[current[i]]
+        prev_pred = surprisal.get(previous[i], math.nan)
+        predictions.append({"id": i, "pred": pred, "prev_pred": prev_pred})
+    for name in ("pred", "prev_pred"):
+        data[name] = np.array([row[name] for row in predictions])
+    eye_tracking = [explained(data, name, BASELINE) for name in EYES]
     return {
-        "eye_tracking": float(np.mean([explained(data, name, BASELINE) for name in EYES])),
+        "eye_tracking": float(np.mean(eye_tracking)),
         "self_paced": explained(data, SELF_PACED, SPILLOVER),
         "items": len(rows),
         "predictions": {"reading": {"predictions": predictions}},
     }
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
+def read_rows(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
     """The rows, and their numeric columns as float64 (n,), nan where empty."""
+    data = {}
     with babylm_file(path, "BabyLM's reading_data.csv") as file:
         rows = list(csv.DictReader(file))
         if not rows or any(None in row.values() for row in rows):
             raise ValueError("no rows, or one that is cut short")
-        names = (*EYES, SELF_PACED, *BASELINE, "prev_length")
-        return rows, {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+        for name in NUMERIC:
+            data[name] = np.array([float(row[name] or "nan") for row in rows])
+    return rows, data
+
+
+def surprisals(
+    student: Student, tokenizer: Tokenizer, words: Iterable[WordInContext], path: Path
+) -> dict[WordInContext, float]:
+    """Each word's surprisal, in nats. Raises UserError, which names the file, if a text exceeds the
+    context."""
+    surprisal = dict.fromkeys(words, 0.0)
+    owners = []
+    groups = []
+    for sentence, word in surprisal:
+        for part in word_parts(tokenizer, sentence, word):
+            owners.append((sentence, word))
+            groups.append([part])
+    context = student.config.context
+    longest = max(len(part.ids) for [part] in groups)
+    if longest > context:
+        raise UserError(
+            f"{path} has a text of {longest} tokens, and the student's context is {context}: "
+            f"evaluate one that was trained with --context {longest} or more"
+        )
+    sums = sum_logprobs(student, groups, "reading times")
+    for owner, logprob in zip(owners, sums, strict=True):
+        surprisal[owner] -= float(logprob)
+    return surprisal
 
 
 def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
@@ -87,7 +107,7 @@ def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
         # Decoded and encoded again as in the pipeline: a token with part of a character changes.
         target = id if not parts else tokenizer.encode(text)[0]
         context = tokenizer.encode(sentence)
-        parts.append(((*context, target), len(context)))
+        parts.append(Part((*context, target), len(context)))
         sentence += text
     return parts
 
@@ -97,12 +117,20 @@ def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]
     ordinary least squares on the baseline and its pairwise interactions. data: columns (n,); rows
     with a nan are left out."""
     columns = np.array([data[name] for name in (outcome, *baseline, "pred")])
-    y, *x, surprisal = columns[:, ~np.isnan(columns).any(0)]
-    # spans the same space and is better conditioned
+    complete = ~np.isnan(columns).any(axis=0)
+    y, *x, surprisal = columns[:, complete]
+    # Standardised columns span the same space and are better conditioned.
     x = [(column - column.mean()) / column.std() for column in x]
     interactions = [a * b for a, b in itertools.combinations(x, 2)]
-    design = np.stack([np.ones_like(y), *x, *interactions, surprisal], axis=1)
-    total = ((y - y.mean()) ** 2).sum()
-    fits = (terms @ np.linalg.lstsq(terms, y, rcond=None)[0] for terms in (design[:, :-1], design))
-    base, model = (1 - ((y - fit) ** 2).sum() / total for fit in fits)
-    return float(100 * (model - base) / (1 - base))
+    terms = [np.ones_like(y), *x, *interactions]
+    without = r_squared(terms, y)
+    with_surprisal = r_squared([*terms, surprisal], y)
+    return 100 * (with_surprisal - without) / (1 - without)
+
+
+def r_squared(terms: Sequence[np.ndarray], y: np.ndarray) -> float:
+    """Fraction of the variance of y (n,) that a linear combination of the terms (n,) explains."""
+    design = np.stack(terms, axis=1)
+    weights, *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = y - design @ weights
+    return float(1 - (residual**2).sum() / ((y - y.mean()) ** 2).sum())

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,10 +30,12 @@ import torch
 
 from lab import figures
 from lab.coreference import coreference
+from lab.figures import Bar
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
 from tinystory.evaluate.validation import bits_per_byte
@@ -44,21 +46,25 @@ from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
 from tinystory.run.options import script_parser
+from tinystory.run.records import Record
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
+from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
-COREFERENCE = 300  # stories
-# on them; of a student itself, so not of a control
+COREFERENCE = 300  # unseen stories
+# Measured on these; of a student itself, so not of a control.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
 CLUSTERED = 64  # stories for distinct_4 and clusters
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
 
 class Row(NamedTuple):
+    """A row of the table: how its stories are written and chosen."""
+
     name: str
     folder: Path
     temperature: float = 1.0
@@ -70,8 +76,9 @@ class Row(NamedTuple):
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--out", default="runs/recipes", help="folder of the runs")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", default="runs/recipes", help="folder of the runs")
+    add(
         "--seeds",
         nargs="+",
         type=int,
@@ -79,68 +86,93 @@ def main(argv: list[str] | None = None) -> None:
         metavar="N",
         help="of pretraining and interaction",
     )
-    controls = ["", "--reward likelihood", "--reward constant"]
-    parser.add_argument(
+    add(
         "--options",
         nargs="+",
-        default=controls,
+        default=["", "--reward likelihood", "--reward constant"],
         metavar="TEXT",
         help="of train_interact.py, per run",
     )
     options = parser.parse_args(argv)
     out = folder_of(options.out)
     flags = {text: words_of("--options", text) for text in options.options}
-    for seed in map(str, options.seeds):
-        pretrain_config(["--seed", seed])
+    for seed in options.seeds:
+        pretrain_config(["--seed", str(seed)])
         for words in flags.values():
-            interact_config(["--seed", seed, *words])
+            interact_config(["--seed", str(seed), *words])
     with locked(out):
         compare(out, options.seeds, flags)
 
 
-def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, Sequence[str]]) -> None:
+def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, list[str]]) -> None:
     """Train and measure the students, and print and write the tables. flags: the options of each
     interaction, by their text."""
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for seed in seeds:
-        start = out / f"pretrain-{seed}"
-        train(start, ["--seed", str(seed)], words=PretrainConfig().words)
-        by = {"first": "untouched", "likelihood": "likeliest of 4", "reward": "best of 4 by reward"}
-        rows = [Row(name, start, n=4, chosen_by=choice) for choice, name in by.items()]
-        rows += [Row(f"temperature {t}", start, t) for t in (0.7, 0.6, 0.5)]
-        for text, words in flags.items():
-            run = out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
-            train(run, ["--init", str(start), "--seed", str(seed)], words)
-            rows.append(Row(f"`{text}`" if text else "the demo", run))
-        corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
-        with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
+        rows = train_students(out, seed, flags)
+        _, _, history = checkpoint.load(checkpoint.find(rows[0].folder))
+        with open_grader(CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
             for row in rows:
-                records.append(
-                    {"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS)
-                )
+                record = {"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS)
+                records.append(record)
                 with open(out / "rows.jsonl", "a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-    columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
-    print(f"| | {' | '.join(columns)} | standard error |\n|---|{'---|' * (len(columns) + 1)}")
-    bars = []
-    for name in dict.fromkeys(record["name"] for record in records):
-        same = [record for record in records if record["name"] == name]
-        means = [mean_of(record[column] for record in same) for column in columns]
-        openings = [
-            x
-            for x in map(mean_of, zip(*(record["rewards"] for record in same), strict=True))
-            if x is not None
-        ]
-        standard_error = stdev(openings) / math.sqrt(len(openings))
-        bars.append((name.strip("`"), fmean(openings), standard_error))
-        cells = ["" if x is None else f"{x:.3f}" for x in [*means, standard_error]]
-        print(f"| {name} | {' | '.join(cells)} |")
+                    file.write(json.dumps(record) + "\n")
+    bars = print_table(records)
     title = "Reward of stories to held-out openings, with the standard error over openings"
-    figure = figures.bars(title, bars, "the demo")
+    figure = figures.bar_chart(title, bars, "the demo")
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
-@functools.lru_cache(1)
+def train_students(out: Path, seed: int, flags: Mapping[str, list[str]]) -> list[Row]:
+    """Finish a seed's runs, and return its rows. The first is the untouched student's."""
+    start = out / f"pretrain-{seed}"
+    train(start, ["--seed", str(seed)], words=PretrainConfig().words)
+    rows = [
+        Row("untouched", start, n=4),
+        Row("likeliest of 4", start, n=4, chosen_by="likelihood"),
+        Row("best of 4 by reward", start, n=4, chosen_by="reward"),
+    ]
+    for temperature in (0.7, 0.6, 0.5):
+        rows.append(Row(f"temperature {temperature}", start, temperature))
+    for text, words in flags.items():
+        name = "_".join(text.replace("--", "").split()) or "default"
+        run = out / f"{name}-{seed}"
+        train(run, ["--init", str(start), "--seed", str(seed)], words)
+        rows.append(Row(f"`{text}`" if text else "the demo", run))
+    return rows
+
+
+def print_table(records: Sequence[Record]) -> list[Bar]:
+    """Print Markdown, and return each row's mean reward."""
+    columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
+    print(f"| | {' | '.join(columns)} | standard error |")
+    print("|---|" + "---|" * (len(columns) + 1))
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], []).append(record)
+    bars = []
+    for name, seeds in by_name.items():
+        openings = []
+        for rewards in zip(*(record["rewards"] for record in seeds), strict=True):
+            mean = mean_of(rewards)
+            if mean is not None:
+                openings.append(mean)
+        standard_error = stdev(openings) / math.sqrt(len(openings))
+        bars.append(Bar(name.strip("`"), fmean(openings), standard_error))
+        values = [mean_of(record[column] for record in seeds) for column in columns]
+        values.append(standard_error)
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        print(f"| {name} | {' | '.join(cells)} |")
+    return bars
+
+
+def load_student(folder: Path, device: torch.device) -> tuple[Student, Tokenizer]:
+    """A run's newest student: `best` would be selected by score."""
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, device)
+    return student, tokenizer
+
+
+@functools.lru_cache(1)  # rows that choose among the same stories follow each other
 @torch.no_grad()
 def written(
     folder: Path,
@@ -150,57 +182,68 @@ def written(
     device: str,
     grader: Grader,
 ) -> tuple[list[Story], list[float | None]]:
-    """A story to each opening by a run's newest checkpoint (`best` would be selected by score), and
-    their scores."""
+    """A story to each opening, and their scores."""
     compute = resolve(device, "auto")
-    student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, compute.device)
-    sampling: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
+    student, tokenizer = load_student(folder, compute.device)
     with compute.autocast():
-        stories = generate(student, None, tokenizer, openings, first_index=FIRST_INDEX, **sampling)
+        stories = generate(
+            student,
+            None,
+            tokenizer,
+            openings,
+            first_index=FIRST_INDEX,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=0,
+        )
     grades = grader.grade_each([(story.opening, story.text) for story in stories])
     return stories, [grade.score for grade in grades]
 
 
-def measure(
-    row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]
-) -> dict[str, Any]:
+def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]) -> Record:
     """Measures of a row. A reward compares a story with the other chosen ones, one per opening."""
-    drawn = (*openings,) * row.n
-    candidates, scores = written(
-        row.folder, row.temperature, drawn, config.max_new_tokens, config.device, grader
+    prompts = tuple(openings) * row.n
+    candidates, candidate_scores = written(
+        row.folder, row.temperature, prompts, config.max_new_tokens, config.device, grader
     )
-    values: dict[str, Sequence[Any]] = {
-        "first": [-i for i in range(len(candidates))],
-        "likelihood": [story.likelihood for story in candidates],
-        "reward": story_rewards(config, candidates, scores) if row.chosen_by == "reward" else [],
-    }
-    chosen = best_of_n(values[row.chosen_by], len(openings))
-    stories, scores = [candidates[i] for i in chosen], [scores[i] for i in chosen]
+    chosen: Sequence[int] = range(len(openings))
+    if row.chosen_by == "likelihood":
+        chosen = best_of_n([story.likelihood for story in candidates], len(openings))
+    elif row.chosen_by == "reward":
+        candidate_rewards = story_rewards(config, candidates, candidate_scores)
+        chosen = best_of_n(candidate_rewards, len(openings))
+
+    stories = [candidates[i] for i in chosen]
+    scores = [candidate_scores[i] for i in chosen]
+    rewards = story_rewards(config, stories, scores)
+    score = mean_of(scores)
     texts = [story.text for story in stories]
-    rewards, kinds = story_rewards(config, stories, scores), Counter(map(dull.kind_of, texts))
-    sizes, score = cluster_sizes(texts[:CLUSTERED]), mean_of(scores)
-    measures: dict[str, Any] = {
-        "reward": mean_of(rewards),
-        "score": None if score is None else 9 * score,
-        **{kind: kinds[kind] / len(texts) for kind in dull.KINDS},
+    clustered = texts[:CLUSTERED]
+    sizes = cluster_sizes(clustered)
+    kinds = Counter(dull.kind_of(text) for text in texts)
+    measures: Record = {"reward": mean_of(rewards), "score": None if score is None else 9 * score}
+    for kind in dull.KINDS:
+        measures[kind] = kinds[kind] / len(texts)
+    measures |= {
         "ended": fmean(story.ended == "eos" for story in stories),
         "words": fmean(story.words for story in stories),
-        "distinct_4": distinct_ngrams(texts[:CLUSTERED]),
+        "distinct_4": distinct_ngrams(clustered),
         "clusters": len(sizes),
         "largest": max(sizes),
-        **dict.fromkeys(UNSEEN),
-        "rewards": rewards,
     }
+    measures |= dict.fromkeys(UNSEEN)
     if row.chosen_by == "first" and row.temperature == 1:
-        student, tokenizer, _ = checkpoint.load(
-            checkpoint.newest(row.folder) or row.folder, torch.device("cpu")
-        )
-        unseen = unseen_stories(COREFERENCE)
-        reading = coreference(student, tokenizer, unseen) | bits_per_byte(
-            student, tokenizer, unseen
-        )
-        measures |= {name: reading[name] for name in UNSEEN}
+        measures |= unseen_measures(row.folder)
+    measures["rewards"] = rewards
     return measures
+
+
+def unseen_measures(folder: Path) -> Record:
+    """The measures UNSEEN of a student, on stories that it did not train on."""
+    student, tokenizer = load_student(folder, torch.device("cpu"))
+    stories = unseen_stories(COREFERENCE)
+    measures = coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
+    return {name: measures[name] for name in UNSEEN}
 
 
 if __name__ == "__main__":

@@ -36,15 +36,15 @@ def words_of(flag: str, text: str) -> list[str]:
         raise UserError(f"{flag}: {reason}; write each text as on a command line") from None
 
 
-def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
+def pretrain_config(argv: list[str]) -> PretrainConfig:
     """The options of a pretraining run to come. Raises UserError as the run would."""
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*argv])
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     return config
 
 
-def interact_config(argv: Sequence[str]) -> InteractConfig:
+def interact_config(argv: list[str]) -> InteractConfig:
     """The same for an interaction, whose openings are read too."""
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, [*argv])
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     load_openings(config.openings)
     return config
 
@@ -53,18 +53,24 @@ def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int 
     """Finish a run, and return its last checkpoint. argv: options of a new run; again: options
     given on a resume too; words: length of a pretraining run, 0: an interaction. Raises UserError
     if the run is stopped."""
-
-    def finished() -> bool:
-        newest = checkpoint.newest(out)
-        read = words and newest and checkpoint.read_counters(newest)["words"] >= words
-        # the last file that an interaction writes
-        return bool(read) if words else (out / SAMPLES).exists()
-
-    if not finished():
+    if not is_finished(out, words):
         print(f"{out} ...", flush=True)
-        main = train_pretrain.main if words else train_interact.main
-        main(["--out", str(out), *(["--resume"] if (out / CONFIG).exists() else argv), *again])
+        begun = (out / CONFIG).exists()
+        arguments = ["--out", str(out)]
+        arguments += ["--resume"] if begun else argv
+        arguments += again
+        if words:
+            train_pretrain.main(arguments)
+        else:
+            train_interact.main(arguments)
     last = checkpoint.newest(out)
-    if last is None or not finished():
+    if last is None or not is_finished(out, words):
         raise UserError(f"{out} was stopped before its end: the same command continues from there")
     return last
+
+
+def is_finished(out: Path, words: int) -> bool:
+    if not words:
+        return (out / SAMPLES).exists()  # the last file that an interaction writes
+    newest = checkpoint.newest(out)
+    return newest is not None and checkpoint.read_counters(newest)["words"] >= words

@@ -3,7 +3,8 @@ log-probability is needed. As in BabyLM's pipeline, no token precedes a text, so
 context only."""
 
 from collections.abc import Sequence
-from itertools import chain, takewhile
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +18,20 @@ from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
 
-# token ids, and the index (>= 1) of the first whose log-probability counts
-Part = tuple[tuple[int, ...], int]
+
+class Part(NamedTuple):
+    """Token ids, and the index (>= 1) of the first whose log-probability counts."""
+
+    ids: tuple[int, ...]
+    first: int
 
 
 def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
     """`rest`, to be scored after `prefix`. A token that spans their boundary counts."""
-    tokens = tokenizer.encode(prefix + rest)
-    ends = np.cumsum(tokenizer.token_sizes[tokens])
+    ids = tokenizer.encode(prefix + rest)
+    ends = np.cumsum(tokenizer.token_sizes[ids])
     first = int(np.searchsorted(ends, len(prefix.encode()), side="right"))
-    return tuple(tokens), max(first, 1)
+    return Part(tuple(ids), max(first, 1))
 
 
 @torch.no_grad()
@@ -34,33 +39,51 @@ def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) 
     """Per group (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in
     nats. The common prefix of a group's parts, which cannot decide between them, is left out. Parts
     must fit the student's context."""
-    device = student.wte.weight.device
-    parts = [_after_common_prefix(group) for group in groups]
-    # each distinct one once
-    rows = sorted(dict.fromkeys(chain.from_iterable(parts)), key=lambda row: len(row[0]))
+    shortened = [after_common_prefix(group) for group in groups]
+    distinct = dict.fromkeys(chain.from_iterable(shortened))
+    waiting = sorted(distinct, key=lambda part: len(part.ids))
     sums: dict[Part, Tensor] = {}
-    with tqdm(total=len(rows), desc=desc, unit=" texts", leave=False, delay=2, disable=None) as bar:
-        while rows:  # the longest first, so that a lack of memory shows at once
-            begin = max(len(rows) - max(BATCH // max(len(rows[-1][0]), 1), 1), 0)
-            batch, rows = rows[begin:], rows[:begin]
-            tokens = pad_sequence(
-                [torch.tensor(ids, device=device) for ids, _ in batch], batch_first=True
-            )
-            totals = torch.zeros(len(batch), dtype=torch.float64)
-            targets = [
-                (i, at) for i, (ids, first) in enumerate(batch) for at in range(first, len(ids))
-            ]
-            if targets:
-                row, at = torch.tensor(targets, device=device).T
-                hidden = student.hidden(tokens)[row, at - 1]  # padding comes last: no token sees it
-                logprob, _ = ops.token_logprob(hidden, student.wte.weight, tokens[row, at])
-                totals.index_put_((row.cpu(),), logprob.double().cpu(), accumulate=True)
-            sums |= zip(batch, totals, strict=True)
+    total = len(waiting)
+    with tqdm(total=total, desc=desc, unit=" texts", leave=False, delay=2, disable=None) as bar:
+        while waiting:  # the longest first, so that a lack of memory shows at once
+            longest = max(len(waiting[-1].ids), 1)
+            size = max(BATCH // longest, 1)
+            batch = waiting[-size:]
+            del waiting[-size:]
+            sums.update(zip(batch, batch_sums(student, batch), strict=True))
             bar.update(len(batch))
-    return [torch.stack([sums[row] for row in group]) for group in parts]
+    return [torch.stack([sums[part] for part in group]) for group in shortened]
 
 
-def _after_common_prefix(group: Sequence[Part]) -> list[Part]:
-    columns = zip(*(ids for ids, _ in group), strict=False) if len(group) > 1 else ()
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return [(ids, max(first, common)) for ids, first in group]
+def batch_sums(student: Student, batch: Sequence[Part]) -> Tensor:
+    """`sum_logprobs` of each part: (len(batch),) float64 on the CPU."""
+    device = student.wte.weight.device
+    rows: list[int] = []
+    positions: list[int] = []
+    for row, part in enumerate(batch):
+        scored = range(part.first, len(part.ids))
+        rows.extend([row] * len(scored))
+        positions.extend(scored)
+    sums = torch.zeros(len(batch), dtype=torch.float64)
+    if not rows:
+        return sums
+
+    row_ids = [torch.tensor(part.ids, device=device) for part in batch]
+    tokens = pad_sequence(row_ids, batch_first=True)  # padding comes last: no token sees it
+    row_index = torch.tensor(rows, device=device)
+    position = torch.tensor(positions, device=device)
+    hidden = student.hidden(tokens)[row_index, position - 1]
+    logprob, _ = ops.token_logprob(hidden, student.wte.weight, tokens[row_index, position])
+    return sums.index_add_(0, torch.tensor(rows), logprob.double().cpu())
+
+
+def after_common_prefix(group: Sequence[Part]) -> list[Part]:
+    """The same parts, in which the tokens that all of them begin with do not count."""
+    if len(group) == 1:
+        return list(group)
+    common = 0
+    for tokens in zip(*(part.ids for part in group), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        common += 1
+    return [Part(part.ids, max(part.first, common)) for part in group]

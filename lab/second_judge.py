@@ -1,11 +1,14 @@
 """A run's gain as seen by a second judge, which was not its teacher, beside controls that need no
 learning."""
 
+import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +20,11 @@ from tinystory.evaluate.held_out import FIRST_INDEX
 from tinystory.evaluate.intervals import mean_ci, with_ci
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
+from tinystory.report.before_after import best_step
 from tinystory.report.charts import number
 from tinystory.run.errors import UserError
 from tinystory.run.files import atomic_write
-from tinystory.run.records import EVALUATIONS, SAMPLES, Record, plain, read_records
+from tinystory.run.records import EVALUATIONS, Record, plain, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.grade import Grade
@@ -32,6 +36,7 @@ BEFORE, AFTER, BEST, REAL = "before", "after", "best checkpoint", "real stories"
 BEST_OF_N = f"before, best of {BEST_OF} by the teacher"
 COLDER = tuple(f"before, temperature {temperature}" for temperature in TEMPERATURES)
 GROUPS = (BEFORE, AFTER, BEST, *COLDER, BEST_OF_N, REAL)
+StoryAfter: TypeAlias = tuple[str, str]  # the opening, and the story after it
 
 
 def judge_run(
@@ -39,7 +44,7 @@ def judge_run(
     config: InteractConfig,
     compute: Compute,
     reader: Reader,
-    grade: Callable[[Sequence[tuple[str, str]]], list[Grade]],
+    grade: Callable[[Sequence[StoryAfter]], list[Grade]],
     corpus: Sequence[str] = (),
 ) -> list[Record]:
     """Write and return judged.jsonl: for each of GROUPS, stories to the openings of the run's
@@ -49,62 +54,64 @@ def judge_run(
     BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus` (default: the student's
     own); the student at the run's start writes the others. grade: the run's teacher. Raises
     UserError without evaluations at both ends."""
-    by_step: dict[int, list[tuple[str, str]]] = {}
-    for record in sorted(
-        read_records(run / EVALUATIONS), key=lambda record: (record["step"], record["index"])
-    ):
+    groups = evaluated_stories(run)
+    openings = [opening for opening, _ in groups[BEFORE]]
+    student, tokenizer, history = checkpoint.load(run / "checkpoints" / "start", compute.device)
+
+    def write(temperature: float, copies: int = 1) -> list[StoryAfter]:
+        with torch.no_grad(), compute.autocast():
+            stories = generate(
+                student,
+                None,
+                tokenizer,
+                openings * copies,
+                first_index=FIRST_INDEX,
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                seed=config.seed,
+            )
+        return [(story.opening, story.text) for story in stories]
+
+    for name, temperature in zip(COLDER, TEMPERATURES, strict=True):
+        groups[name] = write(temperature)
+    candidates = write(config.temperature, BEST_OF)
+    documents = corpus_documents(corpus or history.get("corpus", ["builtin"]))
+    real = real_stories(documents, len(openings), seed=config.seed)
+    groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
+
+    distinct = list(dict.fromkeys(itertools.chain(candidates, *groups.values())))
+    scores: dict[StoryAfter, float | None] = {}
+    for story, graded in zip(distinct, grade(distinct), strict=True):
+        scores[story] = sum(graded.scores.values()) if graded.scores else graded.score
+    best = best_of_n([scores[story] for story in candidates], len(openings))
+    groups[BEST_OF_N] = [candidates[i] for i in best]
+
+    records: list[Record] = []
+    for name in GROUPS:
+        for index, story in enumerate(groups[name]):
+            opening, text = story
+            record = {"group": name, "index": index, "opening": opening, "story": text}
+            records.append(record | {"score": scores[story]})
+    senses = reader.sense([(record["opening"], record["story"]) for record in records])
+    for record, sense in zip(records, senses.tolist(), strict=True):
+        record["sense"] = plain(sense)
+    atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def evaluated_stories(run: Path) -> dict[str, list[StoryAfter]]:
+    """The stories of a run's evaluations before its first step, after its last, and of `best`.
+    Raises UserError if there is none of these."""
+    by_step: dict[int, list[StoryAfter]] = {}
+    evaluations = read_records(run / EVALUATIONS)
+    for record in sorted(evaluations, key=lambda record: (record["step"], record["index"])):
         by_step.setdefault(record["step"], []).append((record["opening"], record["story"]))
-    best = next(
-        (record["step"] for record in read_records(run / SAMPLES) if record["when"] == "after"),
-        None,
-    )
+    best = best_step(run)
     if len(by_step) < 2 or 0 not in by_step or best not in by_step:
         raise UserError(
             f"{run} was not evaluated before its first step and at its end: give a finished interaction"
         )
-    groups = {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
-    student, tokenizer, history = checkpoint.load(run / "checkpoints" / "start", compute.device)
-    openings = [opening for opening, _ in by_step[0]]
-
-    def write(temperature: float, copies: int = 1) -> list[tuple[str, str]]:
-        sampling: dict[str, Any] = dict(
-            max_new_tokens=config.max_new_tokens, temperature=temperature, seed=config.seed
-        )
-        with torch.no_grad(), compute.autocast():
-            stories = generate(
-                student, None, tokenizer, openings * copies, first_index=FIRST_INDEX, **sampling
-            )
-        return [(story.opening, story.text) for story in stories]
-
-    groups |= {
-        name: write(temperature) for name, temperature in zip(COLDER, TEMPERATURES, strict=True)
-    }
-    drawn = write(config.temperature, BEST_OF)
-    real = real_stories(
-        corpus_documents(corpus or history.get("corpus", ["builtin"])),
-        len(openings),
-        seed=config.seed,
-    )
-    groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
-    graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
-    grades = zip(graded, grade(graded), strict=True)
-    scores = {
-        pair: sum(each.scores.values()) if each.scores else each.score for pair, each in grades
-    }
-    groups[BEST_OF_N] = [
-        drawn[i] for i in best_of_n([scores[pair] for pair in drawn], len(openings))
-    ]
-    records: list[Record] = [
-        {"group": name, "index": i, "opening": pair[0], "story": pair[1], "score": scores[pair]}
-        for name in GROUPS
-        for i, pair in enumerate(groups[name])
-    ]
-    senses = reader.sense([(record["opening"], record["story"]) for record in records]).tolist()
-    records = [
-        record | {"sense": plain(sense)} for record, sense in zip(records, senses, strict=True)
-    ]
-    atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
-    return records
+    return {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
 
 
 def real_stories(documents: Iterable[str], count: int, seed: int) -> list[list[str]]:
@@ -118,38 +125,38 @@ def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]
     """Per group the mean "score" or "sense" over its stories, the bootstrap interval "ci", and
     "gap", the fraction of the way from BEFORE to REAL, None unless BEFORE is below REAL's interval.
     None for what was not measured."""
-    groups = {
-        name: [record[measure] for record in records if record["group"] == name] for name in GROUPS
-    }
-    means: dict[str, Any] = {
-        name: mean_and_ci(np.array(values, dtype=float)) for name, values in groups.items()
-    }
-    low, high = means[BEFORE][0], means[REAL][0]
-    wide = low is not None and high is not None and low < means[REAL][1][0]
-    return {
-        name: {
-            "mean": mean,
-            "ci": ci,
-            "gap": (mean - low) / (high - low) if wide and mean is not None else None,
-        }
-        for name, (mean, ci) in means.items()
-    }
+    table: dict[str, dict[str, Any]] = {}
+    for name in GROUPS:
+        values = [record[measure] for record in records if record["group"] == name]
+        mean, ci = mean_and_ci(np.array(values, dtype=float))
+        table[name] = {"mean": mean, "ci": ci, "gap": None}
+    low = table[BEFORE]["mean"]
+    high = table[REAL]["mean"]
+    if low is not None and high is not None and low < table[REAL]["ci"][0]:
+        for row in table.values():
+            if row["mean"] is not None:
+                row["gap"] = (row["mean"] - low) / (high - low)
+    return table
 
 
 def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:
     """Mean difference in sense between two groups' stories to the same openings, and its bootstrap
     interval."""
-    sense = {
-        (record["group"], record["index"]): record["sense"]
-        for record in records
-        if record["sense"] is not None
-    }
-    pairs = [
-        (value, sense.get((over, index))) for (name, index), value in sense.items() if name == group
-    ]
-    difference = np.array([ours - theirs for ours, theirs in pairs if theirs is not None])
-    nothing = float("nan"), (float("nan"), float("nan"))
-    return (float(difference.mean()), mean_ci(difference)) if len(difference) else nothing
+    senses = sense_by_index(records, group)
+    others = sense_by_index(records, over)
+    differences = [senses[index] - others[index] for index in senses if index in others]
+    if not differences:
+        return math.nan, (math.nan, math.nan)
+    return fmean(differences), mean_ci(np.array(differences))
+
+
+def sense_by_index(records: Sequence[Record], group: str) -> dict[int, float]:
+    """The sense of a group's stories that have one."""
+    senses = {}
+    for record in records:
+        if record["group"] == group and record["sense"] is not None:
+            senses[record["index"]] = record["sense"]
+    return senses
 
 
 def conclusion(records: Sequence[Record]) -> str:
@@ -160,45 +167,37 @@ def conclusion(records: Sequence[Record]) -> str:
         return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
     groups = summary(records, "sense")
     fraction = groups[AFTER]["gap"]
-    way = "" if fraction is None else f", {fraction:.0%} of the way to real stories"
+    if fraction is not None:
+        text += f", {fraction:.0%} of the way to real stories"
     controls = [name for name in (*COLDER, BEST_OF_N) if groups[name]["mean"] is not None]
     control = max(controls, key=lambda name: groups[name]["mean"], default=BEST_OF_N)
-    beyond, beyond_ci = gain(records, AFTER, control)
-    theirs = f"{gain(records, control, BEFORE)[0]:+.2f} for “{control}”, which needs no training"
-    verdict = (
-        "more than"
-        if beyond_ci[0] > 0
-        else "less than"
-        if beyond_ci[1] < 0
-        else "no different from"
-    )
+    control_gain, _ = gain(records, control, BEFORE)
+    beyond, (low, high) = gain(records, AFTER, control)
+    verdict = "no different from"
+    if low > 0:
+        verdict = "more than"
+    elif high < 0:
+        verdict = "less than"
     return (
-        f"The reader, which was not the teacher, sees a gain in sense of {text}{way}; that is {verdict} the {theirs} "
-        f"(difference {with_ci(beyond, beyond_ci, sign='+')})."
+        f"The reader, which was not the teacher, sees a gain in sense of {text}; that is {verdict} the "
+        f"{control_gain:+.2f} for “{control}”, which needs no training "
+        f"(difference {with_ci(beyond, (low, high), sign='+')})."
     )
 
 
 def judged_rows(records: Sequence[Record]) -> list[list[str]]:
     """A header, and per group: size, mean by each judge, and the fraction of the way from before to
     real stories."""
-    tables = {measure: summary(records, measure) for measure in ("score", "sense")}
-    rows = [
-        [
-            "Stories",
-            "Number",
-            "Teacher’s score",
-            "of the way",
-            "Sense, nats per token",
-            "of the way",
-        ]
-    ]
+    sense_title = "Sense, nats per token"
+    rows = [["Stories", "Number", "Teacher’s score", "of the way", sense_title, "of the way"]]
+    scores = summary(records, "score")
+    senses = summary(records, "sense")
     for name in GROUPS:
-        cells = []
-        for table in tables.values():
-            row = table[name]
-            cells += [
-                with_ci(row["mean"], row["ci"]),
-                number(None) if row["gap"] is None else f"{row['gap']:.0%}",
-            ]
-        rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
+        size = sum(record["group"] == name for record in records)
+        row = [name, str(size)]
+        for measured in (scores[name], senses[name]):
+            gap = measured["gap"]
+            row.append(with_ci(measured["mean"], measured["ci"]))
+            row.append(number(None) if gap is None else f"{gap:.0%}")
+        rows.append(row)
     return rows

@@ -4,7 +4,7 @@ PyTorch's GEMMs."""
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ SHAPES = {
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
 PROMPT = 20  # tokens
+GEMM_RUNS = 5
 Run: TypeAlias = Callable[[], dict[str, float]]  # does the work once; returns seconds, and `tokens`
 
 
@@ -56,34 +57,37 @@ class RandomTokenizer(Tokenizer):
 
 def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Run:
     """Forward, backward and optimizer, as in train_pretrain.py."""
-    config, device = setup.config, setup.compute.device
+    config = setup.config
+    device = setup.compute.device
+    dtype = setup.compute.dtype
     options = PretrainConfig(batch_size=setup.batch, optimizer=optimizer)
     student = Student(config).to(device)
-    optim = make_optimizer(student, options, setup.compute.dtype)
+    optim = make_optimizer(student, options, dtype)
     batch = torch.randint(0, config.vocab_size, (setup.batch, config.context + 1), device=device)
     tokens = setup.batch * config.context
 
     def run() -> dict[str, float]:
         start = now(device)
-        train_step(student, optim, batch, options, setup.compute.dtype, step=0)
+        train_step(student, optim, batch, options, dtype, step=0)
         seconds = now(device) - start
-        return dict(tokens_per_s=tokens / seconds, step_s=seconds, tokens=tokens)
+        return {"tokens_per_s": tokens / seconds, "step_s": seconds, "tokens": tokens}
 
     return run
 
 
 def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer) -> list[Story]:
     openings = [""] * setup.batch
+    sampling: dict[str, Any] = {"first_index": 0, "max_new_tokens": setup.new, "seed": 0}
     with setup.compute.autocast():
-        return generate(
-            student, head, tokenizer, openings, first_index=0, max_new_tokens=setup.new, seed=0
-        )
+        return generate(student, head, tokenizer, openings, **sampling)
 
 
 def rollout(setup: Setup) -> Run:
     """Stories from one opening, without the teacher."""
-    config, device = setup.config, setup.compute.device
-    student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
+    config = setup.config
+    device = setup.compute.device
+    student = Student(config).to(device)
+    head = ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
 
     def run() -> dict[str, float]:
@@ -92,17 +96,23 @@ def rollout(setup: Setup) -> Run:
         seconds = now(device) - start
         # with random weights, one token in V ends a story
         tokens = sum(len(story.tokens) for story in stories)
-        return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
+        return {"tokens_per_s": tokens / seconds, "rollout_s": seconds, "tokens": tokens}
 
     return run
 
 
 def ppo_iteration(setup: Setup) -> Run:
     """Rollout, reference pass and four PPO epochs, with a constant reward."""
-    config, device = setup.config, setup.compute.device
-    sizes = dict(stories_per_step=setup.batch, max_new_tokens=setup.new)
-    options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=4))
-    student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
+    config = setup.config
+    device = setup.compute.device
+    recipe = INTERACT_PRESETS["paper"] | {
+        "stories_per_step": setup.batch,
+        "max_new_tokens": setup.new,
+        "epochs": 4,
+    }
+    options = InteractConfig(**recipe)
+    student = Student(config).to(device)
+    head = ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
@@ -127,40 +137,63 @@ def ppo_iteration(setup: Setup) -> Run:
         after_reference = now(device)
         ppo.step(policy, batch, seen, rewards, options.kl_coef)
         end = now(device)
-        seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
-        seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)
-        return seconds | dict(tokens=sum(len(story.tokens) for story in stories))
+        return {
+            "total_s": end - start,
+            "rollout_s": after_rollout - start,
+            "update_s": end - after_rollout,
+            "reference_s": after_reference - after_rollout,
+            "tokens": sum(len(story.tokens) for story in stories),
+        }
 
     return run
 
 
-# By name: the function that makes its run, the key of its seconds, the default batch size by shape.
-WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
-    "pretrain": (pretrain_step, "step_s", {"small": 16, "gpt2s": 4}),
-    "rollout": (rollout, "rollout_s", {"small": 64, "gpt2s": 64}),
-    "ppo": (ppo_iteration, "total_s", {"small": 64, "gpt2s": 16}),
+@dataclass(frozen=True)
+class Work:
+    """make_run: sets the work up; seconds_key: of what its run returns; batch: default size by
+    shape."""
+
+    make_run: Callable[..., Run]
+    seconds_key: str
+    batch: dict[str, int]
+
+
+WORK = {
+    "pretrain": Work(pretrain_step, "step_s", {"small": 16, "gpt2s": 4}),
+    "rollout": Work(rollout, "rollout_s", {"small": 64, "gpt2s": 64}),
+    "ppo": Work(ppo_iteration, "total_s", {"small": 64, "gpt2s": 16}),
 }
 
 
-def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
+def gemm_limit(work: str, setup: Setup) -> float:
     """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took
     time."""
-    config, device, backward = setup.config, setup.compute.device, work == "pretrain"
-    rows = setup.batch * config.context if backward else setup.batch
-    C, L, V = config.n_embd, config.n_layer, config.vocab_size
-    total = 0.0
-    for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
-        for m, inner, out in (
-            [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]
-        ):
-            x, w = (
-                torch.randn(size, inner, dtype=setup.compute.dtype, device=device)
-                for size in (m, out)
-            )
-            laps = []
-            for _ in range(runs):
-                start = now(device)
-                F.linear(x, w)
-                laps.append(now(device) - start)
-            total += times * statistics.median(laps)
+    config = setup.config
+    trains = work == "pretrain"
+    rows = setup.batch * config.context if trains else setup.batch
+    C = config.n_embd
+    V = config.vocab_size
+    total = gemm_seconds(setup, rows, C, V, trains)
+    for k, n in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)):
+        total += config.n_layer * gemm_seconds(setup, rows, k, n, trains)
     return round(rows / total, 1)
+
+
+def gemm_seconds(setup: Setup, rows: int, k: int, n: int, trains: bool) -> float:
+    """Median seconds of a linear layer from k to n features, with both of its gradients if it
+    trains."""
+    products = [(rows, k, n)]
+    if trains:
+        products += [(rows, n, k), (n, rows, k)]
+    device = setup.compute.device
+    seconds = 0.0
+    for m, inner, out in products:
+        x = torch.randn(m, inner, dtype=setup.compute.dtype, device=device)
+        weight = torch.randn(out, inner, dtype=setup.compute.dtype, device=device)
+        laps = []
+        for _ in range(GEMM_RUNS):
+            start = now(device)
+            F.linear(x, weight)
+            laps.append(now(device) - start)
+        seconds += statistics.median(laps)
+    return seconds

@@ -2,6 +2,7 @@
 functions."""
 
 import contextlib
+import dataclasses
 import json
 import statistics
 
@@ -143,11 +144,11 @@ def nanogpt(tmp_path, monkeypatch, bench):
 
 @pytest.mark.parametrize("optimizer", [[], ["--optimizer", "muon"]], ids=["adamw", "muon"])
 def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
-    laps, (make, *rest) = [], timing.WORK["pretrain"]
+    laps, work = [], timing.WORK["pretrain"]
 
     def ours(setup, **options):
         assert options == dict(optimizer=(optimizer or ["adamw"])[-1])  # nanoGPT's, or ours
-        step = make(setup, **options)
+        step = work.make_run(setup, **options)
 
         def lap():
             laps.append([step()])
@@ -165,7 +166,7 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
 
             yield lap
 
-    monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
+    monkeypatch.setitem(timing.WORK, "pretrain", dataclasses.replace(work, make_run=ours))
     monkeypatch.setattr(bench_script, "peer", watched)
     result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)[
         "peers"

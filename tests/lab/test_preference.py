@@ -17,13 +17,12 @@ from lab.preference import (
     both_orders,
     compare,
     compared_pairs,
-    keep_choices,
-    preference_lines,
+    preference_line,
     run_pairs,
-    run_preferences,
     win_rate,
 )
 from tinystory.evaluate.stories import read_samples
+from tinystory.report.findings import read_findings
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import SAMPLES
@@ -64,6 +63,8 @@ def test_a_tie_counts_one_half():
     assert (
         result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1] and result["pairs"] == 4
     )
+    line = preference_line("m", result, ("A", "B"))
+    assert "m preferred B in 1 of 4 pairs, A in 1" in line and "win rate 0.50 [0." in line
     assert win_rate([SECOND] * 10)["ci"][0] > 0.7 and win_rate([None])["rate"] is None
 
 
@@ -100,22 +101,6 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
     samples(tmp_path, [StoryPair("Once", "the same", "the same")])
     with pytest.raises(UserError, match="finished interaction"):
         compared_pairs([tmp_path], read_samples)
-    # a report asks without knowing
-    assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}
-
-
-def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
-    samples(tmp_path)
-    keep_choices(tmp_path, "m", PAIRS, [FIRST] * 10)
-    keep_choices(tmp_path, "m", PAIRS, [None, *[SECOND] * 9])  # the last word counts
-    keep_choices(tmp_path, "n", [StoryPair("Once", "old", "stories")], [FIRST])
-    result = run_preferences(tmp_path)
-    assert list(result) == ["m"] and (result["m"]["second"], result["m"]["first"]) == (9, 0)
-    (line,) = preference_lines(result)
-    assert (
-        "m preferred the story after interaction in 9 of 9 pairs" in line
-        and "win rate 1.00 [0." in line
-    )
 
 
 def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short_pauses):
@@ -132,7 +117,8 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
     printed = capsys.readouterr().out
     assert "first preferred the story after interaction in 10 of 10 pairs" in printed
     assert "second in 50% of its answers" in printed
-    assert run_preferences(tmp_path)["first"]["rate"] == 1
+    (finding,) = read_findings(tmp_path)
+    assert finding["title"].endswith("compared blindly by first")
     assert (
         "first preferred the story after interaction in 10 of 10"
         in (tmp_path / "report.html").read_text()

@@ -130,12 +130,10 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_story_takes_bounded_time(judge, kind):
     story = HOSTILE[kind]
-    measures = judge.measures(
-        [("Once " * 30_000, story), ("Once.", "A cat sat. It was red. The cat ran.")]
-    )
+    judge.sense([("Once " * 30_000, story), ("Once.", "A cat sat. It was red. The cat ran.")])
     assert judge._model.widest <= 4096 and judge._model.tokens < 100 * MAX_TOKENS
     assert np.isnan(judge.sense([("Once.", story)])[0]) == (kind in ("nothing", "invisible"))
-    assert judge.sense([]).shape == (0,) and measures["sense_ci"][0] <= measures["sense_mean"]
+    assert judge.sense([]).shape == (0,)
 
 
 def test_a_model_of_a_short_context_reads_what_fits(monkeypatch):

@@ -161,8 +161,7 @@ def test_a_damaged_record_of_an_experiment_is_named(trainer, tmp_path, capsys, c
     calls = len(trainer.calls)
     for path in list(kept)[-2:]:  # an evaluation and experiment.json
         path.write_bytes(content.encode(errors="surrogateescape"))
-        line = fails(reproduce.main, argv, capsys)
-        assert str(path) in line and "restore it from a copy" in line
+        assert str(path) in fails(reproduce.main, argv, capsys)
         path.write_bytes(kept[path])
     assert len(trainer.calls) == calls
 
