@@ -133,9 +133,9 @@ def ppo_iteration(setup: Setup) -> Run:
         batch = collate(stories, device)
         after_rollout = now(device)
         with policy.autocast():
-            seen = ppo.read_reference(reference, batch, options)
+            of_reference = ppo.read_reference(reference, batch, options)
         after_reference = now(device)
-        ppo.step(policy, batch, seen, rewards, options.kl_coef)
+        ppo.step(policy, batch, of_reference, rewards, options.kl_coef)
         end = now(device)
         return {
             "total_s": end - start,

@@ -74,8 +74,8 @@ def chunks(batch: Batch, reference: Reference, rows: np.ndarray) -> Iterator[tup
     places in the batch, (m,)."""
     for first in range(0, len(rows), CHUNK):
         part = batch.rows(rows[first : first + CHUNK])
-        seen = reference.at(part.places)
-        table = features(part.padded(seen.states), part.padded(seen.logprobs))
+        part_reference = reference.at(part.places)
+        table = features(part.padded(part_reference.states), part.padded(part_reference.logprobs))
         yield part.packed(table).double(), part.places
 
 

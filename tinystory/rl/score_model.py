@@ -46,12 +46,12 @@ def story_features(
     logprobs_of_each = logprobs.cpu().double().split(sizes)
     states_of_each = states.cpu().double().split(sizes)
     rows = []
-    for x, seen, end in zip(logprobs_of_each, states_of_each, ended, strict=True):
+    for x, story_states, end in zip(logprobs_of_each, states_of_each, ended, strict=True):
         count = len(x)
         half = max(count // 2, 1)
         columns = [
-            seen.mean(0),
-            seen[-1],
+            story_states.mean(0),
+            story_states[-1],
             x.mean()[None],
             x.std(correction=0)[None],
             x[:half].mean()[None],
