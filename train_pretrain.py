@@ -32,7 +32,7 @@ from tinystory.run.errors import Stop, UserError, command
 from tinystory.run.folder import holds_run, locked
 from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, hf, memory
@@ -55,6 +55,94 @@ class RunState:
     step: int = 0
     words: int = 0
     tokens: int = 0
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
+    distributed.start(config.device)
+    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
+        for warning in published_options(config):
+            print(f"warning: {warning}")
+        run = open_run(config)
+        pretrain(run)
+        if distributed.is_rank0():
+            report(run)
+
+
+@dataclass
+class PretrainingRun:
+    """What a run holds: the student with its optimizer and state, the corpus in tokens, and the
+    sequences of each step. steps: metrics of steps that a GPU may still be computing."""
+
+    config: PretrainConfig
+    compute: Compute
+    data: Dataset
+    windows: Windows
+    student: Student
+    optimizer: torch.optim.Optimizer
+    state: RunState
+    log: RunLog
+    bar: Progress
+    steps: StepLog
+
+
+def pretrain(run: PretrainingRun) -> None:
+    """Train until the last word or a signal."""
+    config, state, steps = run.config, run.state, run.steps
+    device = run.compute.device
+    folder = run.log.folder
+    next_batch = load_batch(run, state.step)
+    writes = distributed.is_rank0()
+    with run.log, Stop().listening() as stop, live_report(folder, writes) as update_report, run.bar:
+        # A signal to any process stops all of them.
+        while state.words < config.words and not distributed.all_reduce_max(stop.requested):
+            began = time.perf_counter()
+            batch, words = next_batch
+            rate = set_learning_rate(run.optimizer, config, state.words)
+            loss, grad_norm = train_step(
+                run.student, run.optimizer, batch, config, run.compute.dtype, state.step
+            )
+            statistics = Download(torch.stack([loss, grad_norm]))
+            next_batch = load_batch(run, state.step + 1)  # while a GPU computes
+
+            words_before = state.words
+            state.step += 1
+            state.words += words
+            state.tokens += batch[:, 1:].numel()
+            steps.launch(
+                began,
+                statistics,
+                step=state.step,
+                words=state.words,
+                tokens=state.tokens,
+                lr=rate,
+                peak_memory_mb=peak_memory_mb(device),
+            )
+
+            if state.step % config.eval_every == 0 or state.words >= config.words:
+                steps.write(0, lambda: validation(run))
+            else:
+                steps.write(steps_ahead(device))
+            passed = [m for m in MILESTONES if words_before < m <= state.words]
+            names = [babylm.milestone_name(milestone) for milestone in passed]
+            if state.step % config.save_every == 0:
+                names.append(f"step_{state.step:07d}")
+            for name in names:
+                steps.write(0)  # first: a resumed run keeps the metrics up to its checkpoint
+                save(run, name)
+            update_report()
+        steps.write(0)
+        save(run, f"step_{state.step:07d}")
+
+
+# ---- the stages of a step ------------------------------------------------------------------------
+
+
+def load_batch(run: PretrainingRun, number: int) -> tuple[torch.Tensor, int]:
+    """A step's sequences, (B, T + 1) int64 on the device, and the words in them."""
+    tokens, words = run.windows.batch(number)
+    return upload(tokens, run.compute.device), words
 
 
 def steps_ahead(device: torch.device) -> int:
@@ -94,14 +182,108 @@ def train_step(
     return loss, grad_norm
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
-    distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
-        for warning in published_options(config):
-            print(f"warning: {warning}")
-        pretrain(config)
+def validation(run: PretrainingRun) -> dict[str, float]:
+    """On all held-out sequences at the end of the run, on some of them before."""
+    config = run.config
+    sequences = config.eval_sequences if run.state.words < config.words else None
+    with run.compute.autocast():
+        loss, bits = validate(
+            run.student,
+            run.data.val,
+            run.data.tokenizer.token_sizes,
+            sequences,
+            config.micro_batch_size,
+            config.packing,
+        )
+    return {"val_loss": loss, "val_bits_per_byte": bits}
+
+
+def save(run: PretrainingRun, name: str) -> None:
+    if not distributed.is_rank0():  # it would delete, as incomplete, what rank 0 is writing
+        return
+    config, state = run.config, run.state
+    history = {
+        "words": state.words,
+        "tokens": state.tokens,
+        "corpus": config.corpus,
+        "corpus_words": run.data.train.word_count,
+        # These identify the held-out documents, for --replay-weight.
+        "corpus_seed": config.seed,
+        "val_fraction": config.val_fraction,
+        "documents": config.documents,
+    }
+    tensors = checkpoint.pack_optimizer(run.optimizer)
+    hf.require_finite(state.step, run.student, tensors, TOO_LARGE)
+    folder = run.log.folder / "checkpoints" / name
+    checkpoint.save(
+        folder,
+        run.student,
+        run.data.tokenizer,
+        history=history,
+        state=tensors,
+        counters=asdict(state),
+    )
+    checkpoint.drop_older(folder)
+
+
+# ---- before and after the loop -------------------------------------------------------------------
+
+
+def open_run(config: PretrainConfig) -> PretrainingRun:
+    """A run, ready for its next step."""
+    distributed.require_one_each("--batch-size", config.batch_size)
+    folder = Path(config.out)
+    rank0 = distributed.is_rank0()
+    compute = resolve(config.device, config.dtype)
+    memory.require_for_pretraining(config, compute.device)
+    resume_from = None
+    if config.resume:
+        resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
+
+    fingerprint, data = load_data(config)
+    windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
+    vocab_size = data.tokenizer.vocab_size
+    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
+    torch.manual_seed(config.seed)
+    student = to_device(Student(shape, config.weights_init), compute.device)
+    optimizer = make_optimizer(student, config, compute.dtype)
+    state = RunState(fingerprint)
+    if resume_from:
+        tensors, state = checkpoint.load_trainer(resume_from, RunState)
+        if state.corpus != fingerprint:  # before the weights: its vocabulary may have another size
+            raise UserError(
+                f"the corpus changed since {resume_from} was saved; start a new run with another --out"
+            )
+        checkpoint.restore(student, resume_from)
+        with checkpoint.restoring(resume_from):
+            checkpoint.unpack_optimizer(optimizer, tensors)
+
+    resume_step = state.step if config.resume else None
+    log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
+    distributed.broadcast_from_rank0(student.parameters())
+    size = sum(p.numel() for p in student.parameters())
+    student_facts = {"parameters": size, "corpus": config.corpus}
+    log.config(asdict(config) | compute.recorded | {"student": student_facts})
+    epochs = config.words / data.train.word_count
+    print(
+        f"student with {size / 1e6:.1f} M parameters, {vocab_size} tokens, {compute.device}, "
+        f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
+        f"{epochs:.2f} times the corpus"
+    )
+    bar = Progress(
+        total=config.words,
+        initial=state.words,
+        unit="word",
+        unit_scale=True,
+        desc="pretraining: ",
+        mininterval=0.5,
+        disable=not rank0,
+    )
+    step_tokens = config.batch_size * config.context
+    steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(folder)).add)
+    return PretrainingRun(
+        config, compute, data, windows, student, optimizer, state, log, bar, steps
+    )
 
 
 def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
@@ -119,170 +301,21 @@ def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
     return corpus.fingerprint(), data
 
 
-def pretrain(config: PretrainConfig) -> None:
-    distributed.require_one_each("--batch-size", config.batch_size)
-    run = Path(config.out)
-    rank0 = distributed.is_rank0()
-    compute = resolve(config.device, config.dtype)
-    device = compute.device
-    memory.require_for_pretraining(config, device)
-    resume_from = None
-    if config.resume:
-        resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run))
-
-    fingerprint, data = load_data(config)
-    tokenizer = data.tokenizer
-    windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
-    shape = StudentConfig(
-        config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size
-    )
-    torch.manual_seed(config.seed)
-    student = to_device(Student(shape, config.weights_init), device)
-    optimizer = make_optimizer(student, config, compute.dtype)
-    state = RunState(fingerprint)
-    if resume_from:
-        tensors, state = checkpoint.load_trainer(resume_from, RunState)
-        if state.corpus != fingerprint:  # before the weights: its vocabulary may have another size
-            raise UserError(
-                f"the corpus changed since {resume_from} was saved; start a new run with another --out"
-            )
-        checkpoint.restore(student, resume_from)
-        with checkpoint.restoring(resume_from):
-            checkpoint.unpack_optimizer(optimizer, tensors)
-
-    resume_step = state.step if config.resume else None
-    log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
-    distributed.broadcast_from_rank0(student.parameters())
-    size = sum(p.numel() for p in student.parameters())
-    student_facts = {"parameters": size, "corpus": config.corpus}
-    log.config(asdict(config) | compute.recorded | {"student": student_facts})
-    epochs = config.words / data.train.word_count
-    print(
-        f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "
-        f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
-        f"{epochs:.2f} times the corpus"
-    )
-
-    def load_batch(number: int) -> tuple[torch.Tensor, int]:
-        tokens, words = windows.batch(number)
-        return upload(tokens, device), words
-
-    def validation() -> dict[str, float]:
-        sequences = config.eval_sequences if state.words < config.words else None
-        with compute.autocast():
-            loss, bits = validate(
-                student,
-                data.val,
-                tokenizer.token_sizes,
-                sequences,
-                config.micro_batch_size,
-                config.packing,
-            )
-        return {"val_loss": loss, "val_bits_per_byte": bits}
-
-    def save(name: str) -> None:
-        if not rank0:  # it would delete, as incomplete, what rank 0 is writing
-            return
-        history = {
-            "words": state.words,
-            "tokens": state.tokens,
-            "corpus": config.corpus,
-            "corpus_words": data.train.word_count,
-            # These identify the held-out documents, for --replay-weight.
-            "corpus_seed": config.seed,
-            "val_fraction": config.val_fraction,
-            "documents": config.documents,
-        }
-        tensors = checkpoint.pack_optimizer(optimizer)
-        hf.require_finite(state.step, student, tensors, TOO_LARGE)
-        checkpoint.save(
-            run / "checkpoints" / name,
-            student,
-            tokenizer,
-            history=history,
-            state=tensors,
-            counters=asdict(state),
-        )
-        checkpoint.drop_older(run / "checkpoints" / name)
-
-    bar = Progress(
-        total=config.words,
-        initial=state.words,
-        unit="word",
-        unit_scale=True,
-        desc="pretraining: ",
-        mininterval=0.5,
-        disable=not rank0,
-    )
-    step_tokens = config.batch_size * config.context
-    steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(run)).add)
-    next_batch = load_batch(state.step)
-    with log, Stop().listening() as stop, live_report(run, rank0) as update_report, bar:
-        # A signal to any process stops all of them.
-        while state.words < config.words and not distributed.all_reduce_max(stop.requested):
-            began = time.perf_counter()
-            batch, words = next_batch
-            rate = set_learning_rate(optimizer, config, state.words)
-            loss, grad_norm = train_step(
-                student, optimizer, batch, config, compute.dtype, state.step
-            )
-            statistics = Download(torch.stack([loss, grad_norm]))
-            next_batch = load_batch(state.step + 1)  # while a GPU computes
-
-            words_before = state.words
-            state.step += 1
-            state.words += words
-            state.tokens += batch[:, 1:].numel()
-            steps.launch(
-                began,
-                statistics,
-                step=state.step,
-                words=state.words,
-                tokens=state.tokens,
-                lr=rate,
-                peak_memory_mb=peak_memory_mb(device),
-            )
-
-            evaluates = state.step % config.eval_every == 0 or state.words >= config.words
-            if evaluates:
-                steps.write(0, validation)
-            else:
-                steps.write(steps_ahead(device))
-            passed = [m for m in MILESTONES if words_before < m <= state.words]
-            names = [babylm.milestone_name(milestone) for milestone in passed]
-            if state.step % config.save_every == 0:
-                names.append(f"step_{state.step:07d}")
-            for name in names:
-                steps.write(0)  # first: a resumed run keeps the metrics up to its checkpoint
-                save(name)
-            update_report()
-        steps.write(0)
-        save(f"step_{state.step:07d}")
-
-    if rank0:
-        report(config, student, tokenizer, compute, state.words, steps.metrics)
-
-
-def report(
-    config: PretrainConfig,
-    student: Student,
-    tokenizer: Tokenizer,
-    compute: Compute,
-    words: int,
-    last: Record,
-) -> None:
+def report(run: PretrainingRun) -> None:
     """Print how to resume a run that was asked to stop, or a finished student's story and
-    validation. last: metrics of the last step; {} if the run was finished before it was resumed."""
-    run = Path(config.out)
+    validation."""
+    config, folder = run.config, run.log.folder
+    words = run.state.words
     if words < config.words:
-        resume = hint("train_pretrain.py", "--out", run, "--resume")
+        resume = hint("train_pretrain.py", "--out", folder, "--resume")
         print(f"stopped after {words:,} words, all saved; go on with: {resume}")
         return
+    tokenizer = run.data.tokenizer
     room = config.context - len(encode_opening(tokenizer, OPENING))
     if room > 0:
-        with compute.autocast():
+        with run.compute.autocast():
             (story,) = generate(
-                student,
+                run.student,
                 None,
                 tokenizer,
                 [OPENING],
@@ -292,11 +325,12 @@ def report(
                 seed=config.seed,
             )
         print(f"\n{OPENING} {printable(story.text)}\n")
+    last = run.steps.metrics  # {} if the run was finished before it was resumed
     if last:
         print(
             f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
         )
-    print(f"report: {run / 'report.html'}")
+    print(f"report: {folder / 'report.html'}")
     print(f"next:   {next_command(config, tokenizer)}")
 
 
