@@ -93,7 +93,7 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(
         pretrain.main(["--resume", "--out", str(shutil.copytree(place / "p", tmp_path / "p"))])
     elif command == "sample":
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
-        sample.main([str(place / "p"), "--device", "cpu"])
+        sample.main([str(place / "p"), "--stories", "1", "--device", "cpu"])
     else:
         records = [story_record(step, opening="\x1bOnce", story=ESCAPES) for step in (0, 1)]
         (tmp_path / EVALUATIONS).write_text(
