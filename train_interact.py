@@ -9,11 +9,12 @@ best student is kept."""
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
 from tinystory.data import babylm
@@ -37,7 +38,7 @@ from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
 from tinystory.rl.replay import CorpusReplay, Texts
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.score_model import sent_to_teacher, with_predictions
+from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
@@ -52,11 +53,10 @@ from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
 from tinystory.teacher.callable import CallableGrader
-from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
+from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
-NOT_SENT = Grade(None, None, error="not sent to the teacher (--graded)")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
@@ -108,21 +108,24 @@ def interact(run: InteractionRun) -> None:
                 break
 
             stages.begin("rollout")
-            sent = rows_to_grade(run)
-            stories = write_stories(run, sent)
+            stories = write_stories(run)
             stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
             with run.compute.autocast():
                 if dropout(run):
                     batch = ppo.reread(policy, batch)
                 reference = ppo.read_reference(run.reference, batch, config)
+            sent: Sequence[int] = range(len(stories))
+            if config.grades:
+                features = story_features(batch, reference, stories)
+                sent = send_chosen(run, stories, features)
             stages.begin("teacher")
             grades = collect_grades(run, sent)
             scores = [grade.score for grade in grades]
             prediction: dict[str, Any] = {}
-            if config.graded:
+            if config.grades:
                 scores, prediction = with_predictions(
-                    policy.score_model, batch, reference, stories, scores, sent
+                    policy.score_model, features, stories, scores, sent
                 )
 
             stages.begin("update")
@@ -180,28 +183,37 @@ def dropout(run: InteractionRun) -> float:
     return run.config.rollout_dropout if run.state.step else 0.0
 
 
-def rows_to_grade(run: InteractionRun) -> list[int]:
-    """Rows of the step's stories that the teacher grades."""
-    config = run.config
-    return sent_to_teacher(config.stories_per_step, config.graded, config.seed, run.state.step)
-
-
-def write_stories(run: InteractionRun, sent: Sequence[int]) -> list[Story]:
-    """The step's stories. Those of the rows `sent` go to the teacher as soon as they end."""
+def write_stories(run: InteractionRun) -> list[Story]:
+    """The step's stories. Each goes to the teacher as soon as it ends, unless --grades are to be
+    chosen among them."""
     first_index = run.state.written
     openings = [run.openings[first_index + row] for row in range(run.config.stories_per_step)]
-    to_send = set(sent)
 
     def on_story(story: Story) -> None:
-        if story.index - first_index in to_send:
-            run.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
+        if not run.config.grades:
+            send(run, story)
         run.bar.update()
 
     return rollout(run.policy, openings, first_index, on_story, dropout(run))
 
 
+def send(run: InteractionRun, story: Story) -> None:
+    run.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
+
+
+def send_chosen(run: InteractionRun, stories: Sequence[Story], features: Tensor) -> list[int]:
+    """Send the stories to grade, out of a whole step with these features. Returns their rows."""
+    count = grades_of_step(run.config, run.state.step)
+    model = run.policy.score_model
+    rows = distributed.rank0_value(lambda: model.choose(features, count))
+    if distributed.is_rank0():
+        for row in rows:
+            send(run, stories[row])
+    return rows
+
+
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
-    """The step's grades, NOT_SENT outside `sent`. If the teacher fails, the state after the last
+    """The step's grades, NOT_ASKED outside `sent`. If the teacher fails, the state after the last
     step is saved."""
     try:
         received = distributed.rank0_value(lambda: run.grader.collect(run.stop))
@@ -209,7 +221,7 @@ def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     except UserError:
         save(run)
         raise
-    grades = [NOT_SENT] * run.config.stories_per_step
+    grades = [NOT_ASKED] * run.config.stories_per_step
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
     return grades
@@ -244,9 +256,9 @@ def log_step(
     predicted."""
     state = run.state
     predicted: list[float | None] = []
-    if run.config.graded:
+    if run.config.grades:
         predicted = [
-            score if grade == NOT_SENT else None
+            score if grade == NOT_ASKED else None
             for grade, score in zip(grades, scores, strict=True)
         ]
     mixed = has_dull_tellers(run.policy.history)
@@ -255,7 +267,7 @@ def log_step(
 
     means = story_means(records)
     graded_scores = [grade.score for grade in grades]
-    unscored = graded_scores.count(None) - grades.count(NOT_SENT)
+    unscored = graded_scores.count(None) - grades.count(NOT_ASKED)
     metrics = statistics | {"unscored": unscored}
     metrics |= score_means(grades)
     metrics |= means
@@ -451,22 +463,26 @@ def open_grader_on_rank0(
 def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
-    """What the grades of the run will take, if the grader knows."""
-    forecast = grader.forecast(stories_to_grade(config, state, config.graded_per_step), openings[0])
+    """What the grades of the run will take, if the grader knows, and what they would without
+    --grades."""
+    forecast = grader.forecast(stories_to_grade(config, state), openings[0])
     if not forecast:
         return
-    if config.graded:
-        everything = stories_to_grade(config, state, config.stories_per_step)
-        forecast = f"{forecast}; without --graded {everything:,} stories"
     print(f"forecast: {forecast}")
+    if config.grades:
+        all_graded = replace(config, grades=0)
+        forecast = grader.forecast(stories_to_grade(all_graded, state), openings[0])
+        print(f"without --grades: {forecast}")
 
 
-def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
-    """Number of stories left to grade: `per_step` in each step, and `eval_stories` in each
-    evaluation."""
-    first = state.step + 1 if state.step else 0
-    evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
-    return (config.steps - state.step) * per_step + evaluations * config.eval_stories
+def stories_to_grade(config: InteractConfig, state: RunState) -> int:
+    """Number of stories left to grade, evaluations included."""
+    count = sum(grades_of_step(config, step) for step in range(state.step, config.steps))
+    if config.eval_graded:
+        first = state.step + 1 if state.step else 0
+        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
+        count += evaluations * config.eval_stories
+    return count
 
 
 def report(run: InteractionRun) -> None:

@@ -44,7 +44,7 @@ FIRST = set(
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
-FEWEST_GRADED = 8  # minimum of --graded
+FEWEST_GRADES = 8  # minimum of --grades
 # defined in tinystory/rl/learners.py
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
 
@@ -201,9 +201,10 @@ class InteractConfig:
     max_unscored: float = option(
         0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)"
     )
-    graded: int = option(
+    grades: int = option(
         0,
-        "stories per step that the teacher grades; a model predicts the others; 0: all",
+        "stories of the whole run that the teacher grades, those that tell a model most about the "
+        "others, whose scores it predicts; 0: all",
         "[0, 1e9]",
     )
 
@@ -289,6 +290,9 @@ class InteractConfig:
         "stories per evaluation; `best`: the latest within a standard error of the highest",
         "[1, 1e9]",
     )
+    eval_graded: bool = option(
+        True, "have the teacher grade evaluations; without their grades, `best` is the last student"
+    )
 
     rollout_dropout: float = option(
         0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published"
@@ -302,10 +306,6 @@ class InteractConfig:
     def updates_per_step(self) -> int:
         minibatch_size = self.minibatch_size or self.stories_per_step
         return self.epochs * math.ceil(self.stories_per_step / minibatch_size)
-
-    @property
-    def graded_per_step(self) -> int:
-        return self.graded or self.stories_per_step
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
@@ -571,21 +571,22 @@ def _check_learning(config: InteractConfig) -> None:
         raise UserError(
             "--replay-batch is read with --replay-weight only: give that too, or leave it out"
         )
-    if not config.graded:
+    if not config.grades:
         return
-    if not FEWEST_GRADED <= config.graded < config.stories_per_step:
+    most = config.stories_per_step * config.steps // 2
+    if not FEWEST_GRADES <= config.grades <= most or config.stories_per_step <= FEWEST_GRADES:
         raise UserError(
-            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step "
-            f"{config.stories_per_step}; leave it out to have all graded"
+            f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
+            f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
         )
     if config.teacher_mode == "rank":
         raise UserError(
-            "--graded does not go with --teacher-mode rank, which compares all stories of an "
+            "--grades does not go with --teacher-mode rank, which compares all stories of an "
             "opening: leave one out"
         )
     if config.unreadable_score != "none":
         raise UserError(
-            "--graded does not go with --unreadable-score, which invents scores to learn from: "
+            "--grades does not go with --unreadable-score, which invents scores to learn from: "
             "leave one of them out"
         )
 

@@ -7,6 +7,7 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.policy import RunState
 from tinystory.rl.replay import Texts
+from tinystory.rl.score_model import grades_of_step
 from tinystory.run.errors import UserError
 
 
@@ -27,7 +28,9 @@ class Budget:
         Rank 0 only."""
         config = self.config
         evaluated = evaluations * config.eval_stories
-        graded = config.graded_per_step + evaluated
+        graded = grades_of_step(config, state.step)
+        if config.eval_graded:
+            graded += evaluated
         written = config.stories_per_step + evaluated
         replayed_words = sum(words for _, words in texts)
         reply_words = graded * self.most_words

@@ -102,7 +102,7 @@ class Policy:
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tokenizer: Tokenizer
     history: dict[str, Any]
-    score_model: ScoreModel = field(default_factory=ScoreModel)  # with --graded
+    score_model: ScoreModel = field(default_factory=ScoreModel)  # with --grades
 
     def __post_init__(self) -> None:
         self.value_head = self.critic if isinstance(self.critic, ValueHead) else None

@@ -78,7 +78,7 @@ def step_logprobs(
 def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
     """What the frozen starting checkpoint sees of the stories; its states only if the ridge critic
     or the score model uses them."""
-    states = config.learner == "ridge" or config.graded > 0
+    states = config.learner == "ridge" or config.grades > 0
     return Reference(*step_logprobs(reference, batch, config, states))
 
 

@@ -1,52 +1,61 @@
-"""A model of the teacher's scores: `--graded N` sends N stories of a step to the teacher, and a
+"""A model of the teacher's scores: with `--grades N` the teacher grades N stories of a run, and a
 ridge regression on what the frozen reference sees of a story predicts the scores of the others.
 
 It is refitted in each step with the penalty of least leave-one-out error, which has a closed form
-(Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score replaces the teacher's in the reward
-alone, and is recorded separately. A graded story without a readable reply gets none."""
+(Allen's PRESS; Golub, Heath and Wahba 1979). The stories to grade are those whose scores tell most
+about the scores of the whole step (V-optimality: Yu, Bi and Tresp 2006, "Active learning via
+transductive experimental design"). A predicted score replaces the teacher's in the reward alone,
+and is recorded separately. A graded story without a readable reply gets none."""
 
 import math
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinystory.config import FEWEST_GRADED
+from tinystory.config import FEWEST_GRADES, InteractConfig
 from tinystory.rl.batch import Batch, Reference
 from tinystory.run import distributed
 from tinystory.run.text import is_blank
 from tinystory.student.generate import Story
 
+FEWEST_SCORES = 4  # with fewer, nothing is predicted
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
+PENALTY = 100.0  # while stories are chosen
 MOST = 4096  # newest grades that are kept, a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 MORE_FEATURES = 15  # besides the mean and the last state
+NEWEST = 64  # grades of which score_r_squared is computed
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
-def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
-    """Rows of a step's stories to grade, in order, drawn from seed and step; all if `graded` is
-    0."""
-    return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded or stories))
+def grades_of_step(config: InteractConfig, step: int) -> int:
+    """Number of the step's stories that the teacher grades. --grades are spread evenly over the
+    steps, but the first step has at least FEWEST_GRADES, without which nothing is predicted."""
+    if not config.grades:
+        return config.stories_per_step
+    first = max(FEWEST_GRADES, config.grades // config.steps)
+    if step == 0:
+        return min(first, config.grades)
+    later_steps = config.steps - 1
+    left = config.grades - first
+    given_before = left * (step - 1) // later_steps
+    given_after = left * step // later_steps
+    return given_after - given_before
 
 
-def story_features(
-    logprobs: Tensor, states: Tensor, lengths: Iterable[int], ended: Sequence[bool]
-) -> Tensor:
-    """(B, 2 C + 15) float32 on the CPU: what the reference sees of each story. logprobs (n,) and
-    states (n, C), which predict them, are concatenated over the stories. lengths: tokens per story.
-    ended: whether it drew an end token.
+def story_features(batch: Batch, reference: Reference, stories: Sequence[Story]) -> Tensor:
+    """(B, 2 C + 15) float32 on the CPU: what the reference sees of each story of the batch.
 
     The mean and last state; the log-probabilities' mean, standard deviation, means of either half
     and of the last ten, fraction below -4 nats, and quantiles; the length, its square, its inverse
     and the end."""
-    sizes = [int(length) for length in lengths]
-    logprobs_of_each = logprobs.cpu().double().split(sizes)
-    states_of_each = states.cpu().double().split(sizes)
+    sizes = [int(length) for length in batch.lengths]
+    logprobs_of_each = reference.logprobs.cpu().double().split(sizes)
+    states_of_each = reference.states.cpu().double().split(sizes)
     rows = []
-    for x, story_states, end in zip(logprobs_of_each, states_of_each, ended, strict=True):
+    for story, x, story_states in zip(stories, logprobs_of_each, states_of_each, strict=True):
         count = len(x)
         half = max(count // 2, 1)
         columns = [
@@ -59,7 +68,7 @@ def story_features(
             x[-10:].mean()[None],
             (x < -4).double().mean()[None],
             torch.quantile(x, x.new_tensor(QUANTILES)),
-            x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, end]),
+            x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, story.ended == "eos"]),
         ]
         rows.append(torch.cat(columns))
     return torch.stack(rows).float()
@@ -67,42 +76,42 @@ def story_features(
 
 def with_predictions(
     model: "ScoreModel",
-    batch: Batch,
-    reference: Reference,
+    features: Tensor,
     stories: Sequence[Story],
     scores: Sequence[float | None],
-    sent: Sequence[int],
+    graded: Sequence[int],
 ) -> tuple[list[float | None], dict[str, Any]]:
-    """The scores, with predictions for the stories that were not sent to the teacher, and what to
-    record about them. sent: rows of the stories that were sent."""
-    ended = [story.ended == "eos" for story in stories]
-    features = story_features(reference.logprobs, reference.states, batch.lengths, ended)
-    graded = [scores[row] for row in sent]
-    predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
+    """The scores, with predictions for the stories that the teacher did not grade, and what to
+    record about them. features: (B, F), of all stories; graded: rows of those that were sent."""
+    predicted, record = distributed.rank0_value(lambda: model.complete(features, graded, scores))
     completed = list(scores)
     for row, prediction in enumerate(predicted):
         if prediction is None:
             continue
         # Every grader's score of an empty story is 0.
         completed[row] = 0.0 if is_blank(stories[row].text) else prediction
-    count = len(stories) - predicted.count(None)
-    return completed, {"predicted": count, "score_r_squared": r_squared}
+    return completed, record
 
 
 class ScoreModel:
-    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores:
-    (n,) float64."""
+    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores,
+    (n,) float64; expected: (n,) float64, what was predicted for each before it was graded, or
+    NaN."""
 
     def __init__(self) -> None:
         self.features = torch.zeros(0, 0)
         self.scores = torch.zeros(0, dtype=torch.float64)
-        self._weights: Tensor | None = None
+        self.expected = torch.zeros(0, dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint; empty before the first grade."""
         if not len(self.scores):
             return {}
-        return {"score_model.features": self.features, "score_model.scores": self.scores}
+        return {
+            "score_model.features": self.features,
+            "score_model.scores": self.scores,
+            "score_model.expected": self.expected,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], width: int) -> None:
         """The inverse of `tensors`; others are ignored. width: of the reference's states. Raises
@@ -111,76 +120,110 @@ class ScoreModel:
             return
         features = tensors["score_model.features"]
         scores = tensors["score_model.scores"]
+        expected = tensors["score_model.expected"]
         stories = len(scores) if scores.dim() else 0
         if features.shape != (stories, 2 * width + MORE_FEATURES) or not 0 < stories <= MOST:
             raise ValueError(f"score_model.features is {tuple(features.shape)}")
-        if scores.shape != (stories,):
+        if scores.shape != (stories,) or expected.shape != (stories,):
             raise ValueError(f"score_model.scores is {tuple(scores.shape)}")
-        if features.dtype != torch.float32 or scores.dtype != torch.float64:
+        if features.dtype != torch.float32 or {scores.dtype, expected.dtype} != {torch.float64}:
             raise ValueError(f"score_model is of {features.dtype} and {scores.dtype}")
         if not bool(((scores >= 0) & (scores <= 1)).all()):
             raise ValueError("score_model.scores holds one outside 0 to 1")
         self.features = features
         self.scores = scores
-        self._weights = None
+        self.expected = expected
 
-    def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
-        """Add graded stories. Returns the R-squared of their predictions before (negative if their
-        mean score would have been nearer), or None if there were none or all scores are equal."""
-        new = torch.tensor(scores, dtype=torch.float64)
-        predicted = self.predict(features)
-        self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
-        self.scores = torch.cat([self.scores, new])[-MOST:]
-        self._weights = None
-        if predicted is None or len(new) < 2:
-            return None
-        total = float(((new - new.mean()) ** 2).sum())
-        residual = float(((new - predicted) ** 2).sum())
-        return 1 - residual / total if total > 0 else None
+    def choose(self, features: Tensor, count: int) -> list[int]:
+        """Rows of `count` of a step's stories, in order: greedily, each the one whose score, once
+        known, lowers the mean variance of the step's predictions most. features: (B, F)."""
+        graded, step = self._scaled(features)
+        width = features.shape[1]
+        precision = PENALTY * torch.eye(width, dtype=torch.float64) + graded.T @ graded
+        # (B, B), the covariance of the predictions over the variance of a score's noise
+        covariance = step @ torch.linalg.solve(precision, step.T)
+        chosen: list[int] = []
+        for _ in range(count):
+            variance = covariance.diagonal()
+            reduction = (covariance**2).sum(0) / (1 + variance)
+            reduction[chosen] = -1.0
+            row = int(reduction.argmax())
+            chosen.append(row)
+            column = covariance[:, row].clone()
+            covariance -= torch.outer(column, column) / (1 + column[row])
+        return sorted(chosen)
 
-    def predict(self, features: Tensor) -> Tensor | None:
-        """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST_GRADED grades."""
-        if len(self.scores) < FEWEST_GRADED:
+    def predict(self, features: Tensor) -> tuple[Tensor, float] | None:
+        """(B,) float64, 0 to 1: the expected scores of a step's stories; and the root of the mean
+        squared leave-one-out error of the graded ones. None with fewer than FEWEST_SCORES
+        grades."""
+        if len(self.scores) < FEWEST_SCORES:
             return None
-        if self._weights is None:
-            self._weights = leave_one_out_ridge(self._scaled(self.features), self.scores)
-        expected = self._scaled(features) @ self._weights + self.scores.mean()
-        return expected.clamp(0, 1)
+        graded, step = self._scaled(features)
+        weights, error = leave_one_out_ridge(graded, self.scores)
+        expected = step @ weights + (self.scores.mean() - graded.mean(0) @ weights)
+        return expected.clamp(0, 1), error
 
     def complete(
         self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
-    ) -> tuple[list[float | None], float | None]:
+    ) -> tuple[list[float | None], dict[str, Any]]:
         """Learn from a step's graded stories and predict the scores of the others. features: (B,
-        F), of all of them; graded: rows that were sent; scores: the teacher's for these rows, or
-        None. Returns a score per story (None if it was sent, or without enough grades), and the
-        R-squared of `learn`."""
-        rows: list[int] = []
-        known_scores: list[float] = []
-        for row, score in zip(graded, scores, strict=True):
+        F), of all of them; graded: rows that were sent; scores: the teacher's, None without.
+        Returns a score per story (None if it was sent, or without enough grades), and metrics."""
+        before = self.predict(features)
+        for row in graded:
+            score = scores[row]
             if score is not None:
-                rows.append(row)
-                known_scores.append(score)
-        r_squared = self.learn(features[rows], known_scores) if rows else None
+                expected = math.nan if before is None else float(before[0][row])
+                self._add(features[row], score, expected)
+        record: dict[str, Any] = {"predicted": 0, "score_error": None}
+        record["score_r_squared"] = self.r_squared()
+        after = self.predict(features)
+        if after is None:
+            return [None] * len(features), record
 
-        expected = self.predict(features)
-        if expected is None:
-            return [None] * len(features), r_squared
-        predicted: list[float | None] = expected.tolist()
+        expected_scores, record["score_error"] = after
+        predicted: list[float | None] = expected_scores.tolist()
         for row in graded:
             predicted[row] = None
-        return predicted, r_squared
+        record["predicted"] = len(predicted) - predicted.count(None)
+        return predicted, record
 
-    def _scaled(self, features: Tensor) -> Tensor:
-        graded = self.features.double()
-        scale = graded.std(0, correction=0).clamp(min=1e-6)
-        scaled = (features.double() - graded.mean(0)) / scale
-        return scaled.clamp(-LARGEST, LARGEST)
+    def r_squared(self) -> float | None:
+        """Of what was predicted of the NEWEST grades before they were given: negative if their mean
+        would have been nearer. None if fewer than FEWEST_GRADES had been predicted, or if all these
+        scores are equal."""
+        was_predicted = ~self.expected.isnan()
+        scores = self.scores[was_predicted][-NEWEST:]
+        expected = self.expected[was_predicted][-NEWEST:]
+        if len(scores) < FEWEST_GRADES:
+            return None
+        total = float(((scores - scores.mean()) ** 2).sum())
+        residual = float(((scores - expected) ** 2).sum())
+        return 1 - residual / total if total > 0 else None
+
+    def _add(self, features: Tensor, score: float, expected: float) -> None:
+        earlier_features = self.features.reshape(-1, len(features))
+        self.features = torch.cat([earlier_features, features[None]])[-MOST:]
+        self.scores = torch.cat([self.scores, self.scores.new_tensor([score])])[-MOST:]
+        self.expected = torch.cat([self.expected, self.scores.new_tensor([expected])])[-MOST:]
+
+    def _scaled(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of the graded stories, (n, F), and of a step, (B, F), in float64: with mean
+        0 and variance 1 over both, which need no grade, and clipped."""
+        graded = self.features.reshape(-1, features.shape[1]).double()
+        step = features.double()
+        both = torch.cat([graded, step])
+        mean = both.mean(0)
+        scale = both.std(0, correction=0).clamp(min=1e-6)
+        scaled = ((both - mean) / scale).clamp(-LARGEST, LARGEST)
+        return scaled[: len(graded)], scaled[len(graded) :]
 
 
-def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
-    """(F,) weights that predict y (n,), less its mean, from x (n, F), with the penalty of least
-    PRESS."""
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
+def leave_one_out_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """(F,) weights that predict y (n,), less its mean, from x (n, F), less its, with the penalty of
+    least PRESS; and the root of the mean squared leave-one-out error."""
+    u, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     centred = y - y.mean()
     projection = u.T @ centred
     least_error = math.inf
@@ -194,4 +237,4 @@ def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
         if error < least_error:
             least_error = error
             best_weights = v.T @ (s / (s**2 + penalty) * projection)
-    return best_weights
+    return best_weights, math.sqrt(least_error)

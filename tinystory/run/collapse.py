@@ -27,7 +27,7 @@ ADVICE = {
     "collapse": "more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate",
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
-    "predicted": "more stories per step with --graded",
+    "predicted": "more --grades",
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
     "cannot judge)",
@@ -74,7 +74,7 @@ class CollapseDetector:
         r_squared = record.get("score_r_squared") or 0
         if r_squared < 0:
             signs["predicted"].append(
-                f"the predicted scores of step {record['step']} are worse than a constant "
+                f"the scores predicted up to step {record['step']} are worse than a constant "
                 f"(R-squared {r_squared:.2f})"
             )
         without_signal = self._equal_scores() or self._unrelated_scores()

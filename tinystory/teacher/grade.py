@@ -30,6 +30,9 @@ class Grade:
     error: str | None = None  # why there is no score
 
 
+NOT_ASKED = Grade(None, None, error="the teacher was not asked")
+
+
 class Grader(ABC):
     """Interface of graders; by default one costs nothing and writes no words. facts: recorded in
     config.json."""
