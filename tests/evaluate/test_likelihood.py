@@ -87,10 +87,10 @@ def test_stories_whose_text_has_more_tokens_than_the_context_are_scored(place, t
     assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0]
 
 
-@pytest.mark.parametrize("graded", [[], ["--stories-per-step", "9", "--graded", "8"]])
-def test_an_empty_story_has_the_score_0(place, tmp_path, graded):
+@pytest.mark.parametrize("grades", [[], ["--stories-per-step", "9", "--grades", "8"]])
+def test_an_empty_story_has_the_score_0(place, tmp_path, grades):
     save_ender(place / "p", tmp_path / "start")
-    init = ["--init", str(tmp_path / "start"), *SHORT, "--steps", "2", *graded]
+    init = ["--init", str(tmp_path / "start"), *SHORT, "--steps", "2", *grades]
     interact.main([*init, "--reward", "likelihood", "--out", str(tmp_path / "i")])
     assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0, 0]
     stories = read_lines(tmp_path / "i" / "stories.jsonl")

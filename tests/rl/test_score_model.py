@@ -1,20 +1,24 @@
 """The model of the teacher's scores: what it predicts, when it does not, and that it is what
 scikit-learn would fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tinystory.config import FEWEST_GRADED
+from tinystory.config import FEWEST_GRADES, InteractConfig
 from tinystory.rl import score_model
 from tinystory.rl.batch import Reference
 from tinystory.rl.score_model import (
+    FEWEST_SCORES,
+    NEWEST,
     PENALTIES,
+    PENALTY,
     ScoreModel,
+    grades_of_step,
     leave_one_out_ridge,
-    sent_to_teacher,
     story_features,
     with_predictions,
 )
@@ -31,72 +35,171 @@ def made_up(n, seed=0, width=12):
     )
 
 
-def test_the_stories_sent_depend_on_the_seed_and_the_step():
-    chosen = [sent_to_teacher(768, 128, seed, step) for seed, step in [(0, 0), (0, 1), (1, 0)]]
-    assert all(
-        len(set(rows)) == 128 and rows == sorted(rows) and rows[0] >= 0 and rows[-1] < 768
-        for rows in chosen
-    )
-    assert chosen[0] == sent_to_teacher(768, 128, 0, 0) and len({*map(tuple, chosen)}) == 3
-    assert sent_to_teacher(5, 0, 0, 0) == [0, 1, 2, 3, 4]
+def test_the_grades_of_a_run_are_spread_over_its_steps():
+    for grades, steps in [(64, 8), (32, 8), (9, 3), (100, 7), (8, 5), (40, 1)]:
+        config = InteractConfig(grades=grades, steps=steps)
+        counts = [grades_of_step(config, step) for step in range(steps)]
+        assert sum(counts) == grades and counts[0] >= FEWEST_GRADES
+        assert max(counts[1:], default=0) <= min(counts[1:], default=0) + 1
+        assert max(counts[1:], default=0) <= counts[0] + 1
+    assert grades_of_step(InteractConfig(), 3) == InteractConfig.stories_per_step
+
+
+def written(lengths, ended, width=4):
+    """A batch of stories of these lengths, and what a reference saw of them."""
+    nothing = torch.zeros(0)
+    stories = []
+    for index, end in enumerate(ended):
+        stories.append(
+            Story(index, "Once", "One.", nothing, nothing, nothing, nothing, nothing, end)
+        )
+    count = sum(lengths)
+    reference = Reference(-torch.rand(count), torch.randn(count, width))
+    return SimpleNamespace(lengths=np.array(lengths)), reference, stories
 
 
 def test_a_story_is_seen_alone():
-    logprobs, states = -torch.rand(48), torch.randn(48, 4)
-    both = story_features(logprobs, states, [30, 18], [True, False])
+    batch, reference, stories = written([30, 18], ["eos", "length"])
+    both = story_features(batch, reference, stories)
     assert both.shape == (2, 2 * 4 + 15) and both.dtype == torch.float32 and both.isfinite().all()
-    assert torch.equal(both[1:], story_features(logprobs[30:], states[30:], [18], [False]))
-    assert story_features(logprobs[:1], states[:1], [1], [True]).isfinite().all()
+    alone = reference.at(torch.arange(30, 48))
+    second = story_features(SimpleNamespace(lengths=np.array([18])), alone, stories[1:])
+    assert torch.equal(both[1:], second)
+    of_one_token = story_features(*written([1], ["eos"]))
+    assert of_one_token.isfinite().all()
+
+
+def mean_variance(x, rows, graded):
+    """The mean variance of the predictions for x once these rows of it are known, by inverting the
+    precision of the weights; over the variance of the noise."""
+    known = torch.cat([graded, x[rows]])
+    precision = PENALTY * torch.eye(x.shape[1], dtype=x.dtype) + known.T @ known
+    return float((x @ torch.linalg.inv(precision) * x).sum(1).mean())
+
+
+@pytest.mark.parametrize("grades", [0, 10])
+def test_the_stories_that_are_chosen_lower_the_mean_variance_most(grades):
+    """Greedily: no other story in place of the next one would lower it more."""
+    model, (x, y) = ScoreModel(), made_up(60, width=6)
+    if grades:
+        learn(model, x[50 : 50 + grades], y[50 : 50 + grades].tolist())
+    step = x[:50]
+    graded, scaled = model._scaled(step)
+    chosen = []
+    for count in (1, 2, 3, 4):
+        rows = model.choose(step, count)
+        assert len(set(rows)) == count and rows == sorted(rows) and set(chosen) < set(rows)
+        others = [row for row in range(50) if row not in chosen]
+        variances = [mean_variance(scaled, [*chosen, row], graded) for row in others]
+        assert mean_variance(scaled, rows, graded) == pytest.approx(min(variances), rel=1e-9)
+        chosen = rows
+    assert model.choose(step, 50) == list(range(50))
+    assert model.choose(step, 0) == []
+
+
+def test_the_chosen_stories_predict_the_others_better_than_stories_at_random():
+    """A step with a rare kind of story, whose scores depend on another feature: over twenty draws,
+    the worst of the chosen is better than the mean of random choices."""
+    errors = {"chosen": [], "random": []}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(200, 30, generator=generator)
+        x[:190, 10:] *= 0.1
+        y = (0.5 + 0.05 * x.sum(1) / 2).double().clamp(0, 1)
+        for kind, rows in [
+            ("chosen", ScoreModel().choose(x, 24)),
+            ("random", torch.randperm(200, generator=generator)[:24].tolist()),
+        ]:
+            model = ScoreModel()
+            predicted, _ = model.complete(x, rows, scores_of(y, rows))
+            left = [row for row in range(200) if row not in rows]
+            errors[kind].append(
+                np.mean([(predicted[row] - float(y[row])) ** 2 for row in left]) ** 0.5
+            )
+    assert np.mean(errors["chosen"]) < np.mean(errors["random"])
+
+
+def scores_of(y, rows):
+    """The scores that a teacher gave to these rows alone."""
+    scores = [None] * len(y)
+    for row in rows:
+        scores[row] = float(y[row])
+    return scores
+
+
+def learn(model, x, y):
+    """All of these stories are graded; the metrics."""
+    return model.complete(x, range(len(x)), list(y))[1]
 
 
 def test_scores_that_follow_the_features_are_predicted():
     model, (x, y) = ScoreModel(), made_up(200)
-    assert model.learn(x[:100], y[:100].tolist()) is None
-    r_squared = model.learn(x[100:], y[100:].tolist())
-    assert 0.9 < r_squared < 1
+    assert learn(model, x[:100], y[:100].tolist())["score_r_squared"] is None
+    record = learn(model, x[100:], y[100:].tolist())
+    assert 0.9 < record["score_r_squared"] < 1 and 0 < record["score_error"] < 0.05
     assert torch.equal(model.features, x) and torch.equal(model.scores, y)
 
 
 def test_scores_that_have_nothing_to_do_with_the_features_are_not():
     model, (x, y) = ScoreModel(), made_up(64)
-    model.learn(x, torch.rand(64, generator=torch.Generator().manual_seed(1)).tolist())
-    assert model.learn(x, y.tolist()) < 0.2
+    learn(model, x, torch.rand(64, generator=torch.Generator().manual_seed(1)).tolist())
+    assert learn(model, x, y.tolist())["score_r_squared"] < 0.2
 
 
-def test_nothing_is_predicted_of_a_few_grades_or_measured_of_one_score():
+def test_r_squared_is_of_what_was_predicted_before_the_grades_came():
+    """By hand: the newest grades, and what the model, without them, said of them."""
+    model, (x, y) = ScoreModel(), made_up(90)
+    learn(model, x[:20], y[:20].tolist())
+    expected = []
+    for first in range(20, 90, 7):
+        part, scores = x[first : first + 7], y[first : first + 7].tolist()
+        expected += model.predict(part)[0].tolist()
+        r_squared = learn(model, part, scores)["score_r_squared"]
+        if first == 20:
+            assert r_squared is None  # of seven alone it would be noise
+    newest, said = y[90 - NEWEST :], torch.tensor(expected[-NEWEST:])
+    by_hand = 1 - ((newest - said) ** 2).sum() / ((newest - newest.mean()) ** 2).sum()
+    assert r_squared == pytest.approx(float(by_hand))
+
+
+def test_nothing_is_predicted_of_a_few_grades_or_measured_of_equal_scores():
     model, (x, y) = ScoreModel(), made_up(40)
-    assert (
-        model.learn(x[: FEWEST_GRADED - 1], y[: FEWEST_GRADED - 1].tolist()) is None
-        and model.predict(x) is None
-    )
-    assert model.learn(x[:1], [0.5]) is None and model.predict(x) is not None
-    assert model.learn(x[:9], [0.5] * 9) is None
+    few = FEWEST_SCORES - 1
+    learn(model, x[:few], y[:few].tolist())
+    assert model.predict(x) is None
+    assert learn(model, x[:9], [0.5] * 9)["score_r_squared"] is None
+    assert model.predict(x) is not None
+    equal = ScoreModel()
+    learn(equal, x[:9], [0.5] * 9)
+    assert learn(equal, x[:9], [0.5] * 9)["score_r_squared"] is None
 
 
 def test_the_newest_grades_are_kept(monkeypatch):
     monkeypatch.setattr(score_model, "MOST", 30)
     model, (x, y) = ScoreModel(), made_up(50)
-    model.learn(x[:20], y[:20].tolist())
-    model.learn(x[20:], y[20:].tolist())
+    learn(model, x[:20], y[:20].tolist())
+    learn(model, x[20:], y[20:].tolist())
     assert torch.equal(model.features, x[20:]) and torch.equal(model.scores, y[20:])
+    assert len(model.expected) == 30
 
 
 def test_predictions_are_scores():
     model, (x, y) = ScoreModel(), made_up(50)
-    model.learn(x, y.tolist())
-    far = model.predict(1000 * x)
+    learn(model, x, y.tolist())
+    far, _ = model.predict(1000 * x)
     assert far.min() >= 0 and far.max() <= 1
 
 
 def test_a_restored_model_predicts_the_same():
     width = 4
     model, (x, y) = ScoreModel(), made_up(50, width=2 * width + 15)
-    model.learn(x[:30], y[:30].tolist())
+    learn(model, x[:30], y[:30].tolist())
     again = ScoreModel()
     again.restore({name: tensor.clone() for name, tensor in model.tensors().items()}, width)
-    assert torch.equal(again.predict(x), model.predict(x))
-    assert again.learn(x[30:], y[30:].tolist()) == model.learn(x[30:], y[30:].tolist())
-    assert torch.equal(again.predict(x), model.predict(x))
+    assert torch.equal(again.predict(x)[0], model.predict(x)[0])
+    assert learn(again, x[30:], y[30:].tolist()) == learn(model, x[30:], y[30:].tolist())
+    assert torch.equal(again.predict(x)[0], model.predict(x)[0])
+    assert again.choose(x, 5) == model.choose(x, 5)
 
 
 def test_only_stories_that_were_not_sent_have_a_predicted_score():
@@ -104,34 +207,26 @@ def test_only_stories_that_were_not_sent_have_a_predicted_score():
     either."""
     model, (x, y) = ScoreModel(), made_up(40)
     graded = list(range(0, 40, 2))
-    scores = [None if row in (4, 10) else float(y[row]) for row in graded]
-    predicted, r_squared = model.complete(x, graded, scores)
-    assert [
-        row for row, score in enumerate(predicted) if score is None
-    ] == graded and r_squared is None
+    scores = scores_of(y, [row for row in graded if row not in (4, 10)])
+    predicted, record = model.complete(x, graded, scores)
+    assert [row for row, score in enumerate(predicted) if score is None] == graded
+    assert record["score_r_squared"] is None and record["predicted"] == 20
     assert len(model.scores) == 18
-    nothing, r_squared = model.complete(x, graded, [None] * 20)
-    assert nothing == predicted and r_squared is None and len(model.scores) == 18
-    assert ScoreModel().complete(x, graded, [None] * 20) == ([None] * 40, None)
-    assert ScoreModel().complete(x, graded[: FEWEST_GRADED - 1], scores[: FEWEST_GRADED - 1]) == (
-        [None] * 40,
-        None,
-    )
+    nothing, _ = model.complete(x, graded, [None] * 40)
+    assert nothing == predicted and len(model.scores) == 18
+    empty, record = ScoreModel().complete(x, graded, [None] * 40)
+    assert empty == [None] * 40 and record["predicted"] == 0
 
 
 def test_an_empty_story_that_was_not_sent_has_the_score_0():
-    nothing = torch.zeros(0)
-    stories = [
-        Story(i, "Once", text, nothing, nothing, nothing, nothing, nothing, "eos")
-        for i, text in enumerate(["One."] * FEWEST_GRADED + ["Two.", ""])
-    ]
-    count = len(stories)
-    batch = SimpleNamespace(lengths=np.full(count, 3))
-    reference = Reference(-torch.rand(3 * count), torch.randn(3 * count, 4))
-    graded = list(range(FEWEST_GRADED))
-    scores = [0.9] * FEWEST_GRADED + [None, None]
-    completed, record = with_predictions(ScoreModel(), batch, reference, stories, scores, graded)
-    assert completed == [0.9] * FEWEST_GRADED + [pytest.approx(0.9), 0.0]
+    count = FEWEST_GRADES + 2
+    batch, reference, stories = written([3] * count, ["eos"] * count)
+    stories[-1] = replace(stories[-1], text="")
+    features = story_features(batch, reference, stories)
+    graded = range(FEWEST_GRADES)
+    scores = [0.9] * FEWEST_GRADES + [None, None]
+    completed, record = with_predictions(ScoreModel(), features, stories, scores, graded)
+    assert completed == [0.9] * FEWEST_GRADES + [pytest.approx(0.9), 0.0]
     assert record["predicted"] == 2
 
 
@@ -155,4 +250,6 @@ def test_the_weights_are_those_of_the_least_leave_one_out_error(n):
         return sum(float((y[i] - (x[i] @ w[:-1] + w[-1])) ** 2) for i, w in enumerate(weights))
 
     best = min(PENALTIES, key=error)
-    torch.testing.assert_close(leave_one_out_ridge(x, y), solve(list(range(n)), best)[:-1])
+    weights, left_out_error = leave_one_out_ridge(x, y)
+    torch.testing.assert_close(weights, solve(list(range(n)), best)[:-1])
+    assert left_out_error == pytest.approx((error(best) / n) ** 0.5)

@@ -26,7 +26,7 @@ from tinystory.student import checkpoint
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.client import Teacher
 
-GRADED = [*SHORT, "--stories-per-step", "12", "--graded", "8", "--diversity", "0"]
+GRADED = [*SHORT, "--stories-per-step", "12", "--grades", "8", "--diversity", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -242,10 +242,10 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
 def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(
     init, tmp_path, capsys
 ):
-    """Ten of twenty stories are graded. Some get no score ever, and some replies come late; then
-    the quota ends."""
+    """Ten of twenty stories are graded in each step. Some get no score ever, and some replies come
+    late; then the quota ends."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = ["--stories-per-step", "20", "--graded", "10", "--max-unscored", "0.6"]
+    flags = ["--stories-per-step", "20", "--grades", "40", "--max-unscored", "0.6"]
     left = 10**6
     arrivals = Arrivals()
 
@@ -273,7 +273,7 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
     assert (whole / "stories.jsonl").read_text() == (stopped / "stories.jsonl").read_text()
     steps, stories = metrics(whole), list(read_stories(whole))
     unscored = [story for story in stories if "What a tale" in story["reply"]]
-    others = [story for story in stories if "--graded" in story["reply"]]
+    others = [story for story in stories if "was not asked" in story["reply"]]
     assert unscored and all(
         story["predicted"] is story["scores"] is story["reward"] is None for story in unscored
     )
@@ -283,7 +283,7 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
         story["predicted"] is not None for story in stories
     )
     assert [record["scored"] + record["unscored"] for record in steps] == [10] * 4
-    assert steps[0]["score_r_squared"] is None and steps[-1]["score_r_squared"] is not None
+    assert steps[0]["score_r_squared"] is None and steps[0]["score_error"] is not None
 
 
 def graded_now_and_then(story: str, number: int, n: int) -> str:

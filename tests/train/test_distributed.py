@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, ROOT, SHORT, SMALL, metrics
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, metrics, read_lines
 from safetensors.torch import load_file
 
 import train_interact as interact
@@ -136,6 +136,24 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
     # those of the first step are identical
     assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_stories_graded(place, tmp_path):
+    """Of a first step, whose stories are the same to the bit."""
+    flags = [*SHORT, "--dtype", "float32", "--reward", f"{place / 'reward.py'}", "--steps", "1"]
+    flags += ["--stories-per-step", "20", "--grades", "8", "--init", str(place / "p")]
+    interact.main([*flags, "--out", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "train_interact.py", *flags, "--out", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_lines(tmp_path / name / "stories.jsonl") for name in ("one", "two"))
+    assert [story["story"] for story in one] == [story["story"] for story in two]
+    graded = [story["index"] for story in one if story["reply"] == ""]
+    assert len(graded) == 8
+    assert graded == [story["index"] for story in two if story["reply"] == ""]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metrics, tiny_stories
+from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metrics, read_lines, tiny_stories
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -320,6 +320,26 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["story_clusters"] <= 6
     printed = capsys.readouterr().out
     assert "mean reward" in printed and "held-out openings" in printed
+
+
+def test_without_graded_evaluations_the_best_student_is_the_last(place, tmp_path, capsys):
+    """Evaluations are written and read, but nobody is asked about them."""
+    flags = ["--no-eval-graded", "--grades", "8", "--stories-per-step", "9", "--steps", "2"]
+    reward = ["--reward", f"{place / 'reward.py'}"]
+    out = tmp_path / "i"
+    interact.main(["--init", str(place / "p"), *SHORT, *reward, *flags, "--out", str(out)])
+    evaluations = read_lines(out / "evaluations.jsonl")
+    assert [record["step"] for record in evaluations] == [0] * 4 + [2] * 4
+    assert {record["reward"] for record in evaluations} == {None}
+    assert {record["reply"] for record in evaluations} == {"the teacher was not asked"}
+    assert metrics(out)[-1]["held_out_reward"] is None
+    shown = checkpoint.find(out)
+    assert shown.name == "best"
+    assert json.loads((shown / "trainer.json").read_text())["step"] == 2
+    assert {record["step"] for record in read_lines(out / "samples.jsonl")} == {0, 2}
+    assert "4 stories to held-out openings" in capsys.readouterr().out
+    assert [record["scored"] for record in metrics(out)] == [8, 0]
+    assert [record["predicted"] for record in metrics(out)] == [1, 9]
 
 
 def test_the_best_student_is_the_latest_that_none_clearly_beats():

@@ -26,6 +26,7 @@ PENALTY = 100.0  # while stories are chosen
 MOST = 4096  # newest grades that are kept, a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 MORE_FEATURES = 15  # besides the mean and the last state
+UNKNOWN = -1.0  # no score; a checkpoint's numbers are finite
 NEWEST = 64  # grades of which score_r_squared is computed
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
@@ -96,7 +97,7 @@ def with_predictions(
 class ScoreModel:
     """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores,
     (n,) float64; expected: (n,) float64, what was predicted for each before it was graded, or
-    NaN."""
+    UNKNOWN."""
 
     def __init__(self) -> None:
         self.features = torch.zeros(0, 0)
@@ -174,7 +175,7 @@ class ScoreModel:
         for row in graded:
             score = scores[row]
             if score is not None:
-                expected = math.nan if before is None else float(before[0][row])
+                expected = UNKNOWN if before is None else float(before[0][row])
                 self._add(features[row], score, expected)
         record: dict[str, Any] = {"predicted": 0, "score_error": None}
         record["score_r_squared"] = self.r_squared()
@@ -193,7 +194,7 @@ class ScoreModel:
         """Of what was predicted of the NEWEST grades before they were given: negative if their mean
         would have been nearer. None if fewer than FEWEST_GRADES had been predicted, or if all these
         scores are equal."""
-        was_predicted = ~self.expected.isnan()
+        was_predicted = self.expected != UNKNOWN
         scores = self.scores[was_predicted][-NEWEST:]
         expected = self.expected[was_predicted][-NEWEST:]
         if len(scores) < FEWEST_GRADES:
