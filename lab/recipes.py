@@ -2,15 +2,16 @@
 lab/results.md.
 
 python lab/recipes.py --seeds 1 2 3
-python lab/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"
+python lab/recipes.py --seeds 1 2 3 --options "" "--lam 0.9" "shuffled: --grades 64 --steps 8"
 
 Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by
 train_interact.py once per text of --options (default: the demo, and with the student's likelihood
-or a constant as the score). Finished runs are not repeated. The untouched and the trained students
-then write a story to each held-out opening, which the built-in teacher grades; further controls are
-lower temperatures, and the likeliest or best-rewarded of four stories. Prints Markdown: means over
-the seeds, and the reward's standard error over the openings. Writes OUT/rows.jsonl, with each
-seed's measures and each story's reward, and OUT/reward.svg, README's picture.
+or a constant as the score); a control of lab/controls.py can stand before a colon. Finished runs
+are not repeated. The untouched and the trained students then write a story to each held-out
+opening, which the built-in teacher grades; further controls are lower temperatures, and the
+likeliest or best-rewarded of four stories. Prints Markdown: means over the seeds, and the reward's
+standard error over the openings. Writes OUT/rows.jsonl, with each seed's measures and each story's
+reward, and OUT/reward.svg, README's picture.
 """
 
 import functools
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from lab import figures
+from lab import controls, figures
 from lab.coreference import coreference
 from lab.figures import Bar
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
@@ -73,6 +74,13 @@ class Row(NamedTuple):
     chosen_by: str = "first"
 
 
+class Arm(NamedTuple):
+    """An interaction: a control of lab/controls.py, or "", and options."""
+
+    control: str
+    words: list[str]
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
@@ -91,25 +99,30 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=["", "--reward likelihood", "--reward constant"],
         metavar="TEXT",
-        help="of train_interact.py, per run",
+        help="of train_interact.py, per run; CONTROL: TEXT for a control",
     )
     options = parser.parse_args(argv)
     out = folder_of(options.out)
-    flags = {text: words_of("--options", text) for text in options.options}
+    arms = {text: arm_of(text) for text in options.options}
     for seed in options.seeds:
         pretrain_config(["--seed", str(seed)])
-        for words in flags.values():
-            interact_config(["--seed", str(seed), *words])
+        for arm in arms.values():
+            interact_config(["--seed", str(seed), *arm.words])
     with locked(out):
-        compare(out, options.seeds, flags)
+        compare(out, options.seeds, arms)
 
 
-def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, list[str]]) -> None:
-    """Train and measure the students, and print and write the tables. flags: the options of each
-    interaction, by their text."""
+def arm_of(text: str) -> Arm:
+    control, rest = controls.split(text)
+    return Arm(control, words_of("--options", rest))
+
+
+def compare(out: Path, seeds: Sequence[int], arms: Mapping[str, Arm]) -> None:
+    """Train and measure the students, and print and write the tables. arms: each interaction, by
+    its text."""
     records: list[Record] = []
     for seed in seeds:
-        rows = train_students(out, seed, flags)
+        rows = train_students(out, seed, arms)
         _, _, history = checkpoint.load(checkpoint.find(rows[0].folder))
         with open_grader(CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
             for row in rows:
@@ -123,7 +136,7 @@ def compare(out: Path, seeds: Sequence[int], flags: Mapping[str, list[str]]) -> 
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
-def train_students(out: Path, seed: int, flags: Mapping[str, list[str]]) -> list[Row]:
+def train_students(out: Path, seed: int, arms: Mapping[str, Arm]) -> list[Row]:
     """Finish a seed's runs, and return its rows. The first is the untouched student's."""
     start = out / f"pretrain-{seed}"
     train(start, ["--seed", str(seed)], words=PretrainConfig().words)
@@ -134,10 +147,11 @@ def train_students(out: Path, seed: int, flags: Mapping[str, list[str]]) -> list
     ]
     for temperature in (0.7, 0.6, 0.5):
         rows.append(Row(f"temperature {temperature}", start, temperature))
-    for text, words in flags.items():
-        name = "_".join(text.replace("--", "").split()) or "default"
+    for text, arm in arms.items():
+        name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"
         run = out / f"{name}-{seed}"
-        train(run, ["--init", str(start), "--seed", str(seed)], words)
+        with controls.CONTROLS[arm.control]():
+            train(run, ["--init", str(start), "--seed", str(seed)], arm.words)
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
 

@@ -1,0 +1,78 @@
+"""lab/controls.py: what each control changes in a run, and that it changes nothing afterwards."""
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import SHORT, metrics, read_lines
+
+import train_interact
+from lab import controls
+from tinystory.config import InteractConfig
+from tinystory.run.errors import UserError
+from tinystory.teacher.grade import Grade
+
+
+def run_of(place, out, control):
+    """A run with sixteen of forty stories graded, by their number of letters, under a control."""
+    letters = out.parent / "letters.py"
+    letters.write_text(
+        "def score(opening, stories):\n    return [(1 + len(s)) / 1000 for s in stories]\n"
+    )
+    flags = ["--reward", str(letters), "--grades", "16", "--steps", "2", "--diversity", "0"]
+    flags += ["--stories-per-step", "20", "--length-weight", "0", "--unfinished", "1"]
+    with controls.CONTROLS[control]():
+        train_interact.main([*SHORT, *flags, "--init", str(place / "p"), "--out", str(out)])
+    return read_lines(out / "stories.jsonl")
+
+
+def graded(stories):
+    return [story for story in stories if story["reply"] == ""]
+
+
+def test_shuffled_grades_are_the_steps_own_given_to_other_stories(place, tmp_path):
+    plain = graded(run_of(place, tmp_path / "a", "")[:20])
+    stories = graded(run_of(place, tmp_path / "b", "shuffled")[:20])
+    assert [story["story"] for story in stories] == [story["story"] for story in plain]
+    given = [story["reward"] for story in stories]
+    own = [story["reward"] for story in plain]
+    assert sorted(given) == pytest.approx(sorted(own)) and len(given) == 8
+
+
+def test_shuffled_grades_go_to_other_stories(monkeypatch):
+    grades = [Grade(None, row / 10, error="") for row in range(10)]
+    monkeypatch.setattr(train_interact, "collect_grades", lambda run, sent: grades)
+    run = SimpleNamespace(config=InteractConfig(), state=SimpleNamespace(step=3))
+    sent = [0, 1, 2, 3, 4, 5, 8, 9]
+    with controls.shuffled():
+        given = train_interact.collect_grades(run, sent)
+        assert given == train_interact.collect_grades(run, sent)
+    assert [given[row] for row in (6, 7)] == [grades[row] for row in (6, 7)]
+    assert given != grades and set(given) == set(grades)
+    assert train_interact.collect_grades(run, sent) == grades
+
+
+def test_a_random_choice_is_another_one_and_repeats_itself(place, tmp_path):
+    runs = [
+        run_of(place, tmp_path / name, control)
+        for name, control in [("a", "random choice"), ("b", "random choice"), ("c", "")]
+    ]
+    one, again, chosen = ([story["index"] for story in graded(stories[:20])] for stories in runs)
+    assert one == again and len(one) == len(chosen) == 8
+
+
+def test_without_a_model_only_graded_stories_have_a_reward(place, tmp_path):
+    stories = run_of(place, tmp_path / "a", "no model")
+    assert len(graded(stories)) == 16
+    assert all((story["reward"] is None) == (story["reply"] != "") for story in stories)
+    assert "predicted" not in metrics(tmp_path / "a")[0]
+    stories = run_of(place, tmp_path / "b", "")  # the control is over
+    assert all(story["reward"] is not None for story in stories)
+
+
+def test_a_control_stands_before_the_options():
+    assert controls.split("--lam 0.9") == ("", "--lam 0.9")
+    assert controls.split("") == ("", "")
+    assert controls.split("shuffled: --grades 64") == ("shuffled", " --grades 64")
+    assert controls.split("--teacher-url http://127.0.0.1:9")[0] == ""
+    with pytest.raises(UserError, match="'mixed' is no control: take one of shuffled"):
+        controls.split("mixed: --grades 64")
