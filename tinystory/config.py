@@ -89,9 +89,6 @@ class PretrainConfig:
     packing: str = option(
         "whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream")
     )
-    documents: str = option(
-        "passage", "unit of a .txt file that counts as a document", ("passage", "row")
-    )
 
     batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(
@@ -290,14 +287,6 @@ class InteractConfig:
         "[1, 1e9]",
     )
 
-    rollout_dropout: float = option(
-        0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published"
-    )
-    unreadable_score: str = option(
-        "none", "score of a story whose reply is unreadable", ("none", "0.5")
-    )
-    charge_opening: bool = option(False, "charge the opening once for each story of the first step")
-
     @property
     def updates_per_step(self) -> int:
         minibatch_size = self.minibatch_size or self.stories_per_step
@@ -373,17 +362,9 @@ _PAPER_INTERACT = dict(
     kl_target=6.0,
     kl_horizon=10_000.0,
 )
-# Further behaviour of the authors' code, followed only on request (lab/paper.md).
-AS_PUBLISHED = {
-    "documents": "an end token follows each row of a text file, so the student ends its stories sooner",
-    "rollout_dropout": "from the second step on, the policy that samples is not the one that is optimised",
-    "unreadable_score": "a story that the teacher did not score gets an invented score, and a gradient",
-    "charge_opening": "the opening is charged once for each story of the first step",
-}
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
-    "paper-published": dict(_PAPER_PRETRAIN, documents="row"),
     # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
     # teacher's words.
     "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
@@ -394,14 +375,6 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
 INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_INTERACT,
-    # 920 steps take in 999 360 words; the rest is room for the longest replies
-    "paper-published": dict(
-        _PAPER_INTERACT,
-        rollout_dropout=0.1,
-        unreadable_score="0.5",
-        charge_opening=True,
-        budget_words=1_010_000,
-    ),
     "babylm-2026-strict": _PAPER_INTERACT,
     "babylm-2026-strict-small": _PAPER_INTERACT,
 }
@@ -504,17 +477,6 @@ def _merged(
     return config
 
 
-def published_options(config: Any) -> list[str]:
-    """A warning for each option set to the behaviour of the authors' code instead of our
-    default."""
-    warnings = []
-    for f in fields(type(config)):
-        value = getattr(config, f.name)
-        if f.name in AS_PUBLISHED and value != f.default:
-            warnings.append(f"{flag_of(f)} {value}, as published: {AS_PUBLISHED[f.name]}")
-    return warnings
-
-
 def changed_options(config: InteractConfig) -> dict[str, str]:
     """Flags, by option name, of the options whose value is neither the default nor the preset's."""
     defaults = vars(InteractConfig())
@@ -582,11 +544,6 @@ def _check_learning(config: InteractConfig) -> None:
         raise UserError(
             "--graded does not go with --teacher-mode rank, which compares all stories of an "
             "opening: leave one out"
-        )
-    if config.unreadable_score != "none":
-        raise UserError(
-            "--graded does not go with --unreadable-score, which invents scores to learn from: "
-            "leave one of them out"
         )
 
 

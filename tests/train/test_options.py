@@ -83,7 +83,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
---graded 7|--graded 768|--unreadable-score 0.5 --graded 9
+--graded 7|--graded 768
 --reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--replay-batch 5
 --sharpness-rate 100|--kl-horizon 1e-300|--kl-horizon 100"""
 

@@ -170,7 +170,6 @@ def rollout(
     openings: Sequence[str],
     first_index: int,
     on_story: Callable[[Story], None],
-    dropout: float = 0.0,
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
     on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards."""
@@ -186,7 +185,6 @@ def rollout(
             seed=policy.config.seed,
             max_new_tokens=policy.config.max_new_tokens,
             temperature=policy.config.temperature,
-            dropout=dropout,
             on_story=on_story if is_rank0 else None,
         )
     stories = distributed.all_gather_list(own_stories)

@@ -4,7 +4,6 @@ kin.
 Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per
 token of the stories."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -56,42 +55,23 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
 
 
 @torch.no_grad()
-def step_logprobs(
-    student: Student, batch: Batch, config: InteractConfig, states: bool
-) -> tuple[Tensor, Tensor]:
-    """`response_logprobs` of a whole step, in micro-batches, of which each process computes its
-    share. Both are float32, the states (n, 0) unless `states`."""
-    width = student.config.n_embd if states else 0
-    all_logprobs = torch.zeros_like(batch.logprobs)
-    all_states = all_logprobs.new_zeros(len(all_logprobs), width)
+def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
+    """`response_logprobs` of the frozen starting checkpoint for a whole step, in micro-batches, of
+    which each process computes its share. Both are float32; the states are (n, 0) unless the ridge
+    critic or the score model uses them."""
+    needs_states = config.learner == "ridge" or config.graded > 0
+    width = reference.config.n_embd if needs_states else 0
+    logprobs = torch.zeros_like(batch.logprobs)
+    states = logprobs.new_zeros(len(logprobs), width)
     micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
-    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
             part = batch.rows(rows)
-            part_logprobs, part_states = response_logprobs(student, part, config.temperature)
-            all_logprobs[part.places] = part_logprobs
-            if states:
-                all_states[part.places] = part_states.float()
-    return distributed.all_reduce_sum(all_logprobs), distributed.all_reduce_sum(all_states)
-
-
-def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
-    """What the frozen starting checkpoint sees of the stories; its states only if the ridge critic
-    or the score model uses them."""
-    states = config.learner == "ridge" or config.graded > 0
-    return Reference(*step_logprobs(reference, batch, config, states))
-
-
-def reread(policy: Policy, batch: Batch) -> Batch:
-    """The batch with the policy's own logprobs and values, for stories that were sampled with
-    dropout."""
-    head = policy.value_head
-    logprobs, states = step_logprobs(policy.student, batch, policy.config, states=head is not None)
-    if head is None:
-        return dataclasses.replace(batch, logprobs=logprobs)
-    with torch.no_grad():
-        values = head(states)
-    return dataclasses.replace(batch, logprobs=logprobs, values=values)
+            part_logprobs, part_states = response_logprobs(reference, part, config.temperature)
+            logprobs[part.places] = part_logprobs
+            if needs_states:
+                states[part.places] = part_states.float()
+    return Reference(distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(states))
 
 
 def token_rewards(
