@@ -173,9 +173,6 @@ class InteractConfig:
     teacher_prompt: str = option(
         "", "JSON file with other criteria, levels and weights (see docs/teachers.md)"
     )
-    teacher_logprobs: bool = option(
-        False, "use expected scores under the teacher's token probabilities"
-    )
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
     budget_cost: float = option(
@@ -548,11 +545,6 @@ def _check_learning(config: InteractConfig) -> None:
 
 
 def _check_teacher(config: InteractConfig) -> None:
-    if config.teacher_logprobs and config.preset != "demo":
-        raise UserError(
-            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's "
-            "probabilities must not reach the student"
-        )
     if config.teacher_mode == "rank":
         group = config.stories_per_opening
         fits = 2 <= group <= config.teacher_max_tokens / 2
