@@ -104,8 +104,7 @@ class PretrainConfig:
     warmup: float = option(
         0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
     )
-    beta2: float = option(0.99, "", "[0, 1)")  # AdamW's
-    eps: float = option(1e-8, "", "(0, 1]")
+    beta2: float = option(0.99, "beta2 of AdamW", "[0, 1)")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
@@ -241,7 +240,6 @@ class InteractConfig:
     micro_batch_size: int = option(
         32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]"
     )
-    adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
@@ -256,10 +254,7 @@ class InteractConfig:
         0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]"
     )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
-    clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
-    # mean policy ratio above which a minibatch is skipped
-    max_ratio: float = option(10.0, "", "[1, 1e9]")
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(
         0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]"
@@ -315,7 +310,6 @@ _PAPER_PRETRAIN = dict(
     learning_rate=5e-4,
     warmup=0.01,
     beta2=0.999,
-    eps=1e-8,
     weight_decay=0.0,
     grad_clip=1.0,
     eval_every=250,
@@ -345,15 +339,12 @@ _PAPER_INTERACT = dict(
     lr_decay=False,
     sharpness_rate=0.0,
     learner="gae",
-    adam_eps=1e-8,
     epochs=4,
     minibatch_size=0,
     gamma=1.0,
     lam=0.95,
     clip_ratio=0.2,
-    clip_value=0.2,
     value_coef=0.1,
-    max_ratio=10.0,
     grad_clip=0.0,
     kl_coef=0.2,
     kl_target=6.0,

@@ -21,6 +21,7 @@ from tinystory.student import checkpoint, hf
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
 
+EPS = 1e-8  # Adam's, as in PyTorch and TRL 0.9.4
 # What to do when an update makes weights that are not finite.
 TOO_LARGE = (
     "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
@@ -73,7 +74,7 @@ class SharpAdam(torch.optim.Adam):
                 "initial_lr": config.sharpness_rate,
             },
         ]
-        super().__init__(groups, eps=config.adam_eps, fused=True)
+        super().__init__(groups, eps=EPS, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure

@@ -23,6 +23,10 @@ from tinystory.run.device import upload
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student
 
+# As in TRL 0.9.4: clipping range of the value (cliprange_value), and mean policy ratio above which
+# a minibatch is skipped (ratio_threshold).
+CLIP_VALUE = 0.2
+MAX_RATIO = 10.0
 # What `backward` sums over a minibatch's tokens.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
@@ -177,7 +181,7 @@ def update(
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
-            if not statistics["mean_ratio"] <= config.max_ratio:  # also true for NaN
+            if not statistics["mean_ratio"] <= MAX_RATIO:  # also true for NaN
                 skipped += 1
                 continue
 
@@ -250,7 +254,7 @@ def backward(
             policy_loss = policy_loss + kl_coef * k3(target, logprob)
         if learner.weights:
             policy_loss = policy_loss * learner.weights(config, part, size)
-        value_loss = squared_error(config, target, value)
+        value_loss = squared_error(target, value)
         loss = (policy_loss.sum() + config.value_coef * value_loss.sum()) / size.tokens
         loss.backward()
 
@@ -270,15 +274,15 @@ def k3(targets: Targets, logprob: Tensor) -> Tensor:
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def squared_error(config: InteractConfig, targets: Targets, value: Tensor | None) -> Tensor:
-    """(n,): half the squared error of the value head, whose values are clipped to within clip_value
+def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
+    """(n,): half the squared error of the value head, whose values are clipped to within CLIP_VALUE
     of the old ones if that error is larger; half the ridge critic's squared error, without
     gradient; 0 without values."""
     if targets.values is None or targets.returns is None:
         return torch.zeros_like(targets.advantages)
     if value is None:
         return 0.5 * (targets.values - targets.returns) ** 2
-    change = (value - targets.values).clamp(-config.clip_value, config.clip_value)
+    change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)
     clipped = targets.values + change
     error = (value - targets.returns) ** 2
     clipped_error = (clipped - targets.returns) ** 2
