@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -112,8 +112,6 @@ def interact(run: InteractionRun) -> None:
             stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
             with run.compute.autocast():
-                if dropout(run):
-                    batch = ppo.reread(policy, batch)
                 reference = ppo.read_reference(run.reference, batch, config)
             sent: Sequence[int] = range(len(stories))
             if config.grades:
@@ -129,9 +127,6 @@ def interact(run: InteractionRun) -> None:
                 )
 
             stages.begin("update")
-            if config.unreadable_score != "none":
-                invented = float(config.unreadable_score)
-                scores = [invented if score is None else score for score in scores]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # as in a run never stopped
             statistics = ppo.step(
@@ -179,10 +174,6 @@ def budget_exhausted(run: InteractionRun, texts: Texts) -> bool:
     return bool(limit)
 
 
-def dropout(run: InteractionRun) -> float:
-    return run.config.rollout_dropout if run.state.step else 0.0
-
-
 def write_stories(run: InteractionRun) -> list[Story]:
     """The step's stories. Each goes to the teacher as soon as it ends, unless --grades are to be
     chosen among them."""
@@ -194,7 +185,7 @@ def write_stories(run: InteractionRun) -> list[Story]:
             send(run, story)
         run.bar.update()
 
-    return rollout(run.policy, openings, first_index, on_story, dropout(run))
+    return rollout(run.policy, openings, first_index, on_story)
 
 
 def send(run: InteractionRun, story: Story) -> None:
@@ -337,9 +328,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
     memory.require_for_interaction(config, reference.config, compute.device)
-    if rank0:
-        for warning in published_options(config):
-            print(f"warning: {warning}")
 
     openings = open_openings(config, policy)
     replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)

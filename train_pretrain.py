@@ -8,13 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tinystory.config import (
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    parse,
-    published_options,
-)
+from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
@@ -62,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
     with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
-        for warning in published_options(config):
-            print(f"warning: {warning}")
         run = open_run(config)
         pretrain(run)
         if distributed.is_rank0():
@@ -210,7 +202,6 @@ def save(run: PretrainingRun, name: str) -> None:
         # These identify the held-out documents, for --replay-weight.
         "corpus_seed": config.seed,
         "val_fraction": config.val_fraction,
-        "documents": config.documents,
     }
     tensors = checkpoint.pack_optimizer(run.optimizer)
     hf.require_finite(state.step, run.student, tensors, TOO_LARGE)
@@ -289,7 +280,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
 def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
     """The corpus's fingerprint, and its tokens. Raises UserError if the preset does not allow so
     many words."""
-    corpus = open_corpus(config.corpus, config.documents)
+    corpus = open_corpus(config.corpus)
     data = distributed.rank0_first(
         lambda: prepare(
             corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed

@@ -329,7 +329,7 @@ def measure(
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
     if not has_dull_tellers(history):  # nor was it trained for the grammar's text
         shards = prepare(
-            open_corpus(pretrain.corpus, pretrain.documents),
+            open_corpus(pretrain.corpus),
             vocab_size=pretrain.vocab_size,
             val_fraction=pretrain.val_fraction,
             seed=pretrain.seed,

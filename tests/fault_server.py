@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import math
 import socket
 import threading
 import time
@@ -186,23 +185,6 @@ def counted(reply, asked=500, said=6):
     return web.json_response(
         {"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage}
     )
-
-
-def weighed(reply, doubt):
-    """A completion with log-probabilities, one token per character: with probability `doubt` a
-    digit is the next lower one (3 for 0)."""
-    places = []
-    for char in reply:
-        chances = (
-            {char: 1 - doubt, str((int(char) - 1) % 4): doubt} if char.isdigit() else {char: 1.0}
-        )
-        others = [
-            {"token": other, "logprob": math.log(chance), "bytes": None}
-            for other, chance in chances.items()
-        ]
-        places.append({**others[0], "top_logprobs": others})
-    choice = {"message": {"role": "assistant", "content": reply}, "logprobs": {"content": places}}
-    return web.json_response({"choices": [choice]})
 
 
 def closed_port():

@@ -89,9 +89,6 @@ class PretrainConfig:
     packing: str = option(
         "whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream")
     )
-    documents: str = option(
-        "passage", "unit of a .txt file that counts as a document", ("passage", "row")
-    )
 
     batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(
@@ -107,8 +104,7 @@ class PretrainConfig:
     warmup: float = option(
         0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
     )
-    beta2: float = option(0.99, "", "[0, 1)")  # AdamW's
-    eps: float = option(1e-8, "", "(0, 1]")
+    beta2: float = option(0.99, "beta2 of AdamW", "[0, 1)")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
@@ -175,9 +171,6 @@ class InteractConfig:
     )
     teacher_prompt: str = option(
         "", "JSON file with other criteria, levels and weights (see docs/teachers.md)"
-    )
-    teacher_logprobs: bool = option(
-        False, "use expected scores under the teacher's token probabilities"
     )
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
@@ -248,7 +241,6 @@ class InteractConfig:
     micro_batch_size: int = option(
         32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]"
     )
-    adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
@@ -263,10 +255,7 @@ class InteractConfig:
         0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]"
     )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
-    clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
-    # mean policy ratio above which a minibatch is skipped
-    max_ratio: float = option(10.0, "", "[1, 1e9]")
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(
         0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]"
@@ -293,14 +282,6 @@ class InteractConfig:
     eval_graded: bool = option(
         True, "have the teacher grade evaluations; without their grades, `best` is the last student"
     )
-
-    rollout_dropout: float = option(
-        0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published"
-    )
-    unreadable_score: str = option(
-        "none", "score of a story whose reply is unreadable", ("none", "0.5")
-    )
-    charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
     @property
     def updates_per_step(self) -> int:
@@ -329,7 +310,6 @@ _PAPER_PRETRAIN = dict(
     learning_rate=5e-4,
     warmup=0.01,
     beta2=0.999,
-    eps=1e-8,
     weight_decay=0.0,
     grad_clip=1.0,
     eval_every=250,
@@ -359,31 +339,20 @@ _PAPER_INTERACT = dict(
     lr_decay=False,
     sharpness_rate=0.0,
     learner="gae",
-    adam_eps=1e-8,
     epochs=4,
     minibatch_size=0,
     gamma=1.0,
     lam=0.95,
     clip_ratio=0.2,
-    clip_value=0.2,
     value_coef=0.1,
-    max_ratio=10.0,
     grad_clip=0.0,
     kl_coef=0.2,
     kl_target=6.0,
     kl_horizon=10_000.0,
 )
-# Further behaviour of the authors' code, followed only on request (lab/paper.md).
-AS_PUBLISHED = {
-    "documents": "an end token follows each row of a text file, so the student ends its stories sooner",
-    "rollout_dropout": "from the second step on, the policy that samples is not the one that is optimised",
-    "unreadable_score": "a story that the teacher did not score gets an invented score, and a gradient",
-    "charge_opening": "the opening is charged once for each story of the first step",
-}
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
-    "paper-published": dict(_PAPER_PRETRAIN, documents="row"),
     # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
     # teacher's words.
     "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
@@ -394,14 +363,6 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
 INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_INTERACT,
-    # 920 steps take in 999 360 words; the rest is room for the longest replies
-    "paper-published": dict(
-        _PAPER_INTERACT,
-        rollout_dropout=0.1,
-        unreadable_score="0.5",
-        charge_opening=True,
-        budget_words=1_010_000,
-    ),
     "babylm-2026-strict": _PAPER_INTERACT,
     "babylm-2026-strict-small": _PAPER_INTERACT,
 }
@@ -504,17 +465,6 @@ def _merged(
     return config
 
 
-def published_options(config: Any) -> list[str]:
-    """A warning for each option set to the behaviour of the authors' code instead of our
-    default."""
-    warnings = []
-    for f in fields(type(config)):
-        value = getattr(config, f.name)
-        if f.name in AS_PUBLISHED and value != f.default:
-            warnings.append(f"{flag_of(f)} {value}, as published: {AS_PUBLISHED[f.name]}")
-    return warnings
-
-
 def changed_options(config: InteractConfig) -> dict[str, str]:
     """Flags, by option name, of the options whose value is neither the default nor the preset's."""
     defaults = vars(InteractConfig())
@@ -584,19 +534,9 @@ def _check_learning(config: InteractConfig) -> None:
             "--grades does not go with --teacher-mode rank, which compares all stories of an "
             "opening: leave one out"
         )
-    if config.unreadable_score != "none":
-        raise UserError(
-            "--grades does not go with --unreadable-score, which invents scores to learn from: "
-            "leave one of them out"
-        )
 
 
 def _check_teacher(config: InteractConfig) -> None:
-    if config.teacher_logprobs and config.preset != "demo":
-        raise UserError(
-            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's "
-            "probabilities must not reach the student"
-        )
     if config.teacher_mode == "rank":
         group = config.stories_per_opening
         fits = 2 <= group <= config.teacher_max_tokens / 2

@@ -103,16 +103,6 @@ def test_documents_do_not_depend_on_where_a_chunk_ends(
         assert read(path) == documents
 
 
-def test_rows_are_the_lines_of_a_text_file_that_hold_something(tmp_path):
-    file, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
-    file.write_text("one two\n three\n\n<|endoftext|>\nfour\r\n \nfive")
-    records.write_text('{"text": "six\\nseven"}\n')
-    corpus = open_corpus([str(file), str(records)], "row")
-    assert list(corpus.documents()) == ["one two", "three", "four", "five", "six\nseven"]
-    assert list(open_corpus([str(file)]).documents()) == ["one two\n three", "four\n \nfive"]
-    assert corpus.fingerprint() != open_corpus([str(file), str(records)]).fingerprint()
-
-
 def test_several_names_are_read_one_after_the_other(tmp_path):
     one = write(tmp_path / "one.txt", "One.\n\nTwo.")
     two = write(tmp_path / "two.jsonl.gz", '{"text": "Three."}')

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from test_ppo import policy, with_openings
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.rl import policy as policies
 from tinystory.rl import ppo
 from tinystory.rl.policy import SharpAdam
 from tinystory.student.model import Student, StudentConfig
@@ -34,10 +35,11 @@ def start() -> Student:
 
 @pytest.mark.parametrize("learner", FACTS["settings"])
 def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
-    options = dict(
-        lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12, max_ratio=1e9
-    )
-    config = InteractConfig(**INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner])
+    monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12)
+    options = INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner]
+    monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))
+    config = InteractConfig(**options)
     config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
     student, reference, differences = start(), start(), {}
     optimizer = SharpAdam(student, torch.nn.Module(), config)

@@ -16,6 +16,7 @@ from test_ppo import policy, with_openings
 from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import learners, ppo
+from tinystory.rl import policy as policies
 from tinystory.rl.policy import SharpAdam
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
@@ -42,6 +43,8 @@ def load(weights: dict[str, torch.Tensor]) -> tuple[Student, ValueHead]:
 def test_four_updates_are_trls(setting, monkeypatch):
     options = FACTS["settings"][setting]
     options = INTERACT_PRESETS["paper"] | options
+    monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))
+    monkeypatch.setattr(ppo, "CLIP_VALUE", options.pop("clip_value"))
     # TRL has no micro-batches: they must not matter
     config = InteractConfig(**options, micro_batch_size=5)
     student, head = load(tensors("start/"))

@@ -75,7 +75,7 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     optimizer = SharpAdam(
         student,
         torch.nn.Module(),
-        InteractConfig(learning_rate=0.0, sharpness_rate=0.1, adam_eps=1e-8),
+        InteractConfig(learning_rate=0.0, sharpness_rate=0.1),
     )
     loss().backward()
     optimizer.step()
@@ -117,11 +117,11 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     tokens = torch.arange(2 * 12).view(2, 12) % 50
     trained = []
     for make in (
-        lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
+        lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, fused=True),
         lambda s: SharpAdam(
             s,
             torch.nn.Module(),
-            InteractConfig(learning_rate=1e-3, sharpness_rate=0.0, adam_eps=1e-6),
+            InteractConfig(learning_rate=1e-3, sharpness_rate=0.0),
         ),
     ):
         student = copy.deepcopy(start)
@@ -230,7 +230,7 @@ def plain_loss(student, head, batch, targets, c) -> torch.Tensor:
         new = student.logits(hidden).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         ratio, v = (new - logprobs).exp(), head(hidden)
         policy += torch.max(-a * ratio, -a * ratio.clamp(1 - c.clip_ratio, 1 + c.clip_ratio)).sum()
-        clipped = torch.max(torch.min(v, old + c.clip_value), old - c.clip_value)
+        clipped = torch.max(torch.min(v, old + ppo.CLIP_VALUE), old - ppo.CLIP_VALUE)
         value_loss += 0.5 * torch.max((v - r) ** 2, (clipped - r) ** 2).sum()
         count += n
     return (policy + c.value_coef * value_loss) / count
@@ -285,8 +285,9 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
-def test_every_gradient_is_clipped(student):
-    config = dataclasses.replace(CONFIG, epochs=3, minibatch_size=1, grad_clip=1e-3, max_ratio=1e9)
+def test_every_gradient_is_clipped(student, monkeypatch):
+    monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    config = dataclasses.replace(CONFIG, epochs=3, minibatch_size=1, grad_clip=1e-3)
     batch = random_batch([4, 6], student.config.vocab_size)
     head = ValueHead(student.config.n_embd)
     parameters = [*student.parameters(), *head.parameters()]
@@ -383,24 +384,25 @@ def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, mon
         [],
     )
     optimizer = SharpAdam(student, head, config)
+    monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
-        config = dataclasses.replace(config, max_ratio=1e9)
         learner = policy(student, head, optimizer, config)
         ppo.update(learner, batch, targets_of(batch), steps=steps)
     assert rates == pytest.approx([0.8 - 0.1 * update for update in range(8)])
 
 
-def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
+def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student, monkeypatch):
     """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch
     under each of two."""
+    monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
     batch = random_batch([12, 20], student.config.vocab_size)
     start, ends = copy.deepcopy(student.state_dict()), []
     for calls, epochs in ((1, 2), (2, 1)):
         student.load_state_dict(start)
         head = ValueHead(student.config.n_embd)
         optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
-        config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
+        config = dataclasses.replace(CONFIG, epochs=epochs)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))

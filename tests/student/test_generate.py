@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tinystory import ops
-from tinystory.config import InteractConfig
 from tinystory.rl import ppo
 from tinystory.rl.batch import Reference, collate
 from tinystory.run.errors import UserError
@@ -282,32 +281,3 @@ def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeyp
         torch.testing.assert_close(
             column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4
         )
-
-
-def test_without_a_mask_the_steps_with_dropout_write_the_same_stories(eager_to_end, tokenizer):
-    """At a rate too small to drop anything, also for openings of several lengths, and with the same
-    random numbers."""
-    openings = ["Once", "Tom had a kite and Mia", "Once", "The drum"]
-    options = dict(first_index=7, max_new_tokens=20, seed=3)
-    plain, masked = (
-        generate(eager_to_end, None, tokenizer, openings, **options, dropout=rate)
-        for rate in (0.0, 1e-9)
-    )
-    assert [story.text for story in masked] == [story.text for story in plain]
-    assert [story.ended for story in masked] == [story.ended for story in plain]
-    for a, b in zip(masked, plain, strict=True):
-        assert torch.equal(a.tokens, b.tokens)
-        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
-        torch.testing.assert_close(a.entropies, b.entropies, atol=1e-4, rtol=0)
-
-
-def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_to_end, tokenizer):
-    options = dict(first_index=0, max_new_tokens=20, seed=3, dropout=0.3)
-    stories, again = (
-        generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2)
-    )
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
-    batch = collate(stories, torch.device("cpu"))
-    reference = ppo.read_reference(eager_to_end, batch, InteractConfig(micro_batch_size=8))
-    logprobs = reference.logprobs
-    assert float((batch.logprobs - logprobs).abs().max()) > 0.1

@@ -2,12 +2,10 @@
 reading of the same files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it
 reads them itself."""
 
-import base64
 import copy
 import http.server
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -474,132 +472,12 @@ export_hf.main({argv!r})
     assert {path.name for path in tmp_path.iterdir()} == {"run", "all"}
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files asks for; files: {(branch, path): bytes}."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if self.headers["Authorization"] != "Bearer hf_right":
-            return self.answer(401, {"error": "Invalid username or password."})
-        branch = self.path.rsplit("/", 1)[-1]
-        if self.path == "/api/repos/create":
-            self.answer(200, {"url": f"http://{self.headers['Host']}/me/tale", "name": "me/tale"})
-        elif self.path == "/api/validate-yaml":  # of the model card
-            valid = json.loads(body)["content"].startswith("---\nlibrary_name: transformers\n")
-            self.answer(
-                200, {"errors": [] if valid else [{"message": "no metadata"}], "warnings": []}
-            )
-        elif self.path.startswith("/api/models/me/tale/branch/"):
-            self.answer(200, {})
-        elif self.path.startswith("/api/models/me/tale/preupload/"):
-            files = json.loads(body)["files"]
-            self.answer(
-                200,
-                {
-                    "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for f in files
-                    ]
-                },
-            )
-        elif self.path.startswith("/api/models/me/tale/commit/"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[branch, line["value"]["path"]] = base64.b64decode(
-                        line["value"]["content"]
-                    )
-                elif line["key"] == "deletedFile":
-                    del self.files[branch, line["value"]["path"]]
-            self.answer(
-                200,
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/me/tale/commit/0",
-                    "commitOid": "0" * 40,
-                    "success": True,
-                },
-            )
-        else:
-            self.answer(404, {"error": self.path})
-
-    def do_GET(self):
-        branch = re.fullmatch(r"/api/models/me/tale/tree/([^/?]+).*", self.path)
-        if branch:
-            there = [path for at, path in self.files if at == branch[1]]
-            self.answer(
-                200, [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in there]
-            )
-        else:
-            self.answer(200, {"id": "me/tale", "sha": "0" * 40, "siblings": []})
-
-    def answer(self, status, content):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    Hub.files = {("chck_2M", "old.txt"): b"superseded"}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    # read from HF_ENDPOINT at import
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-
-    def push(folder, token):
-        monkeypatch.setenv("HF_TOKEN", token)
-        export_hf.main([str(run), str(tmp_path / folder), "--all-checkpoints", "--push", "me/tale"])
-
-    with pytest.raises(SystemExit, match="2"):
-        push("one", "hf_wrong")
-    assert "cannot push to me/tale" in capsys.readouterr().err
-    push("two", "hf_right")
-    server.shutdown()
-    server.server_close()
-    assert f"pushed: {address}/me/tale" in capsys.readouterr().out
-    written = {
-        (path.parent.name, path.name): path.read_bytes() for path in (tmp_path / "two").glob("*/*")
-    }
-    assert Hub.files == written and {branch for branch, _ in written} == {
-        "chck_2M",
-        "chck_10M",
-        "main",
-    }
-    assert b'"me/tale", revision="chck_2M")' in written["chck_2M", "README.md"]
-    assert b'"me/tale")' in written["main", "README.md"]
-
-
-def test_offline_a_push_is_refused_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    # where nobody listens
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    with pytest.raises(SystemExit, match="2"):
-        export_hf.main([str(run), str(tmp_path / "x"), "--push", "me/tale"])
-    assert (
-        capsys.readouterr().err.startswith("error: cannot push to me/tale (")
-        and not (tmp_path / "x").exists()
-    )
-
-
-def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys):
     for arguments, complaint in (
         (
             [run / "checkpoints" / "chck_2M", tmp_path / "x", "--all-checkpoints"],
             "takes the folder of a run",
         ),
-        ([run, tmp_path / "x", "--push", "me/tale"], "pip install huggingface_hub"),
         ([tmp_path / "nothing", tmp_path / "x"], "neither a checkpoint nor a run"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
-from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests, weighed
+from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests
 
 import train_interact as interact
 from tinystory.run.records import read_stories
@@ -293,10 +293,7 @@ def graded_now_and_then(story: str, number: int, n: int) -> str:
     return "What a tale" if mood == 0 or (mood < 3 and n == 0) else honest(story)
 
 
-@pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
-def test_a_run_is_repeated_from_its_replies_without_a_server(
-    init, tmp_path, capsys, monkeypatch, flags
-):
+def test_a_run_is_repeated_from_its_replies_without_a_server(init, tmp_path, capsys, monkeypatch):
     """Also the stories that were given up: some after replies without scores, some after errors."""
 
     arrivals = Arrivals()
@@ -305,13 +302,11 @@ def test_a_run_is_repeated_from_its_replies_without_a_server(
         number = arrivals[story]
         if number % 9 == 3:
             return "500"
-        reply = graded_now_and_then(story, number, n)
-        return weighed(reply, 0.25) if flags else reply
+        return graded_now_and_then(story, number, n)
 
     run, again = tmp_path / "run", tmp_path / "again"
     with FaultServer(script) as server:
-        server.first = lambda: weighed("2 1 3", 0.25)
-        argv = [*arguments(init, run, server.url), "--max-unscored", "0.9", *flags]
+        argv = [*arguments(init, run, server.url), "--max-unscored", "0.9"]
         interact.main(argv)
     again.mkdir()
     shutil.copy(run / "replies.jsonl", again)
@@ -325,8 +320,6 @@ def test_a_run_is_repeated_from_its_replies_without_a_server(
             assert a[name] == b[name], name
     assert sum(record["teacher_requests"] for record in metrics(again)) == 0
     assert any("HTTP 500" in story["reply"] for story in read_stories(run))
-    story = next(story for story in read_stories(run) if story["scores"])
-    assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
     # Another seed gives other stories, for which there are no replies: an error, not a guess.
     (tmp_path / "other").mkdir()
     shutil.copy(run / "replies.jsonl", tmp_path / "other")
@@ -422,10 +415,6 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
         (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
         (["--budget-cost", "3"], "--price-in"),
         (["--price-in", "-1"], "--price-in"),
-        (
-            ["--preset", "paper", "--teacher-logprobs"],
-            "--teacher-logprobs does not go with --preset paper",
-        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):

@@ -119,7 +119,6 @@ def test_the_builtin_teacher_needs_a_corpus():
         "--teacher-temperature 1",
         "--price-in 1",
         '--teacher-extra {"a":1}',
-        "--teacher-logprobs",
     ],
 )
 def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):

@@ -54,8 +54,7 @@ def url(tmp_path_factory):
             process.wait()
 
 
-@pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
-def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
+def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
     student = Student(
         StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size)
     )
@@ -74,9 +73,7 @@ def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
         "2",
         *SHORT,
     ]
-    interact.main(
-        [*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6", *flags]
-    )
+    interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6"])
     teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]
     assert (
         teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
@@ -88,7 +85,6 @@ def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
         assert len(story["reply"].split()) == 3 and all(
             0 <= score <= 3 for score in story["scores"].values()
         )
-    assert any(score % 1 for story in stories for score in story["scores"].values()) == bool(flags)
     for record in records:
         assert record["teacher_requests"] >= 1 and record["teacher_retries"] == 0
         assert record["teacher_tokens_in"] > 300 * record["teacher_requests"]

@@ -71,7 +71,6 @@ class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
     parts: Sequence[Part]
-    kind: str = "passage"
 
     def documents(self) -> Iterator[str]:
         """A new stream of non-empty, stripped documents of at most MAX_DOCUMENT characters. Reading
@@ -100,29 +99,26 @@ class Corpus:
                 key.append((_kind(part.identity), file_hash(part.identity)))
             else:
                 key.append(part.identity)
-        if self.kind != "passage":
-            key.append(self.kind)
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
+def open_corpus(names: Sequence[str]) -> Corpus:
     """The concatenation of the named corpora and files. Raises UserError for anything that cannot
     be opened.
 
     A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl
     file, perhaps gzipped (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by
-    blank lines, else it is one document; with `kind` "row", lines are documents, as in the dataset
-    of the paper's authors. In .jsonl, each line is an object with a document as "text" or "story".
-    """
+    blank lines, else it is one document. In .jsonl, each line is an object with a document as
+    "text" or "story"."""
     parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
             parts.append(_generated(name))
         elif name in HUB:
-            parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
+            parts.extend(_file(path) for path in hub.download(*HUB[name]))
         else:
-            parts.append(_file(Path(name), kind))
-    return Corpus(parts, kind)
+            parts.append(_file(Path(name)))
+    return Corpus(parts)
 
 
 def _generated(name: str) -> Part:
@@ -134,7 +130,7 @@ def _generated(name: str) -> Part:
     return Part(identity, functools.partial(generate, words, BUILTIN_SEED))
 
 
-def _file(path: Path, kind: str) -> Part:
+def _file(path: Path) -> Part:
     """Raises UserError if it cannot be a corpus."""
     problem = ""
     if not path.is_file():
@@ -145,9 +141,7 @@ def _file(path: Path, kind: str) -> Part:
         raise UserError(
             f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}"
         )
-    split = _rows if kind == "row" else _passages
-    if _kind(path) == ".jsonl":
-        split = _records
+    split = _records if _kind(path) == ".jsonl" else _passages
 
     def documents() -> Iterator[str]:
         empty = True
@@ -202,11 +196,6 @@ def _passages(path: Path) -> Iterator[str]:
             piece, rest = _cut(rest)
             yield piece
     yield rest
-
-
-def _rows(path: Path) -> Iterator[str]:
-    for passage in _passages(path):
-        yield from passage.split("\n")
 
 
 def _separator(path: Path) -> re.Pattern[str]:

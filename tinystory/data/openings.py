@@ -33,14 +33,12 @@ class Openings:
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
-    def new_words(self, first_index: int, count: int, repeated: bool = False) -> int:
-        """Words in openings that these stories are the first to use; with `repeated`, in each
-        story's opening."""
+    def new_words(self, first_index: int, count: int) -> int:
+        """Words in openings that these stories are the first to use."""
         first_epoch = len(self.train) * self.per_opening
         words = 0
         for index in range(first_index, first_index + count):
-            is_first = index < first_epoch and index % self.per_opening == 0
-            if repeated or is_first:
+            if index < first_epoch and index % self.per_opening == 0:
                 words += len(self[index].split())
         return words
 

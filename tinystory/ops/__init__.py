@@ -28,12 +28,7 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 
 
 def decode_attention(
-    qkv: Tensor,
-    prefix: Tensor,
-    spans: Tensor,
-    cache: Tensor,
-    lengths: Tensor,
-    dropout_p: float = 0.0,
+    qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor
 ) -> Tensor:
     """Decode-step attention (B, H, D): one new token per row; its key and value are appended to the
     KV cache.
@@ -42,13 +37,12 @@ def decode_attention(
     of the prompts, each once; row b's is prefix[spans[b, 0] : spans[b, 1]] and may be empty, spans
     (B, 2) int64. cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] <
     T_max positions are filled, lengths (B,) int64. Row b's query attends to its prefix, the filled
-    positions and itself. All are contiguous and of one dtype. No gradient. Dropout on the attention
-    weights comes from torch's generator, and plain PyTorch runs it."""
+    positions and itself. All are contiguous and of one dtype. No gradient."""
     qkv = qkv.detach()
     prefix = prefix.detach()
-    if not dropout_p and implementation("decode_attention", qkv) == "kernel":
+    if implementation("decode_attention", qkv) == "kernel":
         return torch.ops.tinystory.decode_attention(qkv, prefix, spans, cache, lengths)
-    return reference.decode_attention(qkv, prefix, spans, cache, lengths, dropout_p)
+    return reference.decode_attention(qkv, prefix, spans, cache, lengths)
 
 
 def sample(

@@ -26,12 +26,7 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 
 
 def decode_attention(
-    qkv: Tensor,
-    prefix: Tensor,
-    spans: Tensor,
-    cache: Tensor,
-    lengths: Tensor,
-    dropout_p: float = 0.0,
+    qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor
 ) -> Tensor:
     batch = len(cache)
     cache[torch.arange(batch, device=cache.device), lengths] = qkv[:, 1:]  # the new key and value
@@ -48,7 +43,7 @@ def decode_attention(
     k, v = kv.masked_fill(masked[:, :, None, None, None], 0).unbind(2)
     S = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.size(-1))
     P = S.masked_fill(masked[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bht,bthd->bhd", F.dropout(P, dropout_p), v)
+    return torch.einsum("bht,bthd->bhd", P, v)
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

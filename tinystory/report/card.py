@@ -30,22 +30,16 @@ What its corpus says of people, it may say too. A score that it was trained on s
 its stories are, and scores by different graders cannot be compared."""
 
 
-def model_card(
-    name: str, source: Path, student: Student, history: Record, revision: str = ""
-) -> str:
-    """The text of the card, with the Hub's metadata. name: the repository (at `revision`) or folder
-    to load from; source: the checkpoint; history: loaded with it, {} for a folder that transformers
-    wrote."""
+def model_card(name: str, source: Path, student: Student, history: Record) -> str:
+    """The text of the card, with the Hub's metadata. name: the folder to load from; source: the
+    checkpoint; history: loaded with it, {} for a folder that transformers wrote."""
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
     corpora = [Path(key).name for key in history.get("corpus", [])]  # no private paths
-    at = json.dumps(name)
-    if revision:
-        at = f"{at}, revision={json.dumps(revision)}"
     paragraphs = [
         f"# {name}",
         f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
-        USE.format(at=at),
+        USE.format(at=json.dumps(name)),
         f"## What it read\n\n{number(history.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
     ]
     if history:

@@ -55,8 +55,7 @@ class Budget:
 
     def opening_words(self, state: RunState) -> int:
         """Words of the openings that the next step uses for the first time."""
-        repeated = self.config.charge_opening and state.step == 0
-        return self.openings.new_words(state.written, self.config.stories_per_step, repeated)
+        return self.openings.new_words(state.written, self.config.stories_per_step)
 
     def passed(self, before: int, words_in: int) -> list[str]:
         """Names of the milestones between two counts of words in."""

@@ -238,7 +238,7 @@ class Learner:
 
 
 READ_BY_GAE = ("clip_ratio", "gamma", "lam")
-READ_BY_VALUE_HEAD = (*READ_BY_GAE, "clip_value", "value_coef")
+READ_BY_VALUE_HEAD = (*READ_BY_GAE, "value_coef")
 LEARNERS = {
     "ridge": Learner(ridge, ppo_loss, critic=RidgeCritic, reads=READ_BY_GAE),
     "gae": Learner(gae, ppo_loss, critic=ValueHead, reads=READ_BY_VALUE_HEAD),

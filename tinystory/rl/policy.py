@@ -21,6 +21,7 @@ from tinystory.student import checkpoint, hf
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
 
+EPS = 1e-8  # Adam's, as in PyTorch and TRL 0.9.4
 # What to do when an update makes weights that are not finite.
 TOO_LARGE = (
     "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
@@ -73,7 +74,7 @@ class SharpAdam(torch.optim.Adam):
                 "initial_lr": config.sharpness_rate,
             },
         ]
-        super().__init__(groups, eps=config.adam_eps, fused=True)
+        super().__init__(groups, eps=EPS, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -170,7 +171,6 @@ def rollout(
     openings: Sequence[str],
     first_index: int,
     on_story: Callable[[Story], None],
-    dropout: float = 0.0,
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
     on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards."""
@@ -186,7 +186,6 @@ def rollout(
             seed=policy.config.seed,
             max_new_tokens=policy.config.max_new_tokens,
             temperature=policy.config.temperature,
-            dropout=dropout,
             on_story=on_story if is_rank0 else None,
         )
     stories = distributed.all_gather_list(own_stories)

@@ -4,7 +4,6 @@ kin.
 Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per
 token of the stories."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -24,6 +23,10 @@ from tinystory.run.device import upload
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student
 
+# As in TRL 0.9.4: clipping range of the value (cliprange_value), and mean policy ratio above which
+# a minibatch is skipped (ratio_threshold).
+CLIP_VALUE = 0.2
+MAX_RATIO = 10.0
 # What `backward` sums over a minibatch's tokens.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
@@ -56,42 +59,23 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
 
 
 @torch.no_grad()
-def step_logprobs(
-    student: Student, batch: Batch, config: InteractConfig, states: bool
-) -> tuple[Tensor, Tensor]:
-    """`response_logprobs` of a whole step, in micro-batches, of which each process computes its
-    share. Both are float32, the states (n, 0) unless `states`."""
-    width = student.config.n_embd if states else 0
-    all_logprobs = torch.zeros_like(batch.logprobs)
-    all_states = all_logprobs.new_zeros(len(all_logprobs), width)
+def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
+    """`response_logprobs` of the frozen starting checkpoint for a whole step, in micro-batches, of
+    which each process computes its share. Both are float32; the states are (n, 0) unless the ridge
+    critic or the score model uses them."""
+    needs_states = config.learner == "ridge" or config.grades > 0
+    width = reference.config.n_embd if needs_states else 0
+    logprobs = torch.zeros_like(batch.logprobs)
+    states = logprobs.new_zeros(len(logprobs), width)
     micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
-    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
             part = batch.rows(rows)
-            part_logprobs, part_states = response_logprobs(student, part, config.temperature)
-            all_logprobs[part.places] = part_logprobs
-            if states:
-                all_states[part.places] = part_states.float()
-    return distributed.all_reduce_sum(all_logprobs), distributed.all_reduce_sum(all_states)
-
-
-def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
-    """What the frozen starting checkpoint sees of the stories; its states only if the ridge critic
-    or the score model uses them."""
-    states = config.learner == "ridge" or config.grades > 0
-    return Reference(*step_logprobs(reference, batch, config, states))
-
-
-def reread(policy: Policy, batch: Batch) -> Batch:
-    """The batch with the policy's own logprobs and values, for stories that were sampled with
-    dropout."""
-    head = policy.value_head
-    logprobs, states = step_logprobs(policy.student, batch, policy.config, states=head is not None)
-    if head is None:
-        return dataclasses.replace(batch, logprobs=logprobs)
-    with torch.no_grad():
-        values = head(states)
-    return dataclasses.replace(batch, logprobs=logprobs, values=values)
+            part_logprobs, part_states = response_logprobs(reference, part, config.temperature)
+            logprobs[part.places] = part_logprobs
+            if needs_states:
+                states[part.places] = part_states.float()
+    return Reference(distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(states))
 
 
 def token_rewards(
@@ -197,7 +181,7 @@ def update(
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
-            if not statistics["mean_ratio"] <= config.max_ratio:  # also true for NaN
+            if not statistics["mean_ratio"] <= MAX_RATIO:  # also true for NaN
                 skipped += 1
                 continue
 
@@ -270,7 +254,7 @@ def backward(
             policy_loss = policy_loss + kl_coef * k3(target, logprob)
         if learner.weights:
             policy_loss = policy_loss * learner.weights(config, part, size)
-        value_loss = squared_error(config, target, value)
+        value_loss = squared_error(target, value)
         loss = (policy_loss.sum() + config.value_coef * value_loss.sum()) / size.tokens
         loss.backward()
 
@@ -290,15 +274,15 @@ def k3(targets: Targets, logprob: Tensor) -> Tensor:
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def squared_error(config: InteractConfig, targets: Targets, value: Tensor | None) -> Tensor:
-    """(n,): half the squared error of the value head, whose values are clipped to within clip_value
+def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
+    """(n,): half the squared error of the value head, whose values are clipped to within CLIP_VALUE
     of the old ones if that error is larger; half the ridge critic's squared error, without
     gradient; 0 without values."""
     if targets.values is None or targets.returns is None:
         return torch.zeros_like(targets.advantages)
     if value is None:
         return 0.5 * (targets.values - targets.returns) ** 2
-    change = (value - targets.values).clamp(-config.clip_value, config.clip_value)
+    change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)
     clipped = targets.values + change
     error = (value - targets.returns) ** 2
     clipped_error = (clipped - targets.returns) ** 2

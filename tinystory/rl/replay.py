@@ -31,14 +31,14 @@ class CorpusReplay:
         self.updates = 0
         if not config.replay_weight:
             return
-        missing = {"corpus", "documents", "corpus_seed", "val_fraction"} - history.keys()
+        missing = {"corpus", "corpus_seed", "val_fraction"} - history.keys()
         if missing:
             raise UserError(
                 f"--replay-weight trains on the student's own corpus, and its checkpoint names no {min(missing)}: "
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
         distributed.require_one_each("--replay-batch", config.replay_batch)
-        corpus = open_corpus(history["corpus"], history["documents"])
+        corpus = open_corpus(history["corpus"])
         data = distributed.rank0_first(
             lambda: prepare(
                 corpus,

@@ -28,7 +28,7 @@ ADVICE = {
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "predicted": "more --grades",
-    "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
+    "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
     "cannot judge)",
 }

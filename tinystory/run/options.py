@@ -20,9 +20,9 @@ def option(
     group: str = "",
     flags: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: "": no flag, only
-    presets set it. allowed: an interval such as "[0, 1)", or choices. group: heading in --help, on
-    its first option. flags: further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. allowed: an
+    interval such as "[0, 1)", or choices. group: heading in --help, on its first option. flags:
+    further names."""
     metadata: dict[str, Any] = {"help": help, "allowed": allowed, "group": group, "flags": flags}
     if isinstance(allowed, str) and allowed:
         metadata["allowed"] = Interval(allowed)
@@ -60,8 +60,7 @@ def fields(config_class: type) -> list[dataclasses.Field]:
 
 
 def flag_of(f: dataclasses.Field) -> str:
-    """The name of an option for the user: its flag, or its name in config.json if it has none."""
-    return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
+    return "--" + f.name.replace("_", "-")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def add_options(
     for f in fields(config_class):
         if f.metadata["group"] and not names:
             group = parser.add_argument_group(f.metadata["group"])
-        if not f.metadata["help"] or (names and f.name not in names):
+        if names and f.name not in names:
             continue
         settings = _settings(f, types[f.name])
         if shown is not None and f.name not in shown:

@@ -54,7 +54,6 @@ HISTORY: Fields = {
     "interaction_words_out": (int, None),
     "corpus": (list, None),
     "val_fraction": (float, None),
-    "documents": (str, None),
 }
 # Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
 # else too: within these bounds no sum of squares overflows.

@@ -4,7 +4,6 @@ On a CPU the C++ engine runs the token steps where it can; otherwise `TokenStep`
 CUDA graph. A draw depends on (seed, story index, position) and the logits alone, so a story does
 not depend on the rest of its batch."""
 
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.run.device import Download, upload
+from tinystory.run.device import Download
 from tinystory.run.errors import UserError
-from tinystory.student.model import KVCache, Student, ValueHead
+from tinystory.student.model import Student, ValueHead
 from tinystory.student.token_step import Sampling, token_step
 
 # Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else
@@ -73,19 +71,18 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    dropout: float = 0.0,
     on_story: Callable[[Story], None] | None = None,
 ) -> list[Story]:
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
     The stories to an opening that are decoded together share one pass over it. `on_story` gets each
     story as soon as it ends; without it, a terminal shows a progress bar. A temperature below 1e-6
-    is greedy decoding. dropout: see `DropoutDecoder`. Matmuls and the KV cache have autocast's
+    is greedy decoding. Matmuls and the KV cache have autocast's
     dtype. Raises UserError if a story may not fit the context."""
     if temperature < 1e-6:
         temperature = 1.0
         top_k = 1
-    sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
+    sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p)
     prompts = {
         opening: torch.tensor(encode_opening(tokenizer, opening), device="cpu")
         for opening in set(openings)
@@ -97,9 +94,7 @@ def generate(
     weights = sum(p.numel() for p in student.parameters()) * dtype.itemsize
     batch_size = rows_at_once(len(openings), weights, device)
     decoder: Decoder
-    if dropout:
-        decoder = DropoutDecoder(student, sampling)
-    elif engine_runs(device, dtype):
+    if engine_runs(device, dtype):
         decoder = EngineDecoder(student, value_head, sampling, batch_size)
         batch_size = len(openings)  # the engine itself begins a story whenever another ends
     else:
@@ -286,70 +281,6 @@ class StudentDecoder:
             rows = has_ended.argsort(stable=True)[:size].sort().values
             self.token_step.keep(rows)
             self.batch = self.batch[rows]
-
-
-class DropoutDecoder:
-    """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and
-    depend on the batch. The values are 0."""
-
-    drawn: Tensor  # each row's last token
-
-    def __init__(self, student: Student, sampling: Sampling):
-        self.student = student
-        self.sampling = sampling
-
-    def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        weight = self.student.wte.weight
-        device = weight.device
-        self.seeds = random.Random(f"{self.sampling.seed} {offset}")
-        torch.manual_seed(self.seeds.getrandbits(48))
-
-        # No prompt is shared, since each story reads its own with other masks.
-        own_prompts = [prompts[i] for i in prompt_of]
-        tokens = upload(pad_sequence(own_prompts, batch_first=True), device)
-        lengths = torch.tensor([len(prompt) for prompt in own_prompts], device="cpu")
-        count, longest = tokens.shape
-        empty_spans = torch.zeros(count, 2, dtype=torch.int64, device=device)
-        capacity = longest + self.sampling.max_new_tokens
-        self.cache = KVCache(self.student.config, empty_spans, capacity, ops.matmul_dtype(weight))
-        self.cache.lengths.copy_(upload(lengths, device))
-
-        self.outputs = torch.zeros(4, count, self.sampling.max_new_tokens, device=device)
-        self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
-        rows = torch.arange(count, device=device)
-        self.ids = rows + offset
-        self.t = 0
-        self.hidden = self.read_prompts(tokens)[rows, self.cache.lengths - 1]
-
-    def read_prompts(self, tokens: Tensor) -> Tensor:
-        """Final hidden states (B, T, C) of the prompts, (B, T), which fill the cache."""
-        dropout = self.sampling.dropout
-        seed = self.seeds.getrandbits(40)
-
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            self.cache.own[i, :, : qkv.shape[1]] = qkv[:, :, 1:]
-            return ops.causal_attention(qkv, dropout, seed + i)
-
-        embedded = self.student.wte(tokens) + self.student.wpe.weight[: tokens.shape[1]]
-        return self.student.trunk(embedded, attend, dropout, seed)
-
-    def step(self) -> list[tuple[int, Columns]]:
-        if self.t:
-            seed = self.seeds.getrandbits(40)
-            self.hidden = self.student.step(self.drawn, self.cache, self.sampling.dropout, seed)
-        logits = self.student.logits(self.hidden)
-        self.drawn, logprobs, entropies = self.sampling.draw(logits, self.ids, self.t)
-        values = torch.zeros_like(logprobs)
-        columns = [self.drawn.float(), logprobs, values, entropies]
-        self.outputs[:, :, self.t] = torch.stack(columns)
-        self.t += 1
-        ends = (self.drawn == self.sampling.eos).cpu() | (self.t == self.sampling.max_new_tokens)
-        ended = (self.alive & ends).nonzero().squeeze(1).tolist()
-        if not ended:
-            return []
-        self.alive[ended] = False
-        outputs = self.outputs.cpu().unbind()
-        return [(story, columns_of(outputs, story, self.t)) for story in ended]
 
 
 def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:

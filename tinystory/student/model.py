@@ -282,18 +282,18 @@ class Student(nn.Module):
         return hidden.flatten(0, 1).index_select(0, last)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, cache: KVCache, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the
-        cache. dropout: as in `trunk`, and on the attention weights, from torch's generator."""
+        cache."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.decode_attention(
-                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths, dropout
+                qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths
             )
 
         prompt_lengths = cache.spans[:, 1] - cache.spans[:, 0]
         embedded = self.wte(tokens) + self.wpe(prompt_lengths + cache.lengths)
-        hidden = self.trunk(embedded, attend, dropout, seed)
+        hidden = self.trunk(embedded, attend)
         cache.lengths += 1
         return hidden
 

@@ -8,6 +8,8 @@ from tinystory.config import PretrainConfig
 from tinystory.student.model import Student
 from tinystory.student.muon import MuonAdamW
 
+EPS = 1e-8  # AdamW's, as in PyTorch and transformers
+
 
 def make_optimizer(
     student: Student, config: PretrainConfig, dtype: torch.dtype
@@ -29,7 +31,7 @@ def make_optimizer(
         dict(params=vectors, weight_decay=0.0),
     ]
     betas = (0.9, config.beta2)
-    options: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, eps=EPS, fused=True)
     if config.optimizer != "muon":
         return torch.optim.AdamW(groups, **options)
     return MuonAdamW(blocks, groups, heads=student.config.n_head, dtype=dtype, **options)

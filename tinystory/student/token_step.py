@@ -20,8 +20,7 @@ from tinystory.student.model import KVCache, Student, ValueHead
 
 @dataclass(frozen=True)
 class Sampling:
-    """eos is the end token; temperature, top_k and top_p are `ops.sample`'s; dropout is
-    `DropoutDecoder`'s."""
+    """eos is the end token; temperature, top_k and top_p are `ops.sample`'s."""
 
     max_new_tokens: int
     eos: int
@@ -29,21 +28,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    dropout: float = 0.0
-
-    def draw(
-        self, logits: Tensor, rows: Tensor, step: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, logprobs and entropies of `ops.sample`."""
-        return ops.sample(
-            logits,
-            seed=self.seed,
-            rows=rows,
-            step=step,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
 
 
 # kept between rollouts on a GPU
@@ -170,7 +154,15 @@ class TokenStep:
         step = self.cache.lengths
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
         logits[:, len(self.student.wte.weight) :] = -math.inf
-        drawn, logprobs, entropies = self.sampling.draw(logits, self.ids, step)
+        drawn, logprobs, entropies = ops.sample(
+            logits,
+            seed=self.sampling.seed,
+            rows=self.ids,
+            step=step,
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+        )
         values = torch.zeros_like(logprobs) if self.head is None else self.head(hidden)
         self.outputs[:, self.at, step] = torch.stack([drawn.float(), logprobs, values, entropies])
         self.drawn.copy_(drawn)

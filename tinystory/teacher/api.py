@@ -62,9 +62,6 @@ class Reply:
 
     text: str  # "" if the server sends none
     thought: bool  # whether the model reasoned before it replied, visibly or not
-    # Per token: its text, and the natural log-probabilities of the candidates at its position. ()
-    # if unknown.
-    logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
     # (prompt, completion) as the server counts them; None if it does not
     tokens: tuple[int, int] | None = None
 
@@ -162,7 +159,6 @@ class ChatClient:
         return Reply(
             text,
             thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
-            logprobs=_logprobs(choice.get("logprobs")),
             tokens=_tokens(rest.get("usage")),
         )
 
@@ -325,23 +321,6 @@ def is_count_pair(value: object) -> bool:
         case [_, _] as pair:
             return all(type(count) is int and 0 <= count < 10**9 for count in pair)
     return False
-
-
-def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
-    """`Reply.logprobs`; () unless every token has one. Rounding can make one positive; -9999 may
-    stand for log 0."""
-    tokens: list[tuple[str, dict[str, float]]] = []
-    try:
-        for token in value["content"]:
-            candidates: dict[str, float] = {}
-            for candidate in [token, *(token.get("top_logprobs") or ())]:
-                candidates[str(candidate["token"])] = float(candidate["logprob"])
-            if not all(logprob < 1e-3 for logprob in candidates.values()):
-                return ()
-            tokens.append((str(token["token"]), candidates))
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        return ()
-    return tuple(tokens)
 
 
 def _error_texts(answer: object) -> list[str]:

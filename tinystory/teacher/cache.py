@@ -12,12 +12,10 @@ from typing import NamedTuple
 from tinystory.run.journal import Journal
 from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.api import is_count_pair
-from tinystory.teacher.prompt import TOP
 
 REPLY: Fields = {  # of each line
     "key": (str,),
     "reply": (str,),
-    "expected": (dict, None),
     "error": (str, None),
     "tokens": (list, type(None), None),
 }
@@ -42,15 +40,10 @@ def check_reply(record: Record) -> None:
     tokens = record.get("tokens")
     if tokens is not None and not is_count_pair(tokens):
         raise ValueError(f"its 'tokens' are {tokens!r:.40}")
-    for score in record.get("expected", {}).values():
-        if type(score) not in (int, float) or not 0 <= score <= TOP:
-            raise ValueError(f"its 'expected' holds {score!r:.40}")
 
 
 class CachedReply(NamedTuple):
     text: str
-    # expected scores, if the teacher is asked for log-probabilities
-    expected: dict[str, float] | None = None
     error: str | None = None  # why the question was given up; a repeated run gives it up too
 
 
@@ -72,7 +65,7 @@ class Cache:
         prompt_tokens = 0
         completion_tokens = 0
         for record in read_records(path, REPLY, check_reply):
-            reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
+            reply = CachedReply(record["reply"], record.get("error"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
             if record.get("tokens"):
                 prompt, completion = record["tokens"]
@@ -100,8 +93,6 @@ class Cache:
             return self._replies[key]
         if self._path is not None:
             record: Record = {"key": key, "reply": reply.text}
-            if reply.expected is not None:
-                record["expected"] = reply.expected
             if reply.error is not None:
                 record["error"] = reply.error
             self._journal = self._journal or Journal(self._path)

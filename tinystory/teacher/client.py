@@ -23,7 +23,7 @@ from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, Slots, base_url
 from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
+from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, Prober, with_oldest_probe
 from tinystory.teacher.prompt import Question, fence, render
@@ -257,7 +257,7 @@ class Teacher(Grader):
         mark = fence(options.seed, question.number, f"{question.opening}\n{question.story}")
         messages = render(question.opening, question.story, fence=mark, template=template)
         exchange = Exchange(question.number, names, mark, messages, afresh)
-        scores: Mapping[str, float] | None = None
+        scores: Mapping[str, int] | None = None
         error: str | None = None
         replies: list[str] = []
         for attempt in range(options.attempts):
@@ -266,10 +266,7 @@ class Teacher(Grader):
             if error:
                 break
             replies.append(reply.text)
-            if not options.logprobs:
-                scores = parse_scores(reply.text, names)
-            elif reply.expected is not None and reply.expected.keys() == set(names):
-                scores = reply.expected
+            scores = parse_scores(reply.text, names)
             if scores is not None:
                 break
         else:
@@ -303,13 +300,7 @@ class Teacher(Grader):
             return cached
 
         exchange.asked = True
-        chat = functools.partial(
-            Endpoint.chat,
-            messages=exchange.messages,
-            seed=seed,
-            names=names,
-            logprobs=self.options.logprobs,
-        )
+        chat = functools.partial(Endpoint.chat, messages=exchange.messages, seed=seed, names=names)
         try:
             answer = await self.pool.ask(chat, exchange.deadline)
         except Failure as failure:
@@ -317,16 +308,12 @@ class Teacher(Grader):
             return self.cache.put(failure_key, failed, again=exchange.afresh)
         exchange.deadline = answer.deadline
         reply = answer.value
-        expected = None
-        if self.options.logprobs:
-            expected = expected_scores(reply.text, names, reply.logprobs)
         about = {"model": first.model, "attempt": attempt, "tokens": reply.tokens}
         if len(self.endpoints) > 1:
             about["server"] = answer.endpoint.url
         if self.cache.get(failure_key):  # an earlier process's, which this reply replaces
             key = failure_key
-        kept = CachedReply(reply.text, expected)
-        return self.cache.put(key, kept, again=exchange.afresh, **about)
+        return self.cache.put(key, CachedReply(reply.text), again=exchange.afresh, **about)
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

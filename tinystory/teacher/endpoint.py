@@ -18,8 +18,6 @@ TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two message
 # a word, number or other character, after any space: about a token
 PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
-# servers allow 20, but LONGEST_ANSWER is a limit
-LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}
 BUSY_COSTS = 0.5  # slots lost per refused request
 # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
 SLOWER, SHORTEST_S = 3.0, 10.0
@@ -35,8 +33,6 @@ class Options:
     temperature: float = 0.2
     seed: int = 0
     max_tokens: int = 16  # token limit of a reply in plain numbers; JSON gets more
-    # scores are expected values; a reply without log-probabilities for them is unscored
-    logprobs: bool = False
     # fields merged into every request, overriding ours
     extra: dict[str, Any] = field(default_factory=dict)
     deadline_s: float = 300.0  # time limit of a story, from its first request
@@ -159,8 +155,6 @@ class Endpoint:
         """Key in the cache of the reply to these messages."""
         assert self.model is not None and self.probe is not None
         determined_by = self.sampling(seed, names) | {"held_to": self.probe.held_to}
-        if self.options.logprobs:
-            determined_by |= LOGPROBS
         if self.options.extra:
             determined_by["extra"] = self.options.extra_json
         return cache_key(self.model, messages, fence, determined_by)
@@ -169,14 +163,12 @@ class Endpoint:
         """Key in the cache of the probe of `model` with the current options."""
         options = self.options
         text = (
-            f"{self.url} {model} {options.max_tokens} {options.temperature} {options.logprobs} "
+            f"{self.url} {model} {options.max_tokens} {options.temperature} "
             f"{options.template}{options.extra_json}"
         )
         return PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    async def chat(
-        self, messages: list[dict], seed: int, names: Sequence[str], logprobs: bool
-    ) -> Reply:
+    async def chat(self, messages: list[dict], seed: int, names: Sequence[str]) -> Reply:
         """Ask for scores for `names`, in the form that the probe says. If the server needs a higher
         token limit than `max_tokens`, the reply is cut to about as many tokens."""
         form = self.probe
@@ -184,8 +176,6 @@ class Endpoint:
         fields = self.sampling(seed, names)
         wanted = fields.pop("max_tokens")
         cap = max(wanted, form.least_tokens)
-        if logprobs:
-            fields |= LOGPROBS
         fields |= constraint(form.held_to, names)
         fields |= form.quiet
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}

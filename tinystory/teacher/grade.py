@@ -17,9 +17,8 @@ from tinystory.teacher.prompt import CRITERIA, Question
 class Grade:
     """The outcome of grading one story."""
 
-    # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply
-    # could be read, or if a callable graded the story.
-    scores: Mapping[str, float] | None
+    # 0..3 per criterion; None if no reply could be read, or if a callable graded the story
+    scores: Mapping[str, int] | None
     # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
     score: float | None
     reply: str = ""  # the last reply, at most LONGEST_REPLY characters

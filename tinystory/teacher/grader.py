@@ -20,7 +20,7 @@ from tinystory.teacher.rank import Ranked
 
 # Fields of a request that have options of their own or are set by the client.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
-OWN_FIELDS |= {"max_completion_tokens", "logprobs", "top_logprobs", "extra_body", "extra_query"}
+OWN_FIELDS |= {"max_completion_tokens", "extra_body", "extra_query"}
 # Prefixes of keys: at the beginning of a JSON text, and of a longer word within one.
 PREFIXES = (
     r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
@@ -90,7 +90,6 @@ def open_teacher(
         seed=config.seed,
         temperature=config.teacher_temperature,
         max_tokens=config.teacher_max_tokens,
-        logprobs=config.teacher_logprobs,
         concurrency=config.teacher_concurrency,
         deadline_s=config.teacher_timeout,
         max_unscored=config.max_unscored,

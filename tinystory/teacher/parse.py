@@ -10,13 +10,10 @@ readability, coherence, creativity:
         exactly these labels
 """
 
-import bisect
 import functools
-import itertools
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tinystory.teacher.prompt import TOP
 
@@ -53,52 +50,6 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     if scores.keys() != set(criteria):
         return None
     return {name: scores[name] for name in criteria}
-
-
-def expected_scores(
-    reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
-) -> dict[str, float] | None:
-    """Expected value of each score: the mean of 0..3, weighted by the normalised probabilities of
-    these digits at its position (G-Eval, arXiv 2303.16634, equation 1). tokens: the reply's, each
-    with natural log-probabilities of candidates. None if the reply has no scores, the tokens do not
-    spell it, or no candidate is a single digit."""
-    spelled = "".join(token for token, _ in tokens)
-    # The tokens may also hold white space that was stripped, thoughts before the reply, or an
-    # end-of-turn token.
-    start = spelled.rfind(reply)
-    if parse_scores(reply, criteria) is None or start < 0:
-        return None
-    token_starts = [0, *itertools.accumulate(len(token) for token, _ in tokens)]
-    expected: dict[str, float] = {}
-    for name in criteria:
-        position = _digit_position(reply, criteria, name)
-        if position is None:
-            return None
-        token, candidates = tokens[bisect.bisect_right(token_starts, start + position) - 1]
-        if token.strip() != reply[position]:
-            return None
-        total = 0.0
-        weighted = 0.0
-        for candidate, logprob in candidates.items():
-            if re.fullmatch(_DIGIT, candidate.strip()):  # " 2" is 2
-                probability = math.exp(logprob)
-                total += probability
-                weighted += int(candidate) * probability
-        if not total:
-            return None
-        expected[name] = round(weighted / total, 4)
-    return expected
-
-
-def _digit_position(reply: str, criteria: Sequence[str], name: str) -> int | None:
-    """Index of a criterion's digit in a reply that holds scores; None for a key that is written
-    with \\u escapes."""
-    text = reply.lstrip(_WHITESPACE)
-    numbers = _numbers(len(criteria)).fullmatch(text.rstrip(_WHITESPACE))
-    if numbers:
-        return len(reply) - len(text) + numbers.start(1 + criteria.index(name))
-    labelled = re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)
-    return labelled.start(1) if labelled else None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from tinystory.run.records import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import PROBE, Endpoint, Probe
-from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
+from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
@@ -223,8 +223,6 @@ class Prober:
             self.change_form(held_to="nothing")
         if self.form.held_to != "nothing" and not self._scored(reply):
             reply = await self._ask(self.messages)
-        if self.options.logprobs:
-            await self._require_logprobs()
         scored = self._scored(reply)
         if not scored:
             self.notes.append(
@@ -240,9 +238,9 @@ class Prober:
             notes=tuple(self.notes),
         )
 
-    async def _ask(self, messages: list[dict], logprobs: bool = False) -> Reply:
+    async def _ask(self, messages: list[dict]) -> Reply:
         start = time.monotonic()
-        chat = self.endpoint.chat(messages, self.options.seed, self.names, logprobs)
+        chat = self.endpoint.chat(messages, self.options.seed, self.names)
         try:
             reply = await asyncio.wait_for(chat, self.options.timeout_s)
         except asyncio.TimeoutError:
@@ -309,24 +307,6 @@ class Prober:
             if reply is not None and self._scored(reply):
                 return
         self.change_form(structure="nothing", held_to="nothing")
-
-    async def _require_logprobs(self) -> None:
-        """Raises Failure unless a reply with scores has the log-probabilities for expected
-        scores."""
-        try:
-            reply = await self._ask(self.messages, logprobs=True)
-            missing = self._scored(reply) and not expected_scores(
-                reply.text, self.names, reply.logprobs
-            )
-        except Failure as failure:
-            if failure.fatal or failure.unreachable or failure.again:
-                raise
-            missing = True  # the server refuses log-probabilities
-        if missing:
-            raise Failure(
-                f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
-                "scores: leave --teacher-logprobs out, or ask a server that does"
-            )
 
 
 def with_oldest_probe(endpoints: Sequence[Endpoint], cache: Cache) -> Endpoint:

@@ -79,7 +79,7 @@ class Ranked(Grader):
         self.template = ranking(teacher.options.template, size)
         self.scorer = teacher
         # grades by place, a row per request of the last `grades`
-        self._rows: list[list[float]] = []
+        self._rows: list[list[int]] = []
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
         return self.teacher.forecast(stories, opening, self.size)
