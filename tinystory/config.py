@@ -18,6 +18,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import require_config, write_config
 from tinystory.run.options import (
     add_options,
+    did_you_mean,
     fields,
     flag_of,
     option,
@@ -45,6 +46,11 @@ FIRST = set(
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADED = 8  # minimum of --graded
+# TRL's names that mean another option here, or could mean two.
+OTHER_NAMES = {
+    "batch-size": "--stories-per-step (stories that are written in a step, TRL's batch_size) or "
+    "--minibatch-size (stories per gradient step)"
+}
 # defined in tinystory/rl/learners.py
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
 
@@ -417,8 +423,10 @@ def parse(
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False
     )
+    choices = "{" + ",".join(presets) + "}"
+    help = "named set of options (default: demo)"
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
-    parser.add_argument("--preset", choices=presets, help="named set of options (default: demo)")
+    parser.add_argument("--preset", metavar=choices, help=help)
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
     options, unknown = parser.parse_known_args(words)
@@ -427,13 +435,18 @@ def parse(
         parser.print_help()
         parser.exit()
     if unknown:
-        raise UserError(unknown_option(unknown[0].split("=")[0], parser))
+        raise UserError(unknown_option(unknown[0], parser, OTHER_NAMES))
 
     trust = typed.pop("trust")
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         config = _resumed(config_class, typed, trust)
     else:
         preset = typed.pop("preset") or "demo"
+        if preset not in presets:
+            raise UserError(
+                f"--preset must be one of {', '.join(presets)}, not {preset!r:.80}"
+                f"{did_you_mean(preset, presets)}"
+            )
         config = config_class(**presets[preset] | typed)
         config.preset = preset
         check(config)
@@ -608,6 +621,11 @@ def _check_teacher(config: InteractConfig) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.teacher_prompt and not config.teacher_url and not config.reward:
+        raise UserError(
+            "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
+            "a --teacher-url, or leave it out"
         )
     if config.reward:
         for name, flag in changed_options(config).items():

@@ -16,7 +16,7 @@ from conftest import ROOT, fails
 
 import tinystory
 from lab import babylm, compare
-from scripts import doctor, evaluate, sample
+from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
@@ -264,6 +264,21 @@ def test_a_number_out_of_range_is_refused_by_every_command_that_has_the_option(
         assert fails(main, [str(tmp_path), f"{flag}={value}"], capsys).startswith(
             f"error: {flag} must be "
         )
+
+
+@pytest.mark.parametrize(
+    "main, word, words",
+    [
+        (export_hf.main, "--guff=out.gguf", "no option --guff: did you mean --gguf?"),
+        (sample.main, "--temprature", "no option --temprature: did you mean --temperature?"),
+        (evaluate.main, "--zzz", "no option --zzz: --help lists them all"),
+        (compare.main, "--teacher_url", "did you mean --teacher-url?"),
+    ],
+)
+def test_an_unknown_option_of_a_script_is_told_with_the_one_that_was_meant(
+    main, word, words, tmp_path, capsys
+):
+    assert words in fails(main, [str(tmp_path), word], capsys)
 
 
 def test_what_is_no_number_is_refused(tmp_path, capsys):
