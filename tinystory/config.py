@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
-from tinystory.run.folder import require_config, write_config
+from tinystory.run.folder import newest_first, require_config, write_config
 from tinystory.run.options import (
     add_options,
     did_you_mean,
@@ -33,7 +33,11 @@ DTYPE_HELP = (
     "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
 )
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
-RESUME_HELP = "continue the run in --out from its newest checkpoint, with its recorded options"
+OUT_HELP = "folder of the run; without --out, NAME-2, NAME-3, ... if it is taken"
+RESUME_HELP = (
+    "continue the run in --out (without it, the newest that was begun without it) from its newest "
+    "checkpoint, with its recorded options"
+)
 SAVE_HELP = "steps between the checkpoints that --resume starts from"
 TRACK_HELP = "tracker that also receives the records (wandb offline)"
 # The options that --help lists; --help-all lists the others too.
@@ -60,9 +64,11 @@ class PretrainConfig:
     """Pretrain a student on a corpus."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    trust = False  # nor is this, and no run's record may set it
+    # Nor are these, and no run's record may set them.
+    trust = False
+    names_out = False  # whether --out was given
 
-    out: str = option("runs/pretrain", "folder of the run", group="run")
+    out: str = option("runs/pretrain", OUT_HELP, group="run")
     resume: bool = option(False, RESUME_HELP)
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", DEVICE_HELP)
@@ -136,12 +142,14 @@ class InteractConfig:
     scores."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    trust = False  # nor is this, and no run's record may set it
+    # Nor are these, and no run's record may set them.
+    trust = False
+    names_out = False  # whether --out was given
 
     init: str = option(
-        "", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run"
+        "", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)", group="run"
     )
-    out: str = option("runs/interact", "folder of the run")
+    out: str = option("runs/interact", OUT_HELP)
     resume: bool = option(False, RESUME_HELP)
     seed: int = option(
         0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS
@@ -438,6 +446,7 @@ def parse(
         raise UserError(unknown_option(unknown[0], parser, OTHER_NAMES))
 
     trust = typed.pop("trust")
+    names_out = "out" in typed
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         config = _resumed(config_class, typed, trust)
     else:
@@ -451,6 +460,7 @@ def parse(
         config.preset = preset
         check(config)
     config.trust = trust
+    config.names_out = names_out
     return config
 
 
@@ -461,7 +471,9 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     """The config of a run to be resumed. Raises UserError if another command or version began it,
     for another preset or start in `typed`, which would have no effect, and for a folder that is not
     this user's own, unless `trust`."""
-    folder = Path(typed.setdefault("out", vars(config_class)["out"]))
+    if "out" not in typed:
+        typed["out"] = _newest_of(vars(config_class)["out"])
+    folder = Path(typed["out"])
     record = require_config(folder)
     recorded = record["options"]
     for f in dataclasses.fields(config_class):
@@ -478,6 +490,15 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
             )
     typed["preset"] = recorded["preset"]
     return _merged(config_class, folder, record, typed, trust)
+
+
+def _newest_of(out: str) -> str:
+    """The newest run among those that took `out`, a default, or followed it; `out` if there is
+    none."""
+    runs = newest_first(Path(out))
+    if len(runs) > 1:
+        print(f"--resume: the newest of {len(runs)} runs, {runs[0]}")
+    return str(runs[0]) if runs else out
 
 
 def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:
