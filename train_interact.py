@@ -8,6 +8,7 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from tinystory.evaluate.held_out import (
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
-from tinystory.report.run import live_report
+from tinystory.report.run import live_report, number_option
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
@@ -44,7 +45,7 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import locked
+from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
 from tinystory.run.records import Record, read_metrics
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     learners.check(config)
     distributed.start(config.device)
-    lock = locked(Path(config.out), new=not config.resume)
-    with distributed.on_rank0(lock), open_run(config) as run:
+    with distributed.run_folder(config), open_run(config) as run:
         interact(run)
         report(run)
 
@@ -328,6 +328,8 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
     memory.require_for_interaction(config, reference.config, compute.device)
+    if not resumed:
+        print_rest_of_pretraining(start, policy.history)
 
     openings = open_openings(config, policy)
     replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)
@@ -387,17 +389,35 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 
 def starting_checkpoint(init: str) -> Path:
-    """The checkpoint that --init names; by default the newest under runs/pretrain, or else that of
-    `make demo`."""
+    """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
+    folders that followed them (runs/pretrain-2)."""
     if init:
         return checkpoint.find(Path(init))
-    for run in PRETRAIN_RUNS:
+    for run in newest_first(*PRETRAIN_RUNS):
         if checkpoint.newest(run):
             return checkpoint.find(run)
     first = hint("train_pretrain.py")
     raise UserError(
         f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
     )
+
+
+def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
+    """Say so if `start` is the newest checkpoint of a pretraining that has words left to read."""
+    folder = Path(os.path.abspath(start))
+    run = folder.parent.parent
+    if checkpoint.newest(run) != folder:
+        return
+    record: Record = {}
+    with contextlib.suppress(UserError):  # the checkpoint is enough for an interaction
+        record = read_config(run)
+    planned = number_option(record, "words")
+    words = history.get("words")
+    if planned is None or words is None or not 0 <= words < planned:
+        return
+    go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
+    percent = int(100 * words / planned)
+    print(f"this student has read {percent} % of the words of its pretraining; the rest: {go_on}")
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:

@@ -23,7 +23,6 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Download, peak_memory_mb, upload
 from tinystory.run.errors import Stop, UserError, command
-from tinystory.run.folder import holds_run, locked
 from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
 from tinystory.run.records import read_metrics
@@ -55,7 +54,7 @@ class RunState:
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
+    with distributed.run_folder(config):
         run = open_run(config)
         pretrain(run)
         if distributed.is_rank0():
@@ -336,12 +335,9 @@ def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:
             f"a student with a longer --context than {config.context}: the longest built-in opening "
             f"has {longest} tokens, so no story fits; train_interact.py would need a short --opening"
         )
-    run = Path(config.out)
-    arguments = ["--init", str(checkpoint.newest(run))]
+    arguments = ["--init", str(checkpoint.newest(Path(config.out)))]
     if room < InteractConfig.max_new_tokens:
         arguments += ["--max-new-tokens", str(room)]
-    if holds_run(Path(InteractConfig.out)):
-        arguments += ["--out", f"{run}-interact"]
     return hint("train_interact.py", *arguments)
 
 

@@ -6,6 +6,7 @@ python lab/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20
 Made for trl 0.9.4 and transformers 4.53.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -120,13 +121,18 @@ PEERS = {"nanogpt": nanogpt, "transformers": transformers, "trl": trl}
 
 
 def main() -> None:
-    peer, settings = sys.argv[1:]
-    a = SimpleNamespace(**json.loads(settings))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("settings", type=json.loads, help="JSON object: what lab/bench.py measures")
+    options = parser.parse_args()
+    a = SimpleNamespace(**options.settings)
     output = os.fdopen(os.dup(1), "w")  # libraries print to standard output too
     os.dup2(2, 1)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    run = PEERS[peer](a)
+    run = PEERS[options.peer](a)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()

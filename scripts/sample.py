@@ -4,12 +4,14 @@ python scripts/sample.py                   by the best checkpoint of the newest 
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon"
 python scripts/sample.py --best-of 4       each the best of four, by the student's own likelihood
 python scripts/sample.py --best-of 4 --teacher-url URL     ... by reward, with a teacher's score
+
+In a terminal, without --opening, it then asks for openings of yours.
 """
 
 import argparse
 import json
 import sys
-import textwrap
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import SEEDS, InteractConfig, check
 from tinystory.data.openings import Openings, load_openings
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import story_rewards
-from tinystory.run.errors import command
+from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.terminal import story_text
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, generate
+from tinystory.student.model import Student
 from tinystory.teacher.grader import open_grader
+
+FEWER = "--stories, --best-of or --max-new-tokens"
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -78,7 +85,22 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         require_output(options.out)
 
-    stories = best_stories(write_stories(options), options.stories, config)
+    folder = checkpoint.find(options.checkpoint or newest_run())
+    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
+    count = options.stories * options.best_of
+    tokens = options.max_new_tokens or 1
+    device = student.wte.weight.device
+    memory.require_for_stories(count, tokens, student.config, device, FEWER)
+
+    def best_of(openings: list[str], first_index: int = 0) -> list[Story]:
+        """A story for each of --stories openings, which go round."""
+        stories = write_stories(student, tokenizer, openings, first_index, options)
+        return best_stories(stories, options.stories, config)
+
+    openings = load_openings(options.opening or "builtin")
+    if not options.opening:
+        openings = Openings(openings, seed=0).held_out
+    stories = best_of(openings)
     if options.out:
         lines = []
         for story in stories:
@@ -86,26 +108,40 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(json.dumps(record) + "\n")
         atomic_write(options.out, "".join(lines))
         return
+    print_stories(stories)
+    if not options.opening and sys.stdin.isatty() and sys.stdout.isatty():
+        for number, opening in enumerate(iter(typed_opening, ""), 1):
+            try:
+                print_stories(best_of([opening], first_index=number * count))
+            except UserError as error:  # such as an opening that is too long
+                print(f"error: {error}")
+
+
+def typed_opening() -> str:
+    """What the user types; "" at Ctrl-D."""
+    try:
+        return printable(input("Your opening (Enter alone ends): ")).strip()
+    except EOFError:
+        print()  # the prompt's line has no end
+        return ""
+
+
+def print_stories(stories: Sequence[Story]) -> None:
     for number, story in enumerate(stories, 1):
         cut_off = "" if story.ended == "eos" else ", cut off"
         print(f"--- story {number}, {story.words} words{cut_off}")
-        for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
-            print(textwrap.fill(paragraph, 100))
+        print(story_text(story.opening, story.text))
         print()
 
 
-def write_stories(options: argparse.Namespace) -> list[Story]:
-    """--best-of times --stories; the n-th of each round share their opening."""
-    folder = checkpoint.find(options.checkpoint or newest_run())
-    device = pick_device(options.device)
-    student, tokenizer, _ = checkpoint.load(folder, device)
-    count = options.stories * options.best_of
-    advice = "--stories, --best-of or --max-new-tokens"
-    memory.require_for_stories(count, options.max_new_tokens or 1, student.config, device, advice)
-
-    texts = load_openings(options.opening or "builtin")
-    if not options.opening:
-        texts = Openings(texts, seed=0).held_out
+def write_stories(
+    student: Student,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    first_index: int,
+    options: argparse.Namespace,
+) -> list[Story]:
+    """--best-of times --stories, to openings from `texts`; the n-th of each round share theirs."""
     openings = list(islice(cycle(texts), options.stories)) * options.best_of
     longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
     room = max(student.config.context - longest, 1)
@@ -114,7 +150,7 @@ def write_stories(options: argparse.Namespace) -> list[Story]:
         None,
         tokenizer,
         openings,
-        first_index=0,
+        first_index=first_index,
         max_new_tokens=options.max_new_tokens or room,
         seed=options.seed,
         temperature=options.temperature,

@@ -15,9 +15,10 @@ from typing import Any, get_type_hints
 
 from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
-from tinystory.run.folder import require_config, write_config
+from tinystory.run.folder import newest_first, require_config, write_config
 from tinystory.run.options import (
     add_options,
+    did_you_mean,
     fields,
     flag_of,
     option,
@@ -32,7 +33,11 @@ DTYPE_HELP = (
     "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
 )
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
-RESUME_HELP = "continue the run in --out from its newest checkpoint, with its recorded options"
+OUT_HELP = "folder of the run; without --out, NAME-2, NAME-3, ... if it is taken"
+RESUME_HELP = (
+    "continue the run in --out (without it, the newest that was begun without it) from its newest "
+    "checkpoint, with its recorded options"
+)
 SAVE_HELP = "steps between the checkpoints that --resume starts from"
 TRACK_HELP = "tracker that also receives the records (wandb offline)"
 # The options that --help lists; --help-all lists the others too.
@@ -45,6 +50,11 @@ FIRST = set(
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
+# TRL's names that mean another option here, or could mean two.
+OTHER_NAMES = {
+    "batch-size": "--stories-per-step (stories that are written in a step, TRL's batch_size) or "
+    "--minibatch-size (stories per gradient step)"
+}
 # defined in tinystory/rl/learners.py
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
 
@@ -54,9 +64,11 @@ class PretrainConfig:
     """Pretrain a student on a corpus."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    trust = False  # nor is this, and no run's record may set it
+    # Nor are these, and no run's record may set them.
+    trust = False
+    names_out = False  # whether --out was given
 
-    out: str = option("runs/pretrain", "folder of the run", group="run")
+    out: str = option("runs/pretrain", OUT_HELP, group="run")
     resume: bool = option(False, RESUME_HELP)
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", DEVICE_HELP)
@@ -126,12 +138,14 @@ class InteractConfig:
     scores."""
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    trust = False  # nor is this, and no run's record may set it
+    # Nor are these, and no run's record may set them.
+    trust = False
+    names_out = False  # whether --out was given
 
     init: str = option(
-        "", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run"
+        "", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)", group="run"
     )
-    out: str = option("runs/interact", "folder of the run")
+    out: str = option("runs/interact", OUT_HELP)
     resume: bool = option(False, RESUME_HELP)
     seed: int = option(
         0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS
@@ -378,8 +392,10 @@ def parse(
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False
     )
+    choices = "{" + ",".join(presets) + "}"
+    help = "named set of options (default: demo)"
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
-    parser.add_argument("--preset", choices=presets, help="named set of options (default: demo)")
+    parser.add_argument("--preset", metavar=choices, help=help)
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
     options, unknown = parser.parse_known_args(words)
@@ -388,17 +404,24 @@ def parse(
         parser.print_help()
         parser.exit()
     if unknown:
-        raise UserError(unknown_option(unknown[0].split("=")[0], parser))
+        raise UserError(unknown_option(unknown[0], parser, OTHER_NAMES))
 
     trust = typed.pop("trust")
+    names_out = "out" in typed
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         config = _resumed(config_class, typed, trust)
     else:
         preset = typed.pop("preset") or "demo"
+        if preset not in presets:
+            raise UserError(
+                f"--preset must be one of {', '.join(presets)}, not {preset!r:.80}"
+                f"{did_you_mean(preset, presets)}"
+            )
         config = config_class(**presets[preset] | typed)
         config.preset = preset
         check(config)
     config.trust = trust
+    config.names_out = names_out
     return config
 
 
@@ -409,7 +432,9 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     """The config of a run to be resumed. Raises UserError if another command or version began it,
     for another preset or start in `typed`, which would have no effect, and for a folder that is not
     this user's own, unless `trust`."""
-    folder = Path(typed.setdefault("out", vars(config_class)["out"]))
+    if "out" not in typed:
+        typed["out"] = _newest_of(vars(config_class)["out"])
+    folder = Path(typed["out"])
     record = require_config(folder)
     recorded = record["options"]
     for f in dataclasses.fields(config_class):
@@ -426,6 +451,15 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
             )
     typed["preset"] = recorded["preset"]
     return _merged(config_class, folder, record, typed, trust)
+
+
+def _newest_of(out: str) -> str:
+    """The newest run among those that took `out`, a default, or followed it; `out` if there is
+    none."""
+    runs = newest_first(Path(out))
+    if len(runs) > 1:
+        print(f"--resume: the newest of {len(runs)} runs, {runs[0]}")
+    return str(runs[0]) if runs else out
 
 
 def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:
@@ -549,6 +583,11 @@ def _check_teacher(config: InteractConfig) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.teacher_prompt and not config.teacher_url and not config.reward:
+        raise UserError(
+            "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
+            "a --teacher-url, or leave it out"
         )
     if config.reward:
         for name, flag in changed_options(config).items():

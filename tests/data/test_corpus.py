@@ -268,7 +268,8 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 def test_names_that_are_nothing(tmp_path):
     with pytest.raises(
         UserError,
-        match="the corpus tinystorys is no file: give another file, or one of builtin, primer, dull, tin",
+        match=r"the corpus tinystorys is no file \(did you mean tinystories\?\): give another file, "
+        "or one of builtin, primer, dull, tin",
     ):
         open_corpus(["tinystorys"])
     with pytest.raises(UserError, match="is no file"):

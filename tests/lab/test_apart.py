@@ -63,3 +63,10 @@ def test_a_command_runs_from_a_clone_where_nothing_is_installed(name):
 def test_the_readme_has_a_line_for_each_command(name):
     assert f"python lab/{name}.py" in (ROOT / "lab" / "README.md").read_text()
     assert "python lab/" in importlib.import_module(f"lab.{name}").__doc__
+
+
+def test_a_peer_says_how_it_is_used():
+    """Without what tinystory depends on but torch: another Python runs it."""
+    command = [sys.executable, ROOT / "lab/peer.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "{nanogpt,transformers,trl}" in result.stdout, result.stderr

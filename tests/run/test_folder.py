@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import fails, story_record
+from conftest import ROOT, fails, story_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +80,46 @@ def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     with error, locked(tmp_path, new=True):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+STARTED = """
+import sys, types
+from tinystory.run.folder import locked_run
+config = types.SimpleNamespace(out=sys.argv[1], resume=False, names_out=False)
+print("ready", flush=True)
+sys.stdin.readline()
+with locked_run(config):
+    print(config.out, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_runs_that_start_at_once_without_out_take_a_folder_each(tmp_path):
+    """And none that holds a run already."""
+    a_run(tmp_path / "run-3", 1)
+    processes = []
+    for _ in range(4):
+        command = [sys.executable, "-c", STARTED, str(tmp_path / "run")]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        folders = [read_printed_folder(process) for process in processes]
+    finally:
+        for process in processes:
+            process.communicate()
+    assert sorted(folders) == ["run", "run-2", "run-4", "run-5"]
+
+
+def read_printed_folder(process: subprocess.Popen) -> str:
+    line = process.stdout.readline()
+    if "is taken" in line:
+        line = process.stdout.readline()
+    return os.path.basename(line.strip())
 
 
 def test_a_folder_with_other_files_in_it_is_accepted(tmp_path):

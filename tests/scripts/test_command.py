@@ -2,11 +2,13 @@
 printed."""
 
 import errno
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from conftest import ROOT, fails
 
 import tinystory
 from lab import babylm, compare
-from scripts import doctor, evaluate, sample
+from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
@@ -264,6 +266,21 @@ def test_a_number_out_of_range_is_refused_by_every_command_that_has_the_option(
         )
 
 
+@pytest.mark.parametrize(
+    "main, word, words",
+    [
+        (export_hf.main, "--guff=out.gguf", "no option --guff: did you mean --gguf?"),
+        (sample.main, "--temprature", "no option --temprature: did you mean --temperature?"),
+        (evaluate.main, "--zzz", "no option --zzz: --help lists them all"),
+        (compare.main, "--teacher_url", "did you mean --teacher-url?"),
+    ],
+)
+def test_an_unknown_option_of_a_script_is_told_with_the_one_that_was_meant(
+    main, word, words, tmp_path, capsys
+):
+    assert words in fails(main, [str(tmp_path), word], capsys)
+
+
 def test_what_is_no_number_is_refused(tmp_path, capsys):
     for value in ("2.5", "x", "1e400", ""):
         with pytest.raises(SystemExit, match="2"):
@@ -320,6 +337,54 @@ def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
     assert "--teacher-url is for a teacher" in fails(
         sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys
     )
+
+
+class Keyboard(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def one_opening(monkeypatch):
+    """In place of the built-in ones, which do not fit the context of the tests' student."""
+    monkeypatch.setattr(sample, "Openings", lambda texts, seed: SimpleNamespace(held_out=["Once"]))
+
+
+@pytest.mark.parametrize("end", ["\nnever read\n", ""])
+def test_in_a_terminal_one_opening_after_another_is_asked_for(
+    place, one_opening, capsys, monkeypatch, end
+):
+    """Until an empty line or the end of the input. Openings have another colour than stories."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    too_long = "a b c d e f g " * 20
+    keyboard = Keyboard(f"Tom had a kite.\n{too_long}\nTom had a kite.\n{end}")
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    options = "--stories 2 --max-new-tokens 8 --device cpu --temperature 9".split()
+    sample.main([str(checkpoint.newest(place / "p")), *options])
+
+    own, first, refused, again, *_ = re.split("Your opening .*?: ", capsys.readouterr().out)
+    assert own.count("\x1b[36mOnce\x1b[0m") == 2
+    for printed in (first, again):
+        assert printed.count("\x1b[36mTom had a kite.\x1b[0m") == 2
+    stories = re.findall(r"\x1b\[0m(.*?)\n(?:\n|$)", first + again, re.S)
+    assert len(set(stories)) == 4, "each has random numbers of its own"
+    assert refused.startswith("error: the opening (") and "story" not in refused.split("\n")[1]
+    if end:
+        assert keyboard.read() == "never read\n"
+
+
+def test_no_opening_is_asked_for_beside_one_that_was_given(place, one_opening, capsys, monkeypatch):
+    """Nor without a terminal, where nothing has a colour."""
+    run = str(checkpoint.newest(place / "p"))
+    options = "--stories 1 --max-new-tokens 8 --device cpu".split()
+    monkeypatch.setattr(sys, "stdin", Keyboard("Tom\n"))
+    sample.main([run, *options])
+    printed = capsys.readouterr().out
+    assert "Your opening" not in printed and "\x1b" not in printed
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample.main([run, *options, "--opening", "Once"])
+    assert "Your opening" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("temperature", ["0", "1e-9", "100"])

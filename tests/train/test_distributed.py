@@ -17,7 +17,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.run import distributed
 from tinystory.run.errors import TORCHRUN, PeerLost, UserError
-from tinystory.run.folder import locked
+from tinystory.run.folder import lock_holder, locked
 from tinystory.student import checkpoint
 
 BOTH = f"""
@@ -330,6 +330,11 @@ def collectives(rank: int, folder: str) -> None:
     assert distributed.rank0_first(lambda: rank) == rank
     with pytest.raises(UserError, match="the key is bad"):
         distributed.rank0_first(refused)
+
+    config = pretrain.PretrainConfig(out=f"{folder}/seen-by-{rank}")
+    with distributed.run_folder(config):
+        assert config.out == f"{folder}/seen-by-0" and not config.names_out
+        assert distributed.rank0_value(lambda: lock_holder(Path(config.out)))
 
 
 def refused():

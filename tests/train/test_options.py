@@ -112,13 +112,38 @@ def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
             ("--batch_size", "did you mean --batch-size"),
             ("--lr=1", "option --lr: did you mean --learning-rate"),
         ),
+        ("--batch-size", r"mean --stories-per-step \(.* in a step.*\) or --minibatch-size \(.*\)"),
         *(("--epoch", "did you mean --epochs"), ("-x", "--help-all"), ("runs/a", "--help-all")),
     ],
 )
 def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
-    config_class = InteractConfig if word == "--epoch" else PretrainConfig
+    config_class = PretrainConfig
+    if word in ("--epoch", "--batch-size"):
+        config_class = InteractConfig
     with pytest.raises(UserError, match=words):
         parse(config_class, COMMANDS[config_class], [word, "3"])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--preset dmeo", r"--preset must be one of demo, paper, .* \(did you mean demo\?\)"),
+        ("--preset x", "--preset must be one of demo, paper, .*, not 'x'$"),
+        ("--learner rigde", r"--learner must be ridge, .* \(did you mean ridge\?\)"),
+        ("--optimizer mun", r"--optimizer must be muon or adamw, .* \(did you mean muon\?\)"),
+    ],
+)
+def test_a_value_that_does_not_exist_is_told_with_the_one_that_was_meant(argv, words):
+    config_class = InteractConfig if "--learner" in argv else PretrainConfig
+    with pytest.raises(UserError, match=words):
+        parse(config_class, COMMANDS[config_class], argv.split())
+
+
+def test_another_prompt_needs_an_llm(tmp_path):
+    argv = ["--teacher-prompt", str(tmp_path / "p.json")]
+    with pytest.raises(UserError, match=r"--teacher-prompt is for an LLM, .*--teacher-url"):
+        parse(InteractConfig, INTERACT_PRESETS, argv)
+    parse(InteractConfig, INTERACT_PRESETS, [*argv, "--teacher-url", "http://127.0.0.1:9"])
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)

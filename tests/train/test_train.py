@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metrics, read_lines, tiny_stories
+from conftest import (
+    NAMES,
+    SHORT,
+    SMALL,
+    THINGS,
+    assert_same_bits,
+    fails,
+    metrics,
+    read_lines,
+    tiny_stories,
+)
 
 import train_interact as interact
 import train_pretrain as pretrain

@@ -17,6 +17,7 @@ from tinystory.data.builtin import dull, grammar, primer
 from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.files import file_hash
+from tinystory.run.options import did_you_mean
 
 # Generator and number of words; by these, three in eight openings are told to an end, the others by
 # a dull teller.
@@ -139,7 +140,8 @@ def _file(path: Path) -> Part:
         problem = "neither .txt nor .jsonl (or .gz of either)"
     if problem:
         raise UserError(
-            f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}"
+            f"the corpus {path} is {problem}{did_you_mean(str(path), NAMES)}: give another file, "
+            f"or one of {', '.join(NAMES)}"
         )
     split = _records if _kind(path) == ".jsonl" else _passages
 

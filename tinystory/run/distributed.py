@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
+from tinystory.run.folder import locked_run
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
@@ -191,14 +192,16 @@ def rank0_first(make: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Enter the context on rank 0 only; an error there is raised on every rank."""
+def run_folder(config: Any) -> Iterator[None]:
+    """`locked_run` on rank 0, whose options every rank takes: another command may have changed which
+    folder is free, or which run is the newest, between the looks of two ranks."""
     with contextlib.ExitStack() as stack:
 
-        def enter() -> None:
-            stack.enter_context(context)
+        def choose() -> dict[str, Any]:
+            stack.enter_context(locked_run(config))
+            return vars(config)
 
-        rank0_value(enter)
+        vars(config).update(rank0_value(choose))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +23,10 @@ from tinystory.run.trust import marked
 LOCK = ".lock"
 
 
+class Taken(UserError):
+    """A new run cannot have the folder: it holds another one, or a process has locked it."""
+
+
 def holds_run(folder: Path) -> bool:
     names = (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints")
     return any((folder / name).exists() for name in names)
@@ -29,19 +35,43 @@ def holds_run(folder: Path) -> bool:
 def newest_run() -> Path:
     """The run under runs/ that was written to last, the default of commands. Raises UserError if
     there is none."""
-    written: dict[Path, float] = {}
+    runs = []
     for config in Path("runs").glob(f"**/{CONFIG}"):
         run = config.parent
         if not (run / "model.safetensors").exists():  # not an export
-            written[run] = max(path.stat().st_mtime for path in run.iterdir())
-    if not written:
+            runs.append(run)
+    if not runs:
         raise UserError(
             "there is no run under runs/: give the folder of one, or begin one: "
             f"{hint('train_pretrain.py')}"
         )
-    newest = max(written, key=written.__getitem__)
+    newest = max(runs, key=last_written)
     print(f"the newest run: {newest}", file=sys.stderr)
     return newest
+
+
+def newest_first(*folders: Path) -> list[Path]:
+    """The runs in these folders and in those that `numbered` names for them, the one that was
+    written to last first."""
+    runs = []
+    for folder in folders:
+        for path in sorted(folder.parent.glob(f"{folder.name}*")):
+            number = path.name.removeprefix(folder.name)
+            if re.fullmatch(r"(-\d+)?", number) and holds_run(path):
+                runs.append(path)
+    return sorted(runs, key=last_written, reverse=True)
+
+
+def last_written(run: Path) -> float:
+    """The time, in seconds since the epoch. Hidden files come and go while a run is written."""
+    return max(path.stat().st_mtime for path in run.glob("[!.]*"))
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """FOLDER, FOLDER-2, FOLDER-3, ..."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
 
 
 def require_output(path: Path) -> None:
@@ -97,8 +127,8 @@ def require_config(folder: Path) -> Record:
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Lock a run's folder, created if missing, for the block. The operating system releases the
-    lock however the process ends; new folders that stay empty are removed. Raises UserError, naming
-    the holder, if another process has the lock, or if `new` and the folder already holds a run."""
+    lock however the process ends; new folders that stay empty are removed. Raises Taken, naming the
+    holder, if another process has the lock, or if `new` and the folder already holds a run."""
     folder = Path(folder)
     path = folder / LOCK
     lock = FileLock(path, blocking=False)
@@ -108,7 +138,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         holder = lock_holder(folder) or "another process"
-        raise UserError(
+        raise Taken(
             f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose "
             "another --out"
         ) from None
@@ -116,7 +146,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         raise cannot_write(folder, error) from error
     try:
         if new and holds_run(folder):
-            raise UserError(
+            raise Taken(
                 f"{folder} already holds a run: continue it with --resume or choose another --out"
             )
         process = f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n"
@@ -131,6 +161,28 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             for parent in new_folders:
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def locked_run(config: Any) -> Iterator[None]:
+    """Lock the folder of a run with these options, config.out, for the block. A new run without
+    --out takes the first of `numbered` that is free, and says so: config.out becomes that."""
+    folder = Path(config.out)
+    takes_free = not (config.resume or config.names_out)
+    with contextlib.ExitStack() as stack:
+        for candidate in numbered(folder):
+            if takes_free and holds_run(candidate):  # its lock is for those who resume it
+                continue
+            try:
+                stack.enter_context(locked(candidate, new=not config.resume))
+                break
+            except Taken:
+                if not takes_free:
+                    raise
+        if candidate != folder:
+            print(f"{folder} is taken, so the folder of this run is {candidate}")
+        config.out = str(candidate)
+        yield
 
 
 def lock_holder(folder: Path) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -66,10 +66,20 @@ def flag_of(f: dataclasses.Field) -> str:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def script_parser(text: str | None) -> argparse.ArgumentParser:
+class ScriptParser(argparse.ArgumentParser):
+    """A parser that raises UserError for an unknown option, with the one that was meant."""
+
+    def parse_args(self, words: Sequence[str] | None = None) -> Any:  # type: ignore[override]
+        options, unknown = self.parse_known_args(words)
+        if unknown:
+            raise UserError(unknown_option(unknown[0], self))
+        return options
+
+
+def script_parser(text: str | None) -> ScriptParser:
     """A parser whose --help begins with a script's docstring, its commands as the user can type
     them."""
-    return argparse.ArgumentParser(
+    return ScriptParser(
         description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
@@ -156,10 +166,16 @@ def _note(default: Any, allowed: object) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
-    """A sentence on a flag that does not exist."""
+def unknown_option(
+    word: str, parser: argparse.ArgumentParser, other_names: Mapping[str, str] = {}
+) -> str:
+    """A sentence on a flag that does not exist. other_names: what is meant by names from
+    elsewhere."""
+    word = word.split("=")[0]
     name = word.lstrip("-").replace("_", "-")
     names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
+    if name in other_names and name not in names:
+        return f"there is no option {word}: did you mean {other_names[name]}?"
     near = difflib.get_close_matches(name, names, 1)
     for full_name in names:
         initials = "".join(part[:1] for part in full_name.split("-"))
@@ -167,7 +183,14 @@ def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
             near.append(full_name)
     if near:
         return f"there is no option {word}: did you mean --{near[0]}?"
-    return f"there is no option {word}: --help-all lists them all"
+    help = "--help-all" if "help-all" in names else "--help"
+    return f"there is no option {word}: {help} lists them all"
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """The nearest of the names, as in " (did you mean demo?)"; "" if none is near."""
+    near = difflib.get_close_matches(word, names, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _whole(text: str) -> int:
@@ -214,7 +237,7 @@ def _require_valid_item(f: dataclasses.Field, kind: type, item: Any) -> None:
         raise UserError(f"{must_be} {allowed}, not {item}")
     if isinstance(allowed, tuple) and item not in allowed:
         choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-        raise UserError(f"{must_be} {choices}, not {item!r:.80}")
+        raise UserError(f"{must_be} {choices}, not {item!r:.80}{did_you_mean(item, allowed)}")
     if item == "" and f.default != "":  # as from an unset shell variable
         raise UserError(f"{must_be} given: it is empty")
     if kind is str and ("\0" in item or item != item.encode(errors="replace").decode()):

@@ -1,0 +1,193 @@
+"""README's commands, in the order in which they are printed, in one folder."""
+
+import contextlib
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, ROOT, metrics, tiny_stories
+from fault_server import FaultServer
+
+import train_interact
+from tinystory.run.folder import read_config, write_config
+from tinystory.student import checkpoint
+
+# What is appended to each command, so that it takes seconds.
+SMALLER = {
+    "train_pretrain": "--corpus corpus.txt --words 2000 --n-layer 1 --n-embd 64 --vocab-size 320 "
+    "--batch-size 4 --device cpu",
+    "train_interact": "--steps 1 --stories-per-step 4 --eval-stories 2 --max-new-tokens 12 "
+    "--device cpu",
+    "scripts.sample": "--stories 2 --max-new-tokens 12 --device cpu",
+    "scripts.export_hf": "",
+}
+# Models of README's servers, each of which a local one stands in for.
+MODELS = ("llama3.1:8b", "gpt-4o-mini")
+COMMAND = re.compile(r"(?:# my_reward\.py +)?((?:make|python) .*?)(?: {2,}#.*)?")
+ROW = re.compile(r"\|.*\| (.*) \|")
+
+
+def commands() -> list[str]:
+    """The commands of README's code blocks and of its table of teachers. Those left out install,
+    or start a server."""
+    printed = []
+    in_block = False
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("```"):
+            in_block = not in_block
+        elif in_block and (command := COMMAND.fullmatch(line)):
+            printed.append(command[1])
+        elif row := ROW.fullmatch(line):
+            if row[1] == "the command that it prints":
+                printed.append("python scripts/teach.py")
+            elif row[1].startswith("`--teacher-url"):
+                printed.append(f"python train_interact.py {row[1].strip('`')}")
+    return printed
+
+
+def test_the_commands_of_the_readme_are_found():
+    found = commands()
+    assert found[:4] == [
+        "make demo",
+        "python scripts/sample.py",
+        "python train_pretrain.py",
+        "python train_interact.py",
+    ]
+    assert found[4].startswith("python scripts/export_hf.py runs/interact ")
+    assert len([command for command in found if "--teacher-url" in command]) == 5
+    assert found[-2:] == [
+        "python scripts/teach.py",
+        "python train_interact.py --reward my_reward.py",
+    ]
+
+
+def demo() -> list[str]:
+    """The commands of `make demo` that train."""
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    return re.findall(r"\$\(PY\) (.*)", recipe[1])
+
+
+def run(command: str, url: str = "") -> None:
+    """Run a command of README in this process, made smaller. url: the server that takes the place
+    of its server."""
+    script, *arguments = shlex.split(command.removeprefix("python "))
+    name = script.removesuffix(".py").replace("/", ".")
+    if "--teacher-url" in arguments and url:
+        arguments[arguments.index("--teacher-url") + 1] = url
+    importlib.import_module(name).main([*arguments, *SMALLER[name].split()])
+
+
+@contextlib.contextmanager
+def teaching():
+    """The command that teach.py prints, and a person who grades what comes."""
+    teach = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/teach.py", "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    over = threading.Event()
+    try:
+        url = re.search(r"http://\S+", teach.stdout.readline())[0]
+        command = teach.stdout.readline().removeprefix("and start: ").strip()
+        person = threading.Thread(target=grade_all, args=(url, over))
+        person.start()
+        yield command
+    finally:
+        over.set()
+        person.join(LIMIT_S)
+        teach.kill()
+        teach.wait()
+        teach.stdout.close()
+
+
+def grade_all(url: str, over: threading.Event) -> None:
+    while not over.wait(0.05):
+        with urllib.request.urlopen(f"{url}/state?who=ada", timeout=LIMIT_S) as answer:
+            item = json.load(answer)["item"]
+        if item:
+            scores = {"readability": 2, "coherence": 1, "creativity": 1}
+            grade = item | {"who": "ada", "action": "grade", "scores": scores}
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/do", json.dumps(grade).encode(), headers)
+            urllib.request.urlopen(request, timeout=LIMIT_S).close()
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """An empty folder with a corpus and README's reward."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: tmp_path / "cache")
+    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
+    readme = (ROOT / "README.md").read_text()
+    reward = re.search(r"^```python\n(# my_reward\.py .*?)^```", readme, re.M | re.S)
+    (tmp_path / "my_reward.py").write_text(reward[1])
+    return tmp_path
+
+
+def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, capsys, short_pauses):
+    """Before, a student was pretrained and interacted, in the folders of "By hand"."""
+    before = ["python train_pretrain.py", "python train_interact.py --reward my_reward.py"]
+    printed = []
+    with FaultServer(models=MODELS) as server:
+        for command in [*before, *commands()]:
+            if command == "python scripts/teach.py":
+                with teaching() as following:
+                    run(following)
+                printed.append(capsys.readouterr().out)
+                continue
+            for part in demo() if command == "make demo" else [command]:
+                run(part, server.url)
+                printed.append(capsys.readouterr().out)
+
+    folders, starts = [], []
+    for text in printed:
+        if report := re.search(r"^report: (.*)/report\.html$", text, re.M):
+            folders.append(report[1])
+            assert re.search(rf"^next: .* {report[1]}/checkpoints/", text, re.M)
+        if start := re.search(r"^student (runs/.*)/checkpoints/", text, re.M):
+            starts.append(start[1])
+    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 10))]
+    assert folders == [
+        *("runs/pretrain", "runs/interact"),
+        *("runs/demo/pretrain", "runs/demo/interact"),
+        *by_hand,
+    ]
+    assert starts == ["runs/pretrain", "runs/demo/pretrain", *["runs/pretrain-2"] * 8]
+    assert (clone / "out" / "model.safetensors").exists() and (clone / "out.gguf").exists()
+    said = "runs/interact is taken, so the folder of this run is runs/interact-2"
+    assert [said in text for text in printed].count(True) == 1
+
+
+def test_a_resume_without_out_continues_the_newest_run_that_began_without_it(clone, capsys):
+    run("python train_pretrain.py")
+    for _ in range(2):
+        run("python train_interact.py --reward my_reward.py")
+    run("python train_interact.py --reward my_reward.py --out runs/interact-mine")
+    capsys.readouterr()
+    train_interact.main(["--resume", "--steps", "2"])
+    assert "--resume: the newest of 2 runs, runs/interact-2" in capsys.readouterr().out
+    assert [len(metrics(clone / f"runs/interact{end}")) for end in ("", "-2", "-mine")] == [1, 2, 1]
+
+
+def test_a_pretraining_that_was_stopped_is_said_with_the_command_that_goes_on(clone, capsys):
+    run("python train_pretrain.py")
+    run("python train_interact.py --reward my_reward.py")
+    assert "of its pretraining" not in capsys.readouterr().out, "it had ended"
+
+    pretraining = Path("runs/pretrain")
+    words = checkpoint.load(checkpoint.newest(pretraining))[2]["words"]
+    record = read_config(pretraining)
+    record["options"]["words"] = 3000
+    write_config(pretraining, record)
+    for init in ("", f"--init {checkpoint.newest(pretraining).absolute()}"):
+        run(f"python train_interact.py --reward my_reward.py {init}")
+        (line,) = re.findall("^this student has read .*$", capsys.readouterr().out, re.M)
+        assert f"read {words // 30} % of the words of its pretraining; the rest: " in line
+        assert line.endswith("train_pretrain.py --out runs/pretrain --resume")
