@@ -95,6 +95,7 @@ def story_records(
 ) -> list[Record]:
     """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
     the score model."""
+    all_differences = differences([story.text for story in stories])
     records = []
     for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True)):
         record: Record = {
@@ -104,6 +105,8 @@ def story_records(
             "story": story.text,
             "reply": grade.reply or grade.error or "",
             "scores": grade.scores,
+            "score": grade.score,
+            "difference": all_differences[i],
             "reward": reward,
             "words": story.words,
             "ended": story.ended,
@@ -120,10 +123,11 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     """Means of length, endings and diversity; distinct_4 and clusters over all stories; the
     fraction of each teller."""
     texts = [record["story"] for record in records]
-    means = {
+    means: dict[str, float | None] = {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
-        "diversity_mean": fmean(differences(texts)),
+        # older versions recorded no differences
+        "diversity_mean": mean_of(record.get("difference") for record in records),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
     }
