@@ -145,8 +145,8 @@ def reward_mean(records: Sequence[Record]) -> float | None:
 
 def is_best(records: Iterable[Record], step: int) -> bool:
     """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
-    within one standard error: a smaller difference is noise, and the later student is preferred, as
-    it has learned from more stories."""
+    within one standard error, and none below that of step 0: a smaller difference is noise, and the
+    later student is preferred, as it has learned from more stories."""
     by_step: dict[int, dict[int, float]] = {}  # rewards by the story's index
     for record in records:
         if record["reward"] is not None:
@@ -155,7 +155,10 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     if step not in by_step:
         return False
 
-    highest = max(by_step.values(), key=lambda rewards: fmean(rewards.values()))
+    means = {at: fmean(rewards.values()) for at, rewards in by_step.items()}
+    if means[step] < means.get(0, -math.inf):
+        return False
+    highest = by_step[max(means, key=lambda at: means[at])]
     # An index has the same opening in every evaluation, so stories are compared in pairs.
     deficits = []
     for index, reward in by_step[step].items():
