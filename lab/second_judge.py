@@ -27,7 +27,7 @@ from tinystory.run.files import atomic_write
 from tinystory.run.records import EVALUATIONS, Record, plain, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
-from tinystory.teacher.grade import Grade
+from tinystory.teacher.grade import Grade, highest_score
 
 JUDGED = "judged.jsonl"  # in a run's folder: the stories that were judged, with both scores
 TEMPERATURES = (0.7, 0.5)
@@ -48,8 +48,8 @@ def judge_run(
     corpus: Sequence[str] = (),
 ) -> list[Record]:
     """Write and return judged.jsonl: for each of GROUPS, stories to the openings of the run's
-    evaluations, with the teacher's score (the sum of its criteria, or a callable's score) and the
-    reader's sense.
+    evaluations, with the teacher's score, on the scale of `shown_scores`, and the reader's
+    sense.
 
     BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus` (default: the student's
     own); the student at the run's start writes the others. grade: the run's teacher. Raises
@@ -82,7 +82,8 @@ def judge_run(
     distinct = list(dict.fromkeys(itertools.chain(candidates, *groups.values())))
     scores: dict[StoryAfter, float | None] = {}
     for story, graded in zip(distinct, grade(distinct), strict=True):
-        scores[story] = sum(graded.scores.values()) if graded.scores else graded.score
+        score = graded.score
+        scores[story] = None if score is None else score * highest_score(graded.scores)
     best = best_of_n([scores[story] for story in candidates], len(openings))
     groups[BEST_OF_N] = [candidates[i] for i in best]
 

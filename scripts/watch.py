@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.report.before_after import from_start
+from tinystory.report.before_after import from_start, grade_line
 from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.run.collapse import CollapseDetector
@@ -99,10 +99,9 @@ def page(run: Path, width: int, running: bool) -> list[str]:
             lines.append(f"{heading:{HEADING}} {text_curve(values, CURVE)}"[:width])
 
     for story in deque(read_stories(run), STORIES):
-        reward = "no score" if story["reward"] is None else f"reward {story['reward']:.3f}"
         text = printable(f"{story['opening'][:STORY]} {story['story'][:STORY]}")
         lines.append("")
-        lines += textwrap.wrap(f"Step {story['step']}, {reward}: {text}", width)
+        lines += textwrap.wrap(f"Step {story['step']}, {grade_line(story)}: {text}", width)
     return lines
 
 

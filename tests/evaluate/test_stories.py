@@ -111,6 +111,14 @@ def test_story_measures(student, tokenizer, tmp_path):
         and "copied_share" not in plain
     )
     assert write_stories(student, tokenizer, **sampling | {"seed": 4}) != stories
+
+    class Weighted(Grader):
+        def grades(self, questions, stop=None):
+            return [Grade({"humour": 3, "plot": 1}, 10 / 12)] * len(questions)
+
+    weighted = story_measures(stories, grader=Weighted({}))  # with weights 3 and 1
+    assert weighted["score_mean"] == pytest.approx(5)
+    assert weighted["score_ci"] == pytest.approx((5, 5))
     silent = story_measures(
         stories, grader=CallableGrader(lambda openings, stories: [None] * len(stories), "")
     )

@@ -283,7 +283,13 @@ def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
         log.metrics(step=1, reward_mean=0.5, held_out_reward=0.5)
         log.stories([story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)])
         log.evaluations(
-            [story_record(step, i, scores={"readability": 2}) for step in (0, 1) for i in range(9)]
+            [
+                story_record(
+                    step, i, story=f"{i} {step}", scores={"readability": 2}, difference=0.5
+                )
+                for step in (0, 1)
+                for i in range(9)
+            ]
         )
         table = [["Stories", "Sense"], ["before, best of 4 by the teacher" * 9, "x" * 80]]
         finding = {"title": "y" * 80, "step": 1, "sentences": ["z" * 200], "table": table}

@@ -23,6 +23,7 @@ from lab.second_judge import (
     REAL,
     conclusion,
     gain,
+    judge_run,
     judged_rows,
     summary,
 )
@@ -30,9 +31,11 @@ from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import best_of_n
+from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
+from tinystory.teacher.grade import Grade
 
 READER = ["--reader", "short-words"]
 
@@ -156,6 +159,16 @@ def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):
     shuffled = next(line for line in lines if "words shuffled" in line)
     assert shuffled.count("[") == 1  # the interval of its area
     assert lines[-1].startswith("the reader ")
+
+
+def test_a_judged_storys_score_is_weighted_as_the_rubric_says(run):
+    def grade(stories):  # with weights 3 and 1
+        return [Grade({"humour": 3, "plot": 1}, 10 / 12)] * len(stories)
+
+    config = InteractConfig(max_new_tokens=16)
+    reader = Reader("short-words")
+    records = judge_run(run, config, resolve("cpu", "float32"), reader, grade)
+    assert {round(record["score"], 6) for record in records} == {5}
 
 
 def change_config(run, **options):

@@ -7,7 +7,8 @@ import pytest
 from conftest import story_record
 
 from scripts import watch
-from tinystory.report.before_after import BeforeAfter, read_before_after, summary
+from tinystory.evaluate.held_out import write_samples
+from tinystory.report.before_after import BeforeAfter, group_means, read_before_after, summary
 from tinystory.report.run import write_report
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, SAMPLES
@@ -60,7 +61,8 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
     for said in (
         "The mean reward rose from 0.5 before interaction to 0.58 after step 2.",
-        "The pair with the median gain in reward among 5 held-out openings whose stories both end.",
+        "The pair with the median gain in reward among 5 held-out openings with two different, "
+        "non-empty stories that end.",
     ):
         assert said in terminal and said in page, said
     assert "from step 0: ▁▃▆█" in terminal
@@ -103,12 +105,97 @@ def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
             for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)
         ]
         rule, pairs = BeforeAfter(before, after).typical()
-        return pairs[0][1]["index"], "both end" in rule
+        return pairs[0][1]["index"], "that end" in rule
 
     assert pair_of("eos", "eos", "eos") == (1, True)
     assert pair_of("eos", "length", "length") == (0, True)
     assert pair_of("length", "length", "length") == (1, False)
-    assert BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5})).typical() == ("", [])
+    rule, pairs = BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5})).typical()
+    assert rule.startswith("There is no pair to show") and pairs == []
+
+
+def test_a_typical_pair_is_never_one_story_twice_and_never_an_empty_one(tmp_path):
+    before = evaluation(0, dict.fromkeys(range(4), 0.5))
+    after = evaluation(1, {0: 0.9, 1: 0.1, 2: 0.9, 3: 0.6})
+    after[0]["story"] = before[0]["story"].replace(" ", "\n ")  # the same once it is wrapped
+    after[1]["story"] = "\u200b \n"
+    before[2]["story"] = ""
+    rule, pairs = BeforeAfter(before, after).typical()
+    assert [pair[1]["index"] for pair in pairs] == [3]
+    assert "among 1 held-out openings with two different, non-empty stories that end." in rule
+
+    finished(tmp_path, 1, before[:3], after[:3])
+    terminal = summary(tmp_path)
+    page = text_of(write_report(tmp_path))
+    for text in (terminal, page):
+        assert "There is no pair to show" in " ".join(text.split())
+        assert "story 1 2" not in text
+    assert "\n\n\n" not in terminal  # no empty paragraph in its place
+
+
+def finished(folder, best, *evaluations):
+    """A run that is over, with the evaluations of steps 0, 1, ... and with `best` of one of
+    them."""
+    write(folder / EVALUATIONS, [record for records in evaluations for record in records])
+    with RunLog(folder, resume_step=None) as log:
+        for step in range(1, len(evaluations)):
+            log.metrics(step=step, reward_mean=0.5)
+    write_samples(folder, best)
+
+
+def test_a_run_that_did_not_help_says_so_and_what_to_try(tmp_path):
+    finished(
+        tmp_path,
+        0,
+        evaluation(0, {0: 0.6, 1: 0.5}),
+        evaluation(1, {0: 0.2, 1: 0.1}),
+        evaluation(2, {0: 0.5, 1: 0.59}),
+    )
+    for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
+        assert "The mean reward fell from 0.55 before interaction to 0.545 after step 2." in text
+        assert "The run did not help" in text and "--stories-per-step" in text
+        assert "checkpoints/best is the student before interaction" in text
+        assert "doctor.py --calibrate" in text and "story 2 0" in text
+        assert "best is the student after" not in text
+
+
+def test_the_best_student_of_a_run_that_helped_is_named(tmp_path):
+    finished(tmp_path, 1, evaluation(0, {0: 0.5}), evaluation(1, {0: 0.6}), evaluation(2, {0: 0.2}))
+    for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
+        assert "checkpoints/best is the student after step 1" in text
+        assert "did not help" not in text and "not below" in text
+
+
+def test_a_run_whose_evaluations_have_no_reward_names_no_best_student(tmp_path):
+    finished(tmp_path, 0, evaluation(0, {0: None}), evaluation(1, {0: None}))
+    for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
+        assert "no checkpoints/best" in text and "did not help" not in text
+        assert "best is the student" not in text
+
+
+def test_a_story_shows_its_score_and_how_its_reward_was_made_of_it(tmp_path):
+    """Also if a callable gave it, without criteria."""
+    scores = {"readability": 3, "coherence": 2, "creativity": 2}
+    finished(
+        tmp_path,
+        1,
+        evaluation(0, {0: 0.4}, score=0.25, difference=0.5),
+        evaluation(1, {0: 0.6}, scores=scores, score=7 / 9, difference=0.75),
+    )
+    first = "reward 0.4, score 0.25 of 1, difference 0.5"
+    second = "reward 0.6, score 7 of 9 (readability 3, coherence 2, creativity 2), difference 0.75"
+    for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
+        assert first in text and second in text
+
+
+def test_a_weighted_rubrics_score_is_the_weighted_one(tmp_path):
+    """Weights 3 and 1: (3 * 3 + 1 * 1) / 4 of 3, on a scale of two criteria."""
+    records = evaluation(1, {0: 0.6}, scores={"humour": 3, "plot": 1}, score=10 / 12, difference=1)
+    finished(tmp_path, 1, evaluation(0, {0: 0.5}), records)
+    assert group_means(records)["score_mean"] == pytest.approx(5)
+    assert "score 5 of 6 (humour 3, plot 1)" in summary(tmp_path)
+    older = evaluation(1, {0: 0.6}, scores={"humour": 3, "plot": 1})
+    assert group_means(older)["score_mean"] == 4
 
 
 @pytest.mark.parametrize(

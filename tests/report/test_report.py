@@ -162,7 +162,7 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     interaction_run(tmp_path, 2, stories)
     unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
-        log.evaluations([story(step, 0, **unsaid) for step in (0, 2)])
+        log.evaluations([story(step, 0, **unsaid) | {"story": f"{EVIL}{step}"} for step in (0, 2)])
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)
@@ -260,6 +260,20 @@ def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path)
             log.stories([story(step, 0, reward=step / 10, scores=None, reply="")])
     text = Page(write_report(tmp_path)).text
     assert "Drawn at random" in text and "Scores" not in text and "without a score" not in text
+
+
+def test_a_card_says_how_the_reward_was_made(tmp_path):
+    stories = [
+        story(1, 0, scores=None, score=1.0, difference=0.5),
+        story(1, 1, scores=None, score=None, difference=0.6, predicted=0.25),
+        story(1, 2),  # as older versions recorded it
+    ]
+    interaction_run(tmp_path, 1, stories)
+    text = Page(write_report(tmp_path)).text
+    assert "reward 0.5, score 1 of 1, difference 0.5 · 5 words" in text
+    assert "reward 0.5, predicted score 0.25 of 1, difference 0.6" in text
+    assert "score 5 of 9 (readability 2, coherence 1, creativity 2) · 5 words" in text
+    assert "(score × (1 - diversity + diversity × difference) + length_weight" in text
 
 
 def test_pretraining(tmp_path):

@@ -223,7 +223,10 @@ RECORDS = {
         for i in (1, 2, 3)
     ],
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],
-    "evaluations.jsonl": [story_record(i, i) for i in range(3)],
+    "evaluations.jsonl": [
+        story_record(i, 7, story=f"{BETTER} {i}", score=0.5, difference=1.0, predicted=None)
+        for i in range(3)
+    ],
     "samples.jsonl": [
         story_record(0, 7, when="before"),
         story_record(1, 7, when="after", story=BETTER),

@@ -44,7 +44,7 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
         and "Warning at step 6: the KL runs away" in " ".join(text.split())
     )
     assert [line for line in lines if line.startswith("Step 12")] == [
-        f"Step 12, reward {i}.000: Once story {i} [31mred blue" for i in (6, 7, 8)
+        f"Step 12, reward {i}: Once story {i} [31mred blue" for i in (6, 7, 8)
     ]
 
 

@@ -392,6 +392,9 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
             1,
             None,
         )
+        # with weights 3 and 1 five of six, where the unweighted sum is four
+        assert record["score_mean"] == pytest.approx(5)
+        assert record.get("held_out_score_mean", 5) == pytest.approx(5)
         assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.7
         assert record["teacher_latency_p50"] <= record["teacher_latency_p99"]
     story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.cache import cache_key
+from tinystory.teacher.grade import Grade, score_means
 from tinystory.teacher.prompt import (
     AFTER,
     BEFORE,
@@ -315,7 +316,9 @@ def test_the_default_template_has_the_papers_criteria():
                 CRITERIA, (min(total, 3), min(max(total - 3, 0), 3), max(total - 6, 0)), strict=True
             )
         )
-        assert template.score(scores) == total / 9  # to the bit
+        score = template.score(scores)
+        assert score == total / 9  # to the bit
+        assert score_means([Grade(scores, score)])["score_mean"] == total
 
 
 def test_a_template_may_leave_out_preface_and_weight(tmp_path):

@@ -185,4 +185,6 @@ def test_a_run_is_ranked_resumed_and_repeated_offline_to_the_same_bits(place, tm
     assert steps[-1]["held_out_score_mean"] == 6  # evaluations are scored, not ranked
     counts = [step["teacher_requests"] + step["teacher_cached"] for step in steps]
     assert counts[1:] == [6 + 4, 6, 6 + 4]  # one request per story, and those of the evaluations
-    assert {record["scores"] for record in read_stories(tmp_path / "whole")} == {None}
+    records = list(read_stories(tmp_path / "whole"))
+    assert {record["scores"] for record in records} == {None}
+    assert sum(record["score"] for record in records) == pytest.approx(12)  # of 24

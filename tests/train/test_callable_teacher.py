@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SHORT, assert_same_bits, fails, metrics, story_record
+from conftest import SHORT, assert_same_bits, fails, metrics, read_lines, story_record
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -79,6 +79,36 @@ def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
     assert_same_bits(whole, tmp_path / "i")
 
 
+def assert_rewards_follow_from_records(run):
+    """Every story's reward, by the formula of docs/metrics.md, from its record and config.json."""
+    options = json.loads((run / "config.json").read_text())["options"]
+    d, w, L = (options[name] for name in ("diversity", "length_weight", "length_words"))
+    records = [*read_lines(run / "stories.jsonl"), *read_lines(run / "evaluations.jsonl")]
+    assert len(records) == 6 * options["steps"] + 4 * 2
+    for record in records:
+        quality = record["score"] * (1 - d + d * record["difference"])
+        reward = (quality + w * min(record["words"] / L, 1)) / (1 + w)
+        if record["ended"] == "length":
+            reward *= options["unfinished"]
+        assert record["reward"] == pytest.approx(reward, abs=1e-6)
+    return records
+
+
+def test_a_callables_score_of_each_story_is_on_record_beside_its_reward(whole):
+    records = assert_rewards_follow_from_records(whole)
+    for record in records:
+        assert record["scores"] is None
+        assert record["score"] == pytest.approx(min(1, record["words"] / 12), abs=1e-6)
+
+
+@pytest.mark.parametrize("control", ["random", "constant", "likelihood"])
+def test_a_controls_score_of_each_story_is_on_record(place, tmp_path, control):
+    out = tmp_path / "i"
+    argv = [*flags(place, out), "--reward", control, "--diversity", "0.5"]
+    interact.main([*argv, "--length-weight", "0.4", "--unfinished", "0.7"])
+    assert_rewards_follow_from_records(out)
+
+
 @pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
 def test_a_terminal_gets_no_escape_sequences_of_a_story(
     place, tmp_path, capsys, monkeypatch, command
@@ -95,7 +125,9 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
         sample.main([str(place / "p"), "--stories", "1", "--device", "cpu"])
     else:
-        records = [story_record(step, opening="\x1bOnce", story=ESCAPES) for step in (0, 1)]
+        records = [
+            story_record(step, opening="\x1bOnce", story=f"{ESCAPES} {step}") for step in (0, 1)
+        ]
         (tmp_path / EVALUATIONS).write_text(
             "".join(json.dumps(record) + "\n" for record in records)
         )

@@ -378,6 +378,48 @@ def test_the_best_student_is_the_latest_that_none_clearly_beats():
     )
 
 
+def test_the_best_student_is_none_whose_mean_is_below_that_of_the_start():
+    def evaluation(step, *rewards):
+        return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
+
+    first = evaluation(0, 0.8, 0.3, 0.7, 0.4)
+    # 0.05 less on average, with a standard error of 0.17
+    fallen = evaluation(4, 0.4, 0.6, 0.3, 0.7)
+    assert not held_out.is_best(first + fallen, 4)
+    assert held_out.is_best(first + evaluation(4, 0.4, 0.8, 0.3, 0.7), 4)  # the same mean
+    higher = evaluation(4, 0.9, 0.4, 0.8, 0.5)
+    assert held_out.is_best(first + higher + evaluation(8, 0.5, 0.9, 0.4, 0.7), 8)
+    assert not held_out.is_best(first + higher + evaluation(8, 0.4, 0.9, 0.4, 0.4), 8)
+    # There is no such bound if the start has no reward.
+    unscored = evaluation(0, None, None, None, None)
+    assert not held_out.is_best(unscored, 0) and held_out.is_best(unscored + fallen, 4)
+
+
+def test_a_run_that_falls_keeps_the_start_as_the_best_student(place, tmp_path, capsys, monkeypatch):
+    """Also resumed; with falls within a standard error."""
+    rewards = [[0.8, 0.3, 0.7, 0.4], [0.4, 0.6, 0.3, 0.7], [0.3, 0.7, 0.3, 0.7]]
+    done = []
+
+    def falling(config, stories, scores):
+        done.append(stories)
+        return rewards[(len(done) - 1) % 3]
+
+    monkeypatch.setattr(held_out, "story_rewards", falling)
+    run_interact(place, tmp_path / "whole")
+    with interrupted_at(interact, step=3):
+        run_interact(place, tmp_path / "parts")
+    run_interact(place, tmp_path / "parts", "--resume")
+    printed = capsys.readouterr().out
+    assert printed.count("The run did not help") == 2 and len(done) == 6
+    for name in ("whole", "parts"):
+        best = checkpoint.find(tmp_path / name)
+        assert best.name == "best" and checkpoint.read_counters(best)["step"] == 0
+        newest = checkpoint.read_counters(checkpoint.newest(tmp_path / name))
+        assert newest["step"] == 4 and newest["best_step"] == 0
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        assert {json.loads(line)["step"] for line in lines} == {0}
+
+
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
     more = ["--minibatch-size", "4"]
     run_interact(place, tmp_path / "whole", *more)

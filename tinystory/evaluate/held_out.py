@@ -103,6 +103,7 @@ def story_records(
 ) -> list[Record]:
     """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
     the score model."""
+    all_differences = differences([story.text for story in stories])
     records = []
     for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True)):
         record: Record = {
@@ -112,6 +113,8 @@ def story_records(
             "story": story.text,
             "reply": grade.reply or grade.error or "",
             "scores": grade.scores,
+            "score": grade.score,
+            "difference": all_differences[i],
             "reward": reward,
             "words": story.words,
             "ended": story.ended,
@@ -128,10 +131,11 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     """Means of length, endings and diversity; distinct_4 and clusters over all stories; the
     fraction of each teller."""
     texts = [record["story"] for record in records]
-    means = {
+    means: dict[str, float | None] = {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
-        "diversity_mean": fmean(differences(texts)),
+        # older versions recorded no differences
+        "diversity_mean": mean_of(record.get("difference") for record in records),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
     }
@@ -149,8 +153,8 @@ def reward_mean(records: Sequence[Record]) -> float | None:
 
 def is_best(records: Iterable[Record], step: int) -> bool:
     """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
-    within one standard error: a smaller difference is noise, and the later student is preferred, as
-    it has learned from more stories."""
+    within one standard error, and none below that of step 0: a smaller difference is noise, and the
+    later student is preferred, as it has learned from more stories."""
     by_step: dict[int, dict[int, float]] = {}  # rewards by the story's index
     for record in records:
         if record["reward"] is not None:
@@ -159,7 +163,10 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     if step not in by_step:
         return False
 
-    highest = max(by_step.values(), key=lambda rewards: fmean(rewards.values()))
+    means = {at: fmean(rewards.values()) for at, rewards in by_step.items()}
+    if means[step] < means.get(0, -math.inf):
+        return False
+    highest = by_step[max(means, key=lambda at: means[at])]
     # An index has the same opening in every evaluation, so stories are compared in pairs.
     deficits = []
     for index, reward in by_step[step].items():

@@ -18,7 +18,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.records import read_records
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
-from tinystory.teacher.grade import Grader, score_means
+from tinystory.teacher.grade import Grader, score_means, shown_scores
 
 # Overlap of two stories' word 3-grams (Jaccard) above which they are in one cluster.
 CLUSTER_OVERLAP = 0.12
@@ -121,9 +121,9 @@ def story_measures(
         measures["ended_eos_ci"] = wilson(ended, len(stories))
     if grader:
         grades = grader.grade_each([(story.opening, story.text) for story in stories])
-        sums = [float(sum(grade.scores.values())) for grade in grades if grade.scores]
+        shown = shown_scores(grades)
         measures |= score_means(grades)
-        measures["score_ci"] = mean_ci(np.array(sums)) if sums else None
+        measures["score_ci"] = mean_ci(np.array(shown)) if shown else None
         measures["unscored"] = sum(grade.score is None for grade in grades)
     if corpus:
         shared = np.array(longest_shared(texts, corpus))

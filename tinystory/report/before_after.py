@@ -11,6 +11,7 @@ from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
 from tinystory.run.text import aligned, printable
+from tinystory.teacher.grade import highest_score
 
 COLUMNS = {
     "reward": "reward",
@@ -20,6 +21,13 @@ COLUMNS = {
     "distinct_4": "distinct 4-grams",
     "length_mean": "words",
 }
+NO_PAIR = "There is no pair to show: no held-out opening has two different, non-empty stories with rewards."
+NO_HELP = (
+    "The run did not help: no later evaluation reached the mean reward before interaction, so "
+    "checkpoints/best is the student before interaction; try more --steps or --stories-per-step, or "
+    "another teacher if scripts/doctor.py --calibrate finds that this one cannot tell good stories "
+    "from bad ones."
+)
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
@@ -32,32 +40,37 @@ class BeforeAfter:
     """The evaluation before the first step, and a later one."""
 
     before: list[Record]
-    after: list[Record]  # by the checkpoint `best`, or the latest of an unfinished run
+    after: list[Record]  # by the checkpoint `best`, or the latest if that is the one before
+    best: int | None = None  # step of the checkpoint `best` of a finished run
 
     @property
     def names(self) -> tuple[str, str]:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
     def typical(self) -> tuple[str, list[Pair]]:
-        """A sentence on how the pairs were chosen, and the pairs: the median gain in reward, then
-        the quantiles MORE. Only pairs of stories that both end, if there are any; none if no
-        opening has two rewards."""
+        """A sentence on how the pairs were chosen, or why there is none, and the pairs: the median
+        gain in reward, then the quantiles MORE. Only pairs of stories that both end, if there are
+        any; no pair shows one text twice, or an empty one."""
         after_by_index = {record["index"]: record for record in self.after}
         pairs: list[Pair] = []
         for before in self.before:
             after = after_by_index.get(before["index"])
             if after is None or before["reward"] is None or after["reward"] is None:
                 continue
-            pairs.append((before, after))
+            words_before = printable(before["story"]).split()
+            words_after = printable(after["story"]).split()
+            if words_before and words_after and words_before != words_after:
+                pairs.append((before, after))
         ended = [pair for pair in pairs if pair[0]["ended"] == pair[1]["ended"] == "eos"]
         pairs = ended or pairs
         if not pairs:
-            return "", []
+            return NO_PAIR, []
 
         pairs.sort(key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
-        ends = " whose stories both end" if ended else ""
+        ends = " that end" if ended else ""
         rule = (
-            f"The pair with the median gain in reward among {len(pairs)} held-out openings{ends}."
+            f"The pair with the median gain in reward among {len(pairs)} held-out openings with two "
+            f"different, non-empty stories{ends}."
         )
         shown: list[int] = []
         for quantile in (0.5, *MORE):
@@ -99,28 +112,42 @@ class BeforeAfter:
         first, last = reward_mean(self.before), reward_mean(self.after)
         if first is None or last is None:
             return ""
-        if self.after[0]["step"] == self.before[0]["step"]:
-            return f"No evaluation surpassed the student before interaction, with a mean reward of {number(first)}."
         verb = "stayed"
         if last != first:
             verb = "rose" if last > first else "fell"
         return f"The mean reward {verb} from {number(first)} before interaction to {number(last)} {self.names[1]}."
 
+    def best_student(self) -> str:
+        """A sentence on the checkpoint `best`, and on what to try if interaction did not help; ""
+        for an unfinished run."""
+        if self.best is None:
+            return ""
+        if self.best > 0:
+            return (
+                f"checkpoints/best is the student {self.names[1]}: its evaluation is the latest "
+                "whose mean reward is within a standard error of the highest and not below that "
+                "before interaction."
+            )
+        if reward_mean(self.before) is None:
+            return "No evaluation has a reward, so there is no checkpoints/best."
+        return NO_HELP
+
 
 def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
     """Compare with the last evaluation up to `step`; by default with the checkpoint `best`, or with
-    the latest evaluation of an unfinished run. None without two evaluations."""
+    the latest evaluation if that is step 0's or the run is unfinished. None without two
+    evaluations."""
     evaluations: dict[int, list[Record]] = {}
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
             evaluations.setdefault(record["step"], []).append(record)
-    chosen = max(evaluations, default=0)
+    latest = max(evaluations, default=0)
     best = best_step(run) if step is None else None
-    if best is None and chosen == 0:
-        return None
     before = evaluations.get(0)
-    after = evaluations.get(chosen if best is None else best)
-    return BeforeAfter(before, after) if before and after else None
+    after = evaluations.get(best or latest)
+    if latest == 0 or not before or not after:
+        return None
+    return BeforeAfter(before, after, best)
 
 
 def best_step(run: Path) -> int | None:
@@ -133,8 +160,18 @@ def best_step(run: Path) -> int | None:
 
 def group_means(records: list[Record]) -> dict[str, float | None]:
     """Means of evaluation stories."""
-    score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])
+    score = mean_of(map(shown_score, records))
     return {"reward": reward_mean(records), "score_mean": score} | story_means(records)
+
+
+def shown_score(record: Record) -> float | None:
+    """A story's score as it is shown, from 0 to `highest_score`. Older versions recorded only those
+    of the criteria."""
+    scores = record["scores"] or {}
+    score = record.get("score")
+    if score is not None:
+        return float(score * highest_score(scores))
+    return float(sum(scores.values())) if scores else None
 
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
@@ -165,21 +202,28 @@ def summary(run: Path) -> str:
     held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
     lines += [
         f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
-        f"checkpoints/best is the student {comparison.names[1]}: its evaluation is the latest whose "
-        "mean reward is",
-        "within a standard error of the highest.",
+        textwrap.fill(comparison.best_student(), 100),
     ]
     return "\n".join(lines)
 
 
 def grade_line(record: Record) -> str:
-    """reward 0.61 (readability 2, coherence 2, creativity 1)."""
-    reward = f"reward {number(record['reward'])}"
+    """reward 0.61, score 5 of 9 (readability 2, coherence 2, creativity 1), difference 0.8."""
+    if record["reward"] is None:
+        return "no score"
+    line = f"reward {number(record['reward'])}"
     scores = record["scores"] or {}
-    if not scores:
-        return reward
-    named = ", ".join(f"{printable(name)} {score:g}" for name, score in scores.items())
-    return f"{reward} ({named})"
+    score = shown_score(record)
+    if score is not None:
+        line += f", score {number(score)} of {highest_score(scores)}"
+    elif record.get("predicted") is not None:
+        line += f", predicted score {number(record['predicted'])} of 1"
+    if scores:
+        named = ", ".join(f"{printable(name)} {score:g}" for name, score in scores.items())
+        line += f" ({named})"
+    if record.get("difference") is not None:
+        line += f", difference {number(record['difference'])}"
+    return line
 
 
 def story_lines(record: Record) -> str:

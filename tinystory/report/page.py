@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 
 from tinystory.report import charts
+from tinystory.report.before_after import grade_line
 from tinystory.report.charts import number
 from tinystory.run.files import atomic_write
 from tinystory.run.records import Record
 
-TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown
 LARGEST = 30  # clusters that are drawn one by one
 
@@ -106,8 +106,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def story_card(record: Record, title: str) -> str:
-    """A story after its opening. record: opening, story; optionally scores, reward, words, ended,
-    reply."""
+    """A story after its opening. record: a line of stories.jsonl."""
     opening, story = record["opening"], record["story"]
     follows_directly = re.match(r"\s|[.,!?;:]|$", story)
     gap = "" if not opening or opening[-1].isspace() or follows_directly else " "
@@ -121,18 +120,11 @@ def story_card(record: Record, title: str) -> str:
 
 def story_notes(record: Record) -> list[str]:
     """What is known of a story besides its text, as HTML."""
-    reward = record.get("reward")
-    words = record.get("words")
-    reply = record.get("reply")
-    scores = record.get("scores") or {}
-    notes = ["no score" if reward is None else f"reward {reward:.3f}"]
-    if scores:
-        notes.append(", ".join(f"{clip(name, 80)} {score:g}" for name, score in scores.items()))
-    if words is not None:
-        notes.append(f"{number(words)} words")
-    if record.get("ended") == "length":
+    reply = record["reply"]
+    notes = [clip(grade_line(record)), f"{number(record['words'])} words"]
+    if record["ended"] == "length":
         notes.append("cut off at the length limit")
-    if reward is None and reply:
+    if record["reward"] is None and reply:
         notes.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
     return notes
 

@@ -17,12 +17,13 @@ from tinystory.report import page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import COLOURS, Line, chart, number
 from tinystory.report.findings import findings_sections
-from tinystory.report.page import TOP_SCORE, block, details, grid, section, story_card
+from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
 from tinystory.run.records import Record, read_metrics, read_stories
 from tinystory.run.text import printable
 from tinystory.run.trust import MARK
+from tinystory.teacher.prompt import TOP
 
 RANDOM, UNSCORED = 6, 3  # stories shown: random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
@@ -45,6 +46,11 @@ STUDENT_CURVES = {
     "length_mean": "Story length, words",
     "reward_std": "Standard deviation of the reward in a step",
 }
+SAMPLES_NOTE = (
+    "Drawn at random, whatever their reward. That is (score × (1 - diversity + diversity × difference) + "
+    "length_weight × min(words / length_words, 1)) / (1 + length_weight), with the score as a fraction of "
+    "its highest and the options as in “How it was run”; a story that is cut off keeps the fraction unfinished."
+)
 KEYS = "Keys of metrics.jsonl."
 DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
 # shown by their last value; the others by their sum
@@ -216,7 +222,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
     sections += [
         details(
             "Samples of the last step",
-            "Drawn at random, whatever their reward.",
+            SAMPLES_NOTE,
             cards(drawn(stories.last)),
         ),
         details("Stories without a score", left_out, cards(stories.unscored)),
@@ -231,7 +237,7 @@ def criterion_charts(metrics: list[Record], criteria: tuple[str, ...]) -> list[s
     for name in criteria:
         colour = name if name in COLOURS else "plain"
         title = printable(name.replace("_", " ").capitalize())
-        charts.append(chart(title, [curve(metrics, f"{name}_mean", colour)], (0, TOP_SCORE)))
+        charts.append(chart(title, [curve(metrics, f"{name}_mean", colour)], (0, TOP)))
     return charts
 
 
@@ -257,7 +263,8 @@ def first_screen(
     typical = "".join(blocks[:1])
     others = "".join(blocks[1:])
     stories = (
-        f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{typical}'
+        f"<b>{escape(comparison.conclusion())}</b>"
+        f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>{typical}'
         + details("The largest loss, and the quartiles of the gain", "", others)
     )
     header, *rows = comparison.table()

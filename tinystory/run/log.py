@@ -110,8 +110,7 @@ class RunLog(contextlib.ExitStack):
             self._tracker.metrics(record)
 
     def stories(self, records: Sequence[Record]) -> None:
-        """Append one record per story: step, index, opening, story, reply, scores, reward, words,
-        ended."""
+        """Append one record per story (`story_records`)."""
         self._append(STORIES, records)
 
     def evaluations(self, records: Sequence[Record]) -> None:

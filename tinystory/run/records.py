@@ -38,6 +38,9 @@ STORY_FIELDS: Fields = {
     "reward": NUMBER,
     "words": (int,),
     "ended": (str,),
+    "score": (*NUMBER, None),  # older versions recorded neither this nor the difference
+    "difference": (*NUMBER, None),
+    "predicted": (*NUMBER, None),
 }
 FIELDS: dict[str, Fields] = {  # required in each record
     METRICS: {"step": (int,)},
@@ -90,7 +93,7 @@ def check_fields(record: Record, fields: Fields) -> None:
             raise ValueError(f"its {name!r} is {value!r:.40}")
         if int in kinds and float not in kinds and not 0 <= value < 1 << 53:
             raise ValueError(f"its {name!r} is negative or too large")
-        if kinds == NUMBER:
+        if float in kinds:
             check_size(name, value)
     if fields is FIELDS[METRICS]:
         check_metrics(record)

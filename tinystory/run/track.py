@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tinystory.run.text import printable
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
-COLUMNS = ("index", "opening", "story", "scores", "reward")  # of the table of stories
+COLUMNS = ("index", "opening", "story", "scores", "score", "reward")  # of the table of stories
 
 
 class Tracker:

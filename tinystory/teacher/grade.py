@@ -3,14 +3,14 @@
 import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.prompt import CRITERIA, Question
+from tinystory.teacher.prompt import CRITERIA, TOP, Question
 
 
 @dataclass(frozen=True)
@@ -135,26 +135,33 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
     )
 
 
+def highest_score(criteria: Collection[str] | None) -> int:
+    """The highest score as it is shown: TOP per criterion, 9 with the paper's three, as it plots
+    them; 1 without criteria, from a callable or ranks."""
+    return TOP * len(criteria) if criteria else 1
+
+
+def shown_scores(grades: Sequence[Grade]) -> list[float]:
+    """The scores of the grades that have one, from 0 to `highest_score`: the sum of the criteria's,
+    in which each has its weight over their mean weight."""
+    return [
+        grade.score * highest_score(grade.scores) for grade in grades if grade.score is not None
+    ]
+
+
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean, the sum of the criteria's scores, 0..9, as the paper plots it (0..1 from a
-    callable); its standard deviation score_std; score_mode, the fraction of scored stories with the
-    commonest score (both None for one story); and NAME_mean of each criterion, None for those of
-    the paper's three that are not graded."""
+    """score_mean, the mean of `shown_scores`; its standard deviation score_std; score_mode, the
+    fraction of scored stories with the commonest score (both None for one story); and NAME_mean of
+    each criterion, None for those of the paper's three that are not graded."""
     columns: dict[str, list[float]] = {f"{name}_mean": [] for name in CRITERIA}
-    sums: list[float] = []
     for grade in grades:
-        if grade.score is None:
-            continue
-        if grade.scores is None:
-            sums.append(grade.score)
-            continue
-        sums.append(sum(grade.scores.values()))
-        for name, score in grade.scores.items():
+        for name, score in (grade.scores or {}).items():
             columns.setdefault(f"{name}_mean", []).append(score)
-    columns["score_mean"] = sums
+    shown = shown_scores(grades)
+    columns["score_mean"] = shown
 
     means = {name: statistics.fmean(column) if column else None for name, column in columns.items()}
-    if len(sums) < 2:
+    if len(shown) < 2:
         return means | {"score_std": None, "score_mode": None}
-    most_common = max(Counter(sums).values())
-    return means | {"score_std": statistics.stdev(sums), "score_mode": most_common / len(sums)}
+    most_common = max(Counter(shown).values())
+    return means | {"score_std": statistics.stdev(shown), "score_mode": most_common / len(shown)}
