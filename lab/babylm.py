@@ -37,7 +37,7 @@ from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record
-from tinystory.run.text import aligned
+from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint
 
 

@@ -35,7 +35,7 @@ from tinystory.run.errors import command
 from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record
-from tinystory.run.text import aligned
+from tinystory.run.terminal import aligned
 from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint
 from tinystory.teacher.grader import open_grader

@@ -45,7 +45,7 @@ from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
-from tinystory.run.text import aligned
+from tinystory.run.terminal import aligned
 from tinystory.teacher.grader import open_grader
 
 PACKAGES = (

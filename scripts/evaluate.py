@@ -39,7 +39,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
-from tinystory.run.text import aligned
+from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint, memory
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader

@@ -25,3 +25,35 @@ def test_a_file_gets_a_line_per_step_and_a_terminal_a_bar(capsys, monkeypatch):
     ]
     assert "\r" not in "".join(lines) and lines[2].endswith("kl=2")
     assert shown(capsys, monkeypatch, terminal=True).count("\r") > 100
+
+
+def words(monkeypatch, columns: int, **options) -> Progress:
+    """A bar of words on a terminal of so many columns, after a step that went beyond its total."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = Progress(total=3000, unit="word", unit_scale=True, desc="pretraining: ", **options)
+    bar.dynamic_ncols = lambda file: (columns, 24)
+    bar.end_step({"loss": "5.123", "tok/s": "12,345", "val": "5.678"}, 3100)
+    return bar
+
+
+def test_a_bar_keeps_twenty_columns_and_drops_its_last_fields(monkeypatch):
+    for columns in (200, 100, 80, 60):
+        text = str(words(monkeypatch, columns))
+        assert len(text) == columns
+        assert text.count("█") >= step_log.BAR
+        assert "100%" in text and "left" in text
+    assert "val=5.678" in str(words(monkeypatch, 200))
+    narrow = str(words(monkeypatch, 60))
+    assert "val" not in narrow and "tok/s" not in narrow
+
+
+def test_a_step_beyond_the_total_ends_a_bar_that_still_knows_its_total(monkeypatch):
+    text = str(words(monkeypatch, 100))
+    assert "pretraining: 100%" in text and "3.00k of 3.00k word" in text
+
+    monkeypatch.setattr(step_log, "LINE_S", 0.0)
+    bar = Progress(total=3000, unit="word", unit_scale=True, desc="pretraining: ")
+    bar.lines = True
+    bar.bar_format = step_log.LINE
+    bar.end_step({"loss": "5.123"}, 3100)
+    assert str(bar).startswith("pretraining: 3.00k of 3.00k word, ")

@@ -53,3 +53,28 @@ def test_a_strangers_escape_sequences_do_not_reach_the_terminal(narrow, monkeypa
 def test_an_empty_opening_has_no_colour_of_its_own(narrow, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert terminal.story_text("", "A story.").split() == ["A", "story."]
+
+
+def test_a_table_puts_columns_that_do_not_fit_below_after_its_first_column(narrow):
+    rows = [
+        ["64 stories", "reward", "score", "clusters"],
+        ["before", "0.5", terminal.colour("4.5", "worse"), "30"],
+        ["after", "0.6", terminal.colour("5.4", "better"), "40"],
+    ]
+    assert terminal.aligned(rows) == [
+        "64 stories  reward  score",
+        "before      0.5     \033[31m4.5\033[0m",
+        "after       0.6     \033[32m5.4\033[0m",
+        "",
+        "64 stories  clusters",
+        "before      30",
+        "after       40",
+    ]
+
+
+def test_a_wide_terminal_shows_a_table_as_it_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert terminal.aligned([["", "a name", "b"], ["kind", "1", "2"]]) == [
+        "      a name  b",
+        "kind  1       2",
+    ]

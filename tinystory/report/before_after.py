@@ -10,7 +10,8 @@ from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
-from tinystory.run.text import aligned, printable
+from tinystory.run.terminal import aligned
+from tinystory.run.text import printable
 from tinystory.teacher.grade import highest_score
 
 COLUMNS = {

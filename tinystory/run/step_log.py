@@ -15,9 +15,11 @@ from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import Record
+from tinystory.run.terminal import WIDEST
 
 LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
 LINE_S = 10.0  # seconds
+BAR = 20  # least columns of a bar
 
 
 class Progress(tqdm):  # type: ignore[misc]
@@ -26,7 +28,26 @@ class Progress(tqdm):  # type: ignore[misc]
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
         self.due = 0.0  # time of the next line
-        super().__init__(bar_format=LINE if self.lines else None, **options)
+        super().__init__(bar_format=LINE if self.lines else None, dynamic_ncols=True, **options)
+
+    def __str__(self) -> str:
+        """The last fields that would leave a terminal fewer than BAR columns for the bar are
+        dropped."""
+        if self.lines:
+            return str(super().__str__())
+        facts = self.format_dict
+        columns = facts["ncols"] or WIDEST
+        fields = ["{remaining} left", "{n_fmt} of {total_fmt} {unit}"]
+        if self.postfix:
+            fields += self.postfix.split(", ")
+        while True:
+            beside = f"| {', '.join(fields)}"
+            unlimited = facts | {"ncols": None, "bar_format": f"{{l_bar}}{beside}"}
+            if not fields or len(self.format_meter(**unlimited)) + BAR <= columns:
+                break
+            fields.pop()
+        bar_format = f"{{l_bar}}{{bar}}{beside}"
+        return str(self.format_meter(**facts | {"ncols": columns, "bar_format": bar_format}))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.lines:
@@ -42,7 +63,8 @@ class Progress(tqdm):  # type: ignore[misc]
         # on a terminal `update` shows it, a few times a second
         self.set_postfix(numbers, refresh=False)
         if advance:
-            self.update(advance)
+            # a last step's words may go beyond the total, of which tqdm would then know nothing
+            self.update(min(advance, self.total - self.n))
         else:
             self.refresh()
         if not self.lines or self.disable:

@@ -1,10 +1,11 @@
-"""The width of the terminal, and colours where they help."""
+"""Tables and stories as wide as the terminal, and colours where they help."""
 
 import os
 import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 
 from tinystory.run.text import printable
 
@@ -37,3 +38,31 @@ def story_text(opening: str, story: str) -> str:
     assert beginning is not None, "the text begins with its opening"
     end = beginning.end()
     return colour(text[:end], "opening") + text[end:]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, with columns as wide as their longest cell. Columns that do not fit the
+    width stand below, after the first column again."""
+    columns: list[list[str]] = []
+    for cells in zip(*rows, strict=True):
+        longest = max(map(visible, cells))
+        columns.append([cell + " " * (longest - visible(cell)) for cell in cells])
+    names, *others = columns
+    lines: list[str] = []
+    block = names
+    for cells in others:
+        wider = beside(block, cells)
+        if visible(wider[0]) > width() and block is not names:
+            lines += [*block, ""]
+            wider = beside(names, cells)
+        block = wider
+    return [line.rstrip() for line in lines + block]
+
+
+def beside(left: Sequence[str], right: Sequence[str]) -> list[str]:
+    return [f"{start}  {end}" for start, end in zip(left, right, strict=True)]
+
+
+def visible(text: str) -> int:
+    """Characters of a text that may have a `colour`."""
+    return len(re.sub(r"\033\[\d+m", "", text))

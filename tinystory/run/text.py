@@ -1,9 +1,7 @@
-"""Text for the terminal: tables, and foreign text (by students, servers, files) without invisible
-characters."""
+"""Foreign text (by students, servers, files) without invisible characters."""
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 # Characters that are invisible to a human but not to a model: Unicode's
 # Default_Ignorable_Code_Point beyond the categories in `_visible`, variation selectors (which can
@@ -30,13 +28,3 @@ def _visible(char: str) -> str:
     if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
         return char
     return " " if char.isspace() else ""
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, with columns as wide as their longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
