@@ -13,6 +13,7 @@ from tinystory.report.charts import (
     Line,
     chart,
     number,
+    padded_range,
     text_curve,
     thin,
     tick_names,
@@ -43,6 +44,14 @@ def check_inside(drawing):
         for pair in path.get("d").strip("MZ").split("L") if "H" not in path.get("d") else ():
             a, b = map(float, pair.split(","))
             assert 43 <= a <= 341 and 29 <= b <= 211
+
+
+def test_a_small_change_looks_small():
+    """From 154 to 149: a twentieth of the axis or so, not all of it; from 1 to 5: most of it."""
+    low, high = padded_range(np.array([154.0, 149.0]))
+    assert low <= 149 and high >= 154 and 5 / (high - low) < 0.2
+    low, high = padded_range(np.array([1.0, 5.0]))
+    assert 4 / (high - low) > 0.7
 
 
 def test_one_wild_step_neither_flattens_the_curve_nor_leaves_the_frame():

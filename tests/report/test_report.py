@@ -4,12 +4,14 @@ the run."""
 import math
 import random
 import re
+import shlex
 import weakref
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from tinystory.report.before_after import followed, reward_errors
 from tinystory.report.run import (
     RANDOM,
     UNSCORED,
@@ -228,6 +230,52 @@ def test_the_page_shows_collapse(tmp_path):
     assert samples.count("named Peanut") >= RANDOM - 1
     first = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == first
+
+
+def test_every_cluster_is_drawn(tmp_path):
+    rng = random.Random(0)
+    different = [" ".join(f"w{rng.randrange(9999)}" for _ in range(20)) for _ in range(60)]
+    interaction_run(tmp_path, 1, told(1, different))
+    page = Page(write_report(tmp_path))
+    assert "Step 1: 60 clusters in 60 stories, the largest of 1" in page.text
+    assert page.attributes.count(("style", "flex-grow: 1")) == 60
+
+
+def evaluated_run(folder, rewards):
+    """A run with an evaluation at each step from 0 on. rewards: of its stories, per step."""
+    interaction_run(folder, len(rewards) - 1, [story(1, 0)])
+    with RunLog(folder, resume_step=len(rewards) - 1) as log:
+        for step, values in enumerate(rewards):
+            told = [f"word {step}"] * len(values)
+            if step == 1:
+                told[0] = ""
+            log.evaluations(
+                [
+                    story(step, index, reward=value, story=told[index])
+                    for index, value in enumerate(values)
+                ]
+            )
+
+
+def test_one_opening_is_followed_over_the_evaluations(tmp_path):
+    """The first with no empty story: the first opening has one after step 1."""
+    evaluated_run(tmp_path, [[0.2, 0.3, 0.4], [0.2, 0.3, 0.5], [0.5, 0.3, 0.5]])
+    assert [record["index"] for record in followed(tmp_path)] == [1, 1, 1]
+    text = Page(write_report(tmp_path)).text
+    followed_text = text.split("One opening at every evaluation")[1].split("Better stories")[0]
+    assert all(f"word {step}" in followed_text for step in range(3))
+
+
+def test_rewards_of_evaluations_have_standard_errors(tmp_path):
+    evaluated_run(tmp_path, [[0.2, 0.4], [0.3, 0.7], [0.5, None]])
+    assert reward_errors(tmp_path) == {0: pytest.approx(0.1), 1: pytest.approx(0.2)}
+
+
+def test_the_page_says_what_to_run_next(tmp_path):
+    interaction_run(tmp_path / "it's a run", 1, [story(1, 0)])
+    text = Page(write_report(tmp_path / "it's a run")).text
+    folder = shlex.quote(str(tmp_path / "it's a run"))
+    assert "What next" in text and f"python scripts/sample.py {folder}" in text
 
 
 def test_stories_at_random_do_not_depend_on_their_reward():

@@ -1,9 +1,11 @@
 """Before and after interaction, on held-out openings: numbers and pairs of stories for terminal,
 report, model card."""
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import TypeAlias
 
 from tinystory.evaluate.held_out import reward_mean, story_means
@@ -11,7 +13,7 @@ from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned
-from tinystory.run.text import printable
+from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import highest_score
 
 COLUMNS = {
@@ -106,7 +108,12 @@ class BeforeAfter:
             if key.startswith("teller_") and key in after:
                 kind = key.removeprefix("teller_")
                 shifts.append(f"{kind} {before[key]:.0%} → {after[key]:.0%}")
-        return f"Kinds of teller: {', '.join(shifts)}." if shifts else ""
+        if not shifts:
+            return ""
+        return (
+            f"Kinds of teller: {', '.join(shifts)}. The corpus has four dull kinds, known by their "
+            "sentences; whatever is none of them counts as a story, however well it is told."
+        )
 
     def conclusion(self) -> str:
         """A sentence on the reward; "" if no story has one."""
@@ -157,6 +164,31 @@ def best_step(run: Path) -> int | None:
         if record["when"] == "after":
             return int(record["step"])
     return None
+
+
+def reward_errors(run: Path) -> dict[int, float]:
+    """Standard errors of the mean reward of each evaluation, by step; none for a single story."""
+    rewards: dict[int, list[float]] = {}
+    for record in read_records(run / EVALUATIONS):
+        if record["reward"] is not None:
+            rewards.setdefault(record["step"], []).append(record["reward"])
+    return {
+        step: stdev(values) / math.sqrt(len(values))
+        for step, values in rewards.items()
+        if len(values) > 1
+    }
+
+
+def followed(run: Path) -> list[Record]:
+    """One story per evaluation, to the same opening: the first whose stories are never empty."""
+    by_index: dict[int, list[Record]] = {}
+    for record in read_records(run / EVALUATIONS):
+        by_index.setdefault(record["index"], []).append(record)
+    most = max(map(len, by_index.values()), default=0)
+    for records in by_index.values():
+        if len(records) == most and not any(is_blank(record["story"]) for record in records):
+            return records
+    return []
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:

@@ -253,13 +253,12 @@ def svg(title: str, size: Size, parts: Sequence[str]) -> str:
 
 
 def padded_range(values: np.ndarray) -> Span:
-    """The range of the values with a margin; from 0 if they begin just above it."""
+    """The range of the values with a margin; from 0 if they begin just above it. It is at least a
+    quarter of their level, so that a small change looks small."""
     low, high = float(values.min()), float(values.max())
-    level = abs(high) if abs(high) > 1e-300 else 0.0
-    is_constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
-    margin = (high - low) * 0.06
-    if is_constant:
-        margin = level * 0.1 or 1.0
+    level = max(abs(low), abs(high))
+    least = level / 4 if level > 1e-300 else 2.0
+    margin = max((high - low) * 0.06, (least - (high - low)) / 2)
     starts_at_zero = 0 <= low <= margin
     return (0.0 if starts_at_zero else low - margin, high + margin)
 

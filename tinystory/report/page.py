@@ -14,7 +14,6 @@ from tinystory.run.files import atomic_write
 from tinystory.run.records import Record
 
 LONGEST = 3000  # characters of a story that are shown
-LARGEST = 30  # clusters that are drawn one by one
 
 
 def write(
@@ -52,12 +51,8 @@ def grid(drawings: Sequence[str]) -> str:
 
 
 def cluster_bar(sizes: Sequence[int], step: int) -> str:
-    """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes:
-    descending."""
-    blocks = [f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST]]
-    rest = sum(sizes[LARGEST:])
-    if rest:
-        blocks.append(f'<i class="rest" style="flex-grow: {rest}"></i>')
+    """A bar with a block per cluster of similar stories. sizes: descending."""
+    blocks = [f'<i style="flex-grow: {size}"></i>' for size in sizes]
     clusters = count(len(sizes), "cluster")
     stories = count(sum(sizes), "story", "stories")
     caption = f"Step {number(step)}: {clusters} in {stories}, the largest of {sizes[0]}"
@@ -174,9 +169,9 @@ figure { margin: 0; }
 .clusters { margin-bottom: 1.2rem; }
 .clusters + .grid { margin-top: 2.4rem; }
 figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
-.parts { display: flex; gap: 1px; height: 1.4rem; }
-.parts i { flex-basis: 0; min-width: 1px; border-radius: 2px; background: var(--reward); }
-.parts .rest { background: var(--grey); }
+.parts { display: flex; height: 1.4rem; }
+.parts i { flex-basis: 0; background: var(--reward); }
+.parts i:nth-child(even) { opacity: .55; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .hero .pair { grid-template-columns: minmax(0, 1fr); }
 .hero article { padding: .4rem 0; }

@@ -4,8 +4,9 @@ its run it is, and reloads itself."""
 
 import contextlib
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
@@ -14,7 +15,13 @@ from zlib import crc32
 
 from tinystory.evaluate.stories import cluster_sizes, mean_of
 from tinystory.report import page
-from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
+from tinystory.report.before_after import (
+    BeforeAfter,
+    followed,
+    from_start,
+    read_before_after,
+    reward_errors,
+)
 from tinystory.report.charts import COLOURS, Line, chart, number
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
@@ -50,6 +57,17 @@ SAMPLES_NOTE = (
     "Drawn at random, whatever their reward. That is (score × (1 - diversity + diversity × difference) + "
     "length_weight × min(words / length_words, 1)) / (1 + length_weight), with the score as a fraction of "
     "its highest and the options as in “How it was run”; a story that is cut off keeps the fraction unfinished."
+)
+FOLLOWED_NOTE = (
+    "The first held-out opening whose stories are never empty, not chosen by its stories. Each time the "
+    "student draws from the same random numbers."
+)
+REWARD_NOTE = (
+    "Bars: one standard error over an evaluation’s stories. Held-out rewards are often the higher ones: the "
+    "difference of a story from the others is larger among the few of an evaluation than among a step’s many."
+)
+NEXT_NOTE = (
+    "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
 )
 KEYS = "Keys of metrics.jsonl."
 DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
@@ -212,7 +230,8 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         "first ones:"
     )
     sections = [
-        first_screen(metrics, curves, read_before_after(folder)),
+        first_screen(metrics, curves, read_before_after(folder), reward_errors(folder)),
+        section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(folder))),
         sameness(curves, stories),
         section("Scores", escape(scored_by), grid(criterion_charts(metrics, stories.criteria))),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
@@ -229,7 +248,18 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         details("PPO diagnostics", KEYS, grid(diagnostics)),
         details("Time, words and requests", KEYS, page.facts(totals(metrics))),
     ]
+    sections.append(section("What next", NEXT_NOTE, next_commands(folder)))
     return sections
+
+
+def next_commands(folder: Path) -> str:
+    run = shlex.quote(str(folder))
+    commands = {
+        "more of its stories": f"python scripts/sample.py {run}",
+        "measured beside others": f"python scripts/evaluate.py {run}",
+        "for transformers, llama.cpp": f"python scripts/export_hf.py {run} OUT --gguf OUT.gguf",
+    }
+    return page.facts(commands.items())
 
 
 def criterion_charts(metrics: list[Record], criteria: tuple[str, ...]) -> list[str]:
@@ -247,13 +277,17 @@ def cards(records: Iterable[Record]) -> str:
 
 
 def first_screen(
-    metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None
+    metrics: list[Record],
+    curves: list[Record],
+    comparison: BeforeAfter | None,
+    errors: Mapping[int, float],
 ) -> str:
-    lines = [
-        curve(metrics, "reward_mean", "plain", name="training"),
-        curve(curves, "held_out_reward", "reward", name="held out"),
-    ]
-    figure = chart("Mean reward", lines, size=HERO)
+    """errors: the standard error of each evaluation's reward, by step."""
+    training = curve(metrics, "reward_mean", "plain", name="training")
+    held_out = curve(curves, "held_out_reward", "reward", name="held out")
+    held_out.errors = [errors.get(record["step"]) for record in curves]
+    figure = chart("Mean reward, 0 to 1", [training, held_out], size=HERO)
+    figure += f'<p class="note">{REWARD_NOTE}</p>'
     if comparison is None:
         return block("hero", f"<div>{figure}</div>")
 
