@@ -125,7 +125,9 @@ def story_notes(record: Record) -> list[str]:
     words = record.get("words")
     reply = record.get("reply")
     scores = record.get("scores") or {}
-    notes = ["no score" if reward is None else f"reward {reward:.3f}"]
+    notes = []
+    if "reward" in record:
+        notes.append("no score" if reward is None else f"reward {reward:.3f}")
     if scores:
         notes.append(", ".join(f"{clip(name, 80)} {score:g}" for name, score in scores.items()))
     if words is not None:
