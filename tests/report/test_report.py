@@ -297,6 +297,19 @@ def test_pretraining(tmp_path):
     assert "bits per byte" not in page.text and "val 0.08" in page.text
 
 
+def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.metrics(step=1, words=1000, tokens=1300, loss=8.0)
+        for step in range(0, 1001, 100):
+            told = f"{EVIL} at step {step}."
+            log.evaluations([story(step, 0, story=told, scores=None, reward=None, reply=None)])
+    page = Page(write_report(tmp_path))
+    check_self_contained(page)
+    steps = [step for step in range(0, 1001, 100) if f"at step {step}." in page.text]
+    assert steps == [0, 100, 200, 400, 800, 1000]
+    assert "no score" not in page.text
+
+
 def test_what_the_teacher_took_is_summed(tmp_path):
     interaction_run(tmp_path / "callable")
     assert "teacher_requests" not in write_report(tmp_path / "callable").read_text()

@@ -10,7 +10,7 @@ from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
-from tinystory.run.terminal import aligned
+from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import printable
 from tinystory.teacher.grade import highest_score
 
@@ -196,16 +196,33 @@ def summary(run: Path) -> str:
     lines = [rule]
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
-            lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
+            lines += ["", f"{name}, {grade_line(record)}:"]
+            lines.append(story_text(record["opening"], record["story"]))
     lines.append("")
-    lines += aligned(comparison.table())
+    lines += aligned(coloured(comparison))
     lines += [comparison.tellers(), comparison.conclusion()]
     held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
     lines += [
         f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
         textwrap.fill(comparison.best_student(), 100),
     ]
-    return "\n".join(lines)
+    return wrapped("\n".join(lines))
+
+
+def coloured(comparison: BeforeAfter) -> list[list[str]]:
+    """The table, with the later reward and score in the colour of a gain or a loss."""
+    before = group_means(comparison.before)
+    after = group_means(comparison.after)
+    rows = comparison.table()
+    header, last_row = rows[0], rows[-1]
+    for key in ("reward", "score_mean"):
+        first = before.get(key)
+        last = after.get(key)
+        if first is None or last is None or first == last:
+            continue
+        column = header.index(COLUMNS[key])
+        last_row[column] = colour(last_row[column], "better" if last > first else "worse")
+    return rows
 
 
 def grade_line(record: Record) -> str:
