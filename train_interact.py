@@ -362,7 +362,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         bar = Progress(
             total=config.steps * config.stories_per_step,
             initial=state.written,
-            unit="story",
+            unit="stories",
             disable=not rank0,
         )
         run = InteractionRun(

@@ -27,14 +27,15 @@ from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
 from tinystory.run.records import read_metrics
 from tinystory.run.step_log import Progress, StepLog
-from tinystory.run.text import printable
+from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, StudentConfig, to_device
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
-OPENING = "Once upon a time,"
+OPENING = "Once upon a time,"  # of the story that the student tells at each validation
+STORY_TOKENS = 80
 # What to do when an update makes weights that are not finite.
 TOO_LARGE = "lower --learning-rate or --muon-learning-rate, or give --grad-clip 1"
 
@@ -86,6 +87,8 @@ def pretrain(run: PretrainingRun) -> None:
     next_batch = load_batch(run, state.step)
     writes = distributed.is_rank0()
     with run.log, Stop().listening() as stop, live_report(folder, writes) as update_report, run.bar:
+        if state.step == 0:
+            tell_story(run)
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began = time.perf_counter()
@@ -113,6 +116,7 @@ def pretrain(run: PretrainingRun) -> None:
 
             if state.step % config.eval_every == 0 or state.words >= config.words:
                 steps.write(0, lambda: validation(run))
+                tell_story(run)
             else:
                 steps.write(steps_ahead(device))
             passed = [m for m in MILESTONES if words_before < m <= state.words]
@@ -189,6 +193,44 @@ def validation(run: PretrainingRun) -> dict[str, float]:
     return {"val_loss": loss, "val_bits_per_byte": bits}
 
 
+def tell_story(run: PretrainingRun) -> None:
+    """Print and record the student's continuation of OPENING, from the same random numbers at every
+    step. It is not trained on and changes no bit of the training."""
+    tokenizer, step = run.data.tokenizer, run.state.step
+    context = run.config.context
+    room = context - len(encode_opening(tokenizer, OPENING))
+    if room < 1 or not distributed.is_rank0():
+        return
+    hf.require_finite(step, run.student, {}, TOO_LARGE)
+    with run.compute.autocast():
+        (story,) = generate(
+            run.student,
+            None,
+            tokenizer,
+            [OPENING],
+            first_index=0,
+            max_new_tokens=min(STORY_TOKENS, context // 2, room),
+            temperature=InteractConfig.temperature,
+            seed=run.config.seed,
+        )
+    record = {
+        "step": step,
+        "index": story.index,
+        "opening": OPENING,
+        "story": story.text,
+        "reply": None,
+        "scores": None,
+        "reward": None,
+        "words": story.words,
+        "ended": story.ended,
+    }
+    run.log.evaluations([record])
+    heading = f"--- step {step:,}"
+    if step:
+        heading = f"{heading}, validation loss {run.steps.metrics['val_loss']:.3f}"
+    run.bar.write(f"{heading}\n{story_text(OPENING, story.text)}\n")
+
+
 def save(run: PretrainingRun, name: str) -> None:
     if not distributed.is_rank0():  # it would delete, as incomplete, what rank 0 is writing
         return
@@ -255,15 +297,16 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     student_facts = {"parameters": size, "corpus": config.corpus}
     log.config(asdict(config) | compute.recorded | {"student": student_facts})
     epochs = config.words / data.train.word_count
-    print(
+    facts = (
         f"student with {size / 1e6:.1f} M parameters, {vocab_size} tokens, {compute.device}, "
         f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
         f"{epochs:.2f} times the corpus"
     )
+    print(wrapped(facts))
     bar = Progress(
         total=config.words,
-        initial=state.words,
-        unit="word",
+        initial=min(state.words, config.words),
+        unit="words",
         unit_scale=True,
         desc="pretraining: ",
         mininterval=0.5,
@@ -292,36 +335,20 @@ def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
 
 
 def report(run: PretrainingRun) -> None:
-    """Print how to resume a run that was asked to stop, or a finished student's story and
-    validation."""
+    """Print how to resume a run that was asked to stop, or a finished student's validation."""
     config, folder = run.config, run.log.folder
     words = run.state.words
     if words < config.words:
         resume = hint("train_pretrain.py", "--out", folder, "--resume")
         print(f"stopped after {words:,} words, all saved; go on with: {resume}")
         return
-    tokenizer = run.data.tokenizer
-    room = config.context - len(encode_opening(tokenizer, OPENING))
-    if room > 0:
-        with run.compute.autocast():
-            (story,) = generate(
-                run.student,
-                None,
-                tokenizer,
-                [OPENING],
-                first_index=0,
-                max_new_tokens=min(90, config.context // 2, room),
-                temperature=InteractConfig.temperature,
-                seed=config.seed,
-            )
-        print(f"\n{OPENING} {printable(story.text)}\n")
     last = run.steps.metrics  # {} if the run was finished before it was resumed
     if last:
         print(
             f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
         )
     print(f"report: {folder / 'report.html'}")
-    print(f"next:   {next_command(config, tokenizer)}")
+    print(f"next:   {next_command(config, run.data.tokenizer)}")
 
 
 def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
-import torch
+from tqdm import tqdm
 
 from tinystory.config import InteractConfig, check
 from tinystory.data.corpus import BUILTIN, open_corpus
@@ -39,9 +39,7 @@ from tinystory.evaluate.calibration import (
     verdict,
 )
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
-from tinystory.ops import backend, build, cuda
-from tinystory.rubric.rubric import Rubric
-from tinystory.run.device import cpu_has_bf16
+from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
@@ -91,20 +89,30 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
 
     for component, state in machine():
-        print(f"{component:10} {state}")
+        print(f"{component:10} {state}", flush=True)
     calibrates = options.calibrate or options.require_judgement > 0
+    if config.teacher_url:
+        print(f"{'requests':10} about eight short ones come first", flush=True)
     if config.teacher_url or config.reward:
         with open_grader(config, corpus=None) as grader:
             if calibrates:
-                calibration(config.reward or "teacher", of_grader(grader), options)
+                calibration(config.reward or "teacher", of_grader(grader), options, grader.forecast)
     elif calibrates:
         calibration("built-in teacher", builtin_scores(options.corpus), options)
 
 
-def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher scores known stories. Raises UserError for a judgement below
+def calibration(
+    name: str,
+    grade: GradeKnown,
+    options: argparse.Namespace,
+    forecast: Callable[[int, str], str] = lambda stories, opening: "",
+) -> None:
+    """Print how a teacher scores known stories. forecast: a sentence on so many stories, from the
+    first requests; "" if they take no time to speak of. Raises UserError for a judgement below
     --require-judgement."""
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
+    sentence = forecast(len(known), known[0].opening) or f"{len(known)} stories"
+    print(f"{'forecast':10} {sentence}", flush=True)
     began = time.perf_counter()
     result = calibrate(grade, known)
     speed = len(known) / (time.perf_counter() - began)
@@ -122,15 +130,29 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     documents = open_corpus(files or ["builtin"]).mixed()
     if files:
         documents = islice(documents, DOCUMENTS, None)
-    rubric = Rubric.from_corpus(documents)
-    return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
+    print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
+    with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
+        rubric = Rubric.from_corpus(documents, bar.update)
+
+    def grade(stories: Sequence[tuple[str, str]]) -> list[float]:
+        scores = []
+        for story in tqdm(stories, desc="grading", unit="story", leave=False, disable=None):
+            scores.append(sum(rubric.score(*story).values()) / 9)
+        return scores
+
+    return grade
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """(component, state) in the order in which one needs them."""
+    """(component, state) in the order in which one needs them, each as soon as it is known: torch,
+    and what needs it, is imported late because that takes seconds."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    import torch
+
+    from tinystory.run.device import cpu_has_bf16
+
+    yield "torch", torch.__version__
     bf16 = "no bfloat16 in hardware: float32 is used"
     if cpu_has_bf16():
         bf16 = "bfloat16 in hardware"
@@ -157,6 +179,8 @@ def version(package: str) -> str:
 
 
 def compiler() -> str:
+    from tinystory.ops import build
+
     path, *flags = build.command()
     banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     threads = "OpenMP" if "-fopenmp" in flags else "threads of our own"
@@ -164,6 +188,10 @@ def compiler() -> str:
 
 
 def kernels() -> str:
+    import torch
+
+    from tinystory.ops import backend, build
+
     if backend.from_environment() == "reference":
         return f"TINYSTORY_KERNELS=reference: {backend.REFERENCE}"
     library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
@@ -177,6 +205,8 @@ def kernels() -> str:
 
 
 def gpus() -> str:
+    import torch
+
     names = []
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -185,6 +215,8 @@ def gpus() -> str:
 
 
 def nvcc() -> str:
+    from tinystory.ops import cuda
+
     reason = cuda.why_not()
     if reason:
         return f"not used: {reason}"

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.report.before_after import from_start, grade_line
 from tinystory.report.charts import number, text_curve
-from tinystory.report.run import column, number_option, remaining
+from tinystory.report.run import column, is_interaction, number_option, remaining
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config
 from tinystory.run.options import script_parser
-from tinystory.run.records import read_metrics, read_stories
+from tinystory.run.records import EVALUATIONS, read_metrics, read_records, read_stories
 from tinystory.run.text import printable
 
 CURVES = {
@@ -98,10 +98,15 @@ def page(run: Path, width: int, running: bool) -> list[str]:
             heading = f"{name} {number(values[0])} → {number(values[-1])}"
             lines.append(f"{heading:{HEADING}} {text_curve(values, CURVE)}"[:width])
 
-    for story in deque(read_stories(run), STORIES):
+    interacts = is_interaction(metrics)
+    stories = read_stories(run) if interacts else read_records(run / EVALUATIONS)
+    for story in deque(stories, STORIES):
+        title = f"Step {story['step']}"
+        if interacts:
+            title = f"{title}, {grade_line(story)}"
         text = printable(f"{story['opening'][:STORY]} {story['story'][:STORY]}")
         lines.append("")
-        lines += textwrap.wrap(f"Step {story['step']}, {grade_line(story)}: {text}", width)
+        lines += textwrap.wrap(f"{title}: {text}", width)
     return lines
 
 

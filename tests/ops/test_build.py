@@ -7,6 +7,7 @@ Nothing here is timed: steps are held by files, and LIMIT only ends a test that 
 import contextlib
 import errno
 import fcntl
+import io
 import multiprocessing
 import os
 import re
@@ -113,11 +114,13 @@ def calls(place: Path) -> list[str]:
     return sorted(names)
 
 
-def test_it_compiles_once_for_each_content_of_the_sources_and_says_so_in_one_line(place):
+def test_it_compiles_once_for_each_content_of_the_sources_and_says_so_before_and_after(place):
     out, err = run(place)
     assert out == "42" and calls(place) == ["answer", "link", "module"]
     assert re.fullmatch(
-        r"tinystory: compiling the kernels for this processor \(2 files, once\) \.\.\. \d+ s\n", err
+        r"tinystory: compiling the kernels for this processor \(2 files, once\): about a .+\n"
+        r"tinystory: compiling took \d+ s\n",
+        err,
     )
     assert run(place) == ("42", "") and calls(place) == []
     header = place / "csrc/cpu/answer.h"
@@ -134,7 +137,7 @@ def test_the_compilers_message_reaches_the_user_and_the_next_build_goes_on(place
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER no_such_name\n")
     process = Build(place)
     _, err = process.output()
-    assert process.exitcode and "... failed" in err and "TINYSTORY_KERNELS=reference" in err
+    assert process.exitcode and "compiling failed\n" in err and "TINYSTORY_KERNELS=reference" in err
     message = err[err.index("UserError") :]
     # no command lines
     assert "no_such_name" in message and "answer.cpp" in message and "-ffp-contract" not in message
@@ -147,6 +150,15 @@ def wait_until(condition, process: Build | None = None) -> None:
     while not condition():
         assert time.monotonic() < deadline and (process is None or process.is_alive())
         time.sleep(0.02)
+
+
+def test_a_terminal_sees_how_many_files_are_compiled(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with build.objects_bar(tmp_path, 3):
+        (tmp_path / "answer.o").touch()
+        wait_until(lambda: "1/3" in terminal.getvalue())
 
 
 def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
@@ -188,7 +200,7 @@ def test_a_damaged_library_is_built_again_and_not_loaded(place):
     for damaged in (sound[:5000], sound[:-1] + b"x", b"no machine code"):
         library.write_bytes(damaged)
         out, err = run(place)
-        assert out == "42" and "again, since they are damaged ..." in err and err.count("\n") == 1
+        assert out == "42" and "(again, since they are damaged)" in err and err.count("\n") == 2
     assert run(place) == ("42", "")
 
 
@@ -323,7 +335,7 @@ def test_a_library_that_does_not_load_is_built_again(place):
     library.write_text("no machine code")
     library.with_name("built").write_text(build.file_hash(library))
     out, err = run(place)
-    assert out == "42" and "again, since they are damaged ..." in err
+    assert out == "42" and "(again, since they are damaged)" in err
     assert run(place) == ("42", "")
 
 

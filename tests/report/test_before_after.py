@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import story_record
@@ -231,3 +232,16 @@ def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
     write(run / EVALUATIONS, evaluation(0, {0: 0.5}))
     assert summary(run) == ""
     assert "Before and after" not in text_of(write_report(run))
+
+
+def test_a_terminals_summary_fits_eighty_columns_and_colours_the_gain(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, summary(run).split("\n"))) <= 80
+
+    plain = summary(run)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = summary(run)
+    assert text.count("\033[32m") == 1 and "\033[32m0.58 ± " in text  # the reward
+    assert text.count("\033[36m") == 2  # the two openings
+    assert re.sub(r"\033\[\d+m", "", text) == plain

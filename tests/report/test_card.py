@@ -77,7 +77,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
     rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
-    assert f"| {rewards[1]:.3g} |" in text
+    assert f"| {rewards[1]:.3g} ± " in text
     rule, pairs = read_before_after(run).typical()
     assert rule in text
     for record in pairs[0]:

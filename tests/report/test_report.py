@@ -169,9 +169,9 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     page = Page(path)
     check_self_contained(page)
     shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
-    # both stories drawn at random, unscored and its reply, a pair with a criterion each, and the
-    # option
-    assert page.text.count(shown) == (2 + 1) + 1 + 2 * 3 + 1
+    # both stories drawn at random, unscored and its reply, a pair with a criterion each, which are
+    # also the stories of the opening that is followed, and the option
+    assert page.text.count(shown) == (2 + 1) + 1 + 2 * 3 + 2 * 3 + 1
     assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
 
 
@@ -268,7 +268,11 @@ def test_one_opening_is_followed_over_the_evaluations(tmp_path):
 
 def test_rewards_of_evaluations_have_standard_errors(tmp_path):
     evaluated_run(tmp_path, [[0.2, 0.4], [0.3, 0.7], [0.5, None]])
-    assert reward_errors(tmp_path) == {0: pytest.approx(0.1), 1: pytest.approx(0.2)}
+    assert reward_errors(tmp_path) == {
+        0: pytest.approx(0.1),
+        1: pytest.approx(0.2),
+        2: None,
+    }
 
 
 def test_the_page_says_what_to_run_next(tmp_path):
@@ -343,6 +347,19 @@ def test_pretraining(tmp_path):
     check_self_contained(page)
     assert "train 0.08" in page.text and "Training words100kTraining tokens130k" in page.text
     assert "bits per byte" not in page.text and "val 0.08" in page.text
+
+
+def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.metrics(step=1, words=1000, tokens=1300, loss=8.0)
+        for step in range(0, 1001, 100):
+            told = f"{EVIL} at step {step}."
+            log.evaluations([story(step, 0, story=told, scores=None, reward=None, reply=None)])
+    page = Page(write_report(tmp_path))
+    check_self_contained(page)
+    steps = [step for step in range(0, 1001, 100) if f"at step {step}." in page.text]
+    assert steps == [0, 100, 200, 400, 800, 1000]
+    assert "no score" not in page.text
 
 
 def test_what_the_teacher_took_is_summed(tmp_path):

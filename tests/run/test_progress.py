@@ -42,13 +42,13 @@ def test_a_bar_keeps_twenty_columns_and_drops_its_last_fields(monkeypatch):
         assert len(text) == columns
         assert text.count("█") >= step_log.BAR
         assert "100%" in text and "left" in text
-    assert "val=5.678" in str(words(monkeypatch, 200))
-    narrow = str(words(monkeypatch, 60))
-    assert "val" not in narrow and "tok/s" not in narrow
+    assert "val=5.678, 3.00k of 3.00k word" in str(words(monkeypatch, 200))
+    narrow = str(words(monkeypatch, 70))
+    assert "loss=5.123" in narrow and "tok/s" not in narrow
 
 
 def test_a_step_beyond_the_total_ends_a_bar_that_still_knows_its_total(monkeypatch):
-    text = str(words(monkeypatch, 100))
+    text = str(words(monkeypatch, 200))
     assert "pretraining: 100%" in text and "3.00k of 3.00k word" in text
 
     monkeypatch.setattr(step_log, "LINE_S", 0.0)

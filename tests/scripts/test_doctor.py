@@ -1,12 +1,17 @@
 """What the doctor says of this machine and of a teacher, and how it says that something is
 wrong."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from fault_server import KEY, FaultServer, closed_port, error
 
 from scripts import doctor
+from tinystory.ops import build
 
 
 def told(capsys, *argv: str) -> dict[str, str]:
@@ -19,8 +24,8 @@ def test_it_says_what_there_is(capsys):
     lines = told(capsys)
     assert list(lines) == [
         "python",
-        "torch",
         "packages",
+        "torch",
         "cpu",
         "compiler",
         "kernels",
@@ -34,18 +39,50 @@ def test_it_says_what_there_is(capsys):
     assert "GiB free" in lines["cache"]
 
 
+def test_its_first_lines_are_there_before_torch_is_imported():
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os._exit(7)  # what is not flushed is lost
+sys.meta_path.insert(0, Finder())
+from scripts import doctor
+doctor.main([])
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 7
+    assert process.stdout.startswith("python     3.")
+
+
+def test_a_calibration_begins_with_a_forecast(capsys):
+    score = lambda asked: "0 1 2" if "grammar" in asked else "A fox."  # noqa: E731
+    with FaultServer(other=score) as server:
+        doctor.main(["--teacher-url", server.url, "--calibrate", "--per-kind", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    (forecast,) = [line for line in lines if line.startswith("forecast")]
+    assert re.search(r"forecast +\d+ stories, .* about \d+ min of grading", forecast)
+    (judgement,) = [line for line in lines if line.startswith("judgement")]
+    (requests,) = [line for line in lines if line.startswith("requests")]
+    assert lines.index(requests) < lines.index(forecast) < lines.index(judgement)
+
+
+def test_the_built_in_teacher_is_announced_before_it_is_fitted(capsys):
+    doctor.main(["--calibrate", "--per-kind", "2"])
+    printed = capsys.readouterr().out
+    assert printed.index("\nfitting") < printed.index("\nforecast") < printed.index("\njudgement")
+
+
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
-    library = (
-        doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources())
-        / "tinystory_cpu.so"
-    )
+    library = build.library_folder("tinystory_cpu", build.cpu_sources()) / "tinystory_cpu.so"
     assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
     assert "damaged" in told(capsys)["kernels"]
-    library.with_name("built").write_text(doctor.build.file_hash(library))
+    library.with_name("built").write_text(build.file_hash(library))
     assert f"delete {library.parent}" in told(capsys)["kernels"]
     monkeypatch.setenv("TINYSTORY_KERNELS", "reference")
     assert "reference: plain PyTorch runs" in told(capsys)["kernels"]

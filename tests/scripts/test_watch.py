@@ -72,6 +72,15 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
     )
 
 
+def test_it_shows_the_stories_of_a_pretraining(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.metrics(step=100, words=1000, loss=6.0)
+        for step in (0, 100):
+            log.evaluations([story_record(step, story=f"story {step}", reply=None, reward=None)])
+    lines = watch.page(tmp_path, 80, running=False)
+    assert lines[-3:] == ["Step 0: Once story 0", "", "Step 100: Once story 100"]
+
+
 def test_a_narrow_terminal_and_an_endless_story_fit(run, capsys, monkeypatch):
     with RunLog(run, resume_step=12) as log:
         log.stories([story_record(12, 9, story="word " * 1_000_000)])

@@ -133,6 +133,64 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
     pretrain.main(["--resume", "--out", str(tmp_path / "whole")])  # nothing is left to read
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    stories = [read_lines(tmp_path / run / "evaluations.jsonl") for run in ("whole", "parts")]
+    assert stories[0] == stories[1]
+
+
+def test_pretraining_tells_a_story_before_its_first_step_and_at_each_validation(
+    place, tmp_path, capsys
+):
+    corpus = str(place / "corpus.txt")
+    run = tmp_path / "p"
+    pretrain.main(["--corpus", corpus, "--words", "2000", *SMALL, "--out", str(run)])
+    validated = [record["step"] for record in metrics(run) if record["val_loss"]]
+    stories = read_lines(run / "evaluations.jsonl")
+    assert [story["step"] for story in stories] == [0, *validated]
+    assert {story["opening"] for story in stories} == {pretrain.OPENING}
+
+    printed = capsys.readouterr().out
+    headings = [line for line in printed.splitlines() if line.startswith("--- step ")]
+    assert headings[0] == "--- step 0"
+    assert len(headings) == len(stories)
+    assert " ".join(pretrain.OPENING.split()) in " ".join(printed.split())
+    assert printed.index("--- step 0") < printed.index("report: ")
+    page = (run / "report.html").read_text()
+    assert page.count(f"<em>{pretrain.OPENING}</em>") > 1
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_the_stories_of_pretraining_change_no_bit_of_it(place, tmp_path, monkeypatch, dropout):
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "2000", "--dropout", dropout, *SMALL]
+    draws = []
+    tell_story = pretrain.tell_story
+
+    def told(run):
+        before = torch.get_rng_state()
+        tell_story(run)
+        draws.append(torch.equal(before, torch.get_rng_state()))
+
+    monkeypatch.setattr(pretrain, "tell_story", told)
+    pretrain.main([*argv, "--out", str(tmp_path / "told")])
+    monkeypatch.setattr(pretrain, "tell_story", lambda run: None)
+    pretrain.main([*argv, "--out", str(tmp_path / "silent")])
+    assert len(draws) > 1 and all(draws)
+    assert not (tmp_path / "silent" / "evaluations.jsonl").exists()
+    assert_same_run(tmp_path / "told", tmp_path / "silent")
+
+
+def test_only_one_process_tells_the_story(place, tmp_path, monkeypatch, capsys):
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "500", *SMALL]
+    tell_story = pretrain.tell_story
+
+    def told_elsewhere(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain.distributed, "is_rank0", lambda: False)
+            tell_story(run)
+
+    monkeypatch.setattr(pretrain, "tell_story", told_elsewhere)
+    pretrain.main([*argv, "--out", str(tmp_path / "p")])
+    assert "--- step" not in capsys.readouterr().out
+    assert not (tmp_path / "p" / "evaluations.jsonl").exists()
 
 
 def assert_same_run(a: Path, b: Path) -> None:

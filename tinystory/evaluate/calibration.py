@@ -135,6 +135,9 @@ def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     if not needed or human:
         return {}
     known = known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS)
+    forecast = grader.forecast(len(known), known[0].opening)
+    if forecast:
+        print(f"calibration: {forecast}", flush=True)
     result = calibrate(of_grader(grader), known)
     print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")
     require(result, config.require_judgement)

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ import filelock
 import ninja
 import pybind11
 import torch
+from tqdm import tqdm
 
 from tinystory import __version__
 from tinystory.ops import fake
@@ -49,6 +51,7 @@ FLAGS = [
 ]
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
+MINUTES = "about a minute, or a few on a busy machine"
 OLD = ".old"  # suffix of folders that are to be removed
 # it warns of nvcc without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -88,21 +91,51 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 
 
 def compiled_aloud(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
-    """`compiled` in an empty folder, with one line on stderr."""
+    """`compiled` in an empty folder, with a line on stderr before and after, and a bar on a
+    terminal."""
     target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-    reason = f"({len(sources)} files, once)"
+    reason = f"{len(sources)} files, once"
     if (folder / "built").exists():
         reason = "again, since they are damaged"
-    print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
+    say(f"compiling the {target} ({reason}): {MINUTES} ...")
     renew(folder)
     started = time.monotonic()
     outcome = "failed"
     try:
-        module = compiled(name, sources, folder, gpus)
-        outcome = f"{time.monotonic() - started:.0f} s"
+        with objects_bar(folder, len(sources)):
+            module = compiled(name, sources, folder, gpus)
+        outcome = f"took {time.monotonic() - started:.0f} s"
         return module
     finally:
-        print(outcome, file=sys.stderr)
+        say(f"compiling {outcome}")
+
+
+def say(sentence: str) -> None:
+    """Print a line on stderr, above any bar."""
+    tqdm.write(f"tinystory: {sentence}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def objects_bar(folder: Path, count: int) -> Iterator[None]:
+    """A bar of the files that are compiled, on a terminal: torch returns when all are."""
+    bar = tqdm(total=count, desc="compiling", unit="file", leave=False, disable=None)
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.5):
+            bar.n = len(list(folder.glob("*.o")))
+            bar.refresh()
+
+    watcher = threading.Thread(target=watch)
+    if not bar.disable:
+        watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        if not bar.disable:
+            watcher.join()
+        bar.close()
 
 
 def compiler_messages(output: str) -> str:
@@ -222,8 +255,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            waiting = "waiting for another process that compiles the kernels"
-            print(f"tinystory: {waiting}", file=sys.stderr)
+            say(f"waiting for another process that compiles the kernels: {MINUTES}")
             held = lock.acquire()
     except OSError as error:
         problem = f"{folder} cannot be written or locked ({error.strerror})"

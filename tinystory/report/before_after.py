@@ -3,6 +3,7 @@ report, model card."""
 
 import math
 import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
@@ -12,7 +13,7 @@ from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
-from tinystory.run.terminal import aligned
+from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import highest_score
 
@@ -82,8 +83,9 @@ class BeforeAfter:
                 shown.append(place)
         return rule, [pairs[place] for place in shown]
 
-    def table(self) -> list[list[str]]:
-        """A header, and a row of means per group of stories."""
+    def table(self, coloured: bool = False) -> list[list[str]]:
+        """A header, and a row per group of stories: means, those of reward and score with their
+        standard errors. coloured: for a terminal, whether these two rose or fell."""
         before_means = group_means(self.before)
         after_means = group_means(self.after)
         header = [f"{len(self.before)} stories to held-out openings"]
@@ -93,9 +95,15 @@ class BeforeAfter:
             after = after_means.get(key)
             if before is None and after is None:
                 continue
+            if key == "score_mean":
+                title = f"score of {highest(self.before + self.after)}"
             header.append(title)
-            before_row.append(number(before))
-            after_row.append(number(after))
+            before_row.append(number(before) + error_of(key, self.before))
+            cell = number(after) + error_of(key, self.after)
+            is_compared = key in COMPARED and before is not None and after is not None
+            if coloured and is_compared and after != before:
+                cell = colour(cell, "better" if after > before else "worse")
+            after_row.append(cell)
         return [header, before_row, after_row]
 
     def tellers(self) -> str:
@@ -130,6 +138,8 @@ class BeforeAfter:
         for an unfinished run."""
         if self.best is None:
             return ""
+        if self.best > 0 and reward_mean(self.after) is None:
+            return f"checkpoints/best is the last student, {self.names[1]}: its evaluations have no rewards."
         if self.best > 0:
             return (
                 f"checkpoints/best is the student {self.names[1]}: its evaluation is the latest "
@@ -166,17 +176,31 @@ def best_step(run: Path) -> int | None:
     return None
 
 
-def reward_errors(run: Path) -> dict[int, float]:
-    """Standard errors of the mean reward of each evaluation, by step; none for a single story."""
-    rewards: dict[int, list[float]] = {}
+def reward_errors(run: Path) -> dict[int, float | None]:
+    """Standard errors of the mean reward of each evaluation, by step."""
+    rewards: dict[int, list[float | None]] = {}
     for record in read_records(run / EVALUATIONS):
-        if record["reward"] is not None:
-            rewards.setdefault(record["step"], []).append(record["reward"])
-    return {
-        step: stdev(values) / math.sqrt(len(values))
-        for step, values in rewards.items()
-        if len(values) > 1
-    }
+        rewards.setdefault(record["step"], []).append(record["reward"])
+    return {step: standard_error(values) for step, values in rewards.items()}
+
+
+def standard_error(values: Sequence[float | None]) -> float | None:
+    """Of the mean of the values that are not None; None for fewer than two."""
+    known = [value for value in values if value is not None]
+    return stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+
+
+def error_of(key: str, records: Sequence[Record]) -> str:
+    """A column's standard error, written behind its mean; "" for columns without."""
+    if key not in COMPARED:
+        return ""
+    error = standard_error([COMPARED[key](record) for record in records])
+    return "" if error is None else f" ± {error:.2g}"
+
+
+def highest(records: Sequence[Record]) -> int:
+    """The highest score that these stories' graders give."""
+    return max(highest_score(record["scores"] or {}) for record in records)
 
 
 def followed(run: Path) -> list[Record]:
@@ -207,6 +231,13 @@ def shown_score(record: Record) -> float | None:
     return float(sum(scores.values())) if scores else None
 
 
+# The columns that are compared: their value for a story.
+COMPARED: dict[str, Callable[[Record], float | None]] = {
+    "reward": lambda record: record["reward"],
+    "score_mean": shown_score,
+}
+
+
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
     """metrics.jsonl's records, after one of step 0 with the means of the evaluation before
     training, if there is one."""
@@ -228,16 +259,17 @@ def summary(run: Path) -> str:
     lines = [rule]
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
-            lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
+            lines += ["", f"{name}, {grade_line(record)}:"]
+            lines.append(story_text(record["opening"], record["story"]))
     lines.append("")
-    lines += aligned(comparison.table())
+    lines += aligned(comparison.table(coloured=True))
     lines += [comparison.tellers(), comparison.conclusion()]
     held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
     lines += [
         f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
-        textwrap.fill(comparison.best_student(), 100),
+        comparison.best_student(),
     ]
-    return "\n".join(lines)
+    return wrapped("\n".join(lines))
 
 
 def grade_line(record: Record) -> str:

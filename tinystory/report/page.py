@@ -115,11 +115,14 @@ def story_card(record: Record, title: str) -> str:
 
 def story_notes(record: Record) -> list[str]:
     """What is known of a story besides its text, as HTML."""
-    reply = record["reply"]
-    notes = [clip(grade_line(record)), f"{number(record['words'])} words"]
+    reply = record.get("reply")
+    notes = []
+    if "reward" in record:
+        notes.append(clip(grade_line(record)))
+    notes.append(f"{number(record['words'])} words")
     if record["ended"] == "length":
         notes.append("cut off at the length limit")
-    if record["reward"] is None and reply:
+    if reply and record.get("reward") is None:
         notes.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
     return notes
 

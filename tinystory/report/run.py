@@ -27,7 +27,7 @@ from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
-from tinystory.run.records import Record, read_metrics, read_stories
+from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records, read_stories
 from tinystory.run.text import printable
 from tinystory.run.trust import MARK
 from tinystory.teacher.prompt import TOP
@@ -122,7 +122,7 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     elif is_interaction(metrics):
         sections += interaction(folder, metrics, config)
     else:
-        sections += pretraining(metrics)
+        sections += pretraining(folder, metrics)
     if config:
         rest = [(name, value) for name, value in config.items() if name not in ("options", MARK)]
         facts = page.facts([*config["options"].items(), *rest])
@@ -280,7 +280,7 @@ def first_screen(
     metrics: list[Record],
     curves: list[Record],
     comparison: BeforeAfter | None,
-    errors: Mapping[int, float],
+    errors: Mapping[int, float | None],
 ) -> str:
     """errors: the standard error of each evaluation's reward, by step."""
     training = curve(metrics, "reward_mean", "plain", name="training")
@@ -369,7 +369,7 @@ def drawn(stories: Iterable[Record]) -> list[Record]:
 # ---- a pretraining run ---------------------------------------------------------------------------
 
 
-def pretraining(metrics: list[Record]) -> list[str]:
+def pretraining(folder: Path, metrics: list[Record]) -> list[str]:
     losses = [
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val"),
@@ -377,10 +377,32 @@ def pretraining(metrics: list[Record]) -> list[str]:
     figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
+    stories = spread(read_records(folder / EVALUATIONS))
+    newest = cards(stories[-1:])
     return [
-        block("hero", f"<div>{figure}</div><div>{page.facts(rows)}</div>"),
+        block("hero", f"<div>{figure}</div><div>{newest}{page.facts(rows)}</div>"),
+        section(
+            "How it learned to tell the story",
+            "At every validation the student continues the same opening, from the same random "
+            "numbers. Each of these is from at least twice the step of the one before.",
+            cards(stories[:-1]),
+        ),
         section("Training", "", grid(drawings)),
     ]
+
+
+def spread(stories: Iterable[Record]) -> list[Record]:
+    """The first story, each at twice the step of the one before or later, and the last; without
+    their rewards, since nothing scores them."""
+    shown: list[Record] = []
+    last: list[Record] = []
+    for story in stories:
+        del story["reward"]
+        last = [story]
+        if not shown or story["step"] >= 2 * shown[-1]["step"]:
+            shown.append(story)
+            last = []
+    return shown + last
 
 
 # ---- columns of the metrics ----------------------------------------------------------------------

@@ -37,9 +37,10 @@ class Progress(tqdm):  # type: ignore[misc]
             return str(super().__str__())
         facts = self.format_dict
         columns = facts["ncols"] or WIDEST
-        fields = ["{remaining} left", "{n_fmt} of {total_fmt} {unit}"]
+        fields = ["{remaining} left"]
         if self.postfix:
             fields += self.postfix.split(", ")
+        fields.append("{n_fmt} of {total_fmt} {unit}")
         while True:
             beside = f"| {', '.join(fields)}"
             unlimited = facts | {"ncols": None, "bar_format": f"{{l_bar}}{beside}"}

@@ -26,12 +26,19 @@ def colour(text: str, name: str) -> str:
     return f"\033[{COLOURS[name]}m{text}\033[0m"
 
 
+def wrapped(text: str) -> str:
+    """`text` with its lines wrapped to the width."""
+    lines = []
+    for line in text.split("\n"):
+        fits = visible(line) <= width()
+        lines.append(line if fits else textwrap.fill(line, width()))
+    return "\n".join(lines)
+
+
 def story_text(opening: str, story: str) -> str:
-    """An opening and its story as printable text, wrapped to the width; the opening has its
-    colour. Paragraphs stay apart."""
+    """An opening and its story as printable text, wrapped; the opening has its colour."""
     opening = printable(opening)
-    paragraphs = printable(f"{opening} {story}").split("\n")
-    text = "\n".join(textwrap.fill(paragraph, width()) for paragraph in paragraphs)
+    text = wrapped(printable(f"{opening} {story}"))
     # Wrapping moves white space alone.
     characters = len("".join(opening.split()))
     beginning = re.match(rf"(\s*\S){{{characters}}}", text)
@@ -50,11 +57,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     names, *others = columns
     lines: list[str] = []
     block = names
-    for cells in others:
-        wider = beside(block, cells)
+    for column in others:
+        wider = beside(block, column)
         if visible(wider[0]) > width() and block is not names:
             lines += [*block, ""]
-            wider = beside(names, cells)
+            wider = beside(names, column)
         block = wider
     return [line.rstrip() for line in lines + block]
 
