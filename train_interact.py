@@ -37,7 +37,6 @@ from tinystory.rl import learners, ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
-from tinystory.rl.replay import CorpusReplay, Texts
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
 from tinystory.rubric.process import builtin_teacher
@@ -84,7 +83,6 @@ class InteractionRun:
     policy: Policy
     state: RunState
     openings: Openings
-    replay: CorpusReplay
     grader: Grader
     budget: Budget
     log: RunLog
@@ -103,8 +101,7 @@ def interact(run: InteractionRun) -> None:
         if due(config, state.step):
             evaluate_at_rest(run)
         while state.step < config.steps and not stopped(run):
-            texts = run.replay.batches(state.step)
-            if budget_exhausted(run, texts):
+            if budget_exhausted(run):
                 break
 
             stages.begin("rollout")
@@ -129,11 +126,8 @@ def interact(run: InteractionRun) -> None:
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # as in a run never stopped
-            statistics = ppo.step(
-                policy, batch, reference, rewards, state.kl_coef, state.step, texts
-            )
+            statistics = ppo.step(policy, batch, reference, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
-            texts = ()  # so that the next step's are not held beside them
             stages.begin("")
 
             words_before = state.words_in
@@ -167,8 +161,8 @@ def stopped(run: InteractionRun) -> bool:
     return bool(distributed.all_reduce_max(run.stop.requested))
 
 
-def budget_exhausted(run: InteractionRun, texts: Texts) -> bool:
-    limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state, texts))
+def budget_exhausted(run: InteractionRun) -> bool:
+    limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state))
     if limit:
         run.bar.write(f"{limit} does not hold another step")
     return bool(limit)
@@ -228,7 +222,7 @@ def count_step(
     state = run.state
     opening_words = run.budget.opening_words(state)
     reply_words = sum(grade.reply_words for grade in grades)
-    state.spend(stories, opening_words + reply_words + int(statistics["words_replayed"]))
+    state.spend(stories, opening_words + reply_words)
     state.step += 1
     state.written += len(stories)
     with_reward = len(stories) - int(statistics["unscored"])
@@ -332,7 +326,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         print_rest_of_pretraining(start, policy.history)
 
     openings = open_openings(config, policy)
-    replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)
     milestones = words_of_milestones(config, policy.history)
     with contextlib.ExitStack() as stack:
         grader = open_grader_on_rank0(stack, config, policy, reference, openings)
@@ -341,9 +334,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, scorer.most_words, scorer.affords)
-        distributed.rank0_value(
-            lambda: budget.require_first_step(state, replay.batches(state.step))
-        )
+        distributed.rank0_value(lambda: budget.require_first_step(state))
 
         resume_step = state.step if config.resume else None
         log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
@@ -372,7 +363,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             policy=policy,
             state=state,
             openings=openings,
-            replay=replay,
             grader=grader,
             budget=budget,
             log=log,
@@ -439,8 +429,7 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
     not allow."""
     if config.preset not in babylm.TRACKS:
         return INTERACTION_CHECKPOINTS
-    replayed = config.budget_words if config.replay_weight else 0
-    babylm.check_interaction(config.preset, history, config.budget_words, replayed)
+    babylm.check_interaction(config.preset, history, config.budget_words)
     return babylm.milestones_beyond(history)
 
 

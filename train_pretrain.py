@@ -240,9 +240,6 @@ def save(run: PretrainingRun, name: str) -> None:
         "tokens": state.tokens,
         "corpus": config.corpus,
         "corpus_words": run.data.train.word_count,
-        # These identify the held-out documents, for --replay-weight.
-        "corpus_seed": config.seed,
-        "val_fraction": config.val_fraction,
     }
     tensors = checkpoint.pack_optimizer(run.optimizer)
     hf.require_finite(state.step, run.student, tensors, TOO_LARGE)

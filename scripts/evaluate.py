@@ -1,4 +1,4 @@
-"""Measure checkpoints and stories by anybody: bits per byte, the teacher's score, diversity, copying.
+"""Measure checkpoints and stories by anybody: bits per byte, the teacher's score, diversity.
 
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin
     python scripts/evaluate.py --stories 200 gpt4.jsonl people.jsonl    stories, side by side
@@ -55,7 +55,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--corpus",
         nargs="+",
         metavar="NAME|FILE",
-        help="text for bits per byte, copying and the built-in teacher",
+        help="text for bits per byte, and for the built-in teacher",
     )
     add_number(
         parser,
@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> None:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
             if count:
                 stories = samples_of(folder, count, openings, options)
-                record["stories"] = story_measures(stories, grader=grader, corpus=corpus)
+                record["stories"] = story_measures(stories, grader=grader)
             records.append(record)
         for name, stories in files.items():
-            measures = story_measures(stories, grader=grader, corpus=corpus)
+            measures = story_measures(stories, grader=grader)
             records.append({"name": name, "words": None, "stories": measures})
     for line in aligned(comparison(records, ROWS)):
         print(line)

@@ -7,7 +7,6 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 import argparse
 import dataclasses
 import importlib.util
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,13 +277,6 @@ class InteractConfig:
     kl_horizon: float = option(
         2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]"
     )
-    replay_weight: float = option(
-        0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]"
-    )
-    replay_batch: int = option(
-        32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]"
-    )
-
     eval_every: int = option(
         1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation"
     )
@@ -296,11 +288,6 @@ class InteractConfig:
     eval_graded: bool = option(
         True, "have the teacher grade evaluations; without their grades, `best` is the last student"
     )
-
-    @property
-    def updates_per_step(self) -> int:
-        minibatch_size = self.minibatch_size or self.stories_per_step
-        return self.epochs * math.ceil(self.stories_per_step / minibatch_size)
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
@@ -550,10 +537,6 @@ def _check_learning(config: InteractConfig) -> None:
         raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
             f"{config.stories_per_step}, or one step could make the KL coefficient negative"
-        )
-    if config.replay_batch != InteractConfig.replay_batch and not config.replay_weight:
-        raise UserError(
-            "--replay-batch is read with --replay-weight only: give that too, or leave it out"
         )
     if not config.grades:
         return

@@ -209,12 +209,8 @@ def rollout(name: str, s: Shape, rows: int, new: int, head: bool) -> Work:
 def learning(name: str, s: Shape, config: InteractConfig) -> Work:
     """The reference's pass, advantages, then epochs of forward and backward passes; token_logprob
     computes logits again to go back."""
-    rows, new, epochs, updates = (
-        config.stories_per_step,
-        config.max_new_tokens,
-        config.epochs,
-        config.updates_per_step,
-    )
+    rows, new, epochs = config.stories_per_step, config.max_new_tokens, config.epochs
+    updates = epochs * -(-rows // (config.minibatch_size or rows))
     tokens, written, parts = (
         rows * (s.prompt + new),
         rows * new,

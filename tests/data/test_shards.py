@@ -127,7 +127,7 @@ def test_the_second_time_opens_what_is_there(cache):
     assert np.array_equal(again.train.tokens, first.train.tokens)
 
 
-def test_anything_that_matters_gives_another_folder(cache, tokenizer):
+def test_anything_that_matters_gives_another_folder(cache):
     def path(documents=STORIES, **changes):
         return prepare(corpus_of(documents), **{"vocab_size": 600, **changes}).path
 
@@ -137,16 +137,8 @@ def test_anything_that_matters_gives_another_folder(cache, tokenizer):
         path(vocab_size=500),
         path(seed=1),
         path(val_fraction=0.2),
-        path(tokenizer=tokenizer),
     ]
     assert len(set(paths)) == len(paths)
-    assert path(tokenizer=tokenizer, vocab_size=0) == path(tokenizer=tokenizer)
-
-
-def test_a_given_tokenizer_is_used(cache, tokenizer):
-    data = prepare(corpus_of(["Another text.", "And one more."]), vocab_size=0, tokenizer=tokenizer)
-    assert data.tokenizer.json == tokenizer.json
-    assert data.train.tokens.tolist() == [*tokenizer.encode("Another text."), tokenizer.eos]
 
 
 def test_bytes_of_the_folder_do_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
@@ -176,35 +168,25 @@ def test_a_large_vocabulary_takes_four_bytes(cache):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
-def test_a_few_documents_still_fill_both_splits(cache, tokenizer, count, seed, fraction):
+def test_a_few_documents_still_fill_both_splits(cache, count, seed, fraction):
     documents = [f"Story number {i}." for i in range(count)]
-    options = {"vocab_size": 0, "tokenizer": tokenizer}
-    data = prepare(corpus_of(documents), val_fraction=fraction, seed=seed, **options)
+    data = prepare(corpus_of(documents), vocab_size=300, val_fraction=fraction, seed=seed)
     assert len(data.train.offsets) + len(data.val.offsets) == count + 2
     assert min(len(data.train), len(data.val)) > 0
 
 
-def test_growing_the_corpus_moves_no_document_to_the_other_split(cache, tokenizer):
+def test_growing_the_corpus_moves_no_document_to_the_other_split(cache):
     def validation(count):
         corpus = corpus_of([f"Story {i}." for i in range(count)])
-        data = prepare(corpus, vocab_size=0, tokenizer=tokenizer)
+        data = prepare(corpus, vocab_size=300)
         return data.tokenizer.decode(data.val.tokens)
 
     assert validation(400).startswith(validation(200))
 
 
-def test_no_validation_when_none_is_wanted(cache, tokenizer):
-    data = prepare(corpus_of(["One story."]), vocab_size=0, tokenizer=tokenizer, val_fraction=0)
-    assert (len(data.val), data.val.word_count, data.val.offsets.tolist()) == (0, 0, [0])
-    assert data.train.word_count == 2
-
-
-def test_a_single_document_can_not_be_split(cache, tokenizer):
-    for vocabulary in (tokenizer, None):
-        with pytest.raises(
-            UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"
-        ):
-            prepare(corpus_of(["One story."]), vocab_size=300, tokenizer=vocabulary)
+def test_a_single_document_can_not_be_split(cache):
+    with pytest.raises(UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"):
+        prepare(corpus_of(["One story."]), vocab_size=300)
     assert list(cache.iterdir()) == []
 
 

@@ -1,24 +1,20 @@
-"""Statistics of stories: n-grams, story clusters, scores, what is copied; and files of stories by
-anybody."""
+"""Statistics of stories: n-grams, story clusters, scores; and files of stories by anybody."""
 
 import json
 import sys
 from collections import Counter
 
 import pytest
-from conftest import tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from tinystory.data.corpus import open_corpus
 from tinystory.evaluate.stories import (
     Sample,
     best_of_n,
     cluster_ids,
     cluster_sizes,
     distinct_ngrams,
-    longest_shared,
     read_samples,
     story_measures,
     write_stories,
@@ -62,24 +58,7 @@ def test_a_story_joins_the_first_founder_that_it_is_near(texts):
     assert cluster_sizes(texts) == sorted(Counter(ids).values(), reverse=True)
 
 
-def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
-    (tmp_path / "a.txt").write_text("One two three four five.\n\nSix seven two three.")
-    corpus = open_corpus([str(tmp_path / "a.txt")])
-    texts = [
-        "so two three four again",
-        "five. Six",
-        "nothing",
-        "",
-        "Six seven two three. four",
-        "three three two three",
-    ]
-    assert longest_shared(texts, corpus) == [3, 1, 0, 0, 4, 2]
-
-
 def test_story_measures(student, tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
-    corpus = open_corpus([str(tmp_path / "a.txt")])
-
     class Scorer(Grader):
         def grades(self, questions, stop=None):
             counts = Counter()
@@ -96,20 +75,16 @@ def test_story_measures(student, tokenizer, tmp_path):
     )
     stories = write_stories(student, tokenizer, **sampling)
     assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
-    measures = story_measures(stories, grader=Scorer({}), corpus=corpus)
+    measures = story_measures(stories, grader=Scorer({}))
     assert measures["stories"] == 9 and measures["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
     assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures[
         "coherence_mean"
     ] == pytest.approx(4 / 7)
     assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
-    assert 0 <= measures["copied_share"] <= 1 and 0 <= measures["ended_eos_share"] <= 1
+    assert 0 <= measures["ended_eos_share"] <= 1
     plain = story_measures(stories)
-    assert (
-        all(plain[name] == measures[name] for name in plain)
-        and "score_mean" not in plain
-        and "copied_share" not in plain
-    )
+    assert all(plain[name] == measures[name] for name in plain) and "score_mean" not in plain
     assert write_stories(student, tokenizer, **sampling | {"seed": 4}) != stories
 
     class Weighted(Grader):

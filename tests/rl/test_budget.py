@@ -20,18 +20,18 @@ def budget(affordable=10**6, **options) -> Budget:
 )
 def test_as_many_evaluations_count_for_the_cost_as_for_the_words(limit, flag):
     # a step of 6, and evaluations of 4 before and after it
-    budget(**limit).require_first_step(RunState(0.1), [])
+    budget(**limit).require_first_step(RunState(0.1))
     less = {name: value - 1 for name, value in limit.items()}
     with pytest.raises(UserError, match=flag):
-        budget(**less).require_first_step(RunState(0.1), [])
+        budget(**less).require_first_step(RunState(0.1))
     # a later step has one evaluation after it
-    assert budget(**less).exhausted(RunState(0.1), []) == ""
+    assert budget(**less).exhausted(RunState(0.1)) == ""
 
 
 def test_openings_and_the_longest_replies_count_as_words_in():
     state = RunState(0.1, words_in=100)
-    assert budget(budget_words=100 + 4 + 3 * 10).exhausted(state, []) == ""
-    assert "the word budget" in budget(budget_words=100 + 4 + 3 * 10 - 1).exhausted(state, [])
+    assert budget(budget_words=100 + 4 + 3 * 10).exhausted(state) == ""
+    assert "the word budget" in budget(budget_words=100 + 4 + 3 * 10 - 1).exhausted(state)
 
 
 def test_a_milestone_is_passed_once():

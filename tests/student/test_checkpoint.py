@@ -68,10 +68,7 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer
 @pytest.mark.parametrize(
     "name, key, value",
     [
-        *(
-            ("model", "history", value)
-            for value in ([1], None, {"words": "x"}, {"corpus": [1]}, {"val_fraction": 7.0})
-        ),
+        *(("model", "history", value) for value in ([1], None, {"words": "x"}, {"corpus": [1]})),
         *(("trainer", "words", "9"), ("trainer", "more", 1)),
     ],
 )

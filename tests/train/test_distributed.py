@@ -88,10 +88,6 @@ def test_two_processes_do_what_one_does(place, tmp_path):
         "float32",
         "--kl-in",
         "loss",
-        "--replay-weight",
-        "0.5",
-        "--replay-batch",
-        "3",
     ]
 
     def both(name: str) -> list[str]:

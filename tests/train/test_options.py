@@ -84,7 +84,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
 --grades 7|--grades 1537|--stories-per-step 8 --grades 9
---reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--replay-batch 5
+--reward random --stories-per-opening 4 --teacher-mode rank|--track neptune
 --sharpness-rate 100|--kl-horizon 1e-300|--kl-horizon 100"""
 
 
@@ -315,7 +315,6 @@ def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(
     for flags in (
         "--stories-per-step 1e9 --kl-horizon 1e9",
         "--eval-stories 1e9",
-        "--replay-weight 0.1 --replay-batch 1e9",
     ):
         assert "GB of memory" in fails(interact.main, [*init, *flags.split()], capsys)
     assert not list(tmp_path.iterdir())

@@ -135,9 +135,6 @@ def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
         babylm.check_pretraining(track, 100 * unit + 1, 1)
     with pytest.raises(UserError, match=f"--words {900 * unit} or fewer"):
         babylm.check_interaction(track, history | dict(words=900 * unit + 1), 1)
-    # reading on is a part of ten epochs
-    with pytest.raises(UserError, match=f"--words {900 * unit - 10} or fewer"):
-        babylm.check_interaction(track, history, 10, reads=10)
     # the last step, of up to a word per token, must fit
     with pytest.raises(UserError, match="--words 999 or fewer"):
         babylm.check_pretraining(track, 100, 1000, last_step=1)

@@ -36,17 +36,16 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
     )
 
 
-def check_interaction(track: str, history: dict[str, Any], words_in: int, reads: int = 0) -> None:
+def check_interaction(track: str, history: dict[str, Any], words_in: int) -> None:
     """Raises UserError unless the track allows a student with this `history` (see
-    `checkpoint.save`) to take in `words_in` more words, at most `reads` of them from its corpus.
-    What it writes is not limited in 2026."""
+    `checkpoint.save`) to take in `words_in` more words. What it writes is not limited in 2026."""
     if "corpus_words" not in history:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which "
             f"this checkpoint does not say: start from one that train_pretrain.py --preset {track} "
             "wrote"
         )
-    check_pretraining(track, history["corpus_words"], history.get("words", 0), reads)
+    check_pretraining(track, history["corpus_words"], history.get("words", 0))
     words_seen = history["corpus_words"] + history.get("interaction_words_in", 0)
     left = max(TRACKS[track] - words_seen, 0)
     if words_in > left:

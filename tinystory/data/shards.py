@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -76,21 +75,14 @@ def prepare(
     vocab_size: int,
     val_fraction: float = 0.05,
     seed: int = 0,
-    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """The tokenized corpus, from cache_dir()/shards or built there. About `val_fraction` of the
-    documents are held out for validation: at least one unless it is 0, never the first, chosen by
-    `seed` and index alone. Without a `tokenizer`, one of up to `vocab_size` tokens is trained on
-    the training split. Several processes may build at once. Raises UserError for a damaged or
-    unwritable cache, and for a single document."""
+    documents are held out for validation: at least one, never the first, chosen by `seed` and index
+    alone. The tokenizer, of up to `vocab_size` tokens, is trained on the training split. Several
+    processes may build at once. Raises UserError for a damaged or unwritable cache, and for a
+    single document."""
     root = cache_dir() / "shards"
-    key = [
-        FORMAT,
-        corpus.fingerprint(),
-        tokenizer.fingerprint() if tokenizer else vocab_size,
-        val_fraction,
-        seed,
-    ]
+    key = [FORMAT, corpus.fingerprint(), vocab_size, val_fraction, seed]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     if not path.exists():
         try:
@@ -98,7 +90,7 @@ def prepare(
             with tempfile.TemporaryDirectory(prefix=f"{path.name}.building-", dir=root) as building:
                 whole = Path(building) / "whole"
                 whole.mkdir()
-                _build(whole, corpus, vocab_size, val_fraction, seed, tokenizer)
+                _build(whole, corpus, vocab_size, val_fraction, seed)
                 if not path.exists():
                     os.rename(whole, path)
         except OSError as error:
@@ -109,14 +101,7 @@ def prepare(
     return _open(path)
 
 
-def _build(
-    folder: Path,
-    corpus: Corpus,
-    vocab_size: int,
-    val_fraction: float,
-    seed: int,
-    tokenizer: Tokenizer | None,
-) -> None:
+def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int) -> None:
     """Write a folder of shards in two passes over the corpus: train the tokenizer and measure, then
     encode."""
     count = 0
@@ -134,18 +119,13 @@ def _build(
                 yield document
 
     reading = tqdm(training_documents(), desc="reading", unit=" documents", disable=None)
-    if tokenizer is None:
-        tokenizer = Tokenizer.train(reading, vocab_size)
-    else:
-        deque(reading, maxlen=0)
-    threshold = 0.0
-    if val_fraction:
-        if count < 2:
-            raise UserError(
-                "the corpus is a single document, where one is needed to train on and one for validation: separate its "
-                f"stories by blank lines or {MARKER}"
-            )
-        threshold = max(val_fraction, smallest)  # at least the smallest draw: one document
+    tokenizer = Tokenizer.train(reading, vocab_size)
+    if count < 2:
+        raise UserError(
+            "the corpus is a single document, where one is needed to train on and one for validation: separate its "
+            f"stories by blank lines or {MARKER}"
+        )
+    threshold = max(val_fraction, smallest)  # at least the smallest draw: one document
     tokenizer.save(folder / "tokenizer.json")
 
     writers = {name: _Writer(folder, name, tokenizer) for name in SPLITS}

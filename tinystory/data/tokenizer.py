@@ -3,7 +3,6 @@ give the same ids: `tokenizers` applies the learned merges in order, `tiktoken` 
 neighbours whose union has the lowest rank. For ranks from BPE training these agree: bytes merge
 alike everywhere, so only a token's own merge can produce it."""
 
-import hashlib
 import json
 import os
 import sys
@@ -98,9 +97,6 @@ class Tokenizer:
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
                 "train_pretrain.py wrote, or GPT-2's or one made like it"
             ) from None
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode_ordinary(text)

@@ -1,7 +1,6 @@
-"""Stories by a student, another model or humans, and their measures: scores, diversity, copying,
-length and endings."""
+"""Stories by a student, another model or humans, and their measures: scores, diversity, length
+and endings."""
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.rl.reward import phrases
@@ -89,16 +87,14 @@ def write_stories(
     return [Sample(story.opening, story.text, story.ended) for story in stories]
 
 
-def story_measures(
-    stories: Sequence[Sample], *, grader: Grader | None = None, corpus: Corpus | None = None
-) -> dict[str, Any]:
+def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -> dict[str, Any]:
     """Measures of stories, with 95 % intervals bootstrapped over stories.
 
     length_mean is in words, distinct_4 over all stories. story_clusters_10 is the number of
     clusters among the first ten stories to an opening, averaged over openings that have ten
     (NoveltyBench's distinct, with shared phrases instead of its classifier). ended_eos_share, with
     Wilson's interval, needs `ended` of every story. `grader` adds `score_means`, score_ci and
-    unscored. `corpus` adds copied_share: longest phrase shared with it over words."""
+    unscored."""
     texts = [story.text for story in stories]
     by_opening: dict[str, list[str]] = {}
     for story in stories:
@@ -125,9 +121,6 @@ def story_measures(
         measures |= score_means(grades)
         measures["score_ci"] = mean_ci(np.array(shown)) if shown else None
         measures["unscored"] = sum(grade.score is None for grade in grades)
-    if corpus:
-        shared = np.array(longest_shared(texts, corpus))
-        measures["copied_share"] = fmean(shared / lengths.clip(min=1))
     return measures
 
 
@@ -178,70 +171,3 @@ def best_of_n(values: Sequence[Any], count: int) -> list[int]:
         group = range(first, len(values), count)
         best.append(max(group, key=lambda i: (values[i] is not None, values[i])))
     return best
-
-
-# ---- copying -------------------------------------------------------------------------------------
-
-
-def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
-    """Per text, the length in words of its longest phrase that also occurs in a document of the
-    corpus. Words are separated by whitespace; phrases are compared by 64-bit hashes of their
-    words."""
-    vocabulary, corpus_words = _words(corpus)
-    rows = []
-    owners = []
-    for i, text in enumerate(texts):
-        ids = [vocabulary.get(word, 0) for word in text.split()]
-        rows.append(np.array([*ids, 0]))
-        owners.append(np.full(len(ids) + 1, i))
-    words = np.concatenate(rows)
-    owner = np.concatenate(owners)
-    keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 1, dtype=np.uint64)
-
-    # Where phrases of `length` words begin, and their hashes.
-    length = 1
-    starts = np.flatnonzero(words)
-    corpus_starts = np.flatnonzero(corpus_words)
-    hashes = keys[words[starts]]
-    corpus_hashes = keys[corpus_words[corpus_starts]]
-    longest = np.zeros(len(texts), dtype=int)
-    while len(starts):
-        # A phrase can only grow where a shorter one matched, so few positions in the corpus remain
-        # soon. They are filtered by 22 bits of their hashes: false positives do no harm, and
-        # sorting the whole corpus takes seconds.
-        sieve = np.zeros(2**22, dtype=bool)
-        sieve[hashes >> np.uint64(42)] = True
-        candidates = sieve[corpus_hashes >> np.uint64(42)]
-        corpus_starts = corpus_starts[candidates]
-        corpus_hashes = corpus_hashes[candidates]
-        shared = np.isin(hashes, corpus_hashes)
-        starts = starts[shared]
-        hashes = hashes[shared]
-        longest[owner[starts]] = length
-        starts, hashes = _extended(words, starts, hashes, length, keys)
-        corpus_starts, corpus_hashes = _extended(
-            corpus_words, corpus_starts, corpus_hashes, length, keys
-        )
-        length += 1
-    return longest.tolist()
-
-
-def _extended(
-    words: np.ndarray, starts: np.ndarray, hashes: np.ndarray, length: int, keys: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and hashes of the phrases of `length` words that go on, extended by one word."""
-    next_words = words[starts + length]  # there is one: the last word is 0, and in no phrase
-    goes_on = next_words > 0
-    extended = hashes[goes_on] * np.uint64(6364136223846793005) + keys[next_words[goes_on]]
-    return starts[goes_on], extended
-
-
-@functools.lru_cache(maxsize=1)
-def _words(corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
-    """Word ids of a corpus, from 1, and its documents as ids, each followed by 0: (n,) int32."""
-    vocabulary: dict[str, int] = {}
-    documents = []
-    for document in corpus.documents():
-        ids = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in document.split()]
-        documents.append(np.array([*ids, 0], dtype=np.int32))
-    return vocabulary, np.concatenate(documents)

@@ -15,7 +15,6 @@ ROWS: tuple[Row, ...] = (
     ("fraction that end", "stories", "ended_eos_share", "ended_eos_ci", 2),
     ("distinct_4", "stories", "distinct_4", None, 3),
     ("clusters of 10, by shared phrases", "stories", "story_clusters_10", None, 1),
-    ("copied fraction", "stories", "copied_share", None, 3),
 )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.policy import RunState
-from tinystory.rl.replay import Texts
 from tinystory.rl.score_model import grades_of_step
 from tinystory.run.errors import UserError
 
@@ -23,18 +22,16 @@ class Budget:
     most_words: int
     affords: Callable[[int], bool]
 
-    def exhausted(self, state: RunState, texts: Texts, evaluations: int = 1) -> str:
-        """The limit that a step which replays `texts`, and these evaluations, would exceed, or "".
-        Rank 0 only."""
+    def exhausted(self, state: RunState, evaluations: int = 1) -> str:
+        """The limit that a step and these evaluations would exceed, or "". Rank 0 only."""
         config = self.config
         evaluated = evaluations * config.eval_stories
         graded = grades_of_step(config, state.step)
         if config.eval_graded:
             graded += evaluated
         written = config.stories_per_step + evaluated
-        replayed_words = sum(words for _, words in texts)
         reply_words = graded * self.most_words
-        words_in = state.words_in + self.opening_words(state) + reply_words + replayed_words
+        words_in = state.words_in + self.opening_words(state) + reply_words
         words_out = state.words_out + written * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
@@ -42,11 +39,11 @@ class Budget:
             return f"--budget-cost {config.budget_cost:g}"
         return ""
 
-    def require_first_step(self, state: RunState, texts: Texts) -> None:
+    def require_first_step(self, state: RunState) -> None:
         """Raises UserError if a new run cannot afford one step."""
         if state.step:
             return
-        limit = self.exhausted(state, texts, evaluations=2)
+        limit = self.exhausted(state, evaluations=2)
         if limit:
             raise UserError(
                 f"{limit} does not hold a single step and the evaluations around it: raise it, or lower "

@@ -30,9 +30,8 @@ TOO_LARGE = (
 
 @dataclass
 class RunState:
-    """written: stories so far. words_in counts each opening once, each word of a reply (arXiv
-    2509.15714) and each word that --replay-weight replays; words_out counts the words that the
-    student writes."""
+    """written: stories so far. words_in counts each opening once and each word of a reply (arXiv
+    2509.15714); words_out counts the words that the student writes."""
 
     kl_coef: float
     step: int = 0

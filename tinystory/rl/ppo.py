@@ -17,10 +17,8 @@ from tinystory.rl.batch import Batch, Reference, Targets, by_length, spans
 from tinystory.rl.learners import LEARNERS, Size
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
-from tinystory.rl.replay import Texts
 from tinystory.run import distributed
 from tinystory.run.device import upload
-from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student
 
 # As in TRL 0.9.4: clipping range of the value (cliprange_value), and mean policy ratio above which
@@ -103,11 +101,10 @@ def step(
     story_rewards: Sequence[float | None],
     kl_coef: float,
     steps: int = 0,
-    texts: Texts = (),
 ) -> dict[str, float]:
     """One step: token rewards, advantages, the update. Returns its statistics. reference: from
     `read_reference`. story_rewards: a story without one gives no gradient. steps: done before this
-    one. texts: see `update`."""
+    one."""
     config = policy.config
     learner = LEARNERS[config.learner]
     scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
@@ -135,35 +132,28 @@ def step(
         reference = reference.at(batch.places)
         per_token = per_token.index_select(0, batch.places)
     targets = learner.targets(config, policy.critic, batch, reference, per_token)
-    return statistics | update(policy, batch, targets, kl_in_loss, steps, texts)
+    return statistics | update(policy, batch, targets, kl_in_loss, steps)
 
 
 # ---- the update ----------------------------------------------------------------------------------
 
 
 def update(
-    policy: Policy,
-    batch: Batch,
-    targets: Targets,
-    kl_coef: float = 0.0,
-    steps: int = 0,
-    texts: Texts = (),
+    policy: Policy, batch: Batch, targets: Targets, kl_coef: float = 0.0, steps: int = 0
 ) -> dict[str, float]:
     """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
     mean statistics.
 
-    kl_coef: the KL penalty's weight in the loss. steps: done before this one. texts: one batch of
-    the corpus per minibatch, whose gradient is added. torch's global generator draws the order of
-    minibatches. Gradients are accumulated over micro-batches and processes and divided by the
-    minibatch's tokens, so that both affect only memory and speed."""
+    kl_coef: the KL penalty's weight in the loss. steps: done before this one. torch's global
+    generator draws the order of minibatches. Gradients are accumulated over micro-batches and
+    processes and divided by the minibatch's tokens, so that both affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with policy.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
 
-    totals = dict.fromkeys((*STATISTICS, "grad_norm", "replay_loss"), 0.0)
+    totals = dict.fromkeys((*STATISTICS, "grad_norm"), 0.0)
     ratio_error = 0.0
-    words_replayed = 0
     updates = 0
     skipped = 0
     for epoch in range(config.epochs):
@@ -185,16 +175,6 @@ def update(
                 skipped += 1
                 continue
 
-            statistics["replay_loss"] = math.nan
-            if texts:
-                tokens, words = texts[epoch * len(minibatches) + i]
-                tokens = upload(tokens, batch.inputs.device)
-                micro_batch_size, weight = config.micro_batch_size, config.replay_weight
-                replay_loss = next_token_loss(
-                    student, tokens, micro_batch_size, dtype, weight=weight
-                )
-                statistics["replay_loss"] = float(replay_loss)
-                words_replayed += words
             distributed.all_reduce_gradients(parameters)
             max_norm = config.grad_clip or math.inf
             statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, max_norm))
@@ -209,7 +189,6 @@ def update(
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        "words_replayed": words_replayed,
         "explained_variance": explained_variance(targets),
     }
 

@@ -49,11 +49,9 @@ HISTORY: Fields = {
     "words": (int, None),
     "tokens": (int, None),
     "corpus_words": (int, None),
-    "corpus_seed": (int, None),
     "interaction_words_in": (int, None),
     "interaction_words_out": (int, None),
     "corpus": (list, None),
-    "val_fraction": (float, None),
 }
 # Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
 # else too: within these bounds no sum of squares overflows.
@@ -137,8 +135,6 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         for name in history.get("corpus", []):
             if not isinstance(name, str) or "\0" in name:
                 raise ValueError("its 'corpus' is no list of names")
-        if not 0 < history.get("val_fraction", 0.5) < 1:
-            raise ValueError("its 'val_fraction' is none")
         return history
     except ValueError as error:
         raise UserError(

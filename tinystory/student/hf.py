@@ -303,8 +303,8 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
                 token["content"] = END_NAMES[0]
                 vocab[END_NAMES[0]] = end
         changed = json.dumps(spec) != as_read
-        # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its
-        # fingerprint.
+        # If unchanged, keep the text as it is, so that a tokenizer that we wrote stays as it
+        # is.
         tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else read_text(file))
         if end is not None and tokenizer.eos != end:
             raise ValueError(f"its end token is {tokenizer.eos} and that of config.json is {end!r}")

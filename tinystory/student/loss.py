@@ -1,4 +1,4 @@
-"""Next-word prediction: the loss of pretraining, which --replay-weight adds to interaction."""
+"""Next-word prediction: the loss of pretraining."""
 
 import random
 
@@ -16,12 +16,11 @@ def next_token_loss(
     micro_batch_size: int,
     dtype: torch.dtype,
     *,
-    weight: float = 1.0,
     dropout: float = 0.0,
     seeds: random.Random | None = None,
 ) -> Tensor:
-    """The mean loss in nats per token, over all processes; adds `weight` times the gradient of this
-    process's rows to the student's. batch: (B, T + 1) int64; dtype: for the matmuls; seeds: for
+    """The mean loss in nats per token, over all processes; adds the gradient of this process's rows to
+    the student's. batch: (B, T + 1) int64; dtype: for the matmuls; seeds: for
     attention dropout."""
     loss = torch.zeros((), device=batch.device)
     autocast = torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -34,6 +33,6 @@ def next_token_loss(
                 hidden = student.hidden(inputs, dropout, seed).flatten(0, 1)
                 nats = ops.cross_entropy(hidden, student.wte.weight, targets)
             rows_loss = nats * (len(rows) / len(batch))
-            (weight * rows_loss).backward()
+            rows_loss.backward()
             loss += rows_loss.detach()
     return distributed.all_reduce_sum(loss)

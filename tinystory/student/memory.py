@@ -18,9 +18,6 @@ TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at lea
 # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
 ACTIVATIONS = 10
 STORY = 1024  # bytes of the objects that hold a story, at least
-# Bytes per token of a batch to replay: the token itself, for all updates of a step; and its position
-# in the corpus and its 16 bits there, while one batch is made.
-REPLAYED, REPLAYING = 8, 8 + 2
 
 
 def parameters(shape: StudentConfig) -> int:
@@ -79,10 +76,7 @@ def require_for_interaction(
     # one with gradients and Adam's moments, and the reference
     students = parameters(shape) * (4 + 1) * FLOAT
     needed = students + story_memory(stories, config.max_new_tokens, shape, device, size)
-    if config.replay_weight:
-        batch = config.replay_batch * (shape.context + 1)
-        needed += batch * (config.updates_per_step * REPLAYED + REPLAYING)
-    advice = "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch"
+    advice = "--stories-per-step, --eval-stories or --max-new-tokens"
     require(needed, device, advice)
 
 
