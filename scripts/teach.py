@@ -5,8 +5,9 @@ for the trainer.
                                                  terminal
     python train_interact.py --teacher-url ...   the command that it prints
 
-Keys 0 to 3 grade; B goes back, S skips, P pauses. Each grade is saved in --grades at once and never
-asked for again.
+You grade 64 stories, and at the end compare 16 pairs, before and after: half an hour. Keys 0 to 3
+grade; B goes back, S skips, P pauses. Each answer is saved at once and never asked for again, so
+this script, the trainer and the page can be closed and started again at any time.
 """
 
 import argparse
@@ -18,12 +19,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.human.desk import Desk
+from tinystory.human.lesson import Lesson, lesson_folder
+from tinystory.human.progress import COMPARED
 from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.run.errors import command
 from tinystory.run.options import add_number, script_parser
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import PORTS, until_stopped
+
+RUN = Path("runs/teach/interact")
+# Evaluations are for the person, not graded: COMPARED openings for the end, and one for each step.
+STEPS = 8
+LESSON = f"--grades 64 --steps {STEPS} --no-eval-graded --eval-stories {COMPARED + STEPS} --max-unscored 0.5"
 
 
 @command
@@ -46,18 +54,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     template = load_template(options.teacher_prompt)
+    arguments = LESSON.split()
+    if options.teacher_prompt:
+        arguments += ["--teacher-prompt", options.teacher_prompt]
     with contextlib.closing(Desk(options.grades, template)) as desk:
-        asyncio.run(_serve(desk, options))
+        lesson = Lesson(desk, lesson_folder(RUN), arguments)
+        asyncio.run(_serve(lesson, options))
 
 
-async def _serve(desk: Desk, options: argparse.Namespace) -> None:
-    async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
+async def _serve(lesson: Lesson, options: argparse.Namespace) -> None:
+    async with serve(lesson, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
-        flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
-        client = f"python train_interact.py {flags}"
+        if lesson.is_over():
+            print(f"and compare the stories of {lesson.folder}, which is finished", flush=True)
+        else:
+            print(f"and start: {lesson.command(url)}", flush=True)
         if options.teacher_prompt:
-            client = "the command that sends texts for these criteria, with"
-        print(f"and start: {client} --teacher-url {url}/v1", flush=True)
+            print(f"or another command that asks by these criteria, with --teacher-url {url}/v1")
         await until_stopped()
 
 

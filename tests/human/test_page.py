@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import LIMIT_S
@@ -14,6 +15,7 @@ from lab import compare, preference
 from scripts import teach
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
+from tinystory.human.lesson import Lesson
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
@@ -24,13 +26,14 @@ EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
 
 @contextmanager
-def serving(desk):
+def serving(desk, folder=None):
     """The server on a thread of its own; yields its URL."""
     ready, addresses = threading.Event(), []
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
     async def run():
-        async with serve(desk, style="p { color: red }") as address:
+        lesson = Lesson(desk, folder or Path("no run"))
+        async with serve(lesson, style="p { color: red }") as address:
             addresses.append(address)
             loop.call_soon(ready.set)
             await ended.wait()
@@ -203,7 +206,8 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
     assert url.startswith("http://127.0.0.1:")
 
     async def again():
-        async with serve(Desk(tmp_path / "more.jsonl", Template()), int(url.rpartition(":")[2])):
+        lesson = Lesson(Desk(tmp_path / "more.jsonl", Template()), tmp_path / "run")
+        async with serve(lesson, int(url.rpartition(":")[2])):
             pass
 
     with pytest.raises(UserError, match="--port"):

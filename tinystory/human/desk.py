@@ -76,12 +76,16 @@ class Desk:
                     self._waiting.pop(key, None)
         return self._grades[key]["scores"]
 
-    def tick(self) -> None:
-        """Hand in the waiting stories if they are ready; to be called regularly."""
-        if not self._ungraded() and self._clock() - self._graded >= GRACE_S:
-            for waiting in self._waiting.values():
-                waiting.handed_in.set()
-            self._waiting.clear()
+    def tick(self) -> int:
+        """Hand in the waiting stories if they are ready, and return their number; to be called
+        regularly."""
+        if self._ungraded() or self._clock() - self._graded < GRACE_S:
+            return 0
+        handed_in = len(self._waiting)
+        for waiting in self._waiting.values():
+            waiting.handed_in.set()
+        self._waiting.clear()
+        return handed_in
 
     def _ungraded(self) -> list[str]:
         return [key for key in self._waiting if key not in self._grades or key == self._current]
@@ -98,6 +102,7 @@ class Desk:
         ungraded = self._ungraded()
         return {
             "item": None if self._current is None else self._item(self._current),
+            "waiting": len(self._waiting),
             "left": len(ungraded),
             "done": len(self._grades),
             "handing_in": bool(self._waiting) and not ungraded,

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import Desk
+from tinystory.human.lesson import Lesson
 from tinystory.teacher.probe import FIRST_STORY, HUMAN
 from tinystory.teacher.prompt import TOP, instructions, read_back
 from tinystory.teacher.server import HOST, Refused, application, listening, parse_body
@@ -29,8 +30,9 @@ LONGEST_NAME = 40  # characters of a human's name
 
 
 @contextlib.asynccontextmanager
-async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
+async def serve(lesson: Lesson, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
     """Serve the page, with this CSS, and /v1 during the block; yields the URL. See `listening`."""
+    desk = lesson.desk
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     # no other script runs
@@ -46,11 +48,12 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
 
     async def get_state(request: web.Request) -> web.Response:
         _name(request.query.get("who"))
-        return web.json_response(desk.state(), headers={"Cache-Control": "no-store"})
+        state = lesson.state(f"http://{request.host}")
+        return web.json_response(state, headers={"Cache-Control": "no-store"})
 
     async def post_action(request: web.Request) -> web.Response:
         body = parse_body(await request.read())
-        desk.do(_name(body.get("who")), str(body.get("action")), body)
+        lesson.do(_name(body.get("who")), str(body.get("action")), body)
         return web.json_response({})
 
     routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
@@ -61,7 +64,7 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
 
     async def tick() -> None:
         while True:
-            desk.tick()
+            await lesson.tick()
             await asyncio.sleep(TICK_S)
 
     async with listening(routes, port) as address:

@@ -1,14 +1,30 @@
 """What other programs found out about a run: titled sentences and tables of text, one object per
 line of the run's findings.jsonl."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from tinystory.report import page
 from tinystory.run.errors import UserError
+from tinystory.run.journal import Journal
 from tinystory.run.records import FINDINGS, Record, read_records
 from tinystory.run.text import printable
+
+
+def keep_finding(
+    run: Path,
+    title: str,
+    step: int,
+    sentences: Sequence[str],
+    table: Sequence[Sequence[str]] = (),
+) -> None:
+    """Append a finding, which replaces an earlier one of this title. table: the header, then the
+    other rows."""
+    finding = {"title": title, "step": step, "sentences": sentences, "table": table}
+    with contextlib.closing(Journal(run / FINDINGS)) as journal:
+        journal.append(finding)
 
 
 def read_findings(run: Path) -> list[Record]:

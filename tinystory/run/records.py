@@ -23,6 +23,7 @@ STORIES = "stories.jsonl"  # one object per story
 SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
 FINDINGS = "findings.jsonl"  # what other programs found out about the run, for its report
+PAIRS = "pairs.jsonl"  # a human's comparisons of stories before and after interaction
 MANIFEST = "manifest.json"
 LARGEST = 1e100  # bound on the absolute value of a number in a record
 
@@ -45,6 +46,14 @@ FIELDS: dict[str, Fields] = {  # required in each record
     EVALUATIONS: STORY_FIELDS,
     SAMPLES: STORY_FIELDS | {"when": (str,)},
     CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
+    PAIRS: {
+        "key": (str,),
+        "index": (int,),
+        "opening": (str,),
+        "preferred": (str,),
+        "by": (str,),
+        "at": (str,),
+    },
     FINDINGS: {"title": (str,), "step": (int,), "sentences": (list,), "table": (list,)},
 }
 

@@ -1,0 +1,149 @@
+"""How far the run of a human's student is, from the records in its folder, and the stories of it
+that the human is shown: pairs to the same held-out opening, before interaction and after it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tinystory.report.page import LONGEST
+from tinystory.run.folder import read_config
+from tinystory.run.records import (
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    STORIES,
+    Record,
+    read_metrics,
+    read_records,
+    read_stories,
+)
+from tinystory.run.text import is_blank, printable
+from tinystory.teacher.grade import NOT_ASKED
+
+READ = (CONFIG, METRICS, STORIES, EVALUATIONS, SAMPLES)  # what `read_progress` reads
+# Openings that are compared at the end: the first ones. Stories to the others are shown before, so
+# that no story of a pair has been seen with its name.
+COMPARED = 16
+MACHINE_PARTS = (
+    "rollout_s",
+    "reference_s",
+    "update_s",
+)  # of a step: the human is waited for in no other
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stories to one opening. index: of the opening in evaluations."""
+
+    index: int
+    opening: str
+    before: str
+    after: str
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([self.opening, self.before, self.after])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The names, `before` and `after`, of the left and the right story, in random order."""
+        if int(self.key, 16) % 2:
+            return "after", "before"
+        return "before", "after"
+
+
+@dataclass
+class Progress:
+    """steps, stories, grades, evaluated: as planned, 0 if not recorded; stories: per step; grades:
+    of the whole run. step: finished ones; asked, graded: their stories that the teacher was asked
+    about, and that it graded. step_s: a step's typical seconds without the teacher's. learned: the
+    pair to show after the last evaluation, and its step. left_out: pairs of equal or empty
+    stories."""
+
+    steps: int = 0
+    stories: int = 0
+    grades: int = 0
+    evaluated: int = 0
+    step: int = 0
+    asked: int = 0
+    graded: int = 0
+    step_s: float | None = None
+    learned: tuple[Pair, int] | None = None
+    finished: bool = False
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: int = 0
+
+
+def read_progress(folder: Path) -> Progress:
+    """Raises UserError for records that cannot be read."""
+    options = read_config(folder).get("options", {})
+    progress = Progress(
+        steps=_count(options, "steps"),
+        stories=_count(options, "stories_per_step"),
+        grades=_count(options, "grades"),
+        evaluated=_count(options, "eval_stories"),
+    )
+    seconds = []
+    for record in read_metrics(folder):
+        progress.step = record["step"]
+        seconds.append(sum(record.get(part) or 0 for part in MACHINE_PARTS))
+    if seconds:
+        progress.step_s = median(seconds)
+    for record in read_stories(folder):
+        asked = record["reply"] != NOT_ASKED.error
+        progress.asked += asked
+        # An empty story gets its score without a reply.
+        progress.graded += bool(asked and record["reply"] and record["scores"])
+    progress.learned = _learned(folder)
+
+    samples: dict[str, dict[int, Record]] = {"before": {}, "after": {}}
+    for record in read_records(folder / SAMPLES):
+        progress.finished = True
+        samples.setdefault(record["when"], {})[record["index"]] = record
+    for pair in _pairs(samples["before"], samples["after"])[:COMPARED]:
+        if is_blank(pair.before) or is_blank(pair.after) or pair.before == pair.after:
+            progress.left_out += 1
+        else:
+            progress.pairs.append(pair)
+    return progress
+
+
+def _count(options: Mapping[str, Any], name: str) -> int:
+    value = options.get(name)
+    return value if type(value) is int and value > 0 else 0
+
+
+def _learned(folder: Path) -> tuple[Pair, int] | None:
+    """A pair that is not compared, another one after each evaluation, and its step; None before the
+    second evaluation, or if all are compared."""
+    evaluations: dict[int, dict[int, Record]] = {}
+    for record in read_records(folder / EVALUATIONS):
+        evaluations.setdefault(record["step"], {})[record["index"]] = record
+    step = max(evaluations, default=0)
+    if not step:
+        return None
+    pairs = _pairs(evaluations.get(0, {}), evaluations[step])[COMPARED:]
+    if not pairs:
+        return None
+    return pairs[(step - 1) % len(pairs)], step
+
+
+def _pairs(before: Mapping[int, Record], after: Mapping[int, Record]) -> list[Pair]:
+    """By index. The texts are what a page can show."""
+    pairs = []
+    for index in sorted(before):
+        if index in after:
+            opening = _shown(before[index]["opening"])
+            stories = _shown(before[index]["story"]), _shown(after[index]["story"])
+            pairs.append(Pair(index, opening, *stories))
+    return pairs
+
+
+def _shown(text: str) -> str:
+    return printable(text[:LONGEST]).strip()
