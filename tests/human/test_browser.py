@@ -1,11 +1,13 @@
-"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers
-die; and the report of a run that goes on reloads itself there.
+"""A person teaches a student: in a real browser, by keys alone, through a whole run and the
+comparisons at its end, while servers die; and the report of a run that goes on reloads itself
+there.
 
 It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
 """
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, metrics, story_record
 from fault_server import closed_port
+from test_lesson import Run
 
+from tinystory.data.corpus import open_corpus
+from tinystory.human.progress import COMPARED, read_progress
+from tinystory.report.findings import read_findings
 from tinystory.report.run import live_report, write_report
+from tinystory.rubric.rubric import Rubric
 from tinystory.run.log import RunLog
-from tinystory.run.records import FINDINGS, read_stories
+from tinystory.run.records import FINDINGS, PAIRS, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 
@@ -62,6 +69,25 @@ def start(folder: Path, port: str, *argv: str) -> subprocess.Popen:
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("open http://127.0.0.1:")
     return process
+
+
+def command_of(server: subprocess.Popen) -> list[str]:
+    """The command that teach.py prints, for a small student."""
+    line = server.stdout.readline()
+    assert line.startswith("and start: ")
+    return shlex.split(line.removeprefix("and start: "))
+
+
+def train(command: list[str], folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def screenshot(page, name: str) -> None:
+    """Set SCREENSHOTS to a folder to look at the pages."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 def read(page, trainer: subprocess.Popen) -> str:
@@ -214,7 +240,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
-    """Nothing is cut off on a telephone. Set SCREENSHOTS to a folder to look at it."""
+    """Nothing is cut off on a telephone."""
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
@@ -235,8 +261,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
-        if folder := os.environ.get("SCREENSHOTS"):
-            page.screenshot(path=f"{folder}/teach_{width}_{scheme}.png", full_page=True)
+        screenshot(page, f"teach_{width}_{scheme}")
         page.keyboard.press("p")
         # by no eval, which the page forbids
         page.locator("#resting", has_text="Paused").wait_for(state="attached")
@@ -245,6 +270,149 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         for process in (client, server):
             process.kill()
             process.wait()
+
+
+def grade_by(rubric: Rubric, page) -> str:
+    """Grade the story on the page; returns it."""
+    tale = page.text_content("#tale")
+    opening = page.text_content("#tale em")
+    scores = rubric.score(opening, tale.removeprefix(opening).strip())
+    press(page, "".join(str(scores[name]) for name in CRITERIA), tale)
+    return tale
+
+
+def compare_by(rubric: Rubric, page) -> tuple[str, ...]:
+    """Prefer a story of the pair on the page, or none; returns opening and stories."""
+    texts = [page.text_content(f"#{name}") for name in ("opening", "left-story", "right-story")]
+    opening, *stories = texts
+    left, right = (sum(rubric.score(opening, story).values()) for story in stories)
+    key = "0"
+    if left != right:
+        key = "1" if left > right else "2"
+    place = page.text_content("#place")
+    page.keyboard.press(key)
+    page.wait_for_function(
+        "place => document.getElementById('pair').hidden || "
+        "document.getElementById('place').textContent !== place",
+        arg=place,
+    )
+    return tuple(texts)
+
+
+def test_a_persons_half_hour_survives_closed_pages_and_killed_programs(page, place, tmp_path):
+    """The rubric gives the answers of the person."""
+    rubric = Rubric.from_corpus(open_corpus(["builtin"]).mixed())
+    port = closed_port().rpartition(":")[2]
+    url, run = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "interact"
+    server = start(tmp_path, port)
+    command = command_of(server)
+    command += ["--init", str(place / "p"), "--device", "cpu", "--opening", "Once"]
+    command += "--grades 16 --steps 2 --stories-per-step 24 --max-new-tokens 24".split()
+    command += "--save-every 1".split()
+    page.goto(url)
+    page.fill("#name", "ada")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Start the trainer in another terminal")
+    screenshot(page, "lesson_0_start")
+    trainer = train(command, tmp_path)
+    graded: list[str] = []
+    compared: list[tuple[str, ...]] = []
+    try:
+        while read(page, trainer):
+            if len(graded) == 3:
+                page.goto("about:blank")
+                page.goto(url)
+                page.wait_for_selector("#story:not([hidden])")
+            elif len(graded) == 5:
+                server.kill()
+                server.wait()
+                page.wait_for_selector("text=does not answer")
+                server = start(tmp_path, port)
+                assert command_of(server)[2:] == [
+                    *("--out", "runs/teach/interact", "--resume"),
+                    *("--teacher-url", f"{url}/v1"),
+                ]
+            elif len(graded) == 10:
+                screenshot(page, "lesson_1_middle")
+                trainer.kill()
+                trainer.wait()
+                page.wait_for_selector("text=The trainer stopped after step 1. Go on with: ")
+                told = page.text_content("#resting").partition("Go on with: ")[2]
+                trainer = train(shlex.split(told), tmp_path)
+                page.wait_for_selector("#story:not([hidden])")
+            graded.append(grade_by(rubric, page))
+        assert len(graded) == len(set(graded)) <= 16
+
+        progress = read_progress(run)
+        assert len(progress.pairs) + progress.left_out == COMPARED and progress.graded <= 16
+        while not page.query_selector("text=Taught by a person"):
+            page.wait_for_selector("#pair:not([hidden]), #report:not(:empty)")
+            if page.is_hidden("#pair"):
+                break
+            if len(compared) == 2:
+                screenshot(page, "lesson_2_pair")
+            if len(compared) == COMPARED // 2:
+                page.goto("about:blank")
+                server.kill()
+                server.wait()
+                server = start(tmp_path, port)
+                assert "compare the stories of runs/teach/interact" in server.stdout.readline()
+                page.goto(url)
+                page.wait_for_selector("#pair:not([hidden])")
+            compared.append(compare_by(rubric, page))
+        assert len(compared) == len(set(compared)) == len(progress.pairs)
+        page.wait_for_selector("#report:not(:empty)")
+        result = page.text_content("#resting")
+        screenshot(page, "lesson_3_end")
+        assert str(run / "report.html") in page.text_content("#report")
+        page.wait_for_function("() => document.getElementById('left').textContent === 'Thank you'")
+    finally:
+        for process in (trainer, server):
+            process.kill()
+            process.wait()
+    assert result.startswith("Taught by a person: ")
+    (finding,) = read_findings(run)
+    assert finding["sentences"] == [result] and result in (run / "report.html").read_text()
+    lines = (run / PAIRS).read_text().splitlines() if compared else []
+    assert len(lines) == len(compared)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_pair_fits_and_is_text(browser, tmp_path, width, scheme):
+    before = [f"There was a fox {i}. " * 9 + EVIL for i in range(COMPARED + 2)]
+    after = [f"One night a fox {i} wanted the moon. " * 9 + "W" * 200 for i in range(COMPARED + 2)]
+    run = Run(tmp_path / "runs" / "teach" / "interact")
+    run.end_step(1)
+    run.evaluate(0, before)
+    run.finish(before, after)
+    port = closed_port().rpartition(":")[2]
+    server = start(tmp_path, port)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    try:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/?who=ada")
+        page.wait_for_selector("#pair:not([hidden])")
+        stories = page.text_content("#left-story") + page.text_content("#right-story")
+        assert EVIL in stories and page.title() != "caught"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        screenshot(page, f"pair_{width}_{scheme}")
+        first = page.text_content("#opening")
+        page.keyboard.press("2")
+        page.locator("#place", has_text="Pair 2").wait_for()
+        page.keyboard.press("b")
+        page.locator("#place", has_text="Pair 1").wait_for()
+        assert page.text_content("#opening") == first
+        assert page.get_attribute("[data-side=right]", "aria-pressed") == "true"
+        page.click("[data-side=neither]")
+        page.locator("#place", has_text="Pair 2").wait_for()
+        page.keyboard.press("p")
+        page.locator("#resting", has_text="Paused").wait_for(state="visible")
+    finally:
+        context.close()
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
