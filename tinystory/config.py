@@ -420,7 +420,9 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
     for another preset or start in `typed`, which would have no effect, and for a folder that is not
     this user's own, unless `trust`."""
     if "out" not in typed:
-        typed["out"] = _newest_of(vars(config_class)["out"])
+        default = vars(config_class)["out"]
+        runs = newest_first(Path(default))
+        typed["out"] = str(runs[0]) if runs else default
     folder = Path(typed["out"])
     record = require_config(folder)
     recorded = record["options"]
@@ -438,15 +440,6 @@ def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
             )
     typed["preset"] = recorded["preset"]
     return _merged(config_class, folder, record, typed, trust)
-
-
-def _newest_of(out: str) -> str:
-    """The newest run among those that took `out`, a default, or followed it; `out` if there is
-    none."""
-    runs = newest_first(Path(out))
-    if len(runs) > 1:
-        print(f"--resume: the newest of {len(runs)} runs, {runs[0]}")
-    return str(runs[0]) if runs else out
 
 
 def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:

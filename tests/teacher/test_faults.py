@@ -415,7 +415,11 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
+        (
+            ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "nowhere.json"],
+            "--teacher-prompt nowhere.json",
+        ),
+        (["--teacher-prompt", "prompt.json"], "--teacher-prompt is for an LLM"),
         (["--budget-cost", "3"], "--price-in"),
         (["--price-in", "-1"], "--price-in"),
     ],

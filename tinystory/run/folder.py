@@ -181,6 +181,8 @@ def locked_run(config: Any) -> Iterator[None]:
                     raise
         if candidate != folder:
             print(f"{folder} is taken, so the folder of this run is {candidate}")
+        elif config.resume and not config.names_out:
+            print(f"--resume: the newest run without --out is {folder}")
         config.out = str(candidate)
         yield
 
