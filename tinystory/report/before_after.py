@@ -100,9 +100,9 @@ class BeforeAfter:
             header.append(title)
             before_row.append(number(before) + error_of(key, self.before))
             cell = number(after) + error_of(key, self.after)
-            if coloured and key in COMPARED and before is not None and after is not None:
-                if after != before:
-                    cell = colour(cell, "better" if after > before else "worse")
+            is_coloured = coloured and key in COMPARED and after != before
+            if is_coloured and before is not None and after is not None:
+                cell = colour(cell, "better" if after > before else "worse")
             after_row.append(cell)
         return [header, before_row, after_row]
 
