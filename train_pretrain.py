@@ -196,7 +196,8 @@ def validation(run: PretrainingRun) -> dict[str, float]:
 def tell_story(run: PretrainingRun) -> None:
     """Print and record the student's continuation of OPENING, from the same random numbers at every
     step. It is not trained on and changes no bit of the training."""
-    tokenizer, step = run.data.tokenizer, run.state.step
+    step = run.state.step
+    tokenizer = run.data.tokenizer
     context = run.config.context
     room = context - len(encode_opening(tokenizer, OPENING))
     if room < 1 or not distributed.is_rank0():

@@ -31,7 +31,6 @@ from tinystory.config import InteractConfig, check
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import (
     FULL,
-    GradeKnown,
     calibrate,
     of_grader,
     require,
@@ -44,6 +43,8 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
 from tinystory.run.terminal import aligned
+from tinystory.teacher.callable import CallableGrader
+from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 PACKAGES = (
@@ -96,25 +97,19 @@ def main(argv: list[str] | None = None) -> None:
     if config.teacher_url or config.reward:
         with open_grader(config, corpus=None) as grader:
             if calibrates:
-                calibration(config.reward or "teacher", of_grader(grader), options, grader.forecast)
+                calibration(config.reward or "teacher", grader, options)
     elif calibrates:
-        calibration("built-in teacher", builtin_scores(options.corpus), options)
+        calibration("built-in teacher", builtin_grader(options.corpus), options)
 
 
-def calibration(
-    name: str,
-    grade: GradeKnown,
-    options: argparse.Namespace,
-    forecast: Callable[[int, str], str] = lambda stories, opening: "",
-) -> None:
-    """Print how a teacher scores known stories. forecast: a sentence on so many stories, from the
-    first requests; "" if they take no time to speak of. Raises UserError for a judgement below
+def calibration(name: str, grader: Grader, options: argparse.Namespace) -> None:
+    """Print how a teacher scores known stories. Raises UserError for a judgement below
     --require-judgement."""
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
-    sentence = forecast(len(known), known[0].opening) or f"{len(known)} stories"
-    print(f"{'forecast':10} {sentence}", flush=True)
+    forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} stories"
+    print(f"{'forecast':10} {forecast}", flush=True)
     began = time.perf_counter()
-    result = calibrate(grade, known)
+    result = calibrate(of_grader(grader), known)
     speed = len(known) / (time.perf_counter() - began)
     rows = [*table(name, result), ["stories per second", f"{speed:.3g}"]]
     for line in aligned(rows):
@@ -123,7 +118,7 @@ def calibration(
     require(result, options.require_judgement)
 
 
-def builtin_scores(names: list[str]) -> GradeKnown:
+def builtin_grader(names: list[str]) -> Grader:
     """The built-in teacher, fitted to a corpus without the documents that known stories are drawn
     from."""
     files = [name for name in names if name not in BUILTIN]
@@ -134,13 +129,11 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
         rubric = Rubric.from_corpus(documents, bar.update)
 
-    def grade(stories: Sequence[tuple[str, str]]) -> list[float]:
-        scores = []
-        for story in tqdm(stories, desc="grading", unit="story", leave=False, disable=None):
-            scores.append(sum(rubric.score(*story).values()) / 9)
-        return scores
+    def scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
+        pairs = zip(openings, stories, strict=True)
+        return [sum(rubric.score(*pair).values()) / 9 for pair in pairs]
 
-    return grade
+    return CallableGrader(scores, "the built-in teacher")
 
 
 def machine() -> Iterator[tuple[str, str]]:

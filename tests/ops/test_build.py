@@ -118,7 +118,7 @@ def test_it_compiles_once_for_each_content_of_the_sources_and_says_so_before_and
     out, err = run(place)
     assert out == "42" and calls(place) == ["answer", "link", "module"]
     assert re.fullmatch(
-        r"tinystory: compiling the kernels for this processor \(2 files, once\): about a .+\n"
+        r"tinystory: compiling the kernels for this processor \(once, a minute or more\)\n"
         r"tinystory: compiling took \d+ s\n",
         err,
     )
@@ -200,7 +200,7 @@ def test_a_damaged_library_is_built_again_and_not_loaded(place):
     for damaged in (sound[:5000], sound[:-1] + b"x", b"no machine code"):
         library.write_bytes(damaged)
         out, err = run(place)
-        assert out == "42" and "(again, since they are damaged)" in err and err.count("\n") == 2
+        assert out == "42" and "(again, since they are damaged, " in err and err.count("\n") == 2
     assert run(place) == ("42", "")
 
 
@@ -335,7 +335,7 @@ def test_a_library_that_does_not_load_is_built_again(place):
     library.write_text("no machine code")
     library.with_name("built").write_text(build.file_hash(library))
     out, err = run(place)
-    assert out == "42" and "(again, since they are damaged)" in err
+    assert out == "42" and "(again, since they are damaged, " in err
     assert run(place) == ("42", "")
 
 

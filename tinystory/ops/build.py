@@ -51,7 +51,7 @@ FLAGS = [
 ]
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
-MINUTES = "about a minute, or a few on a busy machine"
+MINUTES = "a minute or more"
 OLD = ".old"  # suffix of folders that are to be removed
 # it warns of nvcc without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -94,10 +94,10 @@ def compiled_aloud(name: str, sources: list[Path], folder: Path, gpus: str) -> M
     """`compiled` in an empty folder, with a line on stderr before and after, and a bar on a
     terminal."""
     target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-    reason = f"{len(sources)} files, once"
+    reason = "once"
     if (folder / "built").exists():
         reason = "again, since they are damaged"
-    say(f"compiling the {target} ({reason}): {MINUTES} ...")
+    say(f"compiling the {target} ({reason}, {MINUTES})")
     renew(folder)
     started = time.monotonic()
     outcome = "failed"
