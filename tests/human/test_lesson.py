@@ -140,13 +140,14 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
 def test_the_page_says_what_the_machine_does_while_no_story_waits(run):
     async def scene():
         with taught(run) as (lesson, clock):
-            now = lesson.state(URL)["now"]
-            assert "stopped after step 0" in now and now.endswith(lesson.command(URL))
+            state = lesson.state(URL)
+            assert "stopped after step 0" in state["now"]
+            assert state["command"] == lesson.command(URL)
             with locked(run.folder):
-                lesson.state(URL)
+                assert lesson.state(URL)["command"] == ""
                 clock.now += 12
                 now = lesson.state(URL)["now"]
-                assert now == "The student writes 40 stories: step 1 of 2, 15 s so far."
+                assert now == "The student writes 40 stories: step 1 of 2, 15 seconds so far."
                 tasks = await asked(lesson.desk, "a")
                 assert lesson.state(URL)["now"] == ""
                 grade(lesson.desk, "ada")
@@ -157,7 +158,7 @@ def test_the_page_says_what_the_machine_does_while_no_story_waits(run):
                 run.end_step(1)
                 clock.now += 7
                 now = lesson.state(URL)["now"]
-                assert now == "The student writes 40 stories: step 2 of 2, about 15 s."
+                assert now == "The student writes 40 stories: step 2 of 2, about 15 seconds."
                 clock.now += 60
                 assert lesson.state(URL)["now"].endswith("step 2 of 2, done in a moment.")
                 run.end_step(2)
@@ -203,11 +204,11 @@ def test_pairs_are_asked_unnamed_in_either_order_when_the_run_is_over(finished):
 def test_which_story_is_before_does_not_decide_the_order():
     pairs = [Pair(i, "Once", f"a {i}", f"b {i}") for i in range(200)]
     swapped = [Pair(pair.index, "Once", pair.after, pair.before) for pair in pairs]
-    before_left = sum(pair.sides[0] == "before" for pair in pairs)
+    before_left = sum(pair.names["left"] == "before" for pair in pairs)
     assert 60 < before_left < 140
     same_story_left = 0
     for pair, other in zip(pairs, swapped, strict=True):
-        same_story_left += getattr(pair, pair.sides[0]) == getattr(other, other.sides[0])
+        same_story_left += pair.names["left"] != other.names["left"]
     assert 60 < same_story_left < 140
 
 
@@ -262,6 +263,7 @@ def test_the_report_says_who_taught_and_what_the_comparisons_say(finished):
     with taught(finished) as (lesson, _):
         answer_all(lesson, after=11, before=3)
         result = lesson.state(URL)["result"]
+        assert lesson.state(URL)["report"] == ""
         asyncio.run(lesson.tick())
         assert lesson.state(URL)["report"] == str(finished.folder / "report.html")
     low, high = wilson(12, COMPARED)

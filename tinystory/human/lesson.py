@@ -13,9 +13,9 @@ from typing import Any
 
 from tinystory.evaluate.intervals import wilson
 from tinystory.human.desk import Desk
-from tinystory.human.progress import COMPARED, READ, Pair, Progress, read_progress
+from tinystory.human.progress import COMPARED, NEITHER, READ, Pair, Progress, read_progress
 from tinystory.report.findings import keep_finding, read_findings
-from tinystory.report.page import count, duration
+from tinystory.report.page import count
 from tinystory.run.errors import UserError
 from tinystory.run.folder import holds_run, in_use, read_config, timestamp
 from tinystory.run.journal import Journal
@@ -26,7 +26,6 @@ from tinystory.teacher.server import Refused
 
 TITLE = "Taught by a person"  # of the finding
 ANSWER_S = 20.0  # seconds per answer, before the first
-NEITHER = "neither"
 
 
 def lesson_folder(folder: Path) -> Path:
@@ -69,6 +68,7 @@ class Lesson:
         for record in read_records(folder / PAIRS, check=_check_answer):
             self._answers[record["key"]] = record["preferred"]
         self._is_reported = _has_result(folder)
+        self._report = ""  # its path, once it is written here
         self._progress = Progress()
         self._read: list[tuple[int, int] | None] = []  # sizes and times of the files read
         self._problem = ""  # why they could not be read
@@ -104,7 +104,7 @@ class Lesson:
         if self.is_over() and not self._unanswered() and not self._is_reported:
             self._is_reported = True
             try:
-                await asyncio.to_thread(self._report)
+                self._report = str(await asyncio.to_thread(self._write_report))
             except UserError as error:
                 self._problem = str(error)
 
@@ -127,11 +127,11 @@ class Lesson:
         """Whether the run is finished, so that pairs can be compared."""
         return self._progress.finished and not self._running
 
-    def _report(self) -> None:
+    def _write_report(self) -> Path:
         from tinystory.report.run import write_report  # imported here because it needs torch
 
         keep_finding(self.folder, TITLE, self._progress.step, [self.result()])
-        write_report(self.folder)
+        return write_report(self.folder).resolve()
 
     def result(self) -> str:
         """What the comparisons say, in sentences."""
@@ -156,7 +156,8 @@ class Lesson:
 
     def state(self, url: str) -> dict[str, Any]:
         """What the page shows: the desk's state; answers left, and about how many minutes; what
-        the machine does; what the student learned; a pair to compare; the result."""
+        the machine does, or the command that makes it; what the student learned; a pair to compare;
+        the result."""
         state = self.desk.state()
         self._look()
         pair = None
@@ -175,15 +176,17 @@ class Lesson:
         state |= {
             "answers_left": answers_left,
             "minutes": math.ceil(self._seconds_left(answers_left or 0) / 60),
-            "now": self._now(state, url),
-            "learned": self._learned(),
+            "now": self._now(state),
+            "command": "",
+            "learned": self._progress.learned,
             "pair": pair and self._shown_pair(pair),
             "result": "",
-            "report": "",
+            "report": self._report,
         }
-        if self.is_over() and not self._unanswered() and not pair:
+        if not self._running and not self.is_over() and not state["item"]:
+            state["command"] = self.command(url)
+        elif self.is_over() and not self._unanswered() and not pair and not self._problem:
             state["result"] = self.result()
-            state["report"] = str((self.folder / "report.html").resolve())
         return state
 
     def _answers_left(self, state: Mapping[str, Any]) -> int | None:
@@ -205,17 +208,15 @@ class Lesson:
         steps_left = max(progress.steps - progress.step, 0)
         return answers * per_answer + steps_left * (progress.step_s or 0.0)
 
-    def _now(self, state: Mapping[str, Any], url: str) -> str:
+    def _now(self, state: Mapping[str, Any]) -> str:
         """What the machine does while no story waits, in a sentence."""
         progress = self._progress
         if self._problem or state["item"] or self.is_over():
             return self._problem
         if not self._running and progress.steps:
-            return (
-                f"The trainer stopped after step {progress.step}. Go on with: {self.command(url)}"
-            )
+            return f"The trainer stopped after step {progress.step}. Go on with:"
         if not self._running:
-            return f"Start the trainer in another terminal: {self.command(url)}"
+            return "Start the trainer in another terminal:"
         if not progress.steps:
             return "The trainer is starting."
         if progress.step >= progress.steps:
@@ -230,15 +231,9 @@ class Lesson:
         """Until the next stories, in words."""
         elapsed = self._clock() - self._since
         if self._progress.step_s is None:
-            return f"{duration(_in_fives(elapsed))} so far"
+            return f"{_in_fives(elapsed)} seconds so far"
         left = self._progress.step_s - elapsed
-        return f"about {duration(_in_fives(left))}" if left > 0 else "done in a moment"
-
-    def _learned(self) -> dict[str, Any] | None:
-        if self._progress.learned is None:
-            return None
-        pair, step = self._progress.learned
-        return {"opening": pair.opening, "before": pair.before, "after": pair.after, "step": step}
+        return f"about {_in_fives(left)} seconds" if left > 0 else "done in a moment"
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """As the desk's, and `prefer`: the story of a pair on the `side` left or right, or
@@ -269,22 +264,16 @@ class Lesson:
 
     def _shown_pair(self, pair: Pair) -> dict[str, Any]:
         """The pair without the names of its stories."""
-        left, right = (getattr(pair, name) for name in pair.sides)
-        place = self._progress.pairs.index(pair) + 1
-        preferred = self._answers.get(pair.key)
-        side = None
-        if preferred in pair.sides:
-            side = ("left", "right")[pair.sides.index(preferred)]
-        elif preferred:
-            side = NEITHER
+        pairs = self._progress.pairs
+        side_of = {name: side for side, name in pair.names.items()}
         return {
             "key": pair.key,
             "opening": pair.opening,
-            "left": left,
-            "right": right,
-            "preferred": side,
-            "place": place,
-            "pairs": len(self._progress.pairs),
+            "left": getattr(pair, pair.names["left"]),
+            "right": getattr(pair, pair.names["right"]),
+            "preferred": side_of.get(self._answers.get(pair.key, "")),
+            "place": pairs.index(pair) + 1,
+            "pairs": len(pairs),
             "left_out": self._progress.left_out,
         }
 
@@ -302,16 +291,15 @@ class Lesson:
         pair = by_key.get(key) if isinstance(key, str) else None
         if pair is None:
             raise Refused("this is not what was asked about: load the page again")
-        left, right = pair.sides
-        names = {"left": left, "right": right, NEITHER: NEITHER}
         side = str(request.get("side"))
-        if side not in names:
-            raise Refused(f"give a side: {', '.join(names)}")
+        if side not in pair.names:
+            raise Refused(f"give a side: {', '.join(pair.names)}")
+        preferred = pair.names[side]
         record: Record = {
             "key": pair.key,
             "index": pair.index,
             "opening": pair.opening,
-            "preferred": names[side],
+            "preferred": preferred,
             "by": who,
             "at": timestamp(),
         }
@@ -322,8 +310,9 @@ class Lesson:
             raise Refused(
                 f"This answer is not kept yet: {error}. Then give it again.", status=503
             ) from error
-        self._answers[pair.key] = names[side]
+        self._answers[pair.key] = preferred
         self._is_reported = False
+        self._report = ""
         self._taken_back = None
 
 

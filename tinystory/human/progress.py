@@ -29,6 +29,7 @@ READ = (CONFIG, METRICS, STORIES, EVALUATIONS, SAMPLES)  # what `read_progress` 
 # Openings that are compared at the end: the first ones. Stories to the others are shown before, so
 # that no story of a pair has been seen with its name.
 COMPARED = 16
+NEITHER = "neither"
 MACHINE_PARTS = (
     "rollout_s",
     "reference_s",
@@ -47,15 +48,17 @@ class Pair:
 
     @property
     def key(self) -> str:
-        text = json.dumps([self.opening, self.before, self.after])
+        text = json.dumps([self.index, self.opening, self.before, self.after])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
-    def sides(self) -> tuple[str, str]:
-        """The names, `before` and `after`, of the left and the right story, in random order."""
+    def names(self) -> dict[str, str]:
+        """What each answer says: the name, `before` or `after`, of the story on the `left` or the
+        `right`, in random order; `neither`."""
+        names = {"left": "before", "right": "after", NEITHER: NEITHER}
         if int(self.key, 16) % 2:
-            return "after", "before"
-        return "before", "after"
+            names |= {"left": "after", "right": "before"}
+        return names
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Progress:
     asked: int = 0
     graded: int = 0
     step_s: float | None = None
-    learned: tuple[Pair, int] | None = None
+    learned: Record | None = None
     finished: bool = False
     pairs: list[Pair] = field(default_factory=list)
     left_out: int = 0
@@ -119,7 +122,7 @@ def _count(options: Mapping[str, Any], name: str) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def _learned(folder: Path) -> tuple[Pair, int] | None:
+def _learned(folder: Path) -> Record | None:
     """A pair that is not compared, another one after each evaluation, and its step; None before the
     second evaluation, or if all are compared."""
     evaluations: dict[int, dict[int, Record]] = {}
@@ -131,7 +134,8 @@ def _learned(folder: Path) -> tuple[Pair, int] | None:
     pairs = _pairs(evaluations.get(0, {}), evaluations[step])[COMPARED:]
     if not pairs:
         return None
-    return pairs[(step - 1) % len(pairs)], step
+    pair = pairs[(step - 1) % len(pairs)]
+    return {"opening": pair.opening, "before": pair.before, "after": pair.after, "step": step}
 
 
 def _pairs(before: Mapping[int, Record], after: Mapping[int, Record]) -> list[Pair]:

@@ -162,6 +162,7 @@ h1, h2, summary { font-family: var(--serif); font-weight: 600; line-height: 1.2;
   overflow-wrap: anywhere; }
 h1 { font-size: clamp(1.4rem, 3vw, 2rem); }
 h2, summary { font-size: 1.35rem; }
+p { overflow-wrap: break-word; }
 section, details { margin-top: 3rem; }
 details + details { margin-top: 1rem; }
 .note { margin: .3rem 0 .6rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
