@@ -332,6 +332,9 @@ def test_a_persons_half_hour_survives_closed_pages_and_killed_programs(page, pla
                     *("--out", "runs/teach/interact", "--resume"),
                     *("--teacher-url", f"{url}/v1"),
                 ]
+                # the trainer has asked again
+                page.wait_for_selector("#message:empty", state="attached")
+                page.wait_for_selector("#story:not([hidden])")
             elif len(graded) == 10:
                 screenshot(page, "lesson_1_middle")
                 trainer.kill()
