@@ -3,6 +3,7 @@ llama.cpp."""
 
 import sys
 
+import jinja2
 import pytest
 import torch
 from conftest import AWKWARD, fails
@@ -63,6 +64,12 @@ def test_the_formats_own_reader_finds_every_weight_and_the_tokenizer(file, stude
         fields[f"gpt2.{name}"] for name in ("block_count", "attention.head_count", "context_length")
     ]
     assert sizes == [2, 2, 128] and fields["general.name"] == "tale"
+    sampling = {"temp": 1.0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0, "top_k": 0}
+    for name, value in sampling.items():
+        assert fields[f"general.sampling.{name}"] == value, name
+    template = jinja2.Template(fields["tokenizer.chat_template"])
+    messages = [{"role": "user", "content": OPENING}]
+    assert template.render(messages=messages, add_generation_prompt=True) == OPENING
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     # control tokens
     assert [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3] == AWKWARD[:5]

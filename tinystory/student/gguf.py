@@ -26,6 +26,11 @@ NAMES = {
     "mlp_proj": "ffn_down",
     "ln_f": "output_norm",
 }
+# What llama.cpp samples with unless it is told otherwise (its pull request 17120): the distribution
+# from which a student samples in training. Its own defaults cut it and penalise repeated names.
+SAMPLING = {"temp": 1.0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0}
+# A message is an opening: without a template, llama.cpp's chat writes markup that no student has read.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
@@ -64,9 +69,13 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
             eos_token_id=tokenizer.eos,
             pad_token_id=tokenizer.pad,
             add_bos_token=True,
+            chat_template=CHAT_TEMPLATE,
         )
         for name, value in fields.items():
             getattr(writer, f"add_{name}")(value)
+        for name, number in SAMPLING.items():
+            writer.add_float32(f"general.sampling.{name}", number)
+        writer.add_int32("general.sampling.top_k", 0)
         for ours, weight in student.state_dict().items():
             writer.add_tensor(renamed(ours, NAMES), weight.cpu().numpy())
         writer.write_header_to_file()
