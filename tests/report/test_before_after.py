@@ -28,6 +28,11 @@ def evaluation(step, rewards, **other):
     ]
 
 
+@pytest.fixture(autouse=True)
+def hundred_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 @pytest.fixture
 def run(tmp_path):
     """An interaction of three steps whose best student is that of step 2, over."""

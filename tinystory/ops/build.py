@@ -127,14 +127,12 @@ def objects_bar(folder: Path, count: int) -> Iterator[None]:
             bar.refresh()
 
     watcher = threading.Thread(target=watch)
-    if not bar.disable:
-        watcher.start()
+    watcher.start()
     try:
         yield
     finally:
         finished.set()
-        if not bar.disable:
-            watcher.join()
+        watcher.join()
         bar.close()
 
 
