@@ -88,4 +88,5 @@ def test_openmps_threads_spin_little_unless_the_user_says_how(variables, spins):
     command = [sys.executable, "-c", IMPORTS, repr(variables), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     printed = done.stdout.split()
-    assert len(printed) >= 13 and set(printed) == {spins}, done.stdout + done.stderr
+    # doctor.py imports torch only when it runs
+    assert len(printed) >= 12 and set(printed) == {spins}, done.stdout + done.stderr
