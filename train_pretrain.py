@@ -221,6 +221,7 @@ def tell_story(run: PretrainingRun) -> None:
         "story": story.text,
         "reply": None,
         "scores": None,
+        "score": None,
         "reward": None,
         "words": story.words,
         "ended": story.ended,

@@ -2,11 +2,10 @@
 trusted."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from conftest import SHORT, assert_same_bits, fails, metrics, read_lines, story_record
+from conftest import SHORT, SMALL, assert_same_bits, fails, metrics, read_lines, story_record
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -122,7 +121,8 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(
     if command == "pretrain":
         monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
         monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
-        pretrain.main(["--resume", "--out", str(shutil.copytree(place / "p", tmp_path / "p"))])
+        corpus = ["--corpus", str(place / "corpus.txt"), "--words", "500"]
+        pretrain.main([*corpus, *SMALL, "--out", str(tmp_path / "p")])
     elif command == "sample":
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
         sample.main([str(place / "p"), "--stories", "1", "--device", "cpu"])

@@ -28,6 +28,7 @@ SMALLER = {
     "scripts.sample": "--stories 2 --max-new-tokens 12 --device cpu",
     "scripts.export_hf": "",
 }
+FEWER_GRADES = "--grades 8 --stories-per-step 16"
 # Models of README's servers, each of which a local one stands in for.
 MODELS = ("llama3.1:8b", "gpt-4o-mini")
 COMMAND = re.compile(r"(?:# my_reward\.py +)?((?:make|python) .*?)(?: {2,}#.*)?")
@@ -78,10 +79,15 @@ def run(command: str, url: str = "") -> None:
     """Run a command of README in this process, made smaller. url: the server that takes the place
     of its server."""
     script, *arguments = shlex.split(command.removeprefix("python "))
+    if Path(script).stem.startswith("python"):  # a printed command may name its interpreter
+        script = str(Path(arguments.pop(0)).relative_to(ROOT))
     name = script.removesuffix(".py").replace("/", ".")
     if "--teacher-url" in arguments and url:
         arguments[arguments.index("--teacher-url") + 1] = url
-    importlib.import_module(name).main([*arguments, *SMALLER[name].split()])
+    arguments += SMALLER[name].split()
+    if "--grades" in arguments:
+        arguments += FEWER_GRADES.split()
+    importlib.import_module(name).main(arguments)
 
 
 @contextlib.contextmanager
@@ -153,11 +159,12 @@ def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, cap
             assert re.search(rf"^next: .* {report[1]}/checkpoints/", text, re.M)
         if start := re.search(r"^student (runs/.*)/checkpoints/", text, re.M):
             starts.append(start[1])
-    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 10))]
+    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 8))]
     assert folders == [
         *("runs/pretrain", "runs/interact"),
         *("runs/demo/pretrain", "runs/demo/interact"),
         *by_hand,
+        *("runs/teach/interact", "runs/interact-8"),
     ]
     assert starts == ["runs/pretrain", "runs/demo/pretrain", *["runs/pretrain-2"] * 8]
     assert (clone / "out" / "model.safetensors").exists() and (clone / "out.gguf").exists()
