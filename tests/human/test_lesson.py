@@ -13,7 +13,7 @@ from test_desk import GOOD, Clock, asked, grade, no_room
 from tinystory.evaluate.intervals import wilson
 from tinystory.human import lesson as lessons
 from tinystory.human.desk import GRACE_S, Desk
-from tinystory.human.lesson import ANSWER_S, Lesson, lesson_folder
+from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED, Pair, read_progress
 from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
@@ -22,6 +22,7 @@ from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
 from tinystory.run.records import FINDINGS, PAIRS, SAMPLES
 from tinystory.teacher.grade import NOT_ASKED
+from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.prompt import Template
 from tinystory.teacher.server import Refused
 
@@ -116,7 +117,7 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
         with taught(run) as (lesson, clock), locked(run.folder):
             state = lesson.state(URL)
             assert state["answers_left"] == 16 + COMPARED
-            assert state["minutes"] == -(-32 * ANSWER_S // 60)
+            assert state["minutes"] == -(-32 * HUMAN_S // 60)
             tasks = await asked(lesson.desk, *"abcdefgh")
             for left in range(8, 0, -1):
                 assert lesson.state(URL)["answers_left"] == 8 + left + COMPARED

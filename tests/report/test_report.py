@@ -248,7 +248,7 @@ def evaluated_run(folder, rewards):
         for step, values in enumerate(rewards):
             told = [f"word {step}"] * len(values)
             if step == 1:
-                told[0] = ""
+                told[-1] = ""
             log.evaluations(
                 [
                     story(step, index, reward=value, story=told[index])
@@ -258,7 +258,7 @@ def evaluated_run(folder, rewards):
 
 
 def test_one_opening_is_followed_over_the_evaluations(tmp_path):
-    """The first with no empty story: the first opening has one after step 1."""
+    """The last with no empty story: the last opening has one after step 1."""
     evaluated_run(tmp_path, [[0.2, 0.3, 0.4], [0.2, 0.3, 0.5], [0.5, 0.3, 0.5]])
     assert [record["index"] for record in followed(tmp_path)] == [1, 1, 1]
     text = Page(write_report(tmp_path)).text

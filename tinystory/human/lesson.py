@@ -21,11 +21,10 @@ from tinystory.run.folder import holds_run, in_use, read_config, timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.paths import hint
 from tinystory.run.records import PAIRS, Record, read_records
-from tinystory.teacher.probe import HUMAN
+from tinystory.teacher.probe import HUMAN, HUMAN_S
 from tinystory.teacher.server import Refused
 
 TITLE = "Taught by a person"  # of the finding
-ANSWER_S = 20.0  # seconds per answer, before the first
 
 
 def lesson_folder(folder: Path) -> Path:
@@ -204,7 +203,7 @@ class Lesson:
 
     def _seconds_left(self, answers: int) -> float:
         progress = self._progress
-        per_answer = median(self._seconds) if self._seconds else ANSWER_S
+        per_answer = median(self._seconds) if self._seconds else HUMAN_S
         steps_left = max(progress.steps - progress.step, 0)
         return answers * per_answer + steps_left * (progress.step_s or 0.0)
 

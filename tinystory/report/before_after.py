@@ -204,12 +204,13 @@ def highest(records: Sequence[Record]) -> int:
 
 
 def followed(run: Path) -> list[Record]:
-    """One story per evaluation, to the same opening: the first whose stories are never empty."""
+    """One story per evaluation, to the same opening: the last whose stories are never empty. (A
+    human compares stories to the first ones unnamed.)"""
     by_index: dict[int, list[Record]] = {}
     for record in read_records(run / EVALUATIONS):
         by_index.setdefault(record["index"], []).append(record)
     most = max(map(len, by_index.values()), default=0)
-    for records in by_index.values():
+    for records in reversed(by_index.values()):
         if len(records) == most and not any(is_blank(record["story"]) for record in records):
             return records
     return []

@@ -59,7 +59,7 @@ SAMPLES_NOTE = (
     "its highest and the options as in “How it was run”; a story that is cut off keeps the fraction unfinished."
 )
 FOLLOWED_NOTE = (
-    "The first held-out opening whose stories are never empty, not chosen by its stories. Each time the "
+    "The last held-out opening whose stories are never empty, not chosen by its stories. Each time the "
     "student draws from the same random numbers."
 )
 REWARD_NOTE = (

@@ -25,7 +25,7 @@ from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.probe import FIRST_STORY, HUMAN, Prober, with_oldest_probe
+from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober, with_oldest_probe
 from tinystory.teacher.prompt import Question, fence, render
 
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
@@ -217,6 +217,8 @@ class Teacher(Grader):
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
         per_second = sum(self.concurrency / probe.seconds for probe in probes)
+        if first.model == HUMAN:
+            per_second = 1 / HUMAN_S
         minutes = stories / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (

@@ -20,6 +20,7 @@ from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
 HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
+HUMAN_S = 20.0  # seconds in which a human answers, until it is known
 PATIENCE_S = 3 * 86_400.0  # time limit for a human
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Asked for animals, a model answers with scores only if the server constrains it to them.
