@@ -44,7 +44,10 @@ def test_contributing_names_only_constants_that_exist():
 
 def test_every_option_and_file_that_the_docs_name_exists(capsys):
     scripts = [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py")]
-    lab = [f"lab.{name}" for name in "babylm bench compare copied judge recipes reproduce".split()]
+    lab = [
+        f"lab.{name}"
+        for name in "babylm bench compare copied judge recipes reproduce speedrun".split()
+    ]
     for name in ["train_pretrain", "train_interact", *scripts, *lab]:
         with pytest.raises(SystemExit):
             importlib.import_module(name).main(

@@ -1,0 +1,207 @@
+"""The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The rules
+stand in lab/records.md, how to take part in lab/program.md.
+
+python lab/speedrun.py                                       one seed of this checkout
+python lab/speedrun.py --seeds 1 2 3 --against COMMIT        in turns with a commit, as a ratio
+python lab/speedrun.py --seeds 1 2 3 --against COMMIT --record "shorter contexts first"
+
+Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
+train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
+if every measure of RULES is met.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+import numpy as np
+
+from lab import recipes
+from tinystory.rubric.process import builtin_teacher
+from tinystory.run.device import device_name
+from tinystory.run.errors import UserError, command
+from tinystory.run.options import script_parser
+from tinystory.run.paths import ROOT, cache_dir
+from tinystory.student import checkpoint
+from tinystory.teacher.grader import open_grader
+
+RECORDS = ROOT / "lab" / "records.md"
+THREADS = 2
+# The least mean over the seeds of each measure of lab/recipes.py.
+RULES = {"reward": 0.65, "clusters": 45, "repeated_name": 0.80, "he_or_she": 0.89}
+STAGES = ("pretraining", "interaction")
+LOAD = "from tinystory import ops; ops.load()"
+
+
+@dataclass
+class Side:
+    """A checkout that is timed, and its runs, one per seed: seconds by stage, and measures."""
+
+    name: str
+    checkout: Path
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    measures: list[dict[str, float]] = field(default_factory=list)
+
+    def median_seconds(self) -> float:
+        return median(sum(stages.values()) for stages in self.seconds)
+
+    def means(self) -> dict[str, float]:
+        return {name: fmean(run[name] for run in self.measures) for name in RULES}
+
+    def is_storyteller(self) -> bool:
+        means = self.means()
+        return all(means[name] >= least for name, least in RULES.items())
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    add("--against", metavar="COMMIT", default="", help="the record to beat, in turns")
+    add("--record", metavar="TEXT", default="", help="what changed: add a line to lab/records.md")
+    options = parser.parse_args(argv)
+    if options.record and not options.against:
+        raise UserError("--record needs --against COMMIT: a record is a ratio in one sitting")
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = [Side("this checkout", ROOT)]
+        if options.against:
+            checkout = Path(scratch, "against")
+            git("worktree", "add", "--detach", str(checkout), options.against)
+            sides.insert(0, Side(options.against, checkout))
+        try:
+            race(sides, options.seeds, Path(scratch))
+        finally:
+            if options.against:
+                git("worktree", "remove", "--force", str(checkout))
+    print_result(sides)
+    if options.record:
+        add_record(*sides, options.record)
+
+
+def race(sides: Sequence[Side], seeds: Sequence[int], scratch: Path) -> None:
+    """Run and measure each side once per seed, in turns."""
+    for side in sides:
+        start([sys.executable, "-c", LOAD], side.checkout)  # compiles its kernels
+    for seed in seeds:
+        for number, side in enumerate(sides):
+            folder = scratch / f"{number}-{seed}"
+            side.seconds.append(timed_run(side.checkout, folder, seed))
+            side.measures.append(measured(folder / "interaction"))
+            print(f"{side.name}, seed {seed}: {line(side)}", flush=True)
+
+
+def timed_run(checkout: Path, folder: Path, seed: int) -> dict[str, float]:
+    """Seconds by stage. Leaves the students in folder/pretraining and folder/interaction."""
+    cache = folder / "cache"
+    cache.mkdir(parents=True)
+    (cache / "kernels").symlink_to(cache_dir().absolute() / "kernels")
+    pretrained = folder / "pretraining"
+    arguments = {
+        "pretraining": ["train_pretrain.py", "--out", pretrained],
+        "interaction": ["train_interact.py", "--init", pretrained, "--out", folder / "interaction"],
+    }
+    seconds = {}
+    for stage in STAGES:
+        words = [sys.executable, *map(str, arguments[stage]), "--seed", str(seed)]
+        began = time.perf_counter()
+        start(words, checkout, TINYSTORY_CACHE=str(cache))
+        seconds[stage] = time.perf_counter() - began
+    return seconds
+
+
+def start(words: list[str], checkout: Path, **variables: str) -> None:
+    """Run a command in a checkout. Raises UserError, with its last lines, if it fails."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(THREADS),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(checkout),
+    }
+    done = subprocess.run(
+        words, cwd=checkout, env=environment | variables, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{' '.join(words)} in {checkout} failed:\n{done.stderr[-2000:]}")
+
+
+def measured(run: Path) -> dict[str, float]:
+    """The measures of RULES, of the run's newest student, by this checkout's code."""
+    _, _, history = checkpoint.load(checkpoint.find(run))
+    with open_grader(recipes.CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
+        row = recipes.Row("", run)
+        measures = recipes.measure(row, grader, recipes.CONFIG, recipes.OPENINGS)
+    return {name: float(measures[name]) for name in RULES}
+
+
+def line(side: Side) -> str:
+    """The last run: seconds by stage, and measures."""
+    seconds = side.seconds[-1]
+    stages = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in STAGES)
+    measures = ", ".join(f"{name} {side.measures[-1][name]:.3f}" for name in RULES)
+    return f"{sum(seconds.values()):.1f} s ({stages}), {measures}"
+
+
+def print_result(sides: Sequence[Side]) -> None:
+    for side in sides:
+        verdict = "a storyteller" if side.is_storyteller() else "no storyteller by the rules"
+        means = ", ".join(f"{name} {mean:.3f}" for name, mean in side.means().items())
+        print(f"{side.name}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
+    if len(sides) == 2:
+        print(f"ratio of the medians: {ratio(*sides):.3f}")
+
+
+def ratio(record: Side, challenger: Side) -> float:
+    return challenger.median_seconds() / record.median_seconds()
+
+
+def p_value(values: Sequence[float], least: float) -> float | None:
+    """Of values as high as these if their expectation were `least`: a one-sided t-test. None for
+    fewer than two values, or equal ones."""
+    n = len(values)
+    if n < 2 or stdev(values) == 0:
+        return None
+    t = (fmean(values) - least) / (stdev(values) / math.sqrt(n))
+    # the probability between 0 and t, by the density of Student's distribution
+    x = np.linspace(0.0, t, 10_001)
+    logarithm = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - math.log((n - 1) * math.pi) / 2
+    density = math.exp(logarithm) * (1 + x**2 / (n - 1)) ** (-n / 2)
+    between = float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
+    return 0.5 - between
+
+
+def add_record(record: Side, challenger: Side, change: str) -> None:
+    """Append a line to lab/records.md. Raises UserError if a rule is not met."""
+    if not challenger.is_storyteller():
+        raise UserError(f"no record: the means must reach {RULES}")
+    text = RECORDS.read_text()
+    number = len(re.findall(r"^\| \d+ \|", text, re.M))
+    p = p_value([run["reward"] for run in challenger.measures], RULES["reward"])
+    shown_p = "" if p is None else f"{p:.2g}"
+    means = " | ".join(f"{mean:.3f}" for mean in challenger.means().values())
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    cells = f"{commit} | {device_name('cpu')} | {challenger.median_seconds():.0f} | {ratio(record, challenger):.3f}"
+    row = f"| {number} | {cells} | {means} | {shown_p} | {change} |\n"
+    RECORDS.write_text(text.rstrip("\n") + "\n" + row)
+    print(row, end="")
+
+
+def git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"git {' '.join(words)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
