@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
                 git("worktree", "remove", "--force", str(checkout))
     print_result(sides)
     if options.record:
-        add_record(*sides, options.record)
+        record, challenger = sides
+        add_record(record, challenger, options.record)
 
 
 def race(sides: Sequence[Side], seeds: Sequence[int], scratch: Path) -> None:
@@ -158,7 +159,8 @@ def print_result(sides: Sequence[Side]) -> None:
         means = ", ".join(f"{name} {mean:.3f}" for name, mean in side.means().items())
         print(f"{side.name}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
     if len(sides) == 2:
-        print(f"ratio of the medians: {ratio(*sides):.3f}")
+        record, challenger = sides
+        print(f"ratio of the medians: {ratio(record, challenger):.3f}")
 
 
 def ratio(record: Side, challenger: Side) -> float:
