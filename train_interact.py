@@ -188,7 +188,7 @@ def send(run: InteractionRun, story: Story) -> None:
 
 def send_chosen(run: InteractionRun, stories: Sequence[Story], features: Tensor) -> list[int]:
     """Send the stories to grade, out of a whole step with these features. Returns their rows."""
-    count = grades_of_step(run.config, run.state.step)
+    count = grades_of_step(run.config, run.state.step, run.state.asked)
     model = run.policy.score_model
     rows = distributed.rank0_value(lambda: model.choose(features, count))
     if distributed.is_rank0():
@@ -225,6 +225,7 @@ def count_step(
     state.spend(stories, opening_words + reply_words)
     state.step += 1
     state.written += len(stories)
+    state.asked += len(grades) - grades.count(NOT_ASKED)
     with_reward = len(stories) - int(statistics["unscored"])
     state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], with_reward, run.config)
 
@@ -474,7 +475,10 @@ def print_forecast(
 
 def stories_to_grade(config: InteractConfig, state: RunState) -> int:
     """Number of stories left to grade, evaluations included."""
-    count = sum(grades_of_step(config, step) for step in range(state.step, config.steps))
+    steps_left = config.steps - state.step
+    count = steps_left * config.stories_per_step
+    if config.grades:
+        count = config.grades - state.asked
     if config.eval_graded:
         first = state.step + 1 if state.step else 0
         evaluations = sum(due(config, step) for step in range(first, config.steps + 1))

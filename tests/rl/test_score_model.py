@@ -38,11 +38,39 @@ def made_up(n, seed=0, width=12):
 def test_the_grades_of_a_run_are_spread_over_its_steps():
     for grades, steps in [(64, 8), (32, 8), (9, 3), (100, 7), (8, 5), (40, 1)]:
         config = InteractConfig(grades=grades, steps=steps)
-        counts = [grades_of_step(config, step) for step in range(steps)]
+        counts = spread(config, 0, 0)
         assert sum(counts) == grades and counts[0] >= FEWEST_GRADES
         assert max(counts[1:], default=0) <= min(counts[1:], default=0) + 1
-        assert max(counts[1:], default=0) <= counts[0] + 1
-    assert grades_of_step(InteractConfig(), 3) == InteractConfig.stories_per_step
+        assert max(counts[1:], default=0) <= counts[0]
+    assert grades_of_step(InteractConfig(), 3, 999) == InteractConfig.stories_per_step
+
+
+def spread(config, step, given):
+    """The grades of each step from this one on."""
+    counts = []
+    while step < config.steps:
+        counts.append(grades_of_step(config, step, given + sum(counts)))
+        step += 1
+    return counts
+
+
+def test_a_run_that_is_resumed_with_other_steps_keeps_to_its_grades():
+    assert spread(InteractConfig(grades=64, steps=16), 4, 32) == [
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        2,
+        2,
+        2,
+        2,
+    ]
+    assert sum(spread(InteractConfig(grades=64, steps=5), 4, 32)) == 32
+    assert spread(InteractConfig(grades=16, steps=8), 4, 32) == [0, 0, 0, 0]
 
 
 def written(lengths, ended, width=4):

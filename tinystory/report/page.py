@@ -202,7 +202,8 @@ th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: bott
 th { font-weight: 600; }
 thead th { color: var(--muted); white-space: normal; }
 th:first-child { text-align: left; }
-.hero th, .hero td { padding-right: 0; white-space: normal; }
+.hero th, .hero td { padding-right: 0; }
+.hero th { white-space: normal; }
 .hero td, .hero th + th { padding-left: .7rem; }
 tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }

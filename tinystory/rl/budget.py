@@ -26,7 +26,7 @@ class Budget:
         """The limit that a step and these evaluations would exceed, or "". Rank 0 only."""
         config = self.config
         evaluated = evaluations * config.eval_stories
-        graded = grades_of_step(config, state.step)
+        graded = grades_of_step(config, state.step, state.asked)
         if config.eval_graded:
             graded += evaluated
         written = config.stories_per_step + evaluated

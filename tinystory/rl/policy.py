@@ -30,12 +30,14 @@ TOO_LARGE = (
 
 @dataclass
 class RunState:
-    """written: stories so far. words_in counts each opening once and each word of a reply (arXiv
-    2509.15714); words_out counts the words that the student writes."""
+    """written: stories so far; asked: those that the teacher was to grade. words_in counts each
+    opening once and each word of a reply (arXiv 2509.15714); words_out counts the words that the
+    student writes."""
 
     kl_coef: float
     step: int = 0
     written: int = 0
+    asked: int = 0
     words_in: int = 0
     words_out: int = 0
     best_step: int = 0

@@ -31,19 +31,16 @@ NEWEST = 64  # grades of which score_r_squared is computed
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
-def grades_of_step(config: InteractConfig, step: int) -> int:
-    """Number of the step's stories that the teacher grades. --grades are spread evenly over the
-    steps, but the first step has at least FEWEST_GRADES, without which nothing is predicted."""
+def grades_of_step(config: InteractConfig, step: int, given: int) -> int:
+    """Number of the step's stories that the teacher grades, after `given` grades in the steps
+    before. What is left of --grades is spread over the steps that are left; the first has at least
+    FEWEST_GRADES, without which nothing is predicted."""
     if not config.grades:
         return config.stories_per_step
-    first = max(FEWEST_GRADES, config.grades // config.steps)
-    if step == 0:
-        return min(first, config.grades)
-    later_steps = config.steps - 1
-    left = config.grades - first
-    given_before = left * (step - 1) // later_steps
-    given_after = left * step // later_steps
-    return given_after - given_before
+    left = config.grades - given
+    steps_left = config.steps - step
+    share = math.ceil(left / steps_left)
+    return max(share, FEWEST_GRADES) if step == 0 else max(share, 0)
 
 
 def story_features(batch: Batch, reference: Reference, stories: Sequence[Story]) -> Tensor:
