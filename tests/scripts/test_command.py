@@ -20,9 +20,8 @@ from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
-from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
-from tinystory.student.generate import generate
+from tinystory.student.generate import Story
 
 COMMAND = """
 import os, sys
@@ -311,29 +310,34 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(
         assert "GB of memory" in line and "--max-new-tokens" in line
 
 
-def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
+def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys, monkeypatch):
     """The one that the callable likes; without a callable, the likeliest of those that end."""
-    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
-    drawn = generate(
-        student, None, tokenizer, ["Once"] * 16, first_index=0, max_new_tokens=12, seed=0
+    nothing = torch.zeros(0)
+    stories = []
+    for index in range(16):
+        logprobs = torch.tensor([-1.0 / (index + 1)])  # the later, the likelier
+        ended = "eos" if index < 12 else "length"
+        text = f"tale number {index}."
+        stories.append(
+            Story(index, "Once", text, nothing, nothing, logprobs, nothing, nothing, ended)
+        )
+    monkeypatch.setattr(
+        sample, "generate", lambda model, head, tokenizer, openings, **_: stories[: len(openings)]
     )
-    likeliest = [max(drawn[i::2], key=lambda story: story.likelihood) for i in range(2)]
-    common = f"{checkpoint.newest(place / 'p')} --stories 2 --max-new-tokens 12 --device cpu --opening Once".split()
+    common = f"{checkpoint.newest(place / 'p')} --stories 2 --device cpu --opening Once".split()
     reward = tmp_path / "r.py"
     reward.write_text(
-        f"def liked(o, stories):\n    return [s in {[s.text for s in drawn[-2:]]!r} for s in stories]\n"
+        "def liked(o, stories):\n    return [s in ('tale number 4.', 'tale number 7.') for s in stories]\n"
     )
     eight = ["--best-of", "8"]
     for more, best in (
-        ([], drawn[:2]),
-        ([*eight, "--reward", f"{reward}:liked"], drawn[-2:]),
-        (eight, likeliest),
+        ([], (0, 1)),
+        ([*eight, "--reward", f"{reward}:liked"], (4, 7)),
+        (eight, (10, 11)),
     ):
         sample.main([*common, *more])
-        printed = "".join(re.split("--- story.*", capsys.readouterr().out))  # wrapped
-        assert "".join(printed.split()) == "".join(
-            printable(" ".join(f"Once {story.text}" for story in best)).split()
-        )
+        printed = "".join(re.split("--- story.*", capsys.readouterr().out))
+        assert printed.split("\n\n")[:2] == [f"\nOnce {stories[i].text}" for i in best]
     assert "--teacher-url is for a teacher" in fails(
         sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys
     )

@@ -633,8 +633,9 @@ def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, mo
     assert len(metrics(tmp_path / "i")) == 3
 
 
-def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys):
-    """A score of 0.5 for every story; the rewards still differ, by length."""
+def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys, monkeypatch):
+    """A score of 0.5 for every story, an empty one too; the rewards still differ, by length."""
+    monkeypatch.setattr("tinystory.teacher.grade.is_blank", lambda text: False)
     (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
     run_interact(
         place,
