@@ -94,7 +94,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "longest story, in tokens",
     )
     add_number(
-        parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled"
+        parser,
+        "--temperature",
+        None,
+        "[0, 100]",
+        "at which they are sampled (default: each student's own)",
     )
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")
@@ -174,8 +178,12 @@ def samples_of(
     student."""
     if path.suffix == ".jsonl":
         return read_samples(path)
-    student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))
+    folder = checkpoint.find(path)
+    student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
     device = student.wte.weight.device
+    temperature = options.temperature
+    if temperature is None:
+        temperature = checkpoint.temperature(history)
     memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
     return write_stories(
         student,
@@ -183,7 +191,7 @@ def samples_of(
         openings=openings,
         n_stories=count,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
+        temperature=temperature,
         seed=options.seed,
     )
 

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
             require_output(output)
 
     if options.gguf:
-        student, tokenizer, _ = checkpoint.load(best)
-        gguf.write(options.gguf, student, tokenizer)
+        student, tokenizer, history = checkpoint.load(best)
+        gguf.write(options.gguf, student, tokenizer, checkpoint.temperature(history))
         print(f"written: {options.gguf}")
     if not options.folder:
         return
@@ -82,7 +82,7 @@ def write_folders(sources: dict[str, Path], options: argparse.Namespace) -> dict
         for name, source in tqdm(sources.items(), desc="writing", unit=" folders", disable=None):
             student, tokenizer, history = checkpoint.load(source)
             folder = partial / folders[name].relative_to(options.folder)
-            hf.write(folder, student, tokenizer)
+            hf.write(folder, student, tokenizer, checkpoint.temperature(history))
             card = model_card(folders[name].name, source, student, history)
             atomic_write(folder / "README.md", card)
     is_for_babylm = options.all_checkpoints

@@ -54,7 +54,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(parser, "--stories", 5, "[1, 1e9]", "number of stories")
     add_number(parser, "--max-new-tokens", 0, "[0, 1e6]", "longest story; 0: up to the context")
     add_number(
-        parser, "--temperature", InteractConfig.temperature, "[0, 100]", "0 is greedy decoding"
+        parser,
+        "--temperature",
+        None,
+        "[0, 100]",
+        "0 is greedy decoding (default: the student's own)",
     )
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
@@ -86,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         require_output(options.out)
 
     folder = checkpoint.find(options.checkpoint or newest_run())
-    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
+    student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
+    if options.temperature is None:
+        options.temperature = checkpoint.temperature(history)
     count = options.stories * options.best_of
     tokens = options.max_new_tokens or 1
     device = student.wte.weight.device

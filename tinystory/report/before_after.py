@@ -129,7 +129,7 @@ class BeforeAfter:
         if first is None or last is None:
             return ""
         verb = "stayed"
-        if last != first:
+        if number(last) != number(first):
             verb = "rose" if last > first else "fell"
         return f"The mean reward {verb} from {number(first)} before interaction to {number(last)} {self.names[1]}."
 

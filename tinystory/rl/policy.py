@@ -114,6 +114,7 @@ class Policy:
         if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
             return
         history = dict(self.history)  # with the words of earlier interactions
+        history["temperature"] = self.config.temperature
         if state.step:
             words_in_before = history.get("interaction_words_in", 0)
             words_out_before = history.get("interaction_words_out", 0)

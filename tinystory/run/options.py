@@ -87,16 +87,16 @@ def script_parser(text: str | None) -> ScriptParser:
 def add_number(
     parser: argparse.ArgumentParser,
     flag: str,
-    default: float,
+    default: float | None,
     allowed: str,
     help: str,
     files: str = "",
 ) -> None:
-    """Add a numeric option, an integer if its default is one. Parsing raises UserError outside the
-    interval. files: a suffix; the option then takes a list of numbers and of files with that
-    suffix."""
+    """Add a numeric option, an integer if its default is one. default: None if `help` says it.
+    Parsing raises UserError outside the interval. files: a suffix; the option then takes a list of
+    numbers and of files with that suffix."""
     interval = Interval(allowed)
-    kind = type(default)
+    kind = float if default is None else type(default)
 
     def number(text: str) -> Any:
         if files and text.endswith(files):
@@ -153,7 +153,7 @@ def _settings(f: dataclasses.Field, kind: Any) -> dict[str, Any]:
 
 def _note(default: Any, allowed: object) -> str:
     """The end of a line of help, as in " (default: 0.5; at least 0 and at most 1)"."""
-    text = str(default)
+    text = "" if default is None else str(default)
     if isinstance(default, list):
         text = " ".join(default)
     elif isinstance(default, bool):

@@ -101,8 +101,9 @@ def require_finite(
     )
 
 
-def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a new folder that transformers can load. Raises UserError if it exists or cannot be
+def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: float = 1.0) -> None:
+    """Write a new folder that transformers can load, and that then samples by itself at this
+    temperature, from the whole distribution. Raises UserError if it exists or cannot be
     written."""
     names = {id: name for name, id in tokenizer.specials.items()}
     ids = {}
@@ -126,9 +127,10 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         "split_special_tokens": True,  # "</s>" in a document is ordinary text
         "padding_side": "right",
     }
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     files = {
         "config.json": config | ids,
-        "generation_config.json": ids,
+        "generation_config.json": sampling | ids,
         "tokenizer_config.json": tokenizer_config | tokens,
         "special_tokens_map.json": tokens,
     }
