@@ -449,6 +449,23 @@ def test_without_graded_evaluations_the_best_student_is_the_last(place, tmp_path
     assert [record["predicted"] for record in metrics(out)] == [1, 9]
 
 
+def test_of_a_few_grades_one_may_be_refused(place, tmp_path, capsys, empty_stories_too):
+    """One of eight is more than --max-unscored 0.1 allows where all stories are graded."""
+    (tmp_path / "r.py").write_text(
+        "def one(o, stories):\n    return [None] + [0.5] * (len(stories) - 1)\n"
+        "def two(o, stories):\n    return [None] * 2 + [0.5] * (len(stories) - 2)\n"
+    )
+    flags = [*SHORT, "--steps", "1", "--stories-per-step", "16", "--no-eval-graded"]
+    flags += ["--init", str(place / "p"), "--opening", "Once upon a time, Tom"]
+    one, two = (f"{tmp_path / 'r.py'}:{name}" for name in ("one", "two"))
+    interact.main([*flags, "--grades", "8", "--reward", one, "--out", str(tmp_path / "a")])
+    assert [record["unscored"] for record in metrics(tmp_path / "a")] == [1]
+    flags += ["--out", str(tmp_path / "b")]
+    assert "2 of 8 stories got no score" in fails(
+        interact.main, [*flags, "--grades", "8", "--reward", two], capsys
+    )
+
+
 def test_the_best_student_is_the_latest_that_none_clearly_beats():
     def evaluation(step, *rewards):
         return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
