@@ -12,6 +12,7 @@ from tinystory.config import FEWEST_GRADES, InteractConfig
 from tinystory.rl import score_model
 from tinystory.rl.batch import Reference
 from tinystory.rl.score_model import (
+    FEWEST_MEASURED,
     FEWEST_SCORES,
     NEWEST,
     PENALTIES,
@@ -183,8 +184,7 @@ def test_r_squared_is_of_what_was_predicted_before_the_grades_came():
         part, scores = x[first : first + 7], y[first : first + 7].tolist()
         expected += model.predict(part)[0].tolist()
         r_squared = learn(model, part, scores)["score_r_squared"]
-        if first == 20:
-            assert r_squared is None  # of seven alone it would be noise
+        assert (r_squared is None) == (first + 7 - 20 < FEWEST_MEASURED)
     newest, said = y[90 - NEWEST :], torch.tensor(expected[-NEWEST:])
     by_hand = 1 - ((newest - said) ** 2).sum() / ((newest - newest.mean()) ** 2).sum()
     assert r_squared == pytest.approx(float(by_hand))
@@ -199,7 +199,7 @@ def test_nothing_is_predicted_of_a_few_grades_or_measured_of_equal_scores():
     assert model.predict(x) is not None
     equal = ScoreModel()
     learn(equal, x[:9], [0.5] * 9)
-    assert learn(equal, x[:9], [0.5] * 9)["score_r_squared"] is None
+    assert learn(equal, x[:30], [0.5] * 30)["score_r_squared"] is None
 
 
 def test_the_newest_grades_are_kept(monkeypatch):

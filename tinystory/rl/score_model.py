@@ -28,6 +28,7 @@ LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 MORE_FEATURES = 15  # besides the mean and the last state
 UNKNOWN = -1.0  # no score; a checkpoint's numbers are finite
 NEWEST = 64  # grades of which score_r_squared is computed
+FEWEST_MEASURED = 24  # of fewer it is noise
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
@@ -189,12 +190,12 @@ class ScoreModel:
 
     def r_squared(self) -> float | None:
         """Of what was predicted of the NEWEST grades before they were given: negative if their mean
-        would have been nearer. None if fewer than FEWEST_GRADES had been predicted, or if all these
-        scores are equal."""
+        would have been nearer. None if fewer than FEWEST_MEASURED had been predicted, or if all
+        these scores are equal."""
         was_predicted = self.expected != UNKNOWN
         scores = self.scores[was_predicted][-NEWEST:]
         expected = self.expected[was_predicted][-NEWEST:]
-        if len(scores) < FEWEST_GRADES:
+        if len(scores) < FEWEST_MEASURED:
             return None
         total = float(((scores - scores.mean()) ** 2).sum())
         residual = float(((scores - expected) ** 2).sum())
