@@ -16,12 +16,11 @@ reward, and OUT/reward.svg, README's picture.
 
 import functools
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +37,7 @@ from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
@@ -171,10 +171,11 @@ def print_table(records: Sequence[Record]) -> list[Bar]:
             mean = mean_of(rewards)
             if mean is not None:
                 openings.append(mean)
-        standard_error = stdev(openings) / math.sqrt(len(openings))
-        bars.append(Bar(name.strip("`"), fmean(openings), standard_error))
+        error = standard_error(openings)
+        assert error is not None, "there are many openings"
+        bars.append(Bar(name.strip("`"), fmean(openings), error))
         values = [mean_of(record[column] for record in seeds) for column in columns]
-        values.append(standard_error)
+        values.append(error)
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         print(f"| {name} | {' | '.join(cells)} |")
     return bars

@@ -31,7 +31,8 @@ from tinystory.teacher.server import PORTS, until_stopped
 RUN = Path("runs/teach/interact")
 # Evaluations are for the person, not graded: COMPARED openings for the end, and one for each step.
 STEPS = 8
-LESSON = f"--grades 64 --steps {STEPS} --no-eval-graded --eval-stories {COMPARED + STEPS} --max-unscored 0.5"
+EVALUATION = f"--no-eval-graded --eval-stories {COMPARED + STEPS}"
+LESSON = f"--grades 64 --steps {STEPS} {EVALUATION} --max-unscored 0.5"
 
 
 @command

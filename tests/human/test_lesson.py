@@ -222,16 +222,16 @@ def test_the_side_that_is_preferred_is_kept_as_before_or_after(finished):
 
 
 def test_a_restart_in_the_middle_keeps_answers_and_asks_no_pair_twice(finished):
-    seen = []
+    keys = []
     for _ in range(2):
         with taught(finished) as (lesson, _):
             for _ in range(COMPARED // 2):
-                seen.append(prefer(lesson, "left")["key"])
+                keys.append(prefer(lesson, "left")["key"])
         with open(finished.folder / PAIRS, "ab") as file:
             file.write(b'{"key": "half a li')  # the process was killed while it wrote
     with taught(finished) as (lesson, _):
         assert lesson.state(URL)["pair"] is None
-    assert len(set(seen)) == COMPARED
+    assert len(set(keys)) == COMPARED
 
 
 def test_the_way_back_leads_to_the_pair_before_and_the_new_answer_counts(finished):

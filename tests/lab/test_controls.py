@@ -33,9 +33,9 @@ def test_shuffled_grades_are_the_steps_own_given_to_other_stories(place, tmp_pat
     plain = graded(run_of(place, tmp_path / "a", "")[:20])
     stories = graded(run_of(place, tmp_path / "b", "shuffled")[:20])
     assert [story["story"] for story in stories] == [story["story"] for story in plain]
-    given = [story["reward"] for story in stories]
+    shuffled = [story["reward"] for story in stories]
     own = [story["reward"] for story in plain]
-    assert sorted(given) == pytest.approx(sorted(own)) and len(given) == 8
+    assert sorted(shuffled) == pytest.approx(sorted(own)) and len(shuffled) == 8
 
 
 def test_shuffled_grades_go_to_other_stories(monkeypatch):
@@ -44,10 +44,10 @@ def test_shuffled_grades_go_to_other_stories(monkeypatch):
     run = SimpleNamespace(config=InteractConfig(), state=SimpleNamespace(step=3))
     sent = [0, 1, 2, 3, 4, 5, 8, 9]
     with controls.shuffled():
-        given = train_interact.collect_grades(run, sent)
-        assert given == train_interact.collect_grades(run, sent)
-    assert [given[row] for row in (6, 7)] == [grades[row] for row in (6, 7)]
-    assert given != grades and set(given) == set(grades)
+        shuffled = train_interact.collect_grades(run, sent)
+        assert shuffled == train_interact.collect_grades(run, sent)
+    assert [shuffled[row] for row in (6, 7)] == [grades[row] for row in (6, 7)]
+    assert shuffled != grades and set(shuffled) == set(grades)
     assert train_interact.collect_grades(run, sent) == grades
 
 

@@ -246,12 +246,12 @@ def evaluated_run(folder, rewards):
     interaction_run(folder, len(rewards) - 1, [story(1, 0)])
     with RunLog(folder, resume_step=len(rewards) - 1) as log:
         for step, values in enumerate(rewards):
-            told = [f"word {step}"] * len(values)
+            texts = [f"word {step}"] * len(values)
             if step == 1:
-                told[-1] = ""
+                texts[-1] = ""
             log.evaluations(
                 [
-                    story(step, index, reward=value, story=told[index])
+                    story(step, index, reward=value, story=texts[index])
                     for index, value in enumerate(values)
                 ]
             )
@@ -353,8 +353,8 @@ def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_
     with RunLog(tmp_path, resume_step=None) as log:
         log.metrics(step=1, words=1000, tokens=1300, loss=8.0)
         for step in range(0, 1001, 100):
-            told = f"{EVIL} at step {step}."
-            log.evaluations([story(step, 0, story=told, scores=None, reward=None, reply=None)])
+            text = f"{EVIL} at step {step}."
+            log.evaluations([story(step, 0, story=text, scores=None, reward=None, reply=None)])
     page = Page(write_report(tmp_path))
     check_self_contained(page)
     steps = [step for step in range(0, 1001, 100) if f"at step {step}." in page.text]

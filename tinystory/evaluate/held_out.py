@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings
+from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
@@ -174,10 +175,7 @@ def is_best(records: Iterable[Record], step: int) -> bool:
             deficits.append(highest[index] - reward)
     if not deficits:
         return False
-    standard_error = 0.0
-    if len(deficits) > 1:
-        standard_error = stdev(deficits) / math.sqrt(len(deficits))
-    return fmean(deficits) <= standard_error
+    return fmean(deficits) <= (standard_error(deficits) or 0.0)
 
 
 def write_samples(folder: Path, best_step: int) -> None:

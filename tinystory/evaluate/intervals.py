@@ -1,7 +1,8 @@
-"""95 % confidence intervals of proportions and statistics, and their printing."""
+"""95 % confidence intervals of proportions and statistics, their printing, and standard errors."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import stdev
 
 import numpy as np
 
@@ -48,3 +49,11 @@ def with_ci(
     if ci:
         text += f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]"
     return text
+
+
+def standard_error(values: Iterable[float | None]) -> float | None:
+    """Of the mean of the values that are not None; None for fewer than two."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    return stdev(known) / math.sqrt(len(known))

@@ -17,7 +17,7 @@ from tinystory.human.progress import COMPARED, NEITHER, READ, Pair, Progress, re
 from tinystory.report.findings import keep_finding, read_findings
 from tinystory.report.page import count
 from tinystory.run.errors import UserError
-from tinystory.run.folder import holds_run, in_use, read_config, timestamp
+from tinystory.run.folder import holds_run, in_use, numbered, read_config, timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.paths import hint
 from tinystory.run.records import PAIRS, Record, read_records
@@ -30,11 +30,9 @@ TITLE = "Taught by a person"  # of the finding
 def lesson_folder(folder: Path) -> Path:
     """The first of `folder`, `folder`-2, ... that holds no run, or one by a human that goes on: all
     pairs of a finished one have been compared."""
-    candidate = folder
-    number = 1
-    while holds_run(candidate) and not _goes_on(candidate):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
+    for candidate in numbered(folder):
+        if not holds_run(candidate) or _goes_on(candidate):
+            break
     return candidate
 
 

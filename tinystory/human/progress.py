@@ -30,11 +30,8 @@ READ = (CONFIG, METRICS, STORIES, EVALUATIONS, SAMPLES)  # what `read_progress` 
 # that no story of a pair has been seen with its name.
 COMPARED = 16
 NEITHER = "neither"
-MACHINE_PARTS = (
-    "rollout_s",
-    "reference_s",
-    "update_s",
-)  # of a step: the human is waited for in no other
+# Parts of a step in which nobody waits for the human.
+MACHINE_PARTS = ("rollout_s", "reference_s", "update_s")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Before and after interaction, on held-out openings: numbers and pairs of stories for terminal,
 report, model card."""
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import stdev
 from typing import TypeAlias
 
 from tinystory.evaluate.held_out import reward_mean, story_means
+from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import mean_of
 from tinystory.report.charts import number, text_curve
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
@@ -119,8 +118,8 @@ class BeforeAfter:
         if not shifts:
             return ""
         return (
-            f"Kinds of teller: {', '.join(shifts)}. The corpus has four dull kinds, known by their "
-            "sentences; whatever is none of them counts as a story, however well it is told."
+            f"Kinds of teller: {', '.join(shifts)}. The dull kinds are known by their sentences; "
+            "whatever is none of them counts as a story, however well it is told."
         )
 
     def conclusion(self) -> str:
@@ -182,12 +181,6 @@ def reward_errors(run: Path) -> dict[int, float | None]:
     for record in read_records(run / EVALUATIONS):
         rewards.setdefault(record["step"], []).append(record["reward"])
     return {step: standard_error(values) for step, values in rewards.items()}
-
-
-def standard_error(values: Sequence[float | None]) -> float | None:
-    """Of the mean of the values that are not None; None for fewer than two."""
-    known = [value for value in values if value is not None]
-    return stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
 
 
 def error_of(key: str, records: Sequence[Record]) -> str:

@@ -169,12 +169,19 @@ class ScoreModel:
         """Learn from a step's graded stories and predict the scores of the others. features: (B,
         F), of all of them; graded: rows that were sent; scores: the teacher's, None without.
         Returns a score per story (None if it was sent, or without enough grades), and metrics."""
-        before = self.predict(features)
+        rows: list[int] = []
+        known_scores: list[float] = []
         for row in graded:
             score = scores[row]
             if score is not None:
-                expected = UNKNOWN if before is None else float(before[0][row])
-                self._add(features[row], score, expected)
+                rows.append(row)
+                known_scores.append(score)
+        if rows:
+            before = self.predict(features)
+            expected = torch.full((len(rows),), UNKNOWN, dtype=torch.float64)
+            if before is not None:
+                expected = before[0][rows]
+            self._learn(features[rows], known_scores, expected)
         record: dict[str, Any] = {"predicted": 0, "score_error": None}
         record["score_r_squared"] = self.r_squared()
         after = self.predict(features)
@@ -201,11 +208,14 @@ class ScoreModel:
         residual = float(((scores - expected) ** 2).sum())
         return 1 - residual / total if total > 0 else None
 
-    def _add(self, features: Tensor, score: float, expected: float) -> None:
-        earlier_features = self.features.reshape(-1, len(features))
-        self.features = torch.cat([earlier_features, features[None]])[-MOST:]
-        self.scores = torch.cat([self.scores, self.scores.new_tensor([score])])[-MOST:]
-        self.expected = torch.cat([self.expected, self.scores.new_tensor([expected])])[-MOST:]
+    def _learn(self, features: Tensor, scores: Sequence[float], expected: Tensor) -> None:
+        """Add graded stories of a step to those of earlier steps. features: (m, F); expected:
+        (m,)."""
+        new_scores = torch.tensor(scores, dtype=torch.float64)
+        earlier_features = self.features.reshape(-1, features.shape[1])
+        self.features = torch.cat([earlier_features, features])[-MOST:]
+        self.scores = torch.cat([self.scores, new_scores])[-MOST:]
+        self.expected = torch.cat([self.expected, expected])[-MOST:]
 
     def _scaled(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of the graded stories, (n, F), and of a step, (B, F), in float64: with mean
