@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         student, tokenizer, history = checkpoint.load(best)
         gguf.write(options.gguf, student, tokenizer, checkpoint.temperature(history))
         print(f"written: {options.gguf}")
+        print(f'llama.cpp: llama-completion -m {options.gguf} -no-cnv -p "Once upon a time,"')
     if not options.folder:
         return
     folders = write_folders(sources, options)
