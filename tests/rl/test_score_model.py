@@ -36,13 +36,13 @@ def made_up(n, seed=0, width=12):
     )
 
 
-def test_the_grades_of_a_run_are_spread_over_its_steps():
+def test_half_of_the_grades_are_of_the_first_step_and_the_others_are_spread():
     for grades, steps in [(64, 8), (32, 8), (9, 3), (100, 7), (8, 5), (40, 1)]:
         config = InteractConfig(grades=grades, steps=steps)
         counts = spread(config, 0, 0)
         assert sum(counts) == grades and counts[0] >= FEWEST_GRADES
         assert max(counts[1:], default=0) <= min(counts[1:], default=0) + 1
-        assert max(counts[1:], default=0) <= counts[0]
+        assert counts[0] == (grades if steps == 1 else max(grades // 2, FEWEST_GRADES))
     assert grades_of_step(InteractConfig(), 3, 999) == InteractConfig.stories_per_step
 
 

@@ -34,14 +34,16 @@ QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-proba
 
 def grades_of_step(config: InteractConfig, step: int, given: int) -> int:
     """Number of the step's stories that the teacher grades, after `given` grades in the steps
-    before. What is left of --grades is spread over the steps that are left; the first has at least
-    FEWEST_GRADES, without which nothing is predicted."""
+    before. Half of --grades are of the first step: they tell about the stories of all steps. What
+    is left is spread over the steps that are left."""
     if not config.grades:
         return config.stories_per_step
     left = config.grades - given
     steps_left = config.steps - step
-    share = math.ceil(left / steps_left)
-    return max(share, FEWEST_GRADES) if step == 0 else max(share, 0)
+    share = max(math.ceil(left / steps_left), 0)
+    if step == 0:
+        share = max(share, config.grades // 2, FEWEST_GRADES)
+    return min(share, config.stories_per_step)
 
 
 def story_features(batch: Batch, reference: Reference, stories: Sequence[Story]) -> Tensor:
