@@ -97,13 +97,12 @@ DEFAULT = Template()
 
 
 class Question(NamedTuple):
-    """A story to be graded. number: its index in the run; template: replaces the grader's; tokens:
-    the student's, () if only the text is known."""
+    """A story to be graded. number: its index in the run; tokens: the student's, () if only the
+    text is known."""
 
     opening: str
     story: str
     number: int
-    template: Template | None = None
     tokens: tuple[int, ...] = ()
 
 
