@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 NOT_ONE = "not as an OpenAI-compatible API"
 FATAL = {
-    "wants a valid key": lambda: error(
+    "refuses the key": lambda: error(
         401, f"Incorrect API key provided: {KEY}.\x1b[31m\nSee docs.", code="invalid"
     ),
     "no quota left": lambda: error(
@@ -204,7 +204,7 @@ def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, monk
         pytest.raises(UserError) as caught,
     ):
         teacher.probes()
-    assert_one_clean_sentence(caught, server.url, "wants a valid key", "set OPENAI_API_KEY")
+    assert_one_clean_sentence(caught, server.url, "refuses the key", "set OPENAI_API_KEY")
 
 
 def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):

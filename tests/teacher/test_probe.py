@@ -42,7 +42,7 @@ def test_the_probe_says_what_it_found():
         assert (
             line.isprintable()
             and f"first at {server.url}: scored a story" in line
-            and "held to nothing" in line
+            and "obeys nothing" in line
         )
 
 

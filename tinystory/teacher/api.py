@@ -200,7 +200,7 @@ class ChatClient:
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
         elif status == 401 or WRONG_KEY in texts:
-            message = f"wants a valid key ({error}): set OPENAI_API_KEY"
+            message = f"refuses the key ({error}): set OPENAI_API_KEY"
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is in trouble ({error})",
