@@ -333,11 +333,10 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     milestones = words_of_milestones(config, policy.history)
     with contextlib.ExitStack() as stack:
         grader = open_grader_on_rank0(stack, config, policy, reference, openings)
-        scorer = grader.scorer
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
-        budget = Budget(config, openings, milestones, scorer.most_words, scorer.affords)
+        budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
         distributed.rank0_value(lambda: budget.require_first_step(state))
 
         resume_step = state.step if config.resume else None
@@ -372,7 +371,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             log=log,
             stop=stop,
             update_report=stack.enter_context(live_report(folder, rank0)),
-            evaluator=Evaluator(config, policy, openings, scorer, log, stop),
+            evaluator=Evaluator(config, policy, openings, grader, log, stop),
             detector=CollapseDetector(read_metrics(folder), config.kl_target),
             bar=bar,
             stages=Stages(bar, compute.device),

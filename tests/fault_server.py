@@ -153,9 +153,9 @@ def time_out_hanging_requests(server, monkeypatch):
     """The client's requests time out once they hang, and no others, so that no clock decides."""
     chat = ChatClient.chat
 
-    async def timed(self, headers, body):
+    async def timed(self, body):
         story = (read_back(body["messages"]) or ("", ""))[1]
-        task = asyncio.ensure_future(chat(self, headers, body))
+        task = asyncio.ensure_future(chat(self, body))
         while not (await asyncio.wait({task}, timeout=0.01))[0]:
             if story in server.hanging:
                 task.cancel()

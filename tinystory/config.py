@@ -166,9 +166,6 @@ class InteractConfig:
     teacher_model: list[str] = option(
         [], "model name, or one per --teacher-url (default: the server's first one)"
     )
-    teacher_mode: str = option(
-        "score", "score each story, or rank the stories of an opening", ("score", "rank")
-    )
     teacher_concurrency: int = option(
         16, "maximum number of requests in flight per server", "[1, 10000]"
     )
@@ -180,7 +177,7 @@ class InteractConfig:
         16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]"
     )
     teacher_timeout: float = option(
-        300.0, "time limit in seconds per story, or per call of --reward", "(0, 86400]"
+        300.0, "time limit in seconds per reply, or per call of --reward", "(0, 86400]"
     )
     teacher_prompt: str = option(
         "", "JSON file with other criteria, levels and weights (see docs/teachers.md)"
@@ -539,23 +536,9 @@ def _check_learning(config: InteractConfig) -> None:
             f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
             f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
         )
-    if config.teacher_mode == "rank":
-        raise UserError(
-            "--grades does not go with --teacher-mode rank, which compares all stories of an "
-            "opening: leave one out"
-        )
 
 
 def _check_teacher(config: InteractConfig) -> None:
-    if config.teacher_mode == "rank":
-        group = config.stories_per_opening
-        fits = 2 <= group <= config.teacher_max_tokens / 2
-        if not config.teacher_url or not fits or config.stories_per_step % group:
-            raise UserError(
-                "--teacher-mode rank compares the stories of an opening: give a --teacher-url, "
-                "--stories-per-opening 2 to half of --teacher-max-tokens, and a multiple of it as "
-                "--stories-per-step"
-            )
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"

@@ -39,11 +39,9 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
             stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
         )
         assert (stats["tokens_in"], stats["tokens_out"]) == (500 * (sent - 1), 6 * (sent - 1))
-        assert 0 < stats["latency_p50"] <= stats["latency_p90"] <= stats["latency_p99"]
         spent = teacher.ledger.cost
         assert teacher.ledger.stats() == {
             **dict.fromkeys(("requests", "retries", "cached", "tokens_in", "tokens_out"), 0),
-            **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
             "cost": spent,
         }
     # earlier costs still count

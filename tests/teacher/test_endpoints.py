@@ -88,7 +88,7 @@ def test_a_model_that_no_server_has_is_one_sentence_with_those_that_are_listed()
         pytest.raises(UserError) as caught,
     ):
         teacher.probes()[0]
-    assert_one_clean_sentence(caught, "'third'", "first, second")
+    assert_one_clean_sentence(caught, "does not list third", "first, second")
 
 
 def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
@@ -154,7 +154,7 @@ def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
         return SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None
 
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].refused == ("seed",) and scored(teacher)
+        assert teacher.probes()[0].refused == ["seed"] and scored(teacher)
     with (
         Picky(lambda asked: SHAPES[shape](400, "the moon is full")) as server,
         Teacher(server.url) as teacher,
@@ -179,7 +179,7 @@ def test_a_parameter_that_is_named_only_by_its_place_is_left_out():
         return web.json_response({"message": body}, status=422) if "seed" in asked else None
 
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].refused == ("seed",)
+        assert teacher.probes()[0].refused == ["seed"]
 
 
 def test_an_error_nested_without_end_is_read_to_a_depth():
@@ -228,7 +228,7 @@ def test_529_is_overload_and_gets_fewer_requests():
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=4) as teacher:
         assert scored(teacher)  # as with 429, it is no reason to give the story up
-        assert teacher.endpoints[0].slots.limit <= 2
+        assert teacher.endpoints[0].limit <= 2
     assert server.seen["A dog ran."] == 13
 
 
@@ -245,7 +245,7 @@ def below_minimum(asked):
     return None
 
 
-def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_to_what_was_asked_for():
+def test_a_server_that_wants_at_least_16_tokens_gets_them():
     replies = {
         "A dog ran.": "2 1 3",
         "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs.",
@@ -260,7 +260,7 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_t
     assert (
         dog.scores
         and cat.scores is None
-        and cat.reply == "2 1 3\n\nIt is a"
+        and cat.reply == replies["A cat ran."]
         and cat.reply_words == 3 * 6
     )
     assert all(asked["max_tokens"] >= 16 for asked in server.requests)
@@ -300,10 +300,10 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
         assert "no system message" in str(teacher.probes()[0])
         (message,) = server.requests[-1]["messages"]
         # refused once, and not retried
-        assert "A dog ran." in message["content"] and len(server.all) == 1 + 2
+        assert "A dog ran." in message["content"] and len(server.all) == 1 + 1
 
 
-def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
+def test_extra_fields_are_merged_into_each_request(tmp_path, monkeypatch):
     headers = []
 
     class Heard(FaultServer):
@@ -311,9 +311,8 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
             headers.append(request.headers.get("anthropic-version"))
             return await super()._chat(request)
 
-    extra = load_extra(
-        '{"provider": {"order": ["a"]}, "grammar": "mine", "extra_headers": {"anthropic-version": "1"}}'
-    )
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "anthropic-version: 1")
+    extra = load_extra('{"provider": {"order": ["a"]}, "grammar": "mine"}')
     with Heard() as server:
         for more in (extra, {}):
             with Teacher(server.url, extra=more, cache=tmp_path / "replies.jsonl") as teacher:
@@ -321,7 +320,7 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
         with_extra, without = server.requests[1], server.requests[3]
     # and other questions are others
     assert with_extra == {**without, "provider": {"order": ["a"]}, "grammar": "mine"}
-    assert headers[: len(headers) // 2] == ["1"] * (len(headers) // 2) and headers[-1] is None
+    assert set(headers) == {"1"}
 
 
 SECRETS = (
@@ -336,23 +335,27 @@ SECRETS = (
         ("[1]", "must be a JSON object"),
         ('{"a": NaN}', "must be a JSON object"),
         ('{"max_tokens": 99}', "cannot set max_tokens"),
-        ('{"extra_headers": {"Authorization": "Bearer x"}}', "OPENAI_API_KEY"),
-        ('{"extra_headers": {"X-Api-Password": "x"}}', "such as X-Api-Password"),
-        ('{"extra_headers": {"X-Team": "sk-planted-0123456789"}}', "such as X-Team"),
-        ('{"api_key": "x"}', "such as api_key"),
-        ('{"extra_query": {"access_token": "x"}}', "such as access_token"),
+        ('{"metadata": {"Authorization": "Bearer x"}}', "OPENAI_API_KEY"),
+        ('{"metadata": {"X-Api-Password": "x"}}', "must hold no secret"),
+        ('{"metadata": {"X-Team": "sk-planted-0123456789"}}', "must hold no secret"),
+        ('{"api_key": "x"}', "must hold no secret"),
+        ('{"query": {"access_token": "x"}}', "must hold no secret"),
         ('{"extra_query": {"version": "1"}}', "cannot set extra_query"),
-        ('{"extra_body": {"a": [{"client_secret": "x"}]}}', "such as client_secret"),
-        ('{"metadata": ["a", ["sk-planted-0123456789"]]}', "such as metadata"),
-        ('{"metadata": [{"a": ["Bearer x"]}]}', "such as a"),
-        ('{"note": "x sk-planted-0123456789"}', "such as note"),
-        ('{"note": "key:hf_0123456789abcdef"}', "such as note"),
-        ('{"note": "\\nsk-planted-0123456789"}', "such as note"),
-        ('{"note": "my Bearer x"}', "such as note"),
-        ('{"sk-planted-0123456789": 1}', "such as a field's name"),
-        *((json.dumps({"x": f"{prefix}0123456789abcdef"}), "such as x") for prefix in SECRETS),
-        ('{"extra_headers": {"a": "b\\nc: d"}}', "one line of text"),
-        ('{"extra_headers": 3}', "one line of text"),
+        ('{"body": {"a": [{"client_secret": "x"}]}}', "must hold no secret"),
+        ('{"metadata": ["a", ["sk-planted-0123456789"]]}', "must hold no secret"),
+        ('{"metadata": [{"a": ["Bearer x"]}]}', "must hold no secret"),
+        ('{"note": "x sk-planted-0123456789"}', "must hold no secret"),
+        ('{"note": "key:hf_0123456789abcdef"}', "must hold no secret"),
+        ('{"note": "\\nsk-planted-0123456789"}', "must hold no secret"),
+        ('{"note": "my Bearer x"}', "must hold no secret"),
+        ('{"sk-planted-0123456789": 1}', "must hold no secret"),
+        ('{"a": "sk-planted-0123456789", "a": 1}', "must hold no secret"),
+        ('{"\\u0061pi_key": 1}', "must hold no secret"),
+        *(
+            (json.dumps({"x": f"{prefix}0123456789abcdef"}), "must hold no secret")
+            for prefix in SECRETS
+        ),
+        ('{"extra_headers": {"a": "b"}}', "headers are OPENAI_CUSTOM_HEADERS"),
     ],
 )
 def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
@@ -369,7 +372,7 @@ def test_the_keys_own_value_is_no_extra_field(value, monkeypatch):
     for text in (f'{{"note": ["{spelled}"]}}', f'{{"{spelled}": 1}}'):
         with pytest.raises(UserError) as caught:
             load_extra(text)
-        assert_one_clean_sentence(caught, "it must hold no secret")
+        assert_one_clean_sentence(caught, "must hold no secret")
         assert "planted0123" not in str(caught.value)
 
 
@@ -381,7 +384,7 @@ def test_fields_that_only_sound_like_secrets_are_extra_fields():
         InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None
     )
     # nothing is asked, but it would be recorded
-    with pytest.raises(UserError, match="api_key"), opened:
+    with pytest.raises(UserError, match="no secret"), opened:
         pass
 
 

@@ -33,7 +33,7 @@ FATAL = {
     "too short a context": lambda: error(
         400, "This model's maximum context length is 64 tokens.", type="invalid"
     ),
-    "redirects to": lambda: web.Response(
+    f"{NOT_ONE}: check the URL (HTTP 302 http://127.0.0.1:9/": lambda: web.Response(
         status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}
     ),
     "(HTTP 404): check the URL": lambda: web.Response(
@@ -78,7 +78,9 @@ def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
     monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.replace("//", f"//me:{KEY}@"))
     with Teacher(f"{scheme}://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
         teacher.probes()[0]
-    assert_one_clean_sentence(caught, "teacher.example", f"start the proxy {proxy[7:]}", "NO_PROXY")
+    assert_one_clean_sentence(
+        caught, "teacher.example", proxy.rpartition(":")[2], "any proxy", "NO_PROXY"
+    )
 
 
 def test_a_server_that_goes_away_stops_the_run():
@@ -136,58 +138,64 @@ def test_no_openai_compatible_api(models, words):
 @pytest.mark.parametrize(
     "url",
     [
-        *(
-            "",
-            "localhost:8000",
-            "ftp://host/v1",
-            "http://",
-            "http://h:x/v1",
-            "http://h:99999",
-            "http://[",
-            "http://h?k=1",
-        ),
-        *(
-            "http://h/v1%0d%0aX: y",
-            f"http://{'a' * 300}/v1",
-            f"http://{'a.' * 150}b/v1",
-            "http://a..b/v1",
-        ),
+        "",
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://h?k=1",
+        "http://h/v1\x1b",
+        f"http://me:{KEY}@127.0.0.1:9/v1",
     ],
 )
 def test_invalid_urls(url):
-    with pytest.raises(UserError, match="must look like"):
+    with pytest.raises(UserError, match="must look like") as caught:
         Teacher(url)
-
-
-def test_a_url_with_a_password_or_an_impossible_key_is_refused(monkeypatch):
-    with pytest.raises(UserError) as caught:
-        Teacher(f"http://me:{KEY}@127.0.0.1:9/v1")
-    assert_one_clean_sentence(caught, "OPENAI_API_KEY")
-    with pytest.raises(UserError) as caught:
-        Teacher("http://127.0.0.1:9/v1", api_key=f"{KEY}\nX: y")
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
 
 
 @pytest.mark.parametrize(
-    "proxy", ["::::x", f"ftp://u:{KEY}@h", f"http://u:{KEY}@h:99999", f"http://{'x' * 300}"]
+    "url", ["http://h:x/v1", "http://h:99999", "http://[", f"http://{'a' * 300}/v1", "http://a..b"]
+)
+def test_urls_that_no_server_can_have_are_one_sentence(url):
+    with Teacher(url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probes()
+    assert_one_clean_sentence(caught, url)
+
+
+# of how openai hands aiohttp the proxy's password
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "::::x",
+        f"ftp://u:{KEY}@h",
+        f"http://u:{KEY}@h:99999",
+        f"http://u:{KEY}/x@h",
+        f"http://{'x' * 300}",
+    ],
 )
 def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
-    with pytest.raises(UserError) as caught:
-        Teacher("http://teacher.example/v1")
-    assert_one_clean_sentence(caught, "HTTP_PROXY is not the URL of a proxy", "unset it")
+    with Teacher("http://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
+        teacher.probes()
+    assert_one_clean_sentence(caught, "a proxy (HTTP_PROXY")
 
 
-@pytest.mark.parametrize("name", ["OPENAI_PROJECT_ID", "OPENAI_ORG_ID", "OPENAI_CUSTOM_HEADERS"])
-def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(name, monkeypatch):
-    monkeypatch.setenv(name, f"X: {KEY}\n\r\x01")
-    with pytest.raises(UserError) as caught:
-        Teacher("http://127.0.0.1:9/v1")
-    assert_one_clean_sentence(caught, name, "no header can have")
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "OPENAI_PROJECT_ID", "OPENAI_ORG_ID"])
+@pytest.mark.parametrize("value", [f"{KEY}\nX: y", f"{KEY}\u20ac"])
+def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(
+    name, value, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    with FaultServer() as server, Teacher(server.url) as teacher:
+        with pytest.raises(UserError) as caught:
+            teacher.probes()
+        assert_one_clean_sentence(caught, "OPENAI_API_KEY or another variable")
+        assert not server.requests
 
 
-@pytest.mark.parametrize("key, words", [("", "wants a key"), (KEY, "refuses the key")])
-def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, words, monkeypatch):
+@pytest.mark.parametrize("key", ["", KEY])
+def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     no = lambda: error(400, "No connected db.", type="no_db_connection", code="400")  # noqa: E731
     with (
@@ -196,7 +204,7 @@ def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, word
         pytest.raises(UserError) as caught,
     ):
         teacher.probes()
-    assert_one_clean_sentence(caught, server.url, words, "set OPENAI_API_KEY")
+    assert_one_clean_sentence(caught, server.url, "refuses the key", "set OPENAI_API_KEY")
 
 
 def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):

@@ -396,7 +396,6 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
         assert record["score_mean"] == pytest.approx(5)
         assert record.get("held_out_score_mean", 5) == pytest.approx(5)
         assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.7
-        assert record["teacher_latency_p50"] <= record["teacher_latency_p99"]
     story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)

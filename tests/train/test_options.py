@@ -80,11 +80,8 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
 --kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
 --learner grpo --stories-per-opening 2 --lam 1
---teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
---teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
---teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
 --grades 7|--grades 1537|--stories-per-step 8 --grades 9
---reward random --stories-per-opening 4 --teacher-mode rank|--track neptune
+--track neptune
 --sharpness-rate 100|--kl-horizon 1e-300|--kl-horizon 100"""
 
 

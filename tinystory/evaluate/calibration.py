@@ -131,7 +131,7 @@ def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     is not needed: the built-in teacher is known, and a human's time is expensive. Raises UserError
     below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
-    human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
+    human = isinstance(grader, Teacher) and grader.model == HUMAN
     if not needed or human:
         return {}
     known = known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS)

@@ -2,26 +2,24 @@
 their shape is checked, and control characters and an echoed key are removed before any text is
 quoted in a message."""
 
+import asyncio
 import functools
 import json
-import os
 import re
-import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinystory.run.credentials import redacted
-from tinystory.run.errors import UserError
 from tinystory.run.text import printable
 
 if TYPE_CHECKING:
     import httpx2
     import openai
 
-LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
-LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
+T = TypeVar("T")
+LONGEST_ANSWER = 4 * 2**20  # bytes; some hosts list hundreds of models, with prices
 # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
 KEEP_ALIVE_S = 2.0
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
@@ -53,7 +51,8 @@ class Failure(Exception):
     busy: bool = False  # the server asks for fewer requests
     fatal: bool = False  # every other story would fail in the same way
     unreachable: bool = False  # no connection could be made
-    retry_after: float | None = None  # seconds that the server asks to wait
+    retry_after: float = 0.0  # seconds that the server asks to wait
+    url: str = ""  # the server's, once it is given up
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,9 @@ class ChatClient:
     """The server at `url` (including /v1), on one event loop. Only connecting has a time limit;
     callers set others."""
 
-    def __init__(self, url: str, key: str | None):
+    def __init__(self, url: str, key: str):
         self._url = url
-        self._key = (key or "").strip()
-        if not re.fullmatch(r"[!-~]*", self._key):
-            raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-        require_sendable_headers()
-        if not LOOPBACK.match(url):
-            require_proxies()
+        self._key = key.strip()
 
     @functools.cached_property
     def _client(self) -> "openai.AsyncOpenAI":
@@ -110,42 +104,36 @@ class ChatClient:
 
     async def models(self) -> list[str]:
         """Model names, in the server's order."""
-        request = self._client.models.with_streaming_response.list()
-        answer = await self._answer(request, LONGEST_LIST)
-        match answer:
-            case {"data": [*entries]} if all(map(_is_model, entries)):
-                names = [self.one_line(entry["id"]) for entry in entries]
-                return [name for name in names if name]
-        raise Failure(NOT_OPENAI, status=200)
-
-    async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
-        completions = self._client.chat.completions.with_streaming_response
-        # openai sends the extra body unchanged; elsewhere it would check the type of every field.
-        request = completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
+        answer: Any = await self._answer(
+            lambda client: client.models.with_streaming_response.list()
+        )
         try:
-            answer = await self._answer(request, LONGEST_ANSWER)
+            names = [self.one_line(str(entry["id"])) for entry in answer["data"]]
+        except (TypeError, KeyError):
+            raise Failure(NOT_OPENAI, status=200) from None
+        return [name for name in names if name]
+
+    async def chat(self, body: Mapping[str, Any]) -> Reply:
+        # openai sends the extra body unchanged; elsewhere it would check the type of every field.
+        try:
+            answer = await self._answer(
+                lambda client: client.chat.completions.with_streaming_response.create(
+                    model="", messages=[], extra_body=body
+                )
+            )
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
                 return Reply("", thought=True)
             raise
-        reply = self._first_choice(answer)
-        if reply is None:
-            error = self.one_line("; ".join(_error_texts(answer)))
-            message = f"answers, but not with a chat completion ({error or 'nor an error'})"
-            raise Failure(message, status=200, again=True)
-        return reply
-
-    def _first_choice(self, answer: object) -> Reply | None:
-        """None if `answer` is no chat completion."""
         match answer:
             case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
-                content = message.get("content")
+                content = message.get("content") or ""
             case _:
-                return None
-        if content is None:
-            content = ""
+                content = None
         if not isinstance(content, str):
-            return None
+            error = self.one_line("; ".join(_error_texts(answer)))
+            reason = f"answers, but not with a chat completion ({error or 'nor an error'})"
+            raise Failure(reason, status=200, again=True)
         # JSON can hold lone surrogates, which cannot be encoded.
         content = content.encode(errors="replace").decode()
         # Some servers leave the reasoning in the text.
@@ -153,7 +141,7 @@ class ChatClient:
         thoughts = before.replace("<think>", "").strip()
         if before:
             text = text.lstrip()
-        text = self._redacted(text)
+        text = redacted(text, self._key)  # but not a dummy such as "1": a score may look like it
         apart = message.get("reasoning_content") or message.get("reasoning")
         cut = choice.get("finish_reason") == "length" and not text.strip()
         return Reply(
@@ -162,45 +150,39 @@ class ChatClient:
             tokens=_tokens(rest.get("usage")),
         )
 
-    async def _answer(self, request: AbstractAsyncContextManager[Any], longest: int) -> object:
-        """Parsed JSON of the response. Raises Failure for a connection that breaks or cannot be
-        made."""
+    async def _answer(
+        self,
+        request: Callable[["openai.AsyncOpenAI"], AbstractAsyncContextManager[Any]],
+    ) -> object:
+        """Parsed JSON of the response. Raises Failure for a request that cannot be made or a
+        connection that breaks."""
         import aiohttp
         import httpx2
         import openai
 
         broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         try:
-            async with request as response:
-                return parse_json(await _read(response.iter_bytes(), longest))
+            async with request(self._client) as response:
+                return parse_json(await _read(response.iter_bytes()))
+        except (ValueError, httpx2.InvalidURL):  # whose texts can hold a password
+            raise Failure(
+                "cannot be asked: its URL, a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY), OPENAI_API_KEY or another "
+                "variable OPENAI_... is not valid",
+                fatal=True,
+            ) from None
         except broken as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: BaseException) -> Failure:
-        """What an error of the connection means, from the errors that caused it."""
-        import aiohttp
-
-        unreachable: aiohttp.ClientConnectorError | None = None
-        root = error
-        while True:
-            if isinstance(root, aiohttp.ClientConnectorError):
-                unreachable = unreachable or root
-            if root.__cause__ is None:
-                break
-            root = root.__cause__
+            causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        root = causes[-1]
         if isinstance(root, Failure):  # from _check_status: openai before 3.16 wraps it
-            return root
+            raise root
         message = self.one_line(str(root) or type(root).__name__)
-        if unreachable is None:
-            return Failure(f"broke off ({message})", again=True)
-        host = self._client.base_url.raw_host.decode()
-        advice = "start it, or check the URL"
-        if unreachable.host != host:
-            proxy = f"{unreachable.host}:{unreachable.port}"
-            proxies = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
-            advice = f"start the proxy {proxy} ({proxies}), or set NO_PROXY={host}"
-        message = f"cannot be reached ({message}): {advice}"
-        return Failure(message, again=True, unreachable=True)
+        if any(isinstance(cause, aiohttp.ClientConnectorError) for cause in causes):
+            advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
+            message = f"cannot be reached ({message}): {advice}"
+            raise Failure(message, again=True, unreachable=True)
+        raise Failure(f"broke off ({message})", again=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:
         """Response hook, called before the body is read. Raises Failure for any status except
@@ -210,22 +192,15 @@ class ChatClient:
         if 200 <= status < 300:
             return
         if status < 400:
-            place = NOT_OPENAI
-            if "location" in headers:
-                place = f"redirects to {headers['location']}: give that URL"
-            raise Failure(f"{self.one_line(place)} (HTTP {status})", status=status, fatal=True)
-        body = await _read(response.aiter_bytes(), LONGEST_ANSWER)
-        texts = _error_texts(parse_json(body))
-        error = f"HTTP {status}"
-        if any(texts):
-            error += f": {'; '.join(texts)}"
-        error = self.one_line(error)
+            error = self.one_line(f"HTTP {status} {headers.get('location', '')}")
+            raise Failure(f"{NOT_OPENAI} ({error})", status=status, fatal=True)
+        texts = _error_texts(parse_json(await _read(response.aiter_bytes())))
+        error = self.one_line(": ".join([f"HTTP {status}", *texts]))
         fatal = True
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
         elif status == 401 or WRONG_KEY in texts:
-            verb = "refuses the" if self._key else "wants a"
-            message = f"{verb} key ({error}): set OPENAI_API_KEY"
+            message = f"refuses the key ({error}): set OPENAI_API_KEY"
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is in trouble ({error})",
@@ -248,49 +223,27 @@ class ChatClient:
                 message += "; if it refuses every one, set OPENAI_API_KEY"
         raise Failure(message, status=status, fatal=fatal)
 
-    def _redacted(self, text: str) -> str:
-        """`text` without any key. A dummy such as "1" stays, since a score may look like it."""
-        return redacted(text, self._key)
-
     def one_line(self, text: str) -> str:
         """`text` as one short line, without control characters and the key."""
-        line = " ".join(printable(self._redacted(text)).split())
-        if len(line) > LONGEST_MESSAGE:
-            line = line[: LONGEST_MESSAGE - 3] + "..."
-        return line
+        return " ".join(printable(redacted(text, self._key)).split())[:LONGEST_MESSAGE]
 
 
-def require_sendable_headers() -> None:
-    """Raises UserError for variables of openai's that no header can hold."""
-    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
-        value = os.environ.get(name, "")
-        if name == "OPENAI_CUSTOM_HEADERS":  # one per line
-            value = value.replace("\n", "")
-        if not re.fullmatch(r"[ -~]*", value):
-            raise UserError(
-                f"{name} holds characters that no header can have: set it again, or unset it"
-            )
+async def in_time(request: Awaitable[T], seconds: float) -> T:
+    """Its result. Raises Failure if it takes longer."""
+    try:
+        return await asyncio.wait_for(request, seconds)
+    except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
+        raise Failure("takes too long to answer", again=True) from None
 
 
-def require_proxies() -> None:
-    """Raises UserError for a proxy of the environment that cannot be one."""
-    for scheme, proxy in urllib.request.getproxies().items():
-        if scheme not in ("http", "https", "all"):
-            continue
-        if "://" not in proxy:
-            proxy = f"http://{proxy}"
-        if server_url(proxy, ("http", "https", "socks5", "socks5h")) is None:
-            raise UserError(
-                f"{scheme.upper()}_PROXY is not the URL of a proxy: set it to one like http://host:port, or unset it"
-            )
-
-
-async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
+async def _read(chunks: AsyncIterator[bytes]) -> bytes:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
-        if len(body) > longest:
-            raise Failure(f"answers with more than {longest >> 10} KiB", status=200, again=True)
+        if len(body) > LONGEST_ANSWER:
+            raise Failure(
+                f"answers with more than {LONGEST_ANSWER >> 20} MiB", status=200, again=True
+            )
     return bytes(body)
 
 
@@ -300,10 +253,6 @@ def parse_json(body: bytes | str) -> object:
         return json.loads(body)
     except (ValueError, RecursionError):
         return None
-
-
-def _is_model(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("id"), str)
 
 
 def _tokens(usage: object) -> tuple[int, int] | None:
@@ -344,24 +293,7 @@ def _error_texts(answer: object) -> list[str]:
     return list(texts)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from retry-after-ms or Retry-After (in seconds); None without either."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):
-            return float(value) * unit
-    return None
-
-
-def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":
-    """The parsed URL; None if no server can have it."""
-    import httpx2  # here, since only runs with a teacher need it
-
-    try:
-        url = httpx2.URL(text)
-    except httpx2.InvalidURL:
-        return None
-    host = url.raw_host.decode().rstrip(".")
-    fits = len(host) <= 253 and all(0 < len(label) <= 63 for label in host.split("."))  # RFC 1035
-    possible = url.scheme in schemes and fits and "%" not in host and (url.port or 0) < 1 << 16
-    return url if possible and url.path.isprintable() else None
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds to wait, from Retry-After; 0 without."""
+    value = headers.get("retry-after", "")
+    return float(value) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value) else 0.0

@@ -57,21 +57,13 @@ class Cache:
         self._journal: Journal | None = None
         # (prompt, completion) paid for by earlier processes, where the server counted them
         self.tokens = (0, 0)
-        if self._path is not None:
-            self._read(self._path)
-        self._earlier = set(self._replies)  # keys of replies from earlier processes
-
-    def _read(self, path: Path) -> None:
-        prompt_tokens = 0
-        completion_tokens = 0
-        for record in read_records(path, REPLY, check_reply):
+        records = read_records(self._path, REPLY, check_reply) if self._path else []
+        for record in records:
             reply = CachedReply(record["reply"], record.get("error"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
-            if record.get("tokens"):
-                prompt, completion = record["tokens"]
-                prompt_tokens += prompt
-                completion_tokens += completion
-        self.tokens = (prompt_tokens, completion_tokens)
+            prompt, completion = record.get("tokens") or (0, 0)
+            self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
+        self._earlier = set(self._replies)  # keys of replies from earlier processes
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:
         """The reply, or None. earlier: whether a reply kept by an earlier process counts."""

@@ -6,19 +6,19 @@ gradient and is counted as unscored."""
 import contextlib
 import hashlib
 import inspect
-import json
+import multiprocessing
 import os
 import reprlib
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
@@ -75,17 +75,16 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
         raise UserError(
             f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION"
         )
-    ours, theirs = socket.socketpair()
-    ours.settimeout(timeout_s)
+    ours, theirs = multiprocessing.Pipe()
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     with theirs:
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-    with process, ours, ours.makefile() as stream:
-        function = RemoteFunction(f"--reward {spec}", file, process, ours, stream)
+    with process, ours:
+        function = RemoteFunction(f"--reward {spec}", file, process, ours, timeout_s)
         try:
-            first_parameter = function.ask()
+            first_parameter = function.answer()
             yield function.ask if first_parameter == "openings" else function.by_opening
         finally:
             process.kill()
@@ -98,32 +97,33 @@ class RemoteFunction:
     option: str  # as the user gave it
     file: str
     process: subprocess.Popen
-    connection: socket.socket
-    stream: TextIO  # reads from the connection
+    connection: Connection
+    timeout_s: float
 
-    def ask(self, *question: object) -> Any:
-        """Its next answer, after sending opening(s) and stories. Raises UserError for an error of
-        the user's."""
-        line = ""
+    def ask(self, opening: str | Sequence[str], stories: Sequence[str]) -> Any:
+        """Its scores. Raises UserError for an error of the user's."""
+        with contextlib.suppress(ConnectionError):  # it exited before it read the question
+            self.connection.send((opening, stories))
+        return self.answer()
+
+    def answer(self) -> Any:
+        """What it sends next. Raises UserError as `ask` does."""
         try:
-            if question:
-                _send(self.connection, question)
-            line = self.stream.readline()
-        except TimeoutError:
-            limit = f"{self.connection.gettimeout():g} s (--teacher-timeout)"
-            raise UserError(f"{self.option}: {self.file}: it took more than {limit}") from None
-        except ConnectionError:  # it exited before it read the question
-            pass
-        if not line:
+            if not self.connection.poll(self.timeout_s):
+                limit = f"{self.timeout_s:g} s (--teacher-timeout)"
+                raise UserError(f"{self.option}: {self.file}: it took more than {limit}")
+            error, answer = self.connection.recv()
+        except (EOFError, ConnectionError):
             # it may have closed only the connection
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
             code = self.process.returncode
-            raise UserError(f"{self.option}: {self.file}: it ended its process (exit code {code})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.option}: {answer['error']}")
-        return answer["answer"]
+            raise UserError(
+                f"{self.option}: {self.file}: it ended its process (exit code {code})"
+            ) from None
+        if error:
+            raise UserError(f"{self.option}: {error}")
+        return answer
 
     def by_opening(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
         """Scores from one call per opening."""
@@ -134,10 +134,6 @@ class RemoteFunction:
             for row, score in zip(rows, of_opening, strict=True):
                 scores[row] = score
         return scores
-
-
-def _send(connection: socket.socket, value: object) -> None:
-    connection.sendall(json.dumps(value).encode() + b"\n")
 
 
 # ---- in the subprocess ---------------------------------------------------------------------------
@@ -153,18 +149,18 @@ def main() -> None:
     # the trainer needs its scores to end the step
     for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ended, signal.SIG_IGN)
-    with socket.socket(fileno=int(descriptor)) as connection:
+    with Connection(int(descriptor)) as connection:
         try:
             _serve(file, name, connection)
         except BaseException as error:  # the user's code can raise anything, an exit included
             message = str(error) if isinstance(error, _Refused) else _cause(error, file)
             with contextlib.suppress(ConnectionError):  # the trainer has ended
-                _send(connection, {"error": message})
+                connection.send((message, None))
 
 
-def _serve(file: str, name: str, connection: socket.socket) -> None:
-    """Send the name of the function's first parameter, then the scores for each line [opening(s),
-    stories]."""
+def _serve(file: str, name: str, connection: Connection) -> None:
+    """Send the name of the function's first parameter, then the scores for each (opening(s),
+    stories)."""
     names = runpy.run_path(file, run_name=Path(file).stem)
     function = names.get(name)
     if not callable(function):
@@ -174,24 +170,19 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
     parameters: list[str] = []
     with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
         parameters = list(inspect.signature(function).parameters)
-    _send(connection, {"answer": parameters[0] if parameters else ""})
-    for line in connection.makefile():
-        opening, stories = json.loads(line)
-        scores = _checked(function(opening, stories), len(stories))
-        _send(connection, {"answer": scores})
+    connection.send(("", parameters[0] if parameters else ""))
+    while True:
+        opening, stories = connection.recv()
+        connection.send(("", _checked(function(opening, stories), len(stories))))
 
 
 def _checked(scores: Any, count: int) -> list[float | None]:
     """The scores of `count` stories. Raises _Refused if they are none."""
-    if scores is None or isinstance(scores, str):
-        raise _Refused(
-            f"it gave {reprlib.repr(scores)}; it must give a list with one score per story"
-        )
-    values = list(scores)
+    is_list = scores is not None and not isinstance(scores, str)
+    values = list(scores) if is_list else []
     if len(values) != count:
-        raise _Refused(
-            f"it gave {len(values)} scores for {count} stories; it must give one per story"
-        )
+        given = f"{len(values)} scores for {count} stories" if is_list else reprlib.repr(scores)
+        raise _Refused(f"it gave {given}; it must give a list with one score per story")
     for value in values:
         if value is not None and not _is_score(value):
             raise _Refused(

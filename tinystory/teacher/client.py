@@ -4,47 +4,30 @@ What happens to one story is in `Teacher._grade`. A failure is never taken for a
 
 import asyncio
 import concurrent.futures
-import functools
-import math
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.api import ChatClient, Failure
+from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import Endpoint, Options, Probe, Slots, base_url
+from tinystory.teacher.endpoint import Endpoint, Options, Probe, base_url
 from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
-from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober, with_oldest_probe
+from tinystory.teacher.pool import ServerPool, leave_out
+from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
 from tinystory.teacher.prompt import Question, fence, render
 
-SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # length of a story in a forecast
 # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 TOKENS_PER_WORD = 1.4
-
-
-@dataclass
-class Exchange:
-    """What is sent to the teacher about one story."""
-
-    number: int  # the story's
-    names: tuple[str, ...]  # of the criteria
-    fence: str
-    messages: list[dict]
-    afresh: bool  # whether replies from earlier processes are ignored
-    asked: bool = False  # whether a request was made
-    deadline: float | None = None  # on the monotonic clock, for all attempts; set by the first
 
 
 class Teacher(Grader):
@@ -54,10 +37,10 @@ class Teacher(Grader):
     whatever waits for a grade, and no further story is sent.
 
     models: one for all servers or one each; None: the first one listed. concurrency: requests in
-    flight per server. cache: file for replies (cache.py). api_key: by default OPENAI_API_KEY_1, _2
-    ... in the order of the URLs, else OPENAI_API_KEY. max_unscored: tolerated fraction (see
-    `grades`). price_in, price_out: per million tokens. budget_cost: a request that could exceed it
-    is not sent. options: the fields of `Options`."""
+    flight per server. cache: file for replies (cache.py). The keys are OPENAI_API_KEY_1, _2 ... in
+    the order of the URLs, else OPENAI_API_KEY. max_unscored: tolerated fraction (see `grades`).
+    price_in, price_out: per million tokens. budget_cost: a request that could exceed it is not
+    sent. options: the fields of `Options`."""
 
     def __init__(
         self,
@@ -66,11 +49,10 @@ class Teacher(Grader):
         *,
         concurrency: int = 16,
         cache: str | os.PathLike | None = None,
-        api_key: str | None = None,
         max_unscored: float = 1.0,
         price_in: float = 0.0,
         price_out: float = 0.0,
-        budget_cost: float | None = None,
+        budget_cost: float = 0.0,
         **options: Any,
     ):
         super().__init__({})  # `probes` fills in the facts
@@ -89,23 +71,19 @@ class Teacher(Grader):
         self.endpoints: list[Endpoint] = []
         for i, url in enumerate(urls):
             own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
-            client = ChatClient(url, api_key or own_key or os.environ.get("OPENAI_API_KEY"))
+            client = ChatClient(url, own_key or os.environ.get("OPENAI_API_KEY", ""))
             model = names[i % len(names)]
-            slots = Slots(concurrency)
-            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, self.options))
-        self.pool = ServerPool(
-            self.endpoints, examine=lambda endpoint: Prober(endpoint, self.cache).examine()
-        )
-        # after probing: the server whose model and probe are in all cache keys
-        self._first: Endpoint | None = None
+            endpoint = Endpoint(url, model, client, concurrency, self.ledger, self.options)
+            self.endpoints.append(endpoint)
+        self.pool = ServerPool(self.endpoints)
+        self._fatal: UserError | None = None  # once set, no further story can be graded
+        # those that were probed; the first one's model and probe are in all cache keys
+        self._present: list[Endpoint] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
 
     # ---- what a run asks of it -------------------------------------------------------------------
-
-    def send_question(self, question: Question) -> None:
-        self.sent[question] = self.submit(question)
 
     def submit(self, question: Question, afresh: bool = False) -> Future[Grade]:
         """Send a story now; returns its future grade. afresh: ignore replies from earlier
@@ -127,7 +105,6 @@ class Teacher(Grader):
 
     def _wait(self, futures: Sequence[Future[Grade]], stop: Stop | None) -> list[Grade]:
         waiting = set(futures)
-        silent_until = time.monotonic() + SILENCE_S
         bar = tqdm(
             total=len(futures), desc="teacher", unit="story", leave=False, delay=2, disable=None
         )
@@ -139,12 +116,6 @@ class Teacher(Grader):
                 bar.update(len(done))
                 for future in done:
                     future.result()  # raises a fatal failure (wrong key, unknown model) at once
-                if waiting and time.monotonic() > silent_until and self.model != HUMAN:
-                    silent_until = math.inf
-                    count = f"{len(futures) - len(waiting)} of {len(futures)}"
-                    tqdm.write(
-                        f"{self.model} has graded {count} stories so far: the server, or this machine, is busy"
-                    )
                 if waiting and stop is not None and stop.requested:
                     for future in waiting:
                         future.cancel()
@@ -153,18 +124,17 @@ class Teacher(Grader):
 
     def probes(self) -> list[Probe]:
         """Probe each server once: about four requests, or one if the cache holds the result, which
-        then serves even if the server cannot be reached. The first probe is that of `_first`.
+        then serves even if the server cannot be reached. The first probe counts for cache keys.
         Raises UserError if no server can be reached, or if one has no OpenAI-compatible API, lacks
         the model, refuses the request or does not reply in time."""
-        if self._first is None:
-            examined = asyncio.run_coroutine_threadsafe(self.pool.examine_all(), self._loop)
-            present = examined.result()
+        if not self._present:
+            asyncio.run_coroutine_threadsafe(self._probe_all(), self._loop).result()
+            kept = [key for key, _ in self.cache.items()]
+            present = [endpoint for endpoint in self.endpoints if endpoint.probe]
+            self._present = sorted(present, key=lambda endpoint: kept.index(endpoint.probe_key))
             if len({endpoint.model for endpoint in present}) > 1:
                 tqdm.write(f"warning: {self.model} are taken for one model")
-            self._first = with_oldest_probe(present, self.cache)
-        first = self._first.probe
-        probes = [endpoint.probe for endpoint in self.endpoints if endpoint.probe is not None]
-        probes.sort(key=lambda probe: probe is not first)
+        probes = [endpoint.probe for endpoint in self._present if endpoint.probe]
         if not self.facts:
             scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
             self.facts |= {"scored_by": scored_by, "teacher": asdict(probes[0])}
@@ -179,15 +149,14 @@ class Teacher(Grader):
     @property
     def longest_reply(self) -> int:
         """Upper bound on the tokens of a reply that are used."""
-        names = self.options.template.names
-        return max(endpoint.max_tokens(names) for endpoint in self.endpoints)
+        return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     @property
     def most_words(self) -> int:
         return self.longest_reply * self.options.attempts  # a word is at least one token
 
     def affords(self, stories: int) -> bool:
-        thoughts = max(endpoint.probe.least_tokens for endpoint in self.endpoints if endpoint.probe)
+        thoughts = max(probe.least_tokens for probe in self.probes())
         requests = stories * self.options.attempts
         tokens_out = requests * max(self.longest_reply, thoughts)
         return self.ledger.affords(requests * self.ledger.largest_in, tokens_out)
@@ -195,22 +164,18 @@ class Teacher(Grader):
     def stats(self) -> dict[str, Any]:
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
-    def forecast(self, stories: int, opening: str, together: int = 1) -> str:
+    def forecast(self, stories: int, opening: str) -> str:
         """Estimated from the first probe, for one readable reply per story. The student reads all
         replies."""
         probes = self.probes()
         first = probes[0]
-        prompt_tokens: float
-        reply_tokens: float
-        if first.tokens is not None:
-            prompt_tokens, reply_tokens = first.tokens
-        else:  # about four characters per token of text, two of digits and spaces
-            messages = render(*FIRST_STORY, fence="=", template=self.options.template)
-            prompt_tokens = len(str(messages)) / 4
-            reply_tokens = len(first.reply) / 2
+        messages = render(*FIRST_STORY, fence="=", template=self.options.template)
+        # about four characters per token of text, two of digits and spaces
+        estimate = len(str(messages)) / 4, len(first.reply) / 2
+        prompt_tokens, reply_tokens = first.tokens or estimate
         opening_words = len(opening.split())
-        words = opening_words + together * STORY_WORDS
-        more_words = words - len(" ".join(FIRST_STORY).split())  # than the probe's story
+        probed_words = len(" ".join(FIRST_STORY).split())
+        more_words = opening_words + STORY_WORDS - probed_words
         tokens_in = stories * (prompt_tokens + more_words * TOKENS_PER_WORD)
         tokens_out = stories * reply_tokens
         words_in = opening_words + stories * len(first.reply.split())
@@ -244,6 +209,17 @@ class Teacher(Grader):
 
     # ---- in the thread of the requests -----------------------------------------------------------
 
+    async def _probe_all(self) -> None:
+        """Leave out the servers that cannot be reached while another can."""
+        probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
+        failures = await asyncio.gather(*probers)
+        for endpoint, failure in zip(self.endpoints, failures, strict=True):
+            if failure is None:
+                continue
+            if all(failures):
+                raise UserError(f"the teacher at {endpoint.url} {failure}")
+            leave_out(endpoint, failure)
+
     async def _grade(self, question: Question, afresh: bool) -> Grade:
         """One story is sent up to `attempts` times. The first reply with scores counts."""
         # After a fatal failure nobody awaits the other tasks, whose failures asyncio would print.
@@ -251,28 +227,36 @@ class Teacher(Grader):
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         options = self.options
-        template = question.template or options.template
-        names = template.names
+        template = options.template
         if is_blank(question.story):
-            return Grade(dict.fromkeys(names, 0), 0.0)  # as the instructions say
+            return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions say
 
+        first = self._present[0]
         mark = fence(options.seed, question.number, f"{question.opening}\n{question.story}")
         messages = render(question.opening, question.story, fence=mark, template=template)
-        exchange = Exchange(question.number, names, mark, messages, afresh)
+        asked = False
         scores: Mapping[str, int] | None = None
-        error: str | None = None
+        error: str | None = f"no scores in {options.attempts} replies"
         replies: list[str] = []
         for attempt in range(options.attempts):
-            reply = await self._reply(exchange, attempt)
-            error = reply.error
-            if error:
+            key = first.reply_key(messages, mark, options.seed + attempt)
+            # A failure is kept for this story only, not for an equal one.
+            failure_key = f"{key} {question.number}"
+            earlier = not afresh
+            reply = self.cache.get(failure_key, earlier) or self.cache.get(key, earlier)
+            if reply is None:
+                asked = True
+                reply = await self._reply(messages, attempt, key, failure_key, afresh)
+            else:
+                self.ledger.total["cached"] += 1
+            if reply.error:
+                error = reply.error
                 break
             replies.append(reply.text)
-            scores = parse_scores(reply.text, names)
+            scores = parse_scores(reply.text, template.names)
             if scores is not None:
+                error = None
                 break
-        else:
-            error = f"no scores in {options.attempts} replies"
 
         # A word is at least one token. Some servers ignore max_tokens: more words are not used.
         words = sum(min(len(reply.split()), self.longest_reply) for reply in replies)
@@ -282,40 +266,34 @@ class Teacher(Grader):
             reply=replies[-1][:LONGEST_REPLY] if replies else "",
             attempts=len(replies),
             reply_words=words,
-            asked=exchange.asked,
+            asked=asked,
             error=error,
         )
 
-    async def _reply(self, exchange: Exchange, attempt: int) -> CachedReply:
-        """The reply from the cache, else from a server; then it is cached before it is used."""
-        first = self._first
-        assert first is not None
-        names = exchange.names
-        seed = self.options.seed + attempt
-        key = first.reply_key(exchange.messages, exchange.fence, seed, names)
-        # A failure is kept for this story only, not for an equal one.
-        failure_key = f"{key} {exchange.number}"
-        earlier = not exchange.afresh
-        cached = self.cache.get(failure_key, earlier) or self.cache.get(key, earlier)
-        if cached is not None:
-            self.ledger.total["cached"] += 1
-            return cached
+    async def _reply(
+        self, messages: list[dict], attempt: int, key: str, failure_key: str, afresh: bool
+    ) -> CachedReply:
+        """The reply from a server; it is cached before it is used."""
 
-        exchange.asked = True
-        chat = functools.partial(Endpoint.chat, messages=exchange.messages, seed=seed, names=names)
+        async def chat(endpoint: Endpoint) -> Reply:
+            if self._fatal is not None:
+                raise self._fatal
+            return await endpoint.chat(messages, self.options.seed + attempt)
+
         try:
-            answer = await self.pool.ask(chat, exchange.deadline)
+            reply, endpoint = await self.pool.ask(chat)
         except Failure as failure:
+            if failure.fatal or failure.unreachable:  # no other story can be graded either
+                self._fatal = UserError(f"the teacher at {failure.url} {failure}")
+                raise self._fatal from None
             failed = CachedReply("", error=f"the teacher {failure}")
-            return self.cache.put(failure_key, failed, again=exchange.afresh)
-        exchange.deadline = answer.deadline
-        reply = answer.value
-        about = {"model": first.model, "attempt": attempt, "tokens": reply.tokens}
+            return self.cache.put(failure_key, failed, again=afresh)
+        about = {"model": self._present[0].model, "attempt": attempt, "tokens": reply.tokens}
         if len(self.endpoints) > 1:
-            about["server"] = answer.endpoint.url
+            about["server"] = endpoint.url
         if self.cache.get(failure_key):  # an earlier process's, which this reply replaces
             key = failure_key
-        return self.cache.put(key, CachedReply(reply.text), again=exchange.afresh, **about)
+        return self.cache.put(key, CachedReply(reply.text), again=afresh, **about)
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

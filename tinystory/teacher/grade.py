@@ -40,8 +40,6 @@ class Grader(ABC):
         self.facts = facts
         # not yet collected; with the grade to come, if it was asked for at once
         self.sent: dict[Question, Future[Grade] | None] = {}
-        # scores one story per request: for evaluations, and for the cost of a story
-        self.scorer: Grader = self
 
     @property
     def most_words(self) -> int:
@@ -53,9 +51,8 @@ class Grader(ABC):
         take."""
         return True
 
-    def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        """One sentence on the cost of grading `stories`, `together` in each request; empty if there
-        is none."""
+    def forecast(self, stories: int, opening: str) -> str:
+        """One sentence on the cost of grading `stories`; empty if there is none."""
         return ""
 
     def stats(self) -> dict[str, Any]:
@@ -64,11 +61,12 @@ class Grader(ABC):
 
     def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
         """Hand over a story as soon as it ends. tokens: the story as the student's tokens."""
-        self.send_question(Question(opening, story, index, tokens=tuple(tokens)))
+        question = Question(opening, story, index, tuple(tokens))
+        self.sent[question] = self.submit(question)
 
-    def send_question(self, question: Question) -> None:
-        """`send` for a story that is a question already."""
-        self.sent[question] = None
+    def submit(self, question: Question) -> Future[Grade] | None:
+        """Have a story graded at once; None: it waits until all stories are there."""
+        return None
 
     def collect(self, stop: Stop) -> list[Grade]:
         """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every
@@ -123,21 +121,18 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
     if not too_few_scores(grades, max_unscored):
         return
     unscored = [grade for grade in grades if grade.score is None]
-    replies: list[str] = []
-    for grade in unscored:
-        reply = repr((grade.reply or grade.error or "")[:160])
-        if reply not in replies:
-            replies.append(reply)
+    replies = [repr((grade.reply or grade.error or "")[:160]) for grade in unscored]
+    distinct = list(dict.fromkeys(replies))
     raise UserError(
         f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
         "all earlier steps are saved, so fix the teacher and go on with --resume "
-        f"(it said {'; '.join(replies[:4])})"
+        f"(it said {'; '.join(distinct[:4])})"
     )
 
 
 def highest_score(criteria: Collection[str] | None) -> int:
     """The highest score as it is shown: TOP per criterion, 9 with the paper's three, as it plots
-    them; 1 without criteria, from a callable or ranks."""
+    them; 1 without criteria, from a callable."""
     return TOP * len(criteria) if criteria else 1
 
 

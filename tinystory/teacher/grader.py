@@ -12,15 +12,16 @@ from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
+from tinystory.run.records import NO_FIELDS, parse_object
 from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
-from tinystory.teacher.rank import Ranked
 
 # Fields of a request that have options of their own or are set by the client.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
-OWN_FIELDS |= {"max_completion_tokens", "extra_body", "extra_query"}
+OWN_FIELDS |= {"max_completion_tokens", "extra_body", "extra_headers", "extra_query"}
+FIELD_NAME = re.compile(r'"((?:[^"\\]|\\.)*)":')  # in JSON
 # Prefixes of keys: at the beginning of a JSON text, and of a longer word within one.
 PREFIXES = (
     r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
@@ -42,28 +43,32 @@ def open_grader(
     replies: Path | None = None,
     likelihood: Callable[[], Grader] | None = None,
 ) -> Iterator[Grader]:
-    """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its
-    `send` and `collect`. Raises UserError if it cannot be had. builtin_teacher: starts a teacher
-    fitted to a corpus and yields its URL; used if no other grader is named. corpus: the student's,
-    that teacher's default; None if unknown. replies: cache file of a teacher. likelihood: makes the
-    grader of --reward likelihood."""
+    """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
+    had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
+    grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache
+    file of a teacher. likelihood: makes the grader of --reward likelihood."""
     load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
     elif config.reward:
         with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
-    elif config.teacher_url:
-        with open_teacher(config, config.teacher_url, replies) as grader:
-            yield grader
     else:
-        assert builtin_teacher is not None
-        with builtin_teacher(builtin_corpus(config, corpus)) as url:
-            print(
-                f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}"
-            )
-            with open_teacher(config, [url], replies) as grader:
-                yield grader
+        with contextlib.ExitStack() as stack:
+            urls = config.teacher_url
+            if not urls:
+                assert builtin_teacher is not None
+                corpus = builtin_corpus(config, corpus)
+                urls = [stack.enter_context(builtin_teacher(corpus))]
+                print(
+                    f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
+                )
+            teacher = stack.enter_context(new_teacher(config, urls, replies))
+            for probe in teacher.probes():
+                print(f"teacher: {probe}")
+                for note in probe.notes:
+                    print(f"warning: {note}")
+            yield teacher
 
 
 def builtin_corpus(config: InteractConfig, corpus: Sequence[str] | None) -> Sequence[str]:
@@ -77,12 +82,8 @@ def builtin_corpus(config: InteractConfig, corpus: Sequence[str] | None) -> Sequ
     return names
 
 
-@contextlib.contextmanager
-def open_teacher(
-    config: InteractConfig, urls: Sequence[str], replies: Path | None
-) -> Iterator[Grader]:
-    """Yield the teacher at `urls`, once it is probed."""
-    teacher = Teacher(
+def new_teacher(config: InteractConfig, urls: Sequence[str], replies: Path | None) -> Teacher:
+    return Teacher(
         urls,
         config.teacher_model,
         template=load_template(config.teacher_prompt),
@@ -96,59 +97,30 @@ def open_teacher(
         cache=replies,
         price_in=config.price_in,
         price_out=config.price_out,
-        budget_cost=config.budget_cost or None,
+        budget_cost=config.budget_cost,
     )
-    with teacher:
-        for probe in teacher.probes():
-            print(f"teacher: {probe}")
-            for note in probe.notes:
-                print(f"warning: {note}")
-        if config.teacher_mode == "rank":
-            yield Ranked(teacher, config.stories_per_opening)
-        else:
-            yield teacher
 
 
 def load_extra(text: str) -> dict[str, Any]:
-    """Parse --teacher-extra, a JSON object of request fields whose "extra_headers" are HTTP
-    headers. Raises UserError for anything else and, since options are recorded, for what looks like
-    a secret at any depth."""
+    """Parse --teacher-extra, a JSON object of request fields. Raises UserError for anything else
+    and, since options are recorded, for what looks like a secret at any depth."""
     try:
-        fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=_without_secrets)
-        json.dumps(fields, allow_nan=False)
-        if not isinstance(fields, dict):
-            raise ValueError("this is none")
-        taken = sorted(OWN_FIELDS & fields.keys())
-        if taken:
-            raise ValueError(
-                f"it cannot set {taken[0]}, which has an option of its own, or which the client needs"
-            )
-        headers = fields.get("extra_headers", {})
-        if not isinstance(headers, dict) or not all(map(_is_header, headers, headers.values())):
-            raise ValueError(
-                "its extra_headers must be an object whose values are one line of text each"
-            )
-    except (ValueError, RecursionError) as error:
+        fields = parse_object(text or "{}", NO_FIELDS)
+    except ValueError as error:
         message = (
             f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
         )
         raise UserError(message) from None
+    taken = sorted(OWN_FIELDS & fields.keys())
+    if taken:
+        raise UserError(
+            f"--teacher-extra cannot set {taken[0]}, which is set by another option or by the client; headers "
+            "are OPENAI_CUSTOM_HEADERS"
+        )
+    forms = f"{text} {json.dumps(fields)}"  # as it is recorded, and without escapes
+    names_a_secret = any(map(SECRET_NAME.search, FIELD_NAME.findall(forms)))
+    if names_a_secret or SECRET_TEXT.search(forms) or secret_in(forms):
+        raise UserError(
+            "--teacher-extra is recorded, so it must hold no secret: use OPENAI_API_KEY or OPENAI_CUSTOM_HEADERS"
+        )
     return fields
-
-
-def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, value in pairs:
-        text = json.dumps([name, value])
-        if SECRET_NAME.search(name) or SECRET_TEXT.search(text) or secret_in(text):
-            in_name = SECRET_TEXT.search(json.dumps(name)) or secret_in(name)
-            shown = "a field's name" if in_name else name
-            raise ValueError(
-                f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY"
-            )
-    return dict(pairs)
-
-
-def _is_header(name: str, value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    return bool(re.fullmatch("[A-Za-z0-9-]+", name) and re.fullmatch("[ -~]*", value))

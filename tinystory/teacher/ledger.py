@@ -1,8 +1,6 @@
-"""The cost of grading: requests, tokens, latency and money, with a budget that no request can
+"""The cost of grading: requests, tokens and money, with a budget that no request can
 exceed."""
 
-import statistics
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +10,12 @@ from tinystory.teacher.api import Failure
 
 
 class Ledger:
-    """Prices are per million tokens, in the currency of `budget` (None: unlimited). A request
+    """Prices are per million tokens, in the currency of `budget` (0: unlimited). A request
     reserves its maximal cost; it is then charged what the server reports, or all of it if no answer
     came. Requests in flight when a process was killed are not counted. paid: (prompt, completion)
     tokens of the run's earlier processes."""
 
-    def __init__(
-        self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]
-    ):
+    def __init__(self, price_in: float, price_out: float, budget: float, paid: tuple[int, int]):
         self.price_in = price_in
         self.price_out = price_out
         self.budget = budget
@@ -28,7 +24,6 @@ class Ledger:
         # cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
         self._before = self.total.copy()  # `total` at the last `stats`
-        self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
@@ -39,7 +34,7 @@ class Ledger:
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
         """Whether these tokens, beyond those charged or reserved, stay within the budget."""
-        if self.budget is None:
+        if not self.budget:
             return True
         tokens_in += self.total["tokens_in"]
         tokens_out += self.total["tokens_out"]
@@ -59,10 +54,8 @@ class Ledger:
         reserved = dict(tokens_in=tokens_in, tokens_out=tokens_out)
         self.total.update(reserved, requests=1)
         charge = reserved.copy()
-        start = time.monotonic()
         try:
             yield charge
-            self._seconds.append(time.monotonic() - start)
         except Failure as failure:
             # the server did no work that it could bill
             if failure.unreachable or failure.status not in (None, 200):
@@ -73,17 +66,9 @@ class Ledger:
             self.total.subtract(reserved)
 
     def stats(self) -> dict[str, Any]:
-        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50,
-        _p90 and _p99 in seconds (None without an answer). For the whole run: cost."""
+        """Since the last call: requests, retries, cached, tokens_in, tokens_out. For the whole run:
+        cost."""
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
         stats: dict[str, Any] = {name: self.total[name] - self._before[name] for name in names}
         self._before = self.total.copy()
-        seconds = self._seconds
-        self._seconds = []
-        percentiles = seconds * 99
-        if len(seconds) > 1:
-            percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
-        for p in (50, 90, 99):
-            stats[f"latency_p{p}"] = percentiles[p - 1] if percentiles else None
-        stats["cost"] = self.cost
-        return stats
+        return stats | {"cost": self.cost}

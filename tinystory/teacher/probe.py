@@ -1,20 +1,20 @@
 """Probe a server's capabilities and request form by experiment: a server may accept an option and
 ignore it."""
 
-import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from tqdm import tqdm
 
+from tinystory.run.errors import UserError
 from tinystory.run.records import Fields, parse_object
-from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, is_count_pair
+from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, in_time, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import PROBE, Endpoint, Probe
+from tinystory.teacher.endpoint import Endpoint, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
@@ -42,19 +42,22 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
-STRUCTURES = ("numbers", "json", "nothing")
 REFUSABLE = ("temperature", "seed")
-PROBE_VALUES: dict[str, Container[Any]] = {
-    "token_cap": ("max_tokens", "max_completion_tokens"),
-    "least_tokens": range(THINKING_TOKENS + 1),
-    "quiet": ({}, *QUIETER),
-    "structure": STRUCTURES,
-    "held_to": STRUCTURES,
+# Which values the fields of a probe can have; the others are strings or true or false.
+# What the fields of a probe can be, apart from their types.
+PROBE_VALUES: dict[str, Callable[[Any], object]] = {
+    "model": str.isprintable,
+    "token_cap": ("max_tokens", "max_completion_tokens").__contains__,
+    "least_tokens": range(THINKING_TOKENS + 1).__contains__,
+    "refused": lambda names: all(name in REFUSABLE for name in names),
+    "quiet": ({}, *QUIETER).__contains__,
+    "held_to": ("numbers", "json", "nothing").__contains__,
+    "tokens": lambda counts: counts is None or is_count_pair(counts),
+    "seconds": lambda seconds: 0 < seconds < LONGEST_S,
+    "notes": lambda notes: all(isinstance(note, str) and note.isprintable() for note in notes),
 }
-# The types of a probe's fields in JSON.
 PROBE_FIELDS: Fields = {
-    name: (type(value),)
-    for name, value in json.loads(json.dumps(asdict(Probe(url="", model="")))).items()
+    name: (type(value),) for name, value in asdict(Probe(url="", model="")).items()
 }
 PROBE_FIELDS |= {"tokens": (list, type(None)), "seconds": (int, float)}
 LONGEST_S = 1e6  # bound on an answer's duration
@@ -69,7 +72,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
     ),
     (
         re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
-        lambda form, words: {"refused": tuple(sorted({*form.refused, words[1]}))},
+        lambda form, words: {"refused": sorted({*form.refused, words[1]})},
     ),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
@@ -83,25 +86,10 @@ def load_probe(text: str, url: str) -> Probe | None:
         record = parse_object(text, PROBE_FIELDS)
     except ValueError:
         return None
-    if record["url"] != url or not is_possible(record):
+    is_possible = all(fits(record[name]) for name, fits in PROBE_VALUES.items())
+    if record["url"] != url or record.keys() != PROBE_FIELDS.keys() or not is_possible:
         return None
-    for name in ("refused", "tokens", "notes"):
-        if record[name] is not None:
-            record[name] = tuple(record[name])
     return Probe(**record)
-
-
-def is_possible(record: Mapping[str, Any]) -> bool:
-    """Whether `Prober` can have made a probe of these fields."""
-    texts = [record["model"], *record["notes"]]
-    return (
-        record.keys() == PROBE_FIELDS.keys()
-        and all(record[name] in values for name, values in PROBE_VALUES.items())
-        and all(name in REFUSABLE for name in record["refused"])
-        and all(isinstance(text, str) and text.isprintable() for text in texts)
-        and (record["tokens"] is None or is_count_pair(record["tokens"]))
-        and 0 < record["seconds"] < LONGEST_S
-    )
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
@@ -119,68 +107,53 @@ class Prober:
     """Probes one server. All methods raise Failure if the server gives no usable answer."""
 
     def __init__(self, server: Endpoint, cache: Cache):
-        options = server.options
         self.server = server
         self.cache = cache
-        self.endpoint = replace(server)  # a copy, whose probe changes with each experiment
-        self.options = options
-        self.pool = ServerPool([self.endpoint], probing=True)
-        self.names = options.template.names
-        mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
-        self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
+        # a copy, whose probe changes with each experiment
+        self.endpoint = replace(server)
+        self.options = server.options
+        self.names = self.options.template.names
+        mark = fence(self.options.seed, -1, "\n".join(FIRST_STORY))
+        self.messages = render(*FIRST_STORY, fence=mark, template=self.options.template)
         self.notes: list[str] = []
-        self.unlisted = ""  # the listed models, if the named one is not among them
         self.seconds: list[float] = []
 
-    async def examine(self) -> None:
-        """Set the server's model and probe. A cached probe also serves while the server cannot be
-        reached."""
+    async def examine(self) -> Failure | None:
+        """Set the server's model and probe. Returns why it cannot be reached; then a cached probe
+        serves. Raises UserError for any other failure."""
         server = self.server
+        cached = self.cache.get(server.probe_key)
+        probe = load_probe(cached.text, server.url) if cached else None
         try:
             server.model = await self.choose_model()
+            # A cached probe without scores is repeated, unless the run got scores in spite of it.
+            has_scores = any(
+                parse_scores(reply.text, self.names) for _, reply in self.cache.items()
+            )
+            if not probe or probe.model != server.model or not (probe.scored or has_scores):
+                probe = await self.probe()
+                reply = CachedReply(json.dumps(asdict(probe)))
+                self.cache.put(server.probe_key, reply, again=True)
         except Failure as failure:
-            cached = self.cached_probe()
-            if cached is None or not failure.unreachable:
-                raise
-            server.model = cached.model
-            server.probe = cached
+            if not failure.unreachable:
+                reasons = [f"the teacher at {server.url} {failure}", *self.notes]
+                raise UserError("; ".join(reasons)) from None
+            if probe is None:
+                return failure
+            server.model = probe.model
             tqdm.write(
                 f"warning: the teacher at {server.url} {failure}; until then, kept replies will do"
             )
-            return
-        probe = self.cached_probe()
-        # A cached probe without scores is repeated, unless the run got scores in spite of it.
-        if probe is None or not (probe.scored or self.has_cached_scores()):
-            probe = await self.probe()
-            reply = CachedReply(json.dumps(asdict(probe)))
-            self.cache.put(server.probe_key(server.model), reply, again=True)
         server.probe = probe
         if server.model == HUMAN:  # a human may take a break
             self.options.deadline_s = PATIENCE_S
-            server.slots.shortest = PATIENCE_S
-
-    def cached_probe(self) -> Probe | None:
-        """The newest cached probe of this server that was made with the current options."""
-        server = self.server
-        for key, reply in reversed(list(self.cache.items())):
-            if not key.startswith(PROBE):
-                continue
-            probe = load_probe(reply.text, server.url)
-            if probe is None or key != server.probe_key(probe.model):
-                continue
-            if server.model in (None, probe.model):
-                return probe
         return None
-
-    def has_cached_scores(self) -> bool:
-        """Whether any cached reply holds scores."""
-        return any(parse_scores(reply.text, self.names) for _, reply in self.cache.items())
 
     async def choose_model(self) -> str:
         """The named model, else the first chat model that the server lists."""
         endpoint = self.endpoint
         try:
-            answer = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
+            models = await in_time(endpoint.client.models(), self.options.timeout_s)
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -191,16 +164,15 @@ class Prober:
                 f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models"
             )
             return endpoint.model
-        models = answer.value
         if endpoint.model is None:
             if not models:
                 raise Failure("lists no model: load one, or name it with --teacher-model")
             chat_models = [name for name in models if not NO_CHAT.search(name)]
             endpoint.model = (chat_models or models)[0]
         elif endpoint.model not in models:
-            self.unlisted = endpoint.client.one_line(", ".join(models)) or "none"
+            listed = endpoint.client.one_line(", ".join(models)) or "none"
             self.notes.append(
-                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
+                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {listed}"
             )
         return endpoint.model
 
@@ -219,9 +191,7 @@ class Prober:
         thinks = reply.thought
         if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-        await self._find_structure()
-        if self.form.held_to == "json" and self._scored(reply):
-            self.change_form(held_to="nothing")
+        await self._find_structure(json_too=not self._scored(reply))
         if self.form.held_to != "nothing" and not self._scored(reply):
             reply = await self._ask(self.messages)
         scored = self._scored(reply)
@@ -236,16 +206,13 @@ class Prober:
             thinks=thinks,
             tokens=reply.tokens,
             seconds=min(self.seconds),
-            notes=tuple(self.notes),
+            notes=self.notes,
         )
 
     async def _ask(self, messages: list[dict]) -> Reply:
         start = time.monotonic()
-        chat = self.endpoint.chat(messages, self.options.seed, self.names)
-        try:
-            reply = await asyncio.wait_for(chat, self.options.timeout_s)
-        except asyncio.TimeoutError:
-            raise Failure("takes too long to answer", again=True) from None
+        chat = self.endpoint.chat(messages, self.options.seed)
+        reply = await in_time(chat, self.options.timeout_s)
         self.seconds.append(time.monotonic() - start)
         return reply
 
@@ -263,14 +230,12 @@ class Prober:
 
     async def _first_reply(self) -> Reply:
         """The reply to the story, after changing the form until the server accepts it."""
+        pool = ServerPool([self.endpoint])
         while True:
             try:
-                answer = await self.pool.ask(lambda _: self._ask(self.messages))
-                return answer.value
+                reply, _ = await pool.ask(lambda _: self._ask(self.messages))
+                return reply
             except Failure as failure:
-                if failure.status == 404 and self.unlisted:
-                    message = f"has no model {self.endpoint.model!r} ({failure}); it lists: {self.unlisted}"
-                    raise Failure(message, status=404) from None
                 self.endpoint.probe = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
@@ -300,17 +265,11 @@ class Prober:
         self.notes.append(note)
         return reply
 
-    async def _find_structure(self) -> None:
-        """Use the first structure that the server obeys, if any, after at most two requests."""
-        for structure in ("numbers", "json"):
-            self.change_form(structure=structure, held_to=structure)
+    async def _find_structure(self, json_too: bool) -> None:
+        """Hold replies to the first structure that the server obeys, if any."""
+        for structure in ["numbers", "json"] if json_too else ["numbers"]:
+            self.change_form(held_to=structure)
             reply = await self._try(OFF_TOPIC)
             if reply is not None and self._scored(reply):
                 return
-        self.change_form(structure="nothing", held_to="nothing")
-
-
-def with_oldest_probe(endpoints: Sequence[Endpoint], cache: Cache) -> Endpoint:
-    """The one whose probe is the oldest in the cache."""
-    by_key = {endpoint.probe_key(endpoint.model): endpoint for endpoint in endpoints}
-    return next(by_key[key] for key, _ in cache.items() if key in by_key)
+        self.change_form(held_to="nothing")

@@ -4,6 +4,8 @@ Tokens are counted as words, numbers and other single characters, plus 3 per mes
 import asyncio
 import contextlib
 import logging
+import operator
+import re
 import signal
 import time
 import uuid
@@ -16,10 +18,11 @@ from aiohttp.typedefs import Handler
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import parse_json
-from tinystory.teacher.endpoint import PIECE
 
 HOST = "127.0.0.1"
 PORTS = "[0, 65535]"  # of the option --port
+# a word, number or other character, after any space: about a token
+PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 
 # the reply to messages; it may raise Refused
@@ -163,29 +166,27 @@ def _is_limit(value: object) -> bool:
     return value is None or (type(value) is int and value >= 1)  # True is an int too
 
 
-# What each field of a request must be, and how a refusal says so.
-RULES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "model": (lambda value: isinstance(value, str), "must be a string."),
-    "messages": (
-        lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
-        "must be a list of at least one message, each with a role and a text as content.",
-    ),
-    "n": (lambda value: value in (None, 1), "must be 1: this model always gives the same answer."),
-    "response_format": (lambda value: value in (None, {"type": "text"}), "must be of type text."),
-    "max_tokens": (_is_limit, "must be a whole number of at least 1."),
-    "max_completion_tokens": (_is_limit, "must be a whole number of at least 1."),
+# What each field of a request can be, None where it is missing.
+RULES: dict[str, Callable[[Any], object]] = {
+    "model": lambda value: isinstance(value, str),
+    "messages": lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
+    "n": (None, 1).__contains__,
+    "response_format": (None, {"type": "text"}).__contains__,
+    "max_tokens": _is_limit,
+    "max_completion_tokens": _is_limit,
+    "stream": operator.not_,
+    "logprobs": operator.not_,
+    "tools": operator.not_,
+    "functions": operator.not_,
 }
-UNSUPPORTED = ("stream", "logprobs", "tools", "functions")
 
 
 def _check(body: dict, model: str) -> None:
     """Raises Refused for the first field that is invalid or asks for something unsupported."""
-    for name, (is_valid, requirement) in RULES.items():
-        if not is_valid(body.get(name)):
-            raise Refused(f"`{name}` {requirement}", name)
-    for name in UNSUPPORTED:
-        if body.get(name):
-            raise Refused(f"`{name}` is not supported by this model.", name)
+    for name, is_valid in RULES.items():
+        value = body.get(name)
+        if not is_valid(value):
+            raise Refused(f"`{name}` cannot be {value!r:.100} here.", name)
     if body["model"] != model:
         message = f"The model `{body['model'][:100]}` does not exist; this server has `{model}`."
         raise Refused(message, "model", "model_not_found", 404)
