@@ -157,7 +157,7 @@ class Endpoint:
         fields |= form.quiet
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
         texts = [message["content"] for message in messages]
-        if not form.system:
+        if not form.system and len(messages) > 1:
             fields["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
         for name in form.refused:
             fields.pop(name, None)
@@ -172,7 +172,7 @@ class Endpoint:
         """Upper bound on a prompt's tokens: a token is at least one byte, and the chat template
         adds a few. Where the server counted the tokens of the probe's prompt, which begins with the
         same rubric, only the user's message is estimated."""
-        if self.probe is None or not self.probe.tokens:
+        if self.probe is None or not self.probe.tokens or len(texts) != 2:
             return len("".join(texts).encode()) + TEMPLATE_TOKENS
         return self.probe.tokens[0] + len(texts[-1].encode())
 
