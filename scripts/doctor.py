@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{component:10} {state}", flush=True)
     if config.teacher_url:
         print(f"{'requests':10} about eight short ones come first", flush=True)
+    elif options.calibrate and not config.reward:
+        print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
     if config.teacher_url or config.reward or options.calibrate:
         with open_grader(config, builtin_teacher, corpus=options.corpus) as grader:
             if options.calibrate:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.errors import UserError
 from tinystory.run.text import printable
 
 MARK = "mark"  # key in config.json
@@ -52,7 +52,7 @@ def user_secret() -> bytes:
                     os.link(file.name, path)
         secret = path.read_bytes()
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise UserError(f"cannot read or make {path}: {error.strerror}") from error
     if len(secret) != SECRET_BYTES:
         raise UserError(f"{path} is damaged: delete it")
     return secret
