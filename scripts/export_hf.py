@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     temperature = checkpoint.temperature(history)
     if options.gguf:
         gguf.write(options.gguf, student, tokenizer, temperature)
+        print(f'llama.cpp: llama-completion -m {options.gguf} -no-cnv -p "Once upon a time,"')
     if options.folder:
         card = model_card(options.folder.name, source, student, history)
         with atomic_folder(options.folder) as partial:
