@@ -298,8 +298,7 @@ def evaluate_at_rest(run: InteractionRun) -> None:
         return
     if run.state.step:
         save(run)
-    evaluation = run.evaluator.evaluate(run.state)
-    run.log.track({"step": run.state.step} | evaluation)
+    run.evaluator.evaluate(run.state)
 
 
 # ---- before and after the loop -------------------------------------------------------------------

@@ -26,16 +26,18 @@ from lab.preference import (
     preference_line,
     win_rate,
 )
-from scripts.evaluate import add_sampling, name_of, openings_of, samples_of
-from tinystory.config import InteractConfig
+from scripts.evaluate import TYPED, add_sampling, name_of, openings_of, samples_of
+from tinystory.config import typed_config
+from tinystory.evaluate.stories import Sample, read_samples
+from tinystory.ops.compute import pick_device
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, script_parser
+from tinystory.student import checkpoint
 from tinystory.teacher.client import Teacher
 
 TITLE = "Stories before and after, compared blindly"
 COMPARED = 40  # stories by default
-IN_FLIGHT = InteractConfig.teacher_concurrency
 
 
 @command
@@ -43,28 +45,36 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="RUN|A B")
-    add("--teacher-url", nargs="+", default=[], help="the judge")
-    add("--teacher-model", nargs="+", default=[], help="its name (default: the first listed)")
-    add_number(parser, "--teacher-concurrency", IN_FLIGHT, "[1, 10000]", "requests in flight")
     add_number(parser, "--stories", COMPARED, "[1, 1e9]", "stories that a checkpoint writes")
     add_sampling(parser)
     options = parser.parse_args(argv)
-    if not options.teacher_url:
+    config = typed_config(options, TYPED)
+    if not config.teacher_url:
         raise UserError(
             "a comparison needs a judge that sees two stories: give --teacher-url, of a model or of scripts/teach.py "
             "--teacher-prompt lab/comparison.json"
         )
     paths = options.paths or [newest_run()]
     run = paths[0] if len(paths) == 1 else None
-    openings = openings_of(options.openings, paths)
-    pairs = compared_pairs(paths, lambda path: samples_of(path, options.stories, openings, options))
+    samples = {path: read_samples(path) for path in paths if path.suffix == ".jsonl"}
+    openings = openings_of(options.openings, list(samples.values()))
+
+    def stories_of(path: Path) -> list[Sample]:
+        if path in samples:
+            return samples[path]
+        student, tokenizer, history = checkpoint.load(
+            checkpoint.find(path), pick_device(config.device)
+        )
+        return samples_of(student, tokenizer, history, openings, options)
+
+    pairs = compared_pairs(paths, stories_of)
     cache = run / "comparison_replies.jsonl" if run else None
     with Teacher(
-        options.teacher_url,
-        options.teacher_model or None,
+        config.teacher_url,
+        config.teacher_model or None,
         cache=cache,
-        concurrency=options.teacher_concurrency,
-        seed=options.seed,
+        concurrency=config.teacher_concurrency,
+        seed=config.seed,
         template=COMPARISON,
     ) as teacher:
 

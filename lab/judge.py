@@ -32,7 +32,7 @@ from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
-from tinystory.run.folder import newest_run
+from tinystory.run.folder import newest_run, read_config, write_config
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record
 from tinystory.run.terminal import aligned
@@ -109,6 +109,8 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
     pooled: list[Record] = []
     for run in runs:
         config: InteractConfig = recorded_config(InteractConfig, run, typed, options.trust)
+        if options.trust:
+            write_config(run, read_config(run))  # with this user's mark
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
         with open_grader(

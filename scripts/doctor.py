@@ -17,33 +17,28 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
-from tqdm import tqdm
 
-from tinystory.config import InteractConfig, check
-from tinystory.data.corpus import BUILTIN, open_corpus
+from tinystory.config import InteractConfig, typed_config
 from tinystory.evaluate.calibration import (
     FULL,
     calibrate,
     of_grader,
-    require,
     table,
     verdict,
 )
-from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
-from tinystory.rubric.rubric import PARTS, Rubric
+from tinystory.evaluate.corruptions import corpus_documents, known_stories
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
 from tinystory.run.terminal import aligned
-from tinystory.teacher.callable import CallableGrader
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -83,28 +78,23 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help="their corpus (default: builtin)",
     )
-    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     options = parser.parse_args(argv)
-    typed = {name: value for name, value in vars(options).items() if name in GRADER}
-    config = InteractConfig(**typed)
-    check(config)
+    config = typed_config(options, GRADER)
 
     for component, state in machine():
         print(f"{component:10} {state}", flush=True)
-    calibrates = options.calibrate or options.require_judgement > 0
     if config.teacher_url:
         print(f"{'requests':10} about eight short ones come first", flush=True)
-    if config.teacher_url or config.reward:
-        with open_grader(config, corpus=None) as grader:
-            if calibrates:
+    elif options.calibrate and not config.reward:
+        print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
+    if config.teacher_url or config.reward or options.calibrate:
+        with open_grader(config, builtin_teacher, corpus=options.corpus) as grader:
+            if options.calibrate:
                 calibration(config.reward or "teacher", grader, options)
-    elif calibrates:
-        calibration("built-in teacher", builtin_grader(options.corpus), options)
 
 
 def calibration(name: str, grader: Grader, options: argparse.Namespace) -> None:
-    """Print how a teacher scores known stories. Raises UserError for a judgement below
-    --require-judgement."""
+    """Print how a teacher scores known stories."""
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
     forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} stories"
     print(f"{'forecast':10} {forecast}", flush=True)
@@ -115,25 +105,6 @@ def calibration(name: str, grader: Grader, options: argparse.Namespace) -> None:
     for line in aligned(rows):
         print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(result)}")
-    require(result, options.require_judgement)
-
-
-def builtin_grader(names: list[str]) -> Grader:
-    """The built-in teacher, fitted to a corpus without the documents that known stories are drawn
-    from."""
-    files = [name for name in names if name not in BUILTIN]
-    documents = open_corpus(files or ["builtin"]).mixed()
-    if files:
-        documents = islice(documents, DOCUMENTS, None)
-    print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
-    with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
-        rubric = Rubric.from_corpus(documents, bar.update)
-
-    def scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
-        pairs = zip(openings, stories, strict=True)
-        return [sum(rubric.score(*pair).values()) / 9 for pair in pairs]
-
-    return CallableGrader(scores, "the built-in teacher")
 
 
 def machine() -> Iterator[tuple[str, str]]:

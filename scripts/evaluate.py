@@ -1,7 +1,7 @@
 """Measure checkpoints and stories by anybody: bits per byte, the teacher's score, diversity.
 
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin
-    python scripts/evaluate.py --stories 200 gpt4.jsonl people.jsonl    stories, side by side
+    python scripts/evaluate.py gpt4.jsonl people.jsonl      stories, side by side
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
 under runs/) or a folder that transformers wrote. A .jsonl file of stories has an `opening` and a
@@ -13,7 +13,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from tinystory.config import SEEDS, InteractConfig
+from tinystory.config import InteractConfig, typed_config
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.stories import (
     OPENINGS,
     Sample,
@@ -38,19 +38,28 @@ from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
-from tinystory.run.options import add_number, script_parser
+from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint, memory
-from tinystory.teacher.grade import Grader
+from tinystory.student.model import Student
 from tinystory.teacher.grader import open_grader
 
 FEWER = "--stories or --max-new-tokens"
+# Options of train_interact.py that are taken here too.
+TYPED = (
+    "teacher_url",
+    "teacher_model",
+    "teacher_concurrency",
+    "max_new_tokens",
+    "seed",
+    "device",
+)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
+    add("paths", nargs="*", type=Path, metavar="CHECKPOINT|FILE.jsonl")
     add(
         "--corpus",
         nargs="+",
@@ -58,21 +67,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="text for bits per byte, and for the built-in teacher",
     )
     add_number(
-        parser,
-        "--stories",
-        0,
-        "[0, 1e9]",
-        "stories to write and measure, and files of some",
-        files=".jsonl",
-    )
-    add("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
-    add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
-    add_number(
-        parser,
-        "--teacher-concurrency",
-        InteractConfig.teacher_concurrency,
-        "[1, 10000]",
-        "requests in flight",
+        parser, "--stories", 0, "[0, 1e9]", "stories to write, and to measure of a file; 0: its all"
     )
     add_sampling(parser)
     add("--out", type=Path, help="report.json to write")
@@ -80,18 +75,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `samples_of` and `openings_of`."""
+    """Add the options of `samples_of` and `openings_of`, and those of the grader."""
     parser.add_argument(
         "--openings",
         metavar="FILE",
         help="openings of the stories, a line each (default: the first file's, or eight built in)",
-    )
-    add_number(
-        parser,
-        "--max-new-tokens",
-        InteractConfig.max_new_tokens,
-        "[1, 1e6]",
-        "longest story, in tokens",
     )
     add_number(
         parser,
@@ -100,52 +88,51 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "[0, 100]",
         "at which they are sampled (default: each student's own)",
     )
-    add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
-    parser.add_argument("--device", default="auto")
+    add_options(parser, InteractConfig, TYPED)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    count = 0
-    paths: list[Path] = []
-    for value in options.stories:
-        if isinstance(value, Path):
-            paths.append(value)
-        else:
-            count = max(count, value)
-    if not paths and not options.corpus and not count:
+    config = typed_config(options, TYPED)
+    count = options.stories
+    samples = {path: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
+    if not samples and not options.corpus and not count:
         raise UserError(
-            "nothing to evaluate: give --corpus, --stories N, or files of stories, --stories FILE"
+            "nothing to evaluate: give --corpus, --stories N, or a .jsonl file of stories"
         )
-    openings = openings_of(options.openings, paths)
     if options.out:
         require_output(options.out)
-    checkpoints = options.checkpoints
-    if not checkpoints and not paths:
-        checkpoints = [newest_run()]
+    openings = openings_of(options.openings, list(samples.values()))
+    paths = options.paths or [newest_run()]
     corpus = open_corpus(options.corpus) if options.corpus else None
-    files = {path.name: read_samples(path)[: count or None] for path in paths}
 
     records: list[dict[str, Any]] = []
-    with open_teacher(options) if count or files else contextlib.nullcontext() as grader:
-        folders = [checkpoint.find(path) for path in checkpoints]
-        for folder in tqdm(folders, desc="checkpoints", disable=None):
-            student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
-            record = student_record(folder, history)
-            trained_on = set(options.corpus or []) & set(history.get("corpus", []))
-            if trained_on:
-                names = ", ".join(sorted(trained_on))
-                print(f"{record['name']}: it was trained on {names}, so that is no test of it")
-            if corpus:
-                record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
-            if count:
-                stories = samples_of(folder, count, openings, options)
+    with contextlib.ExitStack() as stack:
+        grader = None
+        if count or samples:
+            teacher = open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"])
+            grader = stack.enter_context(teacher)
+        for path in tqdm(paths, desc="evaluated", disable=None):
+            if path in samples:
+                record: dict[str, Any] = {"name": path.name, "words": None}
+                stories = samples[path][: count or None]
+            else:
+                folder = checkpoint.find(path)
+                student, tokenizer, history = checkpoint.load(folder, pick_device(config.device))
+                record = student_record(folder, history)
+                trained_on = set(options.corpus or []) & set(history.get("corpus", []))
+                if trained_on:
+                    names = ", ".join(sorted(trained_on))
+                    print(f"{record['name']}: it was trained on {names}, so that is no test of it")
+                if corpus:
+                    record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
+                stories = []
+                if count:
+                    stories = samples_of(student, tokenizer, history, openings, options)
+            if stories:
                 record["stories"] = story_measures(stories, grader=grader)
             records.append(record)
-        for name, stories in files.items():
-            measures = story_measures(stories, grader=grader)
-            records.append({"name": name, "words": None, "stories": measures})
     for line in aligned(comparison(records, ROWS)):
         print(line)
     if options.out:
@@ -159,40 +146,38 @@ def student_record(folder: Path, history: dict[str, Any]) -> dict[str, Any]:
     return {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
 
 
-def openings_of(file: str | None, paths: Sequence[Path]) -> Sequence[str]:
-    """The openings in `file`; else those of the first file of stories among the paths; else
-    OPENINGS."""
+def openings_of(file: str | None, samples: Sequence[Sequence[Sample]]) -> Sequence[str]:
+    """The openings in `file`; else those of the first samples; else OPENINGS."""
     if file:
         return load_openings(file)
-    story_files = [path for path in paths if path.suffix == ".jsonl"]
-    if not story_files:
-        return OPENINGS
-    openings = [story.opening for story in read_samples(story_files[0])]
-    return list(dict.fromkeys(openings))
+    if samples:
+        return list(dict.fromkeys(story.opening for story in samples[0]))
+    return OPENINGS
 
 
 def samples_of(
-    path: Path, count: int, openings: Sequence[str], options: argparse.Namespace
+    student: Student,
+    tokenizer: Tokenizer,
+    history: dict[str, Any],
+    openings: Sequence[str],
+    options: argparse.Namespace,
 ) -> list[Sample]:
-    """The stories of a file, or `count` by a student, with the same random numbers for every
-    student."""
-    if path.suffix == ".jsonl":
-        return read_samples(path)
-    folder = checkpoint.find(path)
-    student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
-    device = student.wte.weight.device
+    """--stories by a student, with the same random numbers for every student."""
+    config = typed_config(options, TYPED)
     temperature = options.temperature
     if temperature is None:
         temperature = checkpoint.temperature(history)
-    memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
+    tokens = config.max_new_tokens
+    device = student.wte.weight.device
+    memory.require_for_stories(options.stories, tokens, student.config, device, FEWER)
     return write_stories(
         student,
         tokenizer,
         openings=openings,
-        n_stories=count,
-        max_new_tokens=options.max_new_tokens,
+        n_stories=options.stories,
+        max_new_tokens=tokens,
         temperature=temperature,
-        seed=options.seed,
+        seed=config.seed,
     )
 
 
@@ -202,12 +187,6 @@ def name_of(folder: Path) -> str:
     if folder.parent.name == "checkpoints":
         return f"{folder.parents[1].name}/{folder.name}"
     return folder.name
-
-
-def open_teacher(options: argparse.Namespace) -> AbstractContextManager[Grader]:
-    names = ("teacher_url", "teacher_model", "teacher_concurrency", "seed")
-    config = InteractConfig(**{name: getattr(options, name) for name in names})
-    return open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 python scripts/sample.py                   by the best checkpoint of the newest run under runs/
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon"
-python scripts/sample.py --best-of 4       each the best of four, by the student's own likelihood
-python scripts/sample.py --best-of 4 --teacher-url URL     ... by reward, with a teacher's score
+python scripts/sample.py runs/interact --stories 100 --out ours.jsonl      for scripts/evaluate.py
 
 In a terminal, without --opening, it then asks for openings of yours.
 """
@@ -14,16 +13,13 @@ import sys
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import SEEDS, InteractConfig, check
+from tinystory.config import SEEDS
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import pick_device
-from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
@@ -33,9 +29,8 @@ from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, generate
 from tinystory.student.model import Student
-from tinystory.teacher.grader import open_grader
 
-FEWER = "--stories, --best-of or --max-new-tokens"
+FEWER = "--stories or --max-new-tokens"
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -63,15 +58,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
-    add_number(
-        parser, "--best-of", 1, "[1, 1000]", "stories per opening, of which the best is printed"
-    )
-    for name in ("--teacher-url", "--teacher-model", "--reward"):
-        add(
-            name,
-            default="",
-            help="who chooses it, as in train_interact.py (default: its likelihood)",
-        )
     add("--device", default="auto")
     add("--out", type=Path, metavar="FILE.jsonl", help="write the stories there, for evaluate.py")
     return parser.parse_args(argv)
@@ -80,12 +66,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    config = InteractConfig(reward=options.reward, seed=options.seed)
-    if options.teacher_url:
-        config.teacher_url = [options.teacher_url]
-    if options.teacher_model:
-        config.teacher_model = [options.teacher_model]
-    check(config)
     if options.out:
         require_output(options.out)
 
@@ -93,20 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
     if options.temperature is None:
         options.temperature = checkpoint.temperature(history)
-    count = options.stories * options.best_of
+    count = options.stories
     tokens = options.max_new_tokens or 1
     device = student.wte.weight.device
     memory.require_for_stories(count, tokens, student.config, device, FEWER)
 
-    def best_of(openings: list[str], first_index: int = 0) -> list[Story]:
-        """A story for each of --stories openings, which go round."""
-        stories = write_stories(student, tokenizer, openings, first_index, options)
-        return best_stories(stories, options.stories, config)
-
     openings = load_openings(options.opening or "builtin")
     if not options.opening:
         openings = Openings(openings, seed=0).held_out
-    stories = best_of(openings)
+    stories = write_stories(student, tokenizer, openings, 0, options)
     if options.out:
         lines = []
         for story in stories:
@@ -118,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.opening and sys.stdin.isatty() and sys.stdout.isatty():
         for number, opening in enumerate(iter(typed_opening, ""), 1):
             try:
-                print_stories(best_of([opening], first_index=number * count))
+                print_stories(write_stories(student, tokenizer, [opening], number * count, options))
             except UserError as error:  # such as an opening that is too long
                 print(f"error: {error}")
 
@@ -147,8 +122,8 @@ def write_stories(
     first_index: int,
     options: argparse.Namespace,
 ) -> list[Story]:
-    """--best-of times --stories, to openings from `texts`; the n-th of each round share theirs."""
-    openings = list(islice(cycle(texts), options.stories)) * options.best_of
+    """A story to each of --stories openings, for which the texts go round."""
+    openings = list(islice(cycle(texts), options.stories))
     longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
     room = max(student.config.context - longest, 1)
     return generate(
@@ -163,19 +138,6 @@ def write_stories(
         top_k=options.top_k,
         top_p=options.top_p,
     )
-
-
-def best_stories(stories: list[Story], count: int, config: InteractConfig) -> list[Story]:
-    """The best story of each of the `count` openings, by reward, or without a teacher by the
-    student's likelihood."""
-    if len(stories) == count:
-        return stories
-    values: list[Any] = [story.likelihood for story in stories]
-    if config.teacher_url or config.reward:
-        with open_grader(config, corpus=None) as grader:
-            grades = grader.grade_each([(story.opening, story.text) for story in stories])
-        values = story_rewards(config, stories, [grade.score for grade in grades])
-    return [stories[i] for i in best_of_n(values, count)]
 
 
 if __name__ == "__main__":

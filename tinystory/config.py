@@ -6,74 +6,76 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
-import importlib.util
+import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from tinystory.run.credentials import secret_in
 from tinystory.run.errors import UserError
-from tinystory.run.folder import newest_first, require_config, write_config
+from tinystory.run.folder import newest_first, require_config
 from tinystory.run.options import (
+    ScriptParser,
     add_options,
-    did_you_mean,
-    fields,
     flag_of,
     option,
     require_valid,
-    unknown_option,
 )
-from tinystory.run.records import CONFIG, Record
-from tinystory.run.track import TRACKERS
+from tinystory.run.records import CONFIG
 from tinystory.run.trust import TRUST_HELP, require_own, student_corpus
 
-DTYPE_HELP = (
-    "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
-)
-DEVICE_HELP = "auto, cpu, cuda or cuda:N"
 OUT_HELP = "folder of the run; without --out, NAME-2, NAME-3, ... if it is taken"
-RESUME_HELP = (
-    "continue the run in --out (without it, the newest that was begun without it) from its newest "
-    "checkpoint, with its recorded options"
-)
 SAVE_HELP = "steps between the checkpoints that --resume starts from"
-TRACK_HELP = "tracker that also receives the records (wandb offline)"
 # The options that --help lists; --help-all lists the others too.
 FIRST = set(
-    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size "
-    "learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
+    "preset init out resume seed device corpus words n_layer n_head n_embd context vocab_size "
+    "batch_size learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
     "openings steps stories_per_step "
     "max_new_tokens budget_words diversity epochs learner kl_coef".split()
 )
-DTYPES = ("auto", "float32", "tf32", "bfloat16")
+PRESETS = ("demo", "paper", "babylm-2026-strict", "babylm-2026-strict-small")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
 # TRL's names that mean another option here, or could mean two.
 OTHER_NAMES = {
+    "lr": "--learning-rate",
     "batch-size": "--stories-per-step (stories that are written in a step, TRL's batch_size) or "
-    "--minibatch-size (stories per gradient step)"
+    "--minibatch-size (stories per gradient step)",
 }
 # defined in tinystory/rl/learners.py
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
 
 
 @dataclass
-class PretrainConfig:
-    """Pretrain a student on a corpus."""
+class RunConfig:
+    """What both commands take."""
 
-    preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    # Nor are these, and no run's record may set them.
+    # No run's record may set these.
     trust = False
     names_out = False  # whether --out was given
 
-    out: str = option("runs/pretrain", OUT_HELP, group="run")
-    resume: bool = option(False, RESUME_HELP)
-    seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
-    device: str = option("auto", DEVICE_HELP)
-    dtype: str = option("auto", DTYPE_HELP, DTYPES)
+    preset: str = option("demo", "named set of options", PRESETS, group="run")
+    out: str = option("runs/pretrain", OUT_HELP)
+    resume: bool = option(
+        False,
+        "continue the run in --out (without it, the newest that was begun without it) from its "
+        "newest checkpoint, with its recorded options",
+    )
+    seed: int = option(0, "seed of all random numbers", SEEDS)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = option(
+        "auto",
+        "precision of the matmuls; weights and optimiser states are float32",
+        ("auto", "float32", "bfloat16"),
+    )
     save_every: int = option(200, SAVE_HELP, "[1, 1e9]")
-    track: str = option("none", TRACK_HELP, TRACKERS)
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """Pretrain a student on a corpus."""
 
     n_layer: int = option(3, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(0, "attention heads; 0: heads of size 64", "[0, 1000]")
@@ -132,28 +134,14 @@ class PretrainConfig:
 
 
 @dataclass
-class InteractConfig:
+class InteractConfig(RunConfig):
     """Train a student by interaction: it writes stories, a teacher scores them, PPO learns from the
     scores."""
 
-    preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
-    # Nor are these, and no run's record may set them.
-    trust = False
-    names_out = False  # whether --out was given
-
-    init: str = option(
-        "", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)", group="run"
-    )
     out: str = option("runs/interact", OUT_HELP)
-    resume: bool = option(False, RESUME_HELP)
-    seed: int = option(
-        0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS
-    )
-    device: str = option("auto", DEVICE_HELP)
-    dtype: str = option("auto", DTYPE_HELP, DTYPES)
+    init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
-    track: str = option("none", TRACK_HELP, TRACKERS)
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
     )
@@ -186,9 +174,6 @@ class InteractConfig:
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
     budget_cost: float = option(
         0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]"
-    )
-    teacher_corpus: list[str] = option(
-        [], "corpus of the built-in teacher (default: the student's own)"
     )
     reward: str = option(
         "",
@@ -289,7 +274,7 @@ class InteractConfig:
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
-# interaction: TRL).
+# interaction: TRL). Where a default is the paper's figure it is not repeated.
 _PAPER_PRETRAIN = dict(
     n_layer=12,
     n_head=12,
@@ -308,8 +293,6 @@ _PAPER_PRETRAIN = dict(
     learning_rate=5e-4,
     warmup=0.01,
     beta2=0.999,
-    weight_decay=0.0,
-    grad_clip=1.0,
     eval_every=250,
     eval_sequences=64,
     save_every=250,
@@ -318,17 +301,10 @@ PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a fa
 _PAPER_INTERACT = dict(
     dtype="float32",
     openings=PAPER_OPENING,
-    teacher_temperature=0.2,
     teacher_max_tokens=6,
     steps=920,
     stories_per_step=360,
-    stories_per_opening=1,
     max_new_tokens=90,
-    temperature=1.0,
-    budget_words=1_000_000,
-    budget_words_out=100_000_000,
-    length_weight=0.4,
-    length_words=90,
     diversity=0.0,
     unfinished=1.0,
     eval_every=0,
@@ -339,13 +315,7 @@ _PAPER_INTERACT = dict(
     learner="gae",
     epochs=4,
     minibatch_size=0,
-    gamma=1.0,
-    lam=0.95,
-    clip_ratio=0.2,
-    value_coef=0.1,
-    grad_clip=0.0,
     kl_coef=0.2,
-    kl_target=6.0,
     kl_horizon=10_000.0,
 )
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
@@ -367,112 +337,82 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse(
-    config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None
+    config_class: type[RunConfig], presets: dict[str, dict[str, Any]], argv: list[str] | None = None
 ) -> Any:
     """Parse a command line into a `config_class`, whose `preset` is the preset's name. With
     --resume, options not given come from the run's config.json. Raises UserError for an unknown
     option or a value out of range."""
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    shown: set[str] | None = FIRST
+    if "--help-all" in words:
+        words = ["--help"]
+        shown = None
+    parser = ScriptParser(
         usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False
     )
-    choices = "{" + ",".join(presets) + "}"
-    help = "named set of options (default: demo)"
+    parser.other_names = OTHER_NAMES
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
-    parser.add_argument("--preset", metavar=choices, help=help)
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
-    add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
-    options, unknown = parser.parse_known_args(words)
-    typed = vars(options)
-    if typed.pop("help_all"):
-        parser.print_help()
-        parser.exit()
-    if unknown:
-        raise UserError(unknown_option(unknown[0], parser, OTHER_NAMES))
+    add_options(parser, config_class, shown=shown)
+    typed = vars(parser.parse_args(words))
 
+    del typed["help_all"]
     trust = typed.pop("trust")
     names_out = "out" in typed
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
-        config = _resumed(config_class, typed, trust)
+        if not names_out:
+            runs = newest_first(Path(config_class.out))
+            typed["out"] = str(runs[0]) if runs else config_class.out
+        config = recorded_config(config_class, Path(typed["out"]), typed, trust)
     else:
-        preset = typed.pop("preset") or "demo"
-        if preset not in presets:
-            raise UserError(
-                f"--preset must be one of {', '.join(presets)}, not {preset!r:.80}"
-                f"{did_you_mean(preset, presets)}"
-            )
-        config = config_class(**presets[preset] | typed)
-        config.preset = preset
+        preset = presets.get(typed.get("preset", "demo"), {})
+        config = config_class(**preset | typed)
         check(config)
     config.trust = trust
     config.names_out = names_out
     return config
 
 
-# ---- a run's recorded options --------------------------------------------------------------------
-
-
-def _resumed(config_class: type, typed: dict[str, Any], trust: bool) -> Any:
-    """The config of a run to be resumed. Raises UserError if another command or version began it,
-    for another preset or start in `typed`, which would have no effect, and for a folder that is not
-    this user's own, unless `trust`."""
-    if "out" not in typed:
-        default = vars(config_class)["out"]
-        runs = newest_first(Path(default))
-        typed["out"] = str(runs[0]) if runs else default
-    folder = Path(typed["out"])
-    record = require_config(folder)
+def recorded_config(
+    config_class: type[RunConfig], run: Path, typed: dict[str, Any], trust: bool
+) -> Any:
+    """The config in a run's config.json, overridden by `typed`, options from the command line.
+    Raises UserError if another command or version began it, for another preset or start, which
+    would have no effect, for what `check` refuses, and, unless `trust`, for a folder that is not
+    this user's own."""
+    record = require_config(run)
     recorded = record["options"]
+    path = run / CONFIG
+    options: dict[str, Any] = {}
     for f in dataclasses.fields(config_class):
         if f.name not in recorded:
             raise UserError(
-                f"{folder / CONFIG} has no {f.name}: the run was begun by another command or "
-                "another version; go on with that one, or start a new run in another --out"
+                f"{path} has no {f.name}: the run was begun by another command or another "
+                "version; go on with that one, or start a new run in another --out"
             )
+        options[f.name] = recorded[f.name]
     for name in ("preset", "init"):
-        if typed.get(name) not in (None, recorded.get(name)):
+        if typed.get(name) not in (None, options.get(name)):
             raise UserError(
-                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with "
-                f"{recorded.get(name)!r}; leave it out, or start a new run in another --out"
+                f"--{name} {typed[name]} does not go with --resume: {run} was begun with "
+                f"{options[name]!r}; leave it out, or start a new run in another --out"
             )
-    typed["preset"] = recorded["preset"]
-    return _merged(config_class, folder, record, typed, trust)
-
-
-def recorded_config(config_class: type, run: Path, typed: dict[str, Any], trust: bool) -> Any:
-    """The config in a run's config.json, overridden by `typed`, options from the command line.
-
-    With `trust`, the folder gets this user's mark. Raises UserError if it has none otherwise, since
-    it may come from somebody else, and for what `check` refuses."""
-    record = require_config(run)
-    config = _merged(config_class, run, record, typed, trust)
-    if trust:
-        write_config(run, record)
-    return config
-
-
-def _merged(
-    config_class: type, run: Path, record: Record, typed: dict[str, Any], trust: bool
-) -> Any:
-    recorded = record["options"]
-    options: dict[str, Any] = {}
-    for f in dataclasses.fields(config_class):
-        if f.name in recorded:
-            options[f.name] = recorded[f.name]
-    options |= typed
-    preset = options.pop("preset", "demo")
-    if preset not in list(PRETRAIN_PRESETS):  # a list, because the value may be anything
-        raise UserError(
-            f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy"
-        )
-    config = config_class(**options)
-    config.preset = preset
+    config = config_class(**options | typed)
     try:
         check(config)
     except UserError as error:
-        raise UserError(f"{run / CONFIG}: {error}; correct it there, or by a flag") from None
+        raise UserError(f"{path}: {error}; correct it there, or by a flag") from None
     if not trust:
-        require_own(run / CONFIG, record, vars(config) | {"student_corpus": student_corpus(record)})
+        require_own(path, record, vars(config) | {"student_corpus": student_corpus(record)})
+    return config
+
+
+def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractConfig:
+    """The options of an interaction that a script takes by these names, with the defaults where
+    they were left out. Raises UserError for what `check` refuses."""
+    typed = {name: value for name, value in vars(options).items() if name in names}
+    config = InteractConfig(**typed)
+    check(config)
     return config
 
 
@@ -481,7 +421,7 @@ def changed_options(config: InteractConfig) -> dict[str, str]:
     defaults = vars(InteractConfig())
     preset = INTERACT_PRESETS[config.preset]
     flags = {}
-    for f in fields(InteractConfig):
+    for f in dataclasses.fields(InteractConfig):
         usual = (defaults[f.name], preset.get(f.name))
         if getattr(config, f.name) not in usual:
             flags[f.name] = flag_of(f)
@@ -491,24 +431,21 @@ def changed_options(config: InteractConfig) -> dict[str, str]:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check(config: Any) -> None:
+def check(config: RunConfig) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
-    for f in fields(type(config)):
+    for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         require_valid(f, types[f.name], value)
-        for text in value if isinstance(value, list) else [value]:
-            variable = secret_in(text) if isinstance(text, str) else ""
-            if variable:
-                raise UserError(
-                    f"{flag_of(f)} holds the value of {variable}, and config.json would record "
-                    "it: leave it out"
-                )
-    if config.track != "none" and importlib.util.find_spec(config.track) is None:
-        raise UserError(f"--track {config.track} needs its package: pip install {config.track}")
+        variable = secret_in(json.dumps(value))
+        if variable:
+            raise UserError(
+                f"{flag_of(f)} holds the value of {variable}, and config.json would record it: "
+                "leave it out"
+            )
     if isinstance(config, PretrainConfig):
         _check_head_size(config)
-    else:
+    if isinstance(config, InteractConfig):
         _check_learning(config)
         _check_teacher(config)
 

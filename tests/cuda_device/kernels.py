@@ -37,7 +37,6 @@ NUMBER = {
     for name in "add sub mul div subtract multiply divide true_divide".split()
     for end in ("", "_")
 }
-GEMM = set("mm bmm addmm baddbmm addmm_ _addmm_activation linear matmul mv addmv_ dot".split())
 OURS = (
     "causal_attention causal_attention_backward decode_attention sample token_logprob token_logprob_backward "
     "cross_entropy add_layer_norm add_layer_norm_backward".split()
@@ -212,8 +211,6 @@ def implementation(op: Any, name: str) -> Callable:
         ).to(a.dtype)
     if op in (aten._softmax.default, aten._log_softmax.default):
         return lambda x, dim, half_to_float: op(x.float() if half_to_float else x, dim, False)
-    if name in GEMM and torch.backends.cuda.matmul.allow_tf32:
-        return lambda *args, **kwargs: op(*map(tf32, args), **kwargs)
     return op
 
 
@@ -229,13 +226,6 @@ def with_device_generator(op: Any, args: tuple, kwargs: dict) -> Any:
     finally:
         machine.generator.set_state(torch.get_rng_state())
         torch.set_rng_state(before)
-
-
-def tf32(x: Any) -> Any:
-    """Rounded to the 11 significant bits that tensor cores read of a float32."""
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
-        return x
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def copy_(to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:

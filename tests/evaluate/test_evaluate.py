@@ -41,7 +41,9 @@ class Amused(Grader):
 
 @pytest.fixture
 def amused(monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: contextlib.nullcontext(Amused({})))
+    monkeypatch.setattr(
+        evaluate, "open_grader", lambda *_, **__: contextlib.nullcontext(Amused({}))
+    )
 
 
 def test_checkpoints_are_measured_side_by_side(student, tokenizer, tmp_path, capsys, amused):
@@ -77,7 +79,7 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         file.write_text("".join(json.dumps(story) + "\n" for story in stories))
     arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main(
-        [str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments]
+        [str(ours), *map(str, files), "--stories", "10", "--max-new-tokens", "40", *arguments]
     )
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert [(r["name"], r["stories"]["stories"]) for r in records] == [
@@ -90,7 +92,7 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         records[1]["stories"]["story_clusters_10"] == 10
         and "people.jsonl" in capsys.readouterr().out
     )
-    evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
+    evaluate.main([str(files[0]), "--out", str(tmp_path / "report.json")])
     (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert record["stories"]["stories"] == 12
 

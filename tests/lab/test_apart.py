@@ -16,7 +16,7 @@ PRODUCT = [
     *ROOT.glob("scripts/*.py"),
     *ROOT.glob("tinystory/**/*.py"),
 ]
-COMMANDS = ("babylm", "bench", "compare", "copied", "judge", "recipes", "reproduce")
+COMMANDS = ("babylm", "bench", "compare", "copied", "judge", "recipes", "reproduce", "track")
 
 
 def imported(source: str) -> set[str]:

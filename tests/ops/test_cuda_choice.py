@@ -131,16 +131,3 @@ def test_bfloat16_is_not_chosen_where_torch_is_kept_from_it(monkeypatch):
             torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
         )
         assert pick_dtype("auto", torch.device("cpu")) == dtype
-
-
-def test_tf32_is_a_choice_on_a_gpu_only():
-    for name in ("float32", "bfloat16"):
-        assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
-        assert not torch.backends.cuda.matmul.allow_tf32
-    try:
-        assert pick_dtype("tf32", torch.device("cuda")) == torch.float32
-        assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    with pytest.raises(UserError, match="needs a GPU"):
-        pick_dtype("tf32", torch.device("cpu"))

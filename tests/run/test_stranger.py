@@ -108,7 +108,7 @@ def test_a_changed_record_loses_its_mark(own, change):
     assert not trust.is_own(record)
 
 
-@pytest.mark.parametrize("private", ["openings", "teacher_prompt", "teacher_corpus"])
+@pytest.mark.parametrize("private", ["openings", "teacher_prompt"])
 def test_a_file_that_a_strangers_run_names_is_not_read_and_the_sentence_names_it(
     others, tmp_path, capsys, monkeypatch, private
 ):
@@ -117,9 +117,8 @@ def test_a_file_that_a_strangers_run_names_is_not_read_and_the_sentence_names_it
     folder = shutil.copytree(others, tmp_path / "run")
     key = tmp_path / "id_ed25519.txt"
     key.write_text("a private line\nanother\n")
-    value = [str(key)] if private == "teacher_corpus" else str(key)
     with FaultServer() as server:
-        options = {"reward": "", "teacher_url": [server.url], private: value}
+        options = {"reward": "", "teacher_url": [server.url], private: str(key)}
         change_config(folder, teacher_extra='{"a": 1}', teacher_max_tokens=77, **options)
         line = fails(interact.main, resume(folder), capsys)
         assert f"send stories to {server.url} with the fields '{{" in line and str(key) in line

@@ -18,10 +18,9 @@ import tinystory
 from lab import babylm, compare
 from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
-from tinystory.run import distributed, errors, paths
+from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.student import checkpoint, memory
-from tinystory.student.generate import Story
 
 COMMAND = """
 import os, sys
@@ -228,13 +227,6 @@ def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_
     assert fails(raises(PeerLost("x")), [], capsys) == "error: x"
 
 
-def test_variables_that_torchrun_cannot_have_set_are_one_sentence(monkeypatch, capsys):
-    for name in errors.TORCHRUN:
-        monkeypatch.setenv(name, "x")
-    line = fails(errors.command(lambda argv: distributed.start("cpu")), [], capsys)
-    assert "RANK, WORLD_SIZE" in line and "must be numbers" in line
-
-
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):
     for name in ("HOME", "TINYSTORY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -294,7 +286,6 @@ def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
         (babylm.main, "--coreference=-1"),
         (evaluate.main, "--teacher-concurrency=0"),
         (doctor.main, "--teacher-max-tokens=0"),
-        (doctor.main, "--require-judgement=nan"),
     ):
         assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
 
@@ -308,39 +299,6 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(
     for main, argv in ((sample.main, [run]), (compare.main, [run, run, *teacher])):
         line = fails(main, [*argv, "--stories", "1e9", "--device", "cpu"], capsys)
         assert "GB of memory" in line and "--max-new-tokens" in line
-
-
-def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys, monkeypatch):
-    """The one that the callable likes; without a callable, the likeliest of those that end."""
-    nothing = torch.zeros(0)
-    stories = []
-    for index in range(16):
-        logprobs = torch.tensor([-1.0 / (index + 1)])  # the later, the likelier
-        ended = "eos" if index < 12 else "length"
-        text = f"tale number {index}."
-        stories.append(
-            Story(index, "Once", text, nothing, nothing, logprobs, nothing, nothing, ended)
-        )
-    monkeypatch.setattr(
-        sample, "generate", lambda model, head, tokenizer, openings, **_: stories[: len(openings)]
-    )
-    common = f"{checkpoint.newest(place / 'p')} --stories 2 --device cpu --opening Once".split()
-    reward = tmp_path / "r.py"
-    reward.write_text(
-        "def liked(o, stories):\n    return [s in ('tale number 4.', 'tale number 7.') for s in stories]\n"
-    )
-    eight = ["--best-of", "8"]
-    for more, best in (
-        ([], (0, 1)),
-        ([*eight, "--reward", f"{reward}:liked"], (4, 7)),
-        (eight, (10, 11)),
-    ):
-        sample.main([*common, *more])
-        printed = "".join(re.split("--- story.*", capsys.readouterr().out))
-        assert printed.split("\n\n")[:2] == [f"\nOnce {stories[i].text}" for i in best]
-    assert "--teacher-url is for a teacher" in fails(
-        sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys
-    )
 
 
 class Keyboard(io.StringIO):

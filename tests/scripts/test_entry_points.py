@@ -47,7 +47,7 @@ def test_a_hint_runs_with_the_interpreter_that_printed_it(where, monkeypatch):
     done = subprocess.run(
         ["bash", "-c", paths.hint("scripts/sample.py", "--help")], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "--best-of" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--top-k" in done.stdout, done.stderr
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert paths.hint("scripts/sample.py").startswith(f"{Path(sys.executable).name} ")
 

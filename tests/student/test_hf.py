@@ -448,49 +448,29 @@ def corner(folder: Path) -> float:
     return float(load_file(folder / "model.safetensors")["transformer.wte.weight"][0, 0])
 
 
-def test_a_folder_a_milestone(run, tmp_path, capsys):
-    export_hf.main([str(run), str(tmp_path / "all"), "--all-checkpoints"])
-    assert {path.name: corner(path) for path in (tmp_path / "all").iterdir()} == {
-        "chck_2M": 0,
-        "chck_10M": 1,
-        "main": 2,
-    }
-    assert "fine-tuning uses 512" in capsys.readouterr().err
-    assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
-    export_hf.main([str(run), str(tmp_path / "one")])  # of no BabyLM corpus, and not its milestones
-    assert "fine-tuning" not in capsys.readouterr().err
+def test_a_run_is_exported_at_its_newest_checkpoint_and_a_milestone_at_its_own(run, tmp_path):
+    export_hf.main([str(run), str(tmp_path / "newest")])
+    export_hf.main([str(run / "checkpoints" / "chck_10M"), str(tmp_path / "milestone")])
+    assert (corner(tmp_path / "newest"), corner(tmp_path / "milestone")) == (2, 1)
 
 
 def test_an_export_killed_half_way_is_repeated_by_the_same_command(run, tmp_path):
-    argv = [str(run), str(tmp_path / "all"), "--all-checkpoints"]
+    argv = [str(run), str(tmp_path / "out")]
     program = f"""
 import os
 from scripts import export_hf
-cards = []
-def dies(*arguments):
-    cards.append(arguments)
-    if len(cards) == 2:
-        os._exit(9)
-    return ""
-export_hf.model_card = dies
+export_hf.atomic_write = lambda *_: os._exit(9)
 export_hf.main({argv!r})
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 9
-    assert not (tmp_path / "all").exists()
+    assert not (tmp_path / "out").exists()
     export_hf.main(argv)
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {"chck_2M", "chck_10M", "main"}
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "all"}
+    assert corner(tmp_path / "out") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 
-def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys):
-    for arguments, complaint in (
-        (
-            [run / "checkpoints" / "chck_2M", tmp_path / "x", "--all-checkpoints"],
-            "takes the folder of a run",
-        ),
-        ([tmp_path / "nothing", tmp_path / "x"], "neither a checkpoint nor a run"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            export_hf.main(list(map(str, arguments)))
-        assert complaint in capsys.readouterr().err
+def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export_hf.main([str(tmp_path / "nothing"), str(tmp_path / "x")])
+    assert "neither a checkpoint nor a run" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

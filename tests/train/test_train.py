@@ -844,7 +844,6 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
         ("auto", torch.bfloat16, "bfloat16"),
         ("auto", torch.float32, "float32"),
         ("bfloat16", torch.bfloat16, "bfloat16"),
-        ("tf32", torch.float32, "tf32"),  # which float32 would lose on --resume
     ],
 )
 def test_a_run_records_how_it_multiplies(asked, dtype, recorded, monkeypatch):

@@ -77,7 +77,7 @@ class CollapseDetector:
                 f"the scores predicted up to step {record['step']} are worse than a constant "
                 f"(R-squared {r_squared:.2f})"
             )
-        without_signal = self._equal_scores() or self._unrelated_scores()
+        without_signal = self._without_signal()
         if without_signal:
             signs["signal"].append(f"{without_signal}, so nothing is learned from the teacher")
 
@@ -102,31 +102,28 @@ class CollapseDetector:
             return None
         return fmean(values)
 
-    def _steps(self) -> str:
-        return f"{len(self._last)} steps" if len(self._last) > 1 else "step"
-
-    def _equal_scores(self) -> str:
-        """A sentence on scores in the window that are almost all equal; "" if they are not."""
-        fraction = min(record.get("score_mode") or 0.0 for record in self._last)
-        if fraction < SAME or not self._is_full():
+    def _without_signal(self) -> str:
+        """A sentence on scores in the window that are almost all equal, or correlate with nothing;
+        "" if they are neither."""
+        if not self._is_full():
             return ""
-        stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
-        level = self._last[-1].get("score_mean") or 0
-        return f"{stories} stories of the last {self._steps()} had the same score ({level:g} in the last)"
+        last = self._last
+        steps = f"{len(last)} steps" if len(last) > 1 else "step"
+        fraction = min(record.get("score_mode") or 0.0 for record in last)
+        if fraction >= SAME:
+            stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
+            level = last[-1].get("score_mean") or 0
+            return (
+                f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+            )
 
-    def _unrelated_scores(self) -> str:
-        """A sentence on scores in the window that correlate with nothing; "" if they do."""
-        scored = sum(record.get("scored") or 0 for record in self._last)
-        if scored < FEW:
-            return ""
+        scored = sum(record.get("scored") or 0 for record in last)
         correlations = [self._mean("score_length"), self._mean("score_logprob")]
         known = [abs(correlation) for correlation in correlations if correlation is not None]
-        two_standard_errors = 2 / math.sqrt(scored)
-        if not known or max(known) > two_standard_errors:
-            return ""
-        return (
-            f"the scores of the last {self._steps()} are as unrelated to the stories as random ones"
-        )
+        # two standard errors
+        if scored >= FEW and known and max(known) <= 2 / math.sqrt(scored):
+            return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+        return ""
 
 
 def graded_stories(record: dict) -> int:

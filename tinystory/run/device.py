@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinystory.run.errors import UserError
-
 
 def cpu_has_bf16() -> bool:
     """Whether bf16 matmuls run in hardware, if ATEN_CPU_CAPABILITY permits; emulated ones are
@@ -27,13 +25,7 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32 whose GEMMs
-    round inputs to 11 significant bits, in the whole process; UserError on a CPU."""
-    if name == "tf32":
-        if device.type != "cuda":
-            raise UserError("--dtype tf32 needs a GPU: on a CPU give --dtype float32 or bfloat16")
-        torch.backends.cuda.matmul.allow_tf32 = True
-        return torch.float32
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
     if name != "auto":
         return getattr(torch, name)
     has_bf16 = cpu_has_bf16()

@@ -8,6 +8,7 @@ is one process, and everything here is a no-op."""
 import atexit
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import signal
@@ -37,17 +38,9 @@ TIMEOUT = datetime.timedelta(hours=6)
 
 def start(device: str) -> None:
     """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes the GPU of
-    its local rank. Raises UserError unless there is one GPU per process and torchrun's variables
-    are numbers."""
+    its local rank. Raises UserError unless there is one GPU per process."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
-    numbers = [name for name in TORCHRUN if name not in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR")]
-    wrong = [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]
-    if wrong:
-        raise UserError(
-            f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or "
-            "unset them"
-        )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         processes = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -168,14 +161,12 @@ def rank0_value(make: Callable[[], T]) -> T:
     every rank."""
     if world_size() == 1:
         return make()
-    value: Any = None
-    failure: Exception | None = None
+    message: list[Any] = [None, None]  # the value, and the error
     if is_rank0():
         try:
-            value = make()
+            message[0] = make()
         except (UserError, Interrupted) as error:
-            failure = error
-    message = [value, failure]
+            message[1] = error
     with peers():
         dist.broadcast_object_list(message, 0)
     value, failure = message
@@ -212,7 +203,4 @@ def all_gather_list(items: list[T]) -> list[T]:
     parts: list[Any] = [None] * world_size()
     with peers():
         dist.all_gather_object(parts, items)
-    gathered: list[T] = []
-    for part in parts:
-        gathered += part
-    return gathered
+    return list(itertools.chain(*parts))

@@ -93,14 +93,13 @@ class Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            failure = error
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), self.fileno())  # so that no later write fails
-        # EIO: the terminal has closed, with a SIGHUP
-        if failure.errno not in (errno.EPIPE, errno.EIO):
-            raise failure
-        Output.reader_gone |= failure.errno == errno.EPIPE
-        return len(data)
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), self.fileno())  # so that no later write fails
+            # EIO: the terminal has closed, with a SIGHUP
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            Output.reader_gone |= error.errno == errno.EPIPE
+            return len(data)
 
 
 class Stop:
@@ -197,4 +196,4 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 def rank0_speaks() -> bool:
     """Whether rank 0 of torchrun prints the errors of this process."""
     under_torchrun = all(name in os.environ for name in TORCHRUN)
-    return under_torchrun and os.environ["RANK"].strip("0").isdecimal()
+    return under_torchrun and os.environ["RANK"] != "0"

@@ -23,7 +23,6 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that durably replaces `path` when the block ends without an error; else `path`
     is untouched. Raises UserError if it cannot be written (disk full, read-only, no such
     folder)."""
-    path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:

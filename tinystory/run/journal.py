@@ -33,7 +33,7 @@ class Journal:
                     f"{self.path} is a symbolic link: records are not written through one; put "
                     "the file itself there, or choose another"
                 )
-            self._file = open(self.path, "ab+", buffering=0, opener=_open_file)  # noqa: SIM115
+            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
             self._mend_last_line()
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -84,10 +84,6 @@ class Journal:
         with contextlib.suppress(OSError):  # a device has nothing to write back
             os.fsync(self._file.fileno())
         self._file.close()
-
-
-def _open_file(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _is_record(line: bytes) -> bool:

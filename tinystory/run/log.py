@@ -1,5 +1,5 @@
 """What a run writes about itself: config.json, metrics.jsonl (one object per step), stories.jsonl
-and evaluations.jsonl (one object per story), and the same for a tracker."""
+and evaluations.jsonl (one object per story)."""
 
 import contextlib
 import json
@@ -25,9 +25,7 @@ from tinystory.run.records import (
     Record,
     keep_until,
     plain,
-    read_metrics,
 )
-from tinystory.run.track import Tracker
 
 
 class RunLog(contextlib.ExitStack):
@@ -43,15 +41,11 @@ class RunLog(contextlib.ExitStack):
         self.resume_step = resume_step
         self.writes = writes
         self._journals: dict[str, Journal] = {}
-        self._tracker: Tracker | None = None
-        self._last_step = -1  # last one that an earlier process recorded, and sent to the tracker
         if not writes:
             return
         require_writable(self.folder / CONFIG)
         if resume_step is None:
             return
-        for record in read_metrics(self.folder):
-            self._last_step = max(self._last_step, record["step"])
         keep_until(self.folder / METRICS, resume_step)
         keep_until(self.folder / STORIES, resume_step)
         # The checkpoint of step 0 is saved before the evaluation, all others after.
@@ -70,8 +64,12 @@ class RunLog(contextlib.ExitStack):
         before = read_config(self.folder) if self.resume_step is not None else {}
         device = options.get("device") or "cpu"
         threads = torch.get_num_threads()
-        if device == "cpu":
-            warn_of_threads(before.get("threads"), threads)
+        threads_before = before.get("threads", threads)
+        if device == "cpu" and threads_before != threads:
+            print(
+                f"warning: {threads} threads, where the run had {threads_before!r:.20}: its bits "
+                "will not be those of a run never stopped; OMP_NUM_THREADS set to that would keep them"
+            )
         now = timestamp()
         resumed = before.get("resumed", [])
         if before:
@@ -86,28 +84,14 @@ class RunLog(contextlib.ExitStack):
             "resumed": resumed,
         }
         text = json.dumps(record, default=str)
-        recorded = json.loads(redacted(without_passwords(text)))
-        write_config(self.folder, recorded)
-
-        tracker = options.get("track", "none")
-        if tracker != "none":
-            # each resume continues the same run there
-            run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
-            self._tracker = Tracker(tracker, self.folder, run_id, recorded["options"])
-            self.callback(self._tracker.close)
+        write_config(self.folder, json.loads(redacted(without_passwords(text))))
 
     def metrics(self, *, step: int, **values: Any) -> Record:
         """Append and return the record of a step: floats keep 7 digits, NaN and infinity become
         null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
-        self.track(record)
         return record
-
-    def track(self, record: Record) -> None:
-        """Send numbers to the tracker only, such as an evaluation's before the first step."""
-        if self._tracker is not None and record["step"] > self._last_step:
-            self._tracker.metrics(record)
 
     def stories(self, records: Sequence[Record]) -> None:
         """Append one record per story (`story_records`)."""
@@ -116,8 +100,6 @@ class RunLog(contextlib.ExitStack):
     def evaluations(self, records: Sequence[Record]) -> None:
         """Append the same for the stories of an evaluation, which are not trained on."""
         self._append(EVALUATIONS, records)
-        if self._tracker is not None and records[0]["step"] > self._last_step:
-            self._tracker.stories(records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:
@@ -127,15 +109,6 @@ class RunLog(contextlib.ExitStack):
             self.callback(journal.close)
             self._journals[name] = journal
         self._journals[name].append(*map(plain, records))
-
-
-def warn_of_threads(before: Any, threads: int) -> None:
-    """before: the threads on record, if any."""
-    if type(before) is int and before != threads:
-        print(
-            f"warning: {threads} threads, where the run had {before}: its bits will not be those "
-            f"of a run never stopped; OMP_NUM_THREADS={before} would keep them"
-        )
 
 
 def versions() -> dict[str, str]:

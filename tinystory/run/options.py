@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
@@ -37,26 +36,21 @@ class Interval:
 
     def __init__(self, text: str):
         low, high = text[1:-1].split(",")
+        self.text = text
         self.low = float(low)
         self.high = float(high)
-        self.includes_low = text[0] == "["
-        self.includes_high = text[-1] == "]"
 
     def __contains__(self, number: float) -> bool:
         if number == self.low:
-            return self.includes_low
+            return self.text[0] == "["
         if number == self.high:
-            return self.includes_high
+            return self.text[-1] == "]"
         return self.low < number < self.high
 
     def __str__(self) -> str:
-        low = "at least" if self.includes_low else "above"
-        high = "at most" if self.includes_high else "below"
+        low = "at least" if self.text[0] == "[" else "above"
+        high = "at most" if self.text[-1] == "]" else "below"
         return f"{low} {self.low:.12g} and {high} {self.high:.12g}"
-
-
-def fields(config_class: type) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
 
 
 def flag_of(f: dataclasses.Field) -> str:
@@ -69,11 +63,23 @@ def flag_of(f: dataclasses.Field) -> str:
 class ScriptParser(argparse.ArgumentParser):
     """A parser that raises UserError for an unknown option, with the one that was meant."""
 
+    other_names: Mapping[str, str] = {}  # what is meant by names from elsewhere
+
     def parse_args(self, words: Sequence[str] | None = None) -> Any:  # type: ignore[override]
         options, unknown = self.parse_known_args(words)
-        if unknown:
-            raise UserError(unknown_option(unknown[0], self))
-        return options
+        if not unknown:
+            return options
+        word = unknown[0].split("=")[0]
+        name = word.lstrip("-").replace("_", "-")
+        names = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        near = difflib.get_close_matches(name, names, 1)
+        help = "--help-all" if "help-all" in names else "--help"
+        advice = f"{help} lists them all"
+        if name in self.other_names and name not in names:
+            advice = f"did you mean {self.other_names[name]}?"
+        elif near:
+            advice = f"did you mean --{near[0]}?"
+        raise UserError(f"there is no option {word}: {advice}")
 
 
 def script_parser(text: str | None) -> ScriptParser:
@@ -90,27 +96,27 @@ def add_number(
     default: float | None,
     allowed: str,
     help: str,
-    files: str = "",
 ) -> None:
     """Add a numeric option, an integer if its default is one. default: None if `help` says it.
-    Parsing raises UserError outside the interval. files: a suffix; the option then takes a list of
-    numbers and of files with that suffix."""
+    Parsing raises UserError outside the interval."""
     interval = Interval(allowed)
     kind = float if default is None else type(default)
+    reader = _READERS[kind]
 
-    def number(text: str) -> Any:
-        if files and text.endswith(files):
-            return Path(text)
-        value = _READERS[kind](text)
+    def number(text: str) -> float:
+        value: float = reader(text)
         if value not in interval:
             raise UserError(f"{flag} must be {interval}, not {value}")
         return value
 
-    number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
-    settings: dict[str, Any] = {"default": default, "metavar": _METAVARS[kind]}
-    if files:
-        settings = {"default": [default], "metavar": f"N|FILE{files}", "nargs": "+"}
-    parser.add_argument(flag, type=number, help=help + _note(default, interval), **settings)
+    number.__name__ = reader.__name__  # argparse names it in its error message
+    parser.add_argument(
+        flag,
+        type=number,
+        default=default,
+        metavar=_METAVARS[kind],
+        help=help + _note(default, interval),
+    )
 
 
 def add_options(
@@ -124,7 +130,7 @@ def add_options(
     --help lists (default: all)."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
-    for f in fields(config_class):
+    for f in dataclasses.fields(config_class):
         if f.metadata["group"] and not names:
             group = parser.add_argument_group(f.metadata["group"])
         if names and f.name not in names:
@@ -166,27 +172,6 @@ def _note(default: Any, allowed: object) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def unknown_option(
-    word: str, parser: argparse.ArgumentParser, other_names: Mapping[str, str] = {}
-) -> str:
-    """A sentence on a flag that does not exist. other_names: what is meant by names from
-    elsewhere."""
-    word = word.split("=")[0]
-    name = word.lstrip("-").replace("_", "-")
-    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-    if name in other_names and name not in names:
-        return f"there is no option {word}: did you mean {other_names[name]}?"
-    near = difflib.get_close_matches(name, names, 1)
-    for full_name in names:
-        initials = "".join(part[:1] for part in full_name.split("-"))
-        if name == initials:  # --lr
-            near.append(full_name)
-    if near:
-        return f"there is no option {word}: did you mean --{near[0]}?"
-    help = "--help-all" if "help-all" in names else "--help"
-    return f"there is no option {word}: {help} lists them all"
-
-
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """The nearest of the names, as in " (did you mean demo?)"; "" if none is near."""
     near = difflib.get_close_matches(word, names, 1)
@@ -218,27 +203,24 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def require_valid(f: dataclasses.Field, kind: Any, value: Any) -> None:
     """Raises UserError unless the value of an option is of its type and among those allowed. A list
     is one of texts."""
-    if get_origin(kind) is not list:
-        _require_valid_item(f, kind, value)
-        return
-    if not isinstance(value, list):
-        raise UserError(f"{flag_of(f)} must be a list, not {value!r:.80}")
-    for item in value:
-        _require_valid_item(f, str, item)
-
-
-def _require_valid_item(f: dataclasses.Field, kind: type, item: Any) -> None:
     must_be = f"{flag_of(f)} must be"
     allowed = f.metadata["allowed"]
-    is_of_kind = type(item) is kind or (kind is float and type(item) is int)
-    if not is_of_kind:
-        raise UserError(f"{must_be} {_KINDS[kind]}, not {item!r:.80}")
-    if isinstance(allowed, Interval) and item not in allowed:
-        raise UserError(f"{must_be} {allowed}, not {item}")
-    if isinstance(allowed, tuple) and item not in allowed:
-        choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-        raise UserError(f"{must_be} {choices}, not {item!r:.80}{did_you_mean(item, allowed)}")
-    if item == "" and f.default != "":  # as from an unset shell variable
-        raise UserError(f"{must_be} given: it is empty")
-    if kind is str and ("\0" in item or item != item.encode(errors="replace").decode()):
-        raise UserError(f"{must_be} Unicode text without NUL characters, not {item!r:.80}")
+    items = [value]
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{must_be} a list, not {value!r:.80}")
+        kind = str
+        items = value
+    for item in items:
+        is_of_kind = type(item) is kind or (kind is float and type(item) is int)
+        if not is_of_kind:
+            raise UserError(f"{must_be} {_KINDS[kind]}, not {item!r:.80}")
+        if isinstance(allowed, Interval) and item not in allowed:
+            raise UserError(f"{must_be} {allowed}, not {item}")
+        if isinstance(allowed, tuple) and item not in allowed:
+            choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise UserError(f"{must_be} {choices}, not {item!r:.80}{did_you_mean(item, allowed)}")
+        if item == "" and f.default != "":  # as from an unset shell variable
+            raise UserError(f"{must_be} given: it is empty")
+        if kind is str and ("\0" in item or item != item.encode(errors="replace").decode()):
+            raise UserError(f"{must_be} Unicode text without NUL characters, not {item!r:.80}")

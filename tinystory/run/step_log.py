@@ -41,14 +41,13 @@ class Progress(tqdm):  # type: ignore[misc]
         if self.postfix:
             fields += self.postfix.split(", ")
         fields.append("{n_fmt} of {total_fmt} {unit}")
-        while True:
-            beside = f"| {', '.join(fields)}"
-            unlimited = facts | {"ncols": None, "bar_format": f"{{l_bar}}{beside}"}
-            if not fields or len(self.format_meter(**unlimited)) + BAR <= columns:
+        for count in range(len(fields), -1, -1):
+            beside = f"| {', '.join(fields[:count])}"
+            facts |= {"ncols": None, "bar_format": f"{{l_bar}}{beside}"}
+            if len(self.format_meter(**facts)) + BAR <= columns:
                 break
-            fields.pop()
-        bar_format = f"{{l_bar}}{{bar}}{beside}"
-        return str(self.format_meter(**facts | {"ncols": columns, "bar_format": bar_format}))
+        facts |= {"ncols": columns, "bar_format": f"{{l_bar}}{{bar}}{beside}"}
+        return str(self.format_meter(**facts))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.lines:

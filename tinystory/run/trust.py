@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,39 +37,25 @@ def secret_path() -> Path:
     return config_home / "tinystory" / "secret"
 
 
-def read_secret() -> bytes | None:
-    """This user's secret; None if none was made yet. Raises UserError if it cannot be read."""
+def user_secret() -> bytes:
+    """This user's secret, made if there is none yet. Raises UserError if it can neither be read nor
+    made."""
     path = secret_path()
     try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # only this user may read it
+                file.write(secrets.token_bytes(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):  # of a process that was faster
+                    os.link(file.name, path)
         secret = path.read_bytes()
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read or make {path}: {error.strerror}") from error
     if len(secret) != SECRET_BYTES:
         raise UserError(f"{path} is damaged: delete it")
     return secret
-
-
-def make_secret() -> None:
-    """Make this user's secret, unless another process does so first. Raises UserError if it cannot
-    be written."""
-    path = secret_path()
-    partial = path.with_name(f".secret.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(SECRET_BYTES))
-                file.flush()
-                os.fsync(descriptor)
-            with contextlib.suppress(FileExistsError):
-                os.link(partial, path)  # a rename would replace the secret of a faster process
-        finally:
-            partial.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def mark_of(record: Mapping[str, Any], secret: bytes) -> str:
@@ -83,30 +70,23 @@ def marked(record: Mapping[str, Any]) -> dict[str, Any]:
     in a container whose home is read-only: the run goes on all the same."""
     said = {name: value for name, value in record.items() if name != MARK}
     try:
-        secret = read_secret()
-        if secret is None:
-            make_secret()
-            secret = read_secret()
+        secret = user_secret()
     except UserError as error:
         print(
             f"warning: this run's folder does not get your mark ({error}), so --resume will want "
             "--trust; set XDG_CONFIG_HOME to a folder that is kept"
         )
         return said
-    assert secret is not None
     return said | {MARK: mark_of(said, secret)}
 
 
 def is_own(record: Mapping[str, Any]) -> bool:
     """Whether a config.json carries this user's mark."""
-    mark = record.get(MARK)
+    mark = str(record.get(MARK))
     try:
-        secret = read_secret()
+        own_mark = mark_of(record, user_secret())
     except UserError:
         return False
-    if secret is None or not isinstance(mark, str):
-        return False
-    own_mark = mark_of(record, secret)
     return hmac.compare_digest(mark.encode(errors="replace"), own_mark.encode())
 
 
@@ -117,11 +97,11 @@ def require_own(config_path: Path, record: Mapping[str, Any], options: Mapping[s
     folder."""
     if is_own(record):
         return
-    acts = list(outside_acts(options)) or ["do nothing outside its folder"]
+    acts = ", and ".join(outside_acts(options)) or "do nothing outside its folder"
     raise UserError(
         f"{config_path} does not carry your mark: somebody else made it, or you did on another "
         "machine or with an earlier version, or it was changed since; it would "
-        f"{', and '.join(acts)}; if you trust it, add --trust, once"
+        f"{acts}; if you trust it, add --trust, once"
     )
 
 
@@ -152,7 +132,7 @@ def _files(options: Mapping[str, Any]) -> Iterator[str]:
             yield options[name]
     if os.path.exists(options.get("openings", "")):  # else it is the text of an opening
         yield options["openings"]
-    for name in ("corpus", "student_corpus", "teacher_corpus"):
+    for name in ("corpus", "student_corpus"):
         yield from filter(names_file, options.get(name, ()))
 
 

@@ -51,7 +51,6 @@ FILES = {
 # the largest number of float16; below it no forward pass overflows float32
 LARGEST_WEIGHT = 65504.0
 PROBE = 64  # tokens of the sequence with which `require_finite` tries a student
-FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
 def is_folder(path: Path) -> bool:

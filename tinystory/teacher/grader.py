@@ -72,14 +72,13 @@ def open_grader(
 
 
 def builtin_corpus(config: InteractConfig, corpus: Sequence[str] | None) -> Sequence[str]:
-    """What the built-in teacher is fitted to: by default, the stories in the student's corpus."""
-    stories = [name for name in corpus or [] if name not in NO_STORIES]
-    names = config.teacher_corpus or stories or corpus
-    if not names:
+    """What the built-in teacher is fitted to: the stories in the student's corpus."""
+    if not corpus:
         raise UserError(
-            f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE"
+            f"{config.init} does not say what the student was trained on: start "
+            "scripts/serve_teacher.py --corpus NAME|FILE, and give its --teacher-url"
         )
-    return names
+    return [name for name in corpus if name not in NO_STORIES] or corpus
 
 
 def new_teacher(config: InteractConfig, urls: Sequence[str], replies: Path | None) -> Teacher:
