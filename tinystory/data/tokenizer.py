@@ -101,10 +101,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode_ordinary(text)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint32 array, without a list of Python ints. Releases the GIL."""
-        return self._bpe.encode_to_numpy(text, disallowed_special=())
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character)
         become U+FFFD."""
@@ -127,23 +123,18 @@ def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = model["vocab"] | specials
     names = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[name] for name in names] != list(range(len(names))):
+    if sorted(vocab.values()) != list(range(len(names))):
         raise ValueError("its ids have gaps")
 
     ordinary = [name for name in names if name not in specials]
-    characters = {name for name in ordinary if len(name) == 1}
-    if characters != BYTE_OF_CHAR.keys():
+    if {name for name in ordinary if len(name) == 1} != BYTE_OF_CHAR.keys():
         raise ValueError("its single characters are not the 256 bytes")
     merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]  # "a b" or ["a", "b"]
     if merges != [name for name in ordinary if len(name) > 1]:
         raise ValueError("its ids do not follow its merges")
 
-    token_bytes = []
-    for name in names:
-        token = b""
-        if name not in specials:
-            token = bytes(BYTE_OF_CHAR[character] for character in name)
-        token_bytes.append(token)
+    bytes_of = {name: bytes(BYTE_OF_CHAR[char] for char in name) for name in ordinary}
+    token_bytes = [bytes_of.get(name, b"") for name in names]
     if max(map(len, token_bytes)) > MAX_TOKEN_BYTES:
         raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
     return token_bytes, specials
