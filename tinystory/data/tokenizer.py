@@ -4,8 +4,6 @@ neighbours whose union has the lowest rank. For ranks from BPE training these ag
 alike everywhere, so only a token's own merge can produce it."""
 
 import json
-import os
-import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -64,7 +62,7 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A
-        corpus with too few repeated pairs yields fewer tokens, with one line on stderr."""
+        corpus with too few repeated pairs yields fewer tokens."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -78,20 +76,16 @@ class Tokenizer:
             initial_alphabet=sorted(BYTE_OF_CHAR),
         )
         bpe.train_from_iterator(documents, trainer)
-        tokenizer = cls(bpe.to_str())
-        if tokenizer.vocab_size < vocab_size:
-            message = f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}"
-            print(message, file=sys.stderr)
-        return tokenizer
+        return cls(bpe.to_str())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(self.json, encoding="utf-8")
+    def save(self, path: Path) -> None:
+        path.write_text(self.json, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, path: Path) -> "Tokenizer":
         """Raises UserError if the tokenizer.json is missing, malformed or of another kind."""
         try:
-            return cls(Path(path).read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "

@@ -268,9 +268,8 @@ def drop_older(folder: Path) -> None:
     later, and those that a killed process left half-written or half-removed. Only for the process
     that writes them. (All other names sort before `step_`.)"""
     steps = [path for path in folder.parent.iterdir() if STEP.fullmatch(path.name)]
-    older = sorted(path for path in steps if path.name < folder.name)
     try:
-        for path in older[:-1]:
+        for path in sorted(path for path in steps if path.name < folder.name)[:-1]:
             # so that a kill leaves none that is half removed
             path.rename(path.with_name("." + path.name))
         for path in folder.parent.glob(".step_*"):

@@ -148,10 +148,11 @@ def columns_of(outputs: Sequence[Tensor], row: int, length: int) -> list[Tensor]
 def story_of(
     tokenizer: Tokenizer, index: int, opening: str, prompt_ids: Tensor, columns: Sequence[Tensor]
 ) -> Story:
-    tokens = columns[0].tolist()
-    text = tokenizer.decode(tokens).strip()
-    ended = "eos" if tokens[-1] == tokenizer.eos else "length"
-    return Story(index, opening, text, prompt_ids, *columns, ended)
+    tokens, logprobs, values, entropies = columns
+    ids = tokens.tolist()
+    text = tokenizer.decode(ids).strip()
+    ended = "eos" if ids[-1] == tokenizer.eos else "length"
+    return Story(index, opening, text, prompt_ids, tokens, logprobs, values, entropies, ended)
 
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -42,8 +42,7 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
     """Why these sizes, from an untrusted file, make no StudentConfig, or ""."""
     names = [field.name for field in fields(StudentConfig)]
     if sizes.keys() != set(names):
-        present = ", ".join(map(str, sizes))[:200] or "nothing"
-        return f"it must have {', '.join(names)}, and has {present}"
+        return f"it must have {', '.join(names)}, and nothing else"
     for name in names:
         if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
             return f"its {name} is {sizes[name]!r:.80}"

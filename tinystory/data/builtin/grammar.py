@@ -32,7 +32,7 @@ T = TypeVar("T")
 # its parts.
 Part: TypeAlias = tuple[str, Any]
 
-_PRONOUNS = (  # by she = 0, 1
+PRONOUNS = (  # by she = 0, 1
     {"he": "he", "him": "him", "his": "his", "himself": "himself"},
     {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 )
@@ -151,7 +151,7 @@ def _cast(tell: Telling, classes: list[str]) -> None:
     kind, home, lived, hand, food = map(tell.expand, hero)
     kind = kind.split("~")[she - 1]
     name = tell.pick(_NAMES[world][she])
-    facts.update(_PRONOUNS[she], kind=kind, home=home, lived=lived, food=food, h=name)
+    facts.update(PRONOUNS[she], kind=kind, home=home, lived=lived, food=food, h=name)
     facts.update(hand=hand, hands=f"{hand}s")
     facts["h.a"] = f"a {tell.expand(_RULES['little'])} {kind} named {name}"
     facts["h.full"] = name if world == "child" else f"{name} the {kind}"
@@ -164,7 +164,7 @@ def _cast(tell: Telling, classes: list[str]) -> None:
     kind_cell, _, _, hand_cell, _ = tell.pick(friends)
     kind = tell.expand(kind_cell).split("~")[-she]
     friend = tell.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
-    for key, word in _PRONOUNS[1 - she].items():
+    for key, word in PRONOUNS[1 - she].items():
         facts[f"f.{key}"] = word
     facts["f"] = friend
     facts["f.kind"] = kind
@@ -184,10 +184,10 @@ _RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}
 _HEROES = {role: table(rows) for role, rows in vocabulary.HEROES.items()}
 _HELPERS = {world: table(rows) for world, rows in vocabulary.HELPERS.items()}
 _PARENTS = {world: table(rows) for world, rows in vocabulary.PARENTS.items()}
-_CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
+CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
 _NAMES = {
-    "child": _CHILDREN,
-    "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN],
+    "child": CHILDREN,
+    "wild": [names + 2 * vocabulary.CREATURES.split() for names in CHILDREN],
 }
 
 
