@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
-from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.data.shards import Dataset, prepare
@@ -25,12 +25,11 @@ from tinystory.run.device import Download, peak_memory_mb, upload
 from tinystory.run.errors import Stop, UserError, command
 from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
-from tinystory.run.records import read_metrics
+from tinystory.run.records import Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
-from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, StudentConfig, to_device
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
@@ -119,8 +118,8 @@ def pretrain(run: PretrainingRun) -> None:
                 tell_story(run)
             else:
                 steps.write(steps_ahead(device))
-            passed = [m for m in MILESTONES if words_before < m <= state.words]
-            names = [babylm.milestone_name(milestone) for milestone in passed]
+            passed = [m for m in babylm.MILESTONES if words_before < m <= state.words]
+            names = list(map(babylm.milestone_name, passed))
             if state.step % config.save_every == 0:
                 names.append(f"step_{state.step:07d}")
             for name in names:
@@ -153,27 +152,34 @@ def train_step(
     dtype: torch.dtype,
     step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update on a batch, (B, T + 1) int64, sharded over processes. Returns the mean loss in
-    nats per token and the gradient norm. Randomness is a function of (seed, step), so a resumed run
-    repeats an unbroken one."""
+    """One update on a batch, (B, T + 1) int64, sharded over processes. dtype: for the matmuls.
+    Returns the mean loss in nats per token, over all processes, and the gradient norm. Randomness
+    is a function of (seed, step), so a resumed run repeats an unbroken one."""
     rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
     # torch's draws would wait for a GPU
-    attention_seeds = random.Random(f"{config.seed} {step} {rank}")
-    micro = config.micro_batch_size
-    loss = next_token_loss(
-        student, batch, micro, dtype, dropout=config.dropout, seeds=attention_seeds
-    )
+    seeds = random.Random(f"{config.seed} {step} {rank}")
+    loss = torch.zeros((), device=batch.device)
+    autocast = torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with student.lowered(dtype):
+        for rows in distributed.shard_strided(batch).split(config.micro_batch_size):
+            targets = rows[:, 1:].flatten()
+            with autocast:
+                hidden = student.hidden(rows[:, :-1], config.dropout, seeds.getrandbits(48))
+                nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, targets)
+            rows_loss = nats * (len(rows) / len(batch))
+            rows_loss.backward()
+            loss += rows_loss.detach()
+    loss = distributed.all_reduce_sum(loss)
     distributed.all_reduce_gradients(student.parameters())
-    grad_norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in student.parameters() if p.grad is not None]
-    )
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
     # The optimizer divides by it as it reads the gradient, so clipping takes no extra pass over
     # memory.
     scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss, grad_norm
 
 
@@ -214,18 +220,9 @@ def tell_story(run: PretrainingRun) -> None:
             temperature=InteractConfig.temperature,
             seed=run.config.seed,
         )
-    record = {
-        "step": step,
-        "index": story.index,
-        "opening": OPENING,
-        "story": story.text,
-        "reply": None,
-        "scores": None,
-        "score": None,
-        "reward": None,
-        "words": story.words,
-        "ended": story.ended,
-    }
+    record: Record = dict(step=step, index=0, opening=OPENING, story=story.text)
+    record |= dict.fromkeys(("reply", "scores", "score", "reward"))
+    record |= dict(words=story.words, ended=story.ended)
     run.log.evaluations([record])
     heading = f"--- step {step:,}"
     if step:
@@ -236,11 +233,11 @@ def tell_story(run: PretrainingRun) -> None:
 def save(run: PretrainingRun, name: str) -> None:
     if not distributed.is_rank0():  # it would delete, as incomplete, what rank 0 is writing
         return
-    config, state = run.config, run.state
+    state = run.state
     history = {
         "words": state.words,
         "tokens": state.tokens,
-        "corpus": config.corpus,
+        "corpus": run.config.corpus,
         "corpus_words": run.data.train.word_count,
     }
     tensors = checkpoint.pack_optimizer(run.optimizer)
@@ -271,7 +268,16 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     if config.resume:
         resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
 
-    fingerprint, data = load_data(config)
+    corpus = open_corpus(config.corpus)
+    fingerprint = corpus.fingerprint()
+    data = distributed.rank0_first(
+        lambda: prepare(
+            corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
+        )
+    )
+    if config.preset in babylm.TRACKS:
+        last_step = config.batch_size * config.context
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     vocab_size = data.tokenizer.vocab_size
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
@@ -293,15 +299,16 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
     size = sum(p.numel() for p in student.parameters())
-    student_facts = {"parameters": size, "corpus": config.corpus}
-    log.config(asdict(config) | compute.recorded | {"student": student_facts})
+    facts = {"parameters": size, "corpus": config.corpus}
+    log.config(asdict(config) | compute.recorded | {"student": facts})
     epochs = config.words / data.train.word_count
-    facts = (
-        f"student with {size / 1e6:.1f} M parameters, {vocab_size} tokens, {compute.device}, "
-        f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
-        f"{epochs:.2f} times the corpus"
+    print(
+        wrapped(
+            f"student with {size / 1e6:.1f} M parameters, {vocab_size} tokens, {compute.device}, "
+            f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
+            f"{epochs:.2f} times the corpus"
+        )
     )
-    print(wrapped(facts))
     bar = Progress(
         total=config.words,
         initial=min(state.words, config.words),
@@ -316,21 +323,6 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     return PretrainingRun(
         config, compute, data, windows, student, optimizer, state, log, bar, steps
     )
-
-
-def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
-    """The corpus's fingerprint, and its tokens. Raises UserError if the preset does not allow so
-    many words."""
-    corpus = open_corpus(config.corpus)
-    data = distributed.rank0_first(
-        lambda: prepare(
-            corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
-        )
-    )
-    if config.preset in babylm.TRACKS:
-        last_step = config.batch_size * config.context
-        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
-    return corpus.fingerprint(), data
 
 
 def report(run: PretrainingRun) -> None:

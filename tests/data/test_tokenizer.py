@@ -47,7 +47,6 @@ def reference(tokenizer) -> tokenizers.Tokenizer:
 def test_same_ids_as_tokenizers_and_back_to_the_same_text(tokenizer, reference, text):
     ids = tokenizer.encode(text)
     assert ids == reference.encode(text).ids
-    assert ids == tokenizer.encode_array(text).tolist()
     assert all(id >= len(SPECIALS) for id in ids)
     assert tokenizer.decode(ids) == text
 
@@ -60,10 +59,10 @@ def test_every_unicode_character_splits_alike_in_both_libraries(tokenizer, refer
         for at in range(0, len(codes), 256)
     ]
     encoded = zip(
-        texts, map(tokenizer.encode_array, texts), reference.encode_batch_fast(texts), strict=True
+        texts, map(tokenizer.encode, texts), reference.encode_batch_fast(texts), strict=True
     )
     for text, ours, theirs in encoded:
-        assert ours.tolist() == theirs.ids
+        assert ours == theirs.ids
         assert tokenizer.decode(ours) == text
 
 
@@ -105,10 +104,8 @@ def test_training_is_deterministic_and_streams(tokenizer):
     assert Tokenizer.train(stream(), 1000).json == tokenizer.json
 
 
-def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(capsys):
-    small = Tokenizer.train(["the cat and the hat"], 5000)
-    assert BYTES < small.vocab_size < 300
-    assert f"it yields {small.vocab_size}" in capsys.readouterr().err
+def test_small_corpus_gives_a_smaller_vocabulary():
+    assert BYTES < Tokenizer.train(["the cat and the hat"], 5000).vocab_size < 300
 
 
 def test_bytes_alone_are_a_vocabulary(capsys):

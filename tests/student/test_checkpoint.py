@@ -102,8 +102,9 @@ def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
         ("step_0000009", 9),
     ):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
-    (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
-    (tmp_path / "checkpoints" / ".best.old").mkdir()
+    # half-removed, and half-written, by a killed process
+    (tmp_path / "checkpoints" / ".step_0000003").mkdir()
+    (tmp_path / "checkpoints" / ".step_0000011.partial").mkdir()
     (tmp_path / "checkpoints" / ".DS_Store").touch()  # of a file manager
     others = [".chck_mine", ".nfs001", "step_0000001_backup", "step_old"]  # the user's
     for name in others:

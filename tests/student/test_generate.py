@@ -185,20 +185,16 @@ FIRST_ROW = 11
 DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
 
 
-def always(alive, rows, on_graph):
+def always(alive, rows):
     return alive
 
 
-def at_half(alive, rows, on_graph):
+def at_half(alive, rows):
     return alive if 2 * alive <= rows else rows
 
 
-def never(alive, rows, on_graph):
+def never(alive, rows):
     return rows
-
-
-def as_on_a_gpu(alive, rows, on_graph, rule=generation.next_batch_size):
-    return rule(alive, rows, True)
 
 
 @pytest.fixture

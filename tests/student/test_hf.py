@@ -146,7 +146,7 @@ def test_there_and_back(exported, student, tokenizer):
     )
     assert all(p.requires_grad for p in back.parameters())
     assert vocabulary.json == tokenizer.json
-    with pytest.raises(UserError, match="File exists"):
+    with pytest.raises(FileExistsError):
         hf.write(exported, student, tokenizer)
 
 
@@ -217,14 +217,13 @@ def theirs(tmp_path, student, tokenizer) -> Path:
     return folder
 
 
-def test_the_authors_students_are_read_without_their_value_head(theirs, student, tokenizer, capsys):
+def test_the_authors_students_are_read_without_their_value_head(theirs, student, tokenizer):
     back, vocabulary, _ = checkpoint.load(theirs)
     assert all(
         torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True)
     )
     assert vocabulary.specials == tokenizer.specials and len(vocabulary.specials) == 5
     assert all(vocabulary.encode(text) == tokenizer.encode(text) for text in TEXTS)
-    assert "its value head is left out" in capsys.readouterr().err
 
 
 class Branches(http.server.BaseHTTPRequestHandler):
@@ -311,11 +310,6 @@ def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
     assert hf.read(tmp_path / "back")[1].json == tokenizer.json
 
 
-def test_the_end_token_is_what_the_config_says(foreign):
-    size = edit_tokenizer(foreign, end="<|im_end|>")
-    assert hf.read(foreign)[1].eos == size - 1
-
-
 def test_rows_beyond_the_vocabulary_are_tokens_without_text(foreign):
     size = edit_tokenizer(foreign)
     weights = load_file(foreign / "model.safetensors")
@@ -361,6 +355,7 @@ REFUSED = {
     "n_inner is 100": config(n_inner=100),
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
+    "has no end token </s>": lambda folder: edit_tokenizer(folder, end="<|im_end|>"),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
     "cannot be read: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text(
         "[" * 100_000
@@ -380,7 +375,7 @@ def test_what_is_refused(foreign, complaint):
 def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(foreign):
     edit(foreign / "config.json", n_layer=100_000)
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"h\.2\..* is missing"):
+    with pytest.raises(UserError, match="too few tensors for 100000 layers"):
         checkpoint.load(foreign)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

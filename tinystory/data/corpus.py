@@ -45,9 +45,7 @@ HUB = {
 }
 NAMES = (*BUILTIN, *HUB)
 LICENCES = dict.fromkeys(BUILTIN, "MIT, as tinystory")
-for _name, (_repository, _) in HUB.items():
-    LICENCES[_name] = f"see https://huggingface.co/datasets/{_repository}"
-LICENCES["tinystories"] = "CDLA-Sharing-1.0"
+LICENCES |= {name: f"see https://huggingface.co/datasets/{HUB[name][0]}" for name in HUB}
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -133,15 +131,10 @@ def _generated(name: str) -> Part:
 
 def _file(path: Path) -> Part:
     """Raises UserError if it cannot be a corpus."""
-    problem = ""
-    if not path.is_file():
-        problem = "no file"
-    elif _kind(path) not in (".txt", ".jsonl"):
-        problem = "neither .txt nor .jsonl (or .gz of either)"
-    if problem:
+    if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
         raise UserError(
-            f"the corpus {path} is {problem}{did_you_mean(str(path), NAMES)}: give another file, "
-            f"or one of {', '.join(NAMES)}"
+            f"the corpus {path} is no file that ends in .txt or .jsonl, or .gz of either"
+            f"{did_you_mean(str(path), NAMES)}: give another file, or one of {', '.join(NAMES)}"
         )
     split = _records if _kind(path) == ".jsonl" else _passages
 
@@ -150,8 +143,10 @@ def _file(path: Path) -> Part:
         try:
             for document in split(path):
                 for piece in _bounded(document):
-                    empty = False
-                    yield piece
+                    text = piece.strip()
+                    if text:
+                        empty = False
+                        yield text
             if empty:
                 raise ValueError("it holds no documents")
         except UnicodeDecodeError as error:
@@ -194,9 +189,8 @@ def _passages(path: Path) -> Iterator[str]:
     for text in _text(path):
         *documents, rest = separator.split(rest + text)
         yield from documents
-        while len(rest) > MAX_DOCUMENT:
-            piece, rest = _cut(rest)
-            yield piece
+        *pieces, rest = _cut(rest)
+        yield from pieces
     yield rest
 
 
@@ -214,13 +208,8 @@ def _records(path: Path) -> Iterator[str]:
     number = 0
     with _open_text(path) as file:
         # readline ends lines at \n only: in JSON, U+2028 and its like are text
-        while line := file.readline(MAX_RECORD + 1):
+        while line := file.readline(MAX_RECORD):
             number += 1
-            if len(line) > MAX_RECORD:
-                size = f"over {MAX_RECORD >> 20} million characters"
-                raise ValueError(
-                    f"it has a line of {size}, where .jsonl holds one JSON object per line"
-                )
             if not line.strip():
                 continue
             try:
@@ -228,43 +217,34 @@ def _records(path: Path) -> Iterator[str]:
                 document = record["text"] if "text" in record else record["story"]
                 document.encode()  # JSON can hold lone surrogates, which are not valid Unicode
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                message = f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
-                raise ValueError(message) from None
+                raise ValueError(
+                    f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
+                ) from None
             yield document
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """Non-empty pieces of the document, stripped, of at most MAX_DOCUMENT characters and without
-    endless words."""
-    while len(document) > MAX_DOCUMENT:
-        piece, document = _cut(document)
-        yield from _broken(piece)
-    yield from _broken(document)
+    """Pieces of at most MAX_DOCUMENT characters, whose runs stay below 2 * MAX_RUN characters: the
+    time to train BPE grows with the square of the longest word, and an endless line of one letter
+    is one word."""
+    for piece in _cut(document):
+        start = 0
+        for end in range(MAX_RUN, len(piece), MAX_RUN):
+            if UNBROKEN.fullmatch(piece, end - MAX_RUN, end):
+                yield piece[start:end]
+                start = end
+        yield piece[start:]
 
 
-def _broken(text: str) -> Iterator[str]:
-    """`text`, stripped and cut so that runs stay below 2 * MAX_RUN characters: the time to train
-    BPE grows with the square of the longest word, and an endless line of one letter is one word."""
-    start = 0
-    for end in range(MAX_RUN, len(text), MAX_RUN):
-        if UNBROKEN.fullmatch(text, end - MAX_RUN, end):
-            yield from _stripped(text[start:end])
-            start = end
-    yield from _stripped(text[start:])
-
-
-def _stripped(text: str) -> Iterator[str]:
-    text = text.strip()
-    if text:
-        yield text
-
-
-def _cut(text: str) -> tuple[str, str]:
-    """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space,
-    else exactly there."""
-    at = text.rfind("\n", 1, MAX_DOCUMENT) + 1
-    if not at:
-        at = text.rfind(" ", 1, MAX_DOCUMENT) + 1
-    if not at:
-        at = MAX_DOCUMENT
-    return text[:at], text[at:]
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of at most MAX_DOCUMENT characters: each ends with its last line end, else with its
+    last space, else exactly there."""
+    while len(text) > MAX_DOCUMENT:
+        at = text.rfind("\n", 1, MAX_DOCUMENT) + 1
+        if not at:
+            at = text.rfind(" ", 1, MAX_DOCUMENT) + 1
+        if not at:
+            at = MAX_DOCUMENT
+        yield text[:at]
+        text = text[at:]
+    yield text

@@ -37,8 +37,8 @@ class Openings:
         """Words in openings that these stories are the first to use."""
         first_epoch = len(self.train) * self.per_opening
         words = 0
-        for index in range(first_index, first_index + count):
-            if index < first_epoch and index % self.per_opening == 0:
+        for index in range(first_index, min(first_index + count, first_epoch)):
+            if index % self.per_opening == 0:
                 words += len(self[index].split())
         return words
 

@@ -4,8 +4,6 @@ neighbours whose union has the lowest rank. For ranks from BPE training these ag
 alike everywhere, so only a token's own merge can produce it."""
 
 import json
-import os
-import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -64,7 +62,7 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A
-        corpus with too few repeated pairs yields fewer tokens, with one line on stderr."""
+        corpus with too few repeated pairs yields fewer tokens."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -78,20 +76,16 @@ class Tokenizer:
             initial_alphabet=sorted(BYTE_OF_CHAR),
         )
         bpe.train_from_iterator(documents, trainer)
-        tokenizer = cls(bpe.to_str())
-        if tokenizer.vocab_size < vocab_size:
-            message = f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}"
-            print(message, file=sys.stderr)
-        return tokenizer
+        return cls(bpe.to_str())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(self.json, encoding="utf-8")
+    def save(self, path: Path) -> None:
+        path.write_text(self.json, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, path: Path) -> "Tokenizer":
         """Raises UserError if the tokenizer.json is missing, malformed or of another kind."""
         try:
-            return cls(Path(path).read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
@@ -100,10 +94,6 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode_ordinary(text)
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint32 array, without a list of Python ints. Releases the GIL."""
-        return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character)
@@ -127,23 +117,18 @@ def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = model["vocab"] | specials
     names = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[name] for name in names] != list(range(len(names))):
+    if sorted(vocab.values()) != list(range(len(names))):
         raise ValueError("its ids have gaps")
 
     ordinary = [name for name in names if name not in specials]
-    characters = {name for name in ordinary if len(name) == 1}
-    if characters != BYTE_OF_CHAR.keys():
+    if {name for name in ordinary if len(name) == 1} != BYTE_OF_CHAR.keys():
         raise ValueError("its single characters are not the 256 bytes")
     merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]  # "a b" or ["a", "b"]
     if merges != [name for name in ordinary if len(name) > 1]:
         raise ValueError("its ids do not follow its merges")
 
-    token_bytes = []
-    for name in names:
-        token = b""
-        if name not in specials:
-            token = bytes(BYTE_OF_CHAR[character] for character in name)
-        token_bytes.append(token)
+    bytes_of = {name: bytes(BYTE_OF_CHAR[char] for char in name) for name in ordinary}
+    token_bytes = [bytes_of.get(name, b"") for name in names]
     if max(map(len, token_bytes)) > MAX_TOKEN_BYTES:
         raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
     return token_bytes, specials

@@ -4,7 +4,7 @@ sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on 
 better stories (lab/LOG.md)."""
 
 from bisect import bisect_left, insort
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ class Windows:
         self.seed = seed
         self.pieces = pieces(file, context, packing)
         if packing == "stream":  # drop the last, shorter piece
-            lengths = self.pieces[:, 1] - self.pieces[:, 0]
-            self.pieces = self.pieces[lengths == context]
+            self.pieces = self.pieces[: (len(file) - 1) // context]
         self.epoch = 0
         self.order = self._shuffled(0)
         self.count = len(self.order)  # the same in every epoch: it depends on the lengths alone
@@ -65,13 +64,10 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
     Documents are cut every `context` tokens; "stream" treats the file, without its first token, as
     one document."""
     bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
-    piece_counts = -(-np.diff(bounds) // context)
-    document = np.repeat(np.arange(len(piece_counts)), piece_counts)
-    first_piece = piece_counts.cumsum() - piece_counts
-    nth = np.arange(len(document)) - first_piece[document]  # piece of its document
-    begins = bounds[document] + nth * context
-    ends = np.minimum(begins + context, bounds[document + 1])
-    return np.stack([begins, ends, nth == 0], 1)
+    begins = np.concatenate([np.arange(*document, context) for document in pairwise(bounds)])
+    next_bounds = bounds[np.searchsorted(bounds, begins, side="right")]
+    ends = np.minimum(begins + context, next_bounds)
+    return np.stack([begins, ends, np.isin(begins, bounds)], 1)
 
 
 def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:

@@ -60,14 +60,15 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of the documents, joined into one stream
     with end tokens."""
-    texts = []
+    parts: list[np.ndarray] = []
     size = 0
     for document in documents:
-        texts.append(document)
-        size += len(document)
-        if size > 5 * MAX_TOKENS:  # enough: the average token has fewer than five characters
+        tokens, _ = encode(tokenizer, document)
+        parts.append(tokens)
+        size += len(tokens)
+        if size >= MAX_TOKENS:
             break
-    tokens, words, _ = encode(tokenizer, texts)
-    file = TokenFile(tokens[:MAX_TOKENS], words, np.array([0, len(tokens)]))
+    stream = np.concatenate(parts)[:MAX_TOKENS]
+    file = TokenFile(stream, words=np.empty(0), offsets=np.array([0, len(stream)]))
     _, bits = validate(student, file, tokenizer.token_sizes, None, batch=16, packing="stream")
     return {"bits_per_byte": bits, "tokens": len(file)}

@@ -145,7 +145,8 @@ class Policy:
         checkpoint.restore(self.student, folder)
         tensors, state = checkpoint.load_trainer(folder, RunState)
         with checkpoint.restoring(folder):
-            checkpoint.restore_module(self.critic, "critic", tensors)
+            names = self.critic.state_dict()
+            self.critic.load_state_dict({name: tensors[f"critic.{name}"] for name in names})
             self.score_model.restore(tensors, self.student.config.n_embd)
             checkpoint.unpack_optimizer(self.optimizer, tensors)
         return state

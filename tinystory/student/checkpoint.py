@@ -1,9 +1,9 @@
 """Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle,
 written atomically.
 
-They are written under dotted names and renamed when complete, so that a kill leaves all earlier
-ones intact. `chck_3M` is a milestone in words, `step_0001200` is for resuming, and `best`, which
-alone is replaced, is the result."""
+They are renamed when complete, so that a kill leaves all earlier ones intact. `chck_3M` is a
+milestone in words, `step_0001200` is for resuming, and `best`, which alone is replaced, is the
+result."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.files import sync
+from tinystory.run.files import atomic_folder
 from tinystory.run.folder import read_config
 from tinystory.run.records import (
     CONFIG,
@@ -41,8 +41,6 @@ from tinystory.student.model import Student, StudentConfig, to_device, wrong_sha
 T = TypeVar("T")
 BEST = "best"
 STEP = re.compile(r"step_\d{7,}")
-# checkpoints that are half-written, or half-removed
-OURS = re.compile(r"\.(start|best|chck_\d+[KM]|step_\d{7,})(\.old)?")
 # Types of a `history`. They are checked, because a student may come from somebody else, who counted
 # otherwise, or lies.
 HISTORY: Fields = {
@@ -81,14 +79,12 @@ def save(
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
             return folder
-    partial = folder.with_name(f".{folder.name}")
     replaced = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    try:
+    with atomic_folder(folder) as partial:
         partial.mkdir(parents=True)
-        hf.write_tensors(partial / "model.safetensors", _on_cpu(student.state_dict()))
-        hf.write_tensors(partial / "trainer.safetensors", _on_cpu(state))
+        hf.write_tensors(partial / "model.safetensors", student.state_dict())
+        hf.write_tensors(partial / "trainer.safetensors", state)
         record = asdict(student.config) | {"history": history}
         (partial / "model.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
@@ -97,12 +93,7 @@ def save(
         # a kill between the two renames leaves the run without `best`, not with half of one
         if folder.exists():
             folder.rename(replaced)
-        partial.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise cannot_write(folder, error) from error
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -201,11 +192,11 @@ def read_counters(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """In the block, which restores what `load_trainer` returned, ValueError and KeyError become a
-    UserError that names the file."""
+    """In the block, which restores what `load_trainer` returned, ValueError, KeyError and the
+    RuntimeError of load_state_dict become a UserError that names the file."""
     try:
         yield
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it "
@@ -213,26 +204,17 @@ def restoring(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Load a module's parameters, NAME.* in a trainer's state. Raises ValueError or KeyError if
-    they do not fit."""
-    try:
-        module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
-    except RuntimeError as error:
-        raise ValueError(error) from error
-
-
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """A run's checkpoints with their steps, newest first; those whose step is unreadable come
     before, with UNREADABLE. Without `best`, which is saved before its step is logged."""
-    steps = []
+    folders = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
-            try:
-                steps.append((read_counters(folder)["step"], folder))
-            except UserError:
-                steps.append((UNREADABLE, folder))
-    return sorted(steps, reverse=True)
+            step = UNREADABLE
+            with contextlib.suppress(UserError):
+                step = read_counters(folder)["step"]
+            folders.append((step, folder))
+    return sorted(folders, reverse=True)
 
 
 def newest(run: Path) -> Path | None:
@@ -282,18 +264,16 @@ def find(path: Path) -> Path:
 
 
 def drop_older(folder: Path) -> None:
-    """Remove what a killed process left half-written, and all `step_*` checkpoints before `folder`
-    but the last, in case `folder` is damaged later. Only for the process that writes them. (All
-    other names sort before `step_`.)"""
+    """Remove all `step_*` checkpoints before `folder` but the last, in case `folder` is damaged
+    later, and those that a killed process left half-written or half-removed. Only for the process
+    that writes them. (All other names sort before `step_`.)"""
     steps = [path for path in folder.parent.iterdir() if STEP.fullmatch(path.name)]
-    older = sorted(path for path in steps if path.name < folder.name)
     try:
-        for path in older[:-1]:
+        for path in sorted(path for path in steps if path.name < folder.name)[:-1]:
             # so that a kill leaves none that is half removed
             path.rename(path.with_name("." + path.name))
-        for path in folder.parent.glob(".*"):
-            if OURS.fullmatch(path.name):  # not what a file manager or a network file system keeps
-                shutil.rmtree(path, ignore_errors=True)  # what is left, the next call removes
+        for path in folder.parent.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)  # what is left, the next call removes
     except OSError as error:
         raise cannot_write(folder.parent, error) from error
 
@@ -353,7 +333,3 @@ def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: b
                 f"{folder / 'model.json'} says that the student was trained on {name}, which would "
                 f"be read, and no {CONFIG} with your mark says so: {remedy}"
             )
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -7,7 +7,6 @@ not depend on the rest of its batch."""
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -93,7 +92,8 @@ def generate(
     dtype = ops.matmul_dtype(student.wte.weight)
     weights = sum(p.numel() for p in student.parameters()) * dtype.itemsize
     batch_size = rows_at_once(len(openings), weights, device)
-    decoder: Decoder
+    # A decoder decodes a batch at a time; no parameter may change meanwhile.
+    decoder: EngineDecoder | StudentDecoder
     if engine_runs(device, dtype):
         decoder = EngineDecoder(student, value_head, sampling, batch_size)
         batch_size = len(openings)  # the engine itself begins a story whenever another ends
@@ -136,49 +136,23 @@ def rows_at_once(count: int, weights: int, device: torch.device) -> int:
     return min(count, rows)
 
 
-class Columns(NamedTuple):
-    """What a decoder drew for a story, on the CPU: tokens (n,) int64; the others (n,) float32."""
-
-    tokens: Tensor
-    logprobs: Tensor
-    values: Tensor
-    entropies: Tensor
-
-
-def columns_of(outputs: Sequence[Tensor], row: int, length: int) -> Columns:
-    """A row's first `length` entries, from four tensors (rows, max_new_tokens). Copies, not views,
-    because pickle would write the whole tensor of a view."""
-    tokens, logprobs, values, entropies = (column[row, :length].clone() for column in outputs)
-    return Columns(tokens.long(), logprobs, values, entropies)
+def columns_of(outputs: Sequence[Tensor], row: int, length: int) -> list[Tensor]:
+    """A story's tokens (n,) int64, logprobs, values and entropies (n,) float32: a row's first
+    `length` entries, from four tensors (rows, max_new_tokens). Copies, not views, because pickle
+    would write the whole tensor of a view."""
+    columns = [column[row, :length].clone() for column in outputs]
+    columns[0] = columns[0].long()
+    return columns
 
 
 def story_of(
-    tokenizer: Tokenizer, index: int, opening: str, prompt_ids: Tensor, columns: Columns
+    tokenizer: Tokenizer, index: int, opening: str, prompt_ids: Tensor, columns: Sequence[Tensor]
 ) -> Story:
-    tokens = columns.tokens.tolist()
-    return Story(
-        index=index,
-        opening=opening,
-        text=tokenizer.decode(tokens).strip(),
-        prompt_ids=prompt_ids,
-        tokens=columns.tokens,
-        logprobs=columns.logprobs,
-        values=columns.values,
-        entropies=columns.entropies,
-        ended="eos" if tokens[-1] == tokenizer.eos else "length",
-    )
-
-
-class Decoder(Protocol):
-    """Decodes one batch of stories at a time, under no_grad and in autocast's dtype. The parameters
-    must not change from `start` until the last story has ended."""
-
-    def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row
-        id offset + i."""
-
-    def step(self) -> list[tuple[int, Columns]]:
-        """Decode a token of each story. Returns pairs (i, columns) for the stories that end."""
+    tokens, logprobs, values, entropies = columns
+    ids = tokens.tolist()
+    text = tokenizer.decode(ids).strip()
+    ended = "eos" if ids[-1] == tokenizer.eos else "length"
+    return Story(index, opening, text, prompt_ids, tokens, logprobs, values, entropies, ended)
 
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -210,6 +184,8 @@ class EngineDecoder:
         self.size = size
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
+        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row
+        id offset + i."""
         sampling = self.sampling
         self.outputs = self.engine.start(
             list(prompts),
@@ -224,7 +200,8 @@ class EngineDecoder:
             sampling.top_p,
         )
 
-    def step(self) -> list[tuple[int, Columns]]:
+    def step(self) -> list[tuple[int, list[Tensor]]]:
+        """Decode a token of each story. Returns pairs (i, columns) for the stories that end."""
         return [(row, columns_of(self.outputs, row, length)) for row, length in self.engine.step()]
 
 
@@ -238,6 +215,7 @@ class StudentDecoder:
         self.sampling = sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
+        """As EngineDecoder's."""
         count = len(prompt_of)
         prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.token_step = token_step(self.student, self.head, count, prompt_tokens, self.sampling)
@@ -248,7 +226,8 @@ class StudentDecoder:
         self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
         self.launched = deque([(self.batch, Download(self.token_step.drawn))])
 
-    def step(self) -> list[tuple[int, Columns]]:
+    def step(self) -> list[tuple[int, list[Tensor]]]:
+        """As EngineDecoder's."""
         last_step = self.sampling.max_new_tokens - 1
         ahead = STEPS_AHEAD if self.token_step.on_graph else 0
         while len(self.launched) <= min(ahead, last_step - self.t):
@@ -275,7 +254,7 @@ class StudentDecoder:
         remaining = int(self.alive.sum())
         if not remaining:
             return
-        size = next_batch_size(remaining, len(self.batch), self.token_step.on_graph)
+        size = next_batch_size(remaining, len(self.batch))
         if size < len(self.batch):
             has_ended = (~self.alive[self.batch]).to(torch.uint8)
             rows = has_ended.argsort(stable=True)[:size].sort().values
@@ -283,14 +262,12 @@ class StudentDecoder:
             self.batch = self.batch[rows]
 
 
-def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
+def next_batch_size(alive: int, rows: int) -> int:
     """Batch size for the next step, when `alive` of the rows are still generating.
 
-    Without a graph it is `alive`: compacting costs one copy. Capturing a graph for a new size takes
-    milliseconds, so there the batch is halved when half of its rows have ended, down to 64, which
-    take about as long as one, because a step reads the weights once for all rows."""
-    if not on_graph:
-        return alive
+    Capturing a graph for a new size takes milliseconds, so the batch is halved when half of its
+    rows have ended, down to 64, which take about as long as one, because a step reads the weights
+    once for all rows."""
     while rows > 64 and alive <= (rows + 1) // 2:
         rows = (rows + 1) // 2
     return rows

@@ -6,19 +6,18 @@ only GPT-2's exact layout is accepted."""
 
 import json
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
+from tinystory.data.tokenizer import SPECIALS, Tokenizer
 from tinystory.run import hub
-from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.errors import UserError
 from tinystory.run.files import read_text
 from tinystory.run.records import read_object
 from tinystory.student.model import Student, StudentConfig, wrong_shape
@@ -73,11 +72,8 @@ def download(address: str) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a new file with the default permissions; save_file would give it 0600."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    """With the default permissions; safetensors' save_file would give the file 0600."""
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def require_finite(
@@ -102,8 +98,7 @@ def require_finite(
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: float = 1.0) -> None:
     """Write a new folder that transformers can load, and that then samples by itself at this
-    temperature, from the whole distribution. Raises UserError if it exists or cannot be
-    written."""
+    temperature, from the whole distribution. Raises OSError if it exists or cannot be written."""
     names = {id: name for name, id in tokenizer.specials.items()}
     ids = {}
     tokens = {}
@@ -124,7 +119,6 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: flo
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a document is ordinary text
-        "padding_side": "right",
     }
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     files = {
@@ -137,36 +131,12 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: flo
     for name, weight in student.state_dict().items():
         if is_transposed(name, weight.shape):
             weight = weight.T
-        weights[f"transformer.{renamed(name, NAMES)}"] = weight.cpu().contiguous()
-    try:
-        folder.mkdir(parents=True)
-        write_tensors(folder / "model.safetensors", weights)
-        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from error
-
-
-def layout(shape: StudentConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each of our parameters, without a student."""
-    C = shape.n_embd
-    modules = {
-        "ln_1": (C,),
-        "qkv": (3 * C, C),
-        "attn_proj": (C, C),
-        "ln_2": (C,),
-        "fc": (4 * C, C),
-        "mlp_proj": (C, 4 * C),
-    }
-    yield "wte.weight", (shape.vocab_size, C)
-    yield "wpe.weight", (shape.context, C)
-    for layer in range(shape.n_layer):
-        for module, size in modules.items():
-            yield f"blocks.{layer}.{module}.weight", size
-            yield f"blocks.{layer}.{module}.bias", size[:1]
-    yield "ln_f.weight", (C,)
-    yield "ln_f.bias", (C,)
+        weights[f"transformer.{renamed(name, NAMES)}"] = weight.contiguous()
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", weights)
+    tokenizer.save(folder / "tokenizer.json")
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
@@ -202,24 +172,19 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
         "context": config.get("n_positions"),
         "vocab_size": config.get("vocab_size"),
     }
-    problem = _difference(config) or wrong_shape(sizes).replace("its context", "its n_positions")
+    problem = wrong_shape(sizes).replace("its context", "its n_positions")
     n_inner = config.get("n_inner")
     if not problem and n_inner not in (None, 4 * sizes["n_embd"]):
         problem = f"its n_inner is {n_inner!r:.80}, not 4 * n_embd"
+    for name, values in FIXED.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            problem = f"its {name} is {value!r:.80}, not {values[0]!r}"
     if problem:
         raise UserError(
             f"{folder}/config.json describes a model that is not supported here: {problem}"
         )
     return StudentConfig(**sizes)
-
-
-def _difference(config: dict[str, Any]) -> str:
-    """The first option that has another value than the layout's, or ""."""
-    for name, values in FIXED.items():
-        value = config.get(name, values[0])
-        if value not in values:
-            return f"its {name} is {value!r:.80}, not {values[0]!r}"
-    return ""
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
@@ -231,7 +196,12 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             prefix = "transformer." if "transformer.wte.weight" in names else ""
-            for own_name, expected in layout(shape):
+            if shape.n_layer > len(names):  # before so many layers are made
+                raise ValueError(f"it has too few tensors for {shape.n_layer} layers")
+            with torch.device("meta"):
+                student = Student(shape)
+            for own_name, parameter in student.named_parameters():
+                expected = tuple(parameter.shape)
                 name = own_name if ours else prefix + renamed(own_name, NAMES)
                 transposed = not ours and is_transposed(own_name, expected)
                 if transposed:
@@ -247,12 +217,6 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 if transposed:
                     weight = weight.T
                 state[own_name] = weight.clone(memory_format=torch.contiguous_format)
-            # TRL's, which belongs to the run that trained it
-            if any(name.startswith("v_head.") for name in names):
-                print(
-                    f"{path}: its value head is left out; a run begins with a new one",
-                    file=sys.stderr,
-                )
             if "lm_head.weight" in names:
                 output = file.get_tensor("lm_head.weight").float()
                 if not output.equal(state["wte.weight"]):
@@ -263,8 +227,6 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be used here: {reason}") from error
-    with torch.device("meta"):
-        student = Student(shape)
     student.load_state_dict(state, assign=True)
     return student.requires_grad_()
 
@@ -273,15 +235,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
     """The tokenizer of tokenizer.json, with the end token that config.json names."""
     file = folder / "tokenizer.json"
     spec = read_object(file)
-    as_read = json.dumps(spec)
     try:
-        processor = spec.get("post_processor")
-        if processor and processor["type"] != "ByteLevel":
-            print(
-                f"{folder}: its tokenizer adds special tokens around a text; they are left out "
-                "here",
-                file=sys.stderr,
-            )
         vocab = spec["model"]["vocab"]
         added = spec["added_tokens"]
         ids = set(vocab.values()) | {token["id"] for token in added}
@@ -290,23 +244,15 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the
         # vocabulary, as padding.
         known = {token["content"] for token in added}
-        more = [name for name in SPECIALS if name in vocab and name not in known]
-        added += [_special(vocab[name], name) for name in more]
-        added += [_special(id, f"<unused{id}>") for id in range(len(ids), vocab_size)]
+        unknown = [name for name in SPECIALS if name in vocab and name not in known]
+        missing = [_special(vocab[name], name) for name in unknown]
+        missing += [_special(id, f"<unused{id}>") for id in range(len(ids), vocab_size)]
+        text = read_text(file)  # a tokenizer that we wrote stays as it is
+        if missing:
+            added += missing
+            text = json.dumps(spec, ensure_ascii=False)
+        tokenizer = Tokenizer(text)
         end = config.get("eos_token_id")
-        for token in added:
-            if token["id"] == end and token["content"] not in END_NAMES:
-                if END_NAMES[0] in vocab:
-                    raise ValueError(
-                        f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another"
-                    )
-                vocab.pop(token["content"], None)
-                token["content"] = END_NAMES[0]
-                vocab[END_NAMES[0]] = end
-        changed = json.dumps(spec) != as_read
-        # If unchanged, keep the text as it is, so that a tokenizer that we wrote stays as it
-        # is.
-        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else read_text(file))
         if end is not None and tokenizer.eos != end:
             raise ValueError(f"its end token is {tokenizer.eos} and that of config.json is {end!r}")
         return tokenizer
@@ -316,12 +262,5 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
 
 def _special(id: int, content: str) -> dict[str, Any]:
     """A special token in `added_tokens` of a tokenizer.json."""
-    return {
-        "id": id,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    settings = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, **settings, "special": True}

@@ -10,8 +10,7 @@ import torch
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
-from tinystory.student.generate import rows_at_once
-from tinystory.student.model import StudentConfig
+from tinystory.student.model import Student, StudentConfig
 
 FLOAT = 4  # bytes
 TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
@@ -21,8 +20,8 @@ STORY = 1024  # bytes of the objects that hold a story, at least
 
 
 def parameters(shape: StudentConfig) -> int:
-    C = shape.n_embd
-    return (shape.vocab_size + shape.context + 2) * C + shape.n_layer * (12 * C + 13) * C
+    with torch.device("meta"):
+        return sum(p.numel() for p in Student(shape).parameters())
 
 
 def total(device: torch.device) -> int:
@@ -58,30 +57,25 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
-def story_memory(
-    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2
-) -> int:
-    """Bytes of KV cache and outputs while these stories are written. size: bytes per entry of the
-    cache."""
-    rows = rows_at_once(stories, parameters(shape) * size, device)
-    cache = rows * shape.n_layer * 2 * shape.n_embd * size
-    return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens + stories * STORY
+def require_for_stories(
+    stories: int,
+    tokens: int,
+    shape: StudentConfig,
+    device: torch.device,
+    advice: str,
+    copies: int = 1,
+) -> None:
+    """For writing so many stories of so many tokens. copies: of the parameters."""
+    story = STORY + tokens * (8 + 3 * FLOAT)
+    if device.type == "cuda":  # which writes all at the same time
+        story += tokens * shape.n_layer * 2 * shape.n_embd * 2  # KV cache
+    require(parameters(shape) * FLOAT * copies + stories * story, device, advice)
 
 
 def require_for_interaction(
     config: InteractConfig, shape: StudentConfig, device: torch.device
 ) -> None:
-    size = FLOAT if config.dtype == "float32" else 2
     stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
-    # one with gradients and Adam's moments, and the reference
-    students = parameters(shape) * (4 + 1) * FLOAT
-    needed = students + story_memory(stories, config.max_new_tokens, shape, device, size)
     advice = "--stories-per-step, --eval-stories or --max-new-tokens"
-    require(needed, device, advice)
-
-
-def require_for_stories(
-    stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str
-) -> None:
-    needed = parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device)
-    require(needed, device, advice)
+    # the student with gradients and Adam's moments, and the reference
+    require_for_stories(stories, config.max_new_tokens, shape, device, advice, copies=4 + 1)

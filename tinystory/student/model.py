@@ -42,8 +42,7 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
     """Why these sizes, from an untrusted file, make no StudentConfig, or ""."""
     names = [field.name for field in fields(StudentConfig)]
     if sizes.keys() != set(names):
-        present = ", ".join(map(str, sizes))[:200] or "nothing"
-        return f"it must have {', '.join(names)}, and has {present}"
+        return f"it must have {', '.join(names)}, and nothing else"
     for name in names:
         if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
             return f"its {name} is {sizes[name]!r:.80}"
@@ -264,20 +263,19 @@ class Student(nn.Module):
         padded = pad_sequence(list(prompts), batch_first=True)
         T = padded.shape[1]
         is_token = torch.arange(T, device="cpu") < lengths[:, None]
-        # Where the flattened table has tokens that are not padding, and where each prompt's last.
+        # Where the flattened table has tokens that are not padding, and where each prompt's last:
+        # indices instead of a mask, so that the host waits for nothing.
+        device = self.wte.weight.device
         inside = is_token.flatten().nonzero().squeeze(1)
-        last = inside[lengths.cumsum(0) - 1]
-        # One copy, and indices instead of a mask: the host waits for nothing.
-        parts = [padded.flatten(), inside, last]
-        on_device = upload(torch.cat(parts), self.wte.weight.device)
-        tokens, inside, last = on_device.split([len(part) for part in parts])
+        last = upload(inside[lengths.cumsum(0) - 1], device)
+        inside = upload(inside, device)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             keys_and_values = qkv[:, :, 1:].flatten(0, 1)
             cache.prefix[i, : len(inside)] = keys_and_values.index_select(0, inside)
             return ops.causal_attention(qkv)
 
-        embedded = self.wte(tokens.view(-1, T)) + self.wpe.weight[:T]
+        embedded = self.wte(upload(padded, device)) + self.wpe.weight[:T]
         hidden = self.trunk(embedded, attend)
         return hidden.flatten(0, 1).index_select(0, last)
 

@@ -6,7 +6,7 @@ with a large one. torch.optim.Muon works matrix by matrix in bfloat16, which tak
 rest of the step on a processor without bfloat16."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         # Orthogonalised together: matrices of one shape, or its transpose. On a CPU a large one
         # stays alone, and so in the caches.
-        batches: dict[tuple[int, ...], list[Update]] = {}
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
         for i, (p, direction) in enumerate(self.momentum().items()):
             p.grad = None  # AdamW leaves it alone
             weights = matrices(p, self.heads)
@@ -60,13 +60,12 @@ class MuonAdamW(torch.optim.AdamW):
                     weights = weights.mT
                     direction = direction.mT
                 key = weights.shape[1:]
-            batches.setdefault(key, []).append(Update(weights, direction, rate))
+            batches.setdefault(key, []).append((weights, direction, rate))
         for batch in batches.values():
-            directions = orthogonalize(torch.cat([update.direction for update in batch]))
-            for update in batch:
-                n = len(update.weights)
-                update.weights.add_(directions[:n], alpha=-update.rate)
-                directions = directions[n:]
+            directions = orthogonalize(torch.cat([direction for _, direction, _ in batch]))
+            for weights, _, rate in batch:
+                weights.add_(directions[: len(weights)], alpha=-rate)
+                directions = directions[len(weights) :]
         super().step()
 
     def momentum(self) -> dict[Tensor, Tensor]:
@@ -88,15 +87,6 @@ class MuonAdamW(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, directions, 1 - MOMENTUM)
         torch._foreach_lerp_(directions, momenta, MOMENTUM)
         return gradients
-
-
-class Update(NamedTuple):
-    """weights (n, rows, columns): views of n matrices. direction: of their shape, subtracted from
-    them once it is orthogonalised, times rate."""
-
-    weights: Tensor
-    direction: Tensor
-    rate: float
 
 
 def matrices(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The token step of `StudentDecoder`: PyTorch and our kernels, on CUDA captured as graphs that
 serve a whole run."""
 
-import contextlib
 import functools
 import math
 import weakref
@@ -42,7 +41,7 @@ def token_step(
     room for the last rollout too."""
     step = TOKEN_STEPS.pop(student, None)
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
-        if step and step.same(head, sampling):
+        if step:
             count = max(count, step.rows)
             prompt_tokens = max(prompt_tokens, step.prompt_tokens)
         del step  # first, for its memory
@@ -116,20 +115,17 @@ class TokenStep:
             tensors += self.head.parameters()
         return [tensor.data_ptr() for tensor in tensors]
 
-    def same(self, head: ValueHead | None, sampling: Sampling) -> bool:
-        """Whether the graphs compute this, in autocast's dtype, for any number of rows."""
-        return (
-            head is self.head
-            and sampling == self.sampling
-            and self.dtype == ops.matmul_dtype(self.student.wte.weight)
-            and self.addresses == self.parameter_addresses()
-        )
-
     def fits(
         self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
     ) -> bool:
+        """Whether there is room, and the graphs compute this, in autocast's dtype."""
         return (
-            count <= self.rows and prompt_tokens <= self.prompt_tokens and self.same(head, sampling)
+            count <= self.rows
+            and prompt_tokens <= self.prompt_tokens
+            and head is self.head
+            and sampling == self.sampling
+            and self.dtype == ops.matmul_dtype(self.student.wte.weight)
+            and self.addresses == self.parameter_addresses()
         )
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
@@ -222,10 +218,8 @@ class TokenStep:
         """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the
         CPU, that no later step writes. Does not wait for steps that are launched."""
         device = self.outputs.device
-        stream: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if device.type == "cuda":
-            stream = torch.cuda.stream(side_stream(device, "reading"))
-        with stream:
+        stream = side_stream(device, "reading") if device.type == "cuda" else None
+        with torch.cuda.stream(stream):  # None: nothing happens
             stories = self.outputs[:, :, :length].index_select(1, upload(rows, device))
             return Download(stories).wait()
 

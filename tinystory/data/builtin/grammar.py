@@ -19,7 +19,6 @@ lives {lived}. The friend is {f}, introduced as {f.full} or {f.a}; {mom} is a pa
 "he" or "she" is unambiguous.
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ T = TypeVar("T")
 # its parts.
 Part: TypeAlias = tuple[str, Any]
 
-_PRONOUNS = (  # by she = 0, 1
+PRONOUNS = (  # by she = 0, 1
     {"he": "he", "him": "him", "his": "his", "himself": "himself"},
     {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 )
@@ -152,32 +151,26 @@ def _cast(tell: Telling, classes: list[str]) -> None:
     kind, home, lived, hand, food = map(tell.expand, hero)
     kind = kind.split("~")[she - 1]
     name = tell.pick(_NAMES[world][she])
-    facts.update(_PRONOUNS[she], kind=kind, home=home, lived=lived, hand=hand, hands=f"{hand}s")
-    facts.update(food=food, h=name)
+    facts.update(PRONOUNS[she], kind=kind, home=home, lived=lived, food=food, h=name)
+    facts.update(hand=hand, hands=f"{hand}s")
     facts["h.a"] = f"a {tell.expand(_RULES['little'])} {kind} named {name}"
     facts["h.full"] = name if world == "child" else f"{name} the {kind}"
 
-    if role in _WITH_CHILDREN:
-        friend_world = "child"
-        friends = _HEROES["child"]
-    else:
-        friend_world = "wild"
+    world_of_friend = "child"
+    friends = _HEROES["child"]
+    if role not in _WITH_CHILDREN:
+        world_of_friend = "wild"
         friends = [row for row in _HEROES[tell.pick(("paw", "paw", "bird"))] if row is not hero]
-    friend_she = 1 - she
     kind_cell, _, _, hand_cell, _ = tell.pick(friends)
-    kind = tell.expand(kind_cell).split("~")[friend_she - 1]
-    names = [other for other in _NAMES[friend_world][friend_she] if other != name]
-    friend = tell.pick(names)
-    hand = tell.expand(hand_cell)
-    for key, word in _PRONOUNS[friend_she].items():
+    kind = tell.expand(kind_cell).split("~")[-she]
+    friend = tell.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
+    for key, word in PRONOUNS[1 - she].items():
         facts[f"f.{key}"] = word
     facts["f"] = friend
     facts["f.kind"] = kind
-    facts["f.the"] = f"the {kind}"
     facts["f.a"] = f"a {kind} named {friend}"
-    facts["f.full"] = friend if friend_world == "child" else f"{friend} the {kind}"
-    facts["f.hand"] = hand
-    facts["f.hands"] = f"{hand}s"
+    facts["f.full"] = friend if world_of_friend == "child" else f"{friend} the {kind}"
+    facts["f.hands"] = f"{tell.expand(hand_cell)}s"
 
     (parent,) = tell.pick(_PARENTS[world])
     facts["mom"] = tell.expand(parent)
@@ -191,10 +184,10 @@ _RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}
 _HEROES = {role: table(rows) for role, rows in vocabulary.HEROES.items()}
 _HELPERS = {world: table(rows) for world, rows in vocabulary.HELPERS.items()}
 _PARENTS = {world: table(rows) for world, rows in vocabulary.PARENTS.items()}
-_CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
+CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
 _NAMES = {
-    "child": _CHILDREN,
-    "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN],
+    "child": CHILDREN,
+    "wild": [names + 2 * vocabulary.CREATURES.split() for names in CHILDREN],
 }
 
 
@@ -211,16 +204,13 @@ def stories(words: int, seed: int) -> Iterator[str]:
     """Distinct stories, until they have at least `words` whitespace-separated words. Same seed,
     same bytes."""
     rng = random.Random(seed)
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     while words > 0:
         story, _ = tell(rng)
-        # a collision merely skips a story
-        digest = hashlib.blake2b(story.encode(), digest_size=8).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        words -= len(story.split())
-        yield story
+        if story not in seen:
+            seen.add(story)
+            words -= len(story.split())
+            yield story
 
 
 def tell(rng: random.Random) -> tuple[str, dict[str, str]]:

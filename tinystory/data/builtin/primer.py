@@ -12,11 +12,7 @@ from collections.abc import Iterator
 
 from tinystory.data.builtin import grammar, vocabulary
 
-GIRLS = vocabulary.GIRLS.split()
-BOYS = vocabulary.BOYS.split()
 CREATURES = vocabulary.CREATURES.split()
-HE = {"he": "he", "He": "He", "him": "him", "his": "his", "His": "His"}
-SHE = {"he": "she", "He": "She", "him": "her", "his": "her", "His": "Her"}
 KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy duck owl robin sparrow".split()
 THINGS = "ball kite boat drum hat cake shell lamp book bell cup box spoon leaf stone egg pie rope jar coat".split()
 COLORS = "red blue green yellow white brown little big old new".split()
@@ -74,10 +70,12 @@ def _tale(rng: random.Random) -> str:
     for _ in range(pick((2, 2, 3))):
         she = pick((False, True))
         child = pick((False, True))
-        names = GIRLS if she else BOYS
+        names = grammar.CHILDREN[she]
         if not child:
             names = names + CREATURES
-        facts = dict(SHE if she else HE)
+        facts = dict(grammar.PRONOUNS[she])
+        facts["He"] = facts["he"].capitalize()
+        facts["His"] = facts["his"].capitalize()
         facts["a"] = pick([name for name in names if name not in used])
         facts["thing"] = pick([thing for thing in THINGS if thing not in used])
         facts["kind"] = "girl" if she else "boy"
