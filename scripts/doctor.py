@@ -127,7 +127,7 @@ def builtin_grader(names: list[str]) -> Grader:
         documents = islice(documents, DOCUMENTS, None)
     print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
-        rubric = Rubric.from_corpus(documents, bar.update)
+        rubric = Rubric(documents, bar.update)
 
     def scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
         pairs = zip(openings, stories, strict=True)

@@ -31,7 +31,7 @@ BY_HAND = (
 
 @pytest.fixture(scope="module")
 def rubric() -> Rubric:
-    return Rubric.from_corpus(grammar.stories(250_000, seed=0))
+    return Rubric(grammar.stories(250_000, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def _mean_scores(rubric: Rubric, stories: list[str], opening: str = "") -> dict[
 
 def _sampled(rubric: Rubric, context: int) -> list[str]:
     lexicon = rubric.lexicon
-    texts = sample(lexicon.spelling_ids, 0, 90, 60, context=context)
+    texts = sample(lexicon.spelling_ids, 90, 60, context=context)
     return [" ".join(lexicon.spellings[id] for id in ids) for ids in texts]
 
 
@@ -218,7 +218,7 @@ def test_padding_a_good_story_costs(rubric, good):
 
 def test_copying_the_corpus_is_not_creative():
     corpus = list(grammar.stories(100_000, seed=0))
-    rubric = Rubric.from_corpus(corpus)
+    rubric = Rubric(corpus)
     copied = [rubric.measure("", story) for story in corpus[:14]]
     fresh = [rubric.measure("", story) for story in grammar.stories(4_000, seed=1)]
     uncopied, creativity = (
@@ -255,7 +255,7 @@ def test_any_heap_of_tokens_is_measured_within_bounds(rubric, heap):
 
 
 def test_the_same_corpus_gives_the_same_rubric(good):
-    first, second = (Rubric.from_corpus(grammar.stories(20_000, seed=3)) for _ in range(2))
+    first, second = (Rubric(grammar.stories(20_000, seed=3)) for _ in range(2))
     assert [first.measure(OPENING, story) for story in good] == [
         second.measure(OPENING, story) for story in good
     ]
@@ -270,7 +270,7 @@ def test_the_tail_of_an_endless_story_is_not_read(rubric, good):
 @pytest.mark.parametrize("corpus", [[], [""], ["one two three."], ["... !!!"] * 10])
 def test_a_corpus_of_nothing_is_refused(corpus):
     with pytest.raises(UserError, match="more stories"):
-        Rubric.from_corpus(corpus)
+        Rubric(corpus)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_corpus_of_nothing_is_refused(corpus):
     ],
 )
 def test_a_strange_corpus_still_gives_scores(corpus):
-    assert set(Rubric.from_corpus(corpus).score("Once", BY_HAND[0]).values()) <= {0, 1, 2, 3}
+    assert set(Rubric(corpus).score("Once", BY_HAND[0]).values()) <= {0, 1, 2, 3}
 
 
 # The parts

@@ -4,6 +4,7 @@ else."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory.run.device import upload
 from tinystory.student.generate import Story
 
-Rows = Sequence[int] | np.ndarray
+T = TypeVar("T", bound="PerToken")
 
 
 @dataclass(kw_only=True)
@@ -26,8 +27,7 @@ class Batch:
 
     NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the
     stories; openings, equal for the same opening; prompt_lengths, lengths: tokens of opening and
-    story; input_lengths: unpadded rows of inputs. longest: columns of a padded table, the same for
-    all parts of a step."""
+    story. longest: columns of a padded table, the same for all parts of a step."""
 
     inputs: Tensor
     tokens: Tensor
@@ -38,15 +38,18 @@ class Batch:
     openings: np.ndarray
     prompt_lengths: np.ndarray
     lengths: np.ndarray
-    input_lengths: np.ndarray
     longest: int
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def rows(self, rows: Rows) -> "Batch":
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """(B,) int64: tokens in each row of inputs. The last of a story predicts nothing."""
+        return self.prompt_lengths + self.lengths - 1
+
+    def rows(self, rows: np.ndarray) -> "Batch":
         """The batch of these stories alone."""
-        rows = np.asarray(rows, np.int64)
         starts = self.lengths.cumsum() - self.lengths
         device = self.inputs.device
         places = upload(spans(starts[rows], self.lengths[rows]), device)
@@ -60,7 +63,6 @@ class Batch:
             openings=self.openings[rows],
             prompt_lengths=self.prompt_lengths[rows],
             lengths=self.lengths[rows],
-            input_lengths=self.input_lengths[rows],
             longest=self.longest,
         )
 
@@ -85,39 +87,34 @@ class Batch:
         return upload(spans(row_starts, self.lengths), self.inputs.device)
 
 
+class PerToken:
+    """Tensors with one entry per story token."""
+
+    def at(self: T, places: Tensor) -> T:
+        """The entries of these tokens, (m,) int64."""
+        columns = {name: column.index_select(0, places) for name, column in vars(self).items()}
+        return type(self)(**columns)
+
+
 @dataclass(frozen=True)
-class Reference:
+class Reference(PerToken):
     """What the frozen starting checkpoint sees of a batch: logprobs (n,) of the stories' tokens, and
     the states (n, C) that predict them; (n, 0) if nobody reads them. Both are float32."""
 
     logprobs: Tensor
     states: Tensor
 
-    def at(self, places: Tensor) -> "Reference":
-        """The entries of these tokens, (m,) int64."""
-        return Reference(self.logprobs.index_select(0, places), self.states.index_select(0, places))
-
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(PerToken):
     """What a learner's loss compares the policy with, (n,) float32 each: advantages; ref_logprobs,
-    the reference's. Learners with values also have values, as they were before the update, and
-    returns, which they should have been."""
+    the reference's; values, as they were before the update, and returns, which they should have
+    been, both 0 for learners without values."""
 
     advantages: Tensor
     ref_logprobs: Tensor
-    values: Tensor | None = None
-    returns: Tensor | None = None
-
-    def at(self, places: Tensor) -> "Targets":
-        """The entries of these tokens, (m,) int64."""
-        values, returns = self.values, self.returns
-        return Targets(
-            advantages=self.advantages.index_select(0, places),
-            ref_logprobs=self.ref_logprobs.index_select(0, places),
-            values=None if values is None else values.index_select(0, places),
-            returns=None if returns is None else returns.index_select(0, places),
-        )
+    values: Tensor
+    returns: Tensor
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -126,7 +123,6 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def collate(stories: Sequence[Story], device: torch.device) -> Batch:
-    # The last token predicts nothing.
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
     first_row: dict[str, int] = {}
@@ -141,7 +137,6 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         openings=np.array(openings),
         prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
         lengths=lengths,
-        input_lengths=np.array([len(row) for row in inputs]),
         longest=int(lengths.max()),
     )
 

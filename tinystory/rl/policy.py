@@ -64,18 +64,12 @@ class SharpAdam(torch.optim.Adam):
         named = list(student.named_parameters())
         named += [(f"critic.{name}", parameter) for name, parameter in critic.named_parameters()]
         groups: list[dict[str, Any]] = [
-            {
-                "params": named,
-                "lr": config.learning_rate,
-                "initial_lr": config.learning_rate,
-            },
-            {
-                "params": [("sharpness", self.sharpness)],
-                "lr": config.sharpness_rate,
-                "initial_lr": config.sharpness_rate,
-            },
+            {"params": named, "lr": config.learning_rate},
+            {"params": [("sharpness", self.sharpness)], "lr": config.sharpness_rate},
         ]
         super().__init__(groups, eps=EPS, fused=True)
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -116,10 +110,9 @@ class Policy:
         history = dict(self.history)  # with the words of earlier interactions
         history["temperature"] = self.config.temperature
         if state.step:
-            words_in_before = history.get("interaction_words_in", 0)
-            words_out_before = history.get("interaction_words_out", 0)
-            history["interaction_words_in"] = words_in_before + state.words_in
-            history["interaction_words_out"] = words_out_before + state.words_out
+            for name in ("words_in", "words_out"):
+                earlier = history.get(f"interaction_{name}", 0)
+                history[f"interaction_{name}"] = earlier + getattr(state, name)
         checkpoint.save(
             folder,
             self.student,

@@ -120,15 +120,15 @@ class ScoreModel:
         features = tensors["score_model.features"]
         scores = tensors["score_model.scores"]
         expected = tensors["score_model.expected"]
-        stories = len(scores) if scores.dim() else 0
-        if features.shape != (stories, 2 * width + MORE_FEATURES) or not 0 < stories <= MOST:
-            raise ValueError(f"score_model.features is {tuple(features.shape)}")
-        if scores.shape != (stories,) or expected.shape != (stories,):
-            raise ValueError(f"score_model.scores is {tuple(scores.shape)}")
-        if features.dtype != torch.float32 or {scores.dtype, expected.dtype} != {torch.float64}:
-            raise ValueError(f"score_model is of {features.dtype} and {scores.dtype}")
-        if not bool(((scores >= 0) & (scores <= 1)).all()):
-            raise ValueError("score_model.scores holds one outside 0 to 1")
+        stories = scores.numel()
+        if (
+            not 0 < stories <= MOST
+            or features.shape != (stories, 2 * width + MORE_FEATURES)
+            or features.dtype != torch.float32
+            or any(x.shape != (stories,) or x.dtype != torch.float64 for x in (scores, expected))
+            or not ((scores >= 0) & (scores <= 1)).all()
+        ):
+            raise ValueError("score_model holds no features and scores of graded stories")
         self.features = features
         self.scores = scores
         self.expected = expected
@@ -169,19 +169,13 @@ class ScoreModel:
         """Learn from a step's graded stories and predict the scores of the others. features: (B,
         F), of all of them; graded: rows that were sent; scores: the teacher's, None without.
         Returns a score per story (None if it was sent, or without enough grades), and metrics."""
-        rows: list[int] = []
-        known_scores: list[float] = []
-        for row in graded:
-            score = scores[row]
-            if score is not None:
-                rows.append(row)
-                known_scores.append(score)
+        rows = [row for row in graded if scores[row] is not None]
         if rows:
             before = self.predict(features)
             expected = torch.full((len(rows),), UNKNOWN, dtype=torch.float64)
             if before is not None:
                 expected = before[0][rows]
-            self._learn(features[rows], known_scores, expected)
+            self._learn(features[rows], [scores[row] for row in rows], expected)
         record: dict[str, Any] = {"predicted": 0, "score_error": None}
         record["score_r_squared"] = self.r_squared()
         after = self.predict(features)
@@ -192,7 +186,7 @@ class ScoreModel:
         predicted: list[float | None] = expected_scores.tolist()
         for row in graded:
             predicted[row] = None
-        record["predicted"] = len(predicted) - predicted.count(None)
+        record["predicted"] = len(predicted) - len(graded)
         return predicted, record
 
     def r_squared(self) -> float | None:
@@ -208,7 +202,7 @@ class ScoreModel:
         residual = float(((scores - expected) ** 2).sum())
         return 1 - residual / total if total > 0 else None
 
-    def _learn(self, features: Tensor, scores: Sequence[float], expected: Tensor) -> None:
+    def _learn(self, features: Tensor, scores: Sequence[float | None], expected: Tensor) -> None:
         """Add graded stories of a step to those of earlier steps. features: (m, F); expected:
         (m,)."""
         new_scores = torch.tensor(scores, dtype=torch.float64)

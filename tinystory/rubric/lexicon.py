@@ -86,7 +86,6 @@ class Lexicon:
         total = np.maximum(np.bincount(ids, minlength=size), 1)
         self.frequency = total / total.sum()
         is_word = np.array([word[:1].isalpha() for word in self.words])
-        is_word[[UNKNOWN, BOUNDARY]] = False
         function = self.members(FUNCTION)
         self.content = is_word & ~function
         before = np.roll(ids, 1)

@@ -76,10 +76,10 @@ class NgramModel:
         self._unigram = (counts / counts.sum()).astype(np.float32)
         self._length = len(ids)
         self._orders: list[_Order] = []
-        shorter: np.ndarray | None = None
+        shorter = ids
         for hashed in rolling_hashes(ids, ORDER):
             keys, first, count = _unique(hashed)
-            if shorter is None:
+            if not self._orders:
                 probability = self._unigram[ids[first]]
             else:
                 lower = self._orders[-1]
@@ -87,12 +87,12 @@ class NgramModel:
                 suffix, _ = find(lower.keys, shorter[first + 1])  # without its first
                 total = np.bincount(context, weights=count, minlength=len(lower.keys))
                 types = np.bincount(context, minlength=len(lower.keys))
-                left_over = (DISCOUNT * types / np.maximum(total, 1)).astype(np.float32)
-                left_over[total == 0] = 1.0
-                lower.left_over = left_over
+                seen = total > 0
+                lower.left_over[seen] = DISCOUNT * types[seen] / total[seen]
                 probability = (count - DISCOUNT) / total[context]
-                probability += left_over[context] * lower.probability[suffix]
-            order = _Order(keys, count.astype(np.float32), probability.astype(np.float32))
+                probability += lower.left_over[context] * lower.probability[suffix]
+            count = count.astype(np.float32)
+            order = _Order(keys, count, probability.astype(np.float32), np.ones_like(count))
             self._orders.append(order)
             shorter = hashed
 
@@ -104,18 +104,15 @@ class NgramModel:
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         counts = [np.full(len(padded) + 1, self._length)]  # of the n-grams in `padded`, from n = 0
         rows = []
-        probability = self._unigram[padded]
-        left_over: np.ndarray | None = None
-        for n, hashed in enumerate(rolling_hashes(padded, ORDER), start=1):
-            order = self._orders[n - 1]
+        backed_off = self._unigram[padded]
+        hashes_by_order = rolling_hashes(padded, ORDER)
+        for n, (order, hashed) in enumerate(zip(self._orders, hashes_by_order, strict=True), 1):
             index, present = find(order.keys, hashed)
             counts.append(np.where(present, order.count[index], 0.0))
-            if left_over is not None:
-                backed_off = left_over[:-1] * probability[1:]
-                probability = np.where(present, order.probability[index], backed_off)
-            if order.left_over is not None:
-                left_over = np.where(present, order.left_over[index], 1.0)
+            probability = np.where(present, order.probability[index], backed_off)
             rows.append(probability[ORDER - n :])
+            left_over = np.where(present, order.left_over[index], 1.0)
+            backed_off = left_over[:-1] * probability[1:]
 
         odd = np.zeros(len(ids), bool)
         for n in range(2, ORDER):
@@ -135,7 +132,7 @@ class _Order:
     keys: np.ndarray
     count: np.ndarray
     probability: np.ndarray
-    left_over: np.ndarray | None = None
+    left_over: np.ndarray
 
 
 def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,15 +162,13 @@ class Phrases:
         return float(covered(present, self._n, len(ids)).mean())
 
 
-def sample(
-    ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2
-) -> list[np.ndarray]:
+def sample(ids: np.ndarray, length: int, count: int, context: int = 2) -> list[np.ndarray]:
     """`count` texts of about `length` ids from an unsmoothed n-gram model of `ids`: each token is
-    drawn from those that follow the same `context` tokens. boundary: separates documents."""
+    drawn from those that follow the same `context` tokens. 0 separates documents."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
-    starts = np.flatnonzero(ids[: -context - 1] == boundary)
+    starts = np.flatnonzero(ids[: -context - 1] == 0)
     if not len(starts):
         return []
     rng = np.random.default_rng(0)
@@ -188,7 +183,7 @@ def sample(
                 break
             place = order[rng.integers(low, high)]
             token = int(ids[place + context])
-            if token == boundary:
+            if token == 0:
                 break
             text.append(token)
         texts.append(np.array(text[1:]))
