@@ -66,12 +66,3 @@ def load() -> ModuleType | None:
     """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the
     reference runs."""
     return None if current() == "reference" else build.load()
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that its tensors free, which the next training step
-    allocates again (csrc/memory.h). Builds the kernels if need be; with the reference, does
-    nothing."""
-    module = load()
-    if module:
-        module.keep_freed_memory()

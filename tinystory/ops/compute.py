@@ -29,7 +29,9 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
     """Resolves --device and --dtype, and lets the process keep freed memory. Raises UserError if
     one cannot be used or the kernels cannot be built."""
     device = pick_device(device_name)
-    backend.keep_freed_memory()
+    module = backend.load()
+    if module:  # the next training step allocates the same again (csrc/memory.h)
+        module.keep_freed_memory()
     dtype = pick_dtype(dtype_name, device)
     if dtype_name == "auto":
         dtype_name = str(dtype).removeprefix("torch.")

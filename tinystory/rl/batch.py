@@ -125,8 +125,7 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def collate(stories: Sequence[Story], device: torch.device) -> Batch:
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
-    first_row: dict[str, int] = {}
-    openings = [first_row.setdefault(story.opening, row) for row, story in enumerate(stories)]
+    _, openings = np.unique([story.opening for story in stories], return_inverse=True)
     return Batch(
         inputs=upload(pad_sequence(inputs, batch_first=True), device),
         tokens=upload(torch.cat([story.tokens for story in stories]), device),
@@ -134,7 +133,7 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         values=upload(torch.cat([story.values for story in stories]), device),
         places=torch.arange(lengths.sum(), device=device),
         indices=np.array([story.index for story in stories]),
-        openings=np.array(openings),
+        openings=openings,
         prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
         lengths=lengths,
         longest=int(lengths.max()),

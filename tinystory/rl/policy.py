@@ -110,9 +110,10 @@ class Policy:
         history = dict(self.history)  # with the words of earlier interactions
         history["temperature"] = self.config.temperature
         if state.step:
-            for name in ("words_in", "words_out"):
-                earlier = history.get(f"interaction_{name}", 0)
-                history[f"interaction_{name}"] = earlier + getattr(state, name)
+            words_in_before = history.get("interaction_words_in", 0)
+            words_out_before = history.get("interaction_words_out", 0)
+            history["interaction_words_in"] = words_in_before + state.words_in
+            history["interaction_words_out"] = words_out_before + state.words_out
         checkpoint.save(
             folder,
             self.student,
@@ -198,18 +199,16 @@ def rollout_means(
     tokens_mean. Over the `scored` stories: Pearson's correlation of the score with the number of
     words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
     None."""
-    known_scores: list[float] = []
-    words: list[float] = []
-    mean_logprobs: list[float] = []
-    for story, score in zip(stories, scores, strict=True):
-        if score is not None:
-            known_scores.append(score)
-            words.append(story.words)
-            mean_logprobs.append(float(story.logprobs.mean()))
+    scored = [
+        (story, score) for story, score in zip(stories, scores, strict=True) if score is not None
+    ]
+    known_scores = [score for _, score in scored]
+    words = [story.words for story, _ in scored]
+    mean_logprobs = [float(story.logprobs.mean()) for story, _ in scored]
     return {
         "entropy": fmean(float(story.entropies.sum()) for story in stories),
         "tokens_mean": fmean(len(story.tokens) for story in stories),
-        "scored": len(known_scores),
+        "scored": len(scored),
         "score_length": correlation_or_none(known_scores, words),
         "score_logprob": correlation_or_none(known_scores, mean_logprobs),
     }

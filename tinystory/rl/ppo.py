@@ -43,12 +43,13 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
     packing = None
     if not ops.on_gpu(tokens):
         packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    at = upload(places, tokens.device)
     if packing is None:
         hidden = student.hidden(tokens).flatten(0, 1)
-        states = hidden.index_select(0, upload(places, tokens.device))
     else:
         hidden = packing.hidden(student, tokens)
-        states = hidden.index_select(0, packing.source[places])
+        at = packing.source[at]
+    states = hidden.index_select(0, at)
     logprobs, _ = ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)
     return logprobs, states
 

@@ -57,15 +57,18 @@ def story_features(batch: Batch, reference: Reference, stories: Sequence[Story])
     for story, x, story_states in zip(stories, logprobs_of_each, states_of_each, strict=True):
         count = len(x)
         half = max(count // 2, 1)
+        scalars = [
+            x.mean(),
+            x.std(correction=0),
+            x[:half].mean(),
+            x[-half:].mean(),
+            x[-10:].mean(),
+            (x < -4).double().mean(),
+        ]
         columns = [
             story_states.mean(0),
             story_states[-1],
-            x.mean()[None],
-            x.std(correction=0)[None],
-            x[:half].mean()[None],
-            x[-half:].mean()[None],
-            x[-10:].mean()[None],
-            (x < -4).double().mean()[None],
+            torch.stack(scalars),
             torch.quantile(x, x.new_tensor(QUANTILES)),
             x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, story.ended == "eos"]),
         ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
+from numpy import ndarray
 
 from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, first_occurrences, lookup
@@ -67,7 +68,7 @@ class Characters:
         self._learn_introductions(lexicon.ids)
         self._learn_agreement(lexicon.ids)
 
-    def introduction(self, ids: np.ndarray, start: int = 0) -> float | None:
+    def introduction(self, ids: ndarray, start: int = 0) -> float | None:
         """Mean nats per name mentioned from `start` on by which the words around it fit its status,
         known or new; None without a name. ids: (T,) opening and story, which begins at `start`."""
         at = np.flatnonzero(self.name[ids])
@@ -87,24 +88,24 @@ class Characters:
         evidence = np.where(new, log_odds, -log_odds)
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[in_story].mean())
 
-    def agreement(self, ids: np.ndarray, start: int = 0) -> float | None:
+    def agreement(self, ids: ndarray, start: int = 0) -> float | None:
         """Mean nats per he or she from `start` on by which the text resembles the corpus more than
         the flipped copy; None without he or she."""
         evidence = [self._agreement[case] for case in self._cases(ids, start)]
         return float(np.mean(evidence)) if evidence else None
 
-    def flipped(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def flipped(self, ids: ndarray, rng: np.random.Generator) -> ndarray:
         """`ids` with half of their he and she exchanged at random."""
         return np.where(rng.random(len(ids)) < 0.5, self._flipped[ids], ids)
 
-    def renamed(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def renamed(self, ids: ndarray, rng: np.random.Generator) -> ndarray:
         """`ids` with a random name in place of each mention of a name."""
         names = np.flatnonzero(self.name)
         if not len(names):
             return ids
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids)
 
-    def _contexts(self, ids: np.ndarray, at: np.ndarray) -> list[list[np.ndarray]]:
+    def _contexts(self, ids: ndarray, at: ndarray) -> list[list[ndarray]]:
         """Keys, (n,) int64, of what stands before each of n positions and what stands after it: of
         the nearest token, and of the nearest two."""
         padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
@@ -115,7 +116,7 @@ class Characters:
             sides.append([nearest, nearest * size + padded[at + 2 + 2 * step]])
         return sides
 
-    def _learn_introductions(self, ids: np.ndarray) -> None:
+    def _learn_introductions(self, ids: ndarray) -> None:
         """Count known and new names, columns 0 and 1, in each context."""
         at = np.flatnonzero(self.name[ids])
         story = np.cumsum(ids == BOUNDARY)[at]
@@ -130,7 +131,7 @@ class Characters:
                 tables.append((table, counts.reshape(-1, 2)))
             self._tables.append(tables)
 
-    def _learn_agreement(self, ids: np.ndarray) -> None:
+    def _learn_agreement(self, ids: ndarray) -> None:
         rng = np.random.default_rng(0)
         counts = np.ones((2, 4, 4, 3, 3))  # of the cases in the corpus, and in the flipped copy
         boundaries = np.flatnonzero(ids == BOUNDARY)[: STORIES + 1]
@@ -142,7 +143,7 @@ class Characters:
         real, flipped = np.log(counts / counts.sum(-1, keepdims=True))
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
-    def _cases(self, ids: np.ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
+    def _cases(self, ids: ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
         """Of each he and she from `start` on: its form, the mention of the last character, its
         distance from that mention in sentences (0, 1, or 2 for more), and who has its sex."""
         sexes: dict[int, int] = {}  # of names in this story

@@ -45,6 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
+from numpy import ndarray
 
 from tinystory.rubric.association import WordAssociation
 from tinystory.rubric.characters import Characters
@@ -99,7 +100,7 @@ THREAD = {
 }
 
 
-def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
+def ramp(x: float | ndarray, zero: float, one: float) -> float:
     """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. The mean for an
     array."""
     fraction = (x - zero) / (one - zero)
@@ -169,7 +170,7 @@ class Rubric:
         criteria = {"readability": readability, "coherence": coherence, "creativity": creativity}
         return part | criteria | {"total": sum(criteria.values())}
 
-    def _set_scales(self, examples: list[list[str]], excerpts: list[np.ndarray]) -> None:
+    def _set_scales(self, examples: list[list[str]], excerpts: list[ndarray]) -> None:
         """Held-out stories, tokens and ids, set 1; corrupted copies of them and n-gram samples set
         0."""
         rng = np.random.default_rng(0)
@@ -180,7 +181,7 @@ class Rubric:
             mixed = _shuffled(sentences, rng)
             reordered.append(list(chain.from_iterable(mixed)))
         sampled = []
-        for ids in sample(self.lexicon.spelling_ids, 100, 100):
+        for ids in sample(self.lexicon.spelling_ids):
             sampled.append([self.lexicon.spellings[id] for id in ids])
 
         real_parts = self._parts_of(examples)
@@ -286,7 +287,7 @@ class Rubric:
             "fresh": int((is_word & ~repeated).sum()),
         }
 
-    def _coreference(self, ids: np.ndarray, start: int = 0) -> dict[str, float | None]:
+    def _coreference(self, ids: ndarray, start: int = 0) -> dict[str, float | None]:
         """ids: (T,) of opening and story, which begins at `start`."""
         return {
             "names": self.characters.introduction(ids, start),
@@ -294,7 +295,7 @@ class Rubric:
             "association": self.association.mean(ids[start:]),
         }
 
-    def _entities(self, ids: np.ndarray, start: int) -> tuple[float, float]:
+    def _entities(self, ids: ndarray, start: int) -> tuple[float, float]:
         """focus: fraction of the story's mentions whose entity is mentioned more than once;
         introduced: mean nats per mention by which its introduction fits its status."""
         lexicon = self.lexicon
@@ -309,7 +310,7 @@ class Rubric:
         evidence = np.where(first_occurrences(ids)[at], for_new, -for_new)
         return float(focus), float(np.clip(evidence, -3, 3).mean())
 
-    def _referred(self, ids: np.ndarray, start: int) -> float:
+    def _referred(self, ids: ndarray, start: int) -> float:
         """Mean over he, she, it, they of their best probability after one of the last five
         entities."""
         lexicon = self.lexicon
@@ -403,12 +404,12 @@ def _shuffled(pieces: list, rng: np.random.Generator) -> list:
     return [pieces[at] for at in rng.permutation(len(pieces))]
 
 
-def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
+def _repeated(ids: ndarray, n: int) -> ndarray:
     """(T,) bool: tokens of n-grams that have occurred before."""
     return covered(~first_occurrences(hashes(ids, n)), n, len(ids))
 
 
-def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
+def _by_sentence(logprob: ndarray, bounds: list[tuple[int, int]]) -> ndarray:
     """Each token's sentence mean, so that one easy sentence does not compensate for another."""
     starts, ends = np.array(bounds).T
     lengths = ends - starts
@@ -425,7 +426,7 @@ def _order(places: list[float]) -> float:
     return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4)
 
 
-def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
+def _joined(logprob: ndarray, spans: list[tuple[int, int]]) -> float:
     """Nats per word by which sentence beginnings are likelier given the sentence before than its
     end mark only."""
     # row n: given 4 tokens minus given n (n - 1 words and an end mark)
