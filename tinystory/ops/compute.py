@@ -39,10 +39,18 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device, for auto see `auto_device`. Raises UserError for an unusable
+    """The device of --device. auto: a GPU if torch sees one and the kernels can be compiled for it,
+    else the CPU; if it is the CPU despite a GPU, stderr says why. Raises UserError for an unusable
     device."""
     if name == "auto":
-        return auto_device()
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return pick_device("cuda")
+        except UserError as error:
+            problem = str(error).splitlines()[0]
+        print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -55,16 +63,3 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and backend.load() is not None:
         cuda.load()
     return device
-
-
-def auto_device() -> torch.device:
-    """A GPU if torch sees one and the kernels can be compiled for it, else the CPU; if it is the
-    CPU despite a GPU, stderr says why."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        return pick_device("cuda")
-    except UserError as error:
-        problem = str(error).splitlines()[0]
-    print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
-    return torch.device("cpu")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,21 +35,21 @@ class Batch:
     logprobs: Tensor
     values: Tensor
     places: Tensor
-    indices: np.ndarray
-    openings: np.ndarray
-    prompt_lengths: np.ndarray
-    lengths: np.ndarray
+    indices: ndarray
+    openings: ndarray
+    prompt_lengths: ndarray
+    lengths: ndarray
     longest: int
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def input_lengths(self) -> np.ndarray:
+    def input_lengths(self) -> ndarray:
         """(B,) int64: tokens in each row of inputs. The last of a story predicts nothing."""
         return self.prompt_lengths + self.lengths - 1
 
-    def rows(self, rows: np.ndarray) -> "Batch":
+    def rows(self, rows: ndarray) -> "Batch":
         """The batch of these stories alone."""
         starts = self.lengths.cumsum() - self.lengths
         device = self.inputs.device
@@ -117,7 +118,7 @@ class Targets(PerToken):
     returns: Tensor
 
 
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def spans(starts: ndarray, lengths: ndarray) -> ndarray:
     """start, ..., start + length - 1 for each of the starts, concatenated."""
     return np.repeat(starts + lengths - lengths.cumsum(), lengths) + np.arange(lengths.sum())
 
@@ -140,7 +141,7 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
     )
 
 
-def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def by_length(lengths: ndarray, size: int) -> Iterator[ndarray]:
     """Indices in groups of at most `size` of similar length, so that little padding is computed."""
     order = lengths.argsort(kind="stable")
     for first in range(0, len(order), size):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from tinystory import ops
@@ -40,7 +41,7 @@ class Packing:
         return wide.index_select(0, self.source).to(x.dtype)
 
 
-def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
+def pack(openings: ndarray, prompt_lengths: ndarray, lengths: ndarray) -> Packing | None:
     """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's
     unpadded length."""
     _, first_rows, group = np.unique(openings, return_index=True, return_inverse=True)

@@ -178,7 +178,11 @@ class ScoreModel:
             expected = torch.full((len(rows),), UNKNOWN, dtype=torch.float64)
             if before is not None:
                 expected = before[0][rows]
-            self._learn(features[rows], [scores[row] for row in rows], expected)
+            new_scores = torch.tensor([scores[row] for row in rows], dtype=torch.float64)
+            earlier_features = self.features.reshape(-1, features.shape[1])
+            self.features = torch.cat([earlier_features, features[rows]])[-MOST:]
+            self.scores = torch.cat([self.scores, new_scores])[-MOST:]
+            self.expected = torch.cat([self.expected, expected])[-MOST:]
         record: dict[str, Any] = {"predicted": 0, "score_error": None}
         record["score_r_squared"] = self.r_squared()
         after = self.predict(features)
@@ -204,15 +208,6 @@ class ScoreModel:
         total = float(((scores - scores.mean()) ** 2).sum())
         residual = float(((scores - expected) ** 2).sum())
         return 1 - residual / total if total > 0 else None
-
-    def _learn(self, features: Tensor, scores: Sequence[float | None], expected: Tensor) -> None:
-        """Add graded stories of a step to those of earlier steps. features: (m, F); expected:
-        (m,)."""
-        new_scores = torch.tensor(scores, dtype=torch.float64)
-        earlier_features = self.features.reshape(-1, features.shape[1])
-        self.features = torch.cat([earlier_features, features])[-MOST:]
-        self.scores = torch.cat([self.scores, new_scores])[-MOST:]
-        self.expected = torch.cat([self.expected, expected])[-MOST:]
 
     def _scaled(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of the graded stories, (n, F), and of a step, (B, F), in float64: with mean
