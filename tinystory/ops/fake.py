@@ -16,7 +16,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_attention(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def causal_attention(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
     lse = qkv.new_empty(B, H, T, dtype=wide(qkv.dtype))

@@ -139,7 +139,7 @@ class Characters:
             story = ids[boundary + 1 : end]
             for copy, text in enumerate((story, self.flipped(story, rng))):
                 for case in self._cases(text, 0):
-                    counts[(copy, *case)] += 1
+                    counts[copy][case] += 1
         real, flipped = np.log(counts / counts.sum(-1, keepdims=True))
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 

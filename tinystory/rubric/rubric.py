@@ -212,8 +212,8 @@ class Rubric:
         renamed = [self.characters.renamed(text, rng) for text in excerpts]
         flipped = [self.characters.flipped(text, rng) for text in excerpts]
         joined = []
-        for text, other in zip(excerpts, excerpts[1:] + excerpts[:1], strict=True):
-            joined.append(np.append(text[: len(text) // 2], other[len(other) // 2 :]))
+        for excerpt, other in zip(excerpts, excerpts[1:] + excerpts[:1], strict=True):
+            joined.append(np.append(excerpt[: len(excerpt) // 2], other[len(other) // 2 :]))
         real_parts = [self._coreference(text) for text in excerpts]
         for name, corrupted, least in (
             ("names", renamed, 0.5),
