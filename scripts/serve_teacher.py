@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
-        rubric = Rubric.from_corpus(documents, bar.update)
+        rubric = Rubric(documents, bar.update)
     seconds = time.monotonic() - start
     print(
         f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {seconds:.1f} s",

@@ -250,7 +250,7 @@ class InteractConfig(RunConfig):
         0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]"
     )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
-    value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
+    value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "(0, 1000]")
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(
         0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]"

@@ -301,7 +301,7 @@ def compare_by(rubric: Rubric, page) -> tuple[str, ...]:
 
 def test_a_persons_half_hour_survives_closed_pages_and_killed_programs(page, place, tmp_path):
     """The rubric gives the answers of the person."""
-    rubric = Rubric.from_corpus(open_corpus(["builtin"]).mixed())
+    rubric = Rubric(open_corpus(["builtin"]).mixed())
     port = closed_port().rpartition(":")[2]
     url, run = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "interact"
     server = start(tmp_path, port)

@@ -269,7 +269,7 @@ def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
         re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
     )
     monkeypatch.setattr("lab.reader.Reader", lambda: Reader("short-words"))
-    monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
+    monkeypatch.setattr("tinystory.rubric.rubric.Rubric", lambda documents: Rubric())
     score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]
     good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
     assert nothing == 0 < good <= 1

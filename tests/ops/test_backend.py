@@ -129,9 +129,9 @@ def heap_mb():
     areas = re.findall(r"(\w+)-(\w+) .*\[heap\]", Path("/proc/self/maps").read_text())
     return sum(int(end, 16) - int(begin, 16) for begin, end in areas) >> 20
 
-backend.load()
+module = backend.load()
 before = heap_mb()
-backend.keep_freed_memory()
+module.keep_freed_memory()
 print(before, heap_mb())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -156,8 +156,10 @@ def test_a_terminal_sees_how_many_files_are_compiled(tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with build.objects_bar(tmp_path, 3):
-        (tmp_path / "answer.o").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with build.announced(folder, "kernels", 3):
+        (folder / "answer.o").touch()
         wait_until(lambda: "1/3" in terminal.getvalue())
 
 

@@ -41,10 +41,11 @@ def gradient(student, config, batch, advantages, ref_logprobs=None, **more) -> l
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.parameters()]
+    zeros = torch.zeros_like(advantages)
     ppo.update(
         policy(student, torch.nn.Module(), optimizer, config),
         batch,
-        Targets(advantages, batch.logprobs if ref_logprobs is None else ref_logprobs),
+        Targets(advantages, batch.logprobs if ref_logprobs is None else ref_logprobs, zeros, zeros),
         **more,
     )
     return [a - b.detach() for a, b in zip(before, student.parameters(), strict=True)]

@@ -36,7 +36,6 @@ def estimate(critic, states, logprobs, returns, mask):
         values=logprobs[mask],
         places=torch.arange(int(mask.sum())),
         lengths=mask.sum(1).numpy(),
-        input_lengths=mask.sum(1).numpy(),
         longest=longest,
         **sizes,
     )

@@ -75,7 +75,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
             ) / len(mask)
         seen = ppo.read_reference(reference, batch, config)
         rewards = ppo.token_rewards(scores, batch, seen, kl_coef)
-        targets = learners.gae(config, head, batch, seen, rewards)
+        targets = learners.targets_of(config, head, batch, seen, rewards)
         ours = (
             batch.logprobs,
             seen.logprobs,

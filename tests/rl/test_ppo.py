@@ -147,16 +147,16 @@ def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
 
 
 def random_tables(lengths):
-    """Token rewards, values and their mask, (B, N) each."""
+    """Token rewards and values, (B, N) each."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return *torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(3)) * mask, mask
+    return torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(3)) * mask
 
 
 @pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
 def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
     lengths = [5, 1, 8]
-    rewards, table, mask = random_tables(lengths)
-    advantages, returns = learners.advantages_and_returns(rewards, table, mask, gamma, lam)
+    rewards, table = random_tables(lengths)
+    advantages, returns = learners.advantages_and_returns(rewards, table, gamma, lam)
     for b, n in enumerate(lengths):
         values = [*table[b, :n].tolist(), 0.0]
         delta = [float(rewards[b, t]) + gamma * values[t + 1] - values[t] for t in range(n)]
@@ -168,12 +168,10 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
 
 
 def test_padding_changes_no_advantage():
-    rewards, values, mask = random_tables([4, 6])
-    wide = torch.nn.functional.pad(values, (0, 5), value=3.0), torch.nn.functional.pad(mask, (0, 5))
-    narrow = learners.advantages_and_returns(rewards, values, mask, 1.0, 0.95)
-    padded = learners.advantages_and_returns(
-        torch.nn.functional.pad(rewards, (0, 5), value=9.0), *wide, 1.0, 0.95
-    )
+    rewards, values = random_tables([4, 6])
+    narrow = learners.advantages_and_returns(rewards, values, 1.0, 0.95)
+    wide = (torch.nn.functional.pad(table, (0, 5)) for table in (rewards, values))
+    padded = learners.advantages_and_returns(*wide, 1.0, 0.95)
     # sums of another shape may be rounded in another order
     for table, wider in zip(narrow, padded, strict=True):
         torch.testing.assert_close(table, wider[:, :6])

@@ -23,7 +23,7 @@ OUT_OF_NOWHERE = (
 
 @pytest.fixture(scope="module")
 def rubric() -> Rubric:
-    return Rubric.from_corpus(grammar.stories(250_000, seed=0))
+    return Rubric(grammar.stories(250_000, seed=0))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ STORIES = [story[:450] for story in grammar.stories(4_000, seed=1)][:12]
 
 @pytest.fixture(scope="module")
 def rubric() -> Rubric:
-    return Rubric.from_corpus(grammar.stories(30_000, seed=0))
+    return Rubric(grammar.stories(30_000, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_it_yields_once_it_is_fitted_and_takes_no_terminal_along(monkeypatch, ow
             advance()
         done.append("fitted")
 
-    monkeypatch.setattr(serve_teacher.Rubric, "from_corpus", fit)
+    monkeypatch.setattr(serve_teacher, "Rubric", fit)
     monkeypatch.setattr(serve_teacher, "_serve", lambda *_: done.append("served"))
     monkeypatch.setattr(serve_teacher.asyncio, "run", lambda served: None)
     monkeypatch.setattr(os, "nice", lambda by: done.append("niced"))
@@ -351,7 +351,7 @@ def test_it_yields_once_it_is_fitted_and_takes_no_terminal_along(monkeypatch, ow
 
 def test_a_progress_bar_of_the_fit_reaches_its_end():
     done = []
-    Rubric.from_corpus(grammar.stories(400, seed=0), lambda: done.append(1))
+    Rubric(grammar.stories(400, seed=0), lambda: done.append(1))
     assert len(done) == PARTS
 
 

@@ -18,14 +18,10 @@ def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
     kernel. Rows are computed in chunks, and again in the backward pass, so that the (N, V) logits
     never exist at once."""
     rows = max(1, CHUNK // len(weight))
-    logprobs = []
-    entropies = []
+    parts = []
     for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logprob, entropy = checkpoint(
-            reference.token_logprob, part, weight, ids, use_reentrant=False
-        )
-        logprobs.append(logprob)
-        entropies.append(entropy)
+        parts.append(checkpoint(reference.token_logprob, part, weight, ids, use_reentrant=False))
+    logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
@@ -61,11 +57,8 @@ class LoweredLinear(torch.autograd.Function):
         gelu: bool,
     ) -> Tensor:
         y = torch.addmm(bias16, rows, weight16.t())
-        if not gelu:
-            ctx.save_for_backward(rows, weight16, None)
-            return y
-        ctx.save_for_backward(rows, weight16, y)
-        return F.gelu(y, approximate="tanh")
+        ctx.save_for_backward(rows, weight16, y if gelu else None)
+        return F.gelu(y, approximate="tanh") if gelu else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,6 @@
 """The back-end: what runs each operator. It is a compiled kernel (csrc/), on a Mac PyTorch's matmul
 for three operators (MATMULS), or the operator's definition in plain PyTorch (reference.py)."""
 
-import functools
 import os
 import sys
 from types import ModuleType
@@ -34,19 +33,14 @@ _current: str | None = None
 
 
 def current() -> str:
+    """The value of TINYSTORY_KERNELS at the first call, which says on stderr if that is the
+    reference."""
     global _current
     if _current is None:
         _current = from_environment()
         if _current == "reference":
-            run_reference("TINYSTORY_KERNELS=reference")
+            print(f"tinystory: TINYSTORY_KERNELS=reference: {REFERENCE}", file=sys.stderr)
     return _current
-
-
-def run_reference(reason: str) -> None:
-    """Let plain PyTorch run every operator from now on; stderr says why."""
-    global _current
-    _current = "reference"
-    print(f"tinystory: {reason}: {REFERENCE}", file=sys.stderr)
 
 
 def implementation(op: str, x: Tensor) -> str:
@@ -57,37 +51,18 @@ def implementation(op: str, x: Tensor) -> str:
 @torch.compiler.assume_constant_result
 def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
     kernels = current()
-    if kernels == "reference" or not has_kernel(op, device):
+    if kernels == "reference":
         return "reference"
+    build.load()
+    if device == "cuda":
+        cuda.load()
     accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
     if accelerated and kernels == "auto" and op in MATMULS:
         return "pytorch"
     return "kernel"
 
 
-@functools.cache
-def has_kernel(op: str, device: str) -> bool:
-    """Whether the operator has a kernel for this kind of device, built first if need be. If not,
-    stderr says so."""
-    load()
-    if device == "cuda":
-        cuda.load()
-    key = torch._C._dispatch_key_for_device(device)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{op}", key):
-        return True
-    print(f"tinystory: no {device} kernel of {op} here, so plain PyTorch runs it", file=sys.stderr)
-    return False
-
-
 def load() -> ModuleType | None:
     """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the
     reference runs."""
     return None if current() == "reference" else build.load()
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that its tensors free, which the next training step
-    allocates again (csrc/memory.h). Builds the kernels if need be; with the reference, does
-    nothing."""
-    if module := load():
-        module.keep_freed_memory()

@@ -80,7 +80,9 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             if intact(library):
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
-            module = compiled_aloud(name, sources, folder, gpus)
+            target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
+            with announced(folder, target, len(sources)):
+                module = compiled(name, sources, folder, gpus)
             # no source has changed meanwhile
             if library_folder(name, sources, gpus, toolkit) == folder:
                 (folder / "built").write_text(file_hash(library))
@@ -90,34 +92,19 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
 
 
-def compiled_aloud(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
-    """`compiled` in an empty folder, with a line on stderr before and after, and a bar on a
-    terminal."""
-    target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-    reason = "once"
-    if (folder / "built").exists():
-        reason = "again, since they are damaged"
-    say(f"compiling the {target} ({reason}, {MINUTES})")
-    renew(folder)
-    started = time.monotonic()
-    outcome = "failed"
-    try:
-        with objects_bar(folder, len(sources)):
-            module = compiled(name, sources, folder, gpus)
-        outcome = f"took {time.monotonic() - started:.0f} s"
-        return module
-    finally:
-        say(f"compiling {outcome}")
-
-
 def say(sentence: str) -> None:
     """Print a line on stderr, above any bar."""
     tqdm.write(f"tinystory: {sentence}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def objects_bar(folder: Path, count: int) -> Iterator[None]:
-    """A bar of the files that are compiled, on a terminal: torch returns when all are."""
+def announced(folder: Path, target: str, count: int) -> Iterator[None]:
+    """Compile in the block, in a new folder: a line on stderr before and after, and on a terminal
+    a bar of the files that are compiled, since torch returns when all are."""
+    reason = "again, since they are damaged" if (folder / "built").exists() else "once"
+    say(f"compiling the {target} ({reason}, {MINUTES})")
+    renew(folder)
+    started = time.monotonic()
     bar = tqdm(total=count, desc="compiling", unit="file", leave=False, disable=None)
     finished = threading.Event()
 
@@ -128,12 +115,15 @@ def objects_bar(folder: Path, count: int) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    outcome = "failed"
     try:
         yield
+        outcome = f"took {time.monotonic() - started:.0f} s"
     finally:
         finished.set()
         watcher.join()
         bar.close()
+        say(f"compiling {outcome}")
 
 
 def compiler_messages(output: str) -> str:

@@ -29,7 +29,9 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
     """Resolves --device and --dtype, and lets the process keep freed memory. Raises UserError if
     one cannot be used or the kernels cannot be built."""
     device = pick_device(device_name)
-    backend.keep_freed_memory()
+    module = backend.load()
+    if module:  # the next training step allocates the same again (csrc/memory.h)
+        module.keep_freed_memory()
     dtype = pick_dtype(dtype_name, device)
     if dtype_name == "auto":
         dtype_name = str(dtype).removeprefix("torch.")
@@ -37,10 +39,18 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device, for auto see `auto_device`. A GPU too old for the kernels runs plain
-    PyTorch, and stderr says so. Raises UserError for an unusable device."""
+    """The device of --device. auto: a GPU if torch sees one and the kernels can be compiled for it,
+    else the CPU; if it is the CPU despite a GPU, stderr says why. Raises UserError for an unusable
+    device."""
     if name == "auto":
-        return auto_device()
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return pick_device("cuda")
+        except UserError as error:
+            problem = str(error).splitlines()[0]
+        print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -51,35 +61,5 @@ def pick_device(name: str) -> torch.device:
         problem = f"--device {name} cannot be used here ({reason})"
         raise UserError(f"{problem}; try --device cpu") from error
     if device.type == "cuda" and backend.load() is not None:
-        problem = too_old(device)
-        if problem:
-            backend.run_reference(problem)
-        else:
-            cuda.load()
+        cuda.load()
     return device
-
-
-def auto_device() -> torch.device:
-    """A GPU if torch sees one and the kernels can be compiled for it, else the CPU; if it is the
-    CPU despite a GPU, stderr says why."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        problem = ""
-        if backend.load() is not None:
-            problem = too_old(torch.device("cuda"))
-        if not problem:
-            return pick_device("cuda")
-        problem += "; for a large student --device cuda may be faster: plain PyTorch on the GPU"
-    except UserError as error:
-        problem = str(error).splitlines()[0]
-    print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
-    return torch.device("cpu")
-
-
-def too_old(device: torch.device) -> str:
-    """Why the CUDA kernels cannot run on this GPU, or ""."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) >= cuda.OLDEST:
-        return ""
-    return f"this GPU has compute capability {major}.{minor}, and {cuda.NEEDS}"

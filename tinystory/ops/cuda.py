@@ -12,7 +12,6 @@ from tinystory.ops import build
 from tinystory.run.errors import UserError
 
 OLDEST = (8, 0)  # compute capability: mma of bfloat16, cp.async
-NEEDS = "the CUDA kernels need 8.0 (Ampere) or more"
 INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 
@@ -37,20 +36,15 @@ def why_not() -> str:
     if torch.version.cuda is None:
         return "this torch is built without CUDA: install one with it to use a GPU"
     if not architectures():
-        return f"no GPU here can run them, {NEEDS}: use another GPU"
+        return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or more: use another"
     major = torch.version.cuda.split(".")[0]
-    problem = f"torch has CUDA {torch.version.cuda}, but"
     home = toolkit()
-    if not (home / "bin/nvcc").exists() or not (home / "include/cuda_runtime.h").exists():
-        advice = f"install version {major} and set CUDA_HOME to its folder"
-        return f"{problem} there is no CUDA toolkit to compile the kernels with: {advice}"
-    advice = f"set CUDA_HOME to a toolkit of {major}"
-    release = re.search(r"release (\d+)\.\d+", version())
-    if release is None:
-        return f"{problem} {home} has an nvcc that does not say its version: {advice}"
-    if release[1] != major:
-        return f"{problem} {home} has {release[0]}: {advice}"
-    return ""
+    release = re.search(r"release (\d+)", version())
+    has_headers = (home / "include/cuda_runtime.h").exists()
+    if release and release[1] == major and has_headers:
+        return ""
+    problem = f"torch has CUDA {torch.version.cuda}, but {home} has no nvcc and headers of {major}"
+    return f"{problem}: install the CUDA toolkit of version {major} and set CUDA_HOME to its folder"
 
 
 def toolkit() -> Path:
@@ -63,8 +57,11 @@ def toolkit() -> Path:
 
 
 def version() -> str:
-    command = [str(toolkit() / "bin/nvcc"), "--version"]
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    """What nvcc says; "" without one."""
+    nvcc = toolkit() / "bin/nvcc"
+    if not nvcc.exists():
+        return ""
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
 
 
 def architectures() -> list[str]:

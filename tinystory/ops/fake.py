@@ -16,19 +16,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_attention(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor]:
+def causal_attention(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
     lse = qkv.new_empty(B, H, T, dtype=wide(qkv.dtype))
     return out, lse
-
-
-def causal_attention_backward(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(qkv)
-
-
-def decode_attention(qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv[:, 0].shape)
 
 
 def sample(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,13 +41,7 @@ def token_logprob(
     return logprob, torch.empty_like(logprob), lse, logits
 
 
-def token_logprob_backward(
-    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
@@ -73,21 +59,10 @@ def linear(
     return y, slope
 
 
-def linear_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight))
-
-
 def add_layer_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    dropout_p: float,
-    seed: int,
-    dtype: torch.dtype,
+    x: Tensor, branch: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = others[-1]
     total = x.new_empty(0 if branch is None else x.shape)
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(x.shape[:-1].numel())
@@ -95,37 +70,37 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    grad_total: Tensor | None,
-    grad_y: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    dropout_p: float,
-    seed: int,
-    branch_dtype: torch.dtype | None,
+    grad_total: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branch_dtype = others[-1]
     branch_shape = 0 if branch_dtype is None else total.shape
     grad_branch = total.new_empty(branch_shape, dtype=branch_dtype)
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 
 
-FAKE_KERNELS: list[Callable] = [
-    causal_attention,
-    causal_attention_backward,
-    decode_attention,
-    sample,
-    token_logprob,
-    token_logprob_backward,
-    cross_entropy,
-    linear,
-    linear_backward,
-    add_layer_norm,
-    add_layer_norm_backward,
-]
+FAKE_KERNELS: dict[str, Callable] = {
+    "causal_attention": causal_attention,
+    "causal_attention_backward": lambda grad_out, qkv, *_: torch.empty_like(qkv),
+    "decode_attention": lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape),
+    "sample": sample,
+    "token_logprob": token_logprob,
+    "token_logprob_backward": lambda grad_logprob, grad_entropy, hidden, weight, *_: (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape),
+    ),
+    "cross_entropy": cross_entropy,
+    "linear": linear,
+    "linear_backward": lambda grad_y, x, weight, *_: (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        weight.new_empty(len(weight)),
+    ),
+    "add_layer_norm": add_layer_norm,
+    "add_layer_norm_backward": add_layer_norm_backward,
+}
 
 
 def register() -> None:
     """Register them with torch, once, after the operators are loaded."""
-    for fake in FAKE_KERNELS:
-        torch.library.register_fake(f"tinystory::{fake.__name__}", fake)
+    for name, fake in FAKE_KERNELS.items():
+        torch.library.register_fake(f"tinystory::{name}", fake)

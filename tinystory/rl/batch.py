@@ -4,16 +4,18 @@ else."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tinystory.run.device import upload
 from tinystory.student.generate import Story
 
-Rows = Sequence[int] | np.ndarray
+T = TypeVar("T", bound="PerToken")
 
 
 @dataclass(kw_only=True)
@@ -26,27 +28,29 @@ class Batch:
 
     NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the
     stories; openings, equal for the same opening; prompt_lengths, lengths: tokens of opening and
-    story; input_lengths: unpadded rows of inputs. longest: columns of a padded table, the same for
-    all parts of a step."""
+    story. longest: columns of a padded table, the same for all parts of a step."""
 
     inputs: Tensor
     tokens: Tensor
     logprobs: Tensor
     values: Tensor
     places: Tensor
-    indices: np.ndarray
-    openings: np.ndarray
-    prompt_lengths: np.ndarray
-    lengths: np.ndarray
-    input_lengths: np.ndarray
+    indices: ndarray
+    openings: ndarray
+    prompt_lengths: ndarray
+    lengths: ndarray
     longest: int
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def rows(self, rows: Rows) -> "Batch":
+    @property
+    def input_lengths(self) -> ndarray:
+        """(B,) int64: tokens in each row of inputs. The last of a story predicts nothing."""
+        return self.prompt_lengths + self.lengths - 1
+
+    def rows(self, rows: ndarray) -> "Batch":
         """The batch of these stories alone."""
-        rows = np.asarray(rows, np.int64)
         starts = self.lengths.cumsum() - self.lengths
         device = self.inputs.device
         places = upload(spans(starts[rows], self.lengths[rows]), device)
@@ -60,7 +64,6 @@ class Batch:
             openings=self.openings[rows],
             prompt_lengths=self.prompt_lengths[rows],
             lengths=self.lengths[rows],
-            input_lengths=self.input_lengths[rows],
             longest=self.longest,
         )
 
@@ -85,52 +88,45 @@ class Batch:
         return upload(spans(row_starts, self.lengths), self.inputs.device)
 
 
+class PerToken:
+    """Tensors with one entry per story token."""
+
+    def at(self: T, places: Tensor) -> T:
+        """The entries of these tokens, (m,) int64."""
+        columns = {name: column.index_select(0, places) for name, column in vars(self).items()}
+        return type(self)(**columns)
+
+
 @dataclass(frozen=True)
-class Reference:
+class Reference(PerToken):
     """What the frozen starting checkpoint sees of a batch: logprobs (n,) of the stories' tokens, and
     the states (n, C) that predict them; (n, 0) if nobody reads them. Both are float32."""
 
     logprobs: Tensor
     states: Tensor
 
-    def at(self, places: Tensor) -> "Reference":
-        """The entries of these tokens, (m,) int64."""
-        return Reference(self.logprobs.index_select(0, places), self.states.index_select(0, places))
-
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(PerToken):
     """What a learner's loss compares the policy with, (n,) float32 each: advantages; ref_logprobs,
-    the reference's. Learners with values also have values, as they were before the update, and
-    returns, which they should have been."""
+    the reference's; values, as they were before the update, and returns, which they should have
+    been, both 0 for learners without values."""
 
     advantages: Tensor
     ref_logprobs: Tensor
-    values: Tensor | None = None
-    returns: Tensor | None = None
-
-    def at(self, places: Tensor) -> "Targets":
-        """The entries of these tokens, (m,) int64."""
-        values, returns = self.values, self.returns
-        return Targets(
-            advantages=self.advantages.index_select(0, places),
-            ref_logprobs=self.ref_logprobs.index_select(0, places),
-            values=None if values is None else values.index_select(0, places),
-            returns=None if returns is None else returns.index_select(0, places),
-        )
+    values: Tensor
+    returns: Tensor
 
 
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def spans(starts: ndarray, lengths: ndarray) -> ndarray:
     """start, ..., start + length - 1 for each of the starts, concatenated."""
     return np.repeat(starts + lengths - lengths.cumsum(), lengths) + np.arange(lengths.sum())
 
 
 def collate(stories: Sequence[Story], device: torch.device) -> Batch:
-    # The last token predicts nothing.
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
-    first_row: dict[str, int] = {}
-    openings = [first_row.setdefault(story.opening, row) for row, story in enumerate(stories)]
+    _, openings = np.unique([story.opening for story in stories], return_inverse=True)
     return Batch(
         inputs=upload(pad_sequence(inputs, batch_first=True), device),
         tokens=upload(torch.cat([story.tokens for story in stories]), device),
@@ -138,15 +134,14 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         values=upload(torch.cat([story.values for story in stories]), device),
         places=torch.arange(lengths.sum(), device=device),
         indices=np.array([story.index for story in stories]),
-        openings=np.array(openings),
+        openings=openings,
         prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
         lengths=lengths,
-        input_lengths=np.array([len(row) for row in inputs]),
         longest=int(lengths.max()),
     )
 
 
-def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def by_length(lengths: ndarray, size: int) -> Iterator[ndarray]:
     """Indices in groups of at most `size` of similar length, so that little padding is computed."""
     order = lengths.argsort(kind="stable")
     for first in range(0, len(order), size):

@@ -46,12 +46,13 @@ class RidgeCritic(nn.Module):
         odd_gram, odd_moment = self.statistics(batch, reference, returns, odd)
 
         values = torch.zeros_like(batch.logprobs)
-        weights_for_even = ridge_weights(self.gram + odd_gram, self.moment + odd_moment)
-        for x, places in chunks(batch, reference, even):
-            values[places] = (x @ weights_for_even).to(values.dtype)
-        weights_for_odd = ridge_weights(self.gram + even_gram, self.moment + even_moment)
-        for x, places in chunks(batch, reference, odd):
-            values[places] = (x @ weights_for_odd).to(values.dtype)
+        for rows, other_gram, other_moment in (
+            (even, odd_gram, odd_moment),
+            (odd, even_gram, even_moment),
+        ):
+            weights = ridge_weights(self.gram + other_gram, self.moment + other_moment)
+            for x, places in chunks(batch, reference, rows):
+                values[places] = (x @ weights).to(values.dtype)
 
         self.gram.add_(even_gram + odd_gram).mul_(DECAY)
         self.moment.add_(even_moment + odd_moment).mul_(DECAY)

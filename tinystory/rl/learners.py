@@ -8,8 +8,6 @@ with a mask that is True at tokens."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,127 +20,77 @@ from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import ValueHead
 
-Baseline = Callable[[Tensor, Tensor], Tensor]  # (returns (B,), groups (B,)) -> advantages (B,)
-# ---- losses (n,) per token, before weighting, and whether each is clipped (n,) -------------------
-# logprob: (n,), the policy's.
+# ---- the loss ------------------------------------------------------------------------------------
 
 
-def clipped_loss(
-    config: InteractConfig, advantages: Tensor, ratio: Tensor
+def policy_loss(
+    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio. PPO (Schulman et al.
-    2017, arXiv 1707.06347, eq. 7)."""
+    """(n,): each token's loss, and whether it is clipped. logprob: (n,), the policy's.
+
+    -min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio: PPO (Schulman et al. 2017,
+    arXiv 1707.06347, eq. 7), also for GRPO and Dr. GRPO. For RLOO the whole story is one action
+    (Ahmadian et al. 2024, arXiv 2402.14740). RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1)
+    fine-tunes on the best stories: -log p."""
+    if config.learner == "sft-best":
+        return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
+    log_ratio = logprob - batch.logprobs
+    if config.learner == "rloo":
+        story_ratios = torch.exp(batch.story_sums(log_ratio))
+        ratio = batch.packed(story_ratios[:, None])
+    else:
+        ratio = torch.exp(log_ratio)
     clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-    loss = -advantages * ratio
-    loss_of_clipped = -advantages * clipped_ratio
+    loss = -targets.advantages * ratio
+    loss_of_clipped = -targets.advantages * clipped_ratio
     is_clipped = loss_of_clipped.detach() > loss.detach()
     return torch.maximum(loss, loss_of_clipped), is_clipped
 
 
-def ppo_loss(
-    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`clipped_loss` of each token's ratio; also for GRPO and Dr. GRPO."""
-    return clipped_loss(config, targets.advantages, torch.exp(logprob - batch.logprobs))
+def story_weights(config: InteractConfig, batch: Batch, tokens: int, stories: int) -> Tensor:
+    """(n,): weights of the tokens in the mean over a minibatch of this size, for learners that
+    compare stories.
+
+    1/G sum_i 1/|o_i| sum_t: the mean of stories' token means, GRPO (Shao et al. 2024, arXiv
+    2402.03300, eq. 3); for Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1) with the most
+    tokens of a story in place of |o_i|."""
+    lengths = batch.lengths
+    if config.learner == "dr_grpo":
+        lengths = np.full_like(lengths, config.max_new_tokens)
+    weights = (tokens / (stories * lengths)).astype(np.float32)
+    return batch.packed(upload(weights, batch.inputs.device)[:, None])
 
 
-def rloo_loss(
-    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`clipped_loss` of the ratio of the whole story, which is one action (Ahmadian et al. 2024,
-    arXiv 2402.14740)."""
-    story_ratios = torch.exp(batch.story_sums(logprob - batch.logprobs))
-    return clipped_loss(config, targets.advantages, batch.packed(story_ratios[:, None]))
+# ---- targets -------------------------------------------------------------------------------------
 
 
-def cross_entropy(
-    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-log p: RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1) fine-tunes on the best
-    stories."""
-    return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
-
-
-# ---- weights (n,) of the tokens in the mean over a minibatch, by default all 1 -------------------
-
-
-class Size(NamedTuple):
-    """A minibatch's size, over all processes."""
-
-    tokens: int
-    stories: int
-
-
-def story_mean_weights(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
-    """1/G sum_i 1/|o_i| sum_t: the mean of stories' token means. GRPO (Shao et al. 2024, arXiv
-    2402.03300, eq. 3)."""
-    weights = size.tokens / (size.stories * batch.lengths)
-    return batch.packed(upload(weights.astype(np.float32), batch.inputs.device)[:, None])
-
-
-def longest_mean_weights(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
-    """1/G sum_i 1/L sum_t, L the most tokens of a story. Dr. GRPO (Liu et al. 2025, arXiv
-    2503.20783, figure 1)."""
-    return size.tokens / (size.stories * config.max_new_tokens)
-
-
-# ---- targets from token rewards (n,), see `ppo.token_rewards` ------------------------------------
-
-
-def gae(
-    config: InteractConfig,
-    critic: nn.Module,
-    batch: Batch,
-    reference: Reference,
-    rewards: Tensor,
-    values: Tensor | None = None,
+def targets_of(
+    config: InteractConfig, critic: nn.Module, batch: Batch, reference: Reference, rewards: Tensor
 ) -> Targets:
-    """Generalised advantage estimates, whitened, and the returns that a value head learns. values:
-    (n,), by default those of the rollout."""
-    if values is None:
-        values = batch.values
+    """From token rewards (n,), see `ppo.token_rewards`: whitened advantage estimates from the
+    values of the rollout or of the ridge critic, and the returns that a value head learns;
+    advantages by the learner's baseline, the same for all tokens of a story; or 1 everywhere."""
+    learner = LEARNERS[config.learner]
+    if learner.critic is None:
+        zeros = torch.zeros_like(rewards)
+        advantages = torch.ones_like(rewards)
+        if learner.baseline:
+            groups = upload(batch.indices // config.stories_per_opening, rewards.device)
+            story_advantages = learner.baseline(batch.story_sums(rewards), groups)
+            advantages = batch.packed(story_advantages[:, None])
+        return Targets(advantages, reference.logprobs, zeros, zeros)
+
+    values = batch.values
+    reward_table = batch.padded(rewards)
+    if isinstance(critic, RidgeCritic):
+        observed_returns = batch.packed(discounted(reward_table, config.gamma))
+        values = critic.estimate(batch, reference, observed_returns)
     mask = batch.padded(torch.ones_like(rewards)).bool()
-    advantages, returns = advantages_and_returns(
-        batch.padded(rewards), batch.padded(values), mask, config.gamma, config.lam
+    table, returns = advantages_and_returns(
+        reward_table, batch.padded(values), config.gamma, config.lam
     )
-    return Targets(
-        advantages=batch.packed(whiten(advantages, mask)),
-        ref_logprobs=reference.logprobs,
-        values=values,
-        returns=batch.packed(returns),
-    )
-
-
-def ridge(
-    config: InteractConfig, critic: nn.Module, batch: Batch, reference: Reference, rewards: Tensor
-) -> Targets:
-    """`gae` with values from the critic's regression on the reference's states."""
-    assert isinstance(critic, RidgeCritic)
-    observed_returns = batch.packed(discounted(batch.padded(rewards), config.gamma))
-    values = critic.estimate(batch, reference, observed_returns)
-    return gae(config, critic, batch, reference, rewards, values)
-
-
-def grouped(
-    baseline: Baseline,
-    config: InteractConfig,
-    critic: nn.Module,
-    batch: Batch,
-    reference: Reference,
-    rewards: Tensor,
-) -> Targets:
-    """Advantages that compare the stories to an opening by `baseline`, the same for all tokens of a
-    story."""
-    groups = upload(batch.indices // config.stories_per_opening, rewards.device)
-    advantages = baseline(batch.story_sums(rewards), groups)
-    return Targets(batch.packed(advantages[:, None]), reference.logprobs)
-
-
-def alike(
-    config: InteractConfig, critic: nn.Module, batch: Batch, reference: Reference, rewards: Tensor
-) -> Targets:
-    """No story and no token is better than another."""
-    return Targets(torch.ones_like(rewards), reference.logprobs)
+    advantages = batch.packed(whiten(table, mask))
+    return Targets(advantages, reference.logprobs, values, batch.packed(returns))
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
@@ -206,16 +154,14 @@ def discounted(x: Tensor, factor: float) -> Tensor:
 
 
 def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16) and returns
-    = advantages + values, both (B, N) and 0 off the mask. rewards: (B, N), per token."""
-    values = values * mask
-    rewards = rewards * mask
+    = advantages + values, all (B, N) and 0 after a story's end."""
     next_values = nn.functional.pad(values[:, 1:], (0, 1))
     errors = rewards + gamma * next_values - values  # the temporal differences, delta in eq. 12
     advantages = discounted(errors, gamma * lam)
-    return advantages * mask, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -223,29 +169,22 @@ def advantages_and_returns(
 
 @dataclass(frozen=True)
 class Learner:
-    """select: indices of the stories of a step that it learns from, of their returns, (B,); None:
-    all. critic: its class, made from the student's width, or None. groups: whether it compares the
-    stories of a step to the same opening. reads: the options that it reads and some other learner
-    does not."""
+    """critic: its class, made from the student's width, or None. baseline: (returns (B,), groups
+    (B,)) -> advantages (B,), for learners that compare the stories of a step to the same opening.
+    reads: the options that it reads and some other learner does not."""
 
-    targets: Callable[[InteractConfig, nn.Module, Batch, Reference, Tensor], Targets]
-    loss: Callable[[InteractConfig, Batch, Targets, Tensor], tuple[Tensor, Tensor]]
-    weights: Callable[[InteractConfig, Batch, Size], Tensor | float] | None = None
-    select: Callable[[Tensor], Tensor] | None = None
     critic: type[RidgeCritic] | type[ValueHead] | None = None
-    groups: bool = False
+    baseline: Callable[[Tensor, Tensor], Tensor] | None = None
     reads: tuple[str, ...] = ("clip_ratio",)
 
 
-READ_BY_GAE = ("clip_ratio", "gamma", "lam")
-READ_BY_VALUE_HEAD = (*READ_BY_GAE, "value_coef")
 LEARNERS = {
-    "ridge": Learner(ridge, ppo_loss, critic=RidgeCritic, reads=READ_BY_GAE),
-    "gae": Learner(gae, ppo_loss, critic=ValueHead, reads=READ_BY_VALUE_HEAD),
-    "rloo": Learner(partial(grouped, rloo), rloo_loss, story_mean_weights, groups=True),
-    "grpo": Learner(partial(grouped, grpo), ppo_loss, story_mean_weights, groups=True),
-    "dr_grpo": Learner(partial(grouped, dr_grpo), ppo_loss, longest_mean_weights, groups=True),
-    "sft-best": Learner(alike, cross_entropy, select=best_quarter, reads=()),
+    "ridge": Learner(RidgeCritic, reads=("clip_ratio", "gamma", "lam")),
+    "gae": Learner(ValueHead, reads=("clip_ratio", "gamma", "lam", "value_coef")),
+    "rloo": Learner(baseline=rloo),
+    "grpo": Learner(baseline=grpo),
+    "dr_grpo": Learner(baseline=dr_grpo),
+    "sft-best": Learner(reads=()),
 }
 
 
@@ -259,7 +198,7 @@ def check(config: InteractConfig) -> None:
             raise UserError(
                 f"{flag} is read by --learner {' or '.join(readers)} only: leave it out"
             )
-    if LEARNERS[name].groups and (group < 2 or config.stories_per_step % group):
+    if LEARNERS[name].baseline and (group < 2 or config.stories_per_step % group):
         raise UserError(
             f"--learner {name} compares the stories to an opening: give --stories-per-opening 2 or more, and "
             "--stories-per-step a multiple of it"
@@ -267,8 +206,4 @@ def check(config: InteractConfig) -> None:
     if name == "ridge" and config.stories_per_step < 2:
         raise UserError(
             "--learner ridge learns from the other stories of a step: give --stories-per-step 2 or more"
-        )
-    if name == "gae" and not config.value_coef:
-        raise UserError(
-            "--learner gae learns from the value loss alone: give --value-coef, say 0.1"
         )

@@ -64,18 +64,12 @@ class SharpAdam(torch.optim.Adam):
         named = list(student.named_parameters())
         named += [(f"critic.{name}", parameter) for name, parameter in critic.named_parameters()]
         groups: list[dict[str, Any]] = [
-            {
-                "params": named,
-                "lr": config.learning_rate,
-                "initial_lr": config.learning_rate,
-            },
-            {
-                "params": [("sharpness", self.sharpness)],
-                "lr": config.sharpness_rate,
-                "initial_lr": config.sharpness_rate,
-            },
+            {"params": named, "lr": config.learning_rate},
+            {"params": [("sharpness", self.sharpness)], "lr": config.sharpness_rate},
         ]
         super().__init__(groups, eps=EPS, fused=True)
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -206,18 +200,16 @@ def rollout_means(
     tokens_mean. Over the `scored` stories: Pearson's correlation of the score with the number of
     words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
     None."""
-    known_scores: list[float] = []
-    words: list[float] = []
-    mean_logprobs: list[float] = []
-    for story, score in zip(stories, scores, strict=True):
-        if score is not None:
-            known_scores.append(score)
-            words.append(story.words)
-            mean_logprobs.append(float(story.logprobs.mean()))
+    scored = [
+        (story, score) for story, score in zip(stories, scores, strict=True) if score is not None
+    ]
+    known_scores = [score for _, score in scored]
+    words = [story.words for story, _ in scored]
+    mean_logprobs = [float(story.logprobs.mean()) for story, _ in scored]
     return {
         "entropy": fmean(float(story.entropies.sum()) for story in stories),
         "tokens_mean": fmean(len(story.tokens) for story in stories),
-        "scored": len(known_scores),
+        "scored": len(scored),
         "score_length": correlation_or_none(known_scores, words),
         "score_logprob": correlation_or_none(known_scores, mean_logprobs),
     }

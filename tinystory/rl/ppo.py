@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.rl.batch import Batch, Reference, Targets, by_length, spans
-from tinystory.rl.learners import LEARNERS, Size
+from tinystory.rl.learners import LEARNERS, best_quarter, policy_loss, story_weights, targets_of
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
@@ -43,12 +43,13 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
     packing = None
     if not ops.on_gpu(tokens):
         packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    at = upload(places, tokens.device)
     if packing is None:
         hidden = student.hidden(tokens).flatten(0, 1)
-        states = hidden.index_select(0, upload(places, tokens.device))
     else:
         hidden = packing.hidden(student, tokens)
-        states = hidden.index_select(0, packing.source[places])
+        at = packing.source[at]
+    states = hidden.index_select(0, at)
     logprobs, _ = ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)
     return logprobs, states
 
@@ -106,9 +107,8 @@ def step(
     `read_reference`. story_rewards: a story without one gives no gradient. steps: done before this
     one."""
     config = policy.config
-    learner = LEARNERS[config.learner]
     scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
-    batch = batch.rows(scored)
+    batch = batch.rows(np.array(scored))
     reference = reference.at(batch.places)
     rewards = torch.tensor([story_rewards[row] for row in scored], device=batch.inputs.device)
 
@@ -126,12 +126,12 @@ def step(
     }
 
     per_token = token_rewards(rewards, batch, reference, kl_in_reward)
-    if learner.select:
-        selected = learner.select(batch.story_sums(per_token)).cpu().numpy()
+    if config.learner == "sft-best":
+        selected = best_quarter(batch.story_sums(per_token)).cpu().numpy()
         batch = batch.rows(selected)
         reference = reference.at(batch.places)
         per_token = per_token.index_select(0, batch.places)
-    targets = learner.targets(config, policy.critic, batch, reference, per_token)
+    targets = targets_of(config, policy.critic, batch, reference, per_token)
     return statistics | update(policy, batch, targets, kl_in_loss, steps)
 
 
@@ -159,12 +159,12 @@ def update(
     for epoch in range(config.epochs):
         minibatches = shuffled_minibatches(len(batch), config.minibatch_size)
         for i, minibatch in enumerate(minibatches):
-            if config.lr_decay:
+            if config.lr_decay:  # linearly to 0
                 epochs_done = epoch + i / len(minibatches)
-                decay_learning_rates(
-                    optimizer, (steps + epochs_done / config.epochs) / config.steps
-                )
-            optimizer.zero_grad(set_to_none=True)
+                done = (steps + epochs_done / config.epochs) / config.steps
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * (1 - done)
+            optimizer.zero_grad()
             with student.lowered(dtype):
                 sums, largest_ratio_error = backward(policy, batch, targets, minibatch, kl_coef)
             if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
@@ -182,14 +182,16 @@ def update(
             updates += 1
             for name in totals:
                 totals[name] += statistics[name]
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
     means = {name: total / max(updates, 1) for name, total in totals.items()}
     del means["mean_ratio"]
+    residual = targets.returns - targets.values
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        "explained_variance": explained_variance(targets),
+        # of the returns, by the values; NaN without values
+        "explained_variance": 1 - float(residual.var() / targets.returns.var()),
     }
 
 
@@ -201,12 +203,6 @@ def shuffled_minibatches(stories: int, size: int) -> list[np.ndarray]:
     return np.split(order, range(size, stories, size))
 
 
-def decay_learning_rates(optimizer: torch.optim.Optimizer, done: float) -> None:
-    """Linear decay to 0. done: fraction of the run."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1 - done)
-
-
 def backward(
     policy: Policy, batch: Batch, targets: Targets, minibatch: np.ndarray, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
@@ -216,8 +212,7 @@ def backward(
     Returns sums of STATISTICS over the tokens, divided alike, (5,) float64, and the largest
     |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
     config = policy.config
-    learner = LEARNERS[config.learner]
-    size = Size(int(batch.lengths[minibatch].sum()), len(minibatch))
+    tokens = int(batch.lengths[minibatch].sum())
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=batch.inputs.device)
     largest_ratio_error = torch.zeros((), device=batch.inputs.device)
     shard = np.array(distributed.shard_strided(minibatch.tolist()), np.int64)
@@ -228,20 +223,20 @@ def backward(
             logprob, states = response_logprobs(policy.student, part, config.temperature)
             value = None if policy.value_head is None else policy.value_head(states)
 
-        policy_loss, is_clipped = learner.loss(config, part, target, logprob)
+        token_loss, is_clipped = policy_loss(config, part, target, logprob)
         if kl_coef:
-            policy_loss = policy_loss + kl_coef * k3(target, logprob)
-        if learner.weights:
-            policy_loss = policy_loss * learner.weights(config, part, size)
+            token_loss = token_loss + kl_coef * k3(target, logprob)
+        if LEARNERS[config.learner].baseline:
+            token_loss = token_loss * story_weights(config, part, tokens, len(minibatch))
         value_loss = squared_error(target, value)
-        loss = (policy_loss.sum() + config.value_coef * value_loss.sum()) / size.tokens
+        loss = (token_loss.sum() + config.value_coef * value_loss.sum()) / tokens
         loss.backward()
 
         with torch.no_grad():
             ratio = torch.exp(logprob - part.logprobs)
             approx_kl = (ratio - 1) - ratio.log()
-            per_token = (policy_loss, value_loss, is_clipped, approx_kl, ratio)
-            sums += torch.stack([x.sum().double() for x in per_token]) / size.tokens
+            per_token = (token_loss, value_loss, is_clipped, approx_kl, ratio)
+            sums += torch.stack([x.sum().double() for x in per_token]) / tokens
             largest_ratio_error = torch.maximum(largest_ratio_error, (ratio - 1).abs().max())
     return sums, largest_ratio_error
 
@@ -256,9 +251,7 @@ def k3(targets: Targets, logprob: Tensor) -> Tensor:
 def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
     """(n,): half the squared error of the value head, whose values are clipped to within CLIP_VALUE
     of the old ones if that error is larger; half the ridge critic's squared error, without
-    gradient; 0 without values."""
-    if targets.values is None or targets.returns is None:
-        return torch.zeros_like(targets.advantages)
+    gradient."""
     if value is None:
         return 0.5 * (targets.values - targets.returns) ** 2
     change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)
@@ -266,12 +259,3 @@ def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
     error = (value - targets.returns) ** 2
     clipped_error = (clipped - targets.returns) ** 2
     return 0.5 * torch.maximum(error, clipped_error)
-
-
-def explained_variance(targets: Targets) -> float:
-    """Fraction of the returns' variance that the values explain; NaN without values, or for a
-    single token."""
-    if targets.values is None or targets.returns is None or len(targets.returns) < 2:
-        return math.nan
-    residual = targets.returns - targets.values
-    return 1 - float(residual.var() / targets.returns.var().clamp(min=1e-12))

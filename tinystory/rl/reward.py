@@ -20,11 +20,11 @@ def story_rewards(
     rewards: list[float | None] = []
     all_differences = differences([story.text for story in stories])
     for story, score, difference in zip(stories, scores, all_differences, strict=True):
-        if score is None:
-            rewards.append(None)
-            continue
-        ended = story.ended == "eos"
-        rewards.append(story_reward(config, score, difference, story.words, ended))
+        reward = None
+        if score is not None:
+            ended = story.ended == "eos"
+            reward = story_reward(config, score, difference, story.words, ended)
+        rewards.append(reward)
     return rewards
 
 

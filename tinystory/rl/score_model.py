@@ -59,15 +59,18 @@ def story_features(batch: Batch, reference: Reference, stories: Sequence[Story])
     for story, x, story_states in zip(stories, logprobs_of_each, states_of_each, strict=True):
         count = len(x)
         half = max(count // 2, 1)
+        scalars = [
+            x.mean(),
+            x.std(correction=0),
+            x[:half].mean(),
+            x[-half:].mean(),
+            x[-10:].mean(),
+            (x < -4).double().mean(),
+        ]
         columns = [
             story_states.mean(0),
             story_states[-1],
-            x.mean()[None],
-            x.std(correction=0)[None],
-            x[:half].mean()[None],
-            x[-half:].mean()[None],
-            x[-10:].mean()[None],
-            (x < -4).double().mean()[None],
+            torch.stack(scalars),
             torch.quantile(x, x.new_tensor(QUANTILES)),
             x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, story.ended == "eos"]),
         ]
@@ -122,15 +125,15 @@ class ScoreModel:
         features = tensors["score_model.features"]
         scores = tensors["score_model.scores"]
         expected = tensors["score_model.expected"]
-        stories = len(scores) if scores.dim() else 0
-        if features.shape != (stories, 2 * width + MORE_FEATURES) or not 0 < stories <= MOST:
-            raise ValueError(f"score_model.features is {tuple(features.shape)}")
-        if scores.shape != (stories,) or expected.shape != (stories,):
-            raise ValueError(f"score_model.scores is {tuple(scores.shape)}")
-        if features.dtype != torch.float32 or {scores.dtype, expected.dtype} != {torch.float64}:
-            raise ValueError(f"score_model is of {features.dtype} and {scores.dtype}")
-        if not bool(((scores >= 0) & (scores <= 1)).all()):
-            raise ValueError("score_model.scores holds one outside 0 to 1")
+        stories = scores.numel()
+        if (
+            not 0 < stories <= MOST
+            or features.shape != (stories, 2 * width + MORE_FEATURES)
+            or features.dtype != torch.float32
+            or any(x.shape != (stories,) or x.dtype != torch.float64 for x in (scores, expected))
+            or not ((scores >= 0) & (scores <= 1)).all()
+        ):
+            raise ValueError("score_model holds no features and scores of graded stories")
         self.features = features
         self.scores = scores
         self.expected = expected
@@ -171,19 +174,17 @@ class ScoreModel:
         """Learn from a step's graded stories and predict the scores of the others. features: (B,
         F), of all of them; graded: rows that were sent; scores: the teacher's, None without.
         Returns a score per story (None if it was sent, or without enough grades), and metrics."""
-        rows: list[int] = []
-        known_scores: list[float] = []
-        for row in graded:
-            score = scores[row]
-            if score is not None:
-                rows.append(row)
-                known_scores.append(score)
+        rows = [row for row in graded if scores[row] is not None]
         if rows:
             before = self.predict(features)
             expected = torch.full((len(rows),), UNKNOWN, dtype=torch.float64)
             if before is not None:
                 expected = before[0][rows]
-            self._learn(features[rows], known_scores, expected)
+            new_scores = torch.tensor([scores[row] for row in rows], dtype=torch.float64)
+            earlier_features = self.features.reshape(-1, features.shape[1])
+            self.features = torch.cat([earlier_features, features[rows]])[-MOST:]
+            self.scores = torch.cat([self.scores, new_scores])[-MOST:]
+            self.expected = torch.cat([self.expected, expected])[-MOST:]
         record: dict[str, Any] = {"predicted": 0, "score_error": None}
         record["score_r_squared"] = self.r_squared()
         after = self.predict(features)
@@ -194,7 +195,7 @@ class ScoreModel:
         predicted: list[float | None] = expected_scores.tolist()
         for row in graded:
             predicted[row] = None
-        record["predicted"] = len(predicted) - predicted.count(None)
+        record["predicted"] = len(predicted) - len(graded)
         return predicted, record
 
     def r_squared(self) -> float | None:
@@ -209,15 +210,6 @@ class ScoreModel:
         total = float(((scores - scores.mean()) ** 2).sum())
         residual = float(((scores - expected) ** 2).sum())
         return 1 - residual / total if total > 0 else None
-
-    def _learn(self, features: Tensor, scores: Sequence[float], expected: Tensor) -> None:
-        """Add graded stories of a step to those of earlier steps. features: (m, F); expected:
-        (m,)."""
-        new_scores = torch.tensor(scores, dtype=torch.float64)
-        earlier_features = self.features.reshape(-1, features.shape[1])
-        self.features = torch.cat([earlier_features, features])[-MOST:]
-        self.scores = torch.cat([self.scores, new_scores])[-MOST:]
-        self.expected = torch.cat([self.expected, expected])[-MOST:]
 
     def _scaled(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of the graded stories, (n, F), and of a step, (B, F), in float64: with mean

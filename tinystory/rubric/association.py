@@ -5,6 +5,7 @@ import functools
 from itertools import pairwise
 
 import numpy as np
+from numpy import ndarray
 
 from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, lookup
@@ -37,7 +38,7 @@ class WordAssociation:
                 pairs.append(self._pairs(words))
         self._keys, self._pair_counts = np.unique(np.concatenate(pairs), return_counts=True)
 
-    def mean(self, ids: np.ndarray) -> float | None:
+    def mean(self, ids: ndarray) -> float | None:
         """Smoothed pointwise mutual information (Church and Hanks 1990), averaged over pairs of the
         text's words: log (1 + windows with both) / (1 + expected windows with both). None for fewer
         than FEWEST_WORDS words."""
@@ -55,10 +56,10 @@ class WordAssociation:
         expected = self._word_counts[first] * self._word_counts[second] / self._windows
         return float(np.log((1 + observed) / (1 + expected)).mean())
 
-    def _words(self, ids: np.ndarray) -> np.ndarray:
+    def _words(self, ids: ndarray) -> ndarray:
         rows = np.unique(self._row[ids])
         return rows[rows >= 0]
 
-    def _pairs(self, words: np.ndarray) -> np.ndarray:
+    def _pairs(self, words: ndarray) -> ndarray:
         first, second = _triu_indices(len(words), 1)
         return words[first] * self._size + words[second]

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+from numpy import ndarray
 
 from tinystory.rubric.ngram import BOUNDARY, UNKNOWN, first_occurrences, hashes, lookup
 
@@ -68,31 +69,30 @@ class Lexicon:
     def __len__(self) -> int:
         return len(self.words)
 
-    def look_up(self, tokens: list[str]) -> np.ndarray:
+    def look_up(self, tokens: list[str]) -> ndarray:
         """(T,) token ids."""
         ids = [self.index.get(_folded(token), UNKNOWN) for token in tokens]
         return np.array(ids, dtype=np.int64)
 
-    def members(self, words: Iterable[str]) -> np.ndarray:
+    def members(self, words: Iterable[str]) -> ndarray:
         """(V,) bool, True for the ids of these words."""
         flags = np.zeros(len(self), bool)
         flags[[self.index[word] for word in words if word in self.index]] = True
         return flags
 
-    def _learn_classes(self, capital: np.ndarray) -> None:
+    def _learn_classes(self, capital: ndarray) -> None:
         """capital: (T,) bool, whether the token is spelled with a capital."""
         ids = self.ids
         size = len(self)
         total = np.maximum(np.bincount(ids, minlength=size), 1)
         self.frequency = total / total.sum()
         is_word = np.array([word[:1].isalpha() for word in self.words])
-        is_word[[UNKNOWN, BOUNDARY]] = False
         function = self.members(FUNCTION)
         self.content = is_word & ~function
         before = np.roll(ids, 1)
         after = np.roll(ids, -1)
 
-        def fraction(where: np.ndarray) -> np.ndarray:
+        def fraction(where: ndarray) -> ndarray:
             """(V,) fraction of a word's tokens that are there."""
             return np.bincount(ids[where], minlength=size) / total
 
@@ -182,12 +182,12 @@ class Lexicon:
         prior = np.where(self.name[:, None, None], name_prior, noun_prior)
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
-    def place(self, ids: np.ndarray) -> np.ndarray:
+    def place(self, ids: ndarray) -> ndarray:
         """(T,) ids -> (T - 1,) usual place of each pair of tokens in a story, -0.5 (beginning) to
         0.5 (end)."""
         return lookup(self._place_keys, self._place, hashes(ids, 2))
 
-    def introductions(self, ids: np.ndarray) -> np.ndarray:
+    def introductions(self, ids: ndarray) -> ndarray:
         """(T,) ids -> (T,) the kind of word that introduces each token, looking back over at most
         two adjectives."""
         kind = np.zeros(len(ids), np.int64)

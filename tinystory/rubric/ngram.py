@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
 
 UNKNOWN = 0  # token id of every word that is not in the vocabulary
 BOUNDARY = 1  # token id that separates documents
@@ -13,7 +14,7 @@ DISCOUNT = 0.75
 ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
 
 
-def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
+def rolling_hashes(ids: ndarray, longest: int) -> Iterator[ndarray]:
     """(T,) ids -> for n = 1 to `longest`, (T - n + 1,) uint64 hashes of the n-grams, by first
     token."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -25,13 +26,13 @@ def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
         yield hashed
 
 
-def hashes(ids: np.ndarray, n: int) -> np.ndarray:
+def hashes(ids: ndarray, n: int) -> ndarray:
     """(T,) ids -> (T - n + 1,) uint64 hashes of the n-grams, by first token."""
     *_, hashed = rolling_hashes(ids, n)
     return hashed
 
 
-def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find(table: ndarray, keys: ndarray) -> tuple[ndarray, ndarray]:
     """The index of each key in the sorted table, and whether it is present."""
     index = np.zeros(len(keys), np.int64)
     if not len(table):
@@ -41,7 +42,7 @@ def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index, table[index] == keys
 
 
-def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def lookup(table: ndarray, values: ndarray, keys: ndarray) -> ndarray:
     """float64 row of `values` for each key in the sorted table, zeros for absent keys."""
     index, present = find(table, keys)
     out = np.zeros((len(keys), *values.shape[1:]))
@@ -49,7 +50,7 @@ def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarra
     return out
 
 
-def first_occurrences(keys: np.ndarray) -> np.ndarray:
+def first_occurrences(keys: ndarray) -> ndarray:
     """(n,) bool: True at the first occurrence of each key."""
     _, places = np.unique(keys, return_index=True)
     first = np.zeros(len(keys), bool)
@@ -57,7 +58,7 @@ def first_occurrences(keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def covered(starts: np.ndarray, n: int, length: int) -> np.ndarray:
+def covered(starts: ndarray, n: int, length: int) -> ndarray:
     """(length,) bool: the tokens of n-grams that begin where `starts` is True."""
     out = np.zeros(length, bool)
     for offset in range(n):
@@ -70,16 +71,16 @@ class NgramModel:
     Essen and Kneser 1994): p_n(w | h) = max(c(hw) - D, 0) / c(h) + D * types(h) / c(h) * p_{n-1}(w
     | h')."""
 
-    def __init__(self, ids: np.ndarray, vocabulary: int):
+    def __init__(self, ids: ndarray, vocabulary: int):
         """ids: (T,) integers below `vocabulary`, documents separated by BOUNDARY."""
         counts = np.bincount(ids, minlength=vocabulary) + 0.5
         self._unigram = (counts / counts.sum()).astype(np.float32)
         self._length = len(ids)
         self._orders: list[_Order] = []
-        shorter: np.ndarray | None = None
+        shorter = ids
         for hashed in rolling_hashes(ids, ORDER):
             keys, first, count = _unique(hashed)
-            if shorter is None:
+            if not self._orders:
                 probability = self._unigram[ids[first]]
             else:
                 lower = self._orders[-1]
@@ -87,16 +88,16 @@ class NgramModel:
                 suffix, _ = find(lower.keys, shorter[first + 1])  # without its first
                 total = np.bincount(context, weights=count, minlength=len(lower.keys))
                 types = np.bincount(context, minlength=len(lower.keys))
-                left_over = (DISCOUNT * types / np.maximum(total, 1)).astype(np.float32)
-                left_over[total == 0] = 1.0
-                lower.left_over = left_over
+                seen = total > 0
+                lower.left_over[seen] = DISCOUNT * types[seen] / total[seen]
                 probability = (count - DISCOUNT) / total[context]
-                probability += left_over[context] * lower.probability[suffix]
-            order = _Order(keys, count.astype(np.float32), probability.astype(np.float32))
+                probability += lower.left_over[context] * lower.probability[suffix]
+            count = count.astype(np.float32)
+            order = _Order(keys, count, probability.astype(np.float32), np.ones_like(count))
             self._orders.append(order)
             shorter = hashed
 
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, ids: ndarray) -> tuple[ndarray, ndarray]:
         """(T,) ids of a document from its beginning -> (ORDER, T) natural-log probabilities (row n:
         given n tokens before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens
         that the corpus hardly has although its two overlapping parts are common, observed + 0.5 <
@@ -104,18 +105,15 @@ class NgramModel:
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         counts = [np.full(len(padded) + 1, self._length)]  # of the n-grams in `padded`, from n = 0
         rows = []
-        probability = self._unigram[padded]
-        left_over: np.ndarray | None = None
-        for n, hashed in enumerate(rolling_hashes(padded, ORDER), start=1):
-            order = self._orders[n - 1]
+        backed_off = self._unigram[padded]
+        hashes_by_order = rolling_hashes(padded, ORDER)
+        for n, (order, hashed) in enumerate(zip(self._orders, hashes_by_order, strict=True), 1):
             index, present = find(order.keys, hashed)
             counts.append(np.where(present, order.count[index], 0.0))
-            if left_over is not None:
-                backed_off = left_over[:-1] * probability[1:]
-                probability = np.where(present, order.probability[index], backed_off)
-            if order.left_over is not None:
-                left_over = np.where(present, order.left_over[index], 1.0)
+            probability = np.where(present, order.probability[index], backed_off)
             rows.append(probability[ORDER - n :])
+            left_over = np.where(present, order.left_over[index], 1.0)
+            backed_off = left_over[:-1] * probability[1:]
 
         odd = np.zeros(len(ids), bool)
         for n in range(2, ORDER):
@@ -132,13 +130,13 @@ class _Order:
     """N-grams of one length, sorted by hash. left_over: probability mass of a context's unseen next
     tokens."""
 
-    keys: np.ndarray
-    count: np.ndarray
-    probability: np.ndarray
-    left_over: np.ndarray | None = None
+    keys: ndarray
+    count: ndarray
+    probability: ndarray
+    left_over: ndarray
 
 
-def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _unique(hashed: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     """np.unique with return_index and return_counts, but several times faster: any index of a key
     will do."""
     order = np.argsort(hashed)
@@ -152,43 +150,40 @@ class Phrases:
     """N-grams of a corpus, with the least n at which held-out stories share few: only longer
     overlaps are copies."""
 
-    def __init__(self, ids: np.ndarray, examples: list[np.ndarray]):
+    def __init__(self, ids: ndarray, examples: list[ndarray]):
         for n in (8, 12, 16, 24):
             self._n = n
             self._keys = np.sort(hashes(ids, n))
             if np.mean([self.copied(example) for example in examples]) < 0.3:
                 break
 
-    def copied(self, ids: np.ndarray) -> float:
+    def copied(self, ids: ndarray) -> float:
         """Fraction of the tokens in such n-grams."""
         _, present = find(self._keys, hashes(ids, self._n))
         return float(covered(present, self._n, len(ids)).mean())
 
 
-def sample(
-    ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2
-) -> list[np.ndarray]:
-    """`count` texts of about `length` ids from an unsmoothed n-gram model of `ids`: each token is
-    drawn from those that follow the same `context` tokens. boundary: separates documents."""
-    hashed = hashes(ids[:-1], context)
+def sample(ids: ndarray) -> list[ndarray]:
+    """A hundred texts of about a hundred ids from an unsmoothed trigram model of `ids`: each token
+    is drawn from those that follow the same two. 0 separates documents."""
+    hashed = hashes(ids[:-1], 2)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
-    starts = np.flatnonzero(ids[: -context - 1] == boundary)
+    starts = np.flatnonzero(ids[:-3] == 0)
     if not len(starts):
         return []
     rng = np.random.default_rng(0)
     texts = []
-    for start in rng.choice(starts, count):
-        text = list(ids[start : start + context + 1])
-        while len(text) < length + context + 1:
-            key = hashes(np.array(text[-context:]), context)[0]
+    for start in rng.choice(starts, 100):
+        text = list(ids[start : start + 3])
+        while len(text) < 103:
+            key = hashes(np.array(text[-2:]), 2)[0]
             low = np.searchsorted(ranked, key, "left")
             high = np.searchsorted(ranked, key, "right")
             if low == high:
                 break
-            place = order[rng.integers(low, high)]
-            token = int(ids[place + context])
-            if token == boundary:
+            token = int(ids[order[rng.integers(low, high)] + 2])
+            if token == 0:
                 break
             text.append(token)
         texts.append(np.array(text[1:]))

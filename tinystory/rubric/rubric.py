@@ -43,9 +43,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy import ndarray
 
 from tinystory.rubric.association import WordAssociation
 from tinystory.rubric.characters import Characters
@@ -62,7 +62,6 @@ from tinystory.rubric.ngram import (
 )
 from tinystory.rubric.surface import (
     END_MARKS,
-    Sentences,
     count_slips,
     ends_sentence,
     split_sentences,
@@ -72,14 +71,13 @@ from tinystory.rubric.surface import (
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
-T = TypeVar("T")
 MAX_CORPUS_TOKENS = 1_700_000  # about 1.5 M words and their punctuation
 MIN_CORPUS_TOKENS = 200
 MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
 EXCERPT = 90  # tokens per story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
-PARTS = 8  # steps of fitting, for a progress bar
+PARTS = 4  # steps of fitting, for a progress bar
 
 TROUBLE = frozenset(
     (
@@ -102,48 +100,21 @@ THREAD = {
 }
 
 
-class Scale(NamedTuple):
-    """The values of a part, as measured, that become 0 and 1."""
-
-    zero: float
-    one: float
-
-
-class Text(NamedTuple):
-    """A story after its opening."""
-
-    ids: np.ndarray  # of opening and story
-    start: int  # index of the story in `ids`
-    story: np.ndarray  # ids of the story alone
-    tokens: list[str]  # of the story, as all below
-    is_word: np.ndarray  # (tokens,) bool
-    words: int
-    sentences: Sentences
-    spans: list[tuple[int, int]]  # first token and one past the last of sentences with words
-    continues: bool  # within a sentence of the opening
-
-
-def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
+def ramp(x: float | ndarray, zero: float, one: float) -> float:
     """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. The mean for an
     array."""
     fraction = (x - zero) / (one - zero)
-    if isinstance(fraction, np.ndarray):
-        return float(np.clip(fraction, 0.0, 1.0).mean())
-    return min(max(float(fraction), 0.0), 1.0)
+    return float(np.clip(fraction, 0.0, 1.0).mean())
 
 
 class Rubric:
     """Measures stories against a corpus, deterministically: equal texts get equal scores."""
 
-    def __init__(
-        self,
-        stories: list[list[str]],
-        examples: list[list[str]],
-        done: Callable[[], object] = lambda: None,
-    ):
-        """stories: tokenized stories to count in; examples: held-out ones, which set the scales;
-        done: called after each of the PARTS of fitting."""
-        done()  # the corpus is read
+    def __init__(self, documents: Iterable[str], done: Callable[[], object] = lambda: None):
+        """Fit to about 1.5 M words of the documents. done: called after each of the PARTS of
+        fitting. Raises UserError if there are too few words."""
+        stories, examples = _stories_and_examples(documents)
+        done()
         lexicon = Lexicon(stories)
         self.lexicon = lexicon
         done()
@@ -153,55 +124,28 @@ class Rubric:
             patterns = pool.submit(NgramModel, lexicon.pattern[lexicon.ids], len(lexicon))
             phrases = pool.submit(Phrases, lexicon.ids, excerpts)
             association = pool.submit(WordAssociation, lexicon)
-            for future in (model, patterns, phrases, association):
-                future.add_done_callback(lambda _: done())
             self.characters = Characters(lexicon)
             self.model = model.result()
             self.patterns = patterns.result()
             self.phrases = phrases.result()
             self.association = association.result()
+        done()
         self._frame = np.arange(len(lexicon))
-        self._frame[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
         self._skeleton = self._frame.copy()
-        self._skeleton[lexicon.content & ~lexicon.name] = OTHER
-        self._skeleton[lexicon.content & lexicon.verb & ~lexicon.name] = ACT
+        self._skeleton[lexicon.content] = OTHER
+        self._skeleton[lexicon.content & lexicon.verb] = ACT
         self._skeleton[lexicon.noun] = THING
-        self._scale = {
-            "known": Scale(0.75, 0.97),
-            "formed": Scale(0.2, 0.95),
-            "clean": Scale(0.92, 0.995),
-            "unlooped": Scale(0.5, 0.9),
+        for classes in (self._frame, self._skeleton):
+            classes[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
+        # Values of each part, as measured, that become 0 and 1.
+        self._scale: dict[str, tuple[float, float]] = {
+            "known": (0.75, 0.97),
+            "formed": (0.2, 0.95),
+            "clean": (0.92, 0.995),
+            "unlooped": (0.5, 0.9),
         }
-        rng = np.random.default_rng(0)
-        self._set_scales(examples, rng)
+        self._set_scales(examples, excerpts)
         done()
-        self._set_coreference_scales(excerpts, rng)
-        done()
-
-    @classmethod
-    def from_corpus(
-        cls, documents: Iterable[str], done: Callable[[], object] = lambda: None
-    ) -> "Rubric":
-        """Fit a rubric to about 1.5 M words of the documents. done: as above. Raises UserError if
-        there are too few."""
-        stories: list[list[str]] = []
-        held_out: list[list[str]] = []
-        count = 0
-        for index, passage in enumerate(_corpus_passages(documents)):
-            if index % 16 == 15 and len(held_out) < HELD_OUT:
-                held_out.append(passage)
-                continue
-            stories.append(passage)
-            count += len(passage)
-            if count >= MAX_CORPUS_TOKENS:
-                break
-        if count < MIN_CORPUS_TOKENS:
-            raise UserError(
-                f"the corpus has only {count} words and stops: give the teacher more stories to measure by"
-            )
-        examples = held_out or stories[:HELD_OUT]
-        excerpts = [next(_passages(example, EXCERPT)) for example in examples]
-        return cls(stories, excerpts, done)
 
     def score(self, opening: str, story: str) -> dict[str, int]:
         """The integer score, 0..3, of each criterion."""
@@ -226,8 +170,10 @@ class Rubric:
         criteria = {"readability": readability, "coherence": coherence, "creativity": creativity}
         return part | criteria | {"total": sum(criteria.values())}
 
-    def _set_scales(self, examples: list[list[str]], rng: np.random.Generator) -> None:
-        """Held-out stories set 1; corrupted copies of them and n-gram samples set 0."""
+    def _set_scales(self, examples: list[list[str]], excerpts: list[ndarray]) -> None:
+        """Held-out stories, tokens and ids, set 1; corrupted copies of them and n-gram samples set
+        0."""
+        rng = np.random.default_rng(0)
         shuffled = [_shuffled(text, rng) for text in examples]
         reordered = []
         for text in examples:
@@ -235,7 +181,7 @@ class Rubric:
             mixed = _shuffled(sentences, rng)
             reordered.append(list(chain.from_iterable(mixed)))
         sampled = []
-        for ids in sample(self.lexicon.spelling_ids, 0, 100, 100):
+        for ids in sample(self.lexicon.spelling_ids):
             sampled.append([self.lexicon.spellings[id] for id in ids])
 
         real_parts = self._parts_of(examples)
@@ -246,37 +192,46 @@ class Rubric:
         # In nats per token. Against a repetitive corpus, -2.5 and -2 are enough for a score of 1.
         for name, enough in (("fluent", -2.5), ("grammatical", -2.0)):
             one = min(_percentile(real_parts, name, 25), enough)
-            self._scale[name] = Scale(min(_percentile(shuffled_parts, name, 50), one - 2), one)
-        self._scale["smooth"] = Scale(min(_percentile(shuffled_parts, "smooth", 50), 0.9), 0.99)
-        self._scale["varied"] = Scale(
-            _percentile(real_parts, "varied", 50) / 2 - 0.01, _percentile(real_parts, "varied", 35)
+            self._scale[name] = (min(_percentile(shuffled_parts, name, 50), one - 2), one)
+        self._scale["smooth"] = (min(_percentile(shuffled_parts, "smooth", 50), 0.9), 0.99)
+        self._scale["varied"] = (
+            _percentile(real_parts, "varied", 50) / 2 - 0.01,
+            _percentile(real_parts, "varied", 35),
         )
-        self._scale["rare"] = Scale(
-            _percentile(real_parts, "rare", 50) - 1.5, _percentile(real_parts, "rare", 40)
+        self._scale["rare"] = (
+            _percentile(real_parts, "rare", 50) - 1.5,
+            _percentile(real_parts, "rare", 40),
         )
-        self._scale["uncopied"] = Scale(0.0, max(0.1, _percentile(real_parts, "uncopied", 25)))
+        self._scale["uncopied"] = (0.0, max(0.1, _percentile(real_parts, "uncopied", 25)))
         for name in ("reach", "focus", "introduced", "referred", "order", "joined"):
-            one = _percentile(real_parts, name, 40)
             zero = _percentile(sampled_parts, name, 50)
             if name not in ("reach", "focus"):
                 zero = min(zero, _percentile(reordered_parts, name, 50))
-            self._scale[name] = Scale(min(zero, one - 0.1), one)
+            self._set_scale(name, real_parts, zero, 0.1)
 
-    def _set_coreference_scales(self, stories: list[np.ndarray], rng: np.random.Generator) -> None:
-        """The same for names, agreement and association. stories: ids of held-out stories."""
-        characters = self.characters
-        renamed = [characters.renamed(text, rng) for text in stories]
-        flipped = [characters.flipped(text, rng) for text in stories]
+        renamed = [self.characters.renamed(text, rng) for text in excerpts]
+        flipped = [self.characters.flipped(text, rng) for text in excerpts]
         joined = []
-        for text, other in zip(stories, stories[1:] + stories[:1], strict=True):
-            joined.append(np.append(text[: len(text) // 2], other[len(other) // 2 :]))
-        self._scale["names"] = _scale(characters.introduction, stories, renamed, 0.5)
-        self._scale["agreement"] = _scale(characters.agreement, stories, flipped, 0.2)
-        self._scale["association"] = _scale(self.association.mean, stories, joined, 0.02)
+        for excerpt, other in zip(excerpts, excerpts[1:] + excerpts[:1], strict=True):
+            joined.append(np.append(excerpt[: len(excerpt) // 2], other[len(other) // 2 :]))
+        real_parts = [self._coreference(text) for text in excerpts]
+        for name, corrupted, least in (
+            ("names", renamed, 0.5),
+            ("agreement", flipped, 0.2),
+            ("association", joined, 0.02),
+        ):
+            corrupted_parts = [self._coreference(text) for text in corrupted]
+            self._set_scale(name, real_parts, _percentile(corrupted_parts, name, 50), least)
+
+    def _set_scale(self, name: str, real_parts: list[dict], zero: float, least: float) -> None:
+        """The scale on which most held-out stories reach 1. least: its smallest length."""
+        one = _percentile(real_parts, name, 40)
+        self._scale[name] = (min(zero, one - least), one)
 
     def _parts_of(self, texts: list[list[str]]) -> list[dict]:
         """Unscaled parts of the texts that are a sentence or more."""
-        return _known(self._raw_parts([], text) for text in texts)
+        parts = [self._raw_parts([], text) for text in texts]
+        return [raw for raw in parts if raw is not None]
 
     def _raw_parts(self, before: list[str], after: list[str]) -> dict | None:
         """Unscaled parts; None for less than a sentence. before, after: tokens of opening and
@@ -285,117 +240,91 @@ class Rubric:
         words = int(is_word.sum())
         if words < 3 or not any(token[0] in END_MARKS for token in after):
             return None
-        start = len(before)
-        ids = self.lexicon.look_up(before + after)
-        sentences = split_sentences(after)
-        text = Text(
-            ids=ids,
-            start=start,
-            story=ids[start:],
-            tokens=after,
-            is_word=is_word,
-            words=words,
-            sentences=sentences,
-            spans=[(first, end) for first, end in sentences.bounds if is_word[first:end].any()],
-            continues=start > 0 and not ends_sentence(before[-1]),
-        )
-        logprob, odd = self.model.read(ids)
-        parts = self._readability_parts(text, logprob[:, start:], odd[start:])
-        parts |= self._coherence_parts(text, logprob[:, start:])
-        parts |= self._creativity_parts(text)
-
-        repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
-        parts["unlooped"] = 1 - repeated[start:].mean()
-        parts["fresh"] = int((is_word & ~repeated[start:]).sum())
-        return parts
-
-    def _readability_parts(self, text: Text, logprob: np.ndarray, odd: np.ndarray) -> dict:
-        """logprob: (ORDER, T), odd: (T,), of the story's tokens."""
         lexicon = self.lexicon
-        sentences = text.sentences
-        verb = lexicon.verb[text.story].tolist()
-        may_be_capital = lexicon.may_be_capital[text.story].tolist()
-        pattern_logprob, odd_pattern = self.patterns.read(lexicon.pattern[text.ids])
-        return {
-            "known": np.mean(text.story != UNKNOWN),
-            "formed": well_formed_words(text.tokens, sentences, verb, text.continues) / text.words,
-            "clean": 1 - count_slips(text.tokens, sentences, may_be_capital) / text.words,
-            "fluent": _by_sentence(logprob[-1], sentences.bounds),
-            "grammatical": _by_sentence(pattern_logprob[-1, text.start :], sentences.bounds),
-            "smooth": 1 - (odd.mean() + odd_pattern[text.start :].mean()) / 2,
-            "reach": (logprob[-1] - logprob[2]).mean(),
-        }
+        start = len(before)
+        ids = lexicon.look_up(before + after)
+        story = ids[start:]
+        sentences = split_sentences(after)
+        spans = [(first, end) for first, end in sentences.bounds if is_word[first:end].any()]
 
-    def _coherence_parts(self, text: Text, logprob: np.ndarray) -> dict:
-        """logprob: (ORDER, T), of the story's tokens."""
-        pair_places = self.lexicon.place(text.story)
-        places = [float(pair_places[first : end - 1].sum()) for first, end in text.spans]
-        trouble = any(token.lower() in TROUBLE for token in text.tokens)
-        ended = ends_sentence(text.tokens[-1]) and not text.sentences.unpaired
+        # Of the story's tokens: (ORDER, T) log-probabilities, and whether an odd n-gram ends there.
+        logprob, odd = self.model.read(ids)
+        pattern_logprob, odd_pattern = self.patterns.read(lexicon.pattern[ids])
+        logprob = logprob[:, start:]
+        continues = start > 0 and not ends_sentence(before[-1])
+        verb = lexicon.verb[story].tolist()
+        may_be_capital = lexicon.may_be_capital[story].tolist()
+
+        pair_places = lexicon.place(story)
+        places = [float(pair_places[first : end - 1].sum()) for first, end in spans]
+        trouble = any(token.lower() in TROUBLE for token in after)
+        ended = ends_sentence(after[-1]) and not sentences.unpaired
         ending = ended and places[-1] > 0
-        focus, introduced = self._entities(text)
-        return {
+        focus, introduced = self._entities(ids, start)
+
+        content = np.unique(story[lexicon.content[story]])
+        repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
+        repeated = repeated[start:]
+        return self._coreference(ids, start) | {
+            "known": np.mean(story != UNKNOWN),
+            "formed": well_formed_words(after, sentences, verb, continues) / words,
+            "clean": 1 - count_slips(after, sentences, may_be_capital) / words,
+            "fluent": _by_sentence(logprob[-1], sentences.bounds),
+            "grammatical": _by_sentence(pattern_logprob[-1, start:], sentences.bounds),
+            "smooth": 1 - (odd[start:].mean() + odd_pattern[start:].mean()) / 2,
+            "reach": (logprob[-1] - logprob[2]).mean(),
             "focus": focus,
             "introduced": introduced,
-            "referred": self._referred(text),
-            "names": self.characters.introduction(text.ids, text.start),
-            "agreement": self.characters.agreement(text.ids, text.start),
-            "association": self.association.mean(text.story),
+            "referred": self._referred(ids, start),
             "order": _order(places),
-            "joined": _joined(logprob, text.spans),
+            "joined": _joined(logprob, spans),
             "shape": 0.4 * trouble + 0.3 * ended + 0.3 * ending,
-        }
-
-    def _creativity_parts(self, text: Text) -> dict:
-        lexicon = self.lexicon
-        story = text.story
-        content = np.unique(story[lexicon.content[story]])
-        rare = -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0
-        rhythm = ramp(text.words / len(text.spans), 3, 6)
-        if len(text.spans) > 3:
-            openers: Counter[str] = Counter()
-            for first, end in text.spans:
-                words = (token for token in text.tokens[first:end] if token[0].isalpha())
-                openers[next(words).lower()] += 1
-            rhythm *= ramp(max(openers.values()) / len(text.spans), 0.95, 0.65)
-        return {
-            "varied": len(np.unique(story[text.is_word])) / text.words**0.7,
-            "rare": rare,
-            "rhythm": rhythm,
+            "varied": len(np.unique(story[is_word])) / words**0.7,
+            "rare": -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0,
+            "rhythm": _rhythm(after, spans, words),
             "uncopied": 1 - self.phrases.copied(story),
+            "unlooped": 1 - repeated.mean(),
+            "fresh": int((is_word & ~repeated).sum()),
         }
 
-    def _entities(self, text: Text) -> tuple[float, float]:
+    def _coreference(self, ids: ndarray, start: int = 0) -> dict[str, float | None]:
+        """ids: (T,) of opening and story, which begins at `start`."""
+        return {
+            "names": self.characters.introduction(ids, start),
+            "agreement": self.characters.agreement(ids, start),
+            "association": self.association.mean(ids[start:]),
+        }
+
+    def _entities(self, ids: ndarray, start: int) -> tuple[float, float]:
         """focus: fraction of the story's mentions whose entity is mentioned more than once;
         introduced: mean nats per mention by which its introduction fits its status."""
         lexicon = self.lexicon
-        at = text.start + np.flatnonzero(lexicon.entity[text.story])
+        at = np.flatnonzero(lexicon.entity[ids])
+        mentions = np.bincount(ids[at])
+        at = at[at >= start]
         if not len(at):
             return 0.0, -1.0
-        ids = text.ids
-        mentions = np.bincount(ids[lexicon.entity[ids]])
         focus = np.mean(mentions[ids[at]] > 1)
         logprob = lexicon.introduction[ids[at], :, lexicon.introductions(ids)[at]]
         for_new = logprob[:, 1] - logprob[:, 0]
         evidence = np.where(first_occurrences(ids)[at], for_new, -for_new)
         return float(focus), float(np.clip(evidence, -3, 3).mean())
 
-    def _referred(self, text: Text) -> float:
+    def _referred(self, ids: ndarray, start: int) -> float:
         """Mean over he, she, it, they of their best probability after one of the last five
         entities."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
-        relevant = lexicon.entity[text.ids] | (lexicon.pronoun[text.ids] >= 0)
+        relevant = lexicon.entity[ids] | (lexicon.pronoun[ids] >= 0)
         for at in np.flatnonzero(relevant).tolist():
-            id = int(text.ids[at])
+            id = int(ids[at])
             which = lexicon.pronoun[id]
             if which < 0:
                 if id in recent:
                     recent.remove(id)
-                recent.append(id)
-                recent = recent[-5:]
-            elif at >= text.start:
+                recent = [*recent, id][-5:]
+            elif at >= start:
                 fits = [lexicon.pronoun_given[entity, which] for entity in recent]
                 best.append(max(fits, default=0.0))
         return float(np.mean(best)) if best else 0.0
@@ -431,33 +360,31 @@ def _creativity(part: dict[str, float], readability: float, coherence: float) ->
 
 
 def _percentile(group: list[dict], name: str, percent: float) -> float:
-    """Of this raw part over a group of texts, 0 for no texts."""
-    values = [np.zeros(1)]
-    if group:
-        values = [np.atleast_1d(raw[name]) for raw in group]
-    return float(np.percentile(np.concatenate(values), percent))
+    """Of this raw part over a group of texts, 0 if none has it."""
+    values = [np.atleast_1d(raw[name]) for raw in group if raw[name] is not None]
+    return float(np.percentile(np.concatenate(values or [np.zeros(1)]), percent))
 
 
-def _scale(
-    measure: Callable[[np.ndarray], float | None],
-    stories: list[np.ndarray],
-    corrupted: list[np.ndarray],
-    least: float,
-) -> Scale:
-    """The scale on which corrupted stories are 0 and whole ones 1. least: its smallest length."""
-    real = _known(map(measure, stories)) or [0.0]
-    worse = _known(map(measure, corrupted)) or [0.0]
-    one = float(np.percentile(real, 40))
-    return Scale(min(float(np.percentile(worse, 50)), one - least), one)
-
-
-def _known(values: Iterable[T | None]) -> list[T]:
-    return [value for value in values if value is not None]
-
-
-def _corpus_passages(documents: Iterable[str]) -> Iterator[list[str]]:
-    for document in documents:
-        yield from _passages(tokenize(document), MAX_PASSAGE)
+def _stories_and_examples(documents: Iterable[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Tokenized stories to count in, and excerpts of held-out ones, which set the scales."""
+    stories: list[list[str]] = []
+    held_out: list[list[str]] = []
+    count = 0
+    passages = chain.from_iterable(_passages(tokenize(text), MAX_PASSAGE) for text in documents)
+    for index, passage in enumerate(passages):
+        if index % 16 == 15 and len(held_out) < HELD_OUT:
+            held_out.append(passage)
+            continue
+        stories.append(passage)
+        count += len(passage)
+        if count >= MAX_CORPUS_TOKENS:
+            break
+    if count < MIN_CORPUS_TOKENS:
+        raise UserError(
+            f"the corpus has only {count} words and stops: give the teacher more stories to measure by"
+        )
+    examples = held_out or stories[:HELD_OUT]
+    return stories, [next(_passages(example, EXCERPT)) for example in examples]
 
 
 def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
@@ -473,16 +400,16 @@ def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
         yield tokens[start:]
 
 
-def _shuffled(pieces: list[T], rng: np.random.Generator) -> list[T]:
+def _shuffled(pieces: list, rng: np.random.Generator) -> list:
     return [pieces[at] for at in rng.permutation(len(pieces))]
 
 
-def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
+def _repeated(ids: ndarray, n: int) -> ndarray:
     """(T,) bool: tokens of n-grams that have occurred before."""
     return covered(~first_occurrences(hashes(ids, n)), n, len(ids))
 
 
-def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
+def _by_sentence(logprob: ndarray, bounds: list[tuple[int, int]]) -> ndarray:
     """Each token's sentence mean, so that one easy sentence does not compensate for another."""
     starts, ends = np.array(bounds).T
     lengths = ends - starts
@@ -499,13 +426,24 @@ def _order(places: list[float]) -> float:
     return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4)
 
 
-def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
+def _joined(logprob: ndarray, spans: list[tuple[int, int]]) -> float:
     """Nats per word by which sentence beginnings are likelier given the sentence before than its
     end mark only."""
     # row n: given 4 tokens minus given n (n - 1 words and an end mark)
-    gain = logprob[-1] - logprob
-    gains = []
+    gain = logprob[-1] - logprob[: ORDER - 1]
+    gains: list[float] = []
     for first, end in spans[1:]:
-        for at in range(min(ORDER - 2, end - first)):
-            gains.append(gain[at + 1, first + at])
+        gains.extend(gain[1:, first:end].diagonal())
     return float(np.mean(gains)) if gains else -1.0
+
+
+def _rhythm(tokens: list[str], spans: list[tuple[int, int]], words: int) -> float:
+    """0..1: sentences are not all tiny and, if there are several, do not all begin alike."""
+    rhythm = ramp(words / len(spans), 3, 6)
+    if len(spans) <= 3:
+        return rhythm
+    openers: Counter[str] = Counter()
+    for first, end in spans:
+        opener = next(token for token in tokens[first:end] if token[0].isalpha())
+        openers[opener.lower()] += 1
+    return rhythm * ramp(max(openers.values()) / len(spans), 0.95, 0.65)

@@ -8,19 +8,8 @@ OPEN = "\u201c"  # quotation marks, as tokens
 CLOSE = "\u201d"
 END_MARKS = ".!?"
 _OPENING = re.compile(r'(?<![^\s(\[-])"(?=\S)')
-# Typographic quotation marks, apostrophes, dashes and dots.
-_PLAIN = str.maketrans(
-    {
-        "\u201e": OPEN,
-        "\u00ab": OPEN,
-        "\u00bb": CLOSE,
-        "\u2018": "'",
-        "\u2019": "'",
-        "\u2013": "-",
-        "\u2014": "-",
-        "\u2026": "...",
-    }
-)
+# Typographic quotation marks, apostrophes and dashes.
+_PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--")
 LONGEST_SENTENCE = 30  # words; a longer one is a run-on sentence
 
 # Words that a child's story may say twice: "very very big", "knock knock".
@@ -37,7 +26,7 @@ def tokenize(text: str) -> list[str]:
     """Words ('s apart), numbers, end marks and single other characters. Typographic marks become
     plain, but quotation marks that open (after a space, before none) stay distinct from those that
     close."""
-    plain = text.translate(_PLAIN)
+    plain = text.translate(_PLAIN).replace("\u2026", "...")
     opened = _OPENING.sub(OPEN, plain)
     return TOKEN.findall(opened.replace('"', CLOSE))
 
