@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.teacher_url:
         print(f"{'requests':10} about eight short ones come first", flush=True)
     elif options.calibrate and not config.reward:
-        print(f"{'fitting':10} the built-in teacher, about half a minute", flush=True)
+        fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
+        print(f"{'fitting':10} {fitting}", flush=True)
     if config.teacher_url or config.reward or options.calibrate:
         with open_grader(config, builtin_teacher, corpus=options.corpus) as grader:
             if options.calibrate:
