@@ -316,7 +316,7 @@ def test_a_chart_with_error_bars():
     drawing = chart("Score", [line])
     x = [float(each) for each in re.findall(r'cx="([\d.]+)"', drawing)]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
-    bars = re.findall(r'class="error" d="M([\d.]+),([\d.]+)V([\d.]+)M', drawing)
+    bars = re.findall(r'class="error" d="M([\d.]+),([\d.]+)V([\d.]+)"', drawing)
     lengths = [float(low) - float(high) for _, low, high in bars]
     assert [float(at) for at, _, _ in bars] == [x[0], x[2]]
     assert lengths[1] == pytest.approx(4 * lengths[0], abs=0.3)
