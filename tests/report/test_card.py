@@ -78,9 +78,9 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
     assert f"| {rewards[1]:.3g} ± " in text
-    rule, pairs = read_before_after(run).typical()
-    assert rule in text
-    for record in pairs[0]:
+    rule, pair = read_before_after(run).typical()
+    assert rule in text and len(pair) == 2
+    for record in pair:
         assert textwrap.indent(story_lines(record), "    ") in text
     # Whoever trained it on a file of theirs says under which licence.
     assert (

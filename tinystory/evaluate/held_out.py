@@ -46,12 +46,7 @@ class Evaluator:
 
     def done(self, step: int) -> bool:
         """Whether the evaluation at this step is on record."""
-
-        def on_record() -> bool:
-            records = read_records(self.log.folder / EVALUATIONS)
-            return any(record["step"] == step for record in records)
-
-        return distributed.rank0_value(on_record)
+        return distributed.rank0_value(lambda: step in evaluations_by_step(self.log.folder))
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
         """Metrics on the held-out openings. The words count against the budget. Raises
@@ -180,10 +175,16 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 
 def write_samples(folder: Path, best_step: int) -> None:
     """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
-    records = list(read_records(folder / EVALUATIONS))
-    lines = []
+    evaluations = evaluations_by_step(folder)
+    lines = ""
     for when, step in (("before", 0), ("after", best_step)):
-        for record in records:
-            if record["step"] == step:
-                lines.append(json.dumps({"when": when} | record) + "\n")
-    atomic_write(folder / SAMPLES, "".join(lines))
+        for record in evaluations.get(step, ()):
+            lines += json.dumps({"when": when} | record) + "\n"
+    atomic_write(folder / SAMPLES, lines)
+
+
+def evaluations_by_step(run: Path) -> dict[int, list[Record]]:
+    evaluations: dict[int, list[Record]] = {}
+    for record in read_records(run / EVALUATIONS):
+        evaluations.setdefault(record["step"], []).append(record)
+    return evaluations

@@ -91,12 +91,11 @@ def _run(source: Path, history: Record) -> Iterable[str]:
         return
     yield "## What it scores"
     yield _table(comparison.table())
-    rule, pairs = comparison.typical()
-    for pair in pairs[:1]:
-        for name, record in zip(comparison.names, pair, strict=True):
-            story = textwrap.indent(story_lines(record), "    ")
-            rule += f"\n\n{name.capitalize()}, {_plain(grade_line(record))}:\n\n{story}"
+    rule, pair = comparison.typical()
     yield rule
+    for name, record in zip(comparison.names, pair, strict=False):
+        yield f"{name.capitalize()}, {_plain(grade_line(record))}:"
+        yield textwrap.indent(story_lines(record), "    ")
     for finding in read_findings(run):
         yield f"## {_plain(finding['title'])}, after step {finding['step']}"
         yield from map(_plain, finding["sentences"])

@@ -125,6 +125,10 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def with_error(mean: float | None, error: float | None) -> str:
+    return number(mean) if error is None else f"{number(mean)} ± {error:.2g}"
+
+
 @dataclass
 class Axes:
     """Where values lie in a chart, in pixels; values outside are moved to the edge. x, y: the ranges
