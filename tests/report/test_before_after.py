@@ -1,4 +1,4 @@
-"""The terminal, the report and the card show the same two numbers and the same typical pair."""
+"""The terminal and the report show the same two numbers and the same typical pair."""
 
 import json
 import re

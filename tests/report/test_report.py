@@ -17,7 +17,6 @@ from tinystory.report.run import (
     drawn,
     first_and_last,
     live_report,
-    remaining,
     write_report,
 )
 from tinystory.run.errors import UserError
@@ -127,7 +126,7 @@ def test_the_page_of_a_run_reloads_itself_until_the_run_is_over(tmp_path):
         update()
         page = Page(tmp_path / "report.html")
         assert ("http-equiv", "refresh") in page.attributes and ("content", "10") in page.attributes
-        assert "UTC · running, about 16 s left" in page.text  # 4 steps of 4 seconds
+        assert "UTC · running" in page.text
         check_self_contained(page)
         (tmp_path / "report.html").unlink()
         update()  # not due
@@ -137,14 +136,6 @@ def test_the_page_of_a_run_reloads_itself_until_the_run_is_over(tmp_path):
     assert ("http-equiv", "refresh") not in page.attributes and "running" not in page.text
     with live_report(tmp_path / "other rank", False) as update:
         update()
-
-
-def test_the_time_left_is_said_where_it_can_be_told():
-    words = {"options": {"words": 1000}}
-    step = dict(step=3, words=250, tokens=500, tokens_per_s=10.0)
-    assert remaining([step], words) == "running, about 2 min left"
-    for metrics, config in (([], words), ([step], {}), ([step | {"tokens_per_s": None}], words)):
-        assert remaining(metrics, config) == "running"
 
 
 def test_the_page_sums_what_a_run_took(tmp_path):

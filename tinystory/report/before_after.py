@@ -2,7 +2,6 @@
 report, model card."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +243,3 @@ def grade_line(record: Record) -> str:
     if record.get("difference") is not None:
         line += f", difference {number(record['difference'])}"
     return line
-
-
-def story_lines(record: Record) -> str:
-    return textwrap.fill(printable(f"{record['opening']} {record['story']}"), 100)

@@ -37,7 +37,7 @@ svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
 svg.chart text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--muted);
   font-variant-numeric: tabular-nums; }
 svg.chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
-svg.chart text.value { font-weight: 600; fill: var(--tint); }
+svg.chart .value text { font-weight: 600; fill: var(--tint); }
 svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg.chart .dot { fill: var(--tint); }
@@ -100,16 +100,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
 
 
-def tick_names(values: Sequence[float]) -> list[str]:
-    names = [number(value) for value in values]
-    if len(set(names)) < len(names):
-        decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-6))
-        names = [f"{value:,.{decimals}f}" for value in values]
-    return names
-
-
 def number(value: float | None) -> str:
-    """A number with about three digits: 12.3M, 4,321, 0.618, 1.2e-5; a dash for None."""
+    """A number with about three digits: 12.3M, 4,321, 0.618, 1.2e-05; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
     size = abs(value)
@@ -118,32 +110,11 @@ def number(value: float | None) -> str:
             if size >= 0.9995 * unit:
                 three_digits = float(f"{value / unit:.3g}")
                 return f"{three_digits:,g}{letter}"
-    if size >= 999.5 or value == int(value):
-        return f"{value:,.0f}"
-    if size < 0.001:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
 
 
 def with_error(mean: float | None, error: float | None) -> str:
     return number(mean) if error is None else f"{number(mean)} ± {error:.2g}"
-
-
-@dataclass
-class Axes:
-    """Where values lie in a chart, in pixels; values outside are moved to the edge. x, y: the ranges
-    shown; right, bottom: the corner of the plotting area opposite to (LEFT, TOP)."""
-
-    x: Span
-    y: Span
-    right: float
-    bottom: float
-
-    def across(self, values: ArrayLike) -> Any:
-        return np.interp(values, self.x, (LEFT, self.right))
-
-    def down(self, values: ArrayLike) -> Any:
-        return np.interp(values, self.y, (self.bottom, TOP))
 
 
 def chart(
@@ -158,63 +129,55 @@ def chart(
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
-    width, height = size
     all_x = np.concatenate([line.points()[0] for line in lines])
     x_range = all_x.min(), all_x.max()
     if x_range[0] == x_range[1]:
         x_range = all_x[0] - 0.5, all_x[0] + 0.5
     y_range = y_range or padded_range(np.concatenate([line.extent() for line in lines]))
+    width, height = size
     right = width - RIGHT - 7 * max(len(line.name) for line in lines)
-    axes = Axes(x_range, y_range, right, height - BOTTOM)
+    bottom = height - BOTTOM
 
-    parts = grid(axes)
-    parts.append(
-        f'<text x="{right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>'
-    )
+    def across(values: ArrayLike) -> Any:
+        return np.interp(values, x_range, (LEFT, right))
+
+    def down(values: ArrayLike) -> Any:
+        return np.interp(values, y_range, (bottom, TOP))  # an outlier is at the edge
+
+    parts = [text(right, height - 3, "end", x_name)]
+    for tick in ticks(*y_range):
+        y = down(tick)
+        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{right}"/>')
+        parts.append(text(LEFT - 6, y + 4, "end", number(tick)))
+    for tick in ticks(*x_range):
+        if tick == int(tick):
+            parts.append(text(across(tick), bottom + 16, "middle", number(tick)))
     ends = []  # height, colour and text of each line's last value
     for line in lines:
-        parts += draw(line, axes)
-        last = thin(line.points()[1])[-1]
-        ends.append((axes.down(last), line.colour, f"{line.name} {number(last)}".strip()))
+        parts.append(f'<g style="--tint: var(--{line.colour})">')
+        x, y, errors = line.points()
+        for at, low, high in zip(across(x), down(y - errors), down(y + errors), strict=True):
+            if low != high:
+                parts.append(f'<path class="error" d="M{at:.1f},{low:.1f}V{high:.1f}"/>')
+        points = [*zip(across(thin(x)), down(thin(y)), strict=True)]
+        path = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<path class="line" d="M{path}"/>')
+        if len(points) <= 12:
+            parts += [f'<circle class="dot" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in points]
+        parts.append("</g>")
+        last = f"{line.name} {number(thin(y)[-1])}".strip()
+        ends.append((points[-1][1], line.colour, last))
     lowest = -math.inf
-    for end, colour, text in sorted(ends):
+    for end, colour, last in sorted(ends):
         lowest = max(end + 4, lowest + 13)  # below each other
-        place = f'style="--tint: var(--{colour})" x="{right + 7}" y="{lowest:.1f}"'
-        parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
+        label = text(right + 7, lowest, "start", last)
+        parts.append(f'<g class="value" style="--tint: var(--{colour})">{label}</g>')
     return svg(title, size, parts)
 
 
-def grid(axes: Axes) -> list[str]:
-    """SVG elements of the horizontal lines and the ticks' names."""
-    parts = []
-    y_ticks = ticks(*axes.y)
-    for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
-        y = axes.down(tick)
-        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{axes.right}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-    for tick in ticks(*axes.x):
-        if tick == int(tick):
-            place = f'x="{axes.across(tick):.1f}" y="{axes.bottom + 16}"'
-            parts.append(f'<text {place} text-anchor="middle">{number(tick)}</text>')
-    return parts
-
-
-def draw(line: Line, axes: Axes) -> list[str]:
-    """SVG elements of a line: error bars, the curve, and dots if it has few points."""
-    parts = [f'<g style="--tint: var(--{line.colour})">']
-    all_x, all_y, errors = line.points()
-    for x, y, error in zip(all_x, all_y, errors, strict=True):
-        if error:
-            low, high = axes.down([y - error, y + error])
-            bar = f"M{axes.across(x):.1f},{low:.1f}V{high:.1f}"
-            parts.append(f'<path class="error" d="{bar}"/>')
-    points = [*zip(axes.across(thin(all_x)), axes.down(thin(all_y)), strict=True)]
-    path = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts.append(f'<path class="line" d="M{path}"/>')
-    if len(points) <= 12:
-        parts += [f'<circle class="dot" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in points]
-    parts.append("</g>")
-    return parts
+def text(x: float, y: float, anchor: str, words: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {place}>{html.escape(words)}</text>"
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:

@@ -51,26 +51,9 @@ def grid(drawings: Iterable[str]) -> str:
     return block("grid", "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing))
 
 
-def cluster_bar(sizes: Sequence[int], step: int) -> str:
-    """A bar with a block per cluster of similar stories. sizes: descending."""
-    blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
-    clusters = count(len(sizes), "cluster")
-    stories = count(sum(sizes), "story", "stories")
-    caption = f"Step {number(step)}: {clusters} in {stories}, the largest of {sizes[0]}"
-    bar = block("parts", blocks)
-    return f'<figure class="clusters"><figcaption>{caption}</figcaption>{bar}</figure>'
-
-
 def count(n: int, one: str, many: str = "") -> str:
     name = one if n == 1 else many or f"{one}s"
     return f"{number(n)} {name}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
@@ -99,9 +82,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def story_card(record: Record, title: str) -> str:
     """A story after its opening. record: a line of stories.jsonl."""
     opening, story = record["opening"], record["story"]
-    follows_directly = re.match(r"\s|[.,!?;:]|$", story)
-    gap = "" if not opening or opening[-1].isspace() or follows_directly else " "
-    text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
+    gap = "" if re.match(r"[\s.,!?;:]", story) else " "
+    text = gap + (clip(story) if story.strip() else "<i>nothing</i>")
     notes = [grade_line(record)] if "reward" in record else []
     notes.append(f"{number(record['words'])} words")
     if record["ended"] == "length":
@@ -157,7 +139,7 @@ details + details { margin-top: 1rem; }
 figure { margin: 0; }
 .clusters { margin-bottom: 1.2rem; }
 .clusters + .grid { margin-top: 2.4rem; }
-figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
+.clusters small { font-size: .85rem; color: var(--muted); }
 .parts { display: flex; height: 1.4rem; }
 .parts i { flex-basis: 0; background: var(--reward); }
 .parts i:nth-child(even) { opacity: .55; }

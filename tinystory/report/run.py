@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
-from tinystory.evaluate.stories import cluster_sizes, mean_of
+from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
 from tinystory.report.before_after import followed, from_start, read_before_after
 from tinystory.report.charts import Line, Span, chart, number
@@ -31,8 +30,6 @@ from tinystory.teacher.prompt import TOP
 RANDOM = 6  # stories shown
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # while the run goes on
-RECENT = 5  # steps from whose pace the time left is estimated
-PARTS = ("rollout", "reference", "teacher", "update")  # stages of a step, in order
 
 SAMENESS_CURVES = {
     "story_clusters": "Clusters of similar stories in a step",
@@ -65,13 +62,13 @@ REWARD_NOTE = (
 NEXT_NOTE = (
     "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
 )
-KEYS = "Keys of metrics.jsonl."
-DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
+TOTALS_NOTE = "Keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
 # shown by their last value; the others by their sum
 LATEST = ("words_in", "words_out", "teacher_cost")
-SUMMED = [f"{part}_s" for part in PARTS]
-SUMMED += "unscored teacher_requests teacher_retries teacher_cached".split()
-SUMMED += "teacher_tokens_in teacher_tokens_out".split()
+SUMMED = (
+    "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "
+    "teacher_tokens_in teacher_tokens_out"
+).split()
 PRETRAINING_CURVES = {
     "val_bits_per_byte": "Validation, bits per byte",
     "lr": "Learning rate",
@@ -128,7 +125,7 @@ def write_report(run: Path, live: bool = False) -> Path:
         minute = config["started"][:16].replace("T", " ")
         notes += [config["device"], f"{minute} UTC"]
     if live:
-        notes.append(remaining(metrics, config))
+        notes.append("running")
     title = escape(heading(metrics, config))
     note = escape(" · ".join(notes))
     return page.write(run / "report.html", title, note, sections, RELOAD_S if live else 0)
@@ -155,24 +152,6 @@ def heading(metrics: list[Record], config: Record) -> str:
 def number_option(config: Record, name: str) -> float | None:
     value = config.get("options", {}).get(name)
     return value if type(value) in (int, float) else None
-
-
-def remaining(metrics: list[Record], config: Record) -> str:
-    """The state of an unfinished run, with the time left if the pace of its RECENT steps is
-    known."""
-    recent = metrics[-RECENT:]
-    steps = number_option(config, "steps")
-    words = number_option(config, "words")
-    seconds = None
-    if is_interaction(metrics) and steps:
-        per_step = fmean(sum(record.get(f"{part}_s") or 0 for part in PARTS) for record in recent)
-        seconds = (steps - metrics[-1]["step"]) * per_step
-    elif metrics and words:
-        last = metrics[-1]
-        tokens_per_s = mean_of(column(recent, "tokens_per_s"))
-        if last.get("words") and tokens_per_s:
-            seconds = (words / last["words"] - 1) * (last.get("tokens") or 0) / tokens_per_s
-    return "running" if seconds is None else f"running, about {page.duration(seconds)} left"
 
 
 # ---- an interaction run --------------------------------------------------------------------------
@@ -205,7 +184,6 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
             criteria[f"{name}_mean"] = printable(name.replace("_", " ").capitalize())
     name = scorer(config)
     scored_by = f"Scored by {name}. It {verdict(config)}." if name else ""
-    diagnostics = {key: key for key in DIAGNOSTICS}
     return [
         first_screen(run, metrics, curves),
         section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
@@ -214,8 +192,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
         section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
         *findings_sections(run),
         details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),
-        details("PPO diagnostics", KEYS, curve_charts(metrics, diagnostics)),
-        details("Time, words and requests", KEYS, page.facts(totals(metrics))),
+        details("Time, words and requests", TOTALS_NOTE, page.facts(totals(metrics))),
         section("What next", NEXT_NOTE, next_commands(run)),
     ]
 
@@ -241,7 +218,7 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     for record in curves:
         stories = evaluations.get(record["step"], ())
         errors.append(standard_error(story["reward"] for story in stories))
-    training = curve(metrics, "reward_mean", "plain", name="training")
+    training = curve(metrics, "reward_mean", name="training")
     held_out = curve(curves, "held_out_reward", "reward", name="held out")
     held_out.errors = errors
     figure = chart("Mean reward, 0 to 1", [training, held_out], size=HERO)
@@ -267,7 +244,13 @@ def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
     bars = ""
     for records in steps:
         sizes = cluster_sizes([record["story"] for record in records])
-        bars += page.cluster_bar(sizes, records[0]["step"])
+        clusters = page.count(len(sizes), "cluster")
+        caption = (
+            f"Step {number(records[0]['step'])}: {clusters} in {page.count(len(records), 'story', 'stories')}, "
+            f"the largest of {sizes[0]}"
+        )
+        blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
+        bars += block("clusters", f"<small>{caption}</small>{block('parts', blocks)}")
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
@@ -280,10 +263,13 @@ def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
-    values: dict[str, float | None] = {key: column(metrics, key)[-1] for key in LATEST}
-    for key in SUMMED:
-        values[key] = sum(value or 0 for value in column(metrics, key))
-    return [(key, number(value)) for key, value in values.items() if value]
+    rows = []
+    for key in (*LATEST, *SUMMED):
+        values = column(metrics, key)
+        total = values[-1] if key in LATEST else sum(filter(None, values))
+        if total:
+            rows.append((key, number(total)))
+    return rows
 
 
 def first_and_last(stories: Iterable[Record]) -> list[list[Record]]:
@@ -352,7 +338,7 @@ def column(metrics: list[Record], key: str) -> list[float | None]:
 
 
 def curve(
-    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = ""
+    metrics: list[Record], key: str, colour: str = "plain", x: str = "step", name: str = ""
 ) -> Line:
     return Line(column(metrics, x), column(metrics, key), colour, name)
 
