@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 Span = tuple[float, float]  # low and high end of an axis
 Size = tuple[int, int]  # width and height in pixels
@@ -138,10 +137,10 @@ def chart(
     right = width - RIGHT - 7 * max(len(line.name) for line in lines)
     bottom = height - BOTTOM
 
-    def across(values: ArrayLike) -> Any:
+    def across(values: Any) -> Any:
         return np.interp(values, x_range, (LEFT, right))
 
-    def down(values: ArrayLike) -> Any:
+    def down(values: Any) -> Any:
         return np.interp(values, y_range, (bottom, TOP))  # an outlier is at the edge
 
     parts = [text(right, height - 3, "end", x_name)]
