@@ -6,7 +6,7 @@ under the ROC curve; a tie counts one half). 0.5 is chance, and a teacher near i
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import (
@@ -32,7 +32,7 @@ CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 
 # (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None
 # without a score.
-GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
+GradeKnown = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:

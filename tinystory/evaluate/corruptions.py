@@ -12,11 +12,14 @@ from tinystory.data.builtin import grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.run.errors import UserError
 
-REAL, SENTENCES, WORDS = "real", "sentences shuffled", "words shuffled"
-KINDS = (
-    *(REAL, SENTENCES, WORDS),
-    *("halves of two stories", "10 % of words replaced", "generic sentences", "essay: full marks"),
-)
+REAL = "real"
+SENTENCES = "sentences shuffled"
+WORDS = "words shuffled"
+HALVES = "halves of two stories"
+WORDS_REPLACED = "10 % of words replaced"
+GENERIC = "generic sentences"
+ESSAY = "essay: full marks"
+KINDS = (REAL, SENTENCES, WORDS, HALVES, WORDS_REPLACED, GENERIC, ESSAY)
 
 LENGTHS = (60, 90, 120, 150, 180)  # words to which stories are cut, at the end of a sentence
 FEWEST_SENTENCES = 6  # with fewer, another order may be no worse
@@ -56,21 +59,20 @@ def known_stories(
         other = texts[(i + len(texts) // 2) % len(texts)][1:]
         for kind in kinds:
             rng = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
-            match kind:
-                case "sentences shuffled":
-                    story = " ".join(_reordered(sentences, rng))
-                case "words shuffled":
-                    story = " ".join(_reordered(real.split(), rng))
-                case "halves of two stories":
-                    story = " ".join(sentences[: len(sentences) // 2] + other[len(other) // 2 :])
-                case "10 % of words replaced":
-                    story = _with_others(real, words, rng)
-                case "generic sentences":
-                    story = " ".join(rng.sample(split_sentences(_paragraphs("generic")[0]), 14))
-                case "essay: full marks":
-                    story = _essay(i)
-                case _:
-                    story = real
+            if kind == SENTENCES:
+                story = " ".join(_reordered(sentences, rng))
+            elif kind == WORDS:
+                story = " ".join(_reordered(real.split(), rng))
+            elif kind == HALVES:
+                story = " ".join(sentences[: len(sentences) // 2] + other[len(other) // 2 :])
+            elif kind == WORDS_REPLACED:
+                story = _with_others(real, words, rng)
+            elif kind == GENERIC:
+                story = " ".join(rng.sample(split_sentences(_paragraphs("generic")[0]), 14))
+            elif kind == ESSAY:
+                story = _essay(i)
+            else:
+                story = real
             if kind == REAL or story != real:
                 stories.append(KnownStory(kind, opening, story))
     return stories
