@@ -216,8 +216,8 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     evaluations = evaluations_by_step(run)
     errors = []
     for record in curves:
-        stories = evaluations.get(record["step"], ())
-        errors.append(standard_error(story["reward"] for story in stories))
+        evaluated = evaluations.get(record["step"], ())
+        errors.append(standard_error(story["reward"] for story in evaluated))
     training = curve(metrics, "reward_mean", name="training")
     held_out = curve(curves, "held_out_reward", "reward", name="held out")
     held_out.errors = errors
