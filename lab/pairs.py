@@ -24,9 +24,10 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from torch import Tensor
 
+from lab.intervals import bootstrap
 from lab.scoring import part, sum_logprobs
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import Z, bootstrap, wilson
+from tinystory.evaluate.intervals import Z, wilson
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
 

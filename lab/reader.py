@@ -16,8 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from lab.intervals import mean_ci
 from tinystory.evaluate.corruptions import split_sentences
-from tinystory.evaluate.intervals import mean_ci
 from tinystory.ops.compute import pick_device
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError

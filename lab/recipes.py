@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--options",
         nargs="+",
-        default=["", "--reward likelihood", "--reward constant"],
+        default=["", "likelihood:", "--reward constant"],
         metavar="TEXT",
         help="of train_interact.py, per run; CONTROL: TEXT for a control",
     )

@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from lab.intervals import mean_ci
 from lab.reader import Reader, mean_and_ci
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
 from tinystory.evaluate.held_out import FIRST_INDEX
-from tinystory.evaluate.intervals import mean_ci, with_ci
+from tinystory.evaluate.intervals import with_ci
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
 from tinystory.report.before_after import best_step

@@ -1,4 +1,4 @@
-"""Watch a run in the terminal until it ends: curves, warnings, the last stories and the time left.
+"""Watch a run in the terminal until it ends: curves, warnings and the last stories.
 
 python scripts/watch.py                     the newest run under runs/
 python scripts/watch.py runs/interact       a finished run, or output to a pipe, is printed once
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.report.before_after import from_start, grade_line
 from tinystory.report.charts import number, text_curve
-from tinystory.report.run import column, is_interaction, number_option, remaining
+from tinystory.report.run import column, is_interaction, number_option
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config
@@ -81,7 +81,7 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     metrics = read_metrics(run)
     config = read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
-    state = remaining(metrics, config) if running else "over"
+    state = "running" if running else "over"
     lines = textwrap.wrap(f"{printable(str(run))}: {last}, {state}", width)
 
     detector = CollapseDetector(metrics, number_option(config, "kl_target") or math.inf)

@@ -13,14 +13,13 @@ from tinystory.config import InteractConfig
 from tinystory.evaluate.calibration import (
     CHEAP,
     CHEAP_KINDS,
+    area_and_interval,
     calibrate,
     calibrated,
     require,
     verdict,
-    wins,
 )
 from tinystory.evaluate.corruptions import (
-    CORRUPTIONS,
     KINDS,
     REAL,
     SENTENCES,
@@ -75,7 +74,7 @@ def test_each_kind_is_what_it_says():
         for kind in (SENTENCES, WORDS):
             assert sorted(texts[kind].split()) == sorted(real.split())
         assert sorted(split_sentences(texts[SENTENCES])) == sorted(sentences)
-        assert all(texts[kind] != real for kind in CORRUPTIONS if kind in texts)
+        assert list(texts.values()).count(real) == 1
     assert len({each.story for each in STORIES if each.kind == "essay: full marks"}) == CHEAP
     lengths = [len(each.story.split()) for each in STORIES if each.kind == REAL]
     # without a spread no bias by length could be seen
@@ -92,16 +91,14 @@ def test_of_another_story_there_is_the_second_half():
         )
 
 
-@pytest.mark.parametrize(
-    "kind, least", [("30 % of nouns replaced", 0.005), ("10 % of words replaced", 0.03)]
-)
-def test_some_words_are_replaced_and_all_others_stay(kind, least):
+def test_some_words_are_replaced_and_all_others_stay():
     parts = []
     for texts in by_opening():
-        real, changed = (texts.get(name, texts[REAL]).split() for name in (REAL, kind))
+        real = texts[REAL].split()
+        changed = texts.get("10 % of words replaced", texts[REAL]).split()
         assert len(real) == len(changed)
         parts.append(np.mean([a != b for a, b in zip(real, changed, strict=True)]))
-    assert max(parts) < 0.35 and np.mean(parts) > least
+    assert max(parts) < 0.35 and np.mean(parts) > 0.03
 
 
 def test_a_corruption_does_not_depend_on_the_kinds_beside_it():
@@ -138,16 +135,14 @@ def test_a_quotation_is_kept_whole_when_sentences_are_split():
 
 
 def test_the_area_counts_ties_as_one_half():
-    assert wins(np.array([2.0, 3.0]), np.array([1.0, 2.0])).mean() == (3 + 0.5) / 4
-    assert wins(np.ones(3), np.ones(5)).mean() == 0.5
+    assert area_and_interval([2.0, 3.0], [1.0, 2.0])["auc"] == (3 + 0.5) / 4
+    assert area_and_interval([1.0] * 3, [1.0] * 5)["auc"] == 0.5
 
 
 def test_a_teacher_that_knows_gets_every_pair_right():
     result = calibrate(knowing, STORIES)
     assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
-    assert (
-        result["kinds"][REAL]["mean"] == 1 and result["range"] == [0, 1] and result["unscored"] == 0
-    )
+    assert result["kinds"][REAL]["mean"] == 1 and result["unscored"] == 0
     assert verdict(result).startswith(
         "puts a story above shuffled words with probability 1.00 [0.8"
     )
@@ -161,7 +156,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     [
         (lots, "cannot tell a story"),
         (length, "cannot tell a story"),
-        (lambda told: [2 / 3] * len(told), "gives everything the same score, 67%"),
+        (lambda told: [2 / 3] * len(told), "cannot tell a story"),
         (lambda told: [0.4 + 0.1 * (len(story) % 3) for _, story in told], "cannot tell a story"),
         (lambda told: [None] * len(told), "gave no scores"),
     ],

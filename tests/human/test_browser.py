@@ -400,15 +400,10 @@ def test_a_pair_fits_and_is_text(browser, tmp_path, width, scheme):
         assert EVIL in stories and page.title() != "caught"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         screenshot(page, f"pair_{width}_{scheme}")
-        first = page.text_content("#opening")
         page.keyboard.press("2")
         page.locator("#place", has_text="Pair 2").wait_for()
-        page.keyboard.press("b")
-        page.locator("#place", has_text="Pair 1").wait_for()
-        assert page.text_content("#opening") == first
-        assert page.get_attribute("[data-side=right]", "aria-pressed") == "true"
         page.click("[data-side=neither]")
-        page.locator("#place", has_text="Pair 2").wait_for()
+        page.locator("#place", has_text="Pair 3").wait_for()
         page.keyboard.press("p")
         page.locator("#resting", has_text="Paused").wait_for(state="visible")
     finally:

@@ -17,10 +17,9 @@ from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED, Pair, read_progress
 from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
-from tinystory.run.errors import UserError
 from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
-from tinystory.run.records import FINDINGS, PAIRS, SAMPLES
+from tinystory.run.records import PAIRS, SAMPLES
 from tinystory.teacher.grade import NOT_ASKED
 from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.prompt import Template
@@ -122,9 +121,7 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
             for left in range(8, 0, -1):
                 assert lesson.state(URL)["answers_left"] == 8 + left + COMPARED
                 item = lesson.state(URL)["item"]
-                clock.now += 6
                 lesson.do("ada", "grade", {**item, "scores": GOOD})
-            assert lesson.state(URL)["minutes"] == 3  # 24 answers of 6 seconds
             clock.now += GRACE_S
             await lesson.tick()
             await asyncio.gather(*tasks)
@@ -133,7 +130,8 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
             state = lesson.state(URL)
             # a skipped story is not asked about again
             assert state["answers_left"] == 8 + COMPARED
-            assert state["minutes"] == 3  # 24 answers, and 20 seconds of the machine's
+            # 24 answers, and 20 seconds of the machine's
+            assert state["minutes"] == -(-(24 * HUMAN_S + 20) // 60)
 
     asyncio.run(scene())
 
@@ -234,23 +232,6 @@ def test_a_restart_in_the_middle_keeps_answers_and_asks_no_pair_twice(finished):
     assert len(set(keys)) == COMPARED
 
 
-def test_the_way_back_leads_to_the_pair_before_and_the_new_answer_counts(finished):
-    with taught(finished) as (lesson, _):
-        with pytest.raises(Refused, match="nothing to go back to"):
-            lesson.do("ada", "back", {})
-        first = prefer(lesson, "left")
-        second = prefer(lesson, "neither")
-        lesson.do("ada", "back", {})
-        assert lesson.state(URL)["pair"] == second | {"preferred": "neither"}
-        lesson.do("ada", "back", {})
-        assert prefer(lesson, "right") == first | {"preferred": "left"}
-        assert lesson.state(URL)["pair"]["place"] == 3
-    with taught(finished) as (lesson, _):
-        lesson.do("ada", "back", {})
-        lesson.do("ada", "back", {})
-        assert lesson.state(URL)["pair"] == first | {"preferred": "right"}
-
-
 def answer_all(lesson, after, before):
     for number in range(COMPARED):
         side = "neither"
@@ -274,18 +255,6 @@ def test_the_report_says_who_taught_and_what_the_comparisons_say(finished):
     (finding,) = read_findings(finished.folder)
     assert finding["sentences"] == [result] and finding["step"] == 2
     assert result in (finished.folder / "report.html").read_text()
-
-
-def test_an_answer_changed_afterwards_changes_the_report(finished):
-    with taught(finished) as (lesson, _):
-        answer_all(lesson, after=COMPARED, before=0)
-        asyncio.run(lesson.tick())
-        lesson.do("ada", "back", {})
-        assert lesson.state(URL)["result"] == ""
-        prefer(lesson, "neither")
-        asyncio.run(lesson.tick())
-    assert len(read_lines(finished.folder / FINDINGS)) == 2
-    assert "preferred in 15 and" in (finished.folder / "report.html").read_text()
 
 
 def test_equal_and_empty_pairs_are_left_out_and_said(run):
@@ -325,12 +294,7 @@ def test_a_lesson_goes_on_in_its_folder_until_all_pairs_are_compared(tmp_path, r
     assert lesson_folder(folder) == folder  # killed before it was reported
     with taught(run) as (lesson, _):
         asyncio.run(lesson.tick())
-    second = tmp_path / "interact-2"
-    assert lesson_folder(folder) == second
-    other = {"teacher": {"model": "builtin"}, "device": "cpu"}
-    with RunLog(second, resume_step=None) as log:
-        log.config(other)
-    assert lesson_folder(folder) == tmp_path / "interact-3"
+    assert lesson_folder(folder) == tmp_path / "interact-2"
 
 
 def test_an_idle_lesson_reads_no_file_again(finished, monkeypatch):
@@ -356,15 +320,6 @@ def test_a_damaged_run_is_said_and_grading_goes_on(finished, name):
             assert await task == GOOD
 
     asyncio.run(scene())
-
-
-def test_pairs_of_something_else_are_refused(finished):
-    (finished.folder / PAIRS).write_text(
-        '{"key": "k", "index": 0, "opening": "", "preferred": "me", "by": "", "at": ""}\n'
-    )
-    refused = pytest.raises(UserError, match=r"pairs\.jsonl does not belong.*'preferred' is 'me'")
-    with refused, taught(finished):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 `judgement` is the probability that the judge scores a real story above shuffled words (the area
 under the ROC curve; a tie counts one half). 0.5 is chance, and a teacher near it teaches noise."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
+from statistics import fmean
+from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import (
@@ -19,6 +19,7 @@ from tinystory.evaluate.corruptions import (
     unseen_stories,
 )
 from tinystory.evaluate.intervals import wilson, with_ci
+from tinystory.evaluate.stories import mean_of
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
@@ -31,7 +32,7 @@ CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 
 # (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None
 # without a score.
-GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
+GradeKnown = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     be measured.
 
     Returns {"stories", "unscored", "judgement", "judgement_ci", "kinds": {kind: {"mean", "auc",
-    "ci"}}, "range": [lowest, highest]}, where auc is the probability that a real story scores above
+    "ci"}}}, where auc is the probability that a real story scores above
     one of this kind. Intervals are Wilson's with as many trials as the smaller kind has stories,
     which is conservative."""
     scores = grade([(story.opening, story.story) for story in known])
@@ -50,34 +51,27 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
 
     kinds: dict[str, dict[str, Any]] = {}
     for kind, values in by_kind.items():
-        kinds[kind] = {"mean": float(np.mean(values)) if values else None}
+        kinds[kind] = {"mean": mean_of(values)}
         if kind != REAL:
             kinds[kind] |= area_and_interval(by_kind[REAL], values)
-    judgement = kinds.get(WORDS, {})
-    scored = [score for score in scores if score is not None]
     return {
         "stories": len(known),
-        "unscored": len(known) - len(scored),
-        "judgement": judgement.get("auc"),
-        "judgement_ci": judgement.get("ci"),
+        "unscored": sum(score is None for score in scores),
+        "judgement": kinds[WORDS]["auc"],
+        "judgement_ci": kinds[WORDS]["ci"],
         "kinds": kinds,
-        "range": [float(min(scored)), float(max(scored))] if scored else None,
     }
 
 
 def area_and_interval(better: Sequence[float], worse: Sequence[float]) -> dict[str, Any]:
-    """{"auc", "ci"}; None for both if either side has no scores."""
+    """{"auc", "ci"}: the area under the ROC curve (Mann and Whitney 1947), in which a tie counts
+    1/2; None for both if either side has no scores."""
     trials = min(len(better), len(worse))
     if trials == 0:
         return {"auc": None, "ci": None}
-    auc = float(wins(np.array(better), np.array(worse)).mean())
+    pairs = itertools.product(better, worse)
+    auc = fmean((high > low) + (high == low) / 2 for high, low in pairs)
     return {"auc": auc, "ci": list(wilson(auc * trials, trials))}
-
-
-def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """(n,), (m,) -> float64 (n, m): 1 where the better one has the higher score, 1/2 for a tie. The
-    mean is the area under the ROC curve (Mann and Whitney 1947)."""
-    return (better[:, None] > worse) + (better[:, None] == worse) / 2
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -89,15 +83,9 @@ def verdict(result: Mapping[str, Any]) -> str:
         return (
             f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
         )
-    lowest, highest = result["range"]
     probability = with_ci(result["judgement"], result["judgement_ci"])
     if result["judgement_ci"][0] > 0.5:
         return f"puts a story above shuffled words with probability {probability}"
-    if lowest == highest:
-        return (
-            f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to "
-            "learn from it"
-        )
     return (
         "cannot tell a story from shuffled words: it puts the story first with probability "
         f"{probability}, where 0.5 is chance; learning from it is learning from noise"

@@ -16,22 +16,15 @@ REAL = "real"
 SENTENCES = "sentences shuffled"
 WORDS = "words shuffled"
 HALVES = "halves of two stories"
-NOUNS_REPLACED = "30 % of nouns replaced"
 WORDS_REPLACED = "10 % of words replaced"
-CORRUPTIONS = (SENTENCES, WORDS, HALVES, NOUNS_REPLACED, WORDS_REPLACED)
 GENERIC = "generic sentences"
 ESSAY = "essay: full marks"
-KINDS = (REAL, *CORRUPTIONS, GENERIC, ESSAY)
+KINDS = (REAL, SENTENCES, WORDS, HALVES, WORDS_REPLACED, GENERIC, ESSAY)
 
 LENGTHS = (60, 90, 120, 150, 180)  # words to which stories are cut, at the end of a sentence
 FEWEST_SENTENCES = 6  # with fewer, another order may be no worse
 DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
 UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
-
-_NOUN = re.compile(
-    r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})"
-    r"(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
-)
 
 
 class KnownStory(NamedTuple):
@@ -40,13 +33,6 @@ class KnownStory(NamedTuple):
     kind: str
     opening: str
     story: str
-
-
-class Pool(NamedTuple):
-    """Distinct nouns, and all words, of many stories, from which replacements are drawn."""
-
-    nouns: Sequence[str]
-    words: Sequence[str]
 
 
 def known_stories(
@@ -65,52 +51,38 @@ def known_stories(
     theirs = random.Random(seed).sample(usable, count - len(ours))
     texts = [first_sentences(text, i) for i, text in enumerate(ours)]
     texts += [first_sentences(text, i) for i, text in enumerate(theirs)]
-    pool_text = " ".join(usable[:300])
-    nouns = sorted(set(_NOUN.findall(pool_text)))
-    pool = Pool(nouns, words=re.findall(r"[a-z]+", pool_text))
+    words = re.findall(r"[a-z]+", " ".join(usable[:300]))  # replacements
 
     stories = []
-    for i, text in enumerate(texts):
-        opening = text[0]
-        sentences = text[1:]
-        other = texts[(i + len(texts) // 2) % len(texts)]
+    for i, (opening, *sentences) in enumerate(texts):
         real = " ".join(sentences)
+        other = texts[(i + len(texts) // 2) % len(texts)][1:]
         for kind in kinds:
             rng = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
-            if kind == REAL:
-                story = real
+            if kind == SENTENCES:
+                story = " ".join(_reordered(sentences, rng))
+            elif kind == WORDS:
+                story = " ".join(_reordered(real.split(), rng))
+            elif kind == HALVES:
+                story = " ".join(sentences[: len(sentences) // 2] + other[len(other) // 2 :])
+            elif kind == WORDS_REPLACED:
+                story = _with_others(real, words, rng)
             elif kind == GENERIC:
                 story = " ".join(rng.sample(split_sentences(_paragraphs("generic")[0]), 14))
             elif kind == ESSAY:
                 story = _essay(i)
             else:
-                story = corrupted(kind, sentences, other[1:], pool, rng)
-                if story == real:
-                    continue
-            stories.append(KnownStory(kind, opening, story))
+                story = real
+            if kind == REAL or story != real:
+                stories.append(KnownStory(kind, opening, story))
     return stories
 
 
-def corrupted(
-    kind: str, sentences: list[str], other: list[str], pool: Pool, rng: random.Random
-) -> str:
-    """A story with a corruption of this kind. other: another story's sentences."""
-    text = " ".join(sentences)
-    if kind == SENTENCES:
-        return " ".join(_reordered(sentences, rng))
-    if kind == WORDS:
-        return " ".join(_reordered(text.split(), rng))
-    if kind == HALVES:
-        first_half = sentences[: len(sentences) // 2]
-        second_half = other[len(other) // 2 :]
-        return " ".join(first_half + second_half)
+def _with_others(text: str, others: Sequence[str], rng: random.Random) -> str:
+    """`text` with a tenth of its words replaced."""
 
     def replace(match: re.Match[str]) -> str:
-        word = match[0]
-        if kind == WORDS_REPLACED:
-            return rng.choice(pool.words) if rng.random() < 0.1 else word
-        is_replaced = word in pool.nouns and rng.random() < 0.3
-        return rng.choice(pool.nouns) if is_replaced else word
+        return rng.choice(others) if rng.random() < 0.1 else match[0]
 
     return re.sub(r"[A-Za-z]+", replace, text)
 
@@ -126,9 +98,9 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
 def usable_documents(documents: Iterable[str], count: int) -> list[str]:
     """The first DOCUMENTS without those that are too short; the grammar's stories if fewer than
     `count` are left."""
-    usable = [text for text in itertools.islice(documents, DOCUMENTS) if _is_long(text)]
+    usable = list(filter(_is_long, itertools.islice(documents, DOCUMENTS)))
     if len(usable) < count:
-        usable = [text for text in unseen_stories(DOCUMENTS) if _is_long(text)]
+        usable = list(filter(_is_long, unseen_stories(DOCUMENTS)))
     return usable
 
 

@@ -3,6 +3,7 @@ best checkpoint."""
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,7 @@ class Evaluator:
 
     def done(self, step: int) -> bool:
         """Whether the evaluation at this step is on record."""
-
-        def on_record() -> bool:
-            records = read_records(self.log.folder / EVALUATIONS)
-            return any(record["step"] == step for record in records)
-
-        return distributed.rank0_value(on_record)
+        return distributed.rank0_value(lambda: step in evaluations_by_step(self.log.folder))
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
         """Metrics on the held-out openings. The words count against the budget. Raises
@@ -68,7 +64,11 @@ class Evaluator:
         mixed = has_dull_tellers(self.policy.history)
         records = story_records(state.step, stories, grades, rewards, mixed)
         self.log.evaluations(records)
-        if distributed.rank0_value(lambda: self.is_best(state.step)):
+        evaluations = self.log.folder / EVALUATIONS
+        # Without grades, each later student becomes `best`.
+        if not self.config.eval_graded or distributed.rank0_value(
+            lambda: is_best(read_records(evaluations), state.step)
+        ):
             state.best_step = state.step
             best = self.log.folder / "checkpoints" / checkpoint.BEST
             self.policy.save(best, state, replace=True)
@@ -76,12 +76,6 @@ class Evaluator:
         metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
         metrics |= story_means(records)
         return {f"held_out_{name}": value for name, value in metrics.items()}
-
-    def is_best(self, step: int) -> bool:
-        """Whether the student of this step becomes `best`: without grades, each that is later."""
-        if not self.config.eval_graded:
-            return True
-        return is_best(read_records(self.log.folder / EVALUATIONS), step)
 
     def send(self, story: Story) -> None:
         if self.config.eval_graded:
@@ -104,9 +98,11 @@ def story_records(
 ) -> list[Record]:
     """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
     the score model."""
-    all_differences = differences([story.text for story in stories])
     records = []
-    for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True)):
+    rows = zip(
+        stories, grades, rewards, differences([story.text for story in stories]), strict=True
+    )
+    for i, (story, grade, reward, difference) in enumerate(rows):
         record: Record = {
             "step": step,
             "index": story.index,
@@ -115,7 +111,7 @@ def story_records(
             "reply": grade.reply or grade.error or "",
             "scores": grade.scores,
             "score": grade.score,
-            "difference": all_differences[i],
+            "difference": difference,
             "reward": reward,
             "words": story.words,
             "ended": story.ended,
@@ -156,34 +152,35 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
     within one standard error, and none below that of step 0: a smaller difference is noise, and the
     later student is preferred, as it has learned from more stories."""
-    by_step: dict[int, dict[int, float]] = {}  # rewards by the story's index
+    by_step: dict[int, dict[int, float]] = defaultdict(dict)  # rewards by the story's index
     for record in records:
         if record["reward"] is not None:
-            rewards = by_step.setdefault(record["step"], {})
-            rewards[record["index"]] = record["reward"]
+            by_step[record["step"]][record["index"]] = record["reward"]
     if step not in by_step:
         return False
 
     means = {at: fmean(rewards.values()) for at, rewards in by_step.items()}
     if means[step] < means.get(0, -math.inf):
         return False
-    highest = by_step[max(means, key=lambda at: means[at])]
+    highest = by_step[max(means, key=means.__getitem__)]
     # An index has the same opening in every evaluation, so stories are compared in pairs.
-    deficits = []
-    for index, reward in by_step[step].items():
-        if index in highest:
-            deficits.append(highest[index] - reward)
-    if not deficits:
-        return False
-    return fmean(deficits) <= (standard_error(deficits) or 0.0)
+    rewards = by_step[step]
+    deficits = [highest[index] - rewards[index] for index in rewards if index in highest]
+    return bool(deficits) and fmean(deficits) <= (standard_error(deficits) or 0.0)
 
 
 def write_samples(folder: Path, best_step: int) -> None:
     """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
-    records = list(read_records(folder / EVALUATIONS))
-    lines = []
+    evaluations = evaluations_by_step(folder)
+    lines = ""
     for when, step in (("before", 0), ("after", best_step)):
-        for record in records:
-            if record["step"] == step:
-                lines.append(json.dumps({"when": when} | record) + "\n")
-    atomic_write(folder / SAMPLES, "".join(lines))
+        for record in evaluations.get(step, ()):
+            lines += json.dumps({"when": when} | record) + "\n"
+    atomic_write(folder / SAMPLES, lines)
+
+
+def evaluations_by_step(run: Path) -> dict[int, list[Record]]:
+    evaluations = defaultdict(list)
+    for record in read_records(run / EVALUATIONS):
+        evaluations[record["step"]].append(record)
+    return dict(evaluations)

@@ -1,13 +1,10 @@
-"""95 % confidence intervals of proportions and statistics, their printing, and standard errors."""
+"""95 % confidence intervals of proportions and means, their printing, and standard errors."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from statistics import stdev
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
 
 Z = 1.959964  # two-sided 95 % quantile of the normal distribution
-RESAMPLES = 1000
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
@@ -20,22 +17,11 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with
-    replacement (fixed seed). Resamples for which it is nan are left out; both ends are nan if it
-    always is."""
-    rng = np.random.default_rng(0)
-    resamples = [rng.integers(size, size=size) for _ in range(RESAMPLES)]
-    values = np.array([statistic(rows) for rows in resamples])
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return math.nan, math.nan
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def mean_ci(values: np.ndarray) -> tuple[float, float]:
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+def mean_ci(values: Sequence[float]) -> tuple[float, float]:
+    """The normal interval of the mean; the value alone if there is only one."""
+    middle = fmean(values)
+    half = Z * (standard_error(values) or 0.0)
+    return middle - half, middle + half
 
 
 def with_ci(

@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.rl.reward import phrases
@@ -46,16 +44,16 @@ def read_samples(path: Path) -> list[Sample]:
     stories = []
     records = list(read_records(path)) or [{}]  # an empty file lacks its first line
     for number, record in enumerate(records, 1):
-        opening = record.get("opening")
-        story = record.get("story")
-        ended = record.get("ended")
-        if not (isinstance(opening, str) and isinstance(story, str)):
-            raise UserError(
-                f"{path} line {number} lacks an opening and a story: each line is an object with "
-                "both"
-            )
-        text = story.removeprefix(opening).strip()
-        stories.append(Sample(opening, text, ended if isinstance(ended, str) else None))
+        match record:
+            case {"opening": str(opening), "story": str(story)}:
+                text = story.removeprefix(opening).strip()
+                ended = record.get("ended")
+                stories.append(Sample(opening, text, ended if isinstance(ended, str) else None))
+            case _:
+                raise UserError(
+                    f"{path} line {number} lacks an opening and a story: each line is an object "
+                    "with both"
+                )
     return stories
 
 
@@ -88,7 +86,7 @@ def write_stories(
 
 
 def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -> dict[str, Any]:
-    """Measures of stories, with 95 % intervals bootstrapped over stories.
+    """Measures of stories, with 95 % intervals over stories.
 
     length_mean is in words, distinct_4 over all stories. story_clusters_10 is the number of
     clusters among the first ten stories to an opening, averaged over openings that have ten
@@ -103,10 +101,10 @@ def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -
     for same_opening in by_opening.values():
         if len(same_opening) >= 10:
             clusters_of_ten.append(len(cluster_sizes(same_opening[:10])))
-    lengths = np.array([len(text.split()) for text in texts])
+    lengths = [len(text.split()) for text in texts]
     measures: dict[str, Any] = {
         "stories": len(stories),
-        "length_mean": float(lengths.mean()),
+        "length_mean": fmean(lengths),
         "length_ci": mean_ci(lengths),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters_10": mean_of(clusters_of_ten),
@@ -119,7 +117,7 @@ def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -
         grades = grader.grade_each([(story.opening, story.text) for story in stories])
         shown = shown_scores(grades)
         measures |= score_means(grades)
-        measures["score_ci"] = mean_ci(np.array(shown)) if shown else None
+        measures["score_ci"] = mean_ci(shown) if shown else None
         measures["unscored"] = sum(grade.score is None for grade in grades)
     return measures
 

@@ -4,14 +4,14 @@ waiting stories are handed in together, GRACE_S after the last grade, so that un
 can go back. A story that was graded before gets its kept grade."""
 
 import asyncio
-import hashlib
-import json
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinystory.human.progress import key_of
 from tinystory.run.errors import UserError
 from tinystory.run.folder import timestamp
 from tinystory.run.journal import Journal
@@ -19,6 +19,7 @@ from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
 
+UNASKED = "this is not what was asked about: load the page again"
 GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
 # Required fields of each record in a file of grades; a skipped story has no scores.
 GRADE: Fields = {
@@ -58,9 +59,7 @@ class Desk:
     # ---- for the trainer -------------------------------------------------------------------------
 
     def key(self, opening: str, story: str) -> str:
-        """Hash of the story and the instructions."""
-        text = json.dumps([instructions(self.template), opening, story])
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return key_of(instructions(self.template), opening, story)
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """Wait, without limit, for the human's scores; None if the story was skipped."""
@@ -93,31 +92,28 @@ class Desk:
     # ---- for the page ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: a story that a trainer waits for, or the one that the human went
-        back to."""
-        if self._current not in self._waiting and self._current not in self._grades:
-            self._current = None  # its trainer has stopped
-        if self._current is None:
-            self._current = next(iter(self._ungraded()), None)
+        """What the page shows: a story that a trainer waits for, the next one or the one that the
+        human went back to."""
         ungraded = self._ungraded()
+        if self._current not in self._waiting:  # there is none, or its trainer has stopped
+            self._current = next(iter(ungraded), None)
+        item = None
+        if self._current:
+            story = self._waiting[self._current]
+            item = {
+                "key": self._current,
+                "opening": story.opening,
+                "story": story.story,
+                "scores": self._grades.get(self._current, {}).get("scores"),
+                "again": self._current in self._grades,
+            }
         return {
-            "item": None if self._current is None else self._item(self._current),
+            "item": item,
             "waiting": len(self._waiting),
             "left": len(ungraded),
             "done": len(self._grades),
             "handing_in": bool(self._waiting) and not ungraded,
             "criteria": [asdict(criterion) for criterion in self.template.criteria],
-        }
-
-    def _item(self, key: str) -> dict[str, Any]:
-        record = self._grades.get(key) or vars(self._waiting[key])
-        return {
-            "key": key,
-            "opening": record["opening"],
-            "story": record["story"],
-            "scores": record.get("scores"),
-            "again": key in self._grades,
-            "late": key not in self._waiting,  # the trainer has its grade already
         }
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
@@ -136,12 +132,10 @@ class Desk:
                 raise Refused(f"unknown action {action[:20]!r}")
 
     def _go_back(self) -> None:
-        graded = list(self._grades)
+        graded = [key for key in self._waiting if key in self._grades]
         if not graded:
             raise Refused("there is nothing to go back to")
-        place = len(graded)
-        if self._current in self._grades:
-            place = graded.index(self._current)
+        place = graded.index(self._current) if self._current in graded else len(graded)
         self._current = graded[max(place - 1, 0)]
 
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
@@ -157,23 +151,16 @@ class Desk:
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked
         # again.
-        key = request.get("key")
-        opening = request.get("opening")
-        story = request.get("story")
-        if (
-            not isinstance(opening, str)
-            or not isinstance(story, str)
-            or key != self.key(opening, story)
-        ):
-            raise Refused("this is not what was asked about: load the page again")
-        record: Record = {"key": key, "opening": opening, "story": story, "scores": scores}
+        match request:
+            case {"key": key, "opening": str(opening), "story": str(story)} if key == self.key(
+                opening, story
+            ):
+                record: Record = {"key": key, "opening": opening, "story": story, "scores": scores}
+            case _:
+                raise Refused(UNASKED)
         record |= {"by": who, "at": timestamp()}
-        try:
+        with refused_unless_kept():
             self._journal.append(record)
-        except UserError as error:
-            raise Refused(
-                f"This grade is not kept yet: {error}. Then give it again.", status=503
-            ) from error
         self._grades[key] = record
         if self._current == key:
             self._current = None
@@ -182,3 +169,14 @@ class Desk:
 
 def _is_score(value: object) -> bool:
     return type(value) is int and 0 <= value <= TOP
+
+
+@contextlib.contextmanager
+def refused_unless_kept() -> Iterator[None]:
+    """Raises Refused if an answer cannot be written to its file."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused(
+            f"This answer is not kept yet: {error}. Then give it again.", status=503
+        ) from error

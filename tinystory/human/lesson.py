@@ -8,38 +8,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.human.desk import Desk
-from tinystory.human.progress import COMPARED, NEITHER, READ, Pair, Progress, read_progress
+from tinystory.human.desk import UNASKED, Desk, refused_unless_kept
+from tinystory.human.progress import COMPARED, NEITHER, Pair, Progress, read_progress
 from tinystory.report.findings import keep_finding, read_findings
 from tinystory.report.page import count
+from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
-from tinystory.run.folder import holds_run, in_use, numbered, read_config, timestamp
+from tinystory.run.folder import holds_run, in_use, numbered, timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.paths import hint
-from tinystory.run.records import PAIRS, Record, read_records
-from tinystory.teacher.probe import HUMAN, HUMAN_S
+from tinystory.run.records import FIELDS, PAIRS, Record, read_records
+from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.server import Refused
 
 TITLE = "Taught by a person"  # of the finding
 
 
 def lesson_folder(folder: Path) -> Path:
-    """The first of `folder`, `folder`-2, ... that holds no run, or one by a human that goes on: all
-    pairs of a finished one have been compared."""
-    for candidate in numbered(folder):
-        if not holds_run(candidate) or _goes_on(candidate):
-            break
-    return candidate
-
-
-def _goes_on(folder: Path) -> bool:
-    teacher = read_config(folder).get("options", {}).get("teacher")
-    by_human = isinstance(teacher, dict) and teacher.get("model") == HUMAN
-    return by_human and not _has_result(folder)
+    """The first of `folder`, `folder`-2, ... that holds no run, or one that goes on: all pairs of a
+    finished one have been compared."""
+    return next(path for path in numbered(folder) if not _has_result(path))
 
 
 def _has_result(folder: Path) -> bool:
@@ -61,21 +52,16 @@ class Lesson:
         self.folder = folder
         self._arguments = arguments
         self._clock = clock
-        self._answers: dict[str, str] = {}  # before, after or neither, by the pair's key
-        for record in read_records(folder / PAIRS, check=_check_answer):
-            self._answers[record["key"]] = record["preferred"]
+        answers = read_records(folder / PAIRS)
+        # before, after or neither, by the pair's key
+        self._answers = {record["key"]: record["preferred"] for record in answers}
         self._is_reported = _has_result(folder)
-        self._report = ""  # its path, once it is written here
         self._progress = Progress()
         self._read: list[tuple[int, int] | None] = []  # sizes and times of the files read
         self._problem = ""  # why they could not be read
-        self._taken_back: str | None = None  # key of the pair that the human went back to
         self._running = False
         self._since = 0.0  # when the trainer was started, or last got grades
-        self._handed_in: tuple[int, int] = (-1, 0)  # finished steps, and stories handed in since
-        self._shown = ""  # key of the story or pair on the page, and since when
-        self._shown_since = 0.0
-        self._seconds: list[float] = []  # per answer
+        self._handed_in: Counter[int] = Counter()  # stories, by the number of finished steps
         self._look()
 
     # ---- the run ---------------------------------------------------------------------------------
@@ -93,21 +79,19 @@ class Lesson:
         handed_in = self.desk.tick()
         self._look()
         if handed_in:
-            step, earlier = self._handed_in
-            if step != self._progress.step:
-                earlier = 0
-            self._handed_in = (self._progress.step, earlier + handed_in)
+            self._handed_in[self._progress.step] += handed_in
             self._since = self._clock()
         if self.is_over() and not self._unanswered() and not self._is_reported:
             self._is_reported = True
             try:
-                self._report = str(await asyncio.to_thread(self._write_report))
+                keep_finding(self.folder, TITLE, self._progress.step, [self.result()])
+                await asyncio.to_thread(write_report, self.folder)
             except UserError as error:
                 self._problem = str(error)
 
     def _look(self) -> None:
         """Read the run's records if a file has changed."""
-        files = [_size_and_time(self.folder / name) for name in READ]
+        files = [_size_and_time(self.folder / name) for name in FIELDS]
         if files != self._read:
             self._read = files
             try:
@@ -123,12 +107,6 @@ class Lesson:
     def is_over(self) -> bool:
         """Whether the run is finished, so that pairs can be compared."""
         return self._progress.finished and not self._running
-
-    def _write_report(self) -> Path:
-        from tinystory.report.run import write_report  # imported here because it needs torch
-
-        keep_finding(self.folder, TITLE, self._progress.step, [self.result()])
-        return write_report(self.folder).resolve()
 
     def result(self) -> str:
         """What the comparisons say, in sentences."""
@@ -154,36 +132,35 @@ class Lesson:
     def state(self, url: str) -> dict[str, Any]:
         """What the page shows: the desk's state; answers left, and about how many minutes; what
         the machine does, or the command that makes it; what the student learned; a pair to compare;
-        the result."""
+        the result, and the report that holds it."""
         state = self.desk.state()
         self._look()
-        pair = None
-        if self.is_over() and state["item"] is None:
-            pair = self._current()
-        shown = ""
-        if state["item"]:
-            shown = state["item"]["key"]
-        elif pair:
-            shown = pair.key
-        if shown != self._shown:
-            self._shown = shown
-            self._shown_since = self._clock()
-
+        progress = self._progress
         answers_left = self._answers_left(state)
+        steps_left = max(progress.steps - progress.step, 0)
+        seconds = (answers_left or 0) * HUMAN_S + steps_left * progress.step_s
         state |= {
             "answers_left": answers_left,
-            "minutes": math.ceil(self._seconds_left(answers_left or 0) / 60),
+            "minutes": math.ceil(seconds / 60),
             "now": self._now(state),
             "command": "",
-            "learned": self._progress.learned,
-            "pair": pair and self._shown_pair(pair),
+            "learned": progress.learned,
+            "pair": None,
             "result": "",
-            "report": self._report,
+            "report": "",
         }
-        if not self._running and not self.is_over() and not state["item"]:
-            state["command"] = self.command(url)
-        elif self.is_over() and not self._unanswered() and not pair and not self._problem:
+        if state["item"]:
+            return state
+        if not self.is_over():
+            if not self._running:
+                state["command"] = self.command(url)
+            return state
+        if answers_left:
+            state["pair"] = self._shown_pair(self._unanswered()[0])
+        elif not self._problem:
             state["result"] = self.result()
+            if self._is_reported:
+                state["report"] = str((self.folder / "report.html").resolve())
         return state
 
     def _answers_left(self, state: Mapping[str, Any]) -> int | None:
@@ -193,17 +170,8 @@ class Lesson:
             return len(self._unanswered())
         if not progress.grades:
             return None
-        step, handed_in = self._handed_in
-        if step != progress.step:
-            handed_in = 0
-        given = progress.asked + handed_in + state["waiting"] - state["left"]
+        given = progress.asked + self._handed_in[progress.step] + state["waiting"] - state["left"]
         return max(progress.grades - given, 0) + min(progress.evaluated, COMPARED)
-
-    def _seconds_left(self, answers: int) -> float:
-        progress = self._progress
-        per_answer = median(self._seconds) if self._seconds else HUMAN_S
-        steps_left = max(progress.steps - progress.step, 0)
-        return answers * per_answer + steps_left * (progress.step_s or 0.0)
 
     def _now(self, state: Mapping[str, Any]) -> str:
         """What the machine does while no story waits, in a sentence."""
@@ -220,103 +188,62 @@ class Lesson:
             return "The student writes the stories that you will compare."
 
         doing = f"The student writes {progress.stories} stories"
-        if self._handed_in[0] == progress.step:
+        if self._handed_in[progress.step]:
             doing = "The student learns from your grades"
-        return f"{doing}: step {progress.step + 1} of {progress.steps}, {self._wait()}."
-
-    def _wait(self) -> str:
-        """Until the next stories, in words."""
         elapsed = self._clock() - self._since
-        if self._progress.step_s is None:
-            return f"{_in_fives(elapsed)} seconds so far"
-        left = self._progress.step_s - elapsed
-        return f"about {_in_fives(left)} seconds" if left > 0 else "done in a moment"
+        wait = f"{_in_fives(elapsed)} seconds so far"
+        if progress.step_s:
+            left = progress.step_s - elapsed
+            wait = f"about {_in_fives(left)} seconds" if left > 0 else "done in a moment"
+        return f"{doing}: step {progress.step + 1} of {progress.steps}, {wait}."
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """As the desk's, and `prefer`: the story of a pair on the `side` left or right, or
         neither."""
-        match action:
-            case "prefer":
-                self._prefer(who, request)
-            case "back" if self.is_over():
-                self._go_back()
-            case _:
-                if action == "pause":
-                    self._taken_back = None
-                self.desk.do(who, action, request)
-        if action in ("grade", "skip", "prefer") and request.get("key") == self._shown:
-            self._seconds.append(self._clock() - self._shown_since)
+        if action == "prefer":
+            self._prefer(who, request)
+        else:
+            self.desk.do(who, action, request)
 
     # ---- pairs -----------------------------------------------------------------------------------
 
     def _unanswered(self) -> list[Pair]:
         return [pair for pair in self._progress.pairs if pair.key not in self._answers]
 
-    def _current(self) -> Pair | None:
-        """The pair on the page: one that the human went back to, or the next one."""
-        for pair in self._progress.pairs:
-            if pair.key == self._taken_back:
-                return pair
-        return next(iter(self._unanswered()), None)
-
     def _shown_pair(self, pair: Pair) -> dict[str, Any]:
         """The pair without the names of its stories."""
         pairs = self._progress.pairs
-        side_of = {name: side for side, name in pair.names.items()}
         return {
             "key": pair.key,
             "opening": pair.opening,
             "left": getattr(pair, pair.names["left"]),
             "right": getattr(pair, pair.names["right"]),
-            "preferred": side_of.get(self._answers.get(pair.key, "")),
             "place": pairs.index(pair) + 1,
             "pairs": len(pairs),
             "left_out": self._progress.left_out,
         }
 
-    def _go_back(self) -> None:
-        pairs = self._progress.pairs
-        current = self._current()
-        place = pairs.index(current) if current else len(pairs)
-        if not place:
-            raise Refused("there is nothing to go back to")
-        self._taken_back = pairs[place - 1].key
-
     def _prefer(self, who: str, request: Mapping[str, Any]) -> None:
-        by_key = {pair.key: pair for pair in self._progress.pairs}
-        key = request.get("key")
-        pair = by_key.get(key) if isinstance(key, str) else None
-        if pair is None:
-            raise Refused("this is not what was asked about: load the page again")
+        for pair in self._progress.pairs:
+            if pair.key == request.get("key"):
+                break
+        else:
+            raise Refused(UNASKED)
         side = str(request.get("side"))
         if side not in pair.names:
             raise Refused(f"give a side: {', '.join(pair.names)}")
-        preferred = pair.names[side]
         record: Record = {
             "key": pair.key,
             "index": pair.index,
             "opening": pair.opening,
-            "preferred": preferred,
+            "preferred": pair.names[side],
             "by": who,
             "at": timestamp(),
         }
-        try:
-            with contextlib.closing(Journal(self.folder / PAIRS, durable=True)) as journal:
-                journal.append(record)
-        except UserError as error:
-            raise Refused(
-                f"This answer is not kept yet: {error}. Then give it again.", status=503
-            ) from error
-        self._answers[pair.key] = preferred
-        self._is_reported = False
-        self._report = ""
-        self._taken_back = None
-
-
-def _check_answer(record: Record) -> None:
-    """Raises ValueError for an answer that cannot be counted."""
-    if record["preferred"] not in ("before", "after", NEITHER):
-        raise ValueError(f"its 'preferred' is {record['preferred']!r:.40}")
+        journal = Journal(self.folder / PAIRS, durable=True)
+        with refused_unless_kept(), contextlib.closing(journal):
+            journal.append(record)
+        self._answers[pair.key] = record["preferred"]
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

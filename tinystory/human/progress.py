@@ -3,29 +3,20 @@ that the human is shown: pairs to the same held-out opening, before interaction 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.report.page import LONGEST
 from tinystory.run.folder import read_config
-from tinystory.run.records import (
-    CONFIG,
-    EVALUATIONS,
-    METRICS,
-    SAMPLES,
-    STORIES,
-    Record,
-    read_metrics,
-    read_records,
-    read_stories,
-)
+from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, read_stories
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import NOT_ASKED
 
-READ = (CONFIG, METRICS, STORIES, EVALUATIONS, SAMPLES)  # what `read_progress` reads
 # Openings that are compared at the end: the first ones. Stories to the others are shown before, so
 # that no story of a pair has been seen with its name.
 COMPARED = 16
@@ -45,8 +36,7 @@ class Pair:
 
     @property
     def key(self) -> str:
-        text = json.dumps([self.index, self.opening, self.before, self.after])
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return key_of(self.index, self.opening, self.before, self.after)
 
     @property
     def names(self) -> dict[str, str]:
@@ -62,9 +52,9 @@ class Pair:
 class Progress:
     """steps, stories, grades, evaluated: as planned, 0 if not recorded; stories: per step; grades:
     of the whole run. step: finished ones; asked, graded: their stories that the teacher was asked
-    about, and that it graded. step_s: a step's typical seconds without the teacher's. learned: the
-    pair to show after the last evaluation, and its step. left_out: pairs of equal or empty
-    stories."""
+    about, and that it graded. step_s: a step's typical seconds without the teacher's, 0 before the
+    first one. learned: the pair to show after the last evaluation, and its step. left_out: pairs of
+    equal or empty stories."""
 
     steps: int = 0
     stories: int = 0
@@ -73,7 +63,7 @@ class Progress:
     step: int = 0
     asked: int = 0
     graded: int = 0
-    step_s: float | None = None
+    step_s: float = 0.0
     learned: Record | None = None
     finished: bool = False
     pairs: list[Pair] = field(default_factory=list)
@@ -100,12 +90,19 @@ def read_progress(folder: Path) -> Progress:
         progress.asked += asked
         # An empty story gets its score without a reply.
         progress.graded += bool(asked and record["reply"] and record["scores"])
-    progress.learned = _learned(folder)
 
-    samples: dict[str, dict[int, Record]] = {"before": {}, "after": {}}
+    evaluations = evaluations_by_step(folder)
+    step = max(evaluations, default=0)
+    to_show = _pairs(evaluations.get(0, ()), evaluations.get(step, ()))[COMPARED:]
+    if step and to_show:
+        pair = to_show[(step - 1) % len(to_show)]  # another one after each evaluation
+        progress.learned = {"opening": pair.opening, "before": pair.before, "after": pair.after}
+        progress.learned["step"] = step
+
+    samples = defaultdict(list)
     for record in read_records(folder / SAMPLES):
-        progress.finished = True
-        samples.setdefault(record["when"], {})[record["index"]] = record
+        samples[record["when"]].append(record)
+    progress.finished = bool(samples)
     for pair in _pairs(samples["before"], samples["after"])[:COMPARED]:
         if is_blank(pair.before) or is_blank(pair.after) or pair.before == pair.after:
             progress.left_out += 1
@@ -114,37 +111,23 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
+def key_of(*parts: Any) -> str:
+    """What names a question to the human: a hash of its parts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
 def _count(options: Mapping[str, Any], name: str) -> int:
     value = options.get(name)
     return value if type(value) is int and value > 0 else 0
 
 
-def _learned(folder: Path) -> Record | None:
-    """A pair that is not compared, another one after each evaluation, and its step; None before the
-    second evaluation, or if all are compared."""
-    evaluations: dict[int, dict[int, Record]] = {}
-    for record in read_records(folder / EVALUATIONS):
-        evaluations.setdefault(record["step"], {})[record["index"]] = record
-    step = max(evaluations, default=0)
-    if not step:
-        return None
-    pairs = _pairs(evaluations.get(0, {}), evaluations[step])[COMPARED:]
-    if not pairs:
-        return None
-    pair = pairs[(step - 1) % len(pairs)]
-    return {"opening": pair.opening, "before": pair.before, "after": pair.after, "step": step}
-
-
-def _pairs(before: Mapping[int, Record], after: Mapping[int, Record]) -> list[Pair]:
+def _pairs(before: Iterable[Record], after: Iterable[Record]) -> list[Pair]:
     """By index. The texts are what a page can show."""
+    after_by_index = {record["index"]: record for record in after}
     pairs = []
-    for index in sorted(before):
-        if index in after:
-            opening = _shown(before[index]["opening"])
-            stories = _shown(before[index]["story"]), _shown(after[index]["story"])
-            pairs.append(Pair(index, opening, *stories))
+    for record in before:
+        index = record["index"]
+        if index in after_by_index:
+            texts = record["opening"], record["story"], after_by_index[index]["story"]
+            pairs.append(Pair(index, *(printable(text[:LONGEST]).strip() for text in texts)))
     return pairs
-
-
-def _shown(text: str) -> str:
-    return printable(text[:LONGEST]).strip()

@@ -1,17 +1,16 @@
 """Before and after interaction, on held-out openings: numbers and pairs of stories for terminal,
 report, model card."""
 
-import textwrap
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from tinystory.evaluate.held_out import reward_mean, story_means
+from tinystory.evaluate.held_out import evaluations_by_step, reward_mean, story_means
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import mean_of
-from tinystory.report.charts import number, text_curve
-from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_metrics, read_records
+from tinystory.report.charts import number, text_curve, with_error
+from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import highest_score
@@ -31,11 +30,6 @@ NO_HELP = (
     "another teacher if scripts/doctor.py --calibrate finds that this one cannot tell good stories "
     "from bad ones."
 )
-MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
-
-
-# stories to one opening, before and after, from the same random numbers
-Pair: TypeAlias = tuple[Record, Record]
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,12 @@ class BeforeAfter:
     def names(self) -> tuple[str, str]:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
-    def typical(self) -> tuple[str, list[Pair]]:
-        """A sentence on how the pairs were chosen, or why there is none, and the pairs: the median
-        gain in reward, then the quantiles MORE. Only pairs of stories that both end, if there are
-        any; no pair shows one text twice, or an empty one."""
+    def typical(self) -> tuple[str, Sequence[Record]]:
+        """A sentence on how the pair was chosen, or why there is none, and the pair with the median
+        gain in reward: stories to one opening, before and after, from the same random numbers. Both
+        end, if any pair does; they are never one text twice, and never empty."""
         after_by_index = {record["index"]: record for record in self.after}
-        pairs: list[Pair] = []
+        pairs: list[tuple[Record, Record]] = []
         for before in self.before:
             after = after_by_index.get(before["index"])
             if after is None or before["reward"] is None or after["reward"] is None:
@@ -67,7 +61,7 @@ class BeforeAfter:
         ended = [pair for pair in pairs if pair[0]["ended"] == pair[1]["ended"] == "eos"]
         pairs = ended or pairs
         if not pairs:
-            return NO_PAIR, []
+            return NO_PAIR, ()
 
         pairs.sort(key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
         ends = " that end" if ended else ""
@@ -75,18 +69,13 @@ class BeforeAfter:
             f"The pair with the median gain in reward among {len(pairs)} held-out openings with two "
             f"different, non-empty stories{ends}."
         )
-        shown: list[int] = []
-        for quantile in (0.5, *MORE):
-            place = int(quantile * (len(pairs) - 1))
-            if place not in shown:
-                shown.append(place)
-        return rule, [pairs[place] for place in shown]
+        return rule, pairs[(len(pairs) - 1) // 2]
 
     def table(self, coloured: bool = False) -> list[list[str]]:
         """A header, and a row per group of stories: means, those of reward and score with their
         standard errors. coloured: for a terminal, whether these two rose or fell."""
-        before_means = group_means(self.before)
-        after_means = group_means(self.after)
+        before_means, before_errors = group_means(self.before), group_errors(self.before)
+        after_means, after_errors = group_means(self.after), group_errors(self.after)
         header = [f"{len(self.before)} stories to held-out openings"]
         before_row, after_row = ([name] for name in self.names)
         for key, title in COLUMNS.items():
@@ -95,12 +84,13 @@ class BeforeAfter:
             if before is None and after is None:
                 continue
             if key == "score_mean":
-                title = f"score of {highest(self.before + self.after)}"
+                records = self.before + self.after
+                title = f"score of {max(highest_score(record['scores']) for record in records)}"
             header.append(title)
-            before_row.append(number(before) + error_of(key, self.before))
-            cell = number(after) + error_of(key, self.after)
-            is_coloured = coloured and key in COMPARED and after != before
-            if is_coloured and before is not None and after is not None:
+            before_row.append(with_error(before, before_errors.get(key)))
+            cell = with_error(after, after_errors.get(key))
+            is_compared = coloured and key in after_errors
+            if is_compared and before is not None and after is not None and after != before:
                 cell = colour(cell, "better" if after > before else "worse")
             after_row.append(cell)
         return [header, before_row, after_row]
@@ -150,16 +140,13 @@ class BeforeAfter:
         return NO_HELP
 
 
-def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
+def read_before_after(run: Path, step: float = math.inf) -> BeforeAfter | None:
     """Compare with the last evaluation up to `step`; by default with the checkpoint `best`, or with
     the latest evaluation if that is step 0's or the run is unfinished. None without two
     evaluations."""
-    evaluations: dict[int, list[Record]] = {}
-    for record in read_records(run / EVALUATIONS):
-        if step is None or record["step"] <= step:
-            evaluations.setdefault(record["step"], []).append(record)
-    latest = max(evaluations, default=0)
-    best = best_step(run) if step is None else None
+    evaluations = evaluations_by_step(run)
+    latest = max((at for at in evaluations if at <= step), default=0)
+    best = best_step(run) if step == math.inf else None
     before = evaluations.get(0)
     after = evaluations.get(best or latest)
     if latest == 0 or not before or not after:
@@ -175,44 +162,26 @@ def best_step(run: Path) -> int | None:
     return None
 
 
-def reward_errors(run: Path) -> dict[int, float | None]:
-    """Standard errors of the mean reward of each evaluation, by step."""
-    rewards: dict[int, list[float | None]] = {}
-    for record in read_records(run / EVALUATIONS):
-        rewards.setdefault(record["step"], []).append(record["reward"])
-    return {step: standard_error(values) for step, values in rewards.items()}
-
-
-def error_of(key: str, records: Sequence[Record]) -> str:
-    """A column's standard error, written behind its mean; "" for columns without."""
-    if key not in COMPARED:
-        return ""
-    error = standard_error([COMPARED[key](record) for record in records])
-    return "" if error is None else f" ± {error:.2g}"
-
-
-def highest(records: Sequence[Record]) -> int:
-    """The highest score that these stories' graders give."""
-    return max(highest_score(record["scores"] or {}) for record in records)
-
-
-def followed(run: Path) -> list[Record]:
+def followed(run: Path) -> Sequence[Record]:
     """One story per evaluation, to the same opening: the last whose stories are never empty. (A
     human compares stories to the first ones unnamed.)"""
-    by_index: dict[int, list[Record]] = {}
-    for record in read_records(run / EVALUATIONS):
-        by_index.setdefault(record["index"], []).append(record)
-    most = max(map(len, by_index.values()), default=0)
-    for records in reversed(by_index.values()):
-        if len(records) == most and not any(is_blank(record["story"]) for record in records):
-            return records
-    return []
+    chosen: Sequence[Record] = ()
+    for stories in zip(*evaluations_by_step(run).values(), strict=False):
+        if not any(is_blank(record["story"]) for record in stories):
+            chosen = stories
+    return chosen
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:
     """Means of evaluation stories."""
     score = mean_of(map(shown_score, records))
     return {"reward": reward_mean(records), "score_mean": score} | story_means(records)
+
+
+def group_errors(records: list[Record]) -> dict[str, float | None]:
+    """Standard errors of those means that are compared."""
+    rewards = standard_error(record["reward"] for record in records)
+    return {"reward": rewards, "score_mean": standard_error(map(shown_score, records))}
 
 
 def shown_score(record: Record) -> float | None:
@@ -225,23 +194,14 @@ def shown_score(record: Record) -> float | None:
     return float(sum(scores.values())) if scores else None
 
 
-# The columns that are compared: their value for a story.
-COMPARED: dict[str, Callable[[Record], float | None]] = {
-    "reward": lambda record: record["reward"],
-    "score_mean": shown_score,
-}
-
-
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
     """metrics.jsonl's records, after one of step 0 with the means of the evaluation before
     training, if there is one."""
-    start = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
+    start = evaluations_by_step(run).get(0)
     if not start:
         return metrics
-    first: Record = {"step": 0}
-    for key, value in group_means(start).items():
-        first[f"held_out_{key}"] = value
-    return [first, *metrics]
+    means = {f"held_out_{key}": value for key, value in group_means(start).items()}
+    return [{"step": 0} | means, *metrics]
 
 
 def summary(run: Path) -> str:
@@ -249,17 +209,17 @@ def summary(run: Path) -> str:
     comparison = read_before_after(run)
     if comparison is None:
         return ""
-    rule, pairs = comparison.typical()
+    rule, pair = comparison.typical()
     lines = [rule]
-    for pair in pairs[:1]:
-        for name, record in zip(comparison.names, pair, strict=True):
-            lines += ["", f"{name}, {grade_line(record)}:"]
-            lines.append(story_text(record["opening"], record["story"]))
-    lines.append("")
-    lines += aligned(comparison.table(coloured=True))
-    lines += [comparison.tellers(), comparison.conclusion()]
+    for name, record in zip(comparison.names, pair, strict=False):
+        lines += ["", f"{name}, {grade_line(record)}:"]
+        lines.append(story_text(record["opening"], record["story"]))
     held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
     lines += [
+        "",
+        *aligned(comparison.table(coloured=True)),
+        comparison.tellers(),
+        comparison.conclusion(),
         f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
         comparison.best_student(),
     ]
@@ -283,7 +243,3 @@ def grade_line(record: Record) -> str:
     if record.get("difference") is not None:
         line += f", difference {number(record['difference'])}"
     return line
-
-
-def story_lines(record: Record) -> str:
-    return textwrap.fill(printable(f"{record['opening']} {record['story']}"), 100)

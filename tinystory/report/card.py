@@ -2,12 +2,11 @@
 
 import json
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
-from tinystory.report.before_after import grade_line, read_before_after, story_lines
+from tinystory.report.before_after import read_before_after
 from tinystory.report.charts import number
 from tinystory.report.findings import read_findings
 from tinystory.report.run import scorer, verdict
@@ -45,12 +44,11 @@ def model_card(name: str, source: Path, student: Student, history: Record) -> st
     if history:
         paragraphs += _run(source, history)
     paragraphs.append(f"## Limits\n\n{LIMITS}")
-    licences = ["## Licence of the corpus", ""]
+    paragraphs.append("## Licence of the corpus")
+    licences = ""
     for key in corpora:
-        licences.append(f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}")
-    if not corpora:
-        licences.append("Not recorded.")
-    paragraphs.append("\n".join(licences))
+        licences += f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}\n"
+    paragraphs.append(licences or "Not recorded.")
     body = "\n\n".join(paragraphs)
     return f"---\n{_metadata(corpora)}\n---\n\n{body}\n"
 
@@ -91,12 +89,6 @@ def _run(source: Path, history: Record) -> Iterable[str]:
         return
     yield "## What it scores"
     yield _table(comparison.table())
-    rule, pairs = comparison.typical()
-    for pair in pairs[:1]:
-        for name, record in zip(comparison.names, pair, strict=True):
-            story = textwrap.indent(story_lines(record), "    ")
-            rule += f"\n\n{name.capitalize()}, {_plain(grade_line(record))}:\n\n{story}"
-    yield rule
     for finding in read_findings(run):
         yield f"## {_plain(finding['title'])}, after step {finding['step']}"
         yield from map(_plain, finding["sentences"])

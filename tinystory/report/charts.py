@@ -5,17 +5,17 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-Span: TypeAlias = tuple[float, float]  # low and high end of an axis
-Size: TypeAlias = tuple[int, int]  # width and height in pixels
+Span = tuple[float, float]  # low and high end of an axis
+Size = tuple[int, int]  # width and height in pixels
 
 POINTS = 60  # points per curve: single steps of a long run are noise
 SIZE = (340, 210)  # default
 LEFT, RIGHT, TOP, BOTTOM = 44, 50, 30, 34  # margins around the plotting area
+UNITS = {"B": 1e9, "M": 1e6, "k": 1e3}
 
 # Colours by role or criterion: (on a light background, on a dark one).
 COLOURS = {
@@ -36,7 +36,7 @@ svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
 svg.chart text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--muted);
   font-variant-numeric: tabular-nums; }
 svg.chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
-svg.chart text.value { font-weight: 600; fill: var(--tint); }
+svg.chart .value text { font-weight: 600; fill: var(--tint); }
 svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg.chart .dot { fill: var(--tint); }
@@ -45,8 +45,10 @@ svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 
 
 def palette() -> str:
-    light = "".join(f"--{name}: {colour}; " for name, (colour, _) in COLOURS.items())
-    dark = "".join(f"--{name}: {colour}; " for name, (_, colour) in COLOURS.items())
+    light = dark = ""
+    for name, (on_light, on_dark) in COLOURS.items():
+        light += f"--{name}: {on_light}; "
+        dark += f"--{name}: {on_dark}; "
     return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
@@ -62,28 +64,19 @@ class Line:
     errors: Sequence[float | None] = ()
 
     def points(self) -> np.ndarray:
-        """float64 (3, n): x, y and error (nan: none) of the points that have both coordinates."""
+        """float64 (3, n): x, y and error (0: none) of the points that have both coordinates."""
         errors = self.errors or [None] * len(self.y)
         table = np.array([self.x, self.y, errors], dtype=float)
         has_both = ~np.isnan(table[:2]).any(0)
-        return table[:, has_both]
-
-    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
-        """x and y of the points to draw."""
-        x, y, _ = self.points()
-        return thin(x), thin(y)
+        return np.nan_to_num(table[:, has_both])
 
     def extent(self) -> np.ndarray:
-        """y values that the axis must show."""
-        _, values, errors = self.points()
-        y = thin(values)
-        if len(y) < 8:
-            ends = np.concatenate([values - errors, values + errors])
-            return np.concatenate([y, ends[~np.isnan(ends)]])
-        # The axis shows the central 98 % of the values and hardly more: a single outlier would
-        # flatten the rest.
-        low, high = np.quantile(values, [0.01, 0.99])
-        return np.clip(y, 2 * low - high, 2 * high - low)
+        """y values that the axis must show: the central 98 % and hardly more, since a single outlier
+        would flatten the rest."""
+        _, y, error = self.points()
+        low, high = np.quantile(y, [0.01, 0.99])
+        ends = np.concatenate([thin(y - error), thin(y + error)])
+        return np.clip(ends, 2 * low - high - error.max(), 2 * high - low + error.max())
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
@@ -95,69 +88,32 @@ def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """At least three round numbers within [low, high], with the largest spacing of 1, 2 or 5 times
-    a power of ten."""
-    power = math.ceil(math.log10(high - low))
-    while True:
-        for multiple in (5, 2, 1):
-            step = multiple * 10.0 ** (power - 1)
-            first = math.ceil(low / step - 1e-9)
-            last = math.floor(high / step + 1e-9)
-            if last - first >= 2:
-                return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
-        power -= 1
-
-
-def tick_names(values: Sequence[float]) -> list[str]:
-    names = [number(value) for value in values]
-    if len(set(names)) < len(names):
-        decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-6))
-        names = [f"{value:,.{decimals}f}" for value in values]
-    return names
+    """At least three round numbers within [low, high], spaced by 1, 2 or 5 times a power of ten."""
+    widest = (high - low) / 3
+    power = step = 10.0 ** math.floor(math.log10(widest))
+    for multiple in (2, 5):
+        if multiple * power <= widest:
+            step = multiple * power
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
 
 
 def number(value: float | None) -> str:
-    """A number with about three digits: 12.3M, 4,321, 0.618, 1.2e-5; a dash for None."""
+    """A number with about three digits: 12.3M, 4,321, 0.618, 1.2e-05; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
     size = abs(value)
     if size >= 99_950:
-        return large_number(value)
-    if size >= 999.5 or value == int(value):
-        return f"{value:,.0f}"
-    if size < 0.001:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-    return f"{value:.3g}"
+        for letter, unit in UNITS.items():
+            if size >= 0.9995 * unit:
+                three_digits = float(f"{value / unit:.3g}")
+                return f"{three_digits:,g}{letter}"
+    return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
 
 
-def large_number(value: float) -> str:
-    size = abs(value)
-    unit, letter = 1e3, "k"
-    if size >= 0.9995e9:
-        unit, letter = 1e9, "B"
-    elif size >= 0.9995e6:
-        unit, letter = 1e6, "M"
-    digits = ".3g" if size < unit * 1000 else ",.0f"
-    return f"{value / unit:{digits}}{letter}"
-
-
-@dataclass
-class Axes:
-    """Where values lie in a chart, in pixels. x, y: the ranges shown; right, bottom: the corner of
-    the plotting area opposite to (LEFT, TOP)."""
-
-    x: Span
-    y: Span
-    right: float
-    bottom: float
-
-    def across(self, values: ArrayLike) -> Any:
-        low, high = self.x
-        return LEFT + (np.asarray(values) - low) / (high - low) * (self.right - LEFT)
-
-    def down(self, values: ArrayLike) -> Any:
-        low, high = self.y
-        return TOP + (high - np.clip(values, low, high)) / (high - low) * (self.bottom - TOP)
+def with_error(mean: float | None, error: float | None) -> str:
+    return number(mean) if error is None else f"{number(mean)} ± {error:.2g}"
 
 
 def chart(
@@ -172,78 +128,55 @@ def chart(
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
-    width, height = size
     all_x = np.concatenate([line.points()[0] for line in lines])
-    x_low, x_high = all_x.min(), all_x.max()
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    if y_range is None:
-        y_range = padded_range(np.concatenate([line.extent() for line in lines]))
-    longest_name = max(len(line.name) for line in lines)
-    label_width = max(86, 50 + 7 * longest_name) if longest_name else RIGHT
-    axes = Axes((x_low, x_high), y_range, width - label_width, height - BOTTOM)
+    x_range = all_x.min(), all_x.max()
+    if x_range[0] == x_range[1]:
+        x_range = all_x[0] - 0.5, all_x[0] + 0.5
+    y_range = y_range or padded_range(np.concatenate([line.extent() for line in lines]))
+    width, height = size
+    right = width - RIGHT - 7 * max(len(line.name) for line in lines)
+    bottom = height - BOTTOM
 
-    parts = grid(axes)
-    parts.append(
-        f'<text x="{axes.right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>'
-    )
+    def across(values: Any) -> Any:
+        return np.interp(values, x_range, (LEFT, right))
+
+    def down(values: Any) -> Any:
+        return np.interp(values, y_range, (bottom, TOP))  # an outlier is at the edge
+
+    parts = [text(right, height - 3, "end", x_name)]
+    for tick in ticks(*y_range):
+        y = down(tick)
+        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{right}"/>')
+        parts.append(text(LEFT - 6, y + 4, "end", number(tick)))
+    for tick in ticks(*x_range):
+        if tick == int(tick):
+            parts.append(text(across(tick), bottom + 16, "middle", number(tick)))
+    ends = []  # height, colour and text of each line's last value
     for line in lines:
-        parts += draw(line, axes)
-    parts += labels(lines, axes)
+        parts.append(f'<g style="--tint: var(--{line.colour})">')
+        x, y, errors = line.points()
+        for at, low, high in zip(across(x), down(y - errors), down(y + errors), strict=True):
+            if low != high:
+                parts.append(f'<path class="error" d="M{at:.1f},{low:.1f}V{high:.1f}"/>')
+        points = [*zip(across(thin(x)), down(thin(y)), strict=True)]
+        path = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<path class="line" d="M{path}"/>')
+        if len(points) <= 12:
+            parts += [f'<circle class="dot" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in points]
+        parts.append("</g>")
+        last = f"{line.name} {number(thin(y)[-1])}".strip()
+        ends.append((points[-1][1], line.colour, last))
+    lowest = -math.inf
+    for end, colour, last in sorted(ends):
+        lowest = max(end + 4, lowest + 13)  # below each other
+        label = text(right + 7, lowest, "start", last)
+        parts.append(f'<g class="value" style="--tint: var(--{colour})">{label}</g>')
     return svg(title, size, parts)
 
 
-def grid(axes: Axes) -> list[str]:
-    """SVG elements of the horizontal lines and the ticks' names."""
-    parts = []
-    y_ticks = ticks(*axes.y)
-    for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
-        y = axes.down(tick)
-        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{axes.right}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-    for tick in ticks(*axes.x):
-        if tick == int(tick):
-            x = axes.across(tick)
-            parts.append(
-                f'<text x="{x:.1f}" y="{axes.bottom + 16}" text-anchor="middle">{number(tick)}</text>'
-            )
-    return parts
-
-
-def labels(lines: Sequence[Line], axes: Axes) -> list[str]:
-    """SVG elements of the lines' names and last values, at their right ends, below each other."""
-    ends = []
-    for line in lines:
-        _, y = line.drawn()
-        text = f"{line.name} {number(float(y[-1]))}".strip()
-        ends.append((float(axes.down(y[-1])), line.colour, text))
-    parts = []
-    lowest = -math.inf
-    for end, colour, text in sorted(ends):
-        lowest = max(end + 4, lowest + 13)
-        place = f'style="--tint: var(--{colour})" x="{axes.right + 7}" y="{lowest:.1f}"'
-        parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
-    return parts
-
-
-def draw(line: Line, axes: Axes) -> list[str]:
-    """SVG elements of a line: error bars, the curve, and dots if it has few points."""
-    parts = [f'<g style="--tint: var(--{line.colour})">']
-    for x, y, error in line.points().T:
-        if not np.isnan(error):
-            at, low, high = axes.across(x), axes.down(y - error), axes.down(y + error)
-            shape = (
-                f"M{at:.1f},{low:.1f}V{high:.1f}M{at - 3:.1f},{low:.1f}h6M{at - 3:.1f},{high:.1f}h6"
-            )
-            parts.append(f'<path class="error" d="{shape}"/>')
-    drawn_x, drawn_y = line.drawn()
-    points = [*zip(axes.across(drawn_x), axes.down(drawn_y), strict=True)]
-    path = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts.append(f'<path class="line" d="M{path}"/>')
-    if len(points) <= 12:
-        parts += [f'<circle class="dot" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in points]
-    parts.append("</g>")
-    return parts
+def text(x: float, y: float, anchor: str, words: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {place}>{html.escape(words)}</text>"
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:
@@ -256,8 +189,7 @@ def padded_range(values: np.ndarray) -> Span:
     """The range of the values with a margin; from 0 if they begin just above it. It is at least a
     quarter of their level, so that a small change looks small."""
     low, high = float(values.min()), float(values.max())
-    level = max(abs(low), abs(high))
-    least = level / 4 if level > 1e-300 else 2.0
+    least = max(abs(low), abs(high), 1e-9) / 4
     margin = max((high - low) * 0.06, (least - (high - low)) / 2)
     starts_at_zero = 0 <= low <= margin
     return (0.0 if starts_at_zero else low - margin, high + margin)

@@ -1,13 +1,12 @@
 """A table for the terminal of the evaluations of checkpoints, side by side."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from tinystory.evaluate.intervals import with_ci
 from tinystory.run.records import Record
 
 # Name, task, keys of the value and its interval in the task's record, decimals.
-Row: TypeAlias = tuple[str, str, str, str | None, int]
+Row = tuple[str, str, str, str | None, int]
 ROWS: tuple[Row, ...] = (
     ("bits per byte", "corpus", "bits_per_byte", None, 3),
     ("teacher's score", "stories", "score_mean", "score_ci", 2),

@@ -12,6 +12,7 @@ from tinystory.report.before_after import grade_line
 from tinystory.report.charts import number
 from tinystory.run.files import atomic_write
 from tinystory.run.records import Record
+from tinystory.run.text import printable
 
 LONGEST = 3000  # characters of a story that are shown
 
@@ -46,32 +47,13 @@ def block(style: str, body: str) -> str:
     return f'<div class="{style}">{body}</div>' if body else ""
 
 
-def grid(drawings: Sequence[str]) -> str:
+def grid(drawings: Iterable[str]) -> str:
     return block("grid", "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing))
-
-
-def cluster_bar(sizes: Sequence[int], step: int) -> str:
-    """A bar with a block per cluster of similar stories. sizes: descending."""
-    blocks = [f'<i style="flex-grow: {size}"></i>' for size in sizes]
-    clusters = count(len(sizes), "cluster")
-    stories = count(sum(sizes), "story", "stories")
-    caption = f"Step {number(step)}: {clusters} in {stories}, the largest of {sizes[0]}"
-    return (
-        f'<figure class="clusters"><figcaption>{caption}</figcaption>'
-        f'<div class="parts">{"".join(blocks)}</div></figure>'
-    )
 
 
 def count(n: int, one: str, many: str = "") -> str:
     name = one if n == 1 else many or f"{one}s"
     return f"{number(n)} {name}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
@@ -89,49 +71,34 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text, escaped here; the first column holds the row headers."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    head = "".join(f"<th>{clip(name)}</th>" for name in header)
     body = ""
     for first, *rest in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        body += f"<tr><th>{escape(first)}</th>{cells}</tr>"
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+        cells = "".join(f"<td>{clip(cell)}</td>" for cell in rest)
+        body += f"<tr><th>{clip(first)}</th>{cells}</tr>"
+    return block("wide", f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def story_card(record: Record, title: str) -> str:
     """A story after its opening. record: a line of stories.jsonl."""
     opening, story = record["opening"], record["story"]
-    follows_directly = re.match(r"\s|[.,!?;:]|$", story)
-    gap = "" if not opening or opening[-1].isspace() or follows_directly else " "
-    text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
-    notes = " · ".join(story_notes(record))
+    gap = "" if re.match(r"[\s.,!?;:]", story) else " "
+    text = gap + (clip(story) if story.strip() else "<i>nothing</i>")
+    notes = [grade_line(record)] if "reward" in record else []
+    notes.append(f"{number(record['words'])} words")
+    if record["ended"] == "length":
+        notes.append("cut off at the length limit")
+    if record["reply"] and record.get("reward") is None:
+        notes.append(f"the teacher’s reply: “{record['reply'][:300]}”")
     return (
-        f"<article><header><strong>{escape(title)}</strong> {notes}</header>"
+        f"<article><header><strong>{escape(title)}</strong> {clip(' · '.join(notes))}</header>"
         f'<p class="story"><em>{clip(opening)}</em>{text}</p></article>'
     )
 
 
-def story_notes(record: Record) -> list[str]:
-    """What is known of a story besides its text, as HTML."""
-    reply = record.get("reply")
-    notes = []
-    if "reward" in record:
-        notes.append(clip(grade_line(record)))
-    notes.append(f"{number(record['words'])} words")
-    if record["ended"] == "length":
-        notes.append("cut off at the length limit")
-    if reply and record.get("reward") is None:
-        notes.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
-    return notes
-
-
-def clip(text: str, limit: int = LONGEST) -> str:
-    """text escaped, cut to limit characters, with control characters other than line breaks made
-    visible."""
-    visible = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
-    return escape(visible) + (" …" if len(text) > limit else "")
+def clip(text: str) -> str:
+    """Foreign text without invisible characters, escaped, cut to LONGEST characters."""
+    return escape(printable(text[:LONGEST])) + (" …" if len(text) > LONGEST else "")
 
 
 PAGE = """<!doctype html>
@@ -172,7 +139,7 @@ details + details { margin-top: 1rem; }
 figure { margin: 0; }
 .clusters { margin-bottom: 1.2rem; }
 .clusters + .grid { margin-top: 2.4rem; }
-figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
+.clusters small { font-size: .85rem; color: var(--muted); }
 .parts { display: flex; height: 1.4rem; }
 .parts i { flex-basis: 0; background: var(--reward); }
 .parts i:nth-child(even) { opacity: .55; }
@@ -185,13 +152,12 @@ figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
 article { padding: 1.2rem 0; min-width: 0; }
-article header { font-size: .8rem; color: var(--muted); }
+article header { font-size: .8rem; color: var(--muted); overflow-wrap: anywhere; unicode-bidi: isolate; }
 article strong { color: var(--ink); margin-right: .8rem; }
 .story { margin: .5rem 0; max-width: 36rem; font: 1.08rem/1.6 var(--serif); white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; }
 .story em { font-style: normal; color: var(--reward); }
 .story i { color: var(--muted); }
-article q { overflow-wrap: anywhere; unicode-bidi: isolate; }
 summary { cursor: pointer; }
 summary + * { margin-top: 1.4rem; }
 .facts { columns: 24rem; column-gap: 3rem; font-size: .85rem; margin-bottom: 0; }

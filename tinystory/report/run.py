@@ -4,25 +4,20 @@ its run it is, and reloads itself."""
 
 import contextlib
 import math
+import random
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from zlib import crc32
 
-from tinystory.evaluate.stories import cluster_sizes, mean_of
+from tinystory.evaluate.held_out import evaluations_by_step
+from tinystory.evaluate.intervals import standard_error
+from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
-from tinystory.report.before_after import (
-    BeforeAfter,
-    followed,
-    from_start,
-    read_before_after,
-    reward_errors,
-)
-from tinystory.report.charts import COLOURS, Line, chart, number
+from tinystory.report.before_after import followed, from_start, read_before_after
+from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
@@ -32,11 +27,9 @@ from tinystory.run.text import printable
 from tinystory.run.trust import MARK
 from tinystory.teacher.prompt import TOP
 
-RANDOM, UNSCORED = 6, 3  # stories shown: random ones; unscored
+RANDOM = 6  # stories shown
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # while the run goes on
-RECENT = 5  # steps from whose pace the time left is estimated
-PARTS = ("rollout", "reference", "teacher", "update")  # stages of a step, in order
 
 SAMENESS_CURVES = {
     "story_clusters": "Clusters of similar stories in a step",
@@ -69,13 +62,13 @@ REWARD_NOTE = (
 NEXT_NOTE = (
     "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
 )
-KEYS = "Keys of metrics.jsonl."
-DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
+TOTALS_NOTE = "Keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
 # shown by their last value; the others by their sum
 LATEST = ("words_in", "words_out", "teacher_cost")
-SUMMED = [f"{part}_s" for part in PARTS]
-SUMMED += "unscored teacher_requests teacher_retries teacher_cached".split()
-SUMMED += "teacher_tokens_in teacher_tokens_out".split()
+SUMMED = (
+    "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "
+    "teacher_tokens_in teacher_tokens_out"
+).split()
 PRETRAINING_CURVES = {
     "val_bits_per_byte": "Validation, bits per byte",
     "lr": "Learning rate",
@@ -106,12 +99,11 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
             write_report(run)
 
 
-def write_report(run_folder: Path, live: bool = False) -> Path:
+def write_report(run: Path, live: bool = False) -> Path:
     """Write report.html into a run's folder, finished or not, and return its path. live: the page
     reloads itself."""
-    folder = Path(run_folder)
-    metrics = read_metrics(folder)
-    config = read_config(folder)
+    metrics = read_metrics(run)
+    config = read_config(run)
     target = number_option(config, "kl_target") or math.inf
     sections: list[str] = []
     for step, sentence in CollapseDetector(metrics, target).warnings.values():
@@ -120,19 +112,23 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     if not metrics:
         sections.append('<p class="note">No step is recorded yet.</p>')
     elif is_interaction(metrics):
-        sections += interaction(folder, metrics, config)
+        sections += interaction(run, metrics, config)
     else:
-        sections += pretraining(folder, metrics)
+        sections += pretraining(run, metrics)
+    notes = [run.resolve().name]
+    if metrics:
+        notes.append(page.count(metrics[-1]["step"], "step"))
     if config:
         rest = [(name, value) for name, value in config.items() if name not in ("options", MARK)]
         facts = page.facts([*config["options"].items(), *rest])
         sections.append(details("How it was run", "", facts))
-    title = heading(metrics, config)
-    note = origin(folder, metrics, config)
+        minute = config["started"][:16].replace("T", " ")
+        notes += [config["device"], f"{minute} UTC"]
     if live:
-        note = f"{note} · {remaining(metrics, config)}"
-    reload_s = RELOAD_S if live else 0
-    return page.write(folder / "report.html", title, note, sections, reload_s)
+        notes.append("running")
+    title = escape(heading(metrics, config))
+    note = escape(" · ".join(notes))
+    return page.write(run / "report.html", title, note, sections, RELOAD_S if live else 0)
 
 
 def is_interaction(metrics: list[Record]) -> bool:
@@ -140,63 +136,22 @@ def is_interaction(metrics: list[Record]) -> bool:
 
 
 def heading(metrics: list[Record], config: Record) -> str:
-    """The page's title as HTML: student, teacher, corpus."""
-    student = config.get("options", {}).get("student")
-    if not isinstance(student, dict):
-        student = {}
-    size = student.get("parameters")
-    corpus = student.get("corpus")
-    name = f"A student of {number(size)} parameters" if type(size) is int else "A student"
-    stage = "reading"
+    """The page's title: student, teacher, corpus."""
+    match config.get("options", {}).get("student"):
+        case {"parameters": int(size), "corpus": list(corpus)}:
+            name = f"A student of {number(size)} parameters"
+            read = ", ".join(Path(str(part)).name for part in corpus)
+        case _:
+            name = "A student"
+            read = "a corpus"
     if is_interaction(metrics):
-        stage = f"taught by {scorer(config) or 'scores'} after reading"
-    read = "a corpus"
-    if isinstance(corpus, list):
-        read = ", ".join(Path(str(part)).name for part in corpus)
-    return escape(f"{name}, {stage} {read}")
-
-
-def origin(folder: Path, metrics: list[Record], config: Record) -> str:
-    """The line under the title as HTML: folder, step, device, start."""
-    notes = [folder.resolve().name]
-    if metrics:
-        notes.append(page.count(metrics[-1]["step"], "step"))
-    if config:
-        minute = config["started"][:16].replace("T", " ")
-        notes += [config["device"], f"{minute} UTC"]
-    return escape(" · ".join(notes))
+        return f"{name}, taught by {scorer(config) or 'scores'} after reading {read}"
+    return f"{name}, reading {read}"
 
 
 def number_option(config: Record, name: str) -> float | None:
     value = config.get("options", {}).get(name)
     return value if type(value) in (int, float) else None
-
-
-def remaining(metrics: list[Record], config: Record) -> str:
-    """The state of an unfinished run, with the time left if the pace of its RECENT steps is
-    known."""
-    seconds = seconds_left(metrics, config)
-    return "running" if seconds is None else f"running, about {page.duration(seconds)} left"
-
-
-def seconds_left(metrics: list[Record], config: Record) -> float | None:
-    if not metrics:
-        return None
-    recent = metrics[-RECENT:]
-    last = metrics[-1]
-    if is_interaction(metrics):
-        steps = number_option(config, "steps")
-        if not steps:
-            return None
-        seconds = sum(record.get(f"{part}_s") or 0 for part in PARTS for record in recent)
-        return (steps - last["step"]) * seconds / len(recent)
-    words = number_option(config, "words")
-    tokens_per_s = mean_of(column(recent, "tokens_per_s"))
-    if not words or not last.get("words") or not tokens_per_s:
-        return None
-    words_left = words - last["words"]
-    tokens_per_word = (last.get("tokens") or 0) / last["words"]
-    return words_left * tokens_per_word / tokens_per_s
 
 
 # ---- an interaction run --------------------------------------------------------------------------
@@ -220,55 +175,36 @@ def verdict(config: Record) -> str:
     return str(calibration.get("verdict"))
 
 
-def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    stories = digest(read_stories(folder))
-    curves = from_start(folder, metrics)
+def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
+    curves = from_start(run, metrics)
+    steps = first_and_last(read_stories(run))
+    criteria = {}
+    for record in steps[-1] if steps else ():
+        for name in record["scores"] or ():
+            criteria[f"{name}_mean"] = printable(name.replace("_", " ").capitalize())
     name = scorer(config)
     scored_by = f"Scored by {name}. It {verdict(config)}." if name else ""
-    left_out = (
-        "The teacher returned no valid score for these, so they were left out of the update. The "
-        "first ones:"
-    )
-    sections = [
-        first_screen(metrics, curves, read_before_after(folder), reward_errors(folder)),
-        section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(folder))),
-        sameness(curves, stories),
-        section("Scores", escape(scored_by), grid(criterion_charts(metrics, stories.criteria))),
-        section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
+    return [
+        first_screen(run, metrics, curves),
+        section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
+        sameness(curves, steps),
+        section("Scores", escape(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
+        section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
+        *findings_sections(run),
+        details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),
+        details("Time, words and requests", TOTALS_NOTE, page.facts(totals(metrics))),
+        section("What next", NEXT_NOTE, next_commands(run)),
     ]
-    sections += findings_sections(folder)
-    diagnostics = curve_charts(metrics, {key: key for key in DIAGNOSTICS})
-    sections += [
-        details(
-            "Samples of the last step",
-            SAMPLES_NOTE,
-            cards(drawn(stories.last)),
-        ),
-        details("Stories without a score", left_out, cards(stories.unscored)),
-        details("PPO diagnostics", KEYS, grid(diagnostics)),
-        details("Time, words and requests", KEYS, page.facts(totals(metrics))),
-    ]
-    sections.append(section("What next", NEXT_NOTE, next_commands(folder)))
-    return sections
 
 
-def next_commands(folder: Path) -> str:
-    run = shlex.quote(str(folder))
+def next_commands(run: Path) -> str:
+    folder = shlex.quote(str(run))
     commands = {
-        "more of its stories": f"python scripts/sample.py {run}",
-        "measured beside others": f"python scripts/evaluate.py {run}",
-        "for transformers, llama.cpp": f"python scripts/export_hf.py {run} OUT --gguf OUT.gguf",
+        "more of its stories": f"python scripts/sample.py {folder}",
+        "measured beside others": f"python scripts/evaluate.py {folder}",
+        "for transformers, llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
     }
     return page.facts(commands.items())
-
-
-def criterion_charts(metrics: list[Record], criteria: tuple[str, ...]) -> list[str]:
-    charts = []
-    for name in criteria:
-        colour = name if name in COLOURS else "plain"
-        title = printable(name.replace("_", " ").capitalize())
-        charts.append(chart(title, [curve(metrics, f"{name}_mean", colour)], (0, TOP)))
-    return charts
 
 
 def cards(records: Iterable[Record]) -> str:
@@ -276,30 +212,27 @@ def cards(records: Iterable[Record]) -> str:
     return block("cards", "".join(articles))
 
 
-def first_screen(
-    metrics: list[Record],
-    curves: list[Record],
-    comparison: BeforeAfter | None,
-    errors: Mapping[int, float | None],
-) -> str:
-    """errors: the standard error of each evaluation's reward, by step."""
-    training = curve(metrics, "reward_mean", "plain", name="training")
+def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
+    evaluations = evaluations_by_step(run)
+    errors = []
+    for record in curves:
+        evaluated = evaluations.get(record["step"], ())
+        errors.append(standard_error(story["reward"] for story in evaluated))
+    training = curve(metrics, "reward_mean", name="training")
     held_out = curve(curves, "held_out_reward", "reward", name="held out")
-    held_out.errors = [errors.get(record["step"]) for record in curves]
+    held_out.errors = errors
     figure = chart("Mean reward, 0 to 1", [training, held_out], size=HERO)
     figure += f'<p class="note">{REWARD_NOTE}</p>'
+    comparison = read_before_after(run)
     if comparison is None:
         return block("hero", f"<div>{figure}</div>")
 
-    rule, pairs = comparison.typical()
+    rule, pair = comparison.typical()
     titles = [name.capitalize() for name in comparison.names]
-    blocks = [block("pair", "".join(map(story_card, pair, titles))) for pair in pairs]
-    typical = "".join(blocks[:1])
-    others = "".join(blocks[1:])
     stories = (
         f"<b>{escape(comparison.conclusion())}</b>"
-        f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>{typical}'
-        + details("The largest loss, and the quartiles of the gain", "", others)
+        f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>'
+        + block("pair", "".join(map(story_card, pair, titles)))
     )
     header, *rows = comparison.table()
     means = page.table(header, rows)
@@ -307,77 +240,67 @@ def first_screen(
     return block("hero", f"<div>{stories}</div><div>{figure}{means}{tellers}</div>")
 
 
-def sameness(metrics: list[Record], stories: "Digest") -> str:
-    steps = [stories.last] if stories.first is stories.last else [stories.first, stories.last]
+def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
     bars = ""
     for records in steps:
-        if records:
-            sizes = cluster_sizes([record["story"] for record in records])
-            bars += page.cluster_bar(sizes, records[0]["step"])
+        sizes = cluster_sizes([record["story"] for record in records])
+        clusters = page.count(len(sizes), "cluster")
+        caption = (
+            f"Step {number(records[0]['step'])}: {clusters} in {page.count(len(records), 'story', 'stories')}, "
+            f"the largest of {sizes[0]}"
+        )
+        blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
+        bars += block("clusters", f"<small>{caption}</small>{block('parts', blocks)}")
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
         "the clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide "
         "as it has stories; two stories are similar if they share more than 12 % of their phrases of three words, "
         "names aside.",
-        bars + grid(curve_charts(metrics, SAMENESS_CURVES)),
+        bars + curve_charts(metrics, SAMENESS_CURVES),
     )
 
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
-    values: dict[str, float | None] = {key: column(metrics, key)[-1] for key in LATEST}
-    for key in SUMMED:
-        values[key] = sum(value or 0 for value in column(metrics, key))
-    return [(key, number(value)) for key, value in values.items() if value]
+    rows = []
+    for key in (*LATEST, *SUMMED):
+        values = column(metrics, key)
+        total = values[-1] if key in LATEST else sum(filter(None, values))
+        if total:
+            rows.append((key, number(total)))
+    return rows
 
 
-@dataclass
-class Digest:
-    """What the report needs of a run's stories, which are too many for memory: those of the first
-    and the last step (one list if they are the same), the first UNSCORED without a score, and the
-    criteria."""
-
-    first: list[Record] = field(default_factory=list)
-    last: list[Record] = field(default_factory=list)
-    unscored: list[Record] = field(default_factory=list)
-    criteria: tuple[str, ...] = ()
-
-
-def digest(stories: Iterable[Record]) -> Digest:
-    result = Digest()
+def first_and_last(stories: Iterable[Record]) -> list[list[Record]]:
+    """The stories of the first and of the last step; those of a whole run are too many for
+    memory."""
+    steps: list[list[Record]] = []
     for _, records in groupby(stories, lambda record: record["step"]):
-        result.last = list(records)
-        result.first = result.first or result.last
-        for record in result.last:
-            if record["reward"] is None and len(result.unscored) < UNSCORED:
-                result.unscored.append(record)
-            if record["scores"]:  # the last ones: a resume may bring another --teacher-prompt
-                result.criteria = tuple(record["scores"])
-    return result
+        del steps[1:]
+        steps.append(list(records))
+    return steps
 
 
-def drawn(stories: Iterable[Record]) -> list[Record]:
-    """RANDOM stories, the same ones at each call."""
-
-    def random_key(record: Record) -> int:
-        return crc32(b"%d %d" % (record["step"], record["index"]))
-
-    return sorted(stories, key=random_key)[:RANDOM]
+def drawn(steps: Sequence[list[Record]]) -> list[Record]:
+    """RANDOM stories of the last step, the same ones at each call."""
+    if not steps:
+        return []
+    stories = steps[-1]
+    return random.Random(stories[0]["step"]).sample(stories, min(RANDOM, len(stories)))
 
 
 # ---- a pretraining run ---------------------------------------------------------------------------
 
 
-def pretraining(folder: Path, metrics: list[Record]) -> list[str]:
+def pretraining(run: Path, metrics: list[Record]) -> list[str]:
     losses = [
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val"),
     ]
     figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
-    drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
-    stories = spread(read_records(folder / EVALUATIONS))
+    stories = spread(read_records(run / EVALUATIONS))
     newest = cards(stories[-1:])
     return [
         block("hero", f"<div>{figure}</div><div>{newest}{page.facts(rows)}</div>"),
@@ -387,7 +310,9 @@ def pretraining(folder: Path, metrics: list[Record]) -> list[str]:
             "numbers. Each of these is from at least twice the step of the one before.",
             cards(stories[:-1]),
         ),
-        section("Training", "", grid(drawings)),
+        section(
+            "Training", "", curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
+        ),
     ]
 
 
@@ -395,14 +320,12 @@ def spread(stories: Iterable[Record]) -> list[Record]:
     """The first story, each at twice the step of the one before or later, and the last; without
     their rewards, since nothing scores them."""
     shown: list[Record] = []
-    last: list[Record] = []
     for story in stories:
         del story["reward"]
-        last = [story]
-        if not shown or story["step"] >= 2 * shown[-1]["step"]:
-            shown.append(story)
-            last = []
-    return shown + last
+        if len(shown) > 1 and shown[-1]["step"] < 2 * shown[-2]["step"]:
+            shown.pop()  # it was the last
+        shown.append(story)
+    return shown
 
 
 # ---- columns of the metrics ----------------------------------------------------------------------
@@ -415,14 +338,18 @@ def column(metrics: list[Record], key: str) -> list[float | None]:
 
 
 def curve(
-    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = ""
+    metrics: list[Record], key: str, colour: str = "plain", x: str = "step", name: str = ""
 ) -> Line:
     return Line(column(metrics, x), column(metrics, key), colour, name)
 
 
 def curve_charts(
-    metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step"
-) -> list[str]:
-    return [
-        chart(title, [curve(metrics, key, x=x)], x_name=x_name) for key, title in titles.items()
-    ]
+    metrics: list[Record],
+    titles: dict[str, str],
+    x: str = "step",
+    x_name: str = "step",
+    y_range: Span | None = None,
+) -> str:
+    return grid(
+        chart(title, [curve(metrics, key, x=x)], y_range, x_name) for key, title in titles.items()
+    )

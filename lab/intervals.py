@@ -1,0 +1,26 @@
+"""Bootstrap intervals of statistics that no formula has."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+RESAMPLES = 1000
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with
+    replacement (fixed seed). Resamples for which it is nan are left out; both ends are nan if it
+    always is."""
+    rng = np.random.default_rng(0)
+    resamples = [rng.integers(size, size=size) for _ in range(RESAMPLES)]
+    values = np.array([statistic(rows) for rows in resamples])
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_ci(values: np.ndarray) -> tuple[float, float]:
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
