@@ -29,6 +29,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report, number_option
@@ -330,7 +331,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
     with contextlib.ExitStack() as stack:
-        grader = open_grader_on_rank0(stack, config, policy)
+        grader = open_grader_on_rank0(stack, config, policy, reference, openings)
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
@@ -435,7 +436,11 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 
 
 def open_grader_on_rank0(
-    stack: contextlib.ExitStack, config: InteractConfig, policy: Policy
+    stack: contextlib.ExitStack,
+    config: InteractConfig,
+    policy: Policy,
+    reference: Student,
+    openings: Openings,
 ) -> Grader:
     """Rank 0's grader; other ranks' are idle."""
     grader = open_grader(
@@ -443,6 +448,7 @@ def open_grader_on_rank0(
         builtin_teacher,
         corpus=policy.history.get("corpus"),
         replies=Path(config.out) / "replies.jsonl",
+        likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
     )
 
     def enter() -> Grader:

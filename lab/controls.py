@@ -6,14 +6,11 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from unittest.mock import patch
 
 from torch import Tensor
 
 import train_interact
-from lab.likelihood import Likelihood, likelihood_of
-from tinystory.config import InteractConfig
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run.errors import UserError
 from tinystory.teacher.grade import Grade
@@ -63,27 +60,11 @@ def no_model() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def likelihood() -> Iterator[None]:
-    """A story's score is its likelihood under the starting checkpoint."""
-
-    @contextlib.contextmanager
-    def open_likelihood(config: InteractConfig, *_: object, **__: object) -> Iterator[Likelihood]:
-        start = Path(config.out) / "checkpoints" / "start"
-        if not start.exists():
-            start = train_interact.starting_checkpoint(config.init)
-        yield likelihood_of(start, config)
-
-    with patch.object(train_interact, "open_grader", open_likelihood):
-        yield
-
-
 CONTROLS: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
     "shuffled": shuffled,
     "random choice": random_choice,
     "no model": no_model,
-    "likelihood": likelihood,
 }
 
 

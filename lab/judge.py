@@ -8,24 +8,26 @@ python lab/judge.py --calibrate               whether it tells real stories from
 """
 
 import argparse
-import contextlib
+import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+import torch
 
 from lab import findings
-from lab.likelihood import likelihood_of
 from lab.reader import PACKAGED, Reader, mean_and_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
+from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.evaluate.intervals import with_ci
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
@@ -36,7 +38,6 @@ from tinystory.run.records import Record
 from tinystory.run.terminal import aligned
 from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint
-from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 TITLE = "A judge that was not the teacher"
@@ -112,7 +113,13 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
             write_config(run, read_config(run))  # with this user's mark
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
-        with open_teacher(run, config, corpus) as grader:
+        with open_grader(
+            config,
+            builtin_teacher,
+            corpus=corpus,
+            replies=run / "judge_replies.jsonl",
+            likelihood=functools.partial(likelihood, run, config, compute.device),
+        ) as grader:
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
@@ -122,15 +129,11 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
         print_judged(f"{len(runs)} runs together", pooled)
 
 
-@contextlib.contextmanager
-def open_teacher(run: Path, config: InteractConfig, corpus: Sequence[str]) -> Iterator[Grader]:
-    """The grader of a run with these options, and of one with the control `likelihood`."""
-    if read_config(run)["options"].get("scored_by") == "likelihood":
-        yield likelihood_of(run / "checkpoints" / "start", config)
-        return
-    replies = run / "judge_replies.jsonl"
-    with open_grader(config, builtin_teacher, corpus=corpus, replies=replies) as grader:
-        yield grader
+def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likelihood:
+    """The grader of a run with --reward likelihood."""
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", device)
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    return Likelihood(student, tokenizer, openings.train, config)
 
 
 def own_corpus(run: Path) -> list[str]:

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--options",
         nargs="+",
-        default=["", "likelihood:", "--reward constant"],
+        default=["", "--reward likelihood", "--reward constant"],
         metavar="TEXT",
         help="of train_interact.py, per run; CONTROL: TEXT for a control",
     )

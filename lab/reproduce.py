@@ -9,8 +9,7 @@ One student is pretrained, with a checkpoint at every milestone of words. From s
 continues in three ways:
 
 interact  it writes stories and the teacher scores them, for several seeds
-random    the same with a control, here a random score (--controls: values of --reward, or names of
-          lab/controls.py)
+random    the same with a control, here a random score (--controls: values of --reward)
 more      pretraining on as many further words as interaction took in and wrote, the learning rate
           decaying to 0
 
@@ -21,7 +20,6 @@ Ctrl-C or a kill, the same command resumes interrupted runs and skips finished o
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -42,7 +40,6 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 from tqdm import tqdm
 
 from lab import recipes
-from lab.controls import CONTROLS
 from lab.pairs import evaluate_pairs, task_items
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from tinystory.config import PAPER_OPENING, InteractConfig, PretrainConfig
@@ -69,7 +66,7 @@ MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
 # columns for any corpus
 OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")
-BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its name
+BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
 COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # by arm
 
 
@@ -77,7 +74,7 @@ COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")
 class Scale:
     """pretrain, interact: options of the train commands; starts: millions of pretraining words
     before interaction; seeds: per arm and start; stories: graded per checkpoint; controls: values
-    of --reward, or names of CONTROLS."""
+    of --reward."""
 
     pretrain: str
     interact: str
@@ -220,7 +217,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     }
     arms = {INTERACT: words_of("--teacher", options.teacher)}
     for control in scale.controls if options.controls is None else options.controls:
-        arms[control] = [] if control in CONTROLS else ["--reward", control]
+        arms[control] = ["--reward", control]
     on_device = ["--device", options.device]
     pretrain_argv = words_of("--pretrain", settings["pretrain"])
     interact_argv = words_of("--interact", settings["interact"])
@@ -278,8 +275,7 @@ def train_students(plan: Plan) -> list[Student]:
         for seed, start in itertools.product(range(plan.seeds), plan.starts):
             run = plan.out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
             init = ["--init", str(milestones[start]), "--seed", str(seed)]
-            with CONTROLS.get(arm, contextlib.nullcontext)():
-                last = train(run, plan.interact_argv + init, scorer + plan.on_device)
+            last = train(run, plan.interact_argv + init, scorer + plan.on_device)
             spent = checkpoint.read_counters(last)
             words_in = start + spent["words_in"]
             students.append(Student(arm, start, seed, words_in, last))
@@ -358,7 +354,7 @@ def write_page(
     lines = []
     rows: dict[int, list[list[str]]] = defaultdict(list)  # of the table, by start
     for arm, colour in zip((BEFORE, INTERACT, MORE, *scorers[1:]), cycle(COLOURS), strict=False):
-        name = names.get(arm, f"+ {arm} as the score")
+        name = names.get(arm, f"+ --reward {arm}")
         by_start: dict[int, list[Record]] = defaultdict(list)
         for record in records:
             if record["arm"] == arm:

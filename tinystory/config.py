@@ -178,7 +178,7 @@ class InteractConfig(RunConfig):
     reward: str = option(
         "",
         "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: "
-        "random, constant",
+        "random, constant, likelihood (of the starting checkpoint)",
     )
     calibrate: bool = option(
         True, "before the run, measure whether --teacher-url scores stories above shuffled words"

@@ -87,11 +87,11 @@ def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
         "temperature 0.6",
         "temperature 0.5",
         "the demo",
-        "`likelihood:`",
+        "`--reward likelihood`",
         "`--reward constant`",
     ]
     assert all(line.endswith("| 0.250 |") for line in table)
     assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
     picture = ElementTree.parse(tmp_path / "reward.svg").getroot()
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[1:3] == ["untouched", "0.500 ± 0.250"] and texts.count("likelihood:") == 1
+    assert texts[1:3] == ["untouched", "0.500 ± 0.250"] and texts.count("--reward likelihood") == 1

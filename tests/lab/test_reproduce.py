@@ -97,7 +97,7 @@ def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, trainer, 
     for folder, config in configs.items():
         arm, start, seed = re.fullmatch(r"(\w+)/(\d+M)-(\d)", folder).groups()
         assert (config.init.rpartition("/")[2], config.seed) == (f"chck_{start}", int(seed))
-        assert config.reward == ("" if arm in (INTERACT, "likelihood") else arm)
+        assert config.reward == ("" if arm == INTERACT else arm)
         paper = {
             option: INTERACT_PRESETS["paper"][option]
             for option in ("diversity", "unfinished", "openings")
@@ -305,7 +305,7 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
         ["1 M pretrained", "1", "1", "0.9"],
         ["1 M + interaction", "3", "1.5 ± 0.0577", "0.89 ± 0.00577"],  # 0.1 / sqrt(3)
         ["1 M + more pretraining", "1", "–", "0.9"],
-        ["1 M + random as the score", "1", "0.75", "0.9"],
+        ["1 M + --reward random", "1", "0.75", "0.9"],
     ]
     assert rows[-1] == ["4 M + interaction", "3", "3.5 ± 0", "0.89 ± 0.00577"]
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page and "<svg" in page
@@ -353,7 +353,7 @@ def test_the_whole_experiment(tmp_path):
         ["1 M pretrained", "1"],
         ["1 M + interaction", "2"],
         ["1 M + more pretraining", "1"],
-        ["1 M + random as the score", "2"],
+        ["1 M + --reward random", "2"],
     ]
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}

@@ -12,8 +12,7 @@ from conftest import ROOT, SHORT, fails
 from fault_server import FaultServer
 
 import train_interact
-from lab import controls, judge, second_judge
-from lab.likelihood import Likelihood
+from lab import judge, second_judge
 from lab.second_judge import (
     AFTER,
     BEFORE,
@@ -30,6 +29,7 @@ from lab.second_judge import (
 )
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
@@ -121,8 +121,7 @@ def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_p
     monkeypatch.setattr(judge, "Reader", Reader)
     run = tmp_path / "run"
     start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
-    with controls.likelihood():
-        train_interact.main([*SHORT, *start])
+    train_interact.main([*SHORT, *start, "--reward", "likelihood"])
     judge.main([str(run), *READER])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")

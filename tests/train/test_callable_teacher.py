@@ -102,7 +102,7 @@ def test_a_callables_score_of_each_story_is_on_record_beside_its_reward(whole):
         assert record["score"] == pytest.approx(score, abs=1e-6)
 
 
-@pytest.mark.parametrize("control", ["random", "constant"])
+@pytest.mark.parametrize("control", ["random", "constant", "likelihood"])
 def test_a_controls_score_of_each_story_is_on_record(place, tmp_path, control):
     out = tmp_path / "i"
     argv = [*flags(place, out), "--reward", control, "--diversity", "0.5"]

@@ -41,13 +41,16 @@ def open_grader(
     *,
     corpus: Sequence[str] | None,
     replies: Path | None = None,
+    likelihood: Callable[[], Grader] | None = None,
 ) -> Iterator[Grader]:
     """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
     had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
     grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache
-    file of a teacher."""
+    file of a teacher. likelihood: makes the grader of --reward likelihood."""
     load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
-    if config.reward:
+    if config.reward == "likelihood" and likelihood:
+        yield likelihood()
+    elif config.reward:
         with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
     else:

@@ -1,8 +1,7 @@
-"""The control `likelihood`: a story's score is its likelihood under the frozen student. If the
-likelier story is the better one, it teaches as much as a teacher."""
+"""The control `--reward likelihood`: a story's score is its likelihood under the frozen student. If
+the likelier story is the better one, it teaches as much as a teacher."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -11,11 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.config import InteractConfig
-from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops.compute import resolve
 from tinystory.rl.batch import by_length
-from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import LocalGrader
@@ -93,11 +89,3 @@ class Likelihood(LocalGrader):
                 logprobs, _ = ops.token_logprob(predicting, weight, rows[i][start:])
                 means[i] = float(logprobs.double().mean())
         return means
-
-
-def likelihood_of(start: Path, config: InteractConfig) -> Likelihood:
-    """The grader of a run with these options whose student began at the checkpoint `start`."""
-    device = resolve(config.device, config.dtype).device
-    student, tokenizer, _ = checkpoint.load(start, device)
-    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
-    return Likelihood(student, tokenizer, openings.train, config)

@@ -7,9 +7,8 @@ import torch
 from conftest import SHORT, metrics, read_lines
 
 import train_interact as interact
-from lab.controls import likelihood
-from lab.likelihood import MEAN, SPREAD, Likelihood
 from tinystory.config import InteractConfig
+from tinystory.evaluate.likelihood import MEAN, SPREAD, Likelihood
 from tinystory.run.errors import Stop
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening
@@ -84,8 +83,7 @@ def test_stories_whose_text_has_more_tokens_than_the_context_are_scored(place, t
     """At this temperature most drawn bytes are no text, and each becomes a character of three."""
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--steps", "1"]
     full = ["--max-new-tokens", "60", "--temperature", "100"]
-    with likelihood():
-        interact.main([*init, *full, "--out", str(tmp_path / "i")])
+    interact.main([*init, *full, "--reward", "likelihood", "--out", str(tmp_path / "i")])
     assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0]
 
 
@@ -93,8 +91,7 @@ def test_stories_whose_text_has_more_tokens_than_the_context_are_scored(place, t
 def test_an_empty_story_has_the_score_0(place, tmp_path, grades):
     save_ender(place / "p", tmp_path / "start")
     init = ["--init", str(tmp_path / "start"), *SHORT, "--steps", "2", *grades]
-    with likelihood():
-        interact.main([*init, "--out", str(tmp_path / "i")])
+    interact.main([*init, "--reward", "likelihood", "--out", str(tmp_path / "i")])
     assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0, 0]
     stories = read_lines(tmp_path / "i" / "stories.jsonl")
     assert {story["story"] for story in stories} == {""}
@@ -106,12 +103,11 @@ def test_a_constant_is_the_same_for_all():
         assert score(["Once"] * 3, ["One.", "Two.", ""]) == [0.5] * 3
 
 
-def test_a_run_learns_from_the_control_and_resumes_with_it(place, tmp_path):
-    out = tmp_path / "i"
-    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--steps", "1"]
-    with likelihood():
-        interact.main([*init, "--out", str(out)])
-        interact.main(["--out", str(out), "--resume", "--steps", "2"])
-    assert [record["unscored"] for record in metrics(out)] == [0, 0]
-    options = json.loads((out / "config.json").read_text())["options"]
-    assert options["scored_by"] == "likelihood"
+@pytest.mark.parametrize("reward", ["likelihood", "constant"])
+def test_a_run_learns_from_a_control(place, tmp_path, reward):
+    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--steps", "2"]
+    interact.main([*init, "--reward", reward, "--out", str(tmp_path / "i")])
+    assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0, 0]
+    assert (
+        json.loads((tmp_path / "i" / "config.json").read_text())["options"]["scored_by"] == reward
+    )
