@@ -10,6 +10,7 @@ import train_interact
 from lab import findings
 from scripts import export_hf
 from tinystory.data.corpus import HUB
+from tinystory.report.before_after import read_before_after
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 
@@ -76,6 +77,11 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
     assert f"| {rewards[1]:.3g} ± " in text
+    rule, pair = read_before_after(run).typical()
+    assert rule in text and len(pair) == 2
+    unwrapped = " ".join(text.split())
+    for record in pair:
+        assert " ".join(f"{record['opening']} {record['story']}".split()) in unwrapped
     # Whoever trained it on a file of theirs says under which licence.
     assert (
         "license" not in metadata

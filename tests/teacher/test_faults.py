@@ -283,7 +283,7 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
         story["predicted"] is not None for story in stories
     )
     assert [record["scored"] + record["unscored"] for record in steps] == [10] * 4
-    assert steps[0]["score_r_squared"] is None and steps[0]["score_error"] is not None
+    assert steps[0]["score_r_squared"] is not None and steps[0]["score_error"] is not None
 
 
 def graded_now_and_then(story: str, number: int, n: int) -> str:

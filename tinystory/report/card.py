@@ -2,11 +2,12 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
-from tinystory.report.before_after import read_before_after
+from tinystory.report.before_after import grade_line, read_before_after
 from tinystory.report.charts import number
 from tinystory.report.findings import read_findings
 from tinystory.report.run import scorer, verdict
@@ -89,6 +90,12 @@ def _run(source: Path, history: Record) -> Iterable[str]:
         return
     yield "## What it scores"
     yield _table(comparison.table())
+    rule, pair = comparison.typical()
+    yield rule
+    for name, record in zip(comparison.names, pair, strict=False):  # there may be no pair
+        yield f"{name.capitalize()}, {_plain(grade_line(record))}:"
+        story = textwrap.fill(printable(f"{record['opening']} {record['story']}"), 96)
+        yield textwrap.indent(story, "    ")
     for finding in read_findings(run):
         yield f"## {_plain(finding['title'])}, after step {finding['step']}"
         yield from map(_plain, finding["sentences"])

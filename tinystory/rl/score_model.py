@@ -26,9 +26,6 @@ PENALTY = 100.0  # while stories are chosen
 MOST = 4096  # newest grades that are kept, a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 MORE_FEATURES = 15  # besides the mean and the last state
-UNKNOWN = -1.0  # no score; a checkpoint's numbers are finite
-NEWEST = 64  # grades of which score_r_squared is computed
-FEWEST_MEASURED = 24  # of fewer it is noise
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
@@ -98,24 +95,18 @@ def with_predictions(
 
 
 class ScoreModel:
-    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores,
-    (n,) float64; expected: (n,) float64, what was predicted for each before it was graded, or
-    UNKNOWN."""
+    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores:
+    (n,) float64."""
 
     def __init__(self) -> None:
         self.features = torch.zeros(0, 0)
         self.scores = torch.zeros(0, dtype=torch.float64)
-        self.expected = torch.zeros(0, dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint; empty before the first grade."""
         if not len(self.scores):
             return {}
-        return {
-            "score_model.features": self.features,
-            "score_model.scores": self.scores,
-            "score_model.expected": self.expected,
-        }
+        return {"score_model.features": self.features, "score_model.scores": self.scores}
 
     def restore(self, tensors: Mapping[str, Tensor], width: int) -> None:
         """The inverse of `tensors`; others are ignored. width: of the reference's states. Raises
@@ -124,19 +115,18 @@ class ScoreModel:
             return
         features = tensors["score_model.features"]
         scores = tensors["score_model.scores"]
-        expected = tensors["score_model.expected"]
         stories = scores.numel()
         if (
             not 0 < stories <= MOST
             or features.shape != (stories, 2 * width + MORE_FEATURES)
             or features.dtype != torch.float32
-            or any(x.shape != (stories,) or x.dtype != torch.float64 for x in (scores, expected))
+            or scores.shape != (stories,)
+            or scores.dtype != torch.float64
             or not ((scores >= 0) & (scores <= 1)).all()
         ):
             raise ValueError("score_model holds no features and scores of graded stories")
         self.features = features
         self.scores = scores
-        self.expected = expected
 
     def choose(self, features: Tensor, count: int) -> list[int]:
         """Rows of `count` of a step's stories, in order: greedily, each the one whose score, once
@@ -175,41 +165,27 @@ class ScoreModel:
         F), of all of them; graded: rows that were sent; scores: the teacher's, None without.
         Returns a score per story (None if it was sent, or without enough grades), and metrics."""
         rows = [row for row in graded if scores[row] is not None]
-        if rows:
-            before = self.predict(features)
-            expected = torch.full((len(rows),), UNKNOWN, dtype=torch.float64)
-            if before is not None:
-                expected = before[0][rows]
-            new_scores = torch.tensor([scores[row] for row in rows], dtype=torch.float64)
-            earlier_features = self.features.reshape(-1, features.shape[1])
-            self.features = torch.cat([earlier_features, features[rows]])[-MOST:]
-            self.scores = torch.cat([self.scores, new_scores])[-MOST:]
-            self.expected = torch.cat([self.expected, expected])[-MOST:]
-        record: dict[str, Any] = {"predicted": 0, "score_error": None}
-        record["score_r_squared"] = self.r_squared()
-        after = self.predict(features)
-        if after is None:
+        new_scores = torch.tensor([scores[row] for row in rows], dtype=torch.float64)
+        earlier_features = self.features.reshape(-1, features.shape[1])
+        self.features = torch.cat([earlier_features, features[rows]])[-MOST:]
+        self.scores = torch.cat([self.scores, new_scores])[-MOST:]
+
+        prediction = self.predict(features)
+        if prediction is None:
+            record = {"predicted": 0, "score_error": None, "score_r_squared": None}
             return [None] * len(features), record
 
-        expected_scores, record["score_error"] = after
-        predicted: list[float | None] = expected_scores.tolist()
+        expected, error = prediction
+        predicted: list[float | None] = expected.tolist()
         for row in graded:
             predicted[row] = None
-        record["predicted"] = len(predicted) - len(graded)
-        return predicted, record
-
-    def r_squared(self) -> float | None:
-        """Of what was predicted of the NEWEST grades before they were given: negative if their mean
-        would have been nearer. None if fewer than FEWEST_MEASURED had been predicted, or if all
-        these scores are equal."""
-        was_predicted = self.expected != UNKNOWN
-        scores = self.scores[was_predicted][-NEWEST:]
-        expected = self.expected[was_predicted][-NEWEST:]
-        if len(scores) < FEWEST_MEASURED:
-            return None
-        total = float(((scores - scores.mean()) ** 2).sum())
-        residual = float(((scores - expected) ** 2).sum())
-        return 1 - residual / total if total > 0 else None
+        explained = float(expected.var(correction=0))
+        return predicted, {
+            "predicted": len(predicted) - len(graded),
+            "score_error": error,
+            # of the step's scores: the predictions' variance in it and that of their error
+            "score_r_squared": explained / max(explained + error**2, 1e-12),
+        }
 
     def _scaled(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of the graded stories, (n, F), and of a step, (B, F), in float64: with mean

@@ -33,6 +33,7 @@ ADVICE = {
     "cannot judge)",
 }
 SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
+LEAST_R_SQUARED = 0.2  # of predicted scores
 FEW = 160  # scores in a window below which no correlation is significant
 
 
@@ -71,10 +72,10 @@ class CollapseDetector:
             )
         if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
             signs["loss"].append("every step skips minibatches")
-        r_squared = record.get("score_r_squared") or 0
-        if r_squared < 0:
+        r_squared = record.get("score_r_squared")
+        if r_squared is not None and r_squared < LEAST_R_SQUARED:
             signs["predicted"].append(
-                f"the scores predicted up to step {record['step']} are worse than a constant "
+                f"the scores predicted in step {record['step']} hardly tell stories apart "
                 f"(R-squared {r_squared:.2f})"
             )
         without_signal = self._without_signal()
