@@ -32,13 +32,14 @@ from lab import controls, figures
 from lab.coreference import coreference
 from lab.figures import Bar
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
+from lab.second_judge import best_of_n
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.intervals import standard_error
-from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
+from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import story_rewards

@@ -19,7 +19,6 @@ from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
 from tinystory.evaluate.held_out import FIRST_INDEX
 from tinystory.evaluate.intervals import with_ci
-from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
 from tinystory.report.before_after import best_step
 from tinystory.report.charts import number
@@ -203,3 +202,13 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
             row.append(number(None) if gap is None else f"{gap:.0%}")
         rows.append(row)
     return rows
+
+
+def best_of_n(values: Sequence[Any], count: int) -> list[int]:
+    """For each i < count, the index of the largest of values[i::count]. None (no score) is less
+    than any value."""
+    best = []
+    for first in range(count):
+        group = range(first, len(values), count)
+        best.append(max(group, key=lambda i: (values[i] is not None, values[i])))
+    return best

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from tinystory.evaluate.stories import (
     Sample,
-    best_of_n,
     cluster_ids,
     cluster_sizes,
     distinct_ngrams,
@@ -117,12 +116,6 @@ def test_a_bar_counts_the_stories_on_a_terminal_alone(
         student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0
     )
     assert ("stories: 100%" in capsys.readouterr().err) == terminal
-
-
-def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
-    assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
-    assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
-    assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
 # ---- stories by anybody --------------------------------------------------------------------------

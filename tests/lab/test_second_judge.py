@@ -21,6 +21,7 @@ from lab.second_judge import (
     GROUPS,
     JUDGED,
     REAL,
+    best_of_n,
     conclusion,
     gain,
     judge_run,
@@ -30,7 +31,6 @@ from lab.second_judge import (
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.likelihood import Likelihood
-from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
@@ -261,6 +261,12 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
         judged_rows(records)
     ) == 1 + len(GROUPS)
     assert json.dumps(judged_rows(records))
+
+
+def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
+    assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
+    assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
+    assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
 def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):

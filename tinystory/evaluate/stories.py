@@ -159,13 +159,3 @@ def cluster_ids(texts: Sequence[str]) -> list[int]:
         for gram in grams:
             founders.setdefault(gram, []).append(new)
     return ids
-
-
-def best_of_n(values: Sequence[Any], count: int) -> list[int]:
-    """For each i < count, the index of the largest of values[i::count]. None (no score) is less
-    than any value."""
-    best = []
-    for first in range(count):
-        group = range(first, len(values), count)
-        best.append(max(group, key=lambda i: (values[i] is not None, values[i])))
-    return best
