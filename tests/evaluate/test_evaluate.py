@@ -89,8 +89,7 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
     ]
     assert all(r["stories"]["score_mean"] == 2 for r in records)
     assert (
-        records[1]["stories"]["story_clusters_10"] == 10
-        and "people.jsonl" in capsys.readouterr().out
+        records[1]["stories"]["story_clusters"] == 10 and "people.jsonl" in capsys.readouterr().out
     )
     evaluate.main([str(files[0]), "--out", str(tmp_path / "report.json")])
     (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]

@@ -151,7 +151,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         kept = stopped / "replies.jsonl"
         # The probe's record is also a line of the file.
         while not (
-            kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3
+            kept.exists() and kept.read_text().count('"tokens"') == alive and server.in_flight == 3
         ):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)

@@ -77,10 +77,8 @@ def write_stories(
 ) -> list[Sample]:
     """Sample stories, spread evenly over the openings. sampling: max_new_tokens, temperature and
     seed of `generate`."""
-    per_opening, rest = divmod(n_stories, len(openings))
-    prompts: list[str] = []
-    for i, opening in enumerate(openings):
-        prompts += [opening] * (per_opening + (i < rest))
+    indices = sorted(i % len(openings) for i in range(n_stories))
+    prompts = [openings[index] for index in indices]
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
     return [Sample(story.opening, story.text, story.ended) for story in stories]
 
@@ -88,26 +86,17 @@ def write_stories(
 def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -> dict[str, Any]:
     """Measures of stories, with 95 % intervals over stories.
 
-    length_mean is in words, distinct_4 over all stories. story_clusters_10 is the number of
-    clusters among the first ten stories to an opening, averaged over openings that have ten
-    (NoveltyBench's distinct, with shared phrases instead of its classifier). ended_eos_share, with
-    Wilson's interval, needs `ended` of every story. `grader` adds `score_means`, score_ci and
+    length_mean is in words; distinct_4 and story_clusters are over all stories. ended_eos_share,
+    with Wilson's interval, needs `ended` of every story. `grader` adds `score_means`, score_ci and
     unscored."""
     texts = [story.text for story in stories]
-    by_opening: dict[str, list[str]] = {}
-    for story in stories:
-        by_opening.setdefault(story.opening, []).append(story.text)
-    clusters_of_ten = []
-    for same_opening in by_opening.values():
-        if len(same_opening) >= 10:
-            clusters_of_ten.append(len(cluster_sizes(same_opening[:10])))
     lengths = [len(text.split()) for text in texts]
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": fmean(lengths),
         "length_ci": mean_ci(lengths),
         "distinct_4": distinct_ngrams(texts),
-        "story_clusters_10": mean_of(clusters_of_ten),
+        "story_clusters": len(cluster_sizes(texts)),
     }
     if all(story.ended for story in stories):
         ended = sum(story.ended == "eos" for story in stories)

@@ -13,7 +13,7 @@ ROWS: tuple[Row, ...] = (
     ("words per story", "stories", "length_mean", "length_ci", 1),
     ("fraction that end", "stories", "ended_eos_share", "ended_eos_ci", 2),
     ("distinct_4", "stories", "distinct_4", None, 3),
-    ("clusters of 10, by shared phrases", "stories", "story_clusters_10", None, 1),
+    ("clusters of similar stories", "stories", "story_clusters", None, 0),
 )
 
 

@@ -291,19 +291,16 @@ class Teacher(Grader):
             return await endpoint.chat(messages, self.options.seed + attempt)
 
         try:
-            reply, endpoint = await self.pool.ask(chat)
+            reply = await self.pool.ask(chat)
         except Failure as failure:
             if failure.fatal or failure.unreachable:  # no other story can be graded either
                 self._fatal = UserError(f"the teacher at {failure.url} {failure}")
                 raise self._fatal from None
             failed = CachedReply("", error=f"the teacher {failure}")
             return self.cache.put(failure_key, failed, again=afresh)
-        about = {"model": self._present[0].model, "attempt": attempt, "tokens": reply.tokens}
-        if len(self.endpoints) > 1:
-            about["server"] = endpoint.url
         if self.cache.get(failure_key):  # an earlier process's, which this reply replaces
             key = failure_key
-        return self.cache.put(key, CachedReply(reply.text), again=afresh, **about)
+        return self.cache.put(key, CachedReply(reply.text), again=afresh, tokens=reply.tokens)
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -58,9 +58,9 @@ class ServerPool:
                 endpoint.taken += 1
                 turn.set_result(endpoint)
 
-    async def ask(self, request: Callable[[Endpoint], Awaitable[T]]) -> tuple[T, Endpoint]:
-        """The answer to a request, retried after transient failures, and whose answer it is. Raises
-        Failure when giving up, after at most the server's `deadline_s`."""
+    async def ask(self, request: Callable[[Endpoint], Awaitable[T]]) -> T:
+        """The answer to a request, retried after transient failures. Raises Failure when giving up,
+        after at most the server's `deadline_s`."""
         deadline: float | None = None  # on the monotonic clock
         failures = 0
         while True:
@@ -75,7 +75,7 @@ class ServerPool:
                     failure = error
                 else:
                     endpoint.answered()
-                    return answer, endpoint
+                    return answer
                 endpoint.failed(failure)
                 if self._is_left_out(endpoint, failure):  # the story is not the cause
                     continue

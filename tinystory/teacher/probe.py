@@ -233,8 +233,7 @@ class Prober:
         pool = ServerPool([self.endpoint])
         while True:
             try:
-                reply, _ = await pool.ask(lambda _: self._ask(self.messages))
-                return reply
+                return await pool.ask(lambda _: self._ask(self.messages))
             except Failure as failure:
                 self.endpoint.probe = remedy(self.form, failure)
 
