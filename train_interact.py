@@ -10,7 +10,7 @@ import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threa
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
-from tinystory.teacher.callable import CallableGrader
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
@@ -331,7 +330,16 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
     with contextlib.ExitStack() as stack:
-        grader = open_grader_on_rank0(stack, config, policy, reference, openings)
+        opening_grader = open_grader(
+            config,
+            builtin_teacher,
+            corpus=policy.history.get("corpus"),
+            replies=folder / "replies.jsonl",
+            likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+        )
+        grader = distributed.rank0_first(
+            lambda: stack.enter_context(opening_grader) if rank0 else Grader({"scored_by": ""})
+        )
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
@@ -435,56 +443,24 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
     return babylm.milestones_beyond(history)
 
 
-def open_grader_on_rank0(
-    stack: contextlib.ExitStack,
-    config: InteractConfig,
-    policy: Policy,
-    reference: Student,
-    openings: Openings,
-) -> Grader:
-    """Rank 0's grader; other ranks' are idle."""
-    grader = open_grader(
-        config,
-        builtin_teacher,
-        corpus=policy.history.get("corpus"),
-        replies=Path(config.out) / "replies.jsonl",
-        likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
-    )
-
-    def enter() -> Grader:
-        if distributed.is_rank0():
-            return stack.enter_context(grader)
-        return CallableGrader(lambda openings, stories: [], "rank 0")
-
-    return distributed.rank0_first(enter)
-
-
 def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
-    """What the grades of the run will take, if the grader knows, and what they would without
-    --grades."""
-    forecast = grader.forecast(stories_to_grade(config, state), openings[0])
+    """What the grades of the run and its evaluations will take, if the grader knows, and what they
+    would without --grades."""
+    evaluated = 0
+    if config.eval_graded:
+        first = state.step + 1 if state.step else 0
+        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
+        evaluated = evaluations * config.eval_stories
+    written = (config.steps - state.step) * config.stories_per_step
+    graded = config.grades - state.asked if config.grades else written
+    forecast = grader.forecast(graded + evaluated, openings[0])
     if not forecast:
         return
     print(f"forecast: {forecast}")
     if config.grades:
-        all_graded = replace(config, grades=0)
-        forecast = grader.forecast(stories_to_grade(all_graded, state), openings[0])
-        print(f"without --grades: {forecast}")
-
-
-def stories_to_grade(config: InteractConfig, state: RunState) -> int:
-    """Number of stories left to grade, evaluations included."""
-    steps_left = config.steps - state.step
-    count = steps_left * config.stories_per_step
-    if config.grades:
-        count = config.grades - state.asked
-    if config.eval_graded:
-        first = state.step + 1 if state.step else 0
-        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
-        count += evaluations * config.eval_stories
-    return count
+        print(f"without --grades: {grader.forecast(written + evaluated, openings[0])}")
 
 
 def report(run: InteractionRun) -> None:
