@@ -10,7 +10,6 @@ readability, coherence, creativity:
         exactly these labels
 """
 
-import functools
 import json
 import re
 from collections.abc import Sequence
@@ -32,8 +31,11 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(_WHITESPACE)
-    numbers = _numbers(len(criteria)).fullmatch(text)
-    labelled = _labelled(tuple(criteria)).fullmatch(text)
+    number = f"({_DIGIT})"
+    label = "|".join(map(re.escape, criteria))
+    item = f"({label}){_SPACE}*:{_SPACE}*{number}"
+    numbers = re.fullmatch(_BETWEEN.join([number] * len(criteria)) + r"\.?", text)
+    labelled = re.fullmatch(_BETWEEN.join([item] * len(criteria)) + r"\.?", text)
     items: list[tuple[str, object]]
     if numbers:
         items = list(zip(criteria, map(int, numbers.groups()), strict=True))
@@ -50,18 +52,6 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     if scores.keys() != set(criteria):
         return None
     return {name: scores[name] for name in criteria}
-
-
-@functools.cache
-def _numbers(count: int) -> re.Pattern:
-    return re.compile(_BETWEEN.join([f"({_DIGIT})"] * count) + r"\.?")
-
-
-@functools.cache
-def _labelled(criteria: tuple[str, ...]) -> re.Pattern:
-    label = "|".join(map(re.escape, criteria))
-    item = rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"
-    return re.compile(_BETWEEN.join([item] * len(criteria)) + r"\.?")
 
 
 def _json_items(text: str) -> list[tuple[str, object]]:
