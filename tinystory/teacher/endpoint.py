@@ -20,7 +20,7 @@ PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(kw_only=True)
 class Options:
     """Options of requests, the same for every server."""
 
@@ -95,9 +95,9 @@ class Endpoint:
     ledger: Ledger
     options: Options
     probe: Probe | None = None  # None until the server has been probed
-    is_open: bool = field(default=True, init=False)  # whether it is asked at all
-    taken: int = field(default=0, init=False)  # requests in flight
-    failures: int = field(default=0, init=False)  # transient failures since its last answer
+    is_open: bool = True  # whether it is asked at all
+    taken: int = 0  # requests in flight
+    failures: int = 0  # transient failures since its last answer
 
     def __post_init__(self) -> None:
         self.limit = float(self.most)
