@@ -22,9 +22,11 @@ from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import (
-    Evaluator,
-    due,
+    FIRST_INDEX,
+    evaluations_by_step,
     has_dull_tellers,
+    is_best,
+    reward_mean,
     story_means,
     story_records,
     write_samples,
@@ -47,7 +49,7 @@ from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
@@ -87,7 +89,6 @@ class InteractionRun:
     log: RunLog
     stop: Stop
     update_report: Callable[[], None]
-    evaluator: Evaluator
     detector: CollapseDetector
     bar: Progress
     stages: Stages
@@ -135,7 +136,7 @@ def interact(run: InteractionRun) -> None:
             evaluated = False
             try:
                 if due(config, state.step):
-                    evaluation = run.evaluator.evaluate(state)
+                    evaluation = evaluate(run)
                 evaluated = True
             finally:  # a teacher that fails now does not cost the step
                 record = log_step(
@@ -150,6 +151,11 @@ def interact(run: InteractionRun) -> None:
         if not stopped(run):
             evaluate_at_rest(run)
     save(run, replace=True)
+
+
+def due(config: InteractConfig, step: int) -> bool:
+    """Whether the student is evaluated after this step."""
+    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
 # ---- the stages of a step ------------------------------------------------------------------------
@@ -293,11 +299,47 @@ def warn(run: InteractionRun, record: Record) -> bool:
 def evaluate_at_rest(run: InteractionRun) -> None:
     """Evaluate at the start or end, unless it is on record. The state is saved first: the teacher
     can fail."""
-    if run.evaluator.done(run.state.step):
+    step = run.state.step
+    if distributed.rank0_value(lambda: step in evaluations_by_step(run.log.folder)):
         return
-    if run.state.step:
+    if step:
         save(run)
-    run.evaluator.evaluate(run.state)
+    evaluate(run)
+
+
+def evaluate(run: InteractionRun) -> dict[str, Any]:
+    """Metrics on the held-out openings. The words count against the budget, and the best student is
+    kept as the checkpoint `best`. Raises Interrupted."""
+    config = run.config
+    state = run.state
+    held_out = run.openings.held_out
+    openings = [held_out[i % len(held_out)] for i in range(config.eval_stories)]
+
+    def on_story(story: Story) -> None:
+        if config.eval_graded:
+            send(run, story)
+
+    stories = rollout(run.policy, openings, FIRST_INDEX, on_story)
+    grades = [NOT_ASKED] * len(stories)
+    if config.eval_graded:
+        grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
+    state.spend(stories, sum(grade.reply_words for grade in grades))
+
+    rewards = story_rewards(config, stories, [grade.score for grade in grades])
+    mixed = has_dull_tellers(run.policy.history)
+    records = story_records(state.step, stories, grades, rewards, mixed)
+    run.log.evaluations(records)
+    evaluations = run.log.folder / EVALUATIONS
+    # Without grades, each later student becomes `best`.
+    if not config.eval_graded or distributed.rank0_value(
+        lambda: is_best(read_records(evaluations), state.step)
+    ):
+        state.best_step = state.step
+        save(run, checkpoint.BEST, replace=True)
+
+    metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
+    metrics |= story_means(records)
+    return {f"held_out_{name}": value for name, value in metrics.items()}
 
 
 # ---- before and after the loop -------------------------------------------------------------------
@@ -378,7 +420,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             log=log,
             stop=stop,
             update_report=stack.enter_context(live_report(folder, rank0)),
-            evaluator=Evaluator(config, policy, openings, grader, log, stop),
             detector=CollapseDetector(read_metrics(folder), config.kl_target),
             bar=bar,
             stages=Stages(bar, compute.device),

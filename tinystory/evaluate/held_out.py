@@ -1,85 +1,24 @@
-"""Evaluation during interaction: rewards of stories on held-out openings, and the choice of the
-best checkpoint."""
+"""Evaluation during interaction: records and means of stories, and the choice of the best
+checkpoint."""
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinystory.config import InteractConfig
 from tinystory.data.builtin import dull
-from tinystory.data.openings import Openings
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
-from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import differences, story_rewards
-from tinystory.run import distributed
-from tinystory.run.errors import Stop
+from tinystory.rl.reward import differences
 from tinystory.run.files import atomic_write
-from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records
-from tinystory.student import checkpoint
 from tinystory.student.generate import Story
-from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, score_means
+from tinystory.teacher.grade import Grade
 
 FIRST_INDEX = 10**9  # evaluations draw the same random numbers each time, and none of training's
-
-
-def due(config: InteractConfig, step: int) -> bool:
-    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
-
-
-@dataclass
-class Evaluator:
-    """Evaluates the policy on held-out openings, and keeps the best student as the checkpoint
-    `best`."""
-
-    config: InteractConfig
-    policy: Policy
-    openings: Openings
-    grader: Grader
-    log: RunLog
-    stop: Stop
-
-    def done(self, step: int) -> bool:
-        """Whether the evaluation at this step is on record."""
-        return distributed.rank0_value(lambda: step in evaluations_by_step(self.log.folder))
-
-    def evaluate(self, state: RunState) -> dict[str, Any]:
-        """Metrics on the held-out openings. The words count against the budget. Raises
-        Interrupted."""
-        held_out = self.openings.held_out
-        openings = [held_out[i % len(held_out)] for i in range(self.config.eval_stories)]
-        stories = rollout(self.policy, openings, FIRST_INDEX, self.send)
-        grades = [NOT_ASKED] * len(stories)
-        if self.config.eval_graded:
-            grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
-        state.spend(stories, sum(grade.reply_words for grade in grades))
-
-        rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
-        mixed = has_dull_tellers(self.policy.history)
-        records = story_records(state.step, stories, grades, rewards, mixed)
-        self.log.evaluations(records)
-        evaluations = self.log.folder / EVALUATIONS
-        # Without grades, each later student becomes `best`.
-        if not self.config.eval_graded or distributed.rank0_value(
-            lambda: is_best(read_records(evaluations), state.step)
-        ):
-            state.best_step = state.step
-            best = self.log.folder / "checkpoints" / checkpoint.BEST
-            self.policy.save(best, state, replace=True)
-
-        metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
-        metrics |= story_means(records)
-        return {f"held_out_{name}": value for name, value in metrics.items()}
-
-    def send(self, story: Story) -> None:
-        if self.config.eval_graded:
-            self.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
 
 
 def has_dull_tellers(history: Mapping[str, Any]) -> bool:
