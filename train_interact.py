@@ -24,7 +24,6 @@ from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import (
     FIRST_INDEX,
     evaluations_by_step,
-    has_dull_tellers,
     is_best,
     reward_mean,
     story_means,
@@ -249,14 +248,10 @@ def log_step(
     """Record the step's stories and metrics, and return the metrics. scores: the teacher's and the
     predicted."""
     state = run.state
-    predicted: list[float | None] = []
+    records = story_records(state.step, stories, grades, rewards, run.policy.history)
     if run.config.grades:
-        predicted = [
-            score if grade == NOT_ASKED else None
-            for grade, score in zip(grades, scores, strict=True)
-        ]
-    mixed = has_dull_tellers(run.policy.history)
-    records = story_records(state.step, stories, grades, rewards, mixed, predicted)
+        for record, grade, score in zip(records, grades, scores, strict=True):
+            record["predicted"] = score if grade == NOT_ASKED else None
     run.log.stories(records)
 
     means = story_means(records)
@@ -326,8 +321,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     state.spend(stories, sum(grade.reply_words for grade in grades))
 
     rewards = story_rewards(config, stories, [grade.score for grade in grades])
-    mixed = has_dull_tellers(run.policy.history)
-    records = story_records(state.step, stories, grades, rewards, mixed)
+    records = story_records(state.step, stories, grades, rewards, run.policy.history)
     run.log.evaluations(records)
     evaluations = run.log.folder / EVALUATIONS
     # Without grades, each later student becomes `best`.

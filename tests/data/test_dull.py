@@ -85,7 +85,7 @@ def test_a_run_records_who_tells_its_stories(documents):
     assert not has_dull_tellers({"corpus": ["primer", "builtin"]}) and has_dull_tellers(
         {"corpus": ["dull"]}
     )
-    records = story_records(1, stories, grades, [0.5] * 4, mixed=True)
+    records = story_records(1, stories, grades, [0.5] * 4, {"corpus": ["dull"]})
     assert [record["teller"] for record in records] == [
         dull.STORY,
         *map(dull.kind_of, documents[:3]),
@@ -94,5 +94,5 @@ def test_a_run_records_who_tells_its_stories(documents):
     assert (
         means["teller_story"] == 0.25 and sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
     )
-    unmixed = story_records(1, stories, grades, [0.5] * 4)
+    unmixed = story_records(1, stories, grades, [0.5] * 4, {})
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

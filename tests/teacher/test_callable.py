@@ -62,7 +62,7 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
             "def f(o, s):\n    return json.loads('x')\nimport json\n",
             "r.py, line 2: JSONDecodeError",
         ),
-        ("\ndef f(o, s)\n    return [1]\n", "r.py, line 2: SyntaxError"),
+        ("\ndef f(o, s)\n    return [1]\n", "(r.py, line 2)"),
         (
             "import nowhere_at_all\n",
             "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'",

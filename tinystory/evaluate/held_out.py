@@ -32,16 +32,14 @@ def story_records(
     stories: Sequence[Story],
     grades: Sequence[Grade],
     rewards: Sequence[float | None],
-    mixed: bool = False,
-    predicted: Sequence[float | None] = (),
+    history: Mapping[str, Any],
 ) -> list[Record]:
-    """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from
-    the score model."""
+    """Lines of stories.jsonl and evaluations.jsonl. history: the student's."""
     records = []
     rows = zip(
         stories, grades, rewards, differences([story.text for story in stories]), strict=True
     )
-    for i, (story, grade, reward, difference) in enumerate(rows):
+    for story, grade, reward, difference in rows:
         record: Record = {
             "step": step,
             "index": story.index,
@@ -55,9 +53,7 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
-        if predicted:
-            record["predicted"] = predicted[i]
-        if mixed:
+        if has_dull_tellers(history):
             record["teller"] = dull.kind_of(story.text)
         records.append(record)
     return records

@@ -201,8 +201,6 @@ def _is_score(value: object) -> bool:
 
 def _cause(error: BaseException, file: str) -> str:
     """The exception, and the last line of `file` that was running."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename or file}, line {error.lineno}: {type(error).__name__}: {error.msg[:200]}"
     place = file
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == file:

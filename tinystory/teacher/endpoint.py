@@ -109,10 +109,6 @@ class Endpoint:
         )
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    @property
-    def has_slot(self) -> bool:
-        return self.is_open and self.taken < int(self.limit)
-
     def answered(self) -> None:
         self.limit = min(self.limit + 1 / self.limit, self.most)
         self.failures = 0

@@ -47,7 +47,7 @@ def open_grader(
     had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
     grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache
     file of a teacher. likelihood: makes the grader of --reward likelihood."""
-    load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
+    extra = load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
     elif config.reward:
@@ -58,46 +58,38 @@ def open_grader(
             urls = config.teacher_url
             if not urls:
                 assert builtin_teacher is not None
-                corpus = builtin_corpus(config, corpus)
-                urls = [stack.enter_context(builtin_teacher(corpus))]
+                if not corpus:
+                    raise UserError(
+                        f"{config.init} does not say what the student was trained on: start "
+                        "scripts/serve_teacher.py --corpus NAME|FILE, and give its --teacher-url"
+                    )
+                of_stories = [name for name in corpus if name not in NO_STORIES] or corpus
+                urls = [stack.enter_context(builtin_teacher(of_stories))]
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
-            teacher = stack.enter_context(new_teacher(config, urls, replies))
+            teacher = Teacher(
+                urls,
+                config.teacher_model,
+                template=load_template(config.teacher_prompt),
+                extra=extra,
+                seed=config.seed,
+                temperature=config.teacher_temperature,
+                max_tokens=config.teacher_max_tokens,
+                concurrency=config.teacher_concurrency,
+                deadline_s=config.teacher_timeout,
+                max_unscored=config.max_unscored,
+                cache=replies,
+                price_in=config.price_in,
+                price_out=config.price_out,
+                budget_cost=config.budget_cost,
+            )
+            stack.enter_context(teacher)
             for probe in teacher.probes():
                 print(f"teacher: {probe}")
                 for note in probe.notes:
                     print(f"warning: {note}")
             yield teacher
-
-
-def builtin_corpus(config: InteractConfig, corpus: Sequence[str] | None) -> Sequence[str]:
-    """What the built-in teacher is fitted to: the stories in the student's corpus."""
-    if not corpus:
-        raise UserError(
-            f"{config.init} does not say what the student was trained on: start "
-            "scripts/serve_teacher.py --corpus NAME|FILE, and give its --teacher-url"
-        )
-    return [name for name in corpus if name not in NO_STORIES] or corpus
-
-
-def new_teacher(config: InteractConfig, urls: Sequence[str], replies: Path | None) -> Teacher:
-    return Teacher(
-        urls,
-        config.teacher_model,
-        template=load_template(config.teacher_prompt),
-        extra=load_extra(config.teacher_extra),
-        seed=config.seed,
-        temperature=config.teacher_temperature,
-        max_tokens=config.teacher_max_tokens,
-        concurrency=config.teacher_concurrency,
-        deadline_s=config.teacher_timeout,
-        max_unscored=config.max_unscored,
-        cache=replies,
-        price_in=config.price_in,
-        price_out=config.price_out,
-        budget_cost=config.budget_cost,
-    )
 
 
 def load_extra(text: str) -> dict[str, Any]:

@@ -49,7 +49,9 @@ class ServerPool:
     def _admit(self) -> None:
         """Give free slots to waiting requests."""
         while self._waiting:
-            free = [endpoint for endpoint in self.endpoints if endpoint.has_slot]
+            free = [
+                each for each in self.endpoints if each.is_open and each.taken < int(each.limit)
+            ]
             if not free:
                 return
             turn = self._waiting.popleft()
