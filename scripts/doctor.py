@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 

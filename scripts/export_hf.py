@@ -10,7 +10,7 @@ exported` puts it on the Hub, and `hf upload NAME/REPO exported --revision chck_
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.report.card import model_card
 from tinystory.run.errors import UserError, command

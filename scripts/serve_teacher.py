@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import PARTS, Rubric

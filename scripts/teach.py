@@ -16,7 +16,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.human.desk import Desk
 from tinystory.human.lesson import Lesson, lesson_folder

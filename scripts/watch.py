@@ -12,7 +12,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.report.before_after import from_start, grade_line
 from tinystory.report.charts import number, text_curve
