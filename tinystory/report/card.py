@@ -10,7 +10,7 @@ from tinystory.data.corpus import BUILTIN, HUB, LICENCES
 from tinystory.report.before_after import grade_line, read_before_after
 from tinystory.report.charts import number
 from tinystory.report.findings import read_findings
-from tinystory.report.run import scorer, verdict
+from tinystory.report.run import is_interaction, scorer, verdict
 from tinystory.run.folder import read_config
 from tinystory.run.records import Record, read_metrics
 from tinystory.run.text import printable
@@ -76,7 +76,7 @@ def _run(source: Path, history: Record) -> Iterable[str]:
     bits = [record["val_bits_per_byte"] for record in metrics if record.get("val_bits_per_byte")]
     if bits:
         yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
-    if not metrics or "reward_mean" not in metrics[-1]:
+    if not is_interaction(metrics):
         return
     yield (
         f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
