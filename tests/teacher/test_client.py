@@ -9,6 +9,7 @@ import time
 
 import pytest
 from fault_server import FaultServer, closed_port, error, time_out_hanging_requests
+from tqdm import tqdm
 
 from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
@@ -163,6 +164,17 @@ def test_closing_leaves_nothing_in_flight():
         while server.in_flight:  # the server sees every connection closed
             time.sleep(0.01)
         assert len(server.requests) == 1 + 8
+
+
+def test_a_long_wait_is_not_silent(monkeypatch):
+    told = []
+    monkeypatch.setattr("tinystory.teacher.client.SILENCE_S", 0.0)
+    with FaultServer() as server, Teacher(server.url) as teacher:
+        monkeypatch.setattr(tqdm, "write", lambda text: told.append(text))
+        teacher.probes()
+        server.ready = lambda: told  # replies are held until the line is printed
+        assert all(grade.scores for grade in teacher.grade("Once", ["A dog ran.", "A cat ran."]))
+    assert told == ["first has graded 0 of 2 stories so far: the server, or this machine, is busy"]
 
 
 def test_ctrl_c_ends_the_wait_for_grades():

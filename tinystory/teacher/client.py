@@ -4,8 +4,10 @@ What happens to one story is in `Teacher._grade`. A failure is never taken for a
 
 import asyncio
 import concurrent.futures
+import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -25,6 +27,7 @@ from tinystory.teacher.pool import ServerPool, leave_out
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
 from tinystory.teacher.prompt import Question, fence, render
 
+SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # length of a story in a forecast
 # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 TOKENS_PER_WORD = 1.4
@@ -105,6 +108,7 @@ class Teacher(Grader):
 
     def _wait(self, futures: Sequence[Future[Grade]], stop: Stop | None) -> list[Grade]:
         waiting = set(futures)
+        silent_until = time.monotonic() + SILENCE_S
         bar = tqdm(
             total=len(futures), desc="teacher", unit="story", leave=False, delay=2, disable=None
         )
@@ -116,6 +120,12 @@ class Teacher(Grader):
                 bar.update(len(done))
                 for future in done:
                     future.result()  # raises a fatal failure (wrong key, unknown model) at once
+                if waiting and time.monotonic() > silent_until and self.model != HUMAN:
+                    silent_until = math.inf
+                    count = f"{len(futures) - len(waiting)} of {len(futures)}"
+                    tqdm.write(
+                        f"{self.model} has graded {count} stories so far: the server, or this machine, is busy"
+                    )
                 if waiting and stop is not None and stop.requested:
                     for future in waiting:
                         future.cancel()
