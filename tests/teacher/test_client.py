@@ -16,7 +16,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Endpoint, Options
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import CRITERIA, Question, read_back
+from tinystory.teacher.prompt import CRITERIA, Question, Template, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of it
@@ -282,3 +282,18 @@ def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
     for _ in range(200):
         server.failed(BUSY)
     assert server.limit == 1
+
+
+def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():
+    template = Template(user="Opening {opening}|Story {story}|Readability, Narrative, Creativity =")
+
+    def other(request):
+        return "3 1 2" if "Tom {story}" in str(request) else "0 0 1"
+
+    with FaultServer(other=other) as server, Teacher(server.url, template=template) as teacher:
+        (grade,) = teacher.grade("Once", ["Tom {story}"])
+    assert grade.scores == dict(
+        zip(CRITERIA, (3, 1, 2), strict=True)
+    ) and grade.score == pytest.approx(6 / 9)
+    content = "Opening Once|Story Tom {story}|Readability, Narrative, Creativity ="
+    assert server.others[-1]["messages"] == [{"role": "user", "content": content}]

@@ -365,3 +365,48 @@ def test_an_invalid_template_is_one_clear_sentence(tmp_path, template, words):
     assert str(caught.value).startswith("--teacher-prompt ") and str(caught.value).isprintable()
     with pytest.raises(UserError, match="cannot be read"):
         load_template(tmp_path / "none.json")
+
+
+FREE = 'Story Prompt:\n`{opening}`\n\nStudent Story:\n"`{opening} {story}`"\n\n{other} {{}} {0} \\1 </s>\t='
+
+
+def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anything(tmp_path):
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps({"user": FREE}))
+    template = load_template(file)
+    story = "Tom {opening} and {story} {} {0} \\1 \\g % $1 said: {{story}}"
+    (message,) = render("Once {story}", story, fence="=== 1 ===", template=template)
+    assert message == {
+        "role": "user",
+        "content": f'Story Prompt:\n`Once {{story}}`\n\nStudent Story:\n"`Once {{story}} {story}`"\n\n'
+        "{other} {{}} {0} \\1 </s>\t=",
+    }
+    assert template.names == CRITERIA and template.score(dict.fromkeys(CRITERIA, 3)) == 1
+    file.write_text(json.dumps({"user": "{story}", "system": "Grade {story}."}))
+    template = load_template(file)
+    assert (
+        template.names == CRITERIA
+        and read_back(render("Once", "a", fence="=", template=template)) is None
+    )
+    assert [m["content"] for m in render("Once", "</s>a", fence="=", template=template)] == [
+        "Grade {story}.",
+        "< /s>a",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ({"user": "{opening}"}, '"user" with {story}'),
+        ({"user": 1}, '"user" with {story}'),
+        ({"user": "{story}", "system": 1}, '"user" with {story}'),
+        ({"user": "{story} \ud800"}, "surrogates not allowed"),
+        ({"user": "{story}", "criteria": []}, '"user" with {story}'),
+        ({"user": "{story}", "preface": "Hm."}, '"user" with {story}'),
+    ],
+)
+def test_what_is_wrong_with_a_users_own_messages_is_said(tmp_path, value, words):
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_template(file)

@@ -74,10 +74,13 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """The criteria to grade, and what the rubric begins with."""
+    """The criteria to grade and the preface of our messages; or a user's own messages, `system` (""
+    for none) and `user`, in which {opening} and {story} are replaced."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
+    system: str = ""
+    user: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,13 +119,19 @@ def load_template(path: str | os.PathLike) -> Template:
 
 def _template(value: object) -> Template:
     match value:
+        case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
+            system = rest.get("system", "")
+            # JSON can hold lone surrogates
+            if isinstance(system, str) and (system + user).encode():
+                return Template(system=system, user=user)
         case {"criteria": [_, *_] as criteria, **rest} if rest.keys() <= {"preface"}:
             preface: Any = rest.get("preface", PREFACE)
             template = Template(tuple(map(_criterion, criteria)), preface)
             if _is_plain(preface) and len(set(template.names)) == len(criteria):
                 return template
     raise ValueError(
-        'it must hold "criteria", at least one and each with a name of its own, perhaps "preface", which is plain text'
+        'it must hold "criteria", at least one and each with a name of its own, perhaps "preface", which is plain '
+        'text; or "user" with {story}, perhaps "system"'
     )
 
 
@@ -174,15 +183,24 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """Chat messages that ask for one story's scores, both texts cleaned. Raises ValueError if the
-    fence is not one line or occurs in a text."""
-    user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
-    if not fence or "\n" in fence or user.count(fence) != 2:
-        raise ValueError(
-            "the fence must be one line that occurs in neither the opening nor the story"
-        )
-    system = instructions(template)
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    """Chat messages that ask for one story's scores, both texts cleaned. A user's own messages have
+    no fence, and are filled in once, so braces in a story stay text. Raises ValueError if the fence
+    is not one line or occurs in a text."""
+    opening = clean(opening)
+    story = clean(story)
+    if template.user:
+        texts = {"{opening}": opening, "{story}": story}
+        system = template.system
+        user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
+    else:
+        system = instructions(template)
+        user = f"{BEFORE}{opening}{BETWEEN}{fence}\n{story}\n{fence}{AFTER}"
+        if not fence or "\n" in fence or user.count(fence) != 2:
+            raise ValueError(
+                "the fence must be one line that occurs in neither the opening nor the story"
+            )
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return [message for message in messages if message["content"]]
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
