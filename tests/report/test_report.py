@@ -138,12 +138,13 @@ def test_the_page_of_a_run_reloads_itself_until_the_run_is_over(tmp_path):
         update()
 
 
-def test_the_page_says_from_which_step_all_scores_were_the_same(tmp_path):
+def test_the_page_sums_what_a_run_took(tmp_path):
     interaction_run(tmp_path, 20, [story(step, 0) for step in range(1, 21)])
     text = Page(write_report(tmp_path)).text
     assert (
         "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
     )
+    assert "words_in2,000words_out1,000rollout_s20teacher_s40update_s20unscored40" in text
 
 
 def test_what_models_and_servers_write_stays_text(tmp_path):
@@ -351,3 +352,23 @@ def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_
     steps = [step for step in range(0, 1001, 100) if f"at step {step}." in page.text]
     assert steps == [0, 100, 200, 400, 800, 1000]
     assert "no score" not in page.text
+
+
+def test_what_the_teacher_took_is_summed(tmp_path):
+    interaction_run(tmp_path / "callable")
+    assert "teacher_requests" not in write_report(tmp_path / "callable").read_text()
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        for step in range(1, 6):
+            log.metrics(
+                step=step,
+                reward_mean=0.5,
+                teacher_requests=70,
+                teacher_retries=6,
+                teacher_cached=0,
+                teacher_tokens_in=40_000,
+                teacher_tokens_out=400,
+                teacher_cost=0.25 * step,
+            )
+    page = Page(write_report(tmp_path / "run"))
+    for words in ("teacher_requests350", "teacher_retries30", "200k", "2,000", "teacher_cost1.25"):
+        assert words in page.text, words

@@ -60,9 +60,15 @@ REWARD_NOTE = (
     "difference of a story from the others is larger among the few of an evaluation than among a step’s many."
 )
 NEXT_NOTE = (
-    "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl, and the time, "
-    "words, requests and cost of every step in metrics.jsonl."
+    "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
 )
+TOTALS_NOTE = "Keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
+# shown by their last value; the others by their sum
+LATEST = ("words_in", "words_out", "teacher_cost")
+SUMMED = (
+    "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "
+    "teacher_tokens_in teacher_tokens_out"
+).split()
 PRETRAINING_CURVES = {
     "val_bits_per_byte": "Validation, bits per byte",
     "lr": "Learning rate",
@@ -186,6 +192,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
         section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
         *findings_sections(run),
         details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),
+        details("Time, words and requests", TOTALS_NOTE, page.facts(totals(metrics))),
         section("What next", NEXT_NOTE, next_commands(run)),
     ]
 
@@ -194,7 +201,7 @@ def next_commands(run: Path) -> str:
     folder = shlex.quote(str(run))
     commands = {
         "more of its stories": f"python scripts/sample.py {folder}",
-        "measured beside others": f"python scripts/evaluate.py {folder} --stories 200",
+        "measured beside others": f"python scripts/evaluate.py {folder}",
         "for transformers, llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
     }
     return page.facts(commands.items())
@@ -252,6 +259,17 @@ def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
         "names aside.",
         bars + curve_charts(metrics, SAMENESS_CURVES),
     )
+
+
+def totals(metrics: list[Record]) -> list[tuple[str, str]]:
+    """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
+    rows = []
+    for key in (*LATEST, *SUMMED):
+        values = column(metrics, key)
+        total = values[-1] if key in LATEST else sum(filter(None, values))
+        if total:
+            rows.append((key, number(total)))
+    return rows
 
 
 def first_and_last(stories: Iterable[Record]) -> list[list[Record]]:
