@@ -201,7 +201,7 @@ def next_commands(run: Path) -> str:
     folder = shlex.quote(str(run))
     commands = {
         "more of its stories": f"python scripts/sample.py {folder}",
-        "measured beside others": f"python scripts/evaluate.py {folder}",
+        "measured beside others": f"python scripts/evaluate.py {folder} --stories 200",
         "for transformers, llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
     }
     return page.facts(commands.items())
