@@ -49,7 +49,7 @@ from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
 from tinystory.run.records import Record, read_metrics
 from tinystory.run.step_log import Progress, Stages
-from tinystory.student import checkpoint, memory
+from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
 from tinystory.teacher.callable import CallableGrader
@@ -324,7 +324,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
-    memory.require_for_interaction(config, reference.config, compute.device)
     if not resumed:
         print_rest_of_pretraining(start, policy.history)
 

@@ -203,7 +203,7 @@ class InteractConfig(RunConfig):
         flags=("--opening",),
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(768, "stories per step", "[1, 1e9]")
+    stories_per_step: int = option(768, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
     budget_words: int = option(
@@ -265,7 +265,7 @@ class InteractConfig(RunConfig):
     eval_stories: int = option(
         40,
         "stories per evaluation; `best`: the latest within a standard error of the highest",
-        "[1, 1e9]",
+        "[1, 1e6]",
     )
     eval_graded: bool = option(
         True, "have the teacher grade evaluations; without their grades, `best` is the last student"
