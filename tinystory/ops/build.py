@@ -88,8 +88,9 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
                 (folder / "built").write_text(file_hash(library))
             return module
         except (RuntimeError, OSError, ImportError) as error:
-            message = compiler_messages(str(error))[:4000]
-            raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
+            raise UserError(
+                f"the kernels cannot be built here:\n{str(error)[-4000:]}\n({INSTEAD})"
+            ) from None
 
 
 def say(sentence: str) -> None:
@@ -124,13 +125,6 @@ def announced(folder: Path, target: str, count: int) -> Iterator[None]:
         watcher.join()
         bar.close()
         say(f"compiling {outcome}")
-
-
-def compiler_messages(output: str) -> str:
-    """What the compilers say of the files that failed, without ninja's lines and the commands; the
-    whole output if ninja names no such file."""
-    failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", output, re.MULTILINE)
-    return "".join(failed).strip() or output
 
 
 def renew(folder: Path) -> None:
