@@ -257,10 +257,11 @@ def log_step(
     means = story_means(records)
     graded_scores = [grade.score for grade in grades]
     unscored = graded_scores.count(None) - grades.count(NOT_ASKED)
-    metrics = statistics | {"unscored": unscored}
+    scored = len(stories) - graded_scores.count(None)
+    metrics = statistics | {"unscored": unscored, "scored": scored}
     metrics |= score_means(grades)
     metrics |= means
-    metrics |= rollout_means(stories, graded_scores)
+    metrics |= rollout_means(stories)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     metrics |= run.stages.seconds
     metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
