@@ -56,10 +56,6 @@ class UserError(Exception):
         super().__init__(printable(message))  # it may quote a server, a file or the user's code
 
 
-class PeerLost(UserError):
-    """Another process of a torchrun run has ended; every rank may print this error."""
-
-
 class Interrupted(Exception):
     """The user asked the run to end; the finished steps are to be saved."""
 
@@ -172,7 +168,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            if isinstance(error, PeerLost) or not rank0_speaks():
+            if not rank0_speaks():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:
