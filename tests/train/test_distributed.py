@@ -241,22 +241,6 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_torchrun_killed_leaves_no_worker_and_nothing_unsaved(place, tmp_path):
-    launch, workers = under_torchrun(place, tmp_path / "p")
-    launch.kill()
-    launch.wait()
-    deadline = time.monotonic() + LIMIT_S
-    while any(map(running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    launch.stderr.close()
-    assert not any(map(running, workers))
-    newest = checkpoint.newest_whole(tmp_path / "p")
-    assert (
-        newest and checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(
     place, tmp_path, times, monkeypatch

@@ -10,10 +10,7 @@ import contextlib
 import datetime
 import itertools
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +23,6 @@ from tinystory.run.folder import locked_run
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
-GRACE_S = 300.0  # to finish a step and save after torchrun was killed
 # per collective: other ranks wait while rank 0 waits for the teacher
 TIMEOUT = datetime.timedelta(hours=6)
 
@@ -49,19 +45,8 @@ def start(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
-    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
     if not is_rank0():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-
-
-def follow(parent: int) -> None:
-    """If the parent, torchrun, is killed, send this process SIGTERM, which saves the run, and exit
-    after GRACE_S."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_S)
-    os._exit(1)
 
 
 def rank() -> int:
