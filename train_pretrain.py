@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
@@ -71,7 +73,7 @@ class PretrainingRun:
     data: Dataset
     windows: Windows
     student: Student
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     state: RunState
     log: RunLog
     bar: Progress
@@ -133,7 +135,7 @@ def pretrain(run: PretrainingRun) -> None:
 # ---- the stages of a step ------------------------------------------------------------------------
 
 
-def load_batch(run: PretrainingRun, number: int) -> tuple[torch.Tensor, int]:
+def load_batch(run: PretrainingRun, number: int) -> tuple[Tensor, int]:
     """A step's sequences, (B, T + 1) int64 on the device, and the words in them."""
     tokens, words = run.windows.batch(number)
     return upload(tokens, run.compute.device), words
@@ -146,12 +148,12 @@ def steps_ahead(device: torch.device) -> int:
 
 def train_step(
     student: Student,
-    optimizer: torch.optim.Optimizer,
-    batch: torch.Tensor,
+    optimizer: Optimizer,
+    batch: Tensor,
     config: PretrainConfig,
     dtype: torch.dtype,
     step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One update on a batch, (B, T + 1) int64, sharded over processes. dtype: for the matmuls.
     Returns the mean loss in nats per token, over all processes, and the gradient norm. Randomness
     is a function of (seed, step), so a resumed run repeats an unbroken one."""
