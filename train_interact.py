@@ -47,7 +47,7 @@ from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import STORIES, Record, read_metrics
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, require_room
@@ -252,7 +252,7 @@ def log_step(
         ]
     mixed = has_dull_tellers(run.policy.history)
     records = story_records(state.step, stories, grades, rewards, mixed, predicted)
-    run.log.stories(records)
+    run.log.append(STORIES, records)
 
     means = story_means(records)
     graded_scores = [grade.score for grade in grades]

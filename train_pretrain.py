@@ -27,7 +27,7 @@ from tinystory.run.device import Download, peak_memory_mb, upload
 from tinystory.run.errors import Stop, UserError, command
 from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import EVALUATIONS, Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory
@@ -225,7 +225,7 @@ def tell_story(run: PretrainingRun) -> None:
     record: Record = dict(step=step, index=0, opening=OPENING, story=story.text)
     record |= dict.fromkeys(("reply", "scores", "score", "reward"))
     record |= dict(words=story.words, ended=story.ended)
-    run.log.evaluations([record])
+    run.log.append(EVALUATIONS, [record])
     heading = f"--- step {step:,}"
     if step:
         heading = f"{heading}, validation loss {run.steps.metrics['val_loss']:.3f}"

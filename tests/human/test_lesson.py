@@ -19,7 +19,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
 from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
-from tinystory.run.records import PAIRS, SAMPLES
+from tinystory.run.records import EVALUATIONS, PAIRS, SAMPLES, STORIES
 from tinystory.teacher.grade import NOT_ASKED
 from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.prompt import Template
@@ -50,7 +50,7 @@ class Run:
         for i, story in enumerate(stories):
             records.append(story_record(step, i, opening=f"Opening {i}", story=story, reward=None))
         with RunLog(self.folder, resume_step=None) as log:
-            log.evaluations(records)
+            log.append(EVALUATIONS, records)
         return records
 
     def end_step(self, step, skipped=0, seconds=10.0):
@@ -64,7 +64,7 @@ class Run:
                 sent = {"scores": None, "reply": "The human skipped this story."}
             records.append(story_record(step, i, **sent))
         with RunLog(self.folder, resume_step=None) as log:
-            log.stories(records)
+            log.append(STORIES, records)
             log.metrics(
                 step=step, reward_mean=0.5, rollout_s=seconds, teacher_s=900.0, update_s=seconds
             )

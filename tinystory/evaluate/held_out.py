@@ -63,7 +63,7 @@ class Evaluator:
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
         mixed = has_dull_tellers(self.policy.history)
         records = story_records(state.step, stories, grades, rewards, mixed)
-        self.log.evaluations(records)
+        self.log.append(EVALUATIONS, records)
         evaluations = self.log.folder / EVALUATIONS
         # Without grades, each later student becomes `best`.
         if not self.config.eval_graded or distributed.rank0_value(
