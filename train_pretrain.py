@@ -277,9 +277,9 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
             corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
         )
     )
+    step_tokens = config.batch_size * config.context
     if config.preset in babylm.TRACKS:
-        last_step = config.batch_size * config.context
-        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, step_tokens)
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     vocab_size = data.tokenizer.vocab_size
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
@@ -320,7 +320,6 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
         mininterval=0.5,
         disable=not rank0,
     )
-    step_tokens = config.batch_size * config.context
     steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(folder)).add)
     return PretrainingRun(
         config, compute, data, windows, student, optimizer, state, log, bar, steps

@@ -142,7 +142,9 @@ class Desk:
         names = self.template.names
         scores: Any = request.get("scores")
         is_complete = isinstance(scores, dict) and scores.keys() == set(names)
-        if not is_complete or not all(map(_is_score, scores.values())):
+        if not is_complete or not all(
+            type(score) is int and 0 <= score <= TOP for score in scores.values()
+        ):
             raise Refused(
                 f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}"
             )
@@ -165,10 +167,6 @@ class Desk:
         if self._current == key:
             self._current = None
         self._graded = self._clock()
-
-
-def _is_score(value: object) -> bool:
-    return type(value) is int and 0 <= value <= TOP
 
 
 @contextlib.contextmanager

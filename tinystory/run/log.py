@@ -37,7 +37,7 @@ class RunLog(contextlib.ExitStack):
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = folder
         self.resume_step = resume_step
         self.writes = writes
         self._journals: dict[str, Journal] = {}
