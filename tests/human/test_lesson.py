@@ -5,12 +5,14 @@ import asyncio
 import contextlib
 import json
 import re
+from unittest import mock
 
 import pytest
 from conftest import read_lines, story_record
 from test_desk import GOOD, Clock, asked, grade, no_room
 
 from tinystory.evaluate.intervals import wilson
+from tinystory.human import desk as desks
 from tinystory.human import lesson as lessons
 from tinystory.human.desk import GRACE_S, Desk
 from tinystory.human.lesson import Lesson, lesson_folder
@@ -95,9 +97,13 @@ def finished(run):
 def taught(run):
     """A lesson, as teach.py begins one; yields it and its clock."""
     clock = Clock()
-    desk = Desk(run.folder.parent / "grades.jsonl", Template(), clock=clock)
-    with contextlib.closing(desk):
-        yield Lesson(desk, run.folder, ["--grades", "16"], clock), clock
+    desk = Desk(run.folder.parent / "grades.jsonl", Template())
+    with (
+        mock.patch.object(desks, "time", clock),
+        mock.patch.object(lessons, "time", clock),
+        contextlib.closing(desk),
+    ):
+        yield Lesson(desk, run.folder, ["--grades", "16"]), clock
 
 
 def prefer(lesson, side):
