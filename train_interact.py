@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from tinystory.report.run import live_report, number_option
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
-from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
+from tinystory.rl.policy import Policy, RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
 from tinystory.rubric.process import builtin_teacher
@@ -261,7 +262,8 @@ def log_step(
     metrics = statistics | {"unscored": unscored, "scored": scored}
     metrics |= score_means(grades)
     metrics |= means
-    metrics |= rollout_means(stories)
+    # nats per story, of the sampling distributions
+    metrics["entropy"] = fmean(float(story.entropies.sum()) for story in stories)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     metrics |= run.stages.seconds
     metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -191,12 +190,3 @@ def rollout(
             if story.index - first_index not in shard:
                 on_story(story)
     return stories
-
-
-def rollout_means(stories: Sequence[Story]) -> dict[str, float]:
-    """Means per story: entropy (nats, summed over its tokens) of the sampling distributions, and
-    tokens_mean."""
-    return {
-        "entropy": fmean(float(story.entropies.sum()) for story in stories),
-        "tokens_mean": fmean(len(story.tokens) for story in stories),
-    }
