@@ -7,7 +7,6 @@ Nothing here is timed: steps are held by files, and LIMIT only ends a test that 
 import contextlib
 import errno
 import fcntl
-import io
 import multiprocessing
 import os
 import re
@@ -149,17 +148,6 @@ def wait_until(condition, process: Build | None = None) -> None:
     while not condition():
         assert time.monotonic() < deadline and (process is None or process.is_alive())
         time.sleep(0.02)
-
-
-def test_a_terminal_sees_how_many_files_are_compiled(tmp_path, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with build.announced(folder, "kernels", 3):
-        (folder / "answer.o").touch()
-        wait_until(lambda: "1/3" in terminal.getvalue())
 
 
 def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
