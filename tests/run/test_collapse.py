@@ -65,7 +65,7 @@ def test_a_healthy_run_is_left_alone():
         ("loss", "the value loss explodes", "--learning-rate", dict(value_loss=90.0)),
         ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
         ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
-        ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
+        ("signal", "% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
