@@ -136,7 +136,7 @@ def test_the_compilers_message_reaches_the_user_and_the_next_build_goes_on(place
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER no_such_name\n")
     process = Build(place)
     _, err = process.output()
-    assert process.exitcode and "compiling failed\n" in err and "TINYSTORY_KERNELS=reference" in err
+    assert process.exitcode and "TINYSTORY_KERNELS=reference" in err
     message = err[err.index("UserError") :]
     assert "no_such_name" in message and "answer.cpp" in message
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 7\n")

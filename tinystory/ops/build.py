@@ -80,8 +80,12 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
             target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            with announced(folder, target):
-                module = compiled(name, sources, folder, gpus)
+            reason = "again, since they are damaged" if (folder / "built").exists() else "once"
+            say(f"compiling the {target} ({reason}, {MINUTES})")
+            renew(folder)
+            started = time.monotonic()
+            module = compiled(name, sources, folder, gpus)
+            say(f"compiling took {time.monotonic() - started:.0f} s")
             # no source has changed meanwhile
             if library_folder(name, sources, gpus, toolkit) == folder:
                 (folder / "built").write_text(file_hash(library))
@@ -95,21 +99,6 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 def say(sentence: str) -> None:
     """Print a line on stderr, above any bar."""
     tqdm.write(f"tinystory: {sentence}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def announced(folder: Path, target: str) -> Iterator[None]:
-    """Compile in the block, in a new folder, with a line on stderr before and after."""
-    reason = "again, since they are damaged" if (folder / "built").exists() else "once"
-    say(f"compiling the {target} ({reason}, {MINUTES})")
-    renew(folder)
-    started = time.monotonic()
-    outcome = "failed"
-    try:
-        yield
-        outcome = f"took {time.monotonic() - started:.0f} s"
-    finally:
-        say(f"compiling {outcome}")
 
 
 def renew(folder: Path) -> None:
