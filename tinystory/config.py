@@ -434,8 +434,7 @@ def check(config: RunConfig) -> None:
     if isinstance(config, PretrainConfig):
         _check_head_size(config)
     if isinstance(config, InteractConfig):
-        _check_learning(config)
-        _check_teacher(config)
+        _check_interaction(config)
 
 
 def _check_head_size(config: PretrainConfig) -> None:
@@ -447,23 +446,7 @@ def _check_head_size(config: PretrainConfig) -> None:
         )
 
 
-def _check_learning(config: InteractConfig) -> None:
-    if config.kl_horizon <= config.stories_per_step / 5:
-        raise UserError(
-            f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
-            f"{config.stories_per_step}, or one step could make the KL coefficient negative"
-        )
-    if not config.grades:
-        return
-    most = config.stories_per_step * config.steps // 2
-    if not FEWEST_GRADES <= config.grades <= most or config.stories_per_step <= FEWEST_GRADES:
-        raise UserError(
-            f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
-            f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
-        )
-
-
-def _check_teacher(config: InteractConfig) -> None:
+def _check_interaction(config: InteractConfig) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
@@ -477,4 +460,17 @@ def _check_teacher(config: InteractConfig) -> None:
         raise UserError(
             "--reward takes a teacher's place: leave out --teacher-url and --teacher-prompt, or "
             "--reward"
+        )
+    if config.kl_horizon <= config.stories_per_step / 5:
+        raise UserError(
+            f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
+            f"{config.stories_per_step}, or one step could make the KL coefficient negative"
+        )
+    if not config.grades:
+        return
+    most = config.stories_per_step * config.steps // 2
+    if not FEWEST_GRADES <= config.grades <= most or config.stories_per_step <= FEWEST_GRADES:
+        raise UserError(
+            f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
+            f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
         )

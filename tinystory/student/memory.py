@@ -10,8 +10,7 @@ from tinystory.config import PretrainConfig
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student, StudentConfig
 
-FLOAT = 4  # bytes
-TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
+TRAINED = 3 * 4  # bytes per parameter: itself, its gradient and one moment at least
 # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
 ACTIVATIONS = 10
 
