@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_any_story_record_comes_back(tmp_path_factory, record, text):
 
 
 def test_a_full_disk_is_one_clear_sentence():
-    full = "/dev/full"  # every write to it fails as on a full disk
+    full = Path("/dev/full")  # every write to it fails as on a full disk
     if not os.path.exists(full):
         pytest.skip("no /dev/full here")
     journal = Journal(full)
