@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from tinystory.report.run import live_report, number_option
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
-from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
+from tinystory.rl.policy import Policy, RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
 from tinystory.rubric.process import builtin_teacher
@@ -48,9 +49,9 @@ from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
-from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records
+from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
-from tinystory.student import checkpoint, memory
+from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
@@ -252,15 +253,17 @@ def log_step(
     if run.config.grades:
         for record, grade, score in zip(records, grades, scores, strict=True):
             record["predicted"] = score if grade == NOT_ASKED else None
-    run.log.stories(records)
+    run.log.append(STORIES, records)
 
     means = story_means(records)
     graded_scores = [grade.score for grade in grades]
     unscored = graded_scores.count(None) - grades.count(NOT_ASKED)
-    metrics = statistics | {"unscored": unscored}
+    scored = len(stories) - graded_scores.count(None)
+    metrics = statistics | {"unscored": unscored, "scored": scored}
     metrics |= score_means(grades)
     metrics |= means
-    metrics |= rollout_means(stories, graded_scores)
+    # nats per story, of the sampling distributions
+    metrics["entropy"] = fmean(float(story.entropies.sum()) for story in stories)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     metrics |= run.stages.seconds
     metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
@@ -322,7 +325,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
 
     rewards = story_rewards(config, stories, [grade.score for grade in grades])
     records = story_records(state.step, stories, grades, rewards, run.policy.history)
-    run.log.evaluations(records)
+    run.log.append(EVALUATIONS, records)
     evaluations = run.log.folder / EVALUATIONS
     # Without grades, each later student becomes `best`.
     if not config.eval_graded or distributed.rank0_value(
@@ -359,7 +362,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
-    memory.require_for_interaction(config, reference.config, compute.device)
     if not resumed:
         print_rest_of_pretraining(start, policy.history)
 

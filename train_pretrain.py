@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
@@ -25,7 +27,7 @@ from tinystory.run.device import Download, peak_memory_mb, upload
 from tinystory.run.errors import Stop, UserError, command
 from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import EVALUATIONS, Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory
@@ -71,7 +73,7 @@ class PretrainingRun:
     data: Dataset
     windows: Windows
     student: Student
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     state: RunState
     log: RunLog
     bar: Progress
@@ -133,7 +135,7 @@ def pretrain(run: PretrainingRun) -> None:
 # ---- the stages of a step ------------------------------------------------------------------------
 
 
-def load_batch(run: PretrainingRun, number: int) -> tuple[torch.Tensor, int]:
+def load_batch(run: PretrainingRun, number: int) -> tuple[Tensor, int]:
     """A step's sequences, (B, T + 1) int64 on the device, and the words in them."""
     tokens, words = run.windows.batch(number)
     return upload(tokens, run.compute.device), words
@@ -146,12 +148,12 @@ def steps_ahead(device: torch.device) -> int:
 
 def train_step(
     student: Student,
-    optimizer: torch.optim.Optimizer,
-    batch: torch.Tensor,
+    optimizer: Optimizer,
+    batch: Tensor,
     config: PretrainConfig,
     dtype: torch.dtype,
     step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One update on a batch, (B, T + 1) int64, sharded over processes. dtype: for the matmuls.
     Returns the mean loss in nats per token, over all processes, and the gradient norm. Randomness
     is a function of (seed, step), so a resumed run repeats an unbroken one."""
@@ -223,7 +225,7 @@ def tell_story(run: PretrainingRun) -> None:
     record: Record = dict(step=step, index=0, opening=OPENING, story=story.text)
     record |= dict.fromkeys(("reply", "scores", "score", "reward"))
     record |= dict(words=story.words, ended=story.ended)
-    run.log.evaluations([record])
+    run.log.append(EVALUATIONS, [record])
     heading = f"--- step {step:,}"
     if step:
         heading = f"{heading}, validation loss {run.steps.metrics['val_loss']:.3f}"
@@ -275,9 +277,9 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
             corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed
         )
     )
+    step_tokens = config.batch_size * config.context
     if config.preset in babylm.TRACKS:
-        last_step = config.batch_size * config.context
-        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, step_tokens)
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     vocab_size = data.tokenizer.vocab_size
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
@@ -318,7 +320,6 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
         mininterval=0.5,
         disable=not rank0,
     )
-    step_tokens = config.batch_size * config.context
     steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(folder)).add)
     return PretrainingRun(
         config, compute, data, windows, student, optimizer, state, log, bar, steps

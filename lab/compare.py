@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="RUN|A B")
-    add_number(parser, "--stories", COMPARED, "[1, 1e9]", "stories that a checkpoint writes")
+    add_number(parser, "--stories", COMPARED, "[1, 1e6]", "stories that a checkpoint writes")
     add_sampling(parser)
     options = parser.parse_args(argv)
     config = typed_config(options, TYPED)

@@ -224,7 +224,9 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
     )
     chosen: Sequence[int] = range(len(openings))
     if row.chosen_by == "likelihood":
-        chosen = best_of_n([story.likelihood for story in candidates], len(openings))
+        # whether a story has an end, then its mean log-probability
+        keys = [(story.ended == "eos", float(story.logprobs.mean())) for story in candidates]
+        chosen = best_of_n(keys, len(openings))
     elif row.chosen_by == "reward":
         candidate_rewards = story_rewards(config, candidates, candidate_scores)
         chosen = best_of_n(candidate_rewards, len(openings))

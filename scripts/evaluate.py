@@ -40,11 +40,10 @@ from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.terminal import aligned
-from tinystory.student import checkpoint, memory
+from tinystory.student import checkpoint
 from tinystory.student.model import Student
 from tinystory.teacher.grader import open_grader
 
-FEWER = "--stories or --max-new-tokens"
 # Options of train_interact.py that are taken here too.
 TYPED = (
     "teacher_url",
@@ -67,7 +66,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="text for bits per byte, and for the built-in teacher",
     )
     add_number(
-        parser, "--stories", 0, "[0, 1e9]", "stories to write, and to measure of a file; 0: its all"
+        parser, "--stories", 0, "[0, 1e6]", "stories to write, and to measure of a file; 0: its all"
     )
     add_sampling(parser)
     add("--out", type=Path, help="report.json to write")
@@ -167,15 +166,12 @@ def samples_of(
     temperature = options.temperature
     if temperature is None:
         temperature = checkpoint.temperature(history)
-    tokens = config.max_new_tokens
-    device = student.wte.weight.device
-    memory.require_for_stories(options.stories, tokens, student.config, device, FEWER)
     return write_stories(
         student,
         tokenizer,
         openings=openings,
         n_stories=options.stories,
-        max_new_tokens=tokens,
+        max_new_tokens=config.max_new_tokens,
         temperature=temperature,
         seed=config.seed,
     )

@@ -203,7 +203,7 @@ class InteractConfig(RunConfig):
         flags=("--opening",),
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(768, "stories per step", "[1, 1e9]")
+    stories_per_step: int = option(768, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
     budget_words: int = option(
@@ -265,7 +265,7 @@ class InteractConfig(RunConfig):
     eval_stories: int = option(
         40,
         "stories per evaluation; `best`: the latest within a standard error of the highest",
-        "[1, 1e9]",
+        "[1, 1e6]",
     )
     eval_graded: bool = option(
         True, "have the teacher grade evaluations; without their grades, `best` is the last student"
@@ -416,18 +416,6 @@ def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractC
     return config
 
 
-def changed_options(config: InteractConfig) -> dict[str, str]:
-    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
-    defaults = vars(InteractConfig())
-    preset = INTERACT_PRESETS[config.preset]
-    flags = {}
-    for f in dataclasses.fields(InteractConfig):
-        usual = (defaults[f.name], preset.get(f.name))
-        if getattr(config, f.name) not in usual:
-            flags[f.name] = flag_of(f)
-    return flags
-
-
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -446,8 +434,7 @@ def check(config: RunConfig) -> None:
     if isinstance(config, PretrainConfig):
         _check_head_size(config)
     if isinstance(config, InteractConfig):
-        _check_learning(config)
-        _check_teacher(config)
+        _check_interaction(config)
 
 
 def _check_head_size(config: PretrainConfig) -> None:
@@ -459,7 +446,21 @@ def _check_head_size(config: PretrainConfig) -> None:
         )
 
 
-def _check_learning(config: InteractConfig) -> None:
+def _check_interaction(config: InteractConfig) -> None:
+    if config.budget_cost and not config.price_in + config.price_out:
+        raise UserError(
+            "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.teacher_prompt and not config.teacher_url and not config.reward:
+        raise UserError(
+            "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
+            "a --teacher-url, or leave it out"
+        )
+    if config.reward and (config.teacher_url or config.teacher_prompt):
+        raise UserError(
+            "--reward takes a teacher's place: leave out --teacher-url and --teacher-prompt, or "
+            "--reward"
+        )
     if config.kl_horizon <= config.stories_per_step / 5:
         raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
@@ -473,22 +474,3 @@ def _check_learning(config: InteractConfig) -> None:
             f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
             f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
         )
-
-
-def _check_teacher(config: InteractConfig) -> None:
-    if config.budget_cost and not config.price_in + config.price_out:
-        raise UserError(
-            "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
-        )
-    if config.teacher_prompt and not config.teacher_url and not config.reward:
-        raise UserError(
-            "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
-            "a --teacher-url, or leave it out"
-        )
-    if config.reward:
-        for name, flag in changed_options(config).items():
-            is_for_teacher = name.startswith(("teacher_", "price_", "budget_cost"))
-            if is_for_teacher and name != "teacher_timeout":
-                raise UserError(
-                    f"{flag} is for a teacher, and --reward takes its place: leave one of them out"
-                )

@@ -25,7 +25,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import live_report, write_report
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.log import RunLog
-from tinystory.run.records import FINDINGS, PAIRS, read_stories
+from tinystory.run.records import EVALUATIONS, FINDINGS, PAIRS, STORIES, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 
@@ -446,19 +446,22 @@ def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
     with RunLog(tmp_path, resume_step=None) as log:
         log.config({"device": "cpu", "student": {"parameters": 10**6, "corpus": ["x" * 80]}})
         log.metrics(step=1, reward_mean=0.5, held_out_reward=0.5)
-        log.stories([story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)])
-        log.evaluations(
+        log.append(
+            STORIES, [story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)]
+        )
+        log.append(
+            EVALUATIONS,
             [
                 story_record(
                     step, i, story=f"{i} {step}", scores={"readability": 2}, difference=0.5
                 )
                 for step in (0, 1)
                 for i in range(9)
-            ]
+            ],
         )
         table = [["Stories", "Sense"], ["before, best of 4 by the teacher" * 9, "x" * 80]]
         finding = {"title": "y" * 80, "step": 1, "sentences": ["z" * 200], "table": table}
-        log._append(FINDINGS, [finding])
+        log.append(FINDINGS, [finding])
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(f"file://{write_report(tmp_path)}")
     for folded in page.query_selector_all("details"):

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import resource
+from unittest import mock
 
 import pytest
 
@@ -21,7 +22,7 @@ POOR = {"readability": 0, "coherence": 0, "creativity": 1}
 class Clock:
     now = 1000.0
 
-    def __call__(self):
+    def monotonic(self):
         return self.now
 
 
@@ -30,11 +31,12 @@ def run(scene, tmp_path, **options):
 
     async def play():
         clock = Clock()
-        desk = Desk(tmp_path / "grades.jsonl", Template(), clock=clock, **options)
-        try:
-            await scene(desk, clock)
-        finally:
-            desk.close()
+        with mock.patch.object(desks, "time", clock):
+            desk = Desk(tmp_path / "grades.jsonl", Template(), **options)
+            try:
+                await scene(desk, clock)
+            finally:
+                desk.close()
 
     asyncio.run(play())
 

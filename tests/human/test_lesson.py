@@ -5,12 +5,14 @@ import asyncio
 import contextlib
 import json
 import re
+from unittest import mock
 
 import pytest
 from conftest import read_lines, story_record
 from test_desk import GOOD, Clock, asked, grade, no_room
 
 from tinystory.evaluate.intervals import wilson
+from tinystory.human import desk as desks
 from tinystory.human import lesson as lessons
 from tinystory.human.desk import GRACE_S, Desk
 from tinystory.human.lesson import Lesson, lesson_folder
@@ -19,7 +21,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
 from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
-from tinystory.run.records import PAIRS, SAMPLES
+from tinystory.run.records import EVALUATIONS, PAIRS, SAMPLES, STORIES
 from tinystory.teacher.grade import NOT_ASKED
 from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.prompt import Template
@@ -50,7 +52,7 @@ class Run:
         for i, story in enumerate(stories):
             records.append(story_record(step, i, opening=f"Opening {i}", story=story, reward=None))
         with RunLog(self.folder, resume_step=None) as log:
-            log.evaluations(records)
+            log.append(EVALUATIONS, records)
         return records
 
     def end_step(self, step, skipped=0, seconds=10.0):
@@ -64,7 +66,7 @@ class Run:
                 sent = {"scores": None, "reply": "The human skipped this story."}
             records.append(story_record(step, i, **sent))
         with RunLog(self.folder, resume_step=None) as log:
-            log.stories(records)
+            log.append(STORIES, records)
             log.metrics(
                 step=step, reward_mean=0.5, rollout_s=seconds, teacher_s=900.0, update_s=seconds
             )
@@ -95,9 +97,13 @@ def finished(run):
 def taught(run):
     """A lesson, as teach.py begins one; yields it and its clock."""
     clock = Clock()
-    desk = Desk(run.folder.parent / "grades.jsonl", Template(), clock=clock)
-    with contextlib.closing(desk):
-        yield Lesson(desk, run.folder, ["--grades", "16"], clock), clock
+    desk = Desk(run.folder.parent / "grades.jsonl", Template())
+    with (
+        mock.patch.object(desks, "time", clock),
+        mock.patch.object(lessons, "time", clock),
+        contextlib.closing(desk),
+    ):
+        yield Lesson(desk, run.folder, ["--grades", "16"]), clock
 
 
 def prefer(lesson, side):

@@ -9,7 +9,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
-from tinystory.run.records import FINDINGS
+from tinystory.run.records import FINDINGS, STORIES
 
 FOUND = {
     "title": "A <b>judge</b>",
@@ -23,7 +23,7 @@ def write(run, *records):
     with RunLog(run, resume_step=None) as log:
         log.config({"device": "cpu"})
         log.metrics(step=1, reward_mean=0.5)
-        log.stories([story_record(1)])
+        log.append(STORIES, [story_record(1)])
     (run / FINDINGS).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

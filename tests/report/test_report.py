@@ -21,6 +21,7 @@ from tinystory.report.run import (
 )
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
+from tinystory.run.records import EVALUATIONS, STORIES
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}
@@ -67,7 +68,7 @@ def interaction_run(folder, steps=20, stories=()):
                 update_s=1.0,
             )
         if stories:
-            log.stories(stories)
+            log.append(STORIES, stories)
 
 
 class Page(HTMLParser):
@@ -155,7 +156,9 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     interaction_run(tmp_path, 2, stories)
     unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
-        log.evaluations([story(step, 0, **unsaid) | {"story": f"{EVIL}{step}"} for step in (0, 2)])
+        log.append(
+            EVALUATIONS, [story(step, 0, **unsaid) | {"story": f"{EVIL}{step}"} for step in (0, 2)]
+        )
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)
@@ -240,11 +243,12 @@ def evaluated_run(folder, rewards):
             texts = [f"word {step}"] * len(values)
             if step == 1:
                 texts[-1] = ""
-            log.evaluations(
+            log.append(
+                EVALUATIONS,
                 [
                     story(step, index, reward=value, story=texts[index])
                     for index, value in enumerate(values)
-                ]
+                ],
             )
 
 
@@ -301,7 +305,7 @@ def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path)
     with RunLog(tmp_path, resume_step=None) as log:
         for step in range(1, 4):
             log.metrics(step=step, reward_mean=step / 10, readability_mean=None, unscored=0)
-            log.stories([story(step, 0, reward=step / 10, scores=None, reply="")])
+            log.append(STORIES, [story(step, 0, reward=step / 10, scores=None, reply="")])
     text = Page(write_report(tmp_path)).text
     assert "Drawn at random" in text and "Scores" not in text and "without a score" not in text
 
@@ -346,7 +350,9 @@ def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_
         log.metrics(step=1, words=1000, tokens=1300, loss=8.0)
         for step in range(0, 1001, 100):
             text = f"{EVIL} at step {step}."
-            log.evaluations([story(step, 0, story=text, scores=None, reward=None, reply=None)])
+            log.append(
+                EVALUATIONS, [story(step, 0, story=text, scores=None, reward=None, reply=None)]
+            )
     page = Page(write_report(tmp_path))
     check_self_contained(page)
     steps = [step for step in range(0, 1001, 100) if f"at step {step}." in page.text]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,14 @@ from tinystory.run.files import atomic_file, atomic_folder, atomic_write
 from tinystory.run.folder import locked, read_config, require_output
 from tinystory.run.journal import Journal
 from tinystory.run.log import RunLog
-from tinystory.run.records import plain, read_metrics, read_records, read_stories
+from tinystory.run.records import (
+    EVALUATIONS,
+    STORIES,
+    plain,
+    read_metrics,
+    read_records,
+    read_stories,
+)
 
 
 def a_run(folder, steps):
@@ -29,7 +37,7 @@ def a_run(folder, steps):
         log.config({"seed": 1, "device": "cpu"})
         for step in range(1, steps + 1):
             log.metrics(step=step, reward_mean=step / 7)
-            log.stories([story_record(step, i) for i in range(3)])
+            log.append(STORIES, [story_record(step, i) for i in range(3)])
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -136,7 +144,7 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
         log.config({"seed": 1, "device": "cpu"})
         for step in range(3, 6):
             log.metrics(step=step, reward_mean=step / 7)
-            log.stories([story_record(step, i) for i in range(3)])
+            log.append(STORIES, [story_record(step, i) for i in range(3)])
     for name in ("metrics.jsonl", "stories.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     config = read_config(tmp_path / "killed")
@@ -161,7 +169,7 @@ def test_resume_cuts_evaluations_back_too(tmp_path):
         folder = tmp_path / str(resume_step)
         with RunLog(folder, resume_step=None) as log:
             for step in (0, 2, 4):
-                log.evaluations([story_record(step)])
+                log.append(EVALUATIONS, [story_record(step)])
         RunLog(folder, resume_step=resume_step).close()
         assert [record["step"] for record in read_records(folder / "evaluations.jsonl")] == kept
 
@@ -246,13 +254,13 @@ def test_any_story_record_comes_back(tmp_path_factory, record, text):
     record |= story_record(1, story=text, reply=text)
     folder = tmp_path_factory.mktemp("run")
     with RunLog(folder, resume_step=None) as log:
-        log.stories([record, record])
+        log.append(STORIES, [record, record])
     assert list(read_stories(folder)) == [plain(record)] * 2
     assert len((folder / "stories.jsonl").read_bytes().splitlines()) == 2
 
 
 def test_a_full_disk_is_one_clear_sentence():
-    full = "/dev/full"  # every write to it fails as on a full disk
+    full = Path("/dev/full")  # every write to it fails as on a full disk
     if not os.path.exists(full):
         pytest.skip("no /dev/full here")
     journal = Journal(full)

@@ -14,6 +14,7 @@ from conftest import fails, story_record
 from scripts import watch
 from tinystory.run.folder import LOCK, in_use, locked
 from tinystory.run.log import RunLog
+from tinystory.run.records import EVALUATIONS, STORIES
 
 
 @pytest.fixture
@@ -22,11 +23,12 @@ def run(tmp_path):
         log.config({"steps": 16, "kl_target": 1.0})
         for step in range(1, 13):
             log.metrics(step=step, reward_mean=step / 10, kl=step, score_mean=None, rollout_s=30.0)
-        log.stories(
+        log.append(
+            STORIES,
             [
                 story_record(12, i, story=f"story {i} \x1b[31mred\nblue", reward=i or None)
                 for i in range(9)
-            ]
+            ],
         )
     return tmp_path / "i"
 
@@ -76,14 +78,16 @@ def test_it_shows_the_stories_of_a_pretraining(tmp_path):
     with RunLog(tmp_path, resume_step=None) as log:
         log.metrics(step=100, words=1000, loss=6.0)
         for step in (0, 100):
-            log.evaluations([story_record(step, story=f"story {step}", reply=None, reward=None)])
+            log.append(
+                EVALUATIONS, [story_record(step, story=f"story {step}", reply=None, reward=None)]
+            )
     lines = watch.page(tmp_path, 80, running=False)
     assert lines[-3:] == ["Step 0: Once story 0", "", "Step 100: Once story 100"]
 
 
 def test_a_narrow_terminal_and_an_endless_story_fit(run, capsys, monkeypatch):
     with RunLog(run, resume_step=12) as log:
-        log.stories([story_record(12, 9, story="word " * 1_000_000)])
+        log.append(STORIES, [story_record(12, 9, story="word " * 1_000_000)])
     lines = watch.page(run, 20, running=False)
     assert max(map(len, lines)) <= 20 and len(lines) < 500 and lines[0].startswith(str(run)[:5])
 

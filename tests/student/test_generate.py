@@ -238,7 +238,8 @@ def steps_of(student, head, eos, dtype=torch.float32):
 def steps_by_definition(student, head, eos, dtype):
     """Every row goes on to the last step, and what follows its end is wiped out."""
     rows, prompt_of = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
-    cache = KVCache(student.config, torch.tensor([[0, 3], [3, 4], [4, 10]])[prompt_of], NEW, dtype)
+    spans = torch.tensor([[0, 3], [3, 4], [4, 10]])[prompt_of]
+    cache = KVCache(student.config, spans, NEW, dtype, prefix=10)
     columns, hidden = (
         [],
         student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[prompt_of],

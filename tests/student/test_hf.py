@@ -332,11 +332,6 @@ def _cut(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def _untie(folder):
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["wte.weight"] + 1}, folder / "model.safetensors")
-
-
 def config(**changes):
     return lambda folder: edit(folder / "config.json", **changes)
 
@@ -344,7 +339,6 @@ def config(**changes):
 REFUSED = {
     "is a pickle": _no_safetensors,
     "model.safetensors cannot be used here: Error": _cut,
-    "separate output layer": _untie,
     "model_type is 'llama'": config(model_type="llama"),
     "activation_function is 'relu', not 'gelu_new'": config(activation_function="relu"),
     "n_layer is 1000000000": config(n_layer=10**9),

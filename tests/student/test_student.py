@@ -21,7 +21,7 @@ def test_reading_and_writing_agree(student):
     device = student.wte.weight.device
     # the last row's opening is another, of 4 tokens
     spans = torch.tensor([[0, 6], [0, 6], [6, 10]], device=device)
-    cache = KVCache(student.config, spans, capacity=16, dtype=torch.float32)
+    cache = KVCache(student.config, spans, capacity=16, dtype=torch.float32, prefix=10)
     read = student.prefill([tokens[0, :6].cpu(), tokens[2, :4].cpu()], cache)
     torch.testing.assert_close(read, torch.stack([whole[0, 5], whole[2, 3]]), atol=1e-4, rtol=1e-4)
     rows, behind = torch.arange(3), torch.tensor([0, 0, 2])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 from tqdm import tqdm
 
 from tinystory.data.corpus import MARKER, Corpus
@@ -41,9 +42,9 @@ class TokenFile:
     """One split. tokens: (n,) uint16 or uint32; words: (n,) uint8; offsets: (documents + 1,) int64,
     document i is tokens[offsets[i]:offsets[i + 1]]. len() is n."""
 
-    tokens: np.ndarray
-    words: np.ndarray
-    offsets: np.ndarray
+    tokens: ndarray
+    words: ndarray
+    offsets: ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -139,7 +140,7 @@ def _uniform(seed: int, index: int) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def encode(tokenizer: Tokenizer, document: str) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Tokenizer, document: str) -> tuple[ndarray, ndarray]:
     """A document followed by `</s>`: tokens (n,) uint32, and words (n,) uint8, the number of
     str.split() words whose first byte is in each token."""
     tokens = np.array([*tokenizer.encode(document), tokenizer.eos], dtype=np.uint32)

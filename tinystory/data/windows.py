@@ -8,6 +8,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from tinystory.data.shards import TokenFile
 from tinystory.run.errors import UserError
@@ -42,7 +43,7 @@ class Windows:
         words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
-    def _places(self, index: int) -> np.ndarray:
+    def _places(self, index: int) -> ndarray:
         """(context + 1,) int64: token positions of a sequence in the file; those after its last
         piece fill it up."""
         epoch, place = divmod(index, self.count)
@@ -59,7 +60,7 @@ class Windows:
         return pack(self.pieces, self.context, rng.permutation(len(self.pieces)))
 
 
-def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
+def pieces(file: TokenFile, context: int, packing: str) -> ndarray:
     """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it.
     Documents are cut every `context` tokens; "stream" treats the file, without its first token, as
     one document."""
@@ -70,7 +71,7 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
     return np.stack([begins, ends, np.isin(begins, bounds)], 1)
 
 
-def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
+def pack(pieces: ndarray, context: int, order: ndarray) -> list[list[int]]:
     """Pack pieces into sequences of up to `context` tokens by best-fit decreasing: the longest
     piece first, each into the sequence with the least sufficient room. Returns lists of piece
     indices. order: (n,) int64, breaks ties and orders the sequences and the pieces within them,
@@ -104,7 +105,7 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
     return packed
 
 
-def places(sequence: np.ndarray) -> np.ndarray:
+def places(sequence: ndarray) -> ndarray:
     """(tokens + 1,) int64: positions of the pieces' tokens in the file, after that of the preceding
     token (-1 before the first document: the file's last token, also `</s>`)."""
     tokens = [np.arange(begin, end) for begin, end, _ in sequence]

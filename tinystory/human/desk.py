@@ -6,7 +6,7 @@ can go back. A story that was graded before gets its kept grade."""
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ class Desk:
     """Grades by `template`, kept in the file `path`. Raises UserError for a file of something
     else."""
 
-    def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, path: Path, template: Template):
         self.template = template
-        self._clock = clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
         # key of the story on the page; its grade, if any, was taken back
@@ -78,7 +77,7 @@ class Desk:
     def tick(self) -> int:
         """Hand in the waiting stories if they are ready, and return their number; to be called
         regularly."""
-        if self._ungraded() or self._clock() - self._graded < GRACE_S:
+        if self._ungraded() or time.monotonic() - self._graded < GRACE_S:
             return 0
         handed_in = len(self._waiting)
         for waiting in self._waiting.values():
@@ -142,7 +141,9 @@ class Desk:
         names = self.template.names
         scores: Any = request.get("scores")
         is_complete = isinstance(scores, dict) and scores.keys() == set(names)
-        if not is_complete or not all(map(_is_score, scores.values())):
+        if not is_complete or not all(
+            type(score) is int and 0 <= score <= TOP for score in scores.values()
+        ):
             raise Refused(
                 f"give a score, a whole number from 0 to {TOP}, for each of {', '.join(names)}"
             )
@@ -164,11 +165,7 @@ class Desk:
         self._grades[key] = record
         if self._current == key:
             self._current = None
-        self._graded = self._clock()
-
-
-def _is_score(value: object) -> bool:
-    return type(value) is int and 0 <= value <= TOP
+        self._graded = time.monotonic()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,10 @@ class Lesson:
     """The run in `folder`, taught at `desk`. arguments: of train_interact.py, to begin it. Raises
     UserError for records that cannot be read."""
 
-    def __init__(
-        self,
-        desk: Desk,
-        folder: Path,
-        arguments: Sequence[str] = (),
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, desk: Desk, folder: Path, arguments: Sequence[str] = ()):
         self.desk = desk
         self.folder = folder
         self._arguments = arguments
-        self._clock = clock
         answers = read_records(folder / PAIRS)
         # before, after or neither, by the pair's key
         self._answers = {record["key"]: record["preferred"] for record in answers}
@@ -80,7 +73,7 @@ class Lesson:
         self._look()
         if handed_in:
             self._handed_in[self._progress.step] += handed_in
-            self._since = self._clock()
+            self._since = time.monotonic()
         if self.is_over() and not self._unanswered() and not self._is_reported:
             self._is_reported = True
             try:
@@ -101,7 +94,7 @@ class Lesson:
                 self._problem = str(error)
         running = in_use(self.folder)
         if running and not self._running:
-            self._since = self._clock()
+            self._since = time.monotonic()
         self._running = running
 
     def is_over(self) -> bool:
@@ -190,7 +183,7 @@ class Lesson:
         doing = f"The student writes {progress.stories} stories"
         if self._handed_in[progress.step]:
             doing = "The student learns from your grades"
-        elapsed = self._clock() - self._since
+        elapsed = time.monotonic() - self._since
         wait = f"{_in_fives(elapsed)} seconds so far"
         if progress.step_s:
             left = progress.step_s - elapsed

@@ -2,10 +2,12 @@
 shape and dtype. Arguments and results are those of the schemas in csrc/ops.cpp."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 # columns of kept logits, as in csrc/kernels.h
 LOGIT_GROUP = 256
@@ -16,23 +18,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_attention(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def causal_attention(qkv: Tensor, *others: Any) -> Tensors:
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
     lse = qkv.new_empty(B, H, T, dtype=wide(qkv.dtype))
     return out, lse
 
 
-def sample(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def sample(logits: Tensor, *_: Any) -> Tensors:
     B = len(logits)
     tokens = logits.new_empty(B, dtype=torch.int64)
     logprobs = logits.new_empty(B, dtype=torch.float32)
     return tokens, logprobs, torch.empty_like(logprobs)
 
 
-def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int) -> Tensors:
     N = len(hidden)
     dtype = wide(hidden.dtype)
     logprob = hidden.new_empty(N, dtype=dtype)
@@ -41,7 +41,7 @@ def token_logprob(
     return logprob, torch.empty_like(logprob), lse, logits
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(hidden: Tensor, weight: Tensor, *_: Any) -> Tensors:
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
@@ -53,15 +53,13 @@ def linear(
     gelu: bool,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> Tensors:
     y = x.new_empty(*x.shape[:-1], len(weight), dtype=out_dtype)
     slope = x.new_empty(y.shape if gelu else 0, dtype=dtype)
     return y, slope
 
 
-def add_layer_norm(
-    x: Tensor, branch: Tensor | None, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def add_layer_norm(x: Tensor, branch: Tensor | None, *others: Any) -> Tensors:
     dtype = others[-1]
     total = x.new_empty(0 if branch is None else x.shape)
     y = x.new_empty(x.shape, dtype=dtype)
@@ -71,7 +69,7 @@ def add_layer_norm(
 
 def add_layer_norm_backward(
     grad_total: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensors:
     branch_dtype = others[-1]
     branch_shape = 0 if branch_dtype is None else total.shape
     grad_branch = total.new_empty(branch_shape, dtype=branch_dtype)

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 
@@ -34,7 +34,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def upload(x: Tensor | np.ndarray, device: torch.device) -> Tensor:
+def upload(x: Tensor | ndarray, device: torch.device) -> Tensor:
     """Copy x from the CPU to the device, without waiting for the GPU."""
     x = torch.as_tensor(x, device="cpu")
     if device.type == "cuda":

@@ -10,11 +10,7 @@ import contextlib
 import datetime
 import itertools
 import os
-import re
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -22,16 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
+from tinystory.run.errors import TORCHRUN, Interrupted, UserError
 from tinystory.run.folder import locked_run
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
-GRACE_S = 300.0  # to finish a step and save after torchrun was killed
-# Errors of gloo, NCCL and torch's store.
-CONNECTION_LOST = re.compile(
-    "connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I
-)
 # per collective: other ranks wait while rank 0 waits for the teacher
 TIMEOUT = datetime.timedelta(hours=6)
 
@@ -54,35 +45,8 @@ def start(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
-    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
     if not is_rank0():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-
-
-def follow(parent: int) -> None:
-    """If the parent, torchrun, is killed, send this process SIGTERM, which saves the run, and exit
-    after GRACE_S."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_S)
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """Wraps collectives: turns the error of gloo or NCCL when another process has ended into
-    PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not CONNECTION_LOST.search(str(error)[:400]):  # a C++ backtrace may follow
-            raise
-        reason = " ".join(str(error).split())
-        raise PeerLost(
-            f"process {rank()} lost the others of this run: one of them ended, and said why "
-            f"above, or was killed ({reason:.120}); go on with --resume"
-        ) from error
 
 
 def rank() -> int:
@@ -118,8 +82,7 @@ def shard_contiguous(count: int) -> range:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the processes, in place; returns x."""
     if world_size() > 1:
-        with peers():
-            dist.all_reduce(x)
+        dist.all_reduce(x)
     return x
 
 
@@ -127,8 +90,7 @@ def all_reduce_max(x: float) -> float:
     if world_size() == 1:
         return x
     largest = torch.tensor(x, dtype=torch.float64)
-    with peers():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
     return float(largest)
 
 
@@ -151,9 +113,8 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
-    with peers():
-        for x in tensors:
-            dist.broadcast(x.detach(), 0)
+    for x in tensors:
+        dist.broadcast(x.detach(), 0)
 
 
 def rank0_value(make: Callable[[], T]) -> T:
@@ -167,8 +128,7 @@ def rank0_value(make: Callable[[], T]) -> T:
             message[0] = make()
         except (UserError, Interrupted) as error:
             message[1] = error
-    with peers():
-        dist.broadcast_object_list(message, 0)
+    dist.broadcast_object_list(message, 0)
     value, failure = message
     if failure is not None:
         raise failure
@@ -201,6 +161,5 @@ def all_gather_list(items: list[T]) -> list[T]:
     if world_size() == 1:
         return items
     parts: list[Any] = [None] * world_size()
-    with peers():
-        dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items)
     return list(itertools.chain(*parts))

@@ -56,10 +56,6 @@ class UserError(Exception):
         super().__init__(printable(message))  # it may quote a server, a file or the user's code
 
 
-class PeerLost(UserError):
-    """Another process of a torchrun run has ended; every rank may print this error."""
-
-
 class Interrupted(Exception):
     """The user asked the run to end; the finished steps are to be saved."""
 
@@ -148,15 +144,14 @@ def open_outputs() -> None:
         stream = getattr(sys, name)
         is_own = stream is getattr(sys, f"__{name}__")
         if is_own and isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, to_output(stream))
-
-
-def to_output(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The stream over an `Output`. It escapes characters that its encoding lacks."""
-    stream.flush()
-    buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
-    by_line = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line)
+            stream.flush()
+            buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
+            by_line = stream.line_buffering or stream.write_through
+            # characters that the encoding lacks are escaped
+            output = io.TextIOWrapper(
+                buffer, stream.encoding, "backslashreplace", line_buffering=by_line
+            )
+            setattr(sys, name, output)
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
@@ -172,7 +167,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            if isinstance(error, PeerLost) or not rank0_speaks():
+            under_torchrun = all(name in os.environ for name in TORCHRUN)
+            if not under_torchrun or os.environ["RANK"] == "0":  # which speaks for all
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:
@@ -191,9 +187,3 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         return result
 
     return run
-
-
-def rank0_speaks() -> bool:
-    """Whether rank 0 of torchrun prints the errors of this process."""
-    under_torchrun = all(name in os.environ for name in TORCHRUN)
-    return under_torchrun and os.environ["RANK"] != "0"

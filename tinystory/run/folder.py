@@ -103,7 +103,7 @@ def write_config(folder: Path, record: Record) -> None:
 def read_config(folder: Path) -> Record:
     """The object in config.json; {} if there is no such file. Raises UserError unless it has
     RunLog.config's fields."""
-    path = Path(folder) / CONFIG
+    path = folder / CONFIG
     return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
 
@@ -129,7 +129,6 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Lock a run's folder, created if missing, for the block. The operating system releases the
     lock however the process ends; new folders that stay empty are removed. Raises Taken, naming the
     holder, if another process has the lock, or if `new` and the folder already holds a run."""
-    folder = Path(folder)
     path = folder / LOCK
     lock = FileLock(path, blocking=False)
     try:

@@ -24,7 +24,7 @@ class Journal:
     ours."""
 
     def __init__(self, path: Path, durable: bool = False):
-        self.path = Path(path)
+        self.path = path
         self.durable = durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class RunLog(contextlib.ExitStack):
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = folder
         self.resume_step = resume_step
         self.writes = writes
         self._journals: dict[str, Journal] = {}
@@ -90,18 +90,12 @@ class RunLog(contextlib.ExitStack):
         """Append and return the record of a step: floats keep 7 digits, NaN and infinity become
         null."""
         record = plain({"step": step} | values)
-        self._append(METRICS, [record])
+        self.append(METRICS, [record])
         return record
 
-    def stories(self, records: Sequence[Record]) -> None:
-        """Append one record per story (`story_records`)."""
-        self._append(STORIES, records)
-
-    def evaluations(self, records: Sequence[Record]) -> None:
-        """Append the same for the stories of an evaluation, which are not trained on."""
-        self._append(EVALUATIONS, records)
-
-    def _append(self, name: str, records: Sequence[Record]) -> None:
+    def append(self, name: str, records: Sequence[Record]) -> None:
+        """Append to the file `name`: METRICS; STORIES, a record per story (`story_records`);
+        EVALUATIONS, the same for stories that are not trained on."""
         if not self.writes:
             return
         if name not in self._journals:

@@ -35,11 +35,11 @@ def usage(text: str | None) -> str:
     text = text or ""
     if (ROOT / "pyproject.toml").is_file():
         return text
-
-    def entry_point(match: re.Match) -> str:
-        return f"tinystory-{match[1]}".replace("_", "-")
-
-    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", entry_point, text)
+    return re.sub(
+        r"python (?:scripts/|train_)(\w+)\.py",
+        lambda match: f"tinystory-{match[1]}".replace("_", "-"),
+        text,
+    )
 
 
 def hint(script: str, *arguments: object) -> str:

@@ -105,28 +105,20 @@ def check_fields(record: Record, fields: Fields) -> None:
         if float in kinds:
             check_size(name, value)
     if fields is FIELDS[METRICS]:
-        check_metrics(record)
+        # each is a number, true, false or null, except what a teacher says of itself
+        for name, value in record.items():
+            if type(value) not in (*NUMBER, bool) and not name.startswith("teacher_"):
+                raise ValueError(f"its {name!r} is {value!r:.40}")
+            check_size(name, value)
     if "story" in fields:
-        check_scores(record["scores"] or {})
-
-
-def check_metrics(record: Record) -> None:
-    """Every metric is a number, true, false or null, except what a teacher says of itself."""
-    for name, value in record.items():
-        if type(value) not in (*NUMBER, bool) and not name.startswith("teacher_"):
-            raise ValueError(f"its {name!r} is {value!r:.40}")
-        check_size(name, value)
+        for score in (record["scores"] or {}).values():
+            if type(score) not in (int, float) or not 0 <= score <= 3:
+                raise ValueError("a score in it is not a number from 0 to 3")
 
 
 def check_size(name: str, value: Any) -> None:
     if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
         raise ValueError(f"its {name!r} is too large")
-
-
-def check_scores(scores: Record) -> None:
-    for score in scores.values():
-        if type(score) not in (int, float) or not 0 <= score <= 3:
-            raise ValueError("a score in it is not a number from 0 to 3")
 
 
 # ---- one object per line -------------------------------------------------------------------------
@@ -167,12 +159,12 @@ def read_records(
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    return list(read_records(Path(folder) / METRICS))
+    return list(read_records(folder / METRICS))
 
 
 def read_stories(folder: Path) -> Iterator[Record]:
     """The records of stories.jsonl, one at a time: a long run's file is too large for memory."""
-    return read_records(Path(folder) / STORIES)
+    return read_records(folder / STORIES)
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -68,16 +68,14 @@ def mark_of(record: Mapping[str, Any], secret: bytes) -> str:
 def marked(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with this user's mark. Without one, after a warning, if there can be no secret, as
     in a container whose home is read-only: the run goes on all the same."""
-    said = {name: value for name, value in record.items() if name != MARK}
     try:
-        secret = user_secret()
+        return {**record, MARK: mark_of(record, user_secret())}
     except UserError as error:
         print(
             f"warning: this run's folder does not get your mark ({error}), so --resume will want "
             "--trust; set XDG_CONFIG_HOME to a folder that is kept"
         )
-        return said
-    return said | {MARK: mark_of(said, secret)}
+        return dict(record)
 
 
 def is_own(record: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
@@ -278,7 +279,7 @@ def drop_older(folder: Path) -> None:
         raise cannot_write(folder.parent, error) from error
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def pack_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
     """The state of AdamW or MuonAdamW, made from named parameters, as named tensors."""
     names: list[str] = []
     for group in optimizer.param_groups:
@@ -290,7 +291,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def unpack_optimizer(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises ValueError if one
     does not fit, as another optimizer's, or another student's."""
     entries: dict[int, dict[str, Tensor]] = {}

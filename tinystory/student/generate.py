@@ -51,11 +51,6 @@ class Story:
     def words(self) -> int:
         return len(self.text.split())
 
-    @property
-    def likelihood(self) -> tuple[bool, float]:
-        """A sort key: whether the story has an end, then its mean log-probability."""
-        return self.ended == "eos", float(self.logprobs.mean())
-
 
 @torch.no_grad()
 def generate(

@@ -217,13 +217,6 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 if transposed:
                     weight = weight.T
                 state[own_name] = weight.clone(memory_format=torch.contiguous_format)
-            if "lm_head.weight" in names:
-                output = file.get_tensor("lm_head.weight").float()
-                if not output.equal(state["wte.weight"]):
-                    raise ValueError(
-                        "it has a separate output layer (lm_head.weight), and only a tied one is "
-                        "supported"
-                    )
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be used here: {reason}") from error

@@ -77,15 +77,14 @@ class KVCache:
         spans: Tensor,
         capacity: int,
         dtype: torch.dtype,
-        prefix: int = 0,
+        prefix: int,
     ):
-        """prefix: room for this many tokens of prompts, by default for those of `spans`."""
+        """prefix: room for this many tokens of prompts."""
         L = config.n_layer
         B = len(spans)
-        P = prefix or int(spans.max())
         H = config.n_head
         D = config.n_embd // H
-        self.prefix = torch.zeros(L, P, 2, H, D, dtype=dtype, device=spans.device)
+        self.prefix = torch.zeros(L, prefix, 2, H, D, dtype=dtype, device=spans.device)
         own = torch.zeros(L, B, capacity, 2, H, D, dtype=dtype, device=spans.device)
         lengths = torch.zeros(B, dtype=torch.int64, device=spans.device)
         self.memory = own, lengths, spans

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from tinystory.config import PretrainConfig
 from tinystory.student.model import Student
@@ -11,9 +12,7 @@ from tinystory.student.muon import MuonAdamW
 EPS = 1e-8  # AdamW's, as in PyTorch and transformers
 
 
-def make_optimizer(
-    student: Student, config: PretrainConfig, dtype: torch.dtype
-) -> torch.optim.Optimizer:
+def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> Optimizer:
     """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer
     muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
     blocks = []
@@ -37,9 +36,7 @@ def make_optimizer(
     return MuonAdamW(blocks, groups, heads=student.config.n_head, dtype=dtype, **options)
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int
-) -> float:
+def set_learning_rate(optimizer: Optimizer, config: PretrainConfig, words: int) -> float:
     """Set and return AdamW's rate: linear warm-up, then linear decay to 0 at config.words. Muon's
     is proportional."""
     progress = min(words / config.words, 1.0)
