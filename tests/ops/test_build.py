@@ -7,6 +7,7 @@ Nothing here is timed: steps are held by files, and LIMIT only ends a test that 
 import contextlib
 import errno
 import fcntl
+import io
 import multiprocessing
 import os
 import re
@@ -136,7 +137,7 @@ def test_the_compilers_message_reaches_the_user_and_the_next_build_goes_on(place
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER no_such_name\n")
     process = Build(place)
     _, err = process.output()
-    assert process.exitcode and "TINYSTORY_KERNELS=reference" in err
+    assert process.exitcode and "compiling failed\n" in err and "TINYSTORY_KERNELS=reference" in err
     message = err[err.index("UserError") :]
     assert "no_such_name" in message and "answer.cpp" in message
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 7\n")
@@ -148,6 +149,17 @@ def wait_until(condition, process: Build | None = None) -> None:
     while not condition():
         assert time.monotonic() < deadline and (process is None or process.is_alive())
         time.sleep(0.02)
+
+
+def test_a_terminal_sees_how_many_files_are_compiled(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with build.announced(folder, "kernels", 3):
+        (folder / "answer.o").touch()
+        wait_until(lambda: "1/3" in terminal.getvalue())
 
 
 def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,12 +81,8 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
             target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            reason = "again, since they are damaged" if (folder / "built").exists() else "once"
-            say(f"compiling the {target} ({reason}, {MINUTES})")
-            renew(folder)
-            started = time.monotonic()
-            module = compiled(name, sources, folder, gpus)
-            say(f"compiling took {time.monotonic() - started:.0f} s")
+            with announced(folder, target, len(sources)):
+                module = compiled(name, sources, folder, gpus)
             # no source has changed meanwhile
             if library_folder(name, sources, gpus, toolkit) == folder:
                 (folder / "built").write_text(file_hash(library))
@@ -99,6 +96,35 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 def say(sentence: str) -> None:
     """Print a line on stderr, above any bar."""
     tqdm.write(f"tinystory: {sentence}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def announced(folder: Path, target: str, count: int) -> Iterator[None]:
+    """Compile in the block, in a new folder: a line on stderr before and after, and on a terminal
+    a bar of the files that are compiled, since torch returns when all are."""
+    reason = "again, since they are damaged" if (folder / "built").exists() else "once"
+    say(f"compiling the {target} ({reason}, {MINUTES})")
+    renew(folder)
+    started = time.monotonic()
+    bar = tqdm(total=count, desc="compiling", unit="file", leave=False, disable=None)
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.5):
+            bar.n = len(list(folder.glob("*.o")))
+            bar.refresh()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    outcome = "failed"
+    try:
+        yield
+        outcome = f"took {time.monotonic() - started:.0f} s"
+    finally:
+        finished.set()
+        watcher.join()
+        bar.close()
+        say(f"compiling {outcome}")
 
 
 def renew(folder: Path) -> None:
