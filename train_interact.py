@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from tinystory.report.run import live_report, number_option
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
-from tinystory.rl.policy import Policy, RunState, load_policy, rollout
+from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
 from tinystory.rubric.process import builtin_teacher
@@ -258,12 +257,10 @@ def log_step(
     means = story_means(records)
     graded_scores = [grade.score for grade in grades]
     unscored = graded_scores.count(None) - grades.count(NOT_ASKED)
-    scored = len(stories) - graded_scores.count(None)
-    metrics = statistics | {"unscored": unscored, "scored": scored}
+    metrics = statistics | {"unscored": unscored}
     metrics |= score_means(grades)
     metrics |= means
-    # nats per story, of the sampling distributions
-    metrics["entropy"] = fmean(float(story.entropies.sum()) for story in stories)
+    metrics |= rollout_means(stories, graded_scores)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     metrics |= run.stages.seconds
     metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)

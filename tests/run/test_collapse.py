@@ -5,8 +5,12 @@ import math
 import random
 
 import pytest
+import torch
 
-from tinystory.run.collapse import WINDOW, CollapseDetector
+from tinystory.rl.policy import rollout_means
+from tinystory.run.collapse import FEW, WINDOW, CollapseDetector
+from tinystory.student.generate import Story
+from tinystory.teacher.callable import random_scores
 
 HEALTHY = dict(
     distinct_4=0.85,
@@ -18,6 +22,8 @@ HEALTHY = dict(
     score_mean=5.0,
     score_mode=0.3,
     scored=100,
+    score_length=0.2,
+    score_logprob=0.4,
     policy_loss=-0.1,
     value_loss=0.2,
     grad_norm=0.5,
@@ -65,7 +71,13 @@ def test_a_healthy_run_is_left_alone():
         ("loss", "the value loss explodes", "--learning-rate", dict(value_loss=90.0)),
         ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
         ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
-        ("signal", "% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
+        ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
+        (
+            "signal",
+            "as unrelated to the stories",
+            "--calibrate",
+            dict(score_length=0.0, score_logprob=0.0),
+        ),
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
@@ -107,6 +119,48 @@ def test_a_loss_of_pretraining_that_rises_is_said():
     assert kinds(falling) == set() and kinds([*falling, *[dict(step=20, loss=6.5)] * 9]) == set()
     warnings = CollapseDetector([*falling, *[dict(step=20, loss=9.0)] * 9]).warnings
     assert warnings.keys() == {"loss"} and "the loss explodes (3.6 to 9" in warnings["loss"][1]
+
+
+def stories(count: int) -> list[Story]:
+    """The correlations of their random scores with lengths and log-probabilities, which depend on no
+    generator, are below 0.01."""
+    lengths = [5 + 4 * i % 75 for i in range(count)]
+    return [
+        Story(
+            i,
+            "Once",
+            f"a{i} " * n,
+            torch.arange(1),
+            torch.arange(n),
+            torch.full((n,), -float(5 * i % 67)),
+            torch.zeros(n),
+            torch.zeros(n),
+            "eos",
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_random_scores_are_told_from_those_that_follow_the_story():
+    by_length = [
+        rollout_means(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)
+    ]
+    assert all(r["score_length"] == pytest.approx(1) and r["scored"] >= 64 for r in by_length)
+    by_chance = [
+        rollout_means(stories(n), random_scores("", [s.text for s in stories(n)]))
+        for n in range(64, 69)
+    ]
+    assert kinds([dict(step=1, **relations) for relations in by_length]) == set()
+    assert kinds([dict(step=1, **relations) for relations in by_chance]) == {"signal"}
+    few = [dict(step=1, scored=FEW // WINDOW - 1, score_length=0.0, score_logprob=0.0)] * 9
+    assert kinds(few) == set()  # too few to tell
+
+
+def test_relations_that_are_undefined_are_none():
+    for scores in ([None] * 3, [0.5] * 3, [None, None, 0.2]):
+        relations = rollout_means(stories(3), scores)
+        assert relations["score_length"] is None and relations["score_logprob"] is None
+    assert rollout_means(stories(3), [0.1, None, 0.4])["scored"] == 2
 
 
 def test_few_large_steps_are_enough_for_a_warning():

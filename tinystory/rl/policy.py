@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 import torch
@@ -190,3 +191,32 @@ def rollout(
             if story.index - first_index not in shard:
                 on_story(story)
     return stories
+
+
+def rollout_means(
+    stories: Sequence[Story], scores: Sequence[float | None]
+) -> dict[str, float | None]:
+    """The mean entropy per story (nats, summed over its tokens) of the sampling distributions. Over
+    the `scored` stories: Pearson's correlation of the score with the number of
+    words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
+    None."""
+    scored = [
+        (story, score) for story, score in zip(stories, scores, strict=True) if score is not None
+    ]
+    known_scores = [score for _, score in scored]
+    words = [story.words for story, _ in scored]
+    mean_logprobs = [float(story.logprobs.mean()) for story, _ in scored]
+    return {
+        "entropy": fmean(float(story.entropies.sum()) for story in stories),
+        "scored": len(scored),
+        "score_length": correlation_or_none(known_scores, words),
+        "score_logprob": correlation_or_none(known_scores, mean_logprobs),
+    }
+
+
+def correlation_or_none(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None for fewer than two values, or if all of x or of y are equal."""
+    try:
+        return correlation(x, y)
+    except StatisticsError:
+        return None

@@ -34,6 +34,7 @@ ADVICE = {
 }
 SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
 LEAST_R_SQUARED = 0.2  # of predicted scores
+FEW = 160  # scores in a window below which no correlation is significant
 
 
 class CollapseDetector:
@@ -103,17 +104,27 @@ class CollapseDetector:
         return fmean(values)
 
     def _without_signal(self) -> str:
-        """A sentence on scores in the window that are almost all equal; "" if they are not."""
+        """A sentence on scores in the window that are almost all equal, or correlate with nothing;
+        "" if they are neither."""
         if not self._is_full():
             return ""
         last = self._last
         steps = f"{len(last)} steps" if len(last) > 1 else "step"
         fraction = min(record.get("score_mode") or 0.0 for record in last)
-        if fraction < SAME:
-            return ""
-        stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
-        level = last[-1].get("score_mean") or 0
-        return f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+        if fraction >= SAME:
+            stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
+            level = last[-1].get("score_mean") or 0
+            return (
+                f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+            )
+
+        scored = sum(record.get("scored") or 0 for record in last)
+        correlations = [self._mean("score_length"), self._mean("score_logprob")]
+        known = [abs(correlation) for correlation in correlations if correlation is not None]
+        # two standard errors
+        if scored >= FEW and known and max(known) <= 2 / math.sqrt(scored):
+            return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+        return ""
 
 
 def graded_stories(record: dict) -> int:
