@@ -64,7 +64,9 @@ def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
 def test_a_refusal_names_what_to_give():
     for argv, words in (
         ("--learner gae --value-coef 0", ("--value-coef",)),
+        ("--value-coef 1", ("--value-coef", "gae")),
         ("--learner grpo", ("--stories-per-opening 2", "--stories-per-step")),
+        ("--learner sft-best --lam 0.5", ("--lam", "--learner ridge or gae")),
     ):
         with pytest.raises(UserError) as error:
             check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))

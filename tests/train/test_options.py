@@ -76,9 +76,10 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
 --optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--learner head
 --reward random --teacher-url http://127.0.0.1:9
---stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--preset paper --value-coef 0
+--stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
 --learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
---kl-in both|--learner sft
+--kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
+--learner grpo --stories-per-opening 2 --lam 1
 --grades 7|--grades 1537|--stories-per-step 8 --grades 9
 --sharpness-rate 100|--stories-per-step 1e7 --kl-horizon 1e9|--eval-stories 1e7|--kl-horizon 1e-300|--kl-horizon 100"""
 

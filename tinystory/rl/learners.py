@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, changed_options
 from tinystory.rl.batch import Batch, Reference, Targets
 from tinystory.rl.critic import RidgeCritic
 from tinystory.run.device import upload
@@ -170,19 +170,21 @@ def advantages_and_returns(
 @dataclass(frozen=True)
 class Learner:
     """critic: its class, made from the student's width, or None. baseline: (returns (B,), groups
-    (B,)) -> advantages (B,), for learners that compare the stories of a step to the same opening."""
+    (B,)) -> advantages (B,), for learners that compare the stories of a step to the same opening.
+    reads: the options that it reads and some other learner does not."""
 
     critic: type[RidgeCritic] | type[ValueHead] | None = None
     baseline: Callable[[Tensor, Tensor], Tensor] | None = None
+    reads: tuple[str, ...] = ("clip_ratio",)
 
 
 LEARNERS = {
-    "ridge": Learner(RidgeCritic),
-    "gae": Learner(ValueHead),
+    "ridge": Learner(RidgeCritic, reads=("clip_ratio", "gamma", "lam")),
+    "gae": Learner(ValueHead, reads=("clip_ratio", "gamma", "lam", "value_coef")),
     "rloo": Learner(baseline=rloo),
     "grpo": Learner(baseline=grpo),
     "dr_grpo": Learner(baseline=dr_grpo),
-    "sft-best": Learner(),
+    "sft-best": Learner(reads=()),
 }
 
 
@@ -190,6 +192,12 @@ def check(config: InteractConfig) -> None:
     """Raises UserError for options that do not go with the learner."""
     name = config.learner
     group = config.stories_per_opening
+    for option, flag in changed_options(config).items():
+        readers = [name for name, learner in LEARNERS.items() if option in learner.reads]
+        if readers and name not in readers:
+            raise UserError(
+                f"{flag} is read by --learner {' or '.join(readers)} only: leave it out"
+            )
     if LEARNERS[name].baseline and (group < 2 or config.stories_per_step % group):
         raise UserError(
             f"--learner {name} compares the stories to an opening: give --stories-per-opening 2 or more, and "
