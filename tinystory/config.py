@@ -416,6 +416,18 @@ def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractC
     return config
 
 
+def changed_options(config: InteractConfig) -> dict[str, str]:
+    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
+    defaults = vars(InteractConfig())
+    preset = INTERACT_PRESETS[config.preset]
+    flags = {}
+    for f in dataclasses.fields(InteractConfig):
+        usual = (defaults[f.name], preset.get(f.name))
+        if getattr(config, f.name) not in usual:
+            flags[f.name] = flag_of(f)
+    return flags
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -456,11 +468,13 @@ def _check_interaction(config: InteractConfig) -> None:
             "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
             "a --teacher-url, or leave it out"
         )
-    if config.reward and (config.teacher_url or config.teacher_prompt):
-        raise UserError(
-            "--reward takes a teacher's place: leave out --teacher-url and --teacher-prompt, or "
-            "--reward"
-        )
+    if config.reward:
+        for name, flag in changed_options(config).items():
+            is_for_teacher = name.startswith(("teacher_", "price_", "budget_cost"))
+            if is_for_teacher and name != "teacher_timeout":
+                raise UserError(
+                    f"{flag} is for a teacher, and --reward takes its place: leave one of them out"
+                )
     if config.kl_horizon <= config.stories_per_step / 5:
         raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
