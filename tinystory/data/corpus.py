@@ -126,7 +126,12 @@ def _generated(name: str) -> Part:
     for file in sorted(Path(grammar.__file__).parent.glob("*.txt")):
         plots.update(file.read_bytes())
     identity = f"{name} {words} {BUILTIN_SEED} {BUILTIN_VERSION} {plots.hexdigest()}"
-    return Part(identity, functools.partial(generate, words, BUILTIN_SEED))
+
+    @functools.cache
+    def texts() -> list[str]:  # some 7 MB, read twice by whoever tokenizes them
+        return list(generate(words, BUILTIN_SEED))
+
+    return Part(identity, lambda: iter(texts()))
 
 
 def _file(path: Path) -> Part:
