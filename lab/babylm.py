@@ -29,7 +29,7 @@ from lab.pairs import evaluate_pairs, evaluate_wug
 from lab.reading_times import evaluate_reading_times
 from scripts.evaluate import student_record
 from tinystory.evaluate.corruptions import unseen_stories
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.intervals import mean_of
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison
 from tinystory.run.errors import UserError, command

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory.data.builtin import vocabulary
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.intervals import mean_of
 from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))

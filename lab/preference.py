@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from tinystory.evaluate.intervals import wilson, with_ci
-from tinystory.evaluate.stories import Sample, mean_of
+from tinystory.evaluate.intervals import mean_of, wilson, with_ci
+from tinystory.evaluate.stories import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.records import SAMPLES, read_records
 from tinystory.teacher.prompt import load_template

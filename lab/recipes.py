@@ -38,8 +38,8 @@ from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
-from tinystory.evaluate.intervals import standard_error
-from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
+from tinystory.evaluate.intervals import mean_of, standard_error
+from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import story_rewards

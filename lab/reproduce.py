@@ -48,7 +48,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.held_out import has_dull_tellers
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page

@@ -18,8 +18,7 @@ from tinystory.evaluate.corruptions import (
     known_stories,
     unseen_stories,
 )
-from tinystory.evaluate.intervals import wilson, with_ci
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader

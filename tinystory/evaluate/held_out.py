@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from tinystory.data.builtin import dull
-from tinystory.evaluate.intervals import standard_error
-from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
+from tinystory.evaluate.intervals import mean_of, standard_error
+from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.rl.reward import differences
 from tinystory.run.files import atomic_write
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records

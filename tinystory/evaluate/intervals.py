@@ -1,10 +1,17 @@
-"""95 % confidence intervals of proportions and means, their printing, and standard errors."""
+"""Means, 95 % confidence intervals of proportions and means, their printing, and standard
+errors."""
 
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 Z = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:

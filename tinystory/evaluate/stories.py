@@ -2,7 +2,7 @@
 and endings."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -109,12 +109,6 @@ def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -
         measures["score_ci"] = mean_ci(shown) if shown else None
         measures["unscored"] = sum(grade.score is None for grade in grades)
     return measures
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are not None; None if there are none."""
-    present = [value for value in values if value is not None]
-    return fmean(present) if present else None
 
 
 def cluster_sizes(texts: Sequence[str]) -> list[int]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinystory.evaluate.held_out import evaluations_by_step, reward_mean, story_means
-from tinystory.evaluate.intervals import standard_error
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
