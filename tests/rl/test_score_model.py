@@ -182,8 +182,8 @@ def test_the_estimated_r_squared_is_that_of_the_stories_without_a_grade():
         rows = list(range(0, 2000, 10))
         predicted, record = ScoreModel().complete(x, rows, scores_of(y, rows))
         left = [row for row in range(2000) if row not in set(rows)]
-        said = torch.tensor([predicted[row] for row in left], dtype=torch.float64)
-        residual = ((y[left] - said) ** 2).mean()
+        predictions = torch.tensor([predicted[row] for row in left], dtype=torch.float64)
+        residual = ((y[left] - predictions) ** 2).mean()
         r_squared = float(1 - residual / y[left].var(correction=0))
         assert record["score_r_squared"] == pytest.approx(r_squared, abs=0.1)
 

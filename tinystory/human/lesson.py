@@ -163,8 +163,10 @@ class Lesson:
             return len(self._unanswered())
         if not progress.grades:
             return None
-        given = progress.asked + self._handed_in[progress.step] + state["waiting"] - state["left"]
-        return max(progress.grades - given, 0) + min(progress.evaluated, COMPARED)
+        grades_given = (
+            progress.asked + self._handed_in[progress.step] + state["waiting"] - state["left"]
+        )
+        return max(progress.grades - grades_given, 0) + min(progress.evaluated, COMPARED)
 
     def _now(self, state: Mapping[str, Any]) -> str:
         """What the machine does while no story waits, in a sentence."""
