@@ -93,6 +93,8 @@ def change_initial_weights(torch) -> None:
 
     def normal_(tensor, *args, **options):
         draw(tensor, *args, **options)
+        if tensor.is_meta:  # has a shape only, perhaps of a student that fits no memory
+            return tensor
         generator = generator_class(device="cpu")
         generator.manual_seed(LUCK)
         noise = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float32)
