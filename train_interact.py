@@ -356,6 +356,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
+    if not resumed:
+        for student in (reference, policy.student):
+            student.divide_logits(config.temperature)
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)

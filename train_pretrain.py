@@ -219,7 +219,6 @@ def tell_story(run: PretrainingRun) -> None:
             [OPENING],
             first_index=0,
             max_new_tokens=min(STORY_TOKENS, context // 2, room),
-            temperature=InteractConfig.temperature,
             seed=run.config.seed,
         )
     record: Record = dict(step=step, index=0, opening=OPENING, story=story.text)

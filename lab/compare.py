@@ -62,10 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     def stories_of(path: Path) -> list[Sample]:
         if path in samples:
             return samples[path]
-        student, tokenizer, history = checkpoint.load(
-            checkpoint.find(path), pick_device(config.device)
-        )
-        return samples_of(student, tokenizer, history, openings, options)
+        folder = checkpoint.find(path)
+        student, tokenizer, _ = checkpoint.load(folder, pick_device(config.device))
+        return samples_of(student, tokenizer, openings, options)
 
     pairs = compared_pairs(paths, stories_of)
     cache = run / "comparison_replies.jsonl" if run else None

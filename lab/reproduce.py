@@ -324,7 +324,7 @@ def measure(
     all."""
     held_out = Openings(load_openings(config.openings), 0).held_out
     openings = list(itertools.islice(cycle(held_out), settings["stories"]))
-    row = recipes.Row("", folder, config.temperature)
+    row = recipes.Row("", folder)
     columns = recipes.measure(row, grader, config, openings)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
     if not has_dull_tellers(history):  # nor was it trained for the grammar's text

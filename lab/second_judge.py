@@ -74,7 +74,7 @@ def judge_run(
 
     for name, temperature in zip(COLDER, TEMPERATURES, strict=True):
         groups[name] = write(temperature)
-    candidates = write(config.temperature, BEST_OF)
+    candidates = write(1.0, BEST_OF)
     documents = corpus_documents(corpus or history.get("corpus", ["builtin"]))
     real = real_stories(documents, len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]

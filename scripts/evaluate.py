@@ -83,9 +83,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add_number(
         parser,
         "--temperature",
-        None,
+        1.0,
         "[0, 100]",
-        "at which they are sampled (default: each student's own)",
+        "at which they are sampled; 1 is each student's own",
     )
     add_options(parser, InteractConfig, TYPED)
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
                     record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
                 stories = []
                 if count:
-                    stories = samples_of(student, tokenizer, history, openings, options)
+                    stories = samples_of(student, tokenizer, openings, options)
             if stories:
                 record["stories"] = story_measures(stories, grader=grader)
             records.append(record)
@@ -157,22 +157,18 @@ def openings_of(file: str | None, samples: Sequence[Sequence[Sample]]) -> Sequen
 def samples_of(
     student: Student,
     tokenizer: Tokenizer,
-    history: dict[str, Any],
     openings: Sequence[str],
     options: argparse.Namespace,
 ) -> list[Sample]:
     """--stories by a student, with the same random numbers for every student."""
     config = typed_config(options, TYPED)
-    temperature = options.temperature
-    if temperature is None:
-        temperature = checkpoint.temperature(history)
     return write_stories(
         student,
         tokenizer,
         openings=openings,
         n_stories=options.stories,
         max_new_tokens=config.max_new_tokens,
-        temperature=temperature,
+        temperature=options.temperature,
         seed=config.seed,
     )
 

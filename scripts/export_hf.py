@@ -38,14 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         require_output(output)
 
     student, tokenizer, history = checkpoint.load(source)
-    temperature = checkpoint.temperature(history)
     if options.gguf:
-        gguf.write(options.gguf, student, tokenizer, temperature)
+        gguf.write(options.gguf, student, tokenizer)
         print(f'llama.cpp: llama-completion -m {options.gguf} -no-cnv -p "Once upon a time,"')
     if options.folder:
         card = model_card(options.folder.name, source, student, history)
         with atomic_folder(options.folder) as partial:
-            hf.write(partial, student, tokenizer, temperature)
+            hf.write(partial, student, tokenizer)
             atomic_write(partial / "README.md", card)
     print(f"written: {', '.join(map(str, outputs))}")
     if options.folder:

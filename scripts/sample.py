@@ -49,9 +49,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(
         parser,
         "--temperature",
-        None,
+        1.0,
         "[0, 100]",
-        "0 is greedy decoding (default: the student's own)",
+        "1 is the student's own; 0 is greedy decoding",
     )
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
@@ -68,9 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         require_output(options.out)
 
     folder = checkpoint.find(options.checkpoint or newest_run())
-    student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
-    if options.temperature is None:
-        options.temperature = checkpoint.temperature(history)
+    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
     openings = load_openings(options.opening or "builtin")
     if not options.opening:
         openings = Openings(openings, seed=0).held_out

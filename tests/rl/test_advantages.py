@@ -55,13 +55,13 @@ def test_k3_adds_its_gradient_to_the_losss(student):
     config = dataclasses.replace(CONFIG, epochs=1, micro_batch_size=2, clip_ratio=10.0)
     batch = random_batch([4, 6, 5], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
+        batch.logprobs = ppo.response_logprobs(student, batch)[0]
     ref_logprobs = batch.logprobs + 0.3 * torch.randn(len(batch.logprobs))
     zeros, advantages = torch.zeros(len(batch.logprobs)), torch.randn(len(batch.logprobs))
     plain = gradient(student, config, batch, advantages)
     both = gradient(student, config, batch, advantages, ref_logprobs, kl_coef=0.4)
 
-    logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
+    logprobs = ppo.response_logprobs(student, batch)[0]
     ratio = (ref_logprobs - logprobs).exp()
     k3 = (ratio - 1 - ratio.log()).mean()
     wanted = torch.autograd.grad(0.4 * k3, [*student.parameters()])
@@ -76,7 +76,7 @@ def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
     length only."""
     batch = random_batch([8, 2], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
+        batch.logprobs = ppo.response_logprobs(student, batch)[0]
     norms = {}
     for learner in ("rloo", "grpo", "dr_grpo"):
         config = dataclasses.replace(CONFIG, epochs=1, learner=learner, max_new_tokens=16)

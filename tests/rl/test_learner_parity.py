@@ -64,7 +64,7 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
         ]
         batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
-            batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
+            batch.logprobs = ppo.response_logprobs(student, batch)[0]
         seen = ppo.read_reference(reference, batch, config)
         parts = policy(student, torch.nn.Module(), optimizer, config)
         stats = ppo.step(parts, batch, seen, theirs["scores"].tolist(), config.kl_coef)

@@ -47,7 +47,7 @@ def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openin
             monkeypatch.setattr(ppo, "pack", lambda *_: None)
         student.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            logprob, _ = ppo.response_logprobs(student, batch, 0.8)
+            logprob, _ = ppo.response_logprobs(student, batch)
         (logprob * weight).sum().backward()
         results.append(
             (logprob.detach(), {name: p.grad.clone() for name, p in student.named_parameters()})

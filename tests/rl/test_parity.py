@@ -68,7 +68,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
         openings = [torch.tensor(FACTS["opening"])] * len(mask)
         batch = with_openings(openings, theirs["tokens"].long(), mask.sum(1).tolist())
         with torch.no_grad():
-            batch.logprobs, hidden = ppo.response_logprobs(student, batch, 1.0)
+            batch.logprobs, hidden = ppo.response_logprobs(student, batch)
             batch.values = head(hidden)
             entropy = float(
                 ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()

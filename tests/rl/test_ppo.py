@@ -204,11 +204,11 @@ def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
-        logprobs, states = ppo.response_logprobs(student, batch, temperature=0.7)
+        logprobs, states = ppo.response_logprobs(student, batch)
         columns = (x.split([7, 2, 12]) for x in (batch.tokens, logprobs, head(states)))
         for b, (tokens, logprob, value) in enumerate(zip(*columns, strict=True)):
             row, first = torch.cat([openings[b], tokens]), len(openings[b]) - 1
-            logits = student(row[None])[0, first:-1].double() / 0.7
+            logits = student(row[None])[0, first:-1].double()
             want = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(logprob.double(), want, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(
@@ -243,7 +243,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight, std=0.1)
     with torch.no_grad():
-        now, _ = ppo.response_logprobs(student, batch, 1.0)
+        now, _ = ppo.response_logprobs(student, batch)
     noise, advantages, returns = torch.randn(
         3, len(now), generator=torch.Generator().manual_seed(5)
     )
@@ -311,7 +311,7 @@ def test_the_value_head_starts_at_zero(student):
 def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
+        batch.logprobs, _ = ppo.response_logprobs(student, batch)
     reference = reference_of(batch.logprobs - 2.0)  # 10 and 6 nats
     head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
@@ -334,7 +334,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
 def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch = random_batch([5, 3, 4], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
+        batch.logprobs, _ = ppo.response_logprobs(student, batch)
     reference = reference_of(batch.logprobs - 0.1)
     ends, stats = [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
@@ -356,7 +356,7 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
     with torch.no_grad():
-        batch.logprobs, states = ppo.response_logprobs(student, batch, 1.0)
+        batch.logprobs, states = ppo.response_logprobs(student, batch)
         batch.values = head(states)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
@@ -365,7 +365,7 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     first = ppo.update(policy(student, head, optimizer, config), batch, targets)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
-        after, states = ppo.response_logprobs(student, batch, 1.0)
+        after, states = ppo.response_logprobs(student, batch)
         value = head(states)
     assert float((after - batch.logprobs)[batch.tokens == 42].mean()) > 0
     assert float((after - batch.logprobs)[batch.tokens != 42].mean()) < 0

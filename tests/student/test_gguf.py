@@ -34,7 +34,7 @@ def file(student, tokenizer, tmp_path_factory):
         folder / "checkpoints" / "best",
         student,
         tokenizer,
-        history={"temperature": 0.5},
+        history={},
         state={},
         counters={"step": 1},
     )
@@ -64,7 +64,7 @@ def test_the_formats_own_reader_finds_every_weight_and_the_tokenizer(file, stude
         fields[f"gpt2.{name}"] for name in ("block_count", "attention.head_count", "context_length")
     ]
     assert sizes == [2, 2, 128] and fields["general.name"] == "tale"
-    sampling = {"temp": 0.5, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0, "top_k": 0}
+    sampling = {"temp": 1.0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0, "top_k": 0}
     for name, value in sampling.items():
         assert fields[f"general.sampling.{name}"] == value, name
     template = jinja2.Template(fields["tokenizer.chat_template"])

@@ -25,15 +25,14 @@ from conftest import (
 
 import train_interact as interact
 import train_pretrain as pretrain
-from scripts import sample
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import UserError
+from tinystory.run.records import read_metrics
 from tinystory.student import checkpoint
-from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
 from tinystory.teacher.callable import CallableGrader
@@ -398,36 +397,17 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert "mean reward" in printed and "held-out openings" in printed
 
 
-def test_a_student_is_sampled_at_the_temperature_at_which_it_learned(place, tmp_path, monkeypatch):
+def test_the_temperature_becomes_the_students_own(place, tmp_path):
+    """Policy and reference begin with it, and everything later samples at 1."""
     flags = [*SHORT, "--reward", "constant", "--steps", "1", "--temperature", "0.5"]
     interact.main([*flags, "--init", str(place / "p"), "--out", str(tmp_path / "i")])
-    temperatures = []
-
-    def generated(*arguments, temperature, **options):
-        temperatures.append(temperature)
-        return generate(*arguments, temperature=temperature, **options)
-
-    monkeypatch.setattr(sample, "generate", generated)
-    for run, flags in [
-        (tmp_path / "i", []),
-        (place / "p", []),
-        (tmp_path / "i", ["--temperature", "2"]),
-    ]:
-        sample.main(
-            [
-                str(run),
-                "--stories",
-                "1",
-                "--max-new-tokens",
-                "4",
-                "--opening",
-                "Once",
-                "--device",
-                "cpu",
-                *flags,
-            ]
-        )
-    assert temperatures == [0.5, 1.0, 2.0]
+    tokens = torch.arange(9)[None]
+    before, _, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    start, _, _ = checkpoint.load(tmp_path / "i/checkpoints/start")
+    with torch.no_grad():
+        torch.testing.assert_close(start(tokens), 2 * before(tokens))
+    (record,) = read_metrics(tmp_path / "i")
+    assert abs(record["kl"]) < 1e-2  # the step's stories are drawn before it changes anything
 
 
 def test_without_graded_evaluations_the_best_student_is_the_last(place, tmp_path, capsys):

@@ -49,7 +49,6 @@ class Likelihood(LocalGrader):
             first_index=0,
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
-            temperature=config.temperature,
         )
         texts = [(story.prompt_ids.tolist(), story.tokens.tolist()) for story in stories]
         means = self.mean_logprobs(texts)

@@ -108,7 +108,6 @@ class Policy:
         if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
             return
         history = dict(self.history)  # with the words of earlier interactions
-        history["temperature"] = self.config.temperature
         if state.step:
             words_in_before = history.get("interaction_words_in", 0)
             words_out_before = history.get("interaction_words_out", 0)
@@ -182,7 +181,6 @@ def rollout(
             first_index=first_index + shard.start,
             seed=policy.config.seed,
             max_new_tokens=policy.config.max_new_tokens,
-            temperature=policy.config.temperature,
             on_story=on_story if is_rank0 else None,
         )
     stories = distributed.all_gather_list(own_stories)

@@ -29,7 +29,7 @@ MAX_RATIO = 10.0
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
 
-def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them.
     Columns that are padding in all rows are skipped. A shared opening is computed once on a CPU,
     but not on a GPU, whose sums of its gradients would depend on the threads' order."""
@@ -50,7 +50,7 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
         hidden = packing.hidden(student, tokens)
         at = packing.source[at]
     states = hidden.index_select(0, at)
-    logprobs, _ = ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)
+    logprobs, _ = ops.token_logprob(states, student.wte.weight, batch.tokens)
     return logprobs, states
 
 
@@ -70,7 +70,7 @@ def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> 
     with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
             part = batch.rows(rows)
-            part_logprobs, part_states = response_logprobs(reference, part, config.temperature)
+            part_logprobs, part_states = response_logprobs(reference, part)
             logprobs[part.places] = part_logprobs
             if needs_states:
                 states[part.places] = part_states.float()
@@ -220,7 +220,7 @@ def backward(
         part = batch.rows(shard[rows])
         target = targets.at(part.places)
         with policy.autocast():
-            logprob, states = response_logprobs(policy.student, part, config.temperature)
+            logprob, states = response_logprobs(policy.student, part)
             value = None if policy.value_head is None else policy.value_head(states)
 
         token_loss, is_clipped = policy_loss(config, part, target, logprob)

@@ -51,9 +51,7 @@ HISTORY: Fields = {
     "interaction_words_in": (int, None),
     "interaction_words_out": (int, None),
     "corpus": (list, None),
-    "temperature": (float, int, None),
 }
-TEMPERATURES = (0.01, 100)  # bounds of a student's own
 # Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
 # else too: within these bounds no sum of squares overflows.
 KINDS: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
@@ -129,20 +127,11 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         for name in history.get("corpus", []):
             if not isinstance(name, str) or "\0" in name:
                 raise ValueError("its 'corpus' is no list of names")
-        low, high = TEMPERATURES
-        if not low <= temperature(history) <= high:
-            raise ValueError(f"its 'temperature' is {temperature(history)}")
         return history
     except ValueError as error:
         raise UserError(
             f"{folder / 'model.json'} holds no history that a student can have: {error}"
         ) from None
-
-
-def temperature(history: Mapping[str, Any]) -> float:
-    """At which the student learned to tell stories, and tells them best; 1 if it did not
-    interact."""
-    return float(history.get("temperature", 1.0))
 
 
 def restore(student: Student, folder: Path) -> None:

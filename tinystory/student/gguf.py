@@ -26,16 +26,15 @@ NAMES = {
     "mlp_proj": "ffn_down",
     "ln_f": "output_norm",
 }
-# What llama.cpp samples with unless it is told otherwise (its pull request 17120), beside the
-# temperature: the whole distribution. Its own defaults cut it and penalise repeated names.
-SAMPLING = {"top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0}
+# What llama.cpp samples with unless it is told otherwise (its pull request 17120), the
+# student's whole distribution. Its own defaults cut it and penalise repeated names.
+SAMPLING = {"temp": 1.0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0}
 # A message is an opening: without a template, llama.cpp's chat writes markup that no student has read.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def write(path: Path, student: Student, tokenizer: Tokenizer, temperature: float = 1.0) -> None:
-    """Write a GGUF file, atomically. temperature: at which llama.cpp samples by itself. Raises
-    UserError without the package `gguf`, or if the file cannot be written."""
+def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
+    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file cannot be written."""
     try:
         from gguf import GGUFWriter, LlamaFileType, TokenType
     except ImportError as error:
@@ -73,8 +72,7 @@ def write(path: Path, student: Student, tokenizer: Tokenizer, temperature: float
         )
         for name, value in fields.items():
             getattr(writer, f"add_{name}")(value)
-        sampling = SAMPLING | {"temp": temperature}
-        for name, number in sampling.items():
+        for name, number in SAMPLING.items():
             writer.add_float32(f"general.sampling.{name}", number)
         writer.add_int32("general.sampling.top_k", 0)
         for ours, weight in student.state_dict().items():

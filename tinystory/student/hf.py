@@ -96,9 +96,9 @@ def require_finite(
     )
 
 
-def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: float = 1.0) -> None:
-    """Write a new folder that transformers can load, and that then samples by itself at this
-    temperature, from the whole distribution. Raises OSError if it exists or cannot be written."""
+def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
+    """Write a new folder that transformers can load, and that then samples by itself from the
+    student's whole distribution. Raises OSError if it exists or cannot be written."""
     names = {id: name for name, id in tokenizer.specials.items()}
     ids = {}
     tokens = {}
@@ -120,7 +120,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer, temperature: flo
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a document is ordinary text
     }
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     files = {
         "config.json": config | ids,
         "generation_config.json": sampling | ids,

@@ -255,6 +255,13 @@ class Student(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     @torch.no_grad()
+    def divide_logits(self, temperature: float) -> None:
+        """Make softmax(logits / temperature) the student's own distribution. The final norm holds the
+        factor."""
+        self.ln_f.weight.div_(temperature)
+        self.ln_f.bias.div_(temperature)
+
+    @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
         """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the
         cache's prefix."""
