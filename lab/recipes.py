@@ -3,15 +3,18 @@ lab/results.md.
 
 python lab/recipes.py --seeds 1 2 3
 python lab/recipes.py --seeds 1 2 3 --options "" "--lam 0.9" "shuffled: --grades 64 --steps 8"
+python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --reader smollm2
 
-Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by
-train_interact.py once per text of --options (default: the demo, and with the student's likelihood
-or a constant as the score); a control of lab/controls.py can stand before a colon. Finished runs
-are not repeated. The untouched and the trained students then write a story to each held-out
-opening, which the built-in teacher grades; further controls are lower temperatures, and the
-likeliest or best-rewarded of four stories. Prints Markdown: means over the seeds, and the reward's
-standard error over the openings. Writes OUT/rows.jsonl, with each seed's measures and each story's
-reward, and OUT/reward.svg, README's picture.
+Per seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain, then
+trained by train_interact.py once per text of --options (default: the demo, and with the student's
+likelihood or a constant as the score); a control of lab/controls.py can stand before a colon.
+Finished runs are not repeated. The untouched and the trained students then write a story to each
+held-out opening, which the built-in teacher grades; further controls are lower temperatures, and
+the likeliest or best-rewarded of four stories. --reader adds their sense to a language model
+(lab/reader.py). Who is who is measured on unseen stories of the grammar, or of a corpus without it.
+Prints Markdown: means over the seeds, and the reward's standard error over the openings. Writes
+OUT/rows.jsonl, with each seed's measures and each story's reward, and OUT/reward.svg, README's
+picture.
 """
 
 import functools
@@ -19,6 +22,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -31,11 +35,14 @@ import torch
 from lab import controls, figures
 from lab.coreference import coreference
 from lab.figures import Bar
+from lab.reader import Reader, mean_and_ci
 from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
 from lab.second_judge import best_of_n
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
+from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
+from tinystory.data.shards import prepare
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.intervals import mean_of, standard_error
@@ -102,15 +109,19 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TEXT",
         help="of train_interact.py, per run; CONTROL: TEXT for a control",
     )
+    add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
+    add("--reader", default="", metavar="NAME", help="language model that reads the stories too")
     options = parser.parse_args(argv)
     out = folder_of(options.out)
     arms = {text: arm_of(text) for text in options.options}
+    pretraining = words_of("--pretrain", options.pretrain)
     for seed in options.seeds:
-        pretrain_config(["--seed", str(seed)])
+        pretrain_config(["--seed", str(seed), *pretraining])
         for arm in arms.values():
             interact_config(["--seed", str(seed), *arm.words])
+    reader = Reader(options.reader) if options.reader else None
     with locked(out):
-        compare(out, options.seeds, arms)
+        compare(out, options.seeds, pretraining, arms, reader)
 
 
 def arm_of(text: str) -> Arm:
@@ -118,16 +129,24 @@ def arm_of(text: str) -> Arm:
     return Arm(control, words_of("--options", rest))
 
 
-def compare(out: Path, seeds: Sequence[int], arms: Mapping[str, Arm]) -> None:
-    """Train and measure the students, and print and write the tables. arms: each interaction, by
-    its text."""
+def compare(
+    out: Path,
+    seeds: Sequence[int],
+    pretraining: Sequence[str],
+    arms: Mapping[str, Arm],
+    reader: Reader | None,
+) -> None:
+    """Train and measure the students, and print and write the tables. pretraining: options. arms:
+    each interaction, by its text."""
     records: list[Record] = []
     for seed in seeds:
-        rows = train_students(out, seed, arms)
+        rows = train_students(out, seed, pretraining, arms)
+        unseen = unseen_texts(pretrain_config(["--seed", str(seed), *pretraining]))
         _, _, history = checkpoint.load(checkpoint.find(rows[0].folder))
         with open_grader(CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
             for row in rows:
-                record = {"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS)
+                record = {"name": row.name, "seed": seed}
+                record |= measure(row, grader, CONFIG, OPENINGS, reader, unseen)
                 records.append(record)
                 with open(out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -137,10 +156,13 @@ def compare(out: Path, seeds: Sequence[int], arms: Mapping[str, Arm]) -> None:
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
-def train_students(out: Path, seed: int, arms: Mapping[str, Arm]) -> list[Row]:
+def train_students(
+    out: Path, seed: int, pretraining: Sequence[str], arms: Mapping[str, Arm]
+) -> list[Row]:
     """Finish a seed's runs, and return its rows. The first is the untouched student's."""
     start = out / f"pretrain-{seed}"
-    train(start, ["--seed", str(seed)], words=PretrainConfig().words)
+    options = ["--seed", str(seed), *pretraining]
+    train(start, options, words=pretrain_config(options).words)
     rows = [
         Row("untouched", start, n=4),
         Row("likeliest of 4", start, n=4, chosen_by="likelihood"),
@@ -216,8 +238,16 @@ def written(
     return stories, [grade.score for grade in grades]
 
 
-def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]) -> Record:
-    """Measures of a row. A reward compares a story with the other chosen ones, one per opening."""
+def measure(
+    row: Row,
+    grader: Grader,
+    config: InteractConfig,
+    openings: Sequence[str],
+    reader: Reader | None = None,
+    unseen: Sequence[str] = (),
+) -> Record:
+    """Measures of a row. A reward compares a story with the other chosen ones, one per opening.
+    reader: adds their mean `sense`. unseen: texts for UNSEEN (default: stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(
         row.folder, row.temperature, prompts, config.max_new_tokens, config.device, grader
@@ -251,15 +281,34 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
     }
     measures |= dict.fromkeys(UNSEEN)
     if row.chosen_by == "first" and row.temperature == 1:
-        measures |= unseen_measures(row.folder)
+        measures |= unseen_measures(row.folder, unseen or unseen_stories(COREFERENCE))
+    if reader:
+        senses = reader.sense([(story.opening, story.text) for story in stories])
+        measures["sense"], _ = mean_and_ci(senses)
     measures["rewards"] = rewards
     return measures
 
 
-def unseen_measures(folder: Path) -> Record:
-    """The measures UNSEEN of a student, on stories that it did not train on."""
+def unseen_texts(config: PretrainConfig) -> list[str]:
+    """COREFERENCE texts on which a student was not trained: of the grammar if it has read some, else
+    of its corpus's validation split."""
+    if "builtin" in config.corpus:
+        return unseen_stories(COREFERENCE)
+    data = prepare(
+        open_corpus(config.corpus),
+        vocab_size=config.vocab_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+    texts = []
+    for first, end in pairwise(data.val.offsets[: COREFERENCE + 1].tolist()):
+        texts.append(data.tokenizer.decode(data.val.tokens[first:end].tolist()))
+    return texts
+
+
+def unseen_measures(folder: Path, stories: Sequence[str]) -> Record:
+    """The measures UNSEEN of a student."""
     student, tokenizer = load_student(folder, torch.device("cpu"))
-    stories = unseen_stories(COREFERENCE)
     measures = coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
     return {name: measures[name] for name in UNSEEN}
 

@@ -5,11 +5,14 @@ import contextlib
 import dataclasses
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from conftest import fails
 
 from lab import recipes
+from tinystory.config import PretrainConfig
 from tinystory.data.builtin import dull
+from tinystory.data.corpus import open_corpus
 from tinystory.ops.compute import resolve
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
@@ -44,6 +47,26 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     assert alone == plain and plain["bits_per_byte"] > 0
     assert sum(plain[kind] for kind in dull.KINDS) == pytest.approx(1)
     assert len(plain["rewards"]) == len(OPENINGS)
+
+
+def test_a_corpus_without_the_grammar_is_measured_on_its_own_validation(place):
+    corpus = [str(place / "corpus.txt")]
+    config = PretrainConfig(corpus=corpus, vocab_size=320, val_fraction=0.3)
+    documents = list(open_corpus(corpus).documents())
+    texts = recipes.unseen_texts(config)
+    assert texts and len(texts) < len(documents) and set(texts) <= set(documents)
+
+
+def test_a_reader_adds_the_sense_of_the_stories(settings, place):
+    class Length:
+        def sense(self, stories):
+            return np.array([len(story) for _, story in stories], dtype=float)
+
+    grader = CallableGrader(lambda opening, stories: [0.5] * len(stories), "constant")
+    row = recipes.Row("", checkpoint.newest(place / "p"))
+    measures = recipes.measure(row, grader, recipes.CONFIG, OPENINGS, Length())
+    without = recipes.measure(row, grader, recipes.CONFIG, OPENINGS)
+    assert measures.pop("sense") > 0 and measures == without
 
 
 @pytest.mark.parametrize(
