@@ -8,6 +8,7 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
+from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
@@ -57,6 +59,11 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, sc
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
+# With --temperature 0: what is tried, on how many stories without --grades, and the first one's
+# index, which no other story has.
+TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
+STORIES_PER_TEMPERATURE = 32
+TRIAL_INDEX = 3 * 10**9
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
@@ -356,9 +363,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
-    if not resumed:
-        for student in (reference, policy.student):
-            student.divide_logits(config.temperature)
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
@@ -392,8 +396,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             "words": policy.history.get("words"),
             "parameters": sum(parameter.numel() for parameter in reference.parameters()),
         }
-        start_facts = {"init": config.init or str(start), "student": student_facts}
-        log.config(asdict(config) | facts | compute.recorded | start_facts)
+        facts |= {"init": config.init or str(start), "student": student_facts}
         stop = stack.enter_context(Stop().listening())
         distributed.broadcast_from_rank0(
             [*policy.student.parameters(), *policy.critic.parameters()]
@@ -420,7 +423,12 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             bar=bar,
             stages=Stages(bar, compute.device),
         )
+        if not resumed and config.temperature == 0:
+            facts["tried_temperatures"] = choose_temperature(run)
+        log.config(asdict(config) | compute.recorded | facts)
         if not resumed:
+            for student in (reference, policy.student):
+                student.divide_logits(config.temperature)
             save(run, "start")
         yield run
 
@@ -480,6 +488,30 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
     return babylm.milestones_beyond(history)
 
 
+def choose_temperature(run: InteractionRun) -> dict[str, float]:
+    """Set config.temperature to the one of TEMPERATURES whose stories to training openings have the
+    highest mean reward. Returns the means. The teacher grades all of these stories."""
+    config = run.config
+    count = stories_per_temperature(config)
+    openings = [run.openings[index] for index in range(count)]
+    rewards: dict[float, float] = {}
+    for temperature in TEMPERATURES:
+        stories = rollout(run.policy, openings, TRIAL_INDEX, lambda story: None, temperature)
+        pairs = [(story.opening, story.text) for story in stories]
+        grades = distributed.rank0_value(functools.partial(run.grader.grade_each, pairs))
+        run.state.spend(stories, sum(grade.reply_words for grade in grades))
+        scores = [grade.score for grade in grades]
+        rewards[temperature] = mean_of(story_rewards(config, stories, scores)) or 0.0
+    config.temperature = max(rewards, key=rewards.__getitem__)
+    means = {str(temperature): round(reward, 3) for temperature, reward in rewards.items()}
+    print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
+    return means
+
+
+def stories_per_temperature(config: InteractConfig) -> int:
+    return config.grades // 8 or STORIES_PER_TEMPERATURE
+
+
 def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
@@ -490,6 +522,8 @@ def print_forecast(
         first = state.step + 1 if state.step else 0
         evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
         evaluated = evaluations * config.eval_stories
+    if not state.step and config.temperature == 0:
+        evaluated += stories_per_temperature(config) * len(TEMPERATURES)
     written = (config.steps - state.step) * config.stories_per_step
     graded = config.grades - state.asked if config.grades else written
     forecast = grader.forecast(graded + evaluated, openings[0])

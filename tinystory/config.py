@@ -38,6 +38,7 @@ FIRST = set(
 PRESETS = ("demo", "paper", "babylm-2026-strict", "babylm-2026-strict-small")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
+LEAST_TEMPERATURE = 0.01
 # TRL's names that mean another option here, or could mean two.
 OTHER_NAMES = {
     "lr": "--learning-rate",
@@ -205,7 +206,12 @@ class InteractConfig(RunConfig):
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
     stories_per_step: int = option(768, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
-    temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
+    temperature: float = option(
+        1.0,
+        "temperature at which the student begins; 0: the one of a few whose stories have the "
+        "highest reward",
+        "[0, 100]",
+    )
     budget_words: int = option(
         1_000_000, "budget of words taken in: each opening once, and all replies", "[1, 1e15]"
     )
@@ -459,6 +465,8 @@ def _check_head_size(config: PretrainConfig) -> None:
 
 
 def _check_interaction(config: InteractConfig) -> None:
+    if 0 < config.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE}")
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"

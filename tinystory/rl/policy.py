@@ -167,6 +167,7 @@ def rollout(
     openings: Sequence[str],
     first_index: int,
     on_story: Callable[[Story], None],
+    temperature: float = 1.0,
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
     on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards."""
@@ -181,6 +182,7 @@ def rollout(
             first_index=first_index + shard.start,
             seed=policy.config.seed,
             max_new_tokens=policy.config.max_new_tokens,
+            temperature=temperature,
             on_story=on_story if is_rank0 else None,
         )
     stories = distributed.all_gather_list(own_stories)

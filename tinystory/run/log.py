@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class RunLog(contextlib.ExitStack):
         # The checkpoint of step 0 is saved before the evaluation, all others after.
         keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
-    def config(self, options: Mapping[str, Any]) -> None:
+    def config(self, options: dict[str, Any]) -> None:
         """Write config.json: options, versions, device, git commit, and the times of the start and
         of each resume. The device recorded by name is options["device"] ("cpu", "cuda:0", ...;
         default "cpu")."""
@@ -75,7 +75,7 @@ class RunLog(contextlib.ExitStack):
         if before:
             resumed.append({"step": self.resume_step, "at": now})
         record = {
-            "options": options,
+            "options": before.get("options", {}) | options,  # a resume finds out less
             "versions": versions(),
             "device": device_name(device),
             "threads": threads,
