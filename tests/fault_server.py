@@ -13,7 +13,7 @@ from aiohttp import web
 from conftest import LIMIT_S
 
 from tinystory.teacher.api import ChatClient
-from tinystory.teacher.prompt import read_back
+from tinystory.teacher.prompt import CRITERIA, read_back
 
 KEY = "sk-planted-0123456789"
 
@@ -198,3 +198,22 @@ def assert_one_clean_sentence(caught, *words):
     assert text.isprintable() and len(text) < 600 and all(word in text for word in words), text
     for told in (text, repr(caught.value), "".join(traceback.format_exception(caught.value))):
         assert KEY not in told
+
+
+class Picky(FaultServer):
+    """Answers `refuse(asked)` if that is not None, else like any server."""
+
+    def __init__(self, refuse, **more):
+        super().__init__(**more)
+        self.refuse, self.all = refuse, []
+
+    async def _chat(self, request):
+        asked = await request.json()
+        self.all.append(asked)
+        refused = self.refuse(asked)
+        return await super()._chat(request) if refused is None else refused
+
+
+def scored(teacher) -> bool:
+    (grade,) = teacher.grade("Once", ["A dog ran."])
+    return grade.scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import SHORT, assert_same_bits, metrics
-from test_train import interrupted_at
+from runs import interrupted_at
 
 import train_interact as interact
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse

@@ -1,0 +1,73 @@
+"""Which model a server is asked for, by how it lists its models."""
+
+import pytest
+from aiohttp import web
+from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, scored
+
+from tinystory.config import InteractConfig
+from tinystory.run.errors import UserError
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import open_grader
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+# The list of models.
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        lambda: web.Response(status=404, text="404 page not found"),
+        lambda: error(401, "x-api-key header is required", type="authentication_error"),
+        lambda: error(403, "not for you"),
+        lambda: web.json_response({"models": ["claude"]}),
+        lambda: web.json_response({"data": []}),
+    ],
+)
+def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_named(models, capsys):
+    with FaultServer(models=models) as server:
+        config = InteractConfig(teacher_url=[server.url], teacher_model=["claude"])
+        with open_grader(config, corpus=None) as grader:
+            assert grader.grade("Once", ["A dog ran."])[0].scores
+        assert server.requests[-1]["model"] == "claude"
+        assert "warning" in capsys.readouterr().out
+        with Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+            teacher.probes()[0]
+    assert_one_clean_sentence(caught, server.url)
+    assert "--teacher-model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "listed, named",
+    [
+        ("models/gemini-3-flash", "gemini-3-flash"),
+        ("llama3.1:latest", "llama3.1"),
+        ("a/b", "a/b:nitro"),
+    ],
+)
+def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(listed, named):
+    with FaultServer(models=[listed]) as server, Teacher(server.url, named) as teacher:
+        assert scored(teacher) and server.requests[-1]["model"] == named
+        (note,) = teacher.probes()[0].notes
+        assert named in note and listed in note
+
+
+def test_a_model_that_no_server_has_is_one_sentence_with_those_that_are_listed():
+    with (
+        Picky(
+            lambda asked: error(404, "The model `third` does not exist", code="model_not_found")
+        ) as server,
+        Teacher(server.url, "third") as teacher,
+        pytest.raises(UserError) as caught,
+    ):
+        teacher.probes()[0]
+    assert_one_clean_sentence(caught, "does not list third", "first, second")
+
+
+def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
+    listed = ["text-embedding-nomic-embed-text-v1.5", "bge-m3", "whisper-1", "qwen3-8b", "llama3.1"]
+    with FaultServer(models=listed) as server, Teacher(server.url) as teacher:
+        assert teacher.probes()[0].model == "qwen3-8b"
+    with FaultServer(models=listed[:2]) as server, Teacher(server.url) as teacher:
+        assert teacher.probes()[0].model == listed[0]  # nothing else is there: let it say why not

@@ -1,0 +1,189 @@
+"""How an interaction ends: stopped, killed, out of budget, collapsed, and resumed."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from conftest import (
+    SHORT,
+    assert_same_bits,
+    fails,
+    metrics,
+)
+from runs import interrupted_at, run_interact, spoiling
+
+import train_interact as interact
+from tinystory.config import InteractConfig
+from tinystory.evaluate import held_out
+from tinystory.run.errors import UserError
+from tinystory.student import checkpoint
+from tinystory.teacher.callable import CallableGrader
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_interaction(
+    place, tmp_path, monkeypatch, capsys
+):
+    """Nor is a student with them evaluated, and other options let the run go on."""
+    argv = ["--init", str(place / "p"), *SHORT, "--save-every", "1", "--reward", "constant"]
+    argv += ["--out", str(tmp_path / "i")]
+    with monkeypatch.context() as patch:
+        step = spoiling(interact.ppo.step, 2, lambda policy: policy.student)
+        patch.setattr(interact.ppo, "step", step)
+        line = fails(interact.main, argv, capsys)
+    assert "step 2 made weights that are not finite" in line and "--sharpness-rate" in line
+    assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
+    interact.main(["--resume", "--out", str(tmp_path / "i"), "--sharpness-rate", "0.01"])
+    assert [record["step"] for record in metrics(tmp_path / "i")] == [1, 2, 3, 4]
+
+
+def test_interaction_resumes_to_the_same_bits(place, tmp_path):
+    more = ["--minibatch-size", "4"]
+    run_interact(place, tmp_path / "whole", *more)
+    with interrupted_at(interact, step=3):
+        run_interact(place, tmp_path / "parts", *more)
+    assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
+    run_interact(place, tmp_path / "parts", "--resume", *more)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+
+
+def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
+    run_interact(place, tmp_path / "whole")
+    run_interact(place, tmp_path / "killed")
+    folder = tmp_path / "killed" / "checkpoints"
+    # as if killed after step 1 was logged, before any save
+    shutil.copytree(folder / "start", folder / "step_0000000")
+    shutil.rmtree(folder / "step_0000004")
+    run_interact(place, tmp_path / "killed", "--resume")
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert len(metrics(tmp_path / "killed")) == 4
+    for name in (
+        "evaluations.jsonl",
+        "checkpoints/best/trainer.json",
+        "checkpoints/best/model.safetensors",
+    ):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
+    """What is saved by default, once every few steps, is there before the end."""
+    run_interact(
+        place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every)
+    )
+    assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
+
+
+def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
+    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run
+    evaluates first."""
+    run_interact(place, tmp_path / "whole")
+    collect = CallableGrader.collect
+
+    def interrupted(self, stop):
+        signal.raise_signal(signal.SIGINT)
+        stop.check()
+
+    def second_step(self, stop):
+        if (
+            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
+            and (tmp_path / "parts" / "evaluations.jsonl").exists()
+        ):
+            return interrupted(self, stop)
+        return collect(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CallableGrader, "collect", second_step)
+        run_interact(place, tmp_path / "parts")
+    assert (
+        len(metrics(tmp_path / "parts")) == 2
+        and "held_out_reward" not in metrics(tmp_path / "parts")[1]
+    )
+    assert not (tmp_path / "parts" / "samples.jsonl").exists()
+    run_interact(place, tmp_path / "parts", "--resume")
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
+    def news(self, record):
+        return {"collapse": "all the same"} if record["step"] == 3 else {}
+
+    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
+    run_interact(place, tmp_path / "on")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("all the same") == 1 and len(
+        metrics(tmp_path / "on")
+    ) == 4
+    run_interact(
+        place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"
+    )
+    assert len(metrics(tmp_path / "off")) == 3
+    evaluations = [
+        json.loads(line)
+        for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()
+    ]
+    # the last student is evaluated, wherever the run ends
+    assert {record["step"] for record in evaluations} == {0, 3}
+    assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
+
+
+def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, monkeypatch):
+    def news(self, record):
+        return {"collapse": "all the same"} if record["step"] == 3 else {}
+
+    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
+    collect = CallableGrader.collect
+
+    def gone(self, stop):
+        if (
+            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
+            and (tmp_path / "i" / "metrics.jsonl").exists()
+        ):
+            raise UserError("the teacher has gone")
+        return collect(self, stop)
+
+    monkeypatch.setattr(CallableGrader, "collect", gone)
+    argv = [
+        "--init",
+        str(checkpoint.newest(place / "p")),
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        *SHORT,
+    ]
+    argv += [
+        "--stop-on-collapse",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "20",
+        "--out",
+        str(tmp_path / "i"),
+    ]
+    assert "the teacher has gone" in fails(interact.main, argv, capsys)
+    assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
+    monkeypatch.undo()
+    run_interact(place, tmp_path / "i", "--resume", "--steps", "3")
+    assert len(metrics(tmp_path / "i")) == 3
+
+
+def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
+    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\nHeld out\n")
+    more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
+    run_interact(place, tmp_path / "i", *more, "--budget-words", "7")
+    assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
+def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, budget, steps):
+    """A story is 16 words: a step 6 times 16, an evaluation 4 times 16, at steps 0, 2 and the
+    end."""
+    monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
+    run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
+    files = [tmp_path / "i" / name for name in ("stories.jsonl", "evaluations.jsonl")]
+    read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
+    assert len(metrics(tmp_path / "i")) == steps
+    assert sum(record["words"] for record in read) == counters["words_out"] <= budget

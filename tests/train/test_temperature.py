@@ -1,0 +1,58 @@
+"""The temperature at which a student begins to interact."""
+
+import torch
+from conftest import (
+    SHORT,
+)
+
+import train_interact as interact
+from tinystory.rl.reward import story_rewards
+from tinystory.run.folder import read_config
+from tinystory.run.records import read_metrics
+from tinystory.student import checkpoint
+
+
+def test_the_temperature_becomes_the_students_own(place, tmp_path):
+    """Policy and reference begin with it, and everything later samples at 1."""
+    flags = [*SHORT, "--reward", "constant", "--steps", "1", "--temperature", "0.5"]
+    interact.main([*flags, "--init", str(place / "p"), "--out", str(tmp_path / "i")])
+    tokens = torch.arange(9)[None]
+    before, _, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    start, _, _ = checkpoint.load(tmp_path / "i/checkpoints/start")
+    with torch.no_grad():
+        torch.testing.assert_close(start(tokens), 2 * before(tokens))
+    (record,) = read_metrics(tmp_path / "i")
+    assert abs(record["kl"]) < 1e-2  # the step's stories are drawn before it changes anything
+
+
+def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monkeypatch, capsys):
+    means = [0.1, 0.2, 0.5, 0.3, 0.2]  # one per temperature that is tried
+    sizes = []
+
+    def rewards_of(config, stories, scores):
+        sizes.append(len(stories))
+        if len(sizes) <= len(means):
+            return [means[len(sizes) - 1]] * len(stories)
+        return story_rewards(config, stories, scores)
+
+    monkeypatch.setattr(interact, "story_rewards", rewards_of)
+    run = tmp_path / "i"
+    flags = [*SHORT, "--reward", "constant", "--steps", "1", "--temperature", "0"]
+    interact.main([*flags, "--init", str(place / "p"), "--out", str(run)])
+    chosen = interact.TEMPERATURES[2]
+    assert sizes[: len(means)] == [interact.STORIES_PER_TEMPERATURE] * len(means)
+    assert f"temperature {chosen}; mean reward of 32 stories" in capsys.readouterr().out
+    options = read_config(run)["options"]
+    assert options["temperature"] == chosen
+    assert options["tried_temperatures"] == dict(
+        zip(map(str, interact.TEMPERATURES), means, strict=True)
+    )
+    tokens = torch.arange(9)[None]
+    before, _, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    start, _, _ = checkpoint.load(run / "checkpoints/start")
+    with torch.no_grad():
+        torch.testing.assert_close(start(tokens), before(tokens) / chosen)
+
+    interact.main(["--out", str(run), "--resume", "--steps", "2"])
+    assert len(read_metrics(run)) == 2
+    assert read_config(run)["options"] == options | {"resume": True, "steps": 2}
