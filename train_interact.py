@@ -363,6 +363,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
+    if not resumed and config.temperature:
+        for student in (reference, policy.student):
+            student.divide_logits(config.temperature)
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
@@ -423,12 +426,10 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             bar=bar,
             stages=Stages(bar, compute.device),
         )
-        if not resumed and config.temperature == 0:
+        if not resumed and not config.temperature:
             facts["tried_temperatures"] = choose_temperature(run)
         log.config(asdict(config) | compute.recorded | facts)
         if not resumed:
-            for student in (reference, policy.student):
-                student.divide_logits(config.temperature)
             save(run, "start")
         yield run
 
@@ -489,8 +490,9 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 
 
 def choose_temperature(run: InteractionRun) -> dict[str, float]:
-    """Set config.temperature to the one of TEMPERATURES whose stories to training openings have the
-    highest mean reward. Returns the means. The teacher grades all of these stories."""
+    """Give policy and reference the one of TEMPERATURES at which their stories to training openings
+    have the highest mean reward, and record it in config. Returns the means. The teacher grades all
+    of these stories."""
     config = run.config
     count = stories_per_temperature(config)
     openings = [run.openings[index] for index in range(count)]
@@ -503,6 +505,8 @@ def choose_temperature(run: InteractionRun) -> dict[str, float]:
         scores = [grade.score for grade in grades]
         rewards[temperature] = mean_of(story_rewards(config, stories, scores)) or 0.0
     config.temperature = max(rewards, key=rewards.__getitem__)
+    for student in (run.reference, run.policy.student):
+        student.divide_logits(config.temperature)
     means = {str(temperature): round(reward, 3) for temperature, reward in rewards.items()}
     print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
     return means
@@ -522,7 +526,7 @@ def print_forecast(
         first = state.step + 1 if state.step else 0
         evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
         evaluated = evaluations * config.eval_stories
-    if not state.step and config.temperature == 0:
+    if not config.temperature and not state.step:
         evaluated += stories_per_temperature(config) * len(TEMPERATURES)
     written = (config.steps - state.step) * config.stories_per_step
     graded = config.grades - state.asked if config.grades else written

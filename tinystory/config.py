@@ -467,6 +467,8 @@ def _check_head_size(config: PretrainConfig) -> None:
 def _check_interaction(config: InteractConfig) -> None:
     if 0 < config.temperature < LEAST_TEMPERATURE:
         raise UserError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE}")
+    if config.temperature == 0 and config.reward == "likelihood":
+        raise UserError("--reward likelihood depends on --temperature: give one above 0")
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"

@@ -287,6 +287,13 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
             parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
 
 
+def test_likelihood_needs_a_temperature(place, tmp_path, capsys):
+    flags = ["--init", str(place / "p"), "--out", str(tmp_path / "i"), "--reward", "likelihood"]
+    line = fails(interact.main, [*flags, "--temperature", "0"], capsys)
+    assert "--reward likelihood depends on --temperature" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(
     place, tmp_path, capsys, monkeypatch
 ):
