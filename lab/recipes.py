@@ -68,6 +68,7 @@ COREFERENCE = 300  # unseen stories
 # Measured on these; of a student itself, so not of a control.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
 CLUSTERED = 64  # stories for distinct_4 and clusters
+TEMPERATURES = (0.7, 0.6, 0.5, 0.4)  # of the untouched student, as controls
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
 
@@ -168,7 +169,7 @@ def train_students(
         Row("likeliest of 4", start, n=4, chosen_by="likelihood"),
         Row("best of 4 by reward", start, n=4, chosen_by="reward"),
     ]
-    for temperature in (0.7, 0.6, 0.5):
+    for temperature in TEMPERATURES:
         rows.append(Row(f"temperature {temperature}", start, temperature))
     for text, arm in arms.items():
         name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"

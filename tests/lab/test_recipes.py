@@ -109,6 +109,7 @@ def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
         "temperature 0.7",
         "temperature 0.6",
         "temperature 0.5",
+        "temperature 0.4",
         "the demo",
         "`--reward likelihood`",
         "`--reward constant`",
