@@ -10,9 +10,10 @@ import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threa
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.intervals import mean_of
+from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
@@ -59,7 +60,7 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, sc
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
-# With --temperature 0: what is tried, on how many stories without --grades, and the first one's
+# With --temperature 0: what is tried, the warmest first, on how many stories without --grades, and the first one's
 # index, which no other story has.
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
 STORIES_PER_TEMPERATURE = 32
@@ -490,26 +491,38 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 
 
 def choose_temperature(run: InteractionRun) -> dict[str, float]:
-    """Give policy and reference the one of TEMPERATURES at which their stories to training openings
-    have the highest mean reward, and record it in config. Returns the means. The teacher grades all
-    of these stories."""
+    """Give policy and reference the `best_temperature` of TEMPERATURES by their stories to training
+    openings, which the teacher grades, and record it in config. Returns the mean rewards."""
     config = run.config
     count = stories_per_temperature(config)
     openings = [run.openings[index] for index in range(count)]
-    rewards: dict[float, float] = {}
+    rewards: dict[float, list[float | None]] = {}
     for temperature in TEMPERATURES:
         stories = rollout(run.policy, openings, TRIAL_INDEX, lambda story: None, temperature)
         pairs = [(story.opening, story.text) for story in stories]
         grades = distributed.rank0_value(functools.partial(run.grader.grade_each, pairs))
         run.state.spend(stories, sum(grade.reply_words for grade in grades))
         scores = [grade.score for grade in grades]
-        rewards[temperature] = mean_of(story_rewards(config, stories, scores)) or 0.0
-    config.temperature = max(rewards, key=rewards.__getitem__)
+        rewards[temperature] = story_rewards(config, stories, scores)
+    config.temperature = best_temperature(rewards)
     for student in (run.reference, run.policy.student):
         student.divide_logits(config.temperature)
-    means = {str(temperature): round(reward, 3) for temperature, reward in rewards.items()}
+    means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
     print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
     return means
+
+
+def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:
+    """The first temperature whose mean reward is within a standard error of the highest, story by
+    story: a smaller difference is noise, and a warmer student tells more different stories. rewards:
+    of stories to the same openings at each temperature, the warmest first."""
+    highest = max(rewards.values(), key=lambda values: mean_of(values) or 0.0)
+    for temperature, values in rewards.items():
+        pairs = zip(highest, values, strict=True)
+        deficits = [high - low for high, low in pairs if high is not None and low is not None]
+        if deficits and fmean(deficits) <= (standard_error(deficits) or 0.0):
+            return temperature
+    return 1.0  # no story has a reward
 
 
 def stories_per_temperature(config: InteractConfig) -> int:

@@ -25,6 +25,16 @@ def test_the_temperature_becomes_the_students_own(place, tmp_path):
     assert abs(record["kl"]) < 1e-2  # the step's stories are drawn before it changes anything
 
 
+def test_the_warmest_temperature_that_none_clearly_beats_is_the_best():
+    noise = [0.3, -0.3] * 8
+    near = [0.5 + each for each in noise]
+    rewards = {1.0: near, 0.5: [0.55 - each for each in noise], 0.4: [0.2] * 16}
+    assert interact.best_temperature(rewards) == 1.0
+    assert interact.best_temperature(rewards | {1.0: [0.2] * 16}) == 0.5
+    assert interact.best_temperature({1.0: [0.1, None], 0.5: [0.2, 0.9]}) == 0.5
+    assert interact.best_temperature({1.0: [None], 0.5: [None]}) == 1.0
+
+
 def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monkeypatch, capsys):
     means = [0.1, 0.2, 0.5, 0.3, 0.2]  # one per temperature that is tried
     sizes = []
