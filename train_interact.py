@@ -8,12 +8,10 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,8 +30,12 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
-from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.evaluate.likelihood import Likelihood
+from tinystory.evaluate.temperature import (
+    TEMPERATURES,
+    choose_temperature,
+    stories_per_temperature,
+)
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report, number_option
@@ -60,11 +62,6 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, sc
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
-# With --temperature 0: what is tried, the warmest first, on how many stories without --grades, and the first one's
-# index, which no other story has.
-TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
-STORIES_PER_TEMPERATURE = 32
-TRIAL_INDEX = 3 * 10**9
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
@@ -365,8 +362,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
     if not resumed and config.temperature:
-        for student in (reference, policy.student):
-            student.divide_logits(config.temperature)
+        divide_logits(reference, policy, config.temperature)
     if resumed or not config.trust:
         checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
@@ -428,11 +424,19 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             stages=Stages(bar, compute.device),
         )
         if not resumed and not config.temperature:
-            facts["tried_temperatures"] = choose_temperature(run)
+            config.temperature, means = choose_temperature(policy, openings, grader, state)
+            facts["tried_temperatures"] = means
+            divide_logits(reference, policy, config.temperature)
         log.config(asdict(config) | compute.recorded | facts)
         if not resumed:
             save(run, "start")
         yield run
+
+
+def divide_logits(reference: Student, policy: Policy, temperature: float) -> None:
+    """Both begin at this temperature."""
+    reference.divide_logits(temperature)
+    policy.student.divide_logits(temperature)
 
 
 def starting_checkpoint(init: str) -> Path:
@@ -488,45 +492,6 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
         return INTERACTION_CHECKPOINTS
     babylm.check_interaction(config.preset, history, config.budget_words)
     return babylm.milestones_beyond(history)
-
-
-def choose_temperature(run: InteractionRun) -> dict[str, float]:
-    """Give policy and reference the `best_temperature` of TEMPERATURES by their stories to training
-    openings, which the teacher grades, and record it in config. Returns the mean rewards."""
-    config = run.config
-    count = stories_per_temperature(config)
-    openings = [run.openings[index] for index in range(count)]
-    rewards: dict[float, list[float | None]] = {}
-    for temperature in TEMPERATURES:
-        stories = rollout(run.policy, openings, TRIAL_INDEX, lambda story: None, temperature)
-        pairs = [(story.opening, story.text) for story in stories]
-        grades = distributed.rank0_value(functools.partial(run.grader.grade_each, pairs))
-        run.state.spend(stories, sum(grade.reply_words for grade in grades))
-        scores = [grade.score for grade in grades]
-        rewards[temperature] = story_rewards(config, stories, scores)
-    config.temperature = best_temperature(rewards)
-    for student in (run.reference, run.policy.student):
-        student.divide_logits(config.temperature)
-    means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
-    print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
-    return means
-
-
-def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:
-    """The first temperature whose mean reward is within a standard error of the highest, story by
-    story: a smaller difference is noise, and a warmer student tells more different stories. rewards:
-    of stories to the same openings at each temperature, the warmest first."""
-    highest = max(rewards.values(), key=lambda values: mean_of(values) or 0.0)
-    for temperature, values in rewards.items():
-        pairs = zip(highest, values, strict=True)
-        deficits = [high - low for high, low in pairs if high is not None and low is not None]
-        if deficits and fmean(deficits) <= (standard_error(deficits) or 0.0):
-            return temperature
-    return 1.0  # no story has a reward
-
-
-def stories_per_temperature(config: InteractConfig) -> int:
-    return config.grades // 8 or STORIES_PER_TEMPERATURE
 
 
 def print_forecast(

@@ -208,8 +208,8 @@ class InteractConfig(RunConfig):
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
         1.0,
-        "temperature at which the student begins; 0: the warmest of a few whose stories have about "
-        "the highest reward",
+        "temperature at which the student begins; 0: the highest of a few whose stories have about "
+        "the best reward",
         "[0, 100]",
     )
     budget_words: int = option(

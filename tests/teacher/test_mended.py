@@ -14,9 +14,6 @@ from tinystory.teacher.grader import open_grader
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-# What a resumed run starts from.
-
-
 def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_mended(tmp_path):
     replies = tmp_path / "replies.jsonl"
     mended = False

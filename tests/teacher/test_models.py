@@ -12,9 +12,6 @@ from tinystory.teacher.grader import open_grader
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-# The list of models.
-
-
 @pytest.mark.parametrize(
     "models",
     [

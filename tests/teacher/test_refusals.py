@@ -14,9 +14,6 @@ from tinystory.teacher.prompt import instructions
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-# Errors.
-
-
 def gemini(status, message):
     return web.json_response(
         [{"error": {"code": status, "message": message, "status": "INVALID_ARGUMENT"}}],

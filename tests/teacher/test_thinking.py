@@ -14,9 +14,6 @@ from tinystory.teacher.probe import THINKING_TOKENS
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-# Models that think.
-
-
 def thinking(asked, finish="length"):
     cap = asked.get("max_completion_tokens") or asked["max_tokens"]
     usage = {"prompt_tokens": 400, "completion_tokens": cap}

@@ -1,11 +1,10 @@
 """The temperature at which a student begins to interact."""
 
 import torch
-from conftest import (
-    SHORT,
-)
+from conftest import SHORT
 
 import train_interact as interact
+from tinystory.evaluate import temperature
 from tinystory.rl.reward import story_rewards
 from tinystory.run.folder import read_config
 from tinystory.run.records import read_metrics
@@ -25,14 +24,14 @@ def test_the_temperature_becomes_the_students_own(place, tmp_path):
     assert abs(record["kl"]) < 0.3  # the step's stories are drawn before it changes anything
 
 
-def test_the_warmest_temperature_that_none_clearly_beats_is_the_best():
+def test_the_highest_temperature_that_none_clearly_beats_is_the_best():
     noise = [0.3, -0.3] * 8
     near = [0.5 + each for each in noise]
     rewards = {1.0: near, 0.5: [0.55 - each for each in noise], 0.4: [0.2] * 16}
-    assert interact.best_temperature(rewards) == 1.0
-    assert interact.best_temperature(rewards | {1.0: [0.2] * 16}) == 0.5
-    assert interact.best_temperature({1.0: [0.1, None], 0.5: [0.2, 0.9]}) == 0.5
-    assert interact.best_temperature({1.0: [None], 0.5: [None]}) == 1.0
+    assert temperature.best_temperature(rewards) == 1.0
+    assert temperature.best_temperature(rewards | {1.0: [0.2] * 16}) == 0.5
+    assert temperature.best_temperature({1.0: [0.1, None], 0.5: [0.2, 0.9]}) == 0.5
+    assert temperature.best_temperature({1.0: [None], 0.5: [None]}) == 1.0
 
 
 def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monkeypatch, capsys):
@@ -45,17 +44,17 @@ def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monk
             return [means[len(sizes) - 1]] * len(stories)
         return story_rewards(config, stories, scores)
 
-    monkeypatch.setattr(interact, "story_rewards", rewards_of)
+    monkeypatch.setattr(temperature, "story_rewards", rewards_of)
     run = tmp_path / "i"
     flags = [*SHORT, "--reward", "constant", "--steps", "1", "--temperature", "0"]
     interact.main([*flags, "--init", str(place / "p"), "--out", str(run)])
-    chosen = interact.TEMPERATURES[2]
-    assert sizes[: len(means)] == [interact.STORIES_PER_TEMPERATURE] * len(means)
+    chosen = temperature.TEMPERATURES[2]
+    assert sizes[: len(means)] == [temperature.STORIES] * len(means)
     assert f"temperature {chosen}; mean reward of 32 stories" in capsys.readouterr().out
     options = read_config(run)["options"]
     assert options["temperature"] == chosen
     assert options["tried_temperatures"] == dict(
-        zip(map(str, interact.TEMPERATURES), means, strict=True)
+        zip(map(str, temperature.TEMPERATURES), means, strict=True)
     )
     tokens = torch.arange(9)[None]
     before, _, _ = checkpoint.load(checkpoint.newest(place / "p"))

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from tinystory.data.builtin import dull
-from tinystory.evaluate.intervals import mean_of, standard_error
+from tinystory.evaluate.intervals import is_within_error, mean_of
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.rl.reward import differences
 from tinystory.run.files import atomic_write
@@ -100,8 +100,7 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     highest = by_step[max(means, key=means.__getitem__)]
     # An index has the same opening in every evaluation, so stories are compared in pairs.
     rewards = by_step[step]
-    deficits = [highest[index] - rewards[index] for index in rewards if index in highest]
-    return bool(deficits) and fmean(deficits) <= (standard_error(deficits) or 0.0)
+    return is_within_error(list(rewards.values()), [highest.get(index) for index in rewards])
 
 
 def write_samples(folder: Path, best_step: int) -> None:

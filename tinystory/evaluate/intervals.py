@@ -50,3 +50,13 @@ def standard_error(values: Iterable[float | None]) -> float | None:
     if len(known) < 2:
         return None
     return stdev(known) / math.sqrt(len(known))
+
+
+def is_within_error(values: Sequence[float | None], best: Sequence[float | None]) -> bool:
+    """Whether the mean of the values is at most a standard error below that of the best ones, pair
+    by pair. Pairs with None are left out; False without any other."""
+    deficits: list[float] = []
+    for value, high in zip(values, best, strict=True):
+        if value is not None and high is not None:
+            deficits.append(high - value)
+    return bool(deficits) and fmean(deficits) <= (standard_error(deficits) or 0.0)

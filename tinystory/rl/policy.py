@@ -170,7 +170,8 @@ def rollout(
     temperature: float = 1.0,
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
-    on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards."""
+    on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards.
+    temperature: 1 is the student's own."""
     shard = distributed.shard_contiguous(len(openings))
     is_rank0 = distributed.is_rank0()
     with policy.autocast():

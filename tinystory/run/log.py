@@ -75,7 +75,7 @@ class RunLog(contextlib.ExitStack):
         if before:
             resumed.append({"step": self.resume_step, "at": now})
         record = {
-            "options": before.get("options", {}) | options,  # a resume finds out less
+            "options": before.get("options", {}) | options,  # some facts only the start finds out
             "versions": versions(),
             "device": device_name(device),
             "threads": threads,

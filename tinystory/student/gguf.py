@@ -34,7 +34,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file cannot be written."""
+    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file
+    cannot be written."""
     try:
         from gguf import GGUFWriter, LlamaFileType, TokenType
     except ImportError as error:

@@ -1,0 +1,54 @@
+"""--temperature 0: the temperature at which a student begins to interact, chosen by the rewards of a
+few stories to training openings, which the teacher grades."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+from tinystory.config import InteractConfig
+from tinystory.data.openings import Openings
+from tinystory.evaluate.intervals import is_within_error, mean_of
+from tinystory.rl.policy import Policy, RunState, rollout
+from tinystory.rl.reward import story_rewards
+from tinystory.run import distributed
+from tinystory.teacher.grade import Grader
+
+TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
+STORIES = 32  # at each, without --grades
+FIRST_INDEX = 3 * 10**9  # of these stories: no other stories draw these random numbers
+
+
+def stories_per_temperature(config: InteractConfig) -> int:
+    return config.grades // 8 or STORIES
+
+
+def choose_temperature(
+    policy: Policy, openings: Openings, grader: Grader, state: RunState
+) -> tuple[float, dict[str, float]]:
+    """The `best_temperature` of TEMPERATURES, and the mean reward at each. The words count in
+    state."""
+    config = policy.config
+    count = stories_per_temperature(config)
+    texts = [openings[index] for index in range(count)]
+    rewards: dict[float, list[float | None]] = {}
+    for temperature in TEMPERATURES:
+        stories = rollout(policy, texts, FIRST_INDEX, lambda story: None, temperature)
+        pairs = [(story.opening, story.text) for story in stories]
+        grades = distributed.rank0_value(functools.partial(grader.grade_each, pairs))
+        state.spend(stories, sum(grade.reply_words for grade in grades))
+        scores = [grade.score for grade in grades]
+        rewards[temperature] = story_rewards(config, stories, scores)
+    chosen = best_temperature(rewards)
+    means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
+    print(f"temperature {chosen}; mean reward of {count} stories at each: {means}")
+    return chosen, means
+
+
+def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:
+    """The first temperature whose mean reward is within a standard error of the best: a smaller
+    difference is noise, and stories differ more at a higher temperature. rewards: of stories to the
+    same openings at each temperature, the highest temperature first."""
+    best = max(rewards.values(), key=lambda values: mean_of(values) or 0.0)
+    for temperature, values in rewards.items():
+        if is_within_error(values, best):
+            return temperature
+    return 1.0  # no story has a reward
