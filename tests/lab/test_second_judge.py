@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import runpy
 import shlex
 
@@ -269,13 +268,9 @@ def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
     assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
-def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
-    text = (ROOT / "lab/README.md").read_text()
-    (tmp_path / "my_judges.py").write_text(
-        re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1]
-    )
-    monkeypatch.setattr("lab.reader.Reader", lambda: Reader("short-words"))
+def test_two_judges_give_one_reward(monkeypatch):
+    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader("short-words"))
     monkeypatch.setattr("tinystory.rubric.rubric.Rubric", lambda documents: Rubric())
-    score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]
+    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
     good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
     assert nothing == 0 < good <= 1
