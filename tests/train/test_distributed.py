@@ -17,7 +17,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.run import distributed
 from tinystory.run.errors import TORCHRUN, UserError
-from tinystory.run.folder import lock_holder, locked
+from tinystory.run.folder import lock_holder, locked, read_config
 from tinystory.student import checkpoint
 
 BOTH = f"""
@@ -53,7 +53,8 @@ def assert_alike(a, b) -> None:
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(place, tmp_path):
-    """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on."""
+    """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on, a
+    temperature that is chosen."""
     reading = [
         "--corpus",
         str(place / "corpus.txt"),
@@ -88,6 +89,8 @@ def test_two_processes_do_what_one_does(place, tmp_path):
         "float32",
         "--kl-in",
         "loss",
+        "--temperature",
+        "0",
     ]
 
     def both(name: str) -> list[str]:
@@ -130,6 +133,9 @@ def test_two_processes_do_what_one_does(place, tmp_path):
         for name in ("one", "two")
     )
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
+    options = [read_config(tmp_path / name / "i")["options"] for name in ("one", "two")]
+    for name in ("temperature", "tried_temperatures"):
+        assert options[0][name] == options[1][name], name
     # those of the first step are identical
     assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]
 
