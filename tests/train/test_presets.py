@@ -16,7 +16,9 @@ from tinystory.config import (
     parse,
 )
 from tinystory.data import babylm
+from tinystory.evaluate.temperature import TEMPERATURES
 from tinystory.run.errors import UserError
+from tinystory.run.folder import read_config
 from tinystory.student import checkpoint
 from tinystory.student.model import CUDA_HEAD_SIZES
 
@@ -106,6 +108,16 @@ def test_the_presets_run(place, tmp_path, preset):
         ["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")]
     )
     assert metrics(tmp_path / "i")[0]["kl_coef"] == 0.2
+
+
+def test_the_english_preset_chooses_the_temperature(place, tmp_path):
+    reading = ["--preset", "english", "--corpus", str(place / "corpus.txt"), *SMALL]
+    pretrain.main([*reading, "--words", "2000", "--out", str(tmp_path / "p")])
+    few = [*SHORT, "--steps", "1", "--reward", "constant", "--init", str(tmp_path / "p")]
+    interact.main(["--preset", "english", *few, "--out", str(tmp_path / "i")])
+    options = read_config(tmp_path / "i")["options"]
+    assert options["temperature"] in TEMPERATURES
+    assert set(options["tried_temperatures"]) == set(map(str, TEMPERATURES))
 
 
 def test_the_tracks_limits_are_told_in_one_sentence(place, tmp_path, capsys):
