@@ -123,8 +123,8 @@ def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("--preset dmeo", r"--preset must be demo, paper, .* \(did you mean demo\?\)"),
-        ("--preset x", "--preset must be demo, paper, .*, not 'x'$"),
+        ("--preset dmeo", r"--preset must be demo, english, .* \(did you mean demo\?\)"),
+        ("--preset x", "--preset must be demo, english, .*, not 'x'$"),
         ("--learner rigde", r"--learner must be ridge, .* \(did you mean ridge\?\)"),
         ("--optimizer mun", r"--optimizer must be muon or adamw, .* \(did you mean muon\?\)"),
     ],

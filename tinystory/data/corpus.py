@@ -32,7 +32,8 @@ BUILTIN_SEED = 0
 BUILTIN_VERSION = 1
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
-# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on.
+# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the 2 GB that its models were trained on, and the
+# 20 MB of its validation split, which a student of a few million words does not outgrow.
 # BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
 _BABYLM = tuple(
     f"{part}.train.txt"
@@ -40,6 +41,7 @@ _BABYLM = tuple(
 )
 HUB = {
     "tinystories": ("roneneldan/TinyStories", ("TinyStories-train.txt",)),
+    "tinystories-valid": ("roneneldan/TinyStories", ("TinyStories-valid.txt",)),
     "babylm-10m": ("BabyLM-community/BabyLM-2026-Strict-Small", _BABYLM),
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
