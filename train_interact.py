@@ -61,6 +61,9 @@ from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
+# They teach as much as the default's grades: docs/teachers.md, "Few grades".
+FEW_GRADES = 64
+FEW_OPTIONS = f"--grades {FEW_GRADES} --steps 8 --eval-every 0"
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
@@ -498,7 +501,7 @@ def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
     """What the grades of the run and its evaluations will take, if the grader knows, and what they
-    would without --grades."""
+    would without --grades, or with few where a teacher at --teacher-url is asked for all."""
     evaluated = 0
     if config.eval_graded:
         first = state.step + 1 if state.step else 0
@@ -514,6 +517,10 @@ def print_forecast(
     print(f"forecast: {forecast}")
     if config.grades:
         print(f"without --grades: {grader.forecast(written + evaluated, openings[0])}")
+        return
+    few = FEW_GRADES + 2 * config.eval_stories
+    if config.teacher_url and not state.step and few < written + evaluated:
+        print(f"with {FEW_OPTIONS}: {grader.forecast(few, openings[0])}")
 
 
 def report(run: InteractionRun) -> None:
