@@ -10,7 +10,7 @@ import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threa
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
-# They teach as much as the default's grades: docs/teachers.md, "Few grades".
-FEW_GRADES = 64
-FEW_OPTIONS = f"--grades {FEW_GRADES} --steps 8 --eval-every 0"
+# Options of a run with few grades, which the forecast of one with all names: docs/teachers.md, "Few
+# grades".
+FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
@@ -500,27 +500,38 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
-    """What the grades of the run and its evaluations will take, if the grader knows, and what they
-    would without --grades, or with few where a teacher at --teacher-url is asked for all."""
-    evaluated = 0
-    if config.eval_graded:
-        first = state.step + 1 if state.step else 0
-        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
-        evaluated = evaluations * config.eval_stories
-    if not config.temperature and not state.step:
-        evaluated += stories_per_temperature(config) * len(TEMPERATURES)
-    written = (config.steps - state.step) * config.stories_per_step
-    graded = config.grades - state.asked if config.grades else written
-    forecast = grader.forecast(graded + evaluated, openings[0])
+    """What the grades of the run and its evaluations will take, if the grader knows; then what they
+    would without --grades, or, of a teacher at --teacher-url that is asked for all, with
+    FEW_GRADES."""
+    opening = openings[0]
+    count = stories_to_grade(config, state)
+    forecast = grader.forecast(count, opening)
     if not forecast:
         return
     print(f"forecast: {forecast}")
     if config.grades:
-        print(f"without --grades: {grader.forecast(written + evaluated, openings[0])}")
+        whole = stories_to_grade(replace(config, grades=0), state)
+        print(f"without --grades: {grader.forecast(whole, opening)}")
         return
-    few = FEW_GRADES + 2 * config.eval_stories
-    if config.teacher_url and not state.step and few < written + evaluated:
-        print(f"with {FEW_OPTIONS}: {grader.forecast(few, openings[0])}")
+    few = stories_to_grade(replace(config, **FEW_GRADES), state)
+    if config.teacher_url and not state.step and few < count:
+        flags = " ".join(f"--{name.replace('_', '-')} {FEW_GRADES[name]}" for name in FEW_GRADES)
+        print(f"with {flags}: {grader.forecast(few, opening)}")
+
+
+def stories_to_grade(config: InteractConfig, state: RunState) -> int:
+    """Stories that the teacher will grade: of the steps left, of evaluations, and of the trial of
+    temperatures."""
+    count = (config.steps - state.step) * config.stories_per_step
+    if config.grades:
+        count = config.grades - state.asked
+    if config.eval_graded:
+        first = state.step + 1 if state.step else 0
+        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
+        count += evaluations * config.eval_stories
+    if not config.temperature and not state.step:
+        count += stories_per_temperature(config) * len(TEMPERATURES)
+    return count
 
 
 def report(run: InteractionRun) -> None:

@@ -278,8 +278,8 @@ class InteractConfig(RunConfig):
     )
 
 
-# TinyStories, for two CPU cores: what lab/results.md says of it after 10 M words. The tail of so small
-# a student's distribution is noise, so a temperature is chosen.
+# TinyStories on two CPU cores, with the shape and the words of lab/results.md, "On TinyStories". The
+# unlikely tokens of so small a student are noise, so a temperature is chosen.
 _ENGLISH_PRETRAIN = dict(
     n_layer=4,
     n_embd=256,

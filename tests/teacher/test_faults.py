@@ -261,7 +261,7 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
         answered = set(server.good) - {"", FIRST_STORY[1]}  # without what the probe asks
         assert len(answered) <= 4 * 10 + 3 * 4  # what is not sent costs nothing
         printed = capsys.readouterr().out
-        assert "forecast: 52 stories" in printed and "with --grades" not in printed  # it is less
+        assert "forecast: 52 stories" in printed and "with --grades" not in printed
     with FaultServer(script) as server:
         left = 40
         assert "no quota" in fails(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from runs import run_interact
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
+from tinystory.rl.policy import RunState
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
@@ -242,3 +245,14 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     ]
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out
+
+
+def test_the_forecast_counts_what_the_teacher_will_be_asked():
+    start = RunState(0.0)
+    few = InteractConfig(**interact.FEW_GRADES)
+    assert interact.stories_to_grade(InteractConfig(), start) == 4 * 768 + 5 * 40
+    assert interact.stories_to_grade(few, start) == 64 + 2 * 40
+    assert interact.stories_to_grade(replace(few, eval_graded=False), start) == 64
+    assert interact.stories_to_grade(replace(few, temperature=0.0), start) == 64 + 2 * 40 + 5 * 8
+    later = RunState(0.0, step=3, asked=42)
+    assert interact.stories_to_grade(few, later) == 64 - 42 + 40

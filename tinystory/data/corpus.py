@@ -32,8 +32,8 @@ BUILTIN_SEED = 0
 BUILTIN_VERSION = 1
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
-# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the 2 GB that its models were trained on, and the
-# 20 MB of its validation split, which a student of a few million words does not outgrow.
+# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on, and the
+# much smaller one of its validation split.
 # BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
 _BABYLM = tuple(
     f"{part}.train.txt"
