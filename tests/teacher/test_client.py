@@ -91,7 +91,8 @@ def test_a_hanging_request_is_cut_at_its_deadline():
         teacher.probes()[0]
         teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
-    assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
+    assert grade.scores is None and "too long" in grade.error
+    assert server.seen["A dog ran."] <= 2  # fewer if a request was cut before the server read it
 
 
 def test_the_client_waits_as_long_as_the_server_asks():
