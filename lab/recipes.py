@@ -13,12 +13,13 @@ held-out opening, which the built-in teacher grades; further controls are lower 
 the likeliest or best-rewarded of four stories. --reader adds their sense to a language model
 (lab/reader.py). Who is who is measured on unseen stories of the grammar, or of a corpus without it.
 Prints Markdown: means over the seeds, and the reward's standard error over the openings. Writes
-OUT/rows.jsonl, with each seed's measures and each story's reward, and OUT/reward.svg, README's
-picture.
+OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and OUT/reward.svg,
+README's picture.
 """
 
 import functools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,8 @@ from tinystory.teacher.grader import open_grader
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
 COREFERENCE = 300  # unseen stories
+# of a record, which the table leaves out
+NOT_SHOWN = ("name", "seed", "rewards", "senses")
 # Measured on these; of a student itself, so not of a control.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
 CLUSTERED = 64  # stories for distinct_4 and clusters
@@ -182,7 +185,7 @@ def train_students(
 
 def print_table(records: Sequence[Record]) -> list[Bar]:
     """Print Markdown, and return each row's mean reward."""
-    columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
+    columns = [column for column in records[-1] if column not in NOT_SHOWN]
     print(f"| | {' | '.join(columns)} | standard error |")
     print("|---|" + "---|" * (len(columns) + 1))
     by_name: dict[str, list[Record]] = {}
@@ -286,6 +289,7 @@ def measure(
     if reader:
         senses = reader.sense([(story.opening, story.text) for story in stories])
         measures["sense"], _ = mean_and_ci(senses)
+        measures["senses"] = [None if math.isnan(sense) else float(sense) for sense in senses]
     measures["rewards"] = rewards
     return measures
 

@@ -66,7 +66,9 @@ def test_a_reader_adds_the_sense_of_the_stories(settings, place):
     row = recipes.Row("", checkpoint.newest(place / "p"))
     measures = recipes.measure(row, grader, recipes.CONFIG, OPENINGS, Length())
     without = recipes.measure(row, grader, recipes.CONFIG, OPENINGS)
-    assert measures.pop("sense") > 0 and measures == without
+    senses = measures.pop("senses")
+    assert len(senses) == len(OPENINGS) and np.mean(senses) == pytest.approx(measures.pop("sense"))
+    assert measures == without
 
 
 @pytest.mark.parametrize(
