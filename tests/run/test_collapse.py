@@ -74,7 +74,7 @@ def test_a_healthy_run_is_left_alone():
         ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
         (
             "signal",
-            "as unrelated to the stories",
+            "depend neither on the length nor on the likelihood",
             "--calibrate",
             dict(score_length=0.0, score_logprob=0.0),
         ),

@@ -80,7 +80,7 @@ class CollapseDetector:
             )
         without_signal = self._without_signal()
         if without_signal:
-            signs["signal"].append(f"{without_signal}, so nothing is learned from the teacher")
+            signs["signal"].append(without_signal)
 
         new: dict[str, str] = {}
         for kind, sentences in signs.items():
@@ -104,7 +104,7 @@ class CollapseDetector:
         return fmean(values)
 
     def _without_signal(self) -> str:
-        """A sentence on scores in the window that are almost all equal, or correlate with nothing;
+        """A sentence on scores in the window that are almost all equal, or look random;
         "" if they are neither."""
         if not self._is_full():
             return ""
@@ -115,7 +115,8 @@ class CollapseDetector:
             stories = "all" if fraction == 1 else f"{fraction:.0%} or more of the"
             level = last[-1].get("score_mean") or 0
             return (
-                f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+                f"{stories} stories of the last {steps} had the same score ({level:g} in the last), "
+                "so nothing is learned from the teacher"
             )
 
         scored = sum(record.get("scored") or 0 for record in last)
@@ -123,7 +124,10 @@ class CollapseDetector:
         known = [abs(correlation) for correlation in correlations if correlation is not None]
         # two standard errors
         if scored >= FEW and known and max(known) <= 2 / math.sqrt(scored):
-            return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+            return (
+                f"the scores of the last {steps} depend neither on the length nor on the likelihood "
+                "of a story, as if they were random"
+            )
         return ""
 
 
