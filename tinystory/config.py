@@ -278,14 +278,14 @@ class InteractConfig(RunConfig):
     )
 
 
-# TinyStories on two CPU cores, with the shape and the words of lab/results.md, "On TinyStories". The
-# unlikely tokens of so small a student are noise, so a temperature is chosen.
+# TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a
+# student are noise, so a temperature is chosen.
 _ENGLISH_PRETRAIN = dict(
     n_layer=4,
     n_embd=256,
     vocab_size=4096,
     corpus=["tinystories-valid"],
-    words=10_000_000,
+    words=6_000_000,
     batch_size=16,
 )
 _ENGLISH_INTERACT = dict(temperature=0.0)
