@@ -12,6 +12,7 @@ from scripts import export_hf
 from tinystory.data.corpus import HUB
 from tinystory.report.before_after import read_before_after
 from tinystory.run.records import EVALUATIONS, read_records
+from tinystory.run.text import printable
 from tinystory.student import checkpoint
 
 
@@ -79,9 +80,10 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     assert f"| {rewards[1]:.3g} ± " in text
     rule, pair = read_before_after(run).typical()
     assert rule in text and len(pair) == 2
-    unwrapped = " ".join(text.split())
     for record in pair:
-        assert " ".join(f"{record['opening']} {record['story']}".split()) in unwrapped
+        # Lines are broken at spaces and hyphens, and control characters are not shown.
+        story = printable(f"{record['opening']} {record['story']}")
+        assert "".join(story.split()) in "".join(text.split())
     # Whoever trained it on a file of theirs says under which licence.
     assert (
         "license" not in metadata
