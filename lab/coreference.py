@@ -44,8 +44,8 @@ def coreference(
     repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52).
     introduced_name is, at the same places, the total probability of all names introduced so far,
     since two of them would often do. he_or_she is the probability of the right one of the two
-    (chance is 1 / 2). A name counts if it is one token, including its space. Stories are truncated
-    to the context."""
+    (chance is 1 / 2). A name counts if it is one token, including its space. Stories are read after
+    an end token, as in training, and truncated to the context."""
     device = student.wte.weight.device
     name_ids = {}
     for name in NAMES:
@@ -105,8 +105,8 @@ def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
 def repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
 ) -> Text:
-    ids = tokenizer.encode(story)[: context + 1]
-    ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()
+    ids = [tokenizer.eos, *tokenizer.encode(story)][: context + 1]
+    ends = np.cumsum([0, *tokenizer.token_sizes[ids[1:]]]).tolist()
     name_by_end = {}
     for match in NAME.finditer(story):
         end = len(story[: match.end()].encode())

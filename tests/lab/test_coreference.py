@@ -47,6 +47,21 @@ def test_chance_and_certainty(names_tokenizer, monkeypatch):
     assert (sure["names"], sure["pronouns"]) == (blind["names"], blind["pronouns"])
 
 
+def test_a_story_is_read_after_the_token_that_begins_each_document(names_tokenizer, monkeypatch):
+    size = names_tokenizer.vocab_size
+    student = Student(StudentConfig(1, 1, 64, 64, size))
+    first_tokens = set()
+    hidden = student.hidden
+
+    def recorded(tokens):
+        first_tokens.update(tokens[:, 0].tolist())
+        return hidden(tokens)
+
+    monkeypatch.setattr(student, "hidden", recorded)
+    coreference(student, names_tokenizer, unseen_stories(20))
+    assert first_tokens == {names_tokenizer.eos}
+
+
 def test_only_repeated_names_count(names_tokenizer):
     size = names_tokenizer.vocab_size
     student = Student(StudentConfig(1, 1, 64, 64, size))
