@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory.data.builtin import vocabulary
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_of
+from tinystory.student.generate import encode_opening
 from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))
@@ -105,8 +106,8 @@ def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
 def repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
 ) -> Text:
-    ids = [tokenizer.eos, *tokenizer.encode(story)][: context + 1]
-    ends = np.cumsum([0, *tokenizer.token_sizes[ids[1:]]]).tolist()
+    ids = encode_opening(tokenizer, story)[: context + 1]
+    ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()  # the end token has no bytes
     name_by_end = {}
     for match in NAME.finditer(story):
         end = len(story[: match.end()].encode())
