@@ -169,7 +169,8 @@ class Student(nn.Module):
     scales with the width and keeps the token's own embedding in the foreground: deviations of 1 for
     embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final
     norm. Attention then starts sharp enough to be trained: a small student learns to copy a name
-    hundreds of steps sooner (lab/LOG.md)."""
+    hundreds of steps sooner. Positions start as sinusoids, of which a head can learn to look so
+    many tokens back (lab/LOG.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -191,7 +192,8 @@ class Student(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
         if init != "gpt2":
             nn.init.normal_(self.wte.weight, std=1.0)
-            nn.init.normal_(self.wpe.weight, std=0.3)
+            with torch.no_grad():
+                self.wpe.weight.copy_(sinusoids(config.context, config.n_embd, std=0.3))
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
 
     def trunk(
@@ -300,6 +302,16 @@ class Student(nn.Module):
         hidden = self.trunk(embedded, attend)
         cache.lengths += 1
         return hidden
+
+
+def sinusoids(length: int, channels: int, std: float) -> Tensor:
+    """(length, channels): per position, sines and cosines of wavelengths from 2 pi to 4 pi *
+    length, with this standard deviation (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+    exponents = torch.arange(0, channels, 2) / channels
+    frequencies = (2 * length) ** -exponents
+    angles = torch.arange(length)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], 1)[:, :channels]
+    return std * math.sqrt(2) * waves
 
 
 class ValueHead(nn.Module):
