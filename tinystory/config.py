@@ -91,12 +91,12 @@ class PretrainConfig(RunConfig):
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
     corpus: list[str] = option(
-        ["primer", "builtin", "dull"],
-        "primer, builtin, dull, tinystories, tinystories-valid, babylm-10m, babylm-100m, or .txt "
+        ["builtin", "dull"],
+        "builtin, dull, tinystories, tinystories-valid, babylm-10m, babylm-100m, or .txt "
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(2_900_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(2_600_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )

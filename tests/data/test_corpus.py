@@ -118,7 +118,6 @@ def test_builtin_is_the_grammar():
 
 GENERATED = {
     "builtin": "bdf19dcce921a955a576cbc095551152689d1ea5fb77a2015309752b42c26771",
-    "primer": "7618e7f70ae20fd16983c44a92c215ef645a586b34db7728531627f84632b572",
     "dull": "09971bfc9f76f6ffafed74fe6c31c3e64af4ed557dcc17f3bdbe9b8f710df6ff",
 }
 
@@ -270,7 +269,7 @@ def test_names_that_are_nothing(tmp_path):
         UserError,
         match=r"the corpus tinystorys is no file .*gz of either \(did you mean tinystories\?\): give "
         "another file, "
-        "or one of builtin, primer, dull, tin",
+        "or one of builtin, dull, tin",
     ):
         open_corpus(["tinystorys"])
     with pytest.raises(UserError, match="is no file"):

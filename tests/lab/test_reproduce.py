@@ -252,7 +252,7 @@ class Half(Grader):
 
 def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
-    history = {"corpus": ["primer", "builtin", "dull"]}
+    history = {"corpus": ["builtin", "dull"]}
     monkeypatch.setattr(checkpoint, "load", lambda *_: (student, tokenizer, history))
     monkeypatch.setattr(reproduce.recipes, "COREFERENCE", 4)
     grader = Half({})

@@ -39,7 +39,7 @@ def run(tmp_path):
     with RunLog(tmp_path, resume_step=None) as log:
         log.config(
             {
-                "student": {"parameters": 1_800_000, "corpus": ["primer", "/home/me/own.txt"]},
+                "student": {"parameters": 1_800_000, "corpus": ["builtin", "/home/me/own.txt"]},
                 "device": "cpu",
             }
         )
@@ -92,7 +92,7 @@ def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys)
 def test_the_title_says_what_it_is(run):
     page = text_of(write_report(run))
     assert (
-        page.count("A student of 1.8M parameters, taught by scores after reading primer, own.txt")
+        page.count("A student of 1.8M parameters, taught by scores after reading builtin, own.txt")
         == 2
     )  # <title> and heading
     assert "/home/me" not in page.split("How it was run")[0]

@@ -126,7 +126,7 @@ def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "corpora, licence",
-    [(["primer", "builtin"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)],
+    [(["builtin", "dull"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)],
 )
 def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, tokenizer, tmp_path):
     history = {"words": 2_800_000, "corpus": corpora}

@@ -437,7 +437,7 @@ def test_an_out_among_the_files_of_a_run_is_refused_before_the_work(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for out in (str(tmp_path / "run" / name), str(tmp_path / "link" / name)):
         for command, argv in (
-            (evaluate, ["run", "--corpus", "primer", "--out", out]),
+            (evaluate, ["run", "--corpus", "builtin", "--out", out]),
             (sample, ["run", "--out", out]),
             (export_hf, ["run", "--gguf", out]),
             (export_hf, ["run", out]),

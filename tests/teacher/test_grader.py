@@ -97,7 +97,7 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
 
     with (
         FaultServer() as server,
-        open_grader(InteractConfig(), start, corpus=["primer", "mine.txt", "dull"]) as grader,
+        open_grader(InteractConfig(), start, corpus=["mine.txt", "dull"]) as grader,
     ):
         assert grader.grade("Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO, cast
 
-from tinystory.data.builtin import dull, grammar, primer
+from tinystory.data.builtin import dull, grammar
 from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.files import file_hash
@@ -23,10 +23,9 @@ from tinystory.run.options import did_you_mean
 # a dull teller.
 BUILTIN = {
     "builtin": (grammar.stories, 1_000_000),
-    "primer": (primer.tales, 400_000),
     "dull": (dull.documents, 1_150_000),
 }
-NO_STORIES = ("primer", "dull")  # corpora unfit to measure stories by
+NO_STORIES = ("dull",)  # corpora unfit to measure stories by
 BUILTIN_SEED = 0
 # increase it whenever a change of builtin/*.py changes a generated text
 BUILTIN_VERSION = 1

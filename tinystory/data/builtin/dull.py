@@ -5,7 +5,7 @@ thing again, a picture book that is looked at and not read. These tellers are in
 a routine, one lists what there was, one has two characters talk about nothing, one repeats a
 sentence, and one looks at a picture with a child, in the child-directed speech that CHILDES
 records. Each is grammatical, in the plots' own names, places and food, and more predictable than a
-story. So a student of both (`--corpus primer builtin dull`) finds the dull continuation of an
+story. So a student of both (`--corpus builtin dull`) finds the dull continuation of an
 opening the likelier one, and only a teacher can tell it which of its tellers is worth listening to.
 """
 
