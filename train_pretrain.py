@@ -17,7 +17,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.data.shards import Dataset, prepare
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.data.windows import Windows
+from tinystory.data.windows import Curriculum, Windows
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.run import live_report
@@ -71,7 +71,7 @@ class PretrainingRun:
     config: PretrainConfig
     compute: Compute
     data: Dataset
-    windows: Windows
+    windows: Windows | Curriculum
     student: Student
     optimizer: Optimizer
     state: RunState
@@ -279,7 +279,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     step_tokens = config.batch_size * config.context
     if config.preset in babylm.TRACKS:
         babylm.check_pretraining(config.preset, data.train.word_count, config.words, step_tokens)
-    windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
+    windows = open_windows(config, data)
     vocab_size = data.tokenizer.vocab_size
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
     torch.manual_seed(config.seed)
@@ -323,6 +323,15 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     return PretrainingRun(
         config, compute, data, windows, student, optimizer, state, log, bar, steps
     )
+
+
+def open_windows(config: PretrainConfig, data: Dataset) -> Windows | Curriculum:
+    """The sequences of each step."""
+    options = config.context, config.batch_size, config.seed, config.packing
+    whole = Windows(data.train, *options)
+    if config.context < len(data.steady) < len(data.train):
+        return Curriculum(whole, Windows(data.steady, *options), config.words)
+    return whole
 
 
 def report(run: PretrainingRun) -> None:

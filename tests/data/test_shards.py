@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,6 +149,22 @@ def test_a_large_vocabulary_takes_four_bytes(cache):
 
 
 # The split.
+
+
+def test_documents_that_pause_stand_after_the_others(cache):
+    pausing = [f"No story {i}." for i in range(30)]
+    parts = [*corpus_of(STORIES).parts, *corpus_of(pausing).parts]
+    data = prepare(Corpus([parts[0], parts[1]._replace(pauses=True)]), vocab_size=600)
+    texts = data.tokenizer.decode(data.steady.tokens), data.tokenizer.decode(data.train.tokens)
+    assert texts[1].startswith(texts[0])
+    assert "No story" not in texts[0] and texts[1][len(texts[0]) :].startswith("No story")
+    assert len(data.steady.offsets) - 1 == sum(
+        data.tokenizer.decode(data.train.tokens[begin : end - 1]) in STORIES
+        for begin, end in pairwise(data.train.offsets)
+    )
+    assert data.steady.word_count == int(data.steady.words.sum())
+    names = [part.pauses for part in open_corpus(["dull", "builtin"]).parts]
+    assert names == [False, True]
 
 
 @pytest.mark.parametrize("seed", range(5))

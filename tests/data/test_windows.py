@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.shards import TokenFile
-from tinystory.data.windows import Windows, pack, pieces
+from tinystory.data.windows import PAUSE, Curriculum, Windows, pack, pieces
 from tinystory.run.errors import UserError
 
 EOS = 0
@@ -81,6 +82,25 @@ def test_a_stream_is_cut_every_so_many_tokens_whatever_the_documents():
     windows = Windows(file, 16, 1, 0, "stream")
     rows = sorted(windows.batch(i)[0][0].tolist() for i in range(windows.count))
     assert rows == sorted(file.tokens[start : start + 17].tolist() for start in (0, 16, 32))
+
+
+def test_a_curriculum_reads_the_steady_documents_alone_in_the_middle():
+    file = file_of([2 + i % 11 for i in range(400)])
+    whole = Windows(file, 64, 2, 0, "whole")
+    steady = Windows(file.first(150), 64, 2, 0, "whole")
+    total = 3 * file.word_count
+    curriculum = Curriculum(whole, steady, total)
+    begin = curriculum.batches_before
+    end = begin + curriculum.batches_paused
+    read, words = zip(*[curriculum.batch(number) for number in range(end + 9)], strict=True)
+    for i, batch in enumerate(read[begin:end]):
+        assert torch.equal(batch, steady.batch(i)[0])
+        assert set(batch.flatten().tolist()) <= set(file.tokens[: len(steady.file)].tolist())
+    for i, batch in enumerate(read[:begin] + read[end:]):
+        assert torch.equal(batch, whole.batch(i)[0])
+    # A sequence holds a few words more than its documents: it is filled.
+    assert sum(words[:begin]) / total == pytest.approx(PAUSE[0], abs=0.03)
+    assert sum(words[:end]) / total == pytest.approx(PAUSE[1], abs=0.05)
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])

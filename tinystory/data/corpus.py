@@ -60,10 +60,12 @@ MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
 class Part(NamedTuple):
-    """One corpus or file."""
+    """One corpus or file. identity: the file, or what determines a generated text. documents: opens
+    a stream. pauses: whether pretraining leaves it out for a while (windows.PAUSE)."""
 
-    identity: str | Path  # the file, or what determines a generated text
-    documents: Callable[[], Iterator[str]]  # opens a stream
+    identity: str | Path
+    documents: Callable[[], Iterator[str]]
+    pauses: bool = False
 
 
 @dataclass(eq=False)
@@ -103,8 +105,8 @@ class Corpus:
 
 
 def open_corpus(names: Sequence[str]) -> Corpus:
-    """The concatenation of the named corpora and files. Raises UserError for anything that cannot
-    be opened.
+    """The concatenation of the named corpora and files, those that pause last. Raises UserError for
+    anything that cannot be opened.
 
     A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl
     file, perhaps gzipped (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by
@@ -118,7 +120,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
             parts.extend(_file(path) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name)))
-    return Corpus(parts)
+    return Corpus(sorted(parts, key=lambda part: part.pauses))
 
 
 def _generated(name: str) -> Part:
@@ -132,7 +134,7 @@ def _generated(name: str) -> Part:
     def texts() -> list[str]:  # some 7 MB, read twice by whoever tokenizes them
         return list(generate(words, BUILTIN_SEED))
 
-    return Part(identity, lambda: iter(texts()))
+    return Part(identity, lambda: iter(texts()), pauses=name in NO_STORIES)
 
 
 def _file(path: Path) -> Part:

@@ -1,6 +1,7 @@
 """A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds
-tokenizer.json, manifest.json (hashes of the other files, checked at each opening) and two
-little-endian arrays for train and for val:
+tokenizer.json, manifest.json (hashes of the other files, checked at each opening), steady.txt (the
+number of train's documents before those of corpora that pause) and two little-endian arrays for
+train and for val:
 
     NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)   the tokens of every document,
     each ending in `</s>`, which stands nowhere else
@@ -29,9 +30,10 @@ from tinystory.run.paths import cache_dir
 from tinystory.run.records import require_whole, write_manifest
 
 # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
-FORMAT = 4
+FORMAT = 5
 ARRAYS = ("train.tokens", "train.words", "val.tokens", "val.words")
-FILES = ("tokenizer.json", *ARRAYS)
+STEADY = "steady.txt"
+FILES = ("tokenizer.json", STEADY, *ARRAYS)
 
 # str.split() splits at exactly the characters for which str.isspace() is true.
 IS_SPACE = np.array([chr(code).isspace() for code in range(sys.maxunicode + 1)])
@@ -49,6 +51,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def first(self, documents: int) -> "TokenFile":
+        """A view of the first so many documents."""
+        end = self.offsets[documents]
+        return TokenFile(self.tokens[:end], self.words[:end], self.offsets[: documents + 1])
+
     @functools.cached_property
     def word_count(self) -> int:
         return int(self.words.sum(dtype=np.int64))
@@ -56,10 +63,12 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a tokenized corpus. path: its folder."""
+    """Both splits of a tokenized corpus. steady: train without the corpora that pause. path: its
+    folder."""
 
     tokenizer: Tokenizer
     train: TokenFile
+    steady: TokenFile
     val: TokenFile
     path: Path
 
@@ -97,18 +106,25 @@ def prepare(
     except UserError as error:
         raise UserError(f"{error}; delete {path} and run this again") from None
     tokenizer = Tokenizer.load(path / "tokenizer.json")
-    return Dataset(tokenizer, _open(path, "train", tokenizer), _open(path, "val", tokenizer), path)
+    train = _open(path, "train", tokenizer)
+    steady = train.first(int((path / STEADY).read_text()))
+    return Dataset(tokenizer, train, steady, _open(path, "val", tokenizer), path)
 
 
 def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int) -> None:
     """Write a folder of shards in two passes over the corpus: train the tokenizer, then encode."""
     draws = array("d")  # of the documents
+    steady = 0  # the number of documents before those that pause
 
     def training_documents() -> Iterator[str]:
-        for document in corpus.documents():
-            draws.append(_uniform(seed, len(draws)))
-            if draws[-1] > val_fraction:
-                yield document
+        nonlocal steady
+        for part in corpus.parts:
+            for document in part.documents():
+                draws.append(_uniform(seed, len(draws)))
+                if draws[-1] > val_fraction:
+                    yield document
+            if not part.pauses:
+                steady = len(draws)
 
     reading = tqdm(training_documents(), desc="reading", unit=" documents", disable=None)
     tokenizer = Tokenizer.train(reading, vocab_size)
@@ -120,11 +136,13 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
     tokenizer.save(folder / "tokenizer.json")
 
     threshold = max(val_fraction, min(draws))  # at least one document
-    encoding = tqdm(draws, desc="encoding", unit=" documents", disable=None)
+    in_train = [draw > threshold for draw in draws]
+    (folder / STEADY).write_text(f"{sum(in_train[:steady])}\n")
+    encoding = tqdm(in_train, desc="encoding", unit=" documents", disable=None)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in ARRAYS}
-        for document, draw in zip(corpus.documents(), encoding, strict=True):
-            split = "val" if draw <= threshold else "train"
+        for document, is_in_train in zip(corpus.documents(), encoding, strict=True):
+            split = "train" if is_in_train else "val"
             tokens, words = encode(tokenizer, document)
             files[f"{split}.tokens"].write(tokens.astype(_dtype(tokenizer)).data)
             files[f"{split}.words"].write(words.data)

@@ -13,6 +13,9 @@ from numpy import ndarray
 from tinystory.data.shards import TokenFile
 from tinystory.run.errors import UserError
 
+# Begin and end, as fractions of the words of a training, of the part without corpora that pause.
+PAUSE = 0.3, 0.85
+
 
 class Windows:
     """Sequences of `context` + 1 tokens, inputs and shifted targets, reshuffled in each epoch."""
@@ -43,6 +46,11 @@ class Windows:
         words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
+    def batches_of(self, words: float) -> int:
+        """The number of batches that hold about so many words."""
+        words_of_batch = self.file.word_count / self.count * self.batch_size
+        return round(words / words_of_batch)
+
     def _places(self, index: int) -> ndarray:
         """(context + 1,) int64: token positions of a sequence in the file; those after its last
         piece fill it up."""
@@ -58,6 +66,30 @@ class Windows:
     def _shuffled(self, epoch: int) -> list[list[int]]:
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         return pack(self.pieces, self.context, rng.permutation(len(self.pieces)))
+
+
+class Curriculum:
+    """Batches of all documents, except in the middle of training, where they are of the steady ones
+    alone. A student learns who is who sooner from dull text, in which names are twice as frequent,
+    and everything else sooner from stories; what it reads last decides how often it tells which
+    (lab/LOG.md)."""
+
+    def __init__(self, whole: Windows, steady: Windows, words: int):
+        """words: those of the training."""
+        begin, end = PAUSE
+        self.whole = whole
+        self.steady = steady
+        self.batches_before = whole.batches_of(begin * words)
+        self.batches_paused = steady.batches_of((end - begin) * words)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, int]:
+        """As Windows.batch."""
+        if number < self.batches_before:
+            return self.whole.batch(number)
+        paused = number - self.batches_before
+        if paused < self.batches_paused:
+            return self.steady.batch(paused)
+        return self.whole.batch(number - self.batches_paused)
 
 
 def pieces(file: TokenFile, context: int, packing: str) -> ndarray:
