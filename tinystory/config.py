@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(2_200_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(2_000_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
@@ -104,7 +104,7 @@ class PretrainConfig(RunConfig):
         "whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream")
     )
 
-    batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
+    batch_size: int = option(4, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(
         16, "sequences per forward pass; gradients accumulate over a step", "[1, 1e9]"
     )
@@ -141,7 +141,7 @@ class InteractConfig(RunConfig):
 
     out: str = option("runs/interact", OUT_HELP)
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
-    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(6, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
@@ -204,7 +204,7 @@ class InteractConfig(RunConfig):
         flags=("--opening",),
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(768, "stories per step", "[1, 1e6]")
+    stories_per_step: int = option(512, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
         1.0,
@@ -288,7 +288,7 @@ _ENGLISH_PRETRAIN = dict(
     words=6_000_000,
     batch_size=16,
 )
-_ENGLISH_INTERACT = dict(temperature=0.0)
+_ENGLISH_INTERACT = dict(temperature=0.0, steps=4, stories_per_step=768)
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
 # interaction: TRL). Where a default is the paper's figure it is not repeated.

@@ -240,7 +240,7 @@ def main() -> None:
     )
     table = [
         pretraining("demo", demo, PretrainConfig()),
-        rollout("demo", demo, 768, 200, False),
+        rollout("demo", demo, 512, 200, False),
         learning("demo", demo, InteractConfig()),
         pretraining("gpt2s", large, PretrainConfig(batch_size=32)),
         rollout("gpt2s", large, 360, 90, True),
