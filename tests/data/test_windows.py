@@ -85,9 +85,9 @@ def test_a_stream_is_cut_every_so_many_tokens_whatever_the_documents():
 
 
 def test_a_curriculum_reads_the_steady_documents_alone_in_the_middle():
-    file = file_of([2 + i % 11 for i in range(400)])
-    whole = Windows(file, 64, 2, 0, "whole")
-    steady = Windows(file.first(150), 64, 2, 0, "whole")
+    file = file_of([10 + i % 4 for i in range(400)])  # a third of each sequence is filling
+    whole = Windows(file, 16, 2, 0, "whole")
+    steady = Windows(file.first(150), 16, 2, 0, "whole")
     total = 3 * file.word_count
     curriculum = Curriculum(whole, steady, total)
     begin = curriculum.batches_before
@@ -98,9 +98,9 @@ def test_a_curriculum_reads_the_steady_documents_alone_in_the_middle():
         assert set(batch.flatten().tolist()) <= set(file.tokens[: len(steady.file)].tolist())
     for i, batch in enumerate(read[:begin] + read[end:]):
         assert torch.equal(batch, whole.batch(i)[0])
-    # A sequence holds a few words more than its documents: it is filled.
+    # Each sequence begins with the token before it, here an end: fewer words than elsewhere.
     assert sum(words[:begin]) / total == pytest.approx(PAUSE[0], abs=0.03)
-    assert sum(words[:end]) / total == pytest.approx(PAUSE[1], abs=0.05)
+    assert sum(words[:end]) / total == pytest.approx(PAUSE[1], abs=0.06)
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])

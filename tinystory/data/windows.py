@@ -47,9 +47,9 @@ class Windows:
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
     def batches_of(self, words: float) -> int:
-        """The number of batches that hold about so many words."""
-        words_of_batch = self.file.word_count / self.count * self.batch_size
-        return round(words / words_of_batch)
+        """The number of batches that hold about so many words, those that fill up included."""
+        tokens = words * len(self.file) / self.file.word_count
+        return round(tokens / (self.context * self.batch_size))
 
     def _places(self, index: int) -> ndarray:
         """(context + 1,) int64: token positions of a sequence in the file; those after its last
