@@ -326,11 +326,12 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
 
 
 def open_windows(config: PretrainConfig, data: Dataset) -> Windows | Curriculum:
-    """The sequences of each step."""
+    """The sequences of each step: of a curriculum if some of the corpora pause and the others fill a
+    sequence."""
     options = config.context, config.batch_size, config.seed, config.packing
     whole = Windows(data.train, *options)
-    if config.context < len(data.steady) < len(data.train):
-        return Curriculum(whole, Windows(data.steady, *options), config.words)
+    if config.context < len(data.middle) < len(data.train):
+        return Curriculum(whole, Windows(data.middle, *options), config.words)
     return whole
 
 

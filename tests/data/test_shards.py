@@ -155,16 +155,17 @@ def test_documents_that_pause_stand_after_the_others(cache):
     pausing = [f"No story {i}." for i in range(30)]
     parts = [*corpus_of(STORIES).parts, *corpus_of(pausing).parts]
     data = prepare(Corpus([parts[0], parts[1]._replace(pauses=True)]), vocab_size=600)
-    texts = data.tokenizer.decode(data.steady.tokens), data.tokenizer.decode(data.train.tokens)
-    assert texts[1].startswith(texts[0])
-    assert "No story" not in texts[0] and texts[1][len(texts[0]) :].startswith("No story")
-    assert len(data.steady.offsets) - 1 == sum(
+    middle = data.tokenizer.decode(data.middle.tokens)
+    train = data.tokenizer.decode(data.train.tokens)
+    assert train.startswith(middle) and "No story" not in middle
+    assert train[len(middle) :].startswith("No story")
+    stories = [
         data.tokenizer.decode(data.train.tokens[begin : end - 1]) in STORIES
         for begin, end in pairwise(data.train.offsets)
-    )
-    assert data.steady.word_count == int(data.steady.words.sum())
-    names = [part.pauses for part in open_corpus(["dull", "builtin"]).parts]
-    assert names == [False, True]
+    ]
+    assert len(data.middle.offsets) - 1 == sum(stories)
+    assert data.middle.word_count == int(data.middle.words.sum())
+    assert [part.pauses for part in open_corpus(["dull", "builtin"]).parts] == [False, True]
 
 
 @pytest.mark.parametrize("seed", range(5))

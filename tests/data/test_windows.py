@@ -84,18 +84,18 @@ def test_a_stream_is_cut_every_so_many_tokens_whatever_the_documents():
     assert rows == sorted(file.tokens[start : start + 17].tolist() for start in (0, 16, 32))
 
 
-def test_a_curriculum_reads_the_steady_documents_alone_in_the_middle():
+def test_a_curriculum_reads_some_documents_alone_in_the_middle():
     file = file_of([10 + i % 4 for i in range(400)])  # a third of each sequence is filling
     whole = Windows(file, 16, 2, 0, "whole")
-    steady = Windows(file.first(150), 16, 2, 0, "whole")
+    middle = Windows(file.first(150), 16, 2, 0, "whole")
     total = 3 * file.word_count
-    curriculum = Curriculum(whole, steady, total)
+    curriculum = Curriculum(whole, middle, total)
     begin = curriculum.batches_before
     end = begin + curriculum.batches_paused
     read, words = zip(*[curriculum.batch(number) for number in range(end + 9)], strict=True)
     for i, batch in enumerate(read[begin:end]):
-        assert torch.equal(batch, steady.batch(i)[0])
-        assert set(batch.flatten().tolist()) <= set(file.tokens[: len(steady.file)].tolist())
+        assert torch.equal(batch, middle.batch(i)[0])
+        assert set(batch.flatten().tolist()) <= set(file.tokens[: len(middle.file)].tolist())
     for i, batch in enumerate(read[:begin] + read[end:]):
         assert torch.equal(batch, whole.batch(i)[0])
     # Each sequence begins with the token before it, here an end: fewer words than elsewhere.

@@ -1,5 +1,5 @@
 """A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds
-tokenizer.json, manifest.json (hashes of the other files, checked at each opening), steady.txt (the
+tokenizer.json, manifest.json (hashes of the other files, checked at each opening), middle.txt (the
 number of train's documents before those of corpora that pause) and two little-endian arrays for
 train and for val:
 
@@ -30,10 +30,10 @@ from tinystory.run.paths import cache_dir
 from tinystory.run.records import require_whole, write_manifest
 
 # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
-FORMAT = 5
+FORMAT = 6
 ARRAYS = ("train.tokens", "train.words", "val.tokens", "val.words")
-STEADY = "steady.txt"
-FILES = ("tokenizer.json", STEADY, *ARRAYS)
+MIDDLE = "middle.txt"
+FILES = ("tokenizer.json", MIDDLE, *ARRAYS)
 
 # str.split() splits at exactly the characters for which str.isspace() is true.
 IS_SPACE = np.array([chr(code).isspace() for code in range(sys.maxunicode + 1)])
@@ -63,12 +63,12 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a tokenized corpus. steady: train without the corpora that pause. path: its
-    folder."""
+    """Both splits of a tokenized corpus. middle: train without the corpora that pause, which the
+    middle of pretraining reads. path: its folder."""
 
     tokenizer: Tokenizer
     train: TokenFile
-    steady: TokenFile
+    middle: TokenFile
     val: TokenFile
     path: Path
 
@@ -107,24 +107,24 @@ def prepare(
         raise UserError(f"{error}; delete {path} and run this again") from None
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     train = _open(path, "train", tokenizer)
-    steady = train.first(int((path / STEADY).read_text()))
-    return Dataset(tokenizer, train, steady, _open(path, "val", tokenizer), path)
+    middle = train.first(int((path / MIDDLE).read_text()))
+    return Dataset(tokenizer, train, middle, _open(path, "val", tokenizer), path)
 
 
 def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int) -> None:
     """Write a folder of shards in two passes over the corpus: train the tokenizer, then encode."""
     draws = array("d")  # of the documents
-    steady = 0  # the number of documents before those that pause
+    not_pausing = 0  # the number of documents before those that pause
 
     def training_documents() -> Iterator[str]:
-        nonlocal steady
+        nonlocal not_pausing
         for part in corpus.parts:
             for document in part.documents():
                 draws.append(_uniform(seed, len(draws)))
                 if draws[-1] > val_fraction:
                     yield document
             if not part.pauses:
-                steady = len(draws)
+                not_pausing = len(draws)
 
     reading = tqdm(training_documents(), desc="reading", unit=" documents", disable=None)
     tokenizer = Tokenizer.train(reading, vocab_size)
@@ -137,7 +137,7 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
 
     threshold = max(val_fraction, min(draws))  # at least one document
     in_train = [draw > threshold for draw in draws]
-    (folder / STEADY).write_text(f"{sum(in_train[:steady])}\n")
+    (folder / MIDDLE).write_text(f"{sum(in_train[:not_pausing])}\n")
     encoding = tqdm(in_train, desc="encoding", unit=" documents", disable=None)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in ARRAYS}

@@ -69,18 +69,18 @@ class Windows:
 
 
 class Curriculum:
-    """Batches of all documents, except in the middle of training, where they are of the steady ones
-    alone. A student learns who is who sooner from dull text, in which names are twice as frequent,
-    and everything else sooner from stories; what it reads last decides how often it tells which
+    """Batches of all documents, except in the middle of training, which leaves out dull text. A
+    student learns who is who sooner from dull text, in which names are twice as frequent, and
+    everything else sooner from stories; what it reads last decides how often it tells which
     (lab/LOG.md)."""
 
-    def __init__(self, whole: Windows, steady: Windows, words: int):
+    def __init__(self, whole: Windows, middle: Windows, words: int):
         """words: those of the training."""
         begin, end = PAUSE
         self.whole = whole
-        self.steady = steady
+        self.middle = middle
         self.batches_before = whole.batches_of(begin * words)
-        self.batches_paused = steady.batches_of((end - begin) * words)
+        self.batches_paused = middle.batches_of((end - begin) * words)
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
         """As Windows.batch."""
@@ -88,7 +88,7 @@ class Curriculum:
             return self.whole.batch(number)
         paused = number - self.batches_before
         if paused < self.batches_paused:
-            return self.steady.batch(paused)
+            return self.middle.batch(paused)
         return self.whole.batch(number - self.batches_paused)
 
 
