@@ -4,10 +4,11 @@ stand in lab/records.md, how to take part in lab/program.md.
 python lab/speedrun.py                                       one seed of this checkout
 python lab/speedrun.py --seeds 1 2 3 --against COMMIT        in turns with a commit, as a ratio
 python lab/speedrun.py --seeds 1 2 3 --against COMMIT --record "shorter contexts first"
+python lab/speedrun.py --seeds 1 2 3 --against OLDEST OLDER --record "what OLDER changed" "and this checkout"
 
 Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
 train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
-if every measure of RULES is met.
+for each checkout but the first whose means meet RULES. One teacher grades all of them.
 """
 
 import math
@@ -28,18 +29,20 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import numpy as np
 
 from lab import recipes
+from tinystory.config import PretrainConfig
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.device import device_name
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import script_parser
 from tinystory.run.paths import ROOT, cache_dir
-from tinystory.student import checkpoint
 from tinystory.teacher.grader import open_grader
 
 RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2
 # The least mean over the seeds of each measure of lab/recipes.py.
 RULES = {"reward": 0.65, "clusters": 45, "repeated_name": 0.91, "he_or_she": 0.90}
+# Shown beside them: whether stories became simpler.
+MEASURES = (*RULES, "story", "distinct_4", "words", "largest")
 STAGES = ("pretraining", "interaction")
 LOAD = "from tinystory import ops; ops.load()"
 
@@ -48,7 +51,7 @@ LOAD = "from tinystory import ops; ops.load()"
 class Side:
     """A checkout that is timed, and its runs, one per seed: seconds by stage, and measures."""
 
-    name: str
+    commit: str
     checkout: Path
     seconds: list[dict[str, float]] = field(default_factory=list)
     measures: list[dict[str, float]] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Side:
         return median(sum(stages.values()) for stages in self.seconds)
 
     def means(self) -> dict[str, float]:
-        return {name: fmean(run[name] for run in self.measures) for name in RULES}
+        return {name: fmean(run[name] for run in self.measures) for name in MEASURES}
 
     def is_storyteller(self) -> bool:
         means = self.means()
@@ -69,26 +72,41 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    add("--against", metavar="COMMIT", default="", help="the record to beat, in turns")
-    add("--record", metavar="TEXT", default="", help="what changed: add a line to lab/records.md")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="COMMIT",
+        help="records to beat, the oldest first, in turns",
+    )
+    add(
+        "--record",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="what changed after each of --against: add lines to lab/records.md",
+    )
     options = parser.parse_args(argv)
-    if options.record and not options.against:
-        raise UserError("--record needs --against COMMIT: a record is a ratio in one sitting")
+    if options.record and len(options.record) != len(options.against):
+        raise UserError(
+            "--record needs a text for each --against COMMIT: what the next one changed"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        sides = [Side("this checkout", ROOT)]
-        if options.against:
-            checkout = Path(scratch, "against")
-            git("worktree", "add", "--detach", str(checkout), options.against)
-            sides.insert(0, Side(options.against, checkout))
+        sides = []
         try:
+            for commit in options.against:
+                checkout = Path(scratch, commit)
+                git("worktree", "add", "--detach", str(checkout), commit)
+                sides.append(Side(commit, checkout))
+            sides.append(Side(git("rev-parse", "--short", "HEAD").strip(), ROOT))
             race(sides, options.seeds, Path(scratch))
         finally:
-            if options.against:
-                git("worktree", "remove", "--force", str(checkout))
+            for side in sides:
+                if side.checkout != ROOT:
+                    git("worktree", "remove", "--force", str(side.checkout))
     print_result(sides)
     if options.record:
-        record, challenger = sides
-        add_record(record, challenger, options.record)
+        add_records(sides, options.record)
 
 
 def race(sides: Sequence[Side], seeds: Sequence[int], scratch: Path) -> None:
@@ -100,7 +118,7 @@ def race(sides: Sequence[Side], seeds: Sequence[int], scratch: Path) -> None:
             folder = scratch / f"{number}-{seed}"
             side.seconds.append(timed_run(side.checkout, folder, seed))
             side.measures.append(measured(folder / "interaction"))
-            print(f"{side.name}, seed {seed}: {line(side)}", flush=True)
+            print(f"{side.commit}, seed {seed}: {line(side)}", flush=True)
 
 
 def timed_run(checkout: Path, folder: Path, seed: int) -> dict[str, float]:
@@ -137,30 +155,28 @@ def start(words: list[str], checkout: Path, **variables: str) -> None:
 
 
 def measured(run: Path) -> dict[str, float]:
-    """The measures of RULES, of the run's newest student, by this checkout's code."""
-    _, _, history = checkpoint.load(checkpoint.find(run))
-    with open_grader(recipes.CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
+    """The measures of RULES, of the run's newest student, by this checkout's code and teacher."""
+    with open_grader(recipes.CONFIG, builtin_teacher, corpus=PretrainConfig().corpus) as grader:
         row = recipes.Row("", run)
         measures = recipes.measure(row, grader, recipes.CONFIG, recipes.OPENINGS)
-    return {name: float(measures[name]) for name in RULES}
+    return {name: float(measures[name]) for name in MEASURES}
 
 
 def line(side: Side) -> str:
     """The last run: seconds by stage, and measures."""
     seconds = side.seconds[-1]
     stages = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in STAGES)
-    measures = ", ".join(f"{name} {side.measures[-1][name]:.3f}" for name in RULES)
+    measures = ", ".join(f"{name} {value:.3f}" for name, value in side.measures[-1].items())
     return f"{sum(seconds.values()):.1f} s ({stages}), {measures}"
 
 
 def print_result(sides: Sequence[Side]) -> None:
-    for side in sides:
+    for i, side in enumerate(sides):
         verdict = "a storyteller" if side.is_storyteller() else "no storyteller by the rules"
         means = ", ".join(f"{name} {mean:.3f}" for name, mean in side.means().items())
-        print(f"{side.name}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
-    if len(sides) == 2:
-        record, challenger = sides
-        print(f"ratio of the medians: {ratio(record, challenger):.3f}")
+        print(f"{side.commit}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
+        for other in sides[:i]:
+            print(f"    ratio to {other.commit}: {ratio(other, side):.3f}")
 
 
 def ratio(record: Side, challenger: Side) -> float:
@@ -182,18 +198,36 @@ def p_value(values: Sequence[float], least: float) -> float | None:
     return 0.5 - between
 
 
+def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
+    """Append a line to lab/records.md for each side after the first that meets the rules, with the
+    ratio to the record before it. changes: what the sides after the first changed."""
+    record = sides[0]
+    for challenger, change in zip(sides[1:], changes, strict=True):
+        if challenger.is_storyteller():
+            add_record(record, challenger, change)
+            record = challenger
+        else:
+            print(f"{challenger.commit} is no record: the means must reach {RULES}")
+
+
 def add_record(record: Side, challenger: Side, change: str) -> None:
-    """Append a line to lab/records.md. Raises UserError if a rule is not met."""
-    if not challenger.is_storyteller():
-        raise UserError(f"no record: the means must reach {RULES}")
     text = RECORDS.read_text()
     number = len(re.findall(r"^\| \d+ \|", text, re.M))
     p = p_value([run["reward"] for run in challenger.measures], RULES["reward"])
     shown_p = "" if p is None else f"{p:.2g}"
-    means = " | ".join(f"{mean:.3f}" for mean in challenger.means().values())
-    commit = git("rev-parse", "--short", "HEAD").strip()
-    cells = f"{commit} | {device_name('cpu')} | {challenger.median_seconds():.0f} | {ratio(record, challenger):.3f}"
-    row = f"| {number} | {cells} | {means} | {shown_p} | {change} |\n"
+    means = challenger.means()
+    measures = " | ".join(f"{means[name]:.3f}" for name in RULES)
+    cells = [
+        str(number),
+        challenger.commit,
+        device_name("cpu"),
+        f"{challenger.median_seconds():.0f}",
+        f"{ratio(record, challenger):.3f}",
+        measures,
+        shown_p,
+        change,
+    ]
+    row = f"| {' | '.join(cells)} |\n"
     RECORDS.write_text(text.rstrip("\n") + "\n" + row)
     print(row, end="")
 
