@@ -122,7 +122,7 @@ class PretrainConfig(RunConfig):
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
-    eval_every: int = option(100, "steps between validations", "[1, 1e9]", group="evaluation")
+    eval_every: int = option(200, "steps between validations", "[1, 1e9]", group="evaluation")
     eval_sequences: int = option(
         32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]"
     )
@@ -141,7 +141,7 @@ class InteractConfig(RunConfig):
 
     out: str = option("runs/interact", OUT_HELP)
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
-    steps: int = option(6, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(5, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
