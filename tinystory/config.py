@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(2_000_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(1_900_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
@@ -116,7 +116,7 @@ class PretrainConfig(RunConfig):
         0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]"
     )
     warmup: float = option(
-        0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
+        0.1, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
     )
     beta2: float = option(0.99, "beta2 of AdamW", "[0, 1)")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
