@@ -141,7 +141,7 @@ class InteractConfig(RunConfig):
 
     out: str = option("runs/interact", OUT_HELP)
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
-    steps: int = option(5, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
@@ -230,7 +230,7 @@ class InteractConfig(RunConfig):
     )
 
     learning_rate: float = option(
-        4e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser"
+        6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser"
     )
     lr_decay: bool = option(
         True, "linear decay of the learning rates to 0 over all updates of --steps"
@@ -288,7 +288,7 @@ _ENGLISH_PRETRAIN = dict(
     words=6_000_000,
     batch_size=16,
 )
-_ENGLISH_INTERACT = dict(temperature=0.0, steps=4, stories_per_step=768)
+_ENGLISH_INTERACT = dict(temperature=0.0, stories_per_step=768, learning_rate=4e-4)
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
 # interaction: TRL). Where a default is the paper's figure it is not repeated.
