@@ -70,7 +70,7 @@ COREFERENCE = 300  # unseen stories
 NOT_SHOWN = ("name", "seed", "rewards", "senses")
 # Measured on these; of a student itself, so not of a control.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
-CLUSTERED = 64  # stories for distinct_4 and clusters
+CLUSTERED = 64  # stories for distinct_4 and clusters: means over groups of so many
 TEMPERATURES = (0.7, 0.6, 0.5, 0.4)  # of the untouched student, as controls
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
@@ -270,8 +270,9 @@ def measure(
     rewards = story_rewards(config, stories, scores)
     score = mean_of(scores)
     texts = [story.text for story in stories]
-    clustered = texts[:CLUSTERED]
-    sizes = cluster_sizes(clustered)
+    count = max(len(texts) // CLUSTERED, 1)
+    groups = [texts[i * CLUSTERED : (i + 1) * CLUSTERED] for i in range(count)]
+    sizes = [cluster_sizes(group) for group in groups]
     kinds = Counter(dull.kind_of(text) for text in texts)
     measures: Record = {"reward": mean_of(rewards), "score": None if score is None else 9 * score}
     for kind in dull.KINDS:
@@ -279,9 +280,9 @@ def measure(
     measures |= {
         "ended": fmean(story.ended == "eos" for story in stories),
         "words": fmean(story.words for story in stories),
-        "distinct_4": distinct_ngrams(clustered),
-        "clusters": len(sizes),
-        "largest": max(sizes),
+        "distinct_4": fmean(map(distinct_ngrams, groups)),
+        "clusters": fmean(map(len, sizes)),
+        "largest": fmean(map(max, sizes)),
     }
     measures |= dict.fromkeys(UNSEEN)
     if row.chosen_by == "first" and row.temperature == 1:

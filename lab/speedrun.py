@@ -40,7 +40,7 @@ from tinystory.teacher.grader import open_grader
 RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2
 # The least mean over the seeds of each measure of lab/recipes.py.
-RULES = {"reward": 0.65, "clusters": 40, "repeated_name": 0.91, "he_or_she": 0.90}
+RULES = {"reward": 0.65, "clusters": 39, "repeated_name": 0.91, "he_or_she": 0.90}
 # Shown beside them: whether stories became simpler.
 MEASURES = (*RULES, "story", "distinct_4", "words", "largest")
 STAGES = ("pretraining", "interaction")
