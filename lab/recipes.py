@@ -280,7 +280,7 @@ def measure(
     measures |= {
         "ended": fmean(story.ended == "eos" for story in stories),
         "words": fmean(story.words for story in stories),
-        "distinct_4": fmean(map(distinct_ngrams, groups)),
+        "distinct_4": mean_of(distinct_ngrams(group) for group in groups),
         "clusters": fmean(map(len, sizes)),
         "largest": fmean(map(max, sizes)),
     }
