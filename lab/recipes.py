@@ -270,8 +270,8 @@ def measure(
     rewards = story_rewards(config, stories, scores)
     score = mean_of(scores)
     texts = [story.text for story in stories]
-    count = max(len(texts) // CLUSTERED, 1)
-    groups = [texts[i * CLUSTERED : (i + 1) * CLUSTERED] for i in range(count)]
+    starts = range(0, max(len(texts) - CLUSTERED, 0) + 1, CLUSTERED)
+    groups = [texts[start : start + CLUSTERED] for start in starts]
     sizes = [cluster_sizes(group) for group in groups]
     kinds = Counter(dull.kind_of(text) for text in texts)
     measures: Record = {"reward": mean_of(rewards), "score": None if score is None else 9 * score}

@@ -2,13 +2,13 @@
 stand in lab/records.md, how to take part in lab/program.md.
 
 python lab/speedrun.py                                       one seed of this checkout
-python lab/speedrun.py --seeds 1 2 3 --against COMMIT        in turns with a commit, as a ratio
-python lab/speedrun.py --seeds 1 2 3 --against COMMIT --record "shorter contexts first"
-python lab/speedrun.py --seeds 1 2 3 --against OLDEST OLDER --record "what OLDER changed" "and this checkout"
+python lab/speedrun.py --seeds 7 8 9 --against COMMIT        in turns with a commit, as a ratio
+python lab/speedrun.py --seeds 7 8 9 --against COMMIT --record "shorter contexts first"
 
 Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
 train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
-for each checkout but the first whose means meet RULES. One teacher grades all of them.
+for each checkout but the first whose means meet RULES; of several commits, the oldest stands first,
+and --record has a text for each checkout after it. One teacher grades all of them.
 """
 
 import math
@@ -200,14 +200,18 @@ def p_value(values: Sequence[float], least: float) -> float | None:
 
 def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
     """Append a line to lab/records.md for each side after the first that meets the rules, with the
-    ratio to the record before it. changes: what the sides after the first changed."""
+    ratio to the record before it. changes: what the sides after the first changed. Raises UserError
+    at the end if one does not meet them."""
     record = sides[0]
+    failed = []
     for challenger, change in zip(sides[1:], changes, strict=True):
         if challenger.is_storyteller():
             add_record(record, challenger, change)
             record = challenger
         else:
-            print(f"{challenger.commit} is no record: the means must reach {RULES}")
+            failed.append(challenger.commit)
+    if failed:
+        raise UserError(f"no record: {', '.join(failed)}: the means must reach {RULES}")
 
 
 def add_record(record: Side, challenger: Side, change: str) -> None:

@@ -89,15 +89,15 @@ def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, mo
 
 
 def test_a_side_below_a_rule_is_no_record_and_the_next_is_compared_with_the_one_before_it(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch
 ):
     records = tmp_path / "records.md"
     records.write_text("")
     monkeypatch.setattr(speedrun, "RECORDS", records)
     worse = GOOD | {"clusters": RULES["clusters"] - 1}
     sides = [side("old", 90.0), side("newer", 10.0, worse), side("newest", 40.0)]
-    add_records(sides, ["fewer stories", "half the words"])
-    assert "newer is no record" in capsys.readouterr().out
+    with pytest.raises(speedrun.UserError, match="no record: newer: "):
+        add_records(sides, ["fewer stories", "half the words"])
     (row,) = records.read_text().strip().splitlines()
     assert "| newest |" in row and "| 0.500 |" in row and row.endswith("| half the words |")
 

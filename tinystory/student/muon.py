@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTUM = 0.9  # 0.95 learns slower in runs of 2 000 steps (lab/LOG.md)
+MOMENTUM = 0.9  # 0.95: more bits per byte after the demo (lab/LOG.md)
 # Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the
 # minimax approximation of 1 on the interval that the one before it maps to (Polar Express, Amsel et
 # al. 2025, arXiv 2505.16932).
