@@ -208,8 +208,8 @@ class InteractConfig(RunConfig):
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
         1.0,
-        "temperature at which the student begins; 0: the highest of a few whose stories have about "
-        "the best reward",
+        "temperature at which the student begins; 0: the one of a few whose stories have the best "
+        "mean reward",
         "[0, 100]",
     )
     budget_words: int = option(

@@ -4,6 +4,7 @@ import torch
 from conftest import SHORT
 
 import train_interact as interact
+from tinystory.config import InteractConfig
 from tinystory.evaluate import temperature
 from tinystory.rl.reward import story_rewards
 from tinystory.run.folder import read_config
@@ -24,14 +25,19 @@ def test_the_temperature_becomes_the_students_own(place, tmp_path):
     assert abs(record["kl"]) < 0.3  # the step's stories are drawn before it changes anything
 
 
-def test_the_highest_temperature_that_none_clearly_beats_is_the_best():
-    noise = [0.3, -0.3] * 8
-    near = [0.5 + each for each in noise]
-    rewards = {1.0: near, 0.5: [0.55 - each for each in noise], 0.4: [0.2] * 16}
-    assert temperature.best_temperature(rewards) == 1.0
-    assert temperature.best_temperature(rewards | {1.0: [0.2] * 16}) == 0.5
+def test_the_temperature_of_the_highest_mean_is_the_best():
+    rewards = {1.0: [0.5, 0.1], 0.5: [0.4, 0.3], 0.4: [0.35, 0.35]}
+    assert temperature.best_temperature(rewards) == 0.5  # and not the lower one of the same mean
+    assert temperature.best_temperature(rewards | {1.0: [0.4, 0.4]}) == 1.0
     assert temperature.best_temperature({1.0: [0.1, None], 0.5: [0.2, 0.9]}) == 0.5
     assert temperature.best_temperature({1.0: [None], 0.5: [None]}) == 1.0
+
+
+def test_a_few_grades_try_few_stories():
+    def count(grades):
+        return temperature.stories_per_temperature(InteractConfig(grades=grades))
+
+    assert [count(64), count(768), count(0)] == [8, 32, 32]
 
 
 def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monkeypatch, capsys):

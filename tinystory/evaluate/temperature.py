@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
-from tinystory.evaluate.intervals import is_within_error, mean_of
+from tinystory.evaluate.intervals import mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import story_rewards
 from tinystory.run import distributed
 from tinystory.teacher.grade import Grader
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
-STORIES = 32  # at each, without --grades
+STORIES = 32  # at most, at each
 FIRST_INDEX = 3 * 10**9  # of these stories: no other stories draw these random numbers
 
 
 def stories_per_temperature(config: InteractConfig) -> int:
-    return config.grades // 8 or STORIES
+    eighth = config.grades // 8
+    return min(eighth or STORIES, STORIES)
 
 
 def choose_temperature(
@@ -44,11 +45,6 @@ def choose_temperature(
 
 
 def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:
-    """The first temperature whose mean reward is within a standard error of the best: a smaller
-    difference is noise, and stories differ more at a higher temperature. rewards: of stories to the
-    same openings at each temperature, the highest temperature first."""
-    best = max(rewards.values(), key=lambda values: mean_of(values) or 0.0)
-    for temperature, values in rewards.items():
-        if is_within_error(values, best):
-            return temperature
-    return 1.0  # no story has a reward
+    """The temperature with the highest mean reward; of equal ones, the first. rewards: of stories to
+    the same openings at each temperature."""
+    return max(rewards, key=lambda temperature: mean_of(rewards[temperature]) or 0.0)
