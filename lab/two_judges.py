@@ -1,7 +1,8 @@
-"""Two judges in one reward: the mean of the rubric's score and of the sense that a story makes to a
+r"""Two judges in one reward: the mean of the rubric's score and of the sense that a story makes to a
 reader (lab/reader.py), which alone would pay for bland sentences.
 
-CORPUS=tinystories.txt python train_interact.py --reward lab/two_judges.py --grades 64 --steps 8
+CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py \
+    --grades 768 --teacher-timeout 1800
 
 CORPUS: corpora and files that the rubric is fitted to, separated by spaces (default: builtin).
 READER: as --reader of lab/judge.py."""
@@ -15,7 +16,7 @@ from lab.reader import PACKAGED, Reader
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import Rubric
 
-NO_SENSE = -2.0  # nats per token, for a score of 0; full marks from 0 nats on
+NO_SENSE = -1.0  # nats per token, for a score of 0; full marks from 0 nats on
 
 rubric = Rubric(open_corpus(os.environ.get("CORPUS", "builtin").split()).mixed())
 reader = Reader(os.environ.get("READER", PACKAGED))
