@@ -1,11 +1,10 @@
-r"""Two judges in one reward: the mean of the rubric's score and of the sense that a story makes to a
+"""Two judges in one reward: the mean of the rubric's score and of the sense that a story makes to a
 reader (lab/reader.py), which alone would pay for bland sentences.
 
-CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py \
-    --grades 768 --teacher-timeout 1800
+CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py ...
 
-CORPUS: corpora and files that the rubric is fitted to, separated by spaces (default: builtin).
-READER: as --reader of lab/judge.py."""
+The other options: docs/english.md. CORPUS: corpora and files that the rubric is fitted to,
+separated by spaces (default: builtin). READER: as --reader of lab/judge.py."""
 
 import os
 from collections.abc import Sequence
