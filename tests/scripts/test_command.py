@@ -2,6 +2,7 @@
 printed."""
 
 import errno
+import gc
 import io
 import os
 import re
@@ -212,6 +213,15 @@ def test_a_command_that_has_begun_handles_ctrl_c_itself():
             command(signal.raise_signal)(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_garbage_is_collected_from_the_beginning_of_a_command_on():
+    gc.disable()  # as while it imports
+    try:
+        assert command(gc.isenabled)()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_the_environment_too(

@@ -8,6 +8,7 @@ to their end, quietly."""
 import contextlib
 import errno
 import functools
+import gc
 import io
 import os
 import re
@@ -164,6 +165,9 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         try:
             if signal.getsignal(signal.SIGINT) is end_at_once:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not gc.isenabled():
+                gc.freeze()  # what was imported stays
+                gc.enable()
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
