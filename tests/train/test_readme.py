@@ -80,7 +80,9 @@ def run(command: str, url: str = "") -> None:
     of its server."""
     script, *arguments = shlex.split(command.removeprefix("python "))
     if Path(script).stem.startswith("python"):  # a printed command may name its interpreter
-        script = str(Path(arguments.pop(0)).relative_to(ROOT))
+        script = arguments.pop(0)
+    if Path(script).is_absolute():
+        script = str(Path(script).relative_to(ROOT))
     name = script.removesuffix(".py").replace("/", ".")
     if "--teacher-url" in arguments and url:
         arguments[arguments.index("--teacher-url") + 1] = url
