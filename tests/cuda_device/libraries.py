@@ -33,12 +33,14 @@ def kernel_library() -> Path:
 
 
 def library(name: str, files: list[Path]) -> Path:
-    """The library, compiled if none has been made of these files by this compiler for this
-    torch."""
+    """The library, compiled if none has been made of these files by this compiler for this torch in
+    this place, which the library names."""
     sys.path.insert(0, str(ROOT))
     from tinystory.run.paths import cache_dir  # which does not import torch
 
-    versions = [sys.version, importlib.metadata.version("torch"), os.environ.get("CXX", "c++")]
+    torch = importlib.metadata.distribution("torch")
+    place = str(torch.locate_file(""))
+    versions = [sys.version, torch.version, place, os.environ.get("CXX", "c++")]
     digest = hashlib.sha256(
         "\0".join(versions).encode() + b"".join(file.read_bytes() for file in files)
     ).hexdigest()
