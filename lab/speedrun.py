@@ -1,7 +1,7 @@
 """The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The rules
 stand in lab/records.md, how to take part in lab/program.md.
 
-python lab/speedrun.py                                       one seed of this checkout
+python lab/speedrun.py                                          one seed of this checkout
 python lab/speedrun.py --seeds 20 21 22 --against COMMIT        in turns with a commit, as a ratio
 python lab/speedrun.py --seeds 20 21 22 --against COMMIT --record "shorter contexts first"
 

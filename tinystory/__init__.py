@@ -29,7 +29,8 @@ def _is_command() -> bool:
     return in_clone or program.name.startswith("tinystory-")  # or an installed entry point
 
 
-# Other programs that import this package keep theirs. `run.errors.command` restores both.
+# Other programs that import this package keep their collector and their handler of Ctrl-C.
+# `run.errors.command` restores both.
 if _is_command():
     gc.disable()  # imports take half as long without it, and they leave hardly any garbage
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

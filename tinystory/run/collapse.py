@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
-# Averages are over WINDOW steps, or over fewer that have STORIES stories.
+# Averages are over WINDOW steps, or over fewer that have STORIES stories; of the loss of pretraining
+# over LOSS_STEPS, since a small batch holds dull text or stories.
 WINDOW = 5
 STORIES = 768
-# Steps that the loss of pretraining is averaged over: a small batch holds dull text or stories.
 LOSS_STEPS = 50
 # Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest
 # one. The factors are coarse on purpose: noise changes a mean over WINDOW steps far less.
@@ -102,11 +102,12 @@ class CollapseDetector:
     def _mean(self, metric: str) -> float | None:
         """Mean over the window; None if the window is too short or one of its records lacks the
         metric."""
-        values: list[Any] = [record.get(metric) for record in self._last]
-        is_full = self._is_full()
         if metric == "loss":
             values = list(self._losses)
             is_full = len(values) == LOSS_STEPS
+        else:
+            values = [record.get(metric) for record in self._last]
+            is_full = self._is_full()
         if None in values or not is_full:
             return None
         return fmean(values)

@@ -120,8 +120,13 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a document is ordinary text
     }
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    sampling["max_length"] = student.config.context  # transformers' default is 20 tokens
+    sampling = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_length": student.config.context,  # transformers' default is 20 tokens
+    }
     files = {
         "config.json": config | ids,
         "generation_config.json": sampling | ids,
