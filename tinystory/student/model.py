@@ -27,6 +27,7 @@ from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 
 CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
+POSITION_STD = 1.5  # of the sinusoids with which positions start, where tokens' embeddings have 1
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,12 @@ class Block(nn.Module):
 
 class Student(nn.Module):
     """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit"
-    scales with the width and keeps the token's own embedding in the foreground: deviations of 1 for
-    embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final
-    norm. Attention then starts sharp enough to be trained: a small student learns to copy a name
-    hundreds of steps sooner. Positions start as sinusoids, of which a head can learn to look so
-    many tokens back (lab/LOG.md)."""
+    scales with the width: deviations of 1 for embeddings and 1 / sqrt(C) for matrices, a gain of 1
+    / sqrt(C) in the final norm. Attention then starts sharp enough to be trained: a small student
+    learns to copy a name hundreds of steps sooner. Positions are sinusoids, of which a head can
+    learn to look so many tokens back, in an eighth of the channels, where tokens start at 0, so
+    that a head need not tell one from the other. Pretraining leaves them as they are
+    (lab/LOG.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -192,8 +194,13 @@ class Student(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
         if init != "gpt2":
             nn.init.normal_(self.wte.weight, std=1.0)
+            positional = config.n_embd // 8  # channels
             with torch.no_grad():
-                self.wpe.weight.copy_(sinusoids(config.context, config.n_embd, std=0.3))
+                self.wte.weight[:, :positional] = 0
+                self.wpe.weight.zero_()
+                waves = sinusoids(config.context, positional, POSITION_STD)
+                self.wpe.weight[:, :positional] = waves
+            self.wpe.weight.requires_grad_(False)
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
 
     def trunk(
