@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import using
+from tinystory.config import PretrainConfig
 from tinystory.ops import reference
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, to_device
+from tinystory.student.optim import make_optimizer
 
 
 def test_reading_and_writing_agree(student):
@@ -65,6 +67,18 @@ def test_attend_gets_each_layers_packed_qkv_in_order(student):
     student.trunk(torch.randn(2, 3, 64), attend)
     heads = student.config.n_head
     assert seen == [(i, (2, 3, 3, heads, 64 // heads)) for i in range(student.config.n_layer)]
+
+
+def test_positions_have_channels_of_their_own_and_do_not_learn():
+    student = Student(StudentConfig(1, 2, 64, 32, 300), "unit")
+    positional = student.wpe.weight.any(0)
+    assert positional.sum() == 8
+    assert not student.wte.weight[:, positional].any()
+    assert student.wte.weight[:, ~positional].all()
+    optimizer = make_optimizer(student, PretrainConfig(weight_decay=0.1), torch.float32)
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(p is not student.wpe.weight for p in learning)
+    assert len(learning) == len(list(student.parameters())) - 1
 
 
 def test_no_token_sees_a_later_one(student):

@@ -13,12 +13,14 @@ EPS = 1e-8  # AdamW's, as in PyTorch and transformers
 
 
 def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> Optimizer:
-    """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer
-    muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
+    """AdamW on the named parameters that learn: matrices, which have weight decay, then vectors.
+    With --optimizer muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
     blocks = []
     matrices = []
     vectors = []
     for name, p in student.named_parameters():
+        if not p.requires_grad:
+            continue
         if p.dim() < 2:
             vectors.append((name, p))
         elif config.optimizer == "muon" and name.startswith("blocks."):
