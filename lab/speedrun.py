@@ -1,9 +1,9 @@
 """The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The rules
 stand in lab/records.md, how to take part in lab/program.md.
 
-python lab/speedrun.py                                          one seed of this checkout
-python lab/speedrun.py --seeds 20 21 22 --against COMMIT        in turns with a commit, as a ratio
-python lab/speedrun.py --seeds 20 21 22 --against COMMIT --record "shorter contexts first"
+python lab/speedrun.py                                       one seed of this checkout
+python lab/speedrun.py --seeds N N N --against COMMIT        in turns with a commit, as a ratio
+python lab/speedrun.py --seeds N N N --against COMMIT --record "shorter contexts first"
 
 Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
 train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md

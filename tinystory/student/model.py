@@ -170,8 +170,8 @@ class Student(nn.Module):
     scales with the width: deviations of 1 for embeddings and 1 / sqrt(C) for matrices, a gain of 1
     / sqrt(C) in the final norm. Attention then starts sharp enough to be trained: a small student
     learns to copy a name hundreds of steps sooner. Positions are sinusoids, of which a head can
-    learn to look so many tokens back, in an eighth of the channels, where tokens start at 0, so
-    that a head need not tell one from the other. Pretraining leaves them as they are
+    learn to look so many tokens back. They have an eighth of the channels, where token embeddings
+    start at 0, and do not learn until the student is loaded again, for interaction
     (lab/LOG.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
