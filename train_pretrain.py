@@ -32,7 +32,7 @@ from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
-from tinystory.student.model import Student, StudentConfig, to_device
+from tinystory.student.model import Student, student_config, to_device
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
 OPENING = "Once upon a time,"  # of the story that the student tells at each validation
@@ -168,7 +168,7 @@ def train_step(
             targets = rows[:, 1:].flatten()
             with autocast:
                 hidden = student.hidden(rows[:, :-1], config.dropout, seeds.getrandbits(48))
-                nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, targets)
+                nats = ops.cross_entropy(hidden.flatten(0, 1), student.unembedding, targets)
             rows_loss = nats * (len(rows) / len(batch))
             rows_loss.backward()
             loss += rows_loss.detach()
@@ -281,7 +281,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
         babylm.check_pretraining(config.preset, data.train.word_count, config.words, step_tokens)
     windows = open_windows(config, data)
     vocab_size = data.tokenizer.vocab_size
-    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, vocab_size)
+    shape = student_config(config, vocab_size)
     torch.manual_seed(config.seed)
     student = to_device(Student(shape, config.weights_init), compute.device)
     optimizer = make_optimizer(student, config, compute.dtype)

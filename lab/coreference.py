@@ -89,7 +89,7 @@ def coreference(
 def softmax_over(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
     """(len(ids),): the probabilities after a hidden state (C,), if the next token is one of
     these."""
-    return (hidden.float() @ student.wte.weight[ids].float().T).softmax(-1)
+    return (hidden.float() @ student.unembedding[ids].float().T).softmax(-1)
 
 
 def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:

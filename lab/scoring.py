@@ -73,7 +73,7 @@ def batch_sums(student: Student, batch: Sequence[Part]) -> Tensor:
     row_index = torch.tensor(rows, device=device)
     position = torch.tensor(positions, device=device)
     hidden = student.hidden(tokens)[row_index, position - 1]
-    logprob, _ = ops.token_logprob(hidden, student.wte.weight, tokens[row_index, position])
+    logprob, _ = ops.token_logprob(hidden, student.unembedding, tokens[row_index, position])
     return sums.index_add_(0, torch.tensor(rows), logprob.double().cpu())
 
 

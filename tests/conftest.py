@@ -162,7 +162,14 @@ def short_pauses(monkeypatch):
 def student(tokenizer) -> Student:
     torch.manual_seed(0)
     student = Student(
-        StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size)
+        StudentConfig(
+            n_layer=2,
+            n_head=2,
+            n_embd=64,
+            context=64,
+            vocab_size=tokenizer.vocab_size,
+            tied=False,
+        )
     )
     for p in student.parameters():  # far enough from zero that every path contributes
         torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(
@@ -274,7 +281,7 @@ def save_eager(run: Path, folder: Path) -> None:
     """The newest student of a run, changed so that it ends its stories soon."""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     with torch.no_grad():
-        end = student.wte.weight[tokenizer.eos]
+        end = student.unembedding[tokenizer.eos]
         student.ln_f.bias += 3 * end / end.norm() ** 2
     checkpoint.save(folder, student, tokenizer, history={}, state={}, counters={"step": 0})
 

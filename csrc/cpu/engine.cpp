@@ -111,7 +111,7 @@ class EngineOf final : public Engine {
       add(to.fc, from.fc, C, 4 * C);
       add(to.mlp_proj, from.mlp_proj, 4 * C, C);
     }
-    add(head_, {student_.wte, nullptr}, C, student_.V);
+    add(head_, {student_.lm_head, nullptr}, C, student_.V);
     int64_t packs = 0;
     for (auto& [to, from] : all) packs += to->packs();
     packed_.resize(packs);

@@ -35,7 +35,7 @@ struct StudentWeights {
     Affine ln_1, qkv, attn_proj, ln_2, fc, mlp_proj;
   };
   int64_t heads, C, V, context;
-  const float *wte, *wpe;  // (V, C), (context, C)
+  const float *wte, *wpe, *lm_head;  // (V, C), (context, C), (V, C): wte if the student has no other
   std::vector<Block> blocks;
   Affine ln_f, value;  // value: (1, C) and (1,), or both null: values are 0
 };

@@ -61,6 +61,7 @@ StudentWeights find_weights(int64_t n_layer, int64_t n_head, const std::map<std:
                    .context = context,
                    .wte = take("wte.weight", {V, C}),
                    .wpe = take("wpe.weight", {context, C}),
+                   .lm_head = take(parameters.count("lm_head.weight") ? "lm_head.weight" : "wte.weight", {V, C}),
                    .blocks = {},
                    .ln_f = norm("ln_f"),
                    .value = {}};

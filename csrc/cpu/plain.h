@@ -383,7 +383,7 @@ inline Reading read(const cpu::StudentWeights& w, const std::vector<int64_t>& to
   const Matrix last = layer_norm(x, w.ln_f, C);
   Matrix values(T);
   if (w.value.weight) values = linear(last, w.value, C, 1);
-  return {linear(last, {w.wte, nullptr}, C, w.V), values};
+  return {linear(last, {w.lm_head, nullptr}, C, w.V), values};
 }
 
 }  // namespace tinystory::plain

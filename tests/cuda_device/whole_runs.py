@@ -126,7 +126,7 @@ def tokenizer():
 @pytest.fixture
 def student():
     torch.manual_seed(0)
-    return Student(StudentConfig(2, 2, 64, 64, 333), "unit").to("cuda")
+    return Student(StudentConfig(2, 2, 64, 64, 333, tied=False), "unit").to("cuda")
 
 
 def rollout(student, tokenizer, openings, new=8, head=None, seed=1):
@@ -161,7 +161,7 @@ def test_the_host_reads_a_step_when_later_ones_are_launched(student, tokenizer, 
         StudentDecoder, "step", lambda self: (step(self), launched_at_read.append(len(launched)))[0]
     )
     with torch.no_grad():
-        student.ln_f.bias -= 9 * student.wte.weight[tokenizer.eos]  # no story ends early
+        student.ln_f.bias -= 9 * student.unembedding[tokenizer.eos]  # no story ends early
     rollout(student, tokenizer, ["Once"] * 3, 20)
     assert launched_at_read == [min(t + generation.STEPS_AHEAD, 19) for t in range(20)]
 

@@ -17,7 +17,7 @@ from tinystory.teacher.grade import Grade, Grader
 
 def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
     with torch.no_grad():
-        student.wte.weight.zero_()  # every token as likely
+        student.unembedding.zero_()  # every token as likely
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
     measures = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]).documents())
     ids = [[*tokenizer.encode(story), tokenizer.eos] for story in tiny_stories(8)]

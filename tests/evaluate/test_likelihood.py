@@ -28,7 +28,7 @@ def save_ender(run, folder):
     """The student of a run, changed so that all of its stories are empty."""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     with torch.no_grad():
-        student.wte.weight[tokenizer.eos] = 1.0
+        student.unembedding[tokenizer.eos] = 1.0
         student.ln_f.weight.zero_()
         student.ln_f.bias.fill_(10.0)
     checkpoint.save(folder, student, tokenizer, history={}, state={}, counters={"step": 0})

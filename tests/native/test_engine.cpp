@@ -41,8 +41,10 @@ struct Model {
     random(name + ".bias", {out}, 0.1f);
   }
 
-  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context) : n_layer(layers), n_head(heads) {
+  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context, bool tied = false)
+      : n_layer(layers), n_head(heads) {
     random("wte.weight", {V, C}, 0.2f);
+    if (!tied) random("lm_head.weight", {V, C}, 0.2f);
     random("wpe.weight", {context, C}, 0.2f);
     for (int64_t i = 0; i < layers; ++i) {
       const std::string block = "blocks." + std::to_string(i);
@@ -51,7 +53,8 @@ struct Model {
     }
     norm("ln_f", C), linear("value_head.linear", C, 1);
     // Stories end early.
-    for (int64_t c = 0; c < C; ++c) storage["ln_f.bias"][c] += storage["wte.weight"][kEos * C + c];
+    const auto& head = storage[tied ? "wte.weight" : "lm_head.weight"];
+    for (int64_t c = 0; c < C; ++c) storage["ln_f.bias"][c] += head[kEos * C + c];
     w = cpu::find_weights(n_layer, n_head, parameters);
   }
 };
@@ -168,8 +171,8 @@ void test_refusals() {
   test_refusal("parameter wpe.weight is missing", [](Model& m) { m.parameters.erase("wpe.weight"); });
   test_refusal("parameter value_head.linear.bias is missing",
                [](Model& m) { m.parameters.erase("value_head.linear.bias"); });
-  test_refusal("parameter lm_head.weight of shape (40, 32) is unexpected",
-               [](Model& m) { m.parameters["lm_head.weight"] = m.parameters["wte.weight"]; });
+  test_refusal("parameter lm_head.weight must have shape (40, 32), not (8, 32)",
+               [](Model& m) { m.parameters["lm_head.weight"] = m.parameters["wpe.weight"]; });
   test_refusal("parameter blocks.1.attn_proj.bias of shape (32) is unexpected", [](Model& m) { m.n_layer = 1; });
   test_refusal("parameter blocks.0.fc.weight must have shape (128, 32), not (96, 32)",
                [](Model& m) { m.parameters["blocks.0.fc.weight"].shape = {96, 32}; });
@@ -179,7 +182,7 @@ void test_refusals() {
 
 int main() {
   test_refusals();
-  const Model narrow(2, 3, 48, 70, 64), wide(1, 1, 160, 131, 64);
+  const Model narrow(2, 3, 48, 70, 64), wide(1, 1, 160, 131, 64, true);
   std::vector<DType> types{DType::f32};
   if (cpu::engine_has_bf16()) types.push_back(DType::bf16);
   for (DType type : types) {

@@ -175,7 +175,7 @@ def test_with_copies_of_weights_gradients_are_as_exact_as_autocasts(request):
         with student.lowered(torch.bfloat16 if copies else student.wte.weight.dtype):
             with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 hidden = student.hidden(tokens[:, :-1]).flatten(0, 1)
-                loss = ops.cross_entropy(hidden, student.wte.weight, tokens[:, 1:].flatten())
+                loss = ops.cross_entropy(hidden, student.unembedding, tokens[:, 1:].flatten())
             loss.backward()
         return [loss.detach(), *(p.grad for p in student.parameters())]
 
@@ -286,7 +286,7 @@ def test_stories_from_graphs_are_those_of_plain_calls(
     )
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
-        student.ln_f.bias += 2.4 * ends_early * student.wte.weight[tokenizer.eos]
+        student.ln_f.bias += 2.4 * ends_early * student.unembedding[tokenizer.eos]
 
     def write():
         how = dict(first_index=0, max_new_tokens=30, seed=1)

@@ -71,7 +71,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
             batch.logprobs, hidden = ppo.response_logprobs(student, batch)
             batch.values = head(hidden)
             entropy = float(
-                ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()
+                ops.token_logprob(hidden, student.unembedding, batch.tokens)[1].sum()
             ) / len(mask)
         seen = ppo.read_reference(reference, batch, config)
         rewards = ppo.token_rewards(scores, batch, seen, kl_coef)

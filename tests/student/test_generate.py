@@ -30,10 +30,10 @@ def end_at_rate(student, eos, rate):
         # The first feature of its states is 1 everywhere, and no other token's logit depends on it.
         student.ln_f.weight[0] = 0
         student.ln_f.bias[0] = 1
-        student.wte.weight[:, 0] = 0
-        student.wte.weight[eos] = 0
+        student.unembedding[:, 0] = 0
+        student.unembedding[eos] = 0
         logits = student(torch.randint(student.config.vocab_size, (8, 32)))
-        student.wte.weight[eos, 0] = logits.logsumexp(-1).mean() + math.log(rate)
+        student.unembedding[eos, 0] = logits.logsumexp(-1).mean() + math.log(rate)
 
 
 @pytest.fixture

@@ -66,7 +66,9 @@ def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
             F.gelu(conv(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"), approximate="tanh"),
             f"{at}.mlp.c_proj",
         )
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return (
+        norm(x, "ln_f") @ w["wte.weight" if config["tie_word_embeddings"] else "lm_head.weight"].T
+    )
 
 
 @pytest.fixture

@@ -69,12 +69,18 @@ def test_attend_gets_each_layers_packed_qkv_in_order(student):
     assert seen == [(i, (2, 3, 3, heads, 64 // heads)) for i in range(student.config.n_layer)]
 
 
-def test_positions_have_channels_of_their_own_and_do_not_learn():
-    student = Student(StudentConfig(1, 2, 64, 32, 300), "unit")
+def test_positions_and_tokens_start_in_channels_of_their_own_and_positions_do_not_learn():
+    student = Student(StudentConfig(1, 2, 64, 32, 300, tied=False), "unit")
     positional = student.wpe.weight.any(0)
+    lexical = student.wte.weight.any(0)
     assert positional.sum() == 8
-    assert not student.wte.weight[:, positional].any()
-    assert student.wte.weight[:, ~positional].all()
+    assert lexical.sum() == 32
+    assert not (positional & lexical).any()
+    assert student.wte.weight[:, lexical].all()
+    assert torch.equal(student.unembedding[:, lexical], student.wte.weight[:, lexical])
+    assert student.unembedding[:, ~positional].all()
+    for weight in student.weights("proj"):
+        assert torch.equal(weight.any(1), ~positional & ~lexical)
     optimizer = make_optimizer(student, PretrainConfig(weight_decay=0.1), torch.float32)
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     assert all(p is not student.wpe.weight for p in learning)

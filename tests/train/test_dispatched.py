@@ -181,9 +181,9 @@ def trained(student: Student, tokens, dtype) -> list[torch.Tensor]:
     with student.lowered(dtype):
         with torch.autocast("cpu", dtype, enabled=dtype == BF16):
             hidden = student.hidden(tokens[:, :-1]).flatten(0, 1)
-            loss = ops.cross_entropy(hidden, student.wte.weight, targets)
+            loss = ops.cross_entropy(hidden, student.unembedding, targets)
             with torch.no_grad():
-                logprobs, _ = ops.token_logprob(hidden, student.wte.weight, targets)
+                logprobs, _ = ops.token_logprob(hidden, student.unembedding, targets)
         loss.backward()
     return [-logprobs, *(p.grad for p in student.parameters())]
 

@@ -71,7 +71,7 @@ class Likelihood(LocalGrader):
     def mean_logprobs(self, texts: Sequence[Text]) -> list[float]:
         """Per text, the mean log-probability of its story's tokens in nats per token. Of a text
         longer than the context, which no student wrote, the last tokens are read."""
-        weight = self.student.wte.weight
+        weight = self.student.unembedding
         rows = []
         starts = []  # place of each story's first token in its row
         for opening, story in texts:

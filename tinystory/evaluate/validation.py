@@ -47,7 +47,7 @@ def validate(
             targets = torch.cat([row[1:] for row in rows])
             hidden = student.hidden(upload(inputs, device))
             states = torch.cat([hidden[i, : len(row) - 1] for i, row in enumerate(rows)])
-            logprobs, _ = ops.token_logprob(states, student.wte.weight, upload(targets, device))
+            logprobs, _ = ops.token_logprob(states, student.unembedding, upload(targets, device))
             sums[0] -= logprobs.double().sum()
             sums[1] += len(targets)
             sums[2] += int(token_sizes[targets].sum())

@@ -50,7 +50,7 @@ def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = packing.hidden(student, tokens)
         at = packing.source[at]
     states = hidden.index_select(0, at)
-    logprobs, _ = ops.token_logprob(states, student.wte.weight, batch.tokens)
+    logprobs, _ = ops.token_logprob(states, student.unembedding, batch.tokens)
     return logprobs, states
 
 

@@ -108,6 +108,7 @@ def load(
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
         history = _history(folder, record.pop("history", {}))
+        record.setdefault("tied", True)  # an older one does not say
         wrong = wrong_shape(record)
         if wrong:
             raise UserError(

@@ -25,6 +25,7 @@ NAMES = {
     "fc": "ffn_up",
     "mlp_proj": "ffn_down",
     "ln_f": "output_norm",
+    "lm_head": "output",
 }
 # What llama.cpp samples with unless it is told otherwise (its pull request 17120), the
 # student's whole distribution. Its own defaults cut it and penalise repeated names.

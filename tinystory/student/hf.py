@@ -38,7 +38,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
 }
 # The files to read, and what to do if one is missing.
 FILES = {
@@ -110,6 +109,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     config["n_positions"] = config.pop("context")
     for name, values in FIXED.items():
         config[name] = values[0]
+    config["tie_word_embeddings"] = config.pop("tied")
     config["torch_dtype"] = "float32"
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -137,7 +137,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     for name, weight in student.state_dict().items():
         if is_transposed(name, weight.shape):
             weight = weight.T
-        weights[f"transformer.{renamed(name, NAMES)}"] = weight.contiguous()
+        weights[their_name(name, "transformer.")] = weight.contiguous()
     folder.mkdir(parents=True)
     write_tensors(folder / "model.safetensors", weights)
     tokenizer.save(folder / "tokenizer.json")
@@ -148,6 +148,11 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
 def renamed(name: str, names: Mapping[str, str]) -> str:
     """A parameter's name, with the parts that `names` has replaced."""
     return ".".join(names.get(part, part) for part in name.split("."))
+
+
+def their_name(name: str, prefix: str) -> str:
+    """transformers' name of a parameter of ours. prefix: of all but the output head's."""
+    return name if name.startswith("lm_head.") else prefix + renamed(name, NAMES)
 
 
 def is_transposed(name: str, shape: Sequence[int]) -> bool:
@@ -177,8 +182,10 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
         "n_embd": config.get("n_embd"),
         "context": config.get("n_positions"),
         "vocab_size": config.get("vocab_size"),
+        "tied": config.get("tie_word_embeddings", True),
     }
     problem = wrong_shape(sizes).replace("its context", "its n_positions")
+    problem = problem.replace("its tied", "its tie_word_embeddings")
     n_inner = config.get("n_inner")
     if not problem and n_inner not in (None, 4 * sizes["n_embd"]):
         problem = f"its n_inner is {n_inner!r:.80}, not 4 * n_embd"
@@ -208,7 +215,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 student = Student(shape)
             for own_name, parameter in student.named_parameters():
                 expected = tuple(parameter.shape)
-                name = own_name if ours else prefix + renamed(own_name, NAMES)
+                name = own_name if ours else their_name(own_name, prefix)
                 transposed = not ours and is_transposed(own_name, expected)
                 if transposed:
                     expected = expected[::-1]

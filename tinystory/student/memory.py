@@ -8,7 +8,7 @@ import torch
 
 from tinystory.config import PretrainConfig
 from tinystory.run.errors import UserError
-from tinystory.student.model import Student, StudentConfig
+from tinystory.student.model import Student, student_config
 
 TRAINED = 3 * 4  # bytes per parameter: itself, its gradient and one moment at least
 # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
@@ -30,9 +30,7 @@ def total(device: torch.device) -> int:
 
 def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
     """Raises UserError if the run does not fit."""
-    shape = StudentConfig(
-        config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size
-    )
+    shape = student_config(config, config.vocab_size)
     tokens = min(config.micro_batch_size, config.batch_size) * config.context
     activations = tokens * config.n_layer * config.n_embd * ACTIVATIONS * 2
     batch = config.batch_size * 8 * (config.context + 1)

@@ -1,9 +1,9 @@
-"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied
-embedding.
+"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, an output
+head that is the token embedding or its own.
 
 `Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden`
 attends within whole sequences (training, evaluation), `prefill` and `step` over a KV cache
-(decoding). The tied embedding is applied to the final hidden states in `ops.token_logprob` or in
+(decoding). The output head is applied to the final hidden states in `ops.token_logprob` or in
 `logits`.
 
 csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: change both together.
@@ -22,21 +22,40 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
+from tinystory.config import PretrainConfig
 from tinystory.ops import backend
 from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 
 CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
 POSITION_STD = 1.5  # of the sinusoids with which positions start, where tokens' embeddings have 1
+# Scales of the initial queries and keys, by the channels that they read: attention starts by looking
+# at places, and what it looks for there is learned.
+QK_OF_POSITIONS, QK_OF_OTHERS = 1.4, 0.4
 
 
 @dataclass(frozen=True)
 class StudentConfig:
+    """tied: whether the output head is the token embedding, as GPT-2's is."""
+
     n_layer: int
     n_head: int
     n_embd: int
     context: int
     vocab_size: int
+    tied: bool = True
+
+
+def student_config(config: PretrainConfig, vocab_size: int) -> StudentConfig:
+    """The shape of a student to pretrain, with GPT-2's tied embedding if it begins as GPT-2."""
+    return StudentConfig(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.context,
+        vocab_size,
+        tied=config.weights_init == "gpt2",
+    )
 
 
 def wrong_shape(sizes: Mapping[str, Any]) -> str:
@@ -44,6 +63,9 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
     names = [field.name for field in fields(StudentConfig)]
     if sizes.keys() != set(names):
         return f"it must have {', '.join(names)}, and nothing else"
+    if type(sizes["tied"]) is not bool:
+        return f"its tied is {sizes['tied']!r:.80}"
+    names.remove("tied")
     for name in names:
         if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
             return f"its {name} is {sizes[name]!r:.80}"
@@ -166,13 +188,12 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit"
-    scales with the width: deviations of 1 for embeddings and 1 / sqrt(C) for matrices, a gain of 1
-    / sqrt(C) in the final norm. Attention then starts sharp enough to be trained: a small student
-    learns to copy a name hundreds of steps sooner. Positions are sinusoids, of which a head can
-    learn to look so many tokens back. They have an eighth of the channels, where token embeddings
-    start at 0, and do not learn until the student is loaded again, for interaction
-    (lab/LOG.md)."""
+    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit", for a
+    student that is not tied, scales with the width: deviations of 1 for embeddings and about 1 /
+    sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp
+    enough to be trained: a small student learns to copy a name hundreds of steps sooner. Positions
+    are sinusoids, of which a head can learn to look so many tokens back; they do not learn until
+    the student is loaded again, for interaction. See `separate_channels` too."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -181,27 +202,60 @@ class Student(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.copies: list[Tensor] = []  # the memory of `lowered`
         std = 0.02 if init == "gpt2" else 1 / math.sqrt(config.n_embd)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 nn.init.zeros_(module.bias)
         # GPT-2: residual projections start smaller, so that depth does not grow the stream.
-        for name, p in self.named_parameters():
-            if name.endswith("proj.weight"):
-                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
+        for weight in self.weights("proj"):
+            nn.init.normal_(weight, std=std / math.sqrt(2 * config.n_layer))
         if init != "gpt2":
-            nn.init.normal_(self.wte.weight, std=1.0)
-            positional = config.n_embd // 8  # channels
-            with torch.no_grad():
-                self.wte.weight[:, :positional] = 0
-                self.wpe.weight.zero_()
-                waves = sinusoids(config.context, positional, POSITION_STD)
-                self.wpe.weight[:, :positional] = waves
-            self.wpe.weight.requires_grad_(False)
+            self.separate_channels()
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
+
+    @torch.no_grad()
+    def separate_channels(self) -> None:
+        """Start positions in the first eighth of the residual stream's channels, token embeddings
+        in its second half, and what the layers add between them. Nothing then hides anything else
+        before it is learned: with a third fewer words a student is as good (lab/LOG.md)."""
+        config = self.config
+        positional = config.n_embd // 8
+        lexical = config.n_embd // 2
+        added = config.n_embd - positional - lexical
+
+        self.wpe.weight.zero_()
+        self.wpe.weight[:, :positional] = sinusoids(config.context, positional, POSITION_STD)
+        self.wpe.weight.requires_grad_(False)
+        for weight in self.weights("qkv"):
+            queries_and_keys = weight[: 2 * config.n_embd]
+            queries_and_keys[:, :positional] *= QK_OF_POSITIONS
+            queries_and_keys[:, positional:] *= QK_OF_OTHERS
+        for weight in self.weights("proj"):
+            weight[:positional] = 0
+            weight[-lexical:] = 0
+            weight *= math.sqrt(config.n_embd / added)  # the norm that it had
+        nn.init.normal_(self.wte.weight)
+        # Where embeddings are, the output head starts as their copy, so that a token which attention
+        # copies from afar is the one that is predicted.
+        self.unembedding.copy_(self.wte.weight)
+        self.unembedding[:, :positional] = 0
+        self.wte.weight[:, :-lexical] = 0
+
+    def weights(self, ending: str) -> list[Tensor]:
+        """The weights of the linear layers whose names end so: "proj" is all that write to the
+        residual stream."""
+        return [p for name, p in self.named_parameters() if name.endswith(f"{ending}.weight")]
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The output head's weight, (V, C)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def trunk(
         self,
@@ -261,7 +315,7 @@ class Student(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)"""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.unembedding)
 
     @torch.no_grad()
     def divide_logits(self, temperature: float) -> None:

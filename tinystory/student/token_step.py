@@ -73,7 +73,7 @@ class TokenStep:
         sampling: Sampling,
     ):
         """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
-        weight = student.wte.weight
+        weight = student.unembedding
         device = weight.device
         # a capture cannot wait for the device, as the reference does
         self.on_graph = device.type == "cuda" and bool(ops.load())
@@ -140,7 +140,7 @@ class TokenStep:
         self.use(len(prompt_of))
         torch.arange(len(prompt_of), out=self.at, device=device)
         torch.add(self.at, offset, out=self.ids)
-        weight = self.student.wte.weight.detach()
+        weight = self.student.unembedding.detach()
         self.unembedding[: len(weight)] = weight
         hidden = self.student.prefill(prompts, self.cache)
         self.draw(hidden.index_select(0, upload(prompt_index, device)))
@@ -149,7 +149,7 @@ class TokenStep:
         """Draw each row's next token from its final hidden state, (R, C)."""
         step = self.cache.lengths
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
-        logits[:, len(self.student.wte.weight) :] = -math.inf
+        logits[:, self.student.config.vocab_size :] = -math.inf
         drawn, logprobs, entropies = ops.sample(
             logits,
             seed=self.sampling.seed,
