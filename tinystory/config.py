@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(1_700_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(1_100_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
@@ -141,7 +141,7 @@ class InteractConfig(RunConfig):
 
     out: str = option("runs/interact", OUT_HELP)
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
-    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(3, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
@@ -207,7 +207,7 @@ class InteractConfig(RunConfig):
     stories_per_step: int = option(512, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
-        1.0,
+        0.8,
         "temperature at which the student begins; 0: the one of a few whose stories have the best "
         "mean reward",
         "[0, 100]",
@@ -230,7 +230,7 @@ class InteractConfig(RunConfig):
     )
 
     learning_rate: float = option(
-        6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser"
+        1.2e-3, "initial learning rate of Adam", "(0, 100]", group="optimiser"
     )
     lr_decay: bool = option(
         True, "linear decay of the learning rates to 0 over all updates of --steps"
@@ -288,7 +288,7 @@ _ENGLISH_PRETRAIN = dict(
     words=6_000_000,
     batch_size=16,
 )
-_ENGLISH_INTERACT = dict(temperature=0.0, stories_per_step=768, learning_rate=4e-4)
+_ENGLISH_INTERACT = dict(temperature=0.0, steps=4, stories_per_step=768, learning_rate=4e-4)
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
 # interaction: TRL). Where a default is the paper's figure it is not repeated.
@@ -322,6 +322,7 @@ _PAPER_INTERACT = dict(
     steps=920,
     stories_per_step=360,
     max_new_tokens=90,
+    temperature=1.0,
     diversity=0.0,
     unfinished=1.0,
     eval_every=0,
