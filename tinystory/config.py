@@ -204,7 +204,7 @@ class InteractConfig(RunConfig):
         flags=("--opening",),
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(512, "stories per step", "[1, 1e6]")
+    stories_per_step: int = option(384, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
         0.8,
@@ -236,7 +236,7 @@ class InteractConfig(RunConfig):
         True, "linear decay of the learning rates to 0 over all updates of --steps"
     )
     sharpness_rate: float = option(
-        0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 10]"
+        0.03, "initial learning rate of a global logit scale; 0 disables it", "[0, 10]"
     )
     minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(
@@ -288,7 +288,9 @@ _ENGLISH_PRETRAIN = dict(
     words=6_000_000,
     batch_size=16,
 )
-_ENGLISH_INTERACT = dict(temperature=0.0, steps=4, stories_per_step=768, learning_rate=4e-4)
+_ENGLISH_INTERACT = dict(
+    temperature=0.0, steps=4, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
+)
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
 # interaction: TRL). Where a default is the paper's figure it is not repeated.

@@ -250,7 +250,7 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
 def test_the_forecast_counts_what_the_teacher_will_be_asked():
     start = RunState(0.0)
     few = InteractConfig(**interact.FEW_GRADES)
-    assert interact.stories_to_grade(InteractConfig(steps=4), start) == 4 * 512 + 5 * 40
+    assert interact.stories_to_grade(InteractConfig(steps=4), start) == 4 * 384 + 5 * 40
     assert interact.stories_to_grade(few, start) == 64 + 2 * 40
     assert interact.stories_to_grade(replace(few, eval_graded=False), start) == 64
     assert interact.stories_to_grade(replace(few, temperature=0.0), start) == 64 + 2 * 40 + 5 * 8
