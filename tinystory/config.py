@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(1_100_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(1_200_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
@@ -141,7 +141,7 @@ class InteractConfig(RunConfig):
 
     out: str = option("runs/interact", OUT_HELP)
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
-    steps: int = option(3, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
         False, "end the run, with everything saved, when the stories collapse"
@@ -207,7 +207,7 @@ class InteractConfig(RunConfig):
     stories_per_step: int = option(384, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
-        0.8,
+        0.9,
         "temperature at which the student begins; 0: the one of a few whose stories have the best "
         "mean reward",
         "[0, 100]",
@@ -289,7 +289,7 @@ _ENGLISH_PRETRAIN = dict(
     batch_size=16,
 )
 _ENGLISH_INTERACT = dict(
-    temperature=0.0, steps=4, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
+    temperature=0.0, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
 )
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
 # their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
