@@ -348,6 +348,7 @@ REFUSED = {
     "head size is 8": config(n_head=4),
     r"wpe.weight is \(48, 32\)": config(n_positions=49),
     "n_inner is 100": config(n_inner=100),
+    "its tie_word_embeddings is 'no'": config(tie_word_embeddings="no"),
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "has no end token </s>": lambda folder: edit_tokenizer(folder, end="<|im_end|>"),
@@ -365,6 +366,15 @@ def test_what_is_refused(foreign, complaint):
     REFUSED[complaint](foreign)
     with pytest.raises(UserError, match=complaint):
         checkpoint.load(foreign)
+
+
+def test_an_output_head_of_its_own_is_read(foreign):
+    weights = load_file(foreign / "model.safetensors")
+    head = torch.randn_like(weights["wte.weight"])
+    save_file(weights | {"lm_head.weight": head}, foreign / "model.safetensors")
+    assert torch.equal(hf.read(foreign)[0].unembedding, weights["wte.weight"].float())
+    edit(foreign / "config.json", tie_word_embeddings=False)
+    assert torch.equal(hf.read(foreign)[0].unembedding, head.float())
 
 
 def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(foreign):
