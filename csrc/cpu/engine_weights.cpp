@@ -55,13 +55,14 @@ StudentWeights find_weights(int64_t n_layer, int64_t n_head, const std::map<std:
   const int64_t D = n_head > 0 && C % n_head == 0 ? C / n_head : 0;
   if (D < 16 || D > 256 || D % 16)
     refuse("n_embd / n_head = ", C, " / ", n_head, " must be a multiple of 16 up to 256");
+  const char* head = parameters.count("lm_head.weight") ? "lm_head.weight" : "wte.weight";
   StudentWeights w{.heads = n_head,
                    .C = C,
                    .V = V,
                    .context = context,
                    .wte = take("wte.weight", {V, C}),
                    .wpe = take("wpe.weight", {context, C}),
-                   .lm_head = take(parameters.count("lm_head.weight") ? "lm_head.weight" : "wte.weight", {V, C}),
+                   .lm_head = take(head, {V, C}),
                    .blocks = {},
                    .ln_f = norm("ln_f"),
                    .value = {}};

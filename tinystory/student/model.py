@@ -29,8 +29,8 @@ from tinystory.run.errors import UserError
 
 CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
 POSITION_STD = 1.5  # of the sinusoids with which positions start, where tokens' embeddings have 1
-# Scales of the initial queries and keys, by the channels that they read: attention starts by looking
-# at places, and what it looks for there is learned.
+# Scales of the initial queries and keys, by the channels that they read: attention starts by position
+# more than by content.
 QK_OF_POSITIONS, QK_OF_OTHERS = 1.4, 0.4
 
 
@@ -223,29 +223,30 @@ class Student(nn.Module):
     def separate_channels(self) -> None:
         """Start positions in the first eighth of the residual stream's channels, token embeddings
         in its second half, and what the layers add between them. Nothing then hides anything else
-        before it is learned: with a third fewer words a student is as good (lab/LOG.md)."""
+        before it is learned: a student is as good after a fifth fewer words (lab/LOG.md)."""
         config = self.config
-        positional = config.n_embd // 8
-        lexical = config.n_embd // 2
-        added = config.n_embd - positional - lexical
+        position_channels = config.n_embd // 8
+        token_channels = config.n_embd // 2
+        layer_channels = config.n_embd - position_channels - token_channels
 
         self.wpe.weight.zero_()
-        self.wpe.weight[:, :positional] = sinusoids(config.context, positional, POSITION_STD)
+        waves = sinusoids(config.context, position_channels, POSITION_STD)
+        self.wpe.weight[:, :position_channels] = waves
         self.wpe.weight.requires_grad_(False)
         for weight in self.weights("qkv"):
             queries_and_keys = weight[: 2 * config.n_embd]
-            queries_and_keys[:, :positional] *= QK_OF_POSITIONS
-            queries_and_keys[:, positional:] *= QK_OF_OTHERS
+            queries_and_keys[:, :position_channels] *= QK_OF_POSITIONS
+            queries_and_keys[:, position_channels:] *= QK_OF_OTHERS
         for weight in self.weights("proj"):
-            weight[:positional] = 0
-            weight[-lexical:] = 0
-            weight *= math.sqrt(config.n_embd / added)  # the norm that it had
+            weight[:position_channels] = 0
+            weight[-token_channels:] = 0
+            weight *= math.sqrt(config.n_embd / layer_channels)  # the norm that it had
         nn.init.normal_(self.wte.weight)
         # Where embeddings are, the output head starts as their copy, so that a token which attention
         # copies from afar is the one that is predicted.
         self.unembedding.copy_(self.wte.weight)
-        self.unembedding[:, :positional] = 0
-        self.wte.weight[:, :-lexical] = 0
+        self.unembedding[:, :position_channels] = 0
+        self.wte.weight[:, :-token_channels] = 0
 
     def weights(self, ending: str) -> list[Tensor]:
         """The weights of the linear layers whose names end so: "proj" is all that write to the
