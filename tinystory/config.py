@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(1_200_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(1_150_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )

@@ -6,9 +6,10 @@ import pytest
 from conftest import ROOT, fails
 
 from lab import speedrun
-from lab.speedrun import MEASURES, RULES, Side, add_records, p_value, ratio
+from lab.speedrun import MEASURES, MOST_STORIES_BEFORE, RULES, Side, add_records, p_value, ratio
 
 GOOD = dict.fromkeys(MEASURES, 1.0) | {name: least * 1.02 for name, least in RULES.items()}
+GOOD["stories_before"] = MOST_STORIES_BEFORE / 1.02
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_sides_take_turns_and_the_ratio_is_of_their_medians(tmp_path, monkeypatc
 
     monkeypatch.setattr(speedrun, "start", lambda *_, **__: None)
     monkeypatch.setattr(speedrun, "timed_run", timed_run)
-    monkeypatch.setattr(speedrun, "measured", lambda run: GOOD)
+    monkeypatch.setattr(speedrun, "measured", lambda folder: GOOD)
     sides = [Side("old", Path("old")), Side("new", Path("new"))]
     speedrun.race(sides, [1, 2, 3], tmp_path)
     assert order == [(name, seed) for seed in (1, 2, 3) for name in ("old", "new")]
@@ -88,14 +89,20 @@ def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, mo
     assert numbers[1] == numbers[0] + 1
 
 
-def test_a_side_below_a_rule_is_no_record_and_the_next_is_compared_with_the_one_before_it(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"clusters": RULES["clusters"] - 1},
+        {"stories_before": MOST_STORIES_BEFORE * 1.02},
+    ],
+)
+def test_a_side_that_breaks_a_rule_is_no_record_and_the_next_is_compared_with_the_one_before_it(
+    tmp_path, monkeypatch, worse
 ):
     records = tmp_path / "records.md"
     records.write_text("")
     monkeypatch.setattr(speedrun, "RECORDS", records)
-    worse = GOOD | {"clusters": RULES["clusters"] - 1}
-    sides = [side("old", 90.0), side("newer", 10.0, worse), side("newest", 40.0)]
+    sides = [side("old", 90.0), side("newer", 10.0, GOOD | worse), side("newest", 40.0)]
     with pytest.raises(speedrun.UserError, match="no record: newer: "):
         add_records(sides, ["fewer stories", "half the words"])
     (row,) = records.read_text().strip().splitlines()
