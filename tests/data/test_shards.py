@@ -68,19 +68,22 @@ def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
     return counts
 
 
-@given(document=TEXT)
-def test_words_are_counted_exactly(tokenizer, document):
-    tokens, words = encode(tokenizer, document)
-    assert tokens.tolist() == [*tokenizer.encode(document), tokenizer.eos]
-    assert words.tolist() == [*words_one_by_one(tokenizer, document), 0]
-    assert words.sum() == len(document.split())
+@given(documents=st.lists(TEXT, max_size=4))
+def test_words_are_counted_exactly(tokenizer, documents):
+    tokens, words = encode(tokenizer, documents)
+    expected_tokens, expected_words = [], []
+    for document in documents:
+        expected_tokens += [*tokenizer.encode(document), tokenizer.eos]
+        expected_words += [*words_one_by_one(tokenizer, document), 0]
+    assert tokens.tolist() == expected_tokens and words.tolist() == expected_words
+    assert words.sum() == sum(len(document.split()) for document in documents)
 
 
 def test_every_white_space_of_python_parts_words(tokenizer):
     spaces = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()]
     assert len(spaces) == 29
     text = "a" + "a".join(spaces) + "a"
-    assert encode(tokenizer, text)[1].sum() == len(text.split()) == 30
+    assert encode(tokenizer, [text])[1].sum() == len(text.split()) == 30
 
 
 # The folder.
@@ -193,6 +196,16 @@ def test_a_single_document_can_not_be_split(cache):
     assert list(cache.iterdir()) == []
 
 
+def test_the_folder_does_not_depend_on_the_batches(cache, tmp_path, monkeypatch):
+    whole = prepare(corpus_of(STORIES), vocab_size=600).path
+    monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "batched"))
+    monkeypatch.setattr(shards, "BATCH", 300)
+    batched = prepare(corpus_of(STORIES), vocab_size=600).path
+    assert batched != whole
+    for name in shards.FILES:
+        assert (batched / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_the_tokenizer_has_not_seen_the_validation_documents(cache):
     documents = [f"{'abcdefghij'[i % 10] * 3} " * 50 for i in range(10)]
     data = prepare(corpus_of(documents), vocab_size=400, val_fraction=0.3, seed=1)
@@ -223,7 +236,7 @@ def killed(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*arguments)
 if "kill" in sys.argv:
-    shards.encode = killed
+    shards.encode, shards.BATCH = killed, 50
 print(shards.prepare(open_corpus([sys.argv[1]]), vocab_size=400).path)
 """
 

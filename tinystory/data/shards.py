@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ ARRAYS = ("train.tokens", "train.words", "val.tokens", "val.words")
 MIDDLE = "middle.txt"
 FILES = ("tokenizer.json", MIDDLE, *ARRAYS)
 
+BATCH = 1 << 20  # characters that are encoded together
+SEPARATOR = "\n"  # between documents that are; their words end there
 # str.split() splits at exactly the characters for which str.isspace() is true.
 IS_SPACE = np.array([chr(code).isspace() for code in range(sys.maxunicode + 1)])
 
@@ -141,9 +143,8 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
     encoding = tqdm(in_train, desc="encoding", unit=" documents", disable=None)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in ARRAYS}
-        for document, is_in_train in zip(corpus.documents(), encoding, strict=True):
-            split = "train" if is_in_train else "val"
-            tokens, words = encode(tokenizer, document)
+        for split, documents in _batches(zip(corpus.documents(), encoding, strict=True)):
+            tokens, words = encode(tokenizer, documents)
             files[f"{split}.tokens"].write(tokens.astype(_dtype(tokenizer)).data)
             files[f"{split}.words"].write(words.data)
     write_manifest(folder)
@@ -158,16 +159,40 @@ def _uniform(seed: int, index: int) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def encode(tokenizer: Tokenizer, document: str) -> tuple[ndarray, ndarray]:
-    """A document followed by `</s>`: tokens (n,) uint32, and words (n,) uint8, the number of
+def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, list[str]]]:
+    """A split's name and its next documents, BATCH characters or a document more, until all are
+    through. documents: each with whether it is trained on."""
+    batches: dict[str, list[str]] = {"train": [], "val": []}
+    sizes = dict.fromkeys(batches, 0)
+    for document, is_in_train in documents:
+        split = "train" if is_in_train else "val"
+        batches[split].append(document)
+        sizes[split] += len(document)
+        if sizes[split] >= BATCH:
+            yield split, batches[split]
+            batches[split], sizes[split] = [], 0
+    for split, rest in batches.items():
+        if rest:
+            yield split, rest
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[ndarray, ndarray]:
+    """Documents, each followed by `</s>`: tokens (n,) uint32, and words (n,) uint8, the number of
     str.split() words whose first byte is in each token."""
-    tokens = np.array([*tokenizer.encode(document), tokenizer.eos], dtype=np.uint32)
-    codes = np.frombuffer(document.encode("utf-32-le"), dtype="<u4")
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer.encode(document)
+        ids.append(tokenizer.eos)
+    tokens = np.array(ids, dtype=np.uint32)
+    text = "".join(document + SEPARATOR for document in documents)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     in_word = ~IS_SPACE[codes]
     begins = np.diff(in_word, prepend=False) & in_word  # whether a word begins with this character
     sizes = 1 + np.digitize(codes, (0x80, 0x800, 0x10000))  # in UTF-8
     first_bytes = np.cumsum(sizes) - sizes
-    ends = np.cumsum(tokenizer.token_sizes[tokens])  # of the tokens, in bytes
+    token_sizes = tokenizer.token_sizes[tokens]
+    token_sizes[tokens == tokenizer.eos] = len(SEPARATOR)
+    ends = np.cumsum(token_sizes)  # of the tokens, in bytes
     words = np.diff(np.searchsorted(first_bytes[begins], ends), prepend=0)
     return tokens, words.astype(np.uint8)
 

@@ -63,7 +63,7 @@ def bits_per_byte(
     parts: list[np.ndarray] = []
     size = 0
     for document in documents:
-        tokens, _ = encode(tokenizer, document)
+        tokens, _ = encode(tokenizer, [document])
         parts.append(tokens)
         size += len(tokens)
         if size >= MAX_TOKENS:
