@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
         "and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(1_150_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(1_100_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
@@ -207,7 +207,7 @@ class InteractConfig(RunConfig):
     stories_per_step: int = option(384, "stories per step", "[1, 1e6]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
-        0.9,
+        0.85,
         "temperature at which the student begins; 0: the one of a few whose stories have the best "
         "mean reward",
         "[0, 100]",

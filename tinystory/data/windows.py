@@ -14,7 +14,7 @@ from tinystory.data.shards import TokenFile
 from tinystory.run.errors import UserError
 
 # Begin and end, as fractions of the words of a training, of the part without corpora that pause.
-PAUSE = 0.3, 0.92
+PAUSE = 0.3, 0.91
 
 
 class Windows:
