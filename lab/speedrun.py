@@ -7,7 +7,7 @@ python lab/speedrun.py --seeds N N N --against COMMIT --record "shorter contexts
 
 Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
 train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
-for each checkout but the first whose means meet RULES; of several commits, the oldest stands first,
+for each checkout but the first whose means keep the rules; of several commits, the oldest is first,
 and --record has a text for each checkout after it. One teacher grades all of them.
 """
 
@@ -41,7 +41,7 @@ RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2
 # The least mean over the seeds of each measure of lab/recipes.py.
 RULES = {"reward": 0.65, "clusters": 39, "repeated_name": 0.91, "he_or_she": 0.90}
-# The greatest mean share of stories among the texts of the student that has not interacted.
+# The greatest mean fraction of stories among the texts of the student before interaction.
 MOST_STORIES_BEFORE = 0.6
 # Shown beside them: whether stories became simpler.
 MEASURES = (*RULES, "stories_before", "story", "distinct_4", "words", "largest")

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, SHORT, metrics
 
 import train_interact
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +64,21 @@ def test_every_option_and_file_that_the_docs_name_exists(capsys):
             for f in files
             if "NAME" not in f and not ((ROOT / f).exists() or (doc.parent / f).exists())
         ] == []
+
+
+def test_the_values_beside_trls_options_are_todays():
+    paper = parse(InteractConfig, INTERACT_PRESETS, ["--preset", "paper"])
+    compared = 0
+    for line in (ROOT / "docs" / "from-trl.md").read_text().splitlines():
+        cells = line.split(" | ")
+        if len(cells) != 3:
+            continue
+        flags = re.findall(r"`--([a-z-]+)", cells[1])
+        values = cells[2].removesuffix(" |").split("; ")
+        for config, text in zip((paper, InteractConfig()), values, strict=False):
+            for flag, value in zip(flags, text.split(", "), strict=False):
+                number = value.replace(" ", "")
+                if re.fullmatch(r"[0-9.e-]+", number):
+                    assert getattr(config, flag.replace("-", "_")) == float(number), (flag, config)
+                    compared += 1
+    assert compared >= 25

@@ -36,7 +36,7 @@ MIDDLE = "middle.txt"
 FILES = ("tokenizer.json", MIDDLE, *ARRAYS)
 
 BATCH = 1 << 20  # characters that are encoded together
-SEPARATOR = "\n"  # between documents that are; their words end there
+SEPARATOR = "\n"  # put after each of them, so that its last word ends
 # str.split() splits at exactly the characters for which str.isspace() is true.
 IS_SPACE = np.array([chr(code).isspace() for code in range(sys.maxunicode + 1)])
 
@@ -160,8 +160,8 @@ def _uniform(seed: int, index: int) -> float:
 
 
 def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, list[str]]]:
-    """A split's name and its next documents, BATCH characters or a document more, until all are
-    through. documents: each with whether it is trained on."""
+    """Yield a split's name and its next documents, in order, about BATCH characters at a time.
+    documents: each with whether it is in the training split."""
     batches: dict[str, list[str]] = {"train": [], "val": []}
     sizes = dict.fromkeys(batches, 0)
     for document, is_in_train in documents:
