@@ -22,6 +22,7 @@ T = TypeVar("T")
 LONGEST_ANSWER = 4 * 2**20  # bytes; some hosts list hundreds of models, with prices
 # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
 KEEP_ALIVE_S = 2.0
+LEAST_LOGPROB = -1e4  # of a token; OpenAI gives -9999 for an impossible one
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -63,6 +64,8 @@ class Reply:
     thought: bool  # whether the model reasoned before it replied, visibly or not
     # (prompt, completion) as the server counts them; None if it does not
     tokens: tuple[int, int] | None = None
+    # (token, log-probability) of the likeliest first tokens of the text; () if the server gives none
+    alternatives: tuple[tuple[str, float], ...] = ()
 
 
 class ChatClient:
@@ -148,6 +151,7 @@ class ChatClient:
             text,
             thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
             tokens=_tokens(rest.get("usage")),
+            alternatives=_alternatives(choice.get("logprobs")),
         )
 
     async def _answer(
@@ -262,6 +266,25 @@ def _tokens(usage: object) -> tuple[int, int] | None:
         ):
             return prompt, reply
     return None
+
+
+def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:
+    """The likeliest tokens at the first place whose token is not white space, without values that
+    are no log-probabilities, such as NaN."""
+    places = logprobs.get("content") if isinstance(logprobs, dict) else None
+    for place in places if isinstance(places, list) else ():
+        match place:
+            case {"token": str(token), "top_logprobs": [*entries]} if token.strip():
+                break
+    else:
+        return ()
+    alternatives = []
+    for entry in entries:
+        match entry:
+            case {"token": str(token), "logprob": float() | int() as logprob}:
+                if LEAST_LOGPROB <= logprob <= 0:
+                    alternatives.append((token, float(logprob)))
+    return tuple(alternatives)
 
 
 def is_count_pair(value: object) -> bool:

@@ -11,13 +11,17 @@ from typing import NamedTuple
 
 from tinystory.run.journal import Journal
 from tinystory.run.records import Fields, Record, read_records
-from tinystory.teacher.api import is_count_pair
+from tinystory.teacher.answers import MOST_ODDS, log_odds, parse_answer
+from tinystory.teacher.api import Reply, is_count_pair
+from tinystory.teacher.parse import parse_scores
+from tinystory.teacher.prompt import Template
 
 REPLY: Fields = {  # of each line
     "key": (str,),
     "reply": (str,),
     "error": (str, None),
     "tokens": (list, type(None), None),
+    "log_odds": (float, type(None), None),
 }
 
 
@@ -40,11 +44,25 @@ def check_reply(record: Record) -> None:
     tokens = record.get("tokens")
     if tokens is not None and not is_count_pair(tokens):
         raise ValueError(f"its 'tokens' are {tokens!r:.40}")
+    log_odds = record.get("log_odds")
+    if log_odds is not None and abs(log_odds) > MOST_ODDS:
+        raise ValueError(f"its 'log_odds' are {log_odds!r:.40}")
 
 
 class CachedReply(NamedTuple):
     text: str
     error: str | None = None  # why the question was given up; a repeated run gives it up too
+    log_odds: float | None = None  # of yes, for a question, where the server gives probabilities
+
+    @classmethod
+    def of(cls, reply: Reply) -> "CachedReply":
+        return cls(reply.text, log_odds=log_odds(reply.alternatives))
+
+    def is_readable(self, template: Template) -> bool:
+        """Whether it holds what the template asks for."""
+        if template.asks_yes_or_no:
+            return self.log_odds is not None or parse_answer(self.text) is not None
+        return parse_scores(self.text, template.names) is not None
 
 
 class Cache:
@@ -59,7 +77,7 @@ class Cache:
         self.tokens = (0, 0)
         records = read_records(self._path, REPLY, check_reply) if self._path else []
         for record in records:
-            reply = CachedReply(record["reply"], record.get("error"))
+            reply = CachedReply(record["reply"], record.get("error"), record.get("log_odds"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
             prompt, completion = record.get("tokens") or (0, 0)
             self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
@@ -70,6 +88,10 @@ class Cache:
         if key in self._earlier and not earlier:
             return None
         return self._replies.get(key)
+
+    def find(self, key: str, story: int, earlier: bool = True) -> CachedReply | None:
+        """`get` for story number `story`, for which alone a failure is kept, not for an equal one."""
+        return self.get(f"{key} {story}", earlier) or self.get(key, earlier)
 
     def items(self) -> Iterator[tuple[str, CachedReply]]:
         """(key, reply) pairs, oldest key first."""
@@ -87,11 +109,22 @@ class Cache:
             record: Record = {"key": key, "reply": reply.text}
             if reply.error is not None:
                 record["error"] = reply.error
+            if reply.log_odds is not None:
+                record["log_odds"] = reply.log_odds
             self._journal = self._journal or Journal(self._path)
             self._journal.append(record | about)
         self._earlier.discard(key)
         self._replies[key] = reply
         return reply
+
+    def keep(
+        self, key: str, story: int, reply: CachedReply, *, again: bool = False, **about: object
+    ) -> CachedReply:
+        """`put`, for `find`. An earlier process's failure for this story is replaced."""
+        story_key = f"{key} {story}"
+        if reply.error is not None or self.get(story_key):
+            key = story_key
+        return self.put(key, reply, again=again, **about)
 
     def close(self) -> None:
         if self._journal is not None:

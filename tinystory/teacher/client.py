@@ -1,6 +1,6 @@
 """Grades stories by asking a model on one or several servers with an OpenAI-compatible API. The
 requests run in a thread of their own, so stories are graded while others are still being written.
-What happens to one story is in `Teacher._grade`. A failure is never taken for a score."""
+What happens to one story is in `Teacher._grade`. A failure never becomes a score."""
 
 import asyncio
 import concurrent.futures
@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.api import ChatClient, Failure, Reply
+from tinystory.teacher.answers import AnswerScale, odds_of_share, parse_answer
+from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, base_url
 from tinystory.teacher.grade import Grade, Grader, too_few_scores
@@ -25,12 +26,53 @@ from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool, leave_out
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
-from tinystory.teacher.prompt import Question, fence, render
+from tinystory.teacher.prompt import Criterion, Question, fence, render
 
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # length of a story in a forecast
 # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 TOKENS_PER_WORD = 1.4
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request about a story. criterion: the name of the question; "" for all grades. draw: its
+    number among equal requests, which have different seeds."""
+
+    criterion: str
+    draw: int
+    mark: str  # the fence
+    messages: list[dict]
+
+
+@dataclass(eq=False)
+class _Story:
+    """What is known of a story that is being graded. last: the last reply to each request."""
+
+    number: int
+    afresh: bool
+    asked: bool = False
+    error: str | None = None
+    replies: list[str] = field(default_factory=list)
+    last: dict[_Request, CachedReply] = field(default_factory=dict)
+
+    def add(self, request: _Request, reply: CachedReply) -> None:
+        if reply.error is not None:
+            self.error = reply.error
+            return
+        self.replies.append(reply.text)
+        self.last[request] = reply
+
+    def log_odds(self, question: str) -> float:
+        """The answer to a question whose replies can all be read."""
+        answers = []
+        for request, reply in self.last.items():
+            if request.criterion != question:
+                continue
+            if reply.log_odds is not None:
+                return reply.log_odds
+            answers.append(bool(parse_answer(reply.text)))
+        return odds_of_share(answers)
 
 
 class Teacher(Grader):
@@ -67,6 +109,7 @@ class Teacher(Grader):
                 f"models and {len(set(urls))} URLs"
             )
         self.options = Options(**options)
+        self.scale = AnswerScale()
         self.concurrency = concurrency
         self.max_unscored = max_unscored
         self.cache = Cache(cache)
@@ -162,12 +205,21 @@ class Teacher(Grader):
         return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     @property
+    def requests_per_story(self) -> int:
+        """Those that are sent if each reply can be read."""
+        template = self.options.template
+        questions = len(template.names) if template.asks_yes_or_no else 1
+        return questions * self._present[0].draws
+
+    @property
     def most_words(self) -> int:
-        return self.longest_reply * self.options.attempts  # a word is at least one token
+        self.probes()
+        replies = self.requests_per_story * self.options.attempts
+        return self.longest_reply * replies  # a word is at least one token
 
     def affords(self, stories: int) -> bool:
         thoughts = max(probe.least_tokens for probe in self.probes())
-        requests = stories * self.options.attempts
+        requests = stories * self.requests_per_story * self.options.attempts
         tokens_out = requests * max(self.longest_reply, thoughts)
         return self.ledger.affords(requests * self.ledger.largest_in, tokens_out)
 
@@ -175,26 +227,28 @@ class Teacher(Grader):
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str) -> str:
-        """Estimated from the first probe, for one readable reply per story. The student reads all
+        """Estimated from the first probe, for one readable reply per request. The student reads all
         replies."""
         probes = self.probes()
         first = probes[0]
-        messages = render(*FIRST_STORY, fence="=", template=self.options.template)
+        requests = stories * self.requests_per_story
+        question = Question(*FIRST_STORY, number=0)
+        messages = self._requests(question)[0].messages
         # about four characters per token of text, two of digits and spaces
         estimate = len(str(messages)) / 4, len(first.reply) / 2
         prompt_tokens, reply_tokens = first.tokens or estimate
         opening_words = len(opening.split())
         probed_words = len(" ".join(FIRST_STORY).split())
         more_words = opening_words + STORY_WORDS - probed_words
-        tokens_in = stories * (prompt_tokens + more_words * TOKENS_PER_WORD)
-        tokens_out = stories * reply_tokens
-        words_in = opening_words + stories * len(first.reply.split())
+        tokens_in = requests * (prompt_tokens + more_words * TOKENS_PER_WORD)
+        tokens_out = requests * reply_tokens
+        words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
         per_second = sum(self.concurrency / probe.seconds for probe in probes)
         if first.model == HUMAN:
             per_second = 1 / HUMAN_S
-        minutes = stories / per_second / 60
+        minutes = requests / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
@@ -231,76 +285,121 @@ class Teacher(Grader):
             leave_out(endpoint, failure)
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
-        """One story is sent up to `attempts` times. The first reply with scores counts."""
+        """The grade of one story. Each request about it is sent up to `attempts` times, until its
+        reply can be read."""
         # After a fatal failure nobody awaits the other tasks, whose failures asyncio would print.
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        options = self.options
-        template = options.template
+        template = self.options.template
         if is_blank(question.story):
             return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions say
 
-        first = self._present[0]
+        story = _Story(question.number, afresh)
+        unread = self._requests(question)
+        for attempt in range(self.options.attempts):
+            await self._ask(story, unread, attempt)
+            if story.error is not None:
+                return self._without_score(story, story.error)
+            unread = [each for each in unread if not story.last[each].is_readable(template)]
+            if not unread:
+                return self._with_score(story)
+        return self._without_score(story, f"no scores in {self.options.attempts} replies")
+
+    def _requests(self, question: Question) -> list["_Request"]:
+        """What is asked about a story: for all grades at once, or for the answer to each question,
+        `draws` times."""
+        options = self.options
+        template = options.template
+        criteria: Sequence[Criterion | None] = [None]
+        if template.asks_yes_or_no:
+            criteria = template.criteria
         mark = fence(options.seed, question.number, f"{question.opening}\n{question.story}")
-        messages = render(question.opening, question.story, fence=mark, template=template)
-        asked = False
-        scores: Mapping[str, int] | None = None
-        error: str | None = f"no scores in {options.attempts} replies"
-        replies: list[str] = []
-        for attempt in range(options.attempts):
-            key = first.reply_key(messages, mark, options.seed + attempt)
-            # A failure is kept for this story only, not for an equal one.
-            failure_key = f"{key} {question.number}"
-            earlier = not afresh
-            reply = self.cache.get(failure_key, earlier) or self.cache.get(key, earlier)
-            if reply is None:
-                asked = True
-                reply = await self._reply(messages, attempt, key, failure_key, afresh)
-            else:
-                self.ledger.total["cached"] += 1
-            if reply.error:
-                error = reply.error
-                break
-            replies.append(reply.text)
-            scores = parse_scores(reply.text, template.names)
-            if scores is not None:
-                error = None
-                break
+        requests = []
+        for criterion in criteria:
+            messages = render(
+                question.opening, question.story, fence=mark, template=template, criterion=criterion
+            )
+            name = criterion.name if criterion else ""
+            for draw in range(self._present[0].draws):
+                requests.append(_Request(name, draw, mark, messages))
+        return requests
 
-        # A word is at least one token. Some servers ignore max_tokens: more words are not used.
-        words = sum(min(len(reply.split()), self.longest_reply) for reply in replies)
-        return Grade(
-            scores,
-            score=None if scores is None else template.score(scores),
-            reply=replies[-1][:LONGEST_REPLY] if replies else "",
-            attempts=len(replies),
-            reply_words=words,
-            asked=asked,
-            error=error,
-        )
+    async def _ask(self, story: "_Story", requests: Sequence["_Request"], attempt: int) -> None:
+        """Add the replies to these requests to the story, each cached before it is used. What the
+        cache does not hold is sent in one slot, so that a server with a prefix cache reads the story
+        once. Stops at the first failure, which is the story's error."""
+        options = self.options
 
-    async def _reply(
-        self, messages: list[dict], attempt: int, key: str, failure_key: str, afresh: bool
-    ) -> CachedReply:
-        """The reply from a server; it is cached before it is used."""
+        def seed_of(request: _Request) -> int:
+            return options.seed + request.draw * options.attempts + attempt
 
-        async def chat(endpoint: Endpoint) -> Reply:
-            if self._fatal is not None:
-                raise self._fatal
-            return await endpoint.chat(messages, self.options.seed + attempt)
+        def key_of(request: _Request) -> str:
+            return self._present[0].reply_key(request.messages, request.mark, seed_of(request))
 
+        missing = []
+        for request in requests:
+            kept = self.cache.find(key_of(request), story.number, earlier=not story.afresh)
+            if kept is None:
+                missing.append(request)
+                continue
+            self.ledger.total["cached"] += 1
+            story.add(request, kept)
+
+        async def send_missing(endpoint: Endpoint) -> None:
+            while missing:
+                if self._fatal is not None:
+                    raise self._fatal
+                request = missing[0]
+                reply = await endpoint.chat(request.messages, seed_of(request))
+                keep(request, CachedReply.of(reply), tokens=reply.tokens)
+
+        def keep(request: _Request, reply: CachedReply, **about: object) -> None:
+            key = key_of(request)
+            kept = self.cache.keep(key, story.number, reply, again=story.afresh, **about)
+            story.add(request, kept)
+            missing.remove(request)
+
+        if not missing or story.error is not None:
+            return
+        story.asked = True
         try:
-            reply = await self.pool.ask(chat)
+            await self.pool.ask(send_missing)
         except Failure as failure:
             if failure.fatal or failure.unreachable:  # no other story can be graded either
                 self._fatal = UserError(f"the teacher at {failure.url} {failure}")
                 raise self._fatal from None
-            failed = CachedReply("", error=f"the teacher {failure}")
-            return self.cache.put(failure_key, failed, again=afresh)
-        if self.cache.get(failure_key):  # an earlier process's, which this reply replaces
-            key = failure_key
-        return self.cache.put(key, CachedReply(reply.text), again=afresh, tokens=reply.tokens)
+            keep(missing[0], CachedReply("", error=f"the teacher {failure}"))
+
+    def _with_score(self, story: "_Story") -> Grade:
+        """The grade of a story whose last replies can all be read."""
+        template = self.options.template
+        scores: Mapping[str, float] | None
+        odds: dict[str, float] = {}
+        if template.asks_yes_or_no:
+            for name in template.names:
+                odds[name] = story.log_odds(name)
+            scores = {name: self.scale.score(name, value) for name, value in odds.items()}
+        else:
+            (reply,) = story.last.values()
+            scores = parse_scores(reply.text, template.names)
+        assert scores is not None
+        return self._grade_of(story, scores=scores, score=template.score(scores), log_odds=odds)
+
+    def _without_score(self, story: "_Story", error: str) -> Grade:
+        return self._grade_of(story, scores=None, score=None, error=error)
+
+    def _grade_of(self, story: "_Story", **outcome: Any) -> Grade:
+        # A word is at least one token. Some servers ignore max_tokens: more words are not used.
+        words = sum(min(len(text.split()), self.longest_reply) for text in story.replies)
+        last = " ".join(reply.text for reply in story.last.values())
+        return Grade(
+            reply=last[:LONGEST_REPLY],
+            attempts=len(story.replies),
+            reply_words=words,
+            asked=story.asked,
+            **outcome,
+        )
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -16,6 +16,10 @@ from tinystory.teacher.prompt import DEFAULT, TOP, Template
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
 BUSY_COSTS = 0.5  # slots lost per refused request
+# of an answer, yes or no: at 1 the log-probabilities before and after the temperature are the same,
+# and the share of yes among several answers is its probability
+ANSWER_TEMPERATURE = 1.0
+DRAWS = 8  # answers to a question where the server gives no log-probabilities
 PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
@@ -56,8 +60,11 @@ class Probe:
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
     # False: the rubric opens the user's message, for models without a system message
     system: bool = True
+    # log-probabilities of the likeliest tokens that are asked for with an answer; 0: the server
+    # gives none, or the replies are grades
+    top_logprobs: int = 0
     reply: str = ""  # the reply to the probe's story
-    scored: bool = False  # whether that reply held scores
+    scored: bool = False  # whether that reply held scores, or an answer
     thinks: bool = False  # whether the model reasons before it replies, unless told not to
     # the constraint on a reply: "numbers"; "json", which is longer, only if replies hold no scores
     # without it; or "nothing"
@@ -68,7 +75,7 @@ class Probe:
     notes: list[str] = field(default_factory=list)  # warnings for the user
 
     def __str__(self) -> str:
-        reply = "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}"
+        reply = "scored a story" if self.scored else f"gave no score but {self.reply[:60]!r}"
         least = f" at least {self.least_tokens}" if self.least_tokens else ""
         findings = [reply, self.token_cap + least, f"obeys {self.held_to}"]
         findings += [f"no {name}" for name in self.refused]
@@ -76,6 +83,8 @@ class Probe:
             findings.append("no system message")
         if self.thinks:
             findings.append("thinks")
+        if self.top_logprobs:
+            findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens")
         if self.quiet:
             findings.append(f"told not to think by {json.dumps(self.quiet)}")
         findings.append(f"{self.seconds:.2f} s")
@@ -121,16 +130,29 @@ class Endpoint:
             self.failures += 1
 
     @property
+    def draws(self) -> int:
+        """Requests for each message that asks about a story."""
+        assert self.probe is not None
+        if self.options.template.asks_yes_or_no and not self.probe.top_logprobs:
+            return DRAWS
+        return 1
+
+    @property
     def max_tokens(self) -> int:
-        """Token limit of a reply with scores."""
+        """Token limit of a reply with scores, or with an answer."""
+        if self.probe is not None and self.probe.top_logprobs:
+            return 1
         if self.probe is None or self.probe.held_to != "json":
             return self.options.max_tokens
         return max(self.options.max_tokens, JSON_TOKENS * len(self.options.template.names) + 8)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Fields of a request that determine the reply."""
+        temperature = self.options.temperature
+        if self.options.template.asks_yes_or_no:
+            temperature = ANSWER_TEMPERATURE
         return {
-            "temperature": self.options.temperature,
+            "temperature": temperature,
             "seed": seed % 2**31,  # servers take 32 bits
             "max_tokens": self.max_tokens,
         }
@@ -139,22 +161,27 @@ class Endpoint:
         """Key in the cache of the reply to these messages."""
         assert self.model is not None and self.probe is not None
         determined_by = self.sampling(seed) | {"held_to": self.probe.held_to}
+        if self.probe.top_logprobs:
+            determined_by["top_logprobs"] = self.probe.top_logprobs
         if self.options.extra:
             determined_by["extra"] = self.options.extra_json
         return cache_key(self.model, messages, fence, determined_by)
 
     async def chat(self, messages: list[dict], seed: int) -> Reply:
-        """Ask for scores in the form that the probe says."""
+        """Ask for scores, or for an answer, in the form that the probe says."""
         form = self.probe
         assert form is not None
         fields = self.sampling(seed)
         cap = max(fields.pop("max_tokens"), form.least_tokens)
         fields |= constraint(form.held_to, self.options.template.names)
         fields |= form.quiet
+        if form.top_logprobs:
+            fields |= {"logprobs": True, "top_logprobs": form.top_logprobs}
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
         texts = [message["content"] for message in messages]
-        if not form.system and len(messages) > 1:
-            fields["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
+        if not form.system and messages[0]["role"] == "system":
+            first = {"role": "user", "content": "\n\n".join(texts[:2])}
+            fields["messages"] = [first, *messages[2:]]
         for name in form.refused:
             fields.pop(name, None)
         fields |= self.options.extra

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinystory.run.errors import Stop, UserError
@@ -17,15 +17,16 @@ class Grade:
     """The outcome of grading one story."""
 
     # 0..3 per criterion; None if no reply could be read, or if a callable graded the story
-    scores: Mapping[str, int] | None
+    scores: Mapping[str, float] | None
     # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
     score: float | None
-    reply: str = ""  # the last reply, at most LONGEST_REPLY characters
-    attempts: int = 0  # replies received; more than one if the first could not be read
+    reply: str = ""  # the last reply to each request, at most LONGEST_REPLY characters
+    attempts: int = 0  # replies received, those that could not be read included
     # whitespace-separated words of all replies, at most max_tokens each: input of the student
     reply_words: int = 0
     asked: bool = False  # whether a request was made; False if all replies came from the cache
     error: str | None = None  # why there is no score
+    log_odds: Mapping[str, float] = field(default_factory=dict)  # of yes, per question
 
 
 NOT_ASKED = Grade(None, None, error="the teacher was not asked")

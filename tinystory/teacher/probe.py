@@ -14,8 +14,8 @@ from tinystory.run.errors import UserError
 from tinystory.run.records import Fields, parse_object
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, in_time, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import Endpoint, Probe
-from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
+from tinystory.teacher.endpoint import DRAWS, Endpoint, Probe
+from tinystory.teacher.parse import LONGEST_REPLY
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
@@ -43,6 +43,7 @@ QUIETER: tuple[dict[str, Any], ...] = (
 )
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
 REFUSABLE = ("temperature", "seed")
+TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give; others give fewer, or none
 # Which values the fields of a probe can have; the others are strings or true or false.
 # What the fields of a probe can be, apart from their types.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
@@ -51,6 +52,7 @@ PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "least_tokens": range(THINKING_TOKENS + 1).__contains__,
     "refused": lambda names: all(name in REFUSABLE for name in names),
     "quiet": ({}, *QUIETER).__contains__,
+    "top_logprobs": range(TOP_LOGPROBS + 1).__contains__,
     "held_to": ("numbers", "json", "nothing").__contains__,
     "tokens": lambda counts: counts is None or is_count_pair(counts),
     "seconds": lambda seconds: 0 < seconds < LONGEST_S,
@@ -64,6 +66,9 @@ LONGEST_S = 1e6  # bound on an answer's duration
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
+MOST_LOGPROBS = re.compile(
+    r"top_logprobs\D*(?:<=?|at most|less than or equal to|maximum|between 0 and|up to)\D{0,12}([0-9]{1,2})\b"
+)
 # Pattern in an error message -> fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
     (
@@ -74,6 +79,8 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
         re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
         lambda form, words: {"refused": sorted({*form.refused, words[1]})},
     ),
+    (MOST_LOGPROBS, lambda form, words: {"top_logprobs": min(int(words[1]), form.top_logprobs)}),
+    (re.compile("logprobs"), lambda form, words: {"top_logprobs": 0}),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
 )
@@ -112,9 +119,10 @@ class Prober:
         # a copy, whose probe changes with each experiment
         self.endpoint = replace(server)
         self.options = server.options
-        self.names = self.options.template.names
+        template = server.options.template
         mark = fence(self.options.seed, -1, "\n".join(FIRST_STORY))
-        self.messages = render(*FIRST_STORY, fence=mark, template=self.options.template)
+        criterion = template.criteria[0] if template.asks_yes_or_no else None
+        self.messages = render(*FIRST_STORY, fence=mark, template=template, criterion=criterion)
         self.notes: list[str] = []
         self.seconds: list[float] = []
 
@@ -127,9 +135,8 @@ class Prober:
         try:
             server.model = await self.choose_model()
             # A cached probe without scores is repeated, unless the run got scores in spite of it.
-            has_scores = any(
-                parse_scores(reply.text, self.names) for _, reply in self.cache.items()
-            )
+            replies = [reply for _, reply in self.cache.items()]
+            has_scores = any(reply.is_readable(server.options.template) for reply in replies)
             if not probe or probe.model != server.model or not (probe.scored or has_scores):
                 probe = await self.probe()
                 reply = CachedReply(json.dumps(asdict(probe)))
@@ -186,18 +193,23 @@ class Prober:
 
     async def probe(self) -> Probe:
         model = str(self.endpoint.model)
-        self.endpoint.probe = Probe(url=self.endpoint.url, model=model)
+        asks_yes_or_no = self.options.template.asks_yes_or_no
+        top_logprobs = TOP_LOGPROBS if asks_yes_or_no else 0
+        self.endpoint.probe = Probe(url=self.endpoint.url, model=model, top_logprobs=top_logprobs)
         reply = await self._first_reply()
         thinks = reply.thought
         if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-        await self._find_structure(json_too=not self._scored(reply))
-        if self.form.held_to != "nothing" and not self._scored(reply):
-            reply = await self._ask(self.messages)
+        if asks_yes_or_no:
+            reply = await self._reply_with_logprobs(reply)
+        else:
+            await self._find_structure(json_too=not self._scored(reply))
+            if self.form.held_to != "nothing" and not self._scored(reply):
+                reply = await self._ask(self.messages)
         scored = self._scored(reply)
         if not scored:
             self.notes.append(
-                f"{model} was shown a story and gave no scores but {reply.text[:80]!r}"
+                f"{model} was shown a story and gave no score but {reply.text[:80]!r}"
             )
         return replace(
             self.form,
@@ -226,7 +238,7 @@ class Prober:
             return None
 
     def _scored(self, reply: Reply) -> bool:
-        return parse_scores(reply.text, self.names) is not None
+        return CachedReply.of(reply).is_readable(self.options.template)
 
     async def _first_reply(self) -> Reply:
         """The reply to the story, after changing the form until the server accepts it."""
@@ -262,6 +274,23 @@ class Prober:
         if reply.tokens:
             note += f"; it used {reply.tokens[1]} for the first story"
         self.notes.append(note)
+        return reply
+
+    async def _reply_with_logprobs(self, reply: Reply) -> Reply:
+        """The reply with log-probabilities if the server gives any, else one without."""
+        if (
+            self.form.top_logprobs
+            and reply.alternatives
+            and self.form.least_tokens < THINKING_TOKENS
+        ):
+            return reply
+        if self.form.top_logprobs:
+            self.change_form(top_logprobs=0)
+            reply = await self._ask(self.messages)
+        self.notes.append(
+            f"{self.endpoint.url} gives no log-probabilities of {self.endpoint.model}: each question is asked "
+            f"{DRAWS} times, and the share of yes is its answer"
+        )
         return reply
 
     async def _find_structure(self, json_too: bool) -> None:
