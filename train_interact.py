@@ -21,6 +21,7 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
+from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.evaluate.held_out import (
     FIRST_INDEX,
     evaluations_by_step,
@@ -374,6 +375,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
+    known_corpus = policy.history.get("corpus") or ["builtin"]
     with contextlib.ExitStack() as stack:
         opening_grader = open_grader(
             config,
@@ -381,11 +383,13 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             corpus=policy.history.get("corpus"),
             replies=folder / "replies.jsonl",
             likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+            examples=lambda: worked_examples(corpus_documents(known_corpus)),
         )
         grader = distributed.rank0_first(
             lambda: stack.enter_context(opening_grader) if rank0 else Grader({"scored_by": ""})
         )
-        facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
+        calibration = distributed.rank0_value(lambda: calibrated(config, grader, known_corpus))
+        facts = grader.facts | calibration
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)

@@ -6,8 +6,10 @@
     python scripts/doctor.py --reward my_reward.py:score --calibrate  the same for a callable
     python scripts/doctor.py --calibrate                              the same for the built-in teacher
 
-It builds nothing and changes nothing. Asking a teacher takes about eight short requests,
-calibrating it 200 more. A human is a teacher too: run scripts/teach.py, and give its URL.
+It builds nothing and changes nothing. Asking a teacher takes about eight short requests.
+--calibrate compares the ways of asking it (or measures the one of --teacher-prompt) on texts of
+known quality, and with --init on texts by that student. That takes 200 requests or more for each
+way; --per-kind sets how many. A human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
 import argparse
@@ -17,30 +19,40 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 
 from tinystory.config import InteractConfig, typed_config
-from tinystory.evaluate.calibration import (
-    FULL,
-    calibrate,
-    of_grader,
-    table,
-    verdict,
+from tinystory.data.builtin import dull
+from tinystory.data.corpus import BUILTIN
+from tinystory.data.openings import Openings, load_openings
+from tinystory.evaluate import calibration
+from tinystory.evaluate.corruptions import (
+    DULL,
+    KINDS,
+    KnownStory,
+    corpus_documents,
+    known_stories,
+    worked_examples,
 )
-from tinystory.evaluate.corruptions import corpus_documents, known_stories
+from tinystory.evaluate.intervals import with_ci
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
 from tinystory.run.terminal import aligned
+from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
+from tinystory.teacher.probe import HUMAN
+from tinystory.teacher.prompt import TEMPLATES
 
 PACKAGES = (
     "pybind11",
@@ -57,7 +69,11 @@ PACKAGES = (
     "huggingface_hub",
     "transformers",  # the last two are optional
 )
-GRADER = "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward".split()
+GRADER = (
+    "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward"
+).split()
+STUDENT = "init openings temperature max_new_tokens device".split()
+FIRST_INDEX = 4 * 10**9  # of the student's texts: no other texts draw these random numbers
 
 
 @command
@@ -68,44 +84,125 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--calibrate",
         action="store_true",
-        help="measure how well the teacher, or the built-in one, judges stories",
+        help="measure how well the teacher, or the built-in one, judges texts",
     )
-    add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
+    add_number(parser, "--per-kind", calibration.FULL, "[2, 1e6]", "texts of each kind")
     add(
         "--corpus",
         nargs="+",
         default=["builtin"],
         metavar="NAME|FILE",
-        help="their corpus (default: builtin)",
+        help="the corpus of the known texts (default: builtin)",
     )
+    add_options(parser, InteractConfig, STUDENT)
     options = parser.parse_args(argv)
-    config = typed_config(options, GRADER)
+    config = typed_config(options, GRADER + STUDENT)
 
     for component, state in machine():
         print(f"{component:10} {state}", flush=True)
-    if config.teacher_url:
-        print(f"{'requests':10} about eight short ones come first", flush=True)
-    elif options.calibrate and not config.reward:
+    if options.calibrate:
+        calibrate(config, options)
+    elif config.teacher_url or config.reward:
+        print(f"{'requests':10} about eight short ones", flush=True)
+        with open_grader(config, corpus=None):
+            pass
+
+
+def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
+    """Print how the teacher scores texts of known quality: in each way of asking, if it is a
+    language model and none is chosen."""
+    kinds = (*KINDS, DULL) if set(options.corpus) <= set(BUILTIN) else KINDS
+    known = known_stories(corpus_documents(options.corpus), options.per_kind, kinds)
+    if config.init:
+        known += student_texts(config, options.per_kind)
+    ways = [config.teacher_prompt]
+    if config.teacher_url and not config.teacher_prompt:
+        ways = list(TEMPLATES)
+    elif not config.teacher_url and not config.reward:
         fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
         print(f"{'fitting':10} {fitting}", flush=True)
-    if config.teacher_url or config.reward or options.calibrate:
-        with open_grader(config, builtin_teacher, corpus=options.corpus) as grader:
-            if options.calibrate:
-                calibration(config.reward or "teacher", grader, options)
 
+    results = {}
+    for way in ways:
+        print(f"{'asking':10} {way or config.reward or 'the teacher'}", flush=True)
+        with open_grader(
+            replace(config, teacher_prompt=way),
+            builtin_teacher,
+            corpus=options.corpus,
+            examples=lambda: worked_examples(corpus_documents(options.corpus)),
+        ) as grader:
+            results[way or config.reward or "teacher"] = measured(grader, known)
+            if isinstance(grader, Teacher) and grader.model == HUMAN:
+                break
 
-def calibration(name: str, grader: Grader, options: argparse.Namespace) -> None:
-    """Print how a teacher scores known stories."""
-    known = known_stories(corpus_documents(options.corpus), options.per_kind)
-    forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} stories"
-    print(f"{'forecast':10} {forecast}", flush=True)
-    began = time.perf_counter()
-    result = calibrate(of_grader(grader), known)
-    speed = len(known) / (time.perf_counter() - began)
-    rows = [*table(name, result), ["stories per second", f"{speed:.3g}"]]
+    columns = [calibration.table(way, result) for way, result in results.items()]
+    rows = [[line[0][0], *(cells[-1] for cells in line)] for line in zip(*columns, strict=True)]
     for line in aligned(rows):
         print(f"{'':10} {line}")
-    print(f"{'judgement':10} the teacher {verdict(result)}")
+    print_choice(results)
+
+
+def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
+    """The result of calibrating a grader, with its seconds per text."""
+    forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} texts"
+    print(f"{'forecast':10} {forecast}", flush=True)
+    began = time.perf_counter()
+    calibration.fit_scale(grader, known)
+    result = calibration.calibrate(calibration.of_grader(grader), known)
+    result["seconds"] = (time.perf_counter() - began) / len(known)
+    return result
+
+
+def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print which way of asking judges best: on the student's own texts, if there are any."""
+    known = {way: result for way, result in results.items() if result["judgement"] is not None}
+    if not known:
+        print(f"{'judgement':10} this teacher gave no scores: choose another model")
+        return
+    best = max(known, key=lambda way: calibration.judgement_of_student(known[way])[0])
+    value, interval = calibration.judgement_of_student(known[best])
+    judgement = with_ci(value, interval)
+    if interval[0] <= 0.5:
+        print(
+            f"{'judgement':10} {judgement} at best, where 0.5 is chance: it is not certain that this teacher can "
+            "judge these texts; choose another model, or ask about more texts (--per-kind)"
+        )
+        return
+    flag = f": train_interact.py --teacher-prompt {best}" if len(results) > 1 else ""
+    print(f"{'judgement':10} {judgement}, where 0.5 is chance{flag}")
+
+
+def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
+    """Texts by the student at --init: `count` of them, or twice as many if the built-in grammar
+    knows which are dull."""
+    from tinystory.evaluate.held_out import has_dull_tellers
+    from tinystory.ops.compute import pick_device
+    from tinystory.student import checkpoint
+    from tinystory.student.generate import generate
+
+    student, tokenizer, history = checkpoint.load(
+        checkpoint.find(Path(config.init)), pick_device(config.device)
+    )
+    student.divide_logits(config.temperature)
+    knows_dull = has_dull_tellers(history)
+    openings = Openings(load_openings(config.openings), config.seed, 1)
+    texts = generate(
+        student,
+        None,
+        tokenizer,
+        [openings[i] for i in range(count * (2 if knows_dull else 1))],
+        first_index=FIRST_INDEX,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    known = []
+    for text in texts:
+        kind = calibration.STUDENT
+        if knows_dull:
+            is_story = dull.kind_of(text.text) == dull.STORY
+            kind = calibration.STUDENT_STORY if is_story else calibration.STUDENT_DULL
+        known.append(KnownStory(kind, text.opening, text.text))
+    return known
 
 
 def machine() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 what they say."""
 
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ from fault_server import FaultServer
 
 from scripts import doctor
 from tinystory.config import InteractConfig
+from tinystory.evaluate import calibration
 from tinystory.evaluate.calibration import (
     CHEAP,
     CHEAP_KINDS,
@@ -20,6 +22,7 @@ from tinystory.evaluate.calibration import (
     verdict,
 )
 from tinystory.evaluate.corruptions import (
+    DULL,
     KINDS,
     REAL,
     SENTENCES,
@@ -143,9 +146,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     result = calibrate(knowing, STORIES)
     assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
     assert result["kinds"][REAL]["mean"] == 1 and result["unscored"] == 0
-    assert verdict(result).startswith(
-        "puts a story above shuffled words with probability 1.00 [0.8"
-    )
+    assert verdict(result).startswith("scores a story above a bad text with probability 1.00 [0.8")
 
 
 # Teachers are called what they are
@@ -187,52 +188,50 @@ def _counts_words(story, n):
 
 def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", lambda: [])
-    monkeypatch.setattr(doctor, "FULL", 12)
+    monkeypatch.setattr(calibration, "FULL", 12)
     with FaultServer(_counts_words) as server:
-        doctor.main(["--teacher-url", server.url, "--calibrate"])
+        doctor.main(["--teacher-url", server.url, "--teacher-prompt", "grades", "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert (
-        "judgement  the teacher cannot tell a story" in printed and "generic sentences" in printed
-    )
-    known = known_stories(unseen_stories(1500), 12)
+    assert "not certain that this teacher can judge" in printed and "generic sentences" in printed
+    known = known_stories(unseen_stories(1500), 12, (*KINDS, DULL))
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
 
 
 def test_the_doctor_calibrates_a_callable(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", lambda: [])
     doctor.main(["--reward", "random", "--calibrate", "--per-kind", "4"])
-    assert "judgement  the teacher" in capsys.readouterr().out
+    assert "judgement  0." in capsys.readouterr().out
 
 
 def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "machine", lambda: [])
     (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
-    doctor.main(["--calibrate", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
+    doctor.main(["--calibrate", "--per-kind", "8", "--corpus", str(tmp_path / "c.txt")])
     lines = capsys.readouterr().out.splitlines()
     assert "built-in teacher" in lines[0]
     words = next(line for line in lines if "words shuffled" in line)
     assert words.count("[") == 1  # the interval of its area
-    assert lines[-1].startswith("judgement  the teacher puts a story above shuffled words")
+    assert re.match(r"judgement  \d.* chance$", lines[-1])
 
 
 def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):
     with FaultServer(_counts_words) as server:
         config = InteractConfig(teacher_url=[server.url])
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
-            result = calibrated(config, grader)["calibration"]
+            result = calibrated(config, grader, ["builtin"])["calibration"]
             asked = len(server.requests)
         # resumed: nothing anew
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
             assert (
-                calibrated(config, grader)["calibration"] == result
+                calibrated(config, grader, ["builtin"])["calibration"] == result
                 and len(server.requests) == asked
             )
             config.require_judgement = 0.7
             with pytest.raises(UserError, match="cannot tell a story"):
-                calibrated(config, grader)
+                calibrated(config, grader, ["builtin"])
             config.calibrate, config.require_judgement = False, 0.0
-            assert calibrated(config, grader) == {}
+            assert calibrated(config, grader, ["builtin"]) == {}
     assert "calibration: the teacher cannot tell a story" in capsys.readouterr().out
     assert result["verdict"].startswith("cannot tell a story") and result["stories"] == CHEAP * len(
         CHEAP_KINDS
@@ -242,6 +241,6 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
 def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):
     config = InteractConfig(reward="random")
     with open_grader(config, corpus=None) as grader:
-        assert calibrated(config, grader) == {}
+        assert calibrated(config, grader, ["builtin"]) == {}
         config.require_judgement = 0.3
-        assert calibrated(config, grader)["calibration"]["unscored"] == 0
+        assert calibrated(config, grader, ["builtin"])["calibration"]["unscored"] == 0

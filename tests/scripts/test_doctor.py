@@ -59,13 +59,23 @@ doctor.main([])
 def test_a_calibration_begins_with_a_forecast(capsys):
     score = lambda asked: "0 1 2" if "grammar" in asked else "A fox."  # noqa: E731
     with FaultServer(other=score) as server:
-        doctor.main(["--teacher-url", server.url, "--calibrate", "--per-kind", "2"])
+        doctor.main(
+            [
+                "--teacher-url",
+                server.url,
+                "--calibrate",
+                "--per-kind",
+                "2",
+                "--teacher-prompt",
+                "grades",
+            ]
+        )
     lines = capsys.readouterr().out.splitlines()
     (forecast,) = [line for line in lines if line.startswith("forecast")]
     assert re.search(r"forecast +\d+ stories, .* about \d+ min of grading", forecast)
     (judgement,) = [line for line in lines if line.startswith("judgement")]
-    (requests,) = [line for line in lines if line.startswith("requests")]
-    assert lines.index(requests) < lines.index(forecast) < lines.index(judgement)
+    (asking,) = [line for line in lines if line.startswith("asking")]
+    assert lines.index(asking) < lines.index(forecast) < lines.index(judgement)
 
 
 def test_the_built_in_teacher_is_announced_before_it_is_fitted(capsys):

@@ -14,7 +14,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return fmean(present) if present else None
 
 
-def wilson(correct: float, total: int) -> tuple[float, float]:
+def wilson(correct: float, total: float) -> tuple[float, float]:
     """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one
     half."""
     p = correct / total

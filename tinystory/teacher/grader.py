@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tinystory.run.records import NO_FIELDS, parse_object
 from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.prompt import load_template
+from tinystory.teacher.prompt import Example, load_template
 
 # Fields of a request that have options of their own or are set by the client.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
@@ -42,11 +43,13 @@ def open_grader(
     corpus: Sequence[str] | None,
     replies: Path | None = None,
     likelihood: Callable[[], Grader] | None = None,
+    examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
     """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
     had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
     grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache
-    file of a teacher. likelihood: makes the grader of --reward likelihood."""
+    file of a teacher. likelihood: makes the grader of --reward likelihood. examples: makes the
+    worked examples of a --teacher-prompt that shows some."""
     extra = load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
@@ -68,10 +71,13 @@ def open_grader(
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
+            template = load_template(config.teacher_prompt)
+            if template.shows_examples and examples:
+                template = replace(template, examples=tuple(examples()))
             teacher = Teacher(
                 urls,
                 config.teacher_model,
-                template=load_template(config.teacher_prompt),
+                template=template,
                 extra=extra,
                 seed=config.seed,
                 temperature=config.teacher_temperature,

@@ -78,7 +78,10 @@ PREFACE = (
     "for a limited number of words after it, so the story may stop before its end; do not count that against it. "
     "Grade only the story, not the opening. Between two levels, choose the higher one."
 )
-EDITOR = "You are a strict editor of stories for children. A beginner was given an opening and wrote how the story goes on."
+EDITOR = (
+    "You are a strict editor of stories for children. A beginner was given an opening, and wrote how the story goes "
+    "on."
+)
 
 
 @dataclass(frozen=True)
