@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.config import InteractConfig
+from tinystory.data import babylm
 from tinystory.data.corpus import NO_STORIES
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
@@ -72,6 +73,12 @@ def open_grader(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
             template = load_template(config.teacher_prompt)
+            if template.asks_yes_or_no and config.preset in babylm.TRACKS:
+                raise UserError(
+                    f"--teacher-prompt {config.teacher_prompt} asks questions of yes or no, and their answers are "
+                    f"probabilities: BabyLM (--preset {config.preset}) does not allow the teacher's probabilities to "
+                    "reach the student; use a --teacher-prompt that asks for grades"
+                )
             if template.shows_examples and examples:
                 template = replace(template, examples=tuple(examples()))
             teacher = Teacher(

@@ -1,0 +1,302 @@
+"""Questions of yes or no: from the probabilities that a server gives to a story's score."""
+
+import json
+import math
+
+import pytest
+from aiohttp import web
+from fault_server import FaultServer, error
+
+from tinystory.config import InteractConfig
+from tinystory.evaluate.corruptions import (
+    PLEA,
+    PLEADING,
+    REAL,
+    WORDS,
+    known_stories,
+    unseen_stories,
+    worked_examples,
+)
+from tinystory.run.errors import UserError
+from tinystory.teacher.answers import AnswerScale, log_odds, odds_of_share, parse_answer
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.endpoint import DRAWS
+from tinystory.teacher.grader import open_grader
+from tinystory.teacher.prompt import (
+    TEMPLATES,
+    TOP,
+    Criterion,
+    Template,
+    load_template,
+    render,
+)
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+TWO = Template((Criterion("first", "Is it first?"), Criterion("second", "Is it second?", weight=3)))
+
+
+def with_logprobs(text, alternatives, before=()):
+    """A chat completion with the log-probabilities of its first token, after white space."""
+    places = [{"token": token, "logprob": 0.0, "top_logprobs": []} for token in before]
+    entries = [{"token": token, "logprob": logprob} for token, logprob in alternatives]
+    places.append({"token": text, "logprob": -0.1, "top_logprobs": entries})
+    choice = {
+        "message": {"content": text},
+        "finish_reason": "length",
+        "logprobs": {"content": places},
+    }
+    return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
+
+
+def answers(probability):
+    """A server that says yes with this probability, by what the last message asks."""
+
+    def other(body):
+        asked = body["messages"][-1]["content"]
+        p = probability(asked)
+        if not body.get("logprobs"):
+            return "Yes." if p > 0.5 else "No."
+        return with_logprobs("no", [("Yes", math.log(p)), ("no", math.log(1 - p))], before=(" ",))
+
+    return other
+
+
+# Numbers
+
+
+def test_the_log_odds_sum_over_the_spellings_of_yes_and_of_no():
+    listed = [
+        ("Yes", 0.3),
+        (" yes", 0.1),
+        ("\u2581YES", 0.05),
+        ("No", 0.2),
+        ("\u0120no.", 0.1),
+        ("The", 0.2),
+    ]
+    odds = log_odds([(token, math.log(p)) for token, p in listed])
+    assert odds == pytest.approx(math.log(0.45 / 0.3))
+
+
+def test_a_word_that_is_not_listed_is_as_likely_as_the_least_likely_token():
+    listed = [("yes", math.log(0.9)), ("y", math.log(0.06)), ("The", math.log(0.01))]
+    assert log_odds(listed) == pytest.approx(math.log(0.9 / 0.01))
+    assert log_odds([("no", math.log(0.9)), ("N", -3.0)]) == pytest.approx(-3.0 - math.log(0.9))
+    assert log_odds([("yes", 0.0), ("no", -9999.0)]) == 20  # bounded
+
+
+@pytest.mark.parametrize(
+    "listed", [[], [("The", -0.1), ("Story", -2.5)], [("The", -0.01), ("yes", -5.0), ("no", -6.0)]]
+)
+def test_a_model_that_was_about_to_say_something_else_gave_no_answer(listed):
+    assert log_odds(listed) is None
+
+
+@pytest.mark.parametrize(
+    "reply, answer",
+    [("yes", True), ("Yes.", True), ("**NO**", False), ("No!\n", False)]
+    + [(text, None) for text in ("", "yes and no", "Maybe", "The answer is yes.", "1 2 3", "ja")],
+)
+def test_an_answer_in_words_is_exactly_yes_or_no(reply, answer):
+    assert parse_answer(reply) is answer
+
+
+def test_the_share_of_yes_gives_finite_log_odds():
+    assert odds_of_share([True] * 8) == pytest.approx(math.log(8.5 / 0.5))
+    assert odds_of_share([True, False]) == 0 and odds_of_share([False]) == -odds_of_share([True])
+
+
+def test_a_scale_standardises_the_log_odds_of_known_texts():
+    scale = AnswerScale()
+    assert scale.score("sense", 0.0) == TOP / 2  # not measured: the probability of yes
+    scale.fit([{"sense": 1.0, "event": 2.0}, {"sense": 5.0, "event": 2.0}])
+    assert scale.score("sense", 3.0) == TOP / 2
+    assert scale.score("sense", 5.0) == pytest.approx(TOP / (1 + math.exp(-1)))
+    assert scale.score("sense", -20.0) > 0 and scale.score("event", 20.0) <= TOP
+
+
+# Requests
+
+
+def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
+    chance = {"first": 0.5, "second": 0.8}
+    other = answers(lambda asked: chance[asked.split("Is it ")[1].split("?")[0]])
+    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+        body = server.others[-1]
+    assert grade.log_odds == {"first": 0.0, "second": pytest.approx(math.log(4))}
+    assert grade.scores == {"first": 1.5, "second": pytest.approx(0.8 * TOP)}
+    assert grade.score == pytest.approx((0.5 + 3 * 0.8) / 4)
+    assert grade.reply == "no no" and grade.reply_words == 2
+    wanted = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 1.0}
+    assert wanted.items() <= body.items() and "grammar" not in body
+
+
+def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row():
+    with (
+        FaultServer(other=answers(lambda asked: 0.5)) as server,
+        Teacher(server.url, template=TWO, concurrency=1) as teacher,
+    ):
+        teacher.probes()
+        probes = len(server.others)
+        teacher.grade("Once", ["A dog ran.", "A cat sat.", "A hen flew."])
+        asked = [body["messages"] for body in server.others[probes:]]
+    for first, second in zip(asked[::2], asked[1::2], strict=True):
+        assert first[:-1] == second[:-1]
+        before = first[-1]["content"].removesuffix("Is it first? Answer yes or no.")
+        assert before == second[-1]["content"].removesuffix("Is it second? Answer yes or no.")
+
+
+def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer():
+    def other(body):
+        if body.get("top_logprobs", 0) > 5:
+            return error(400, "top_logprobs must be less than or equal to 5")
+        return answers(lambda asked: 0.2)(body)
+
+    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+        assert teacher.probes()[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
+    assert grade.log_odds["first"] == pytest.approx(math.log(0.25))
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses):
+    drawn = []
+
+    def other(body):
+        if body.get("logprobs") and refuses:
+            return error(400, "logprobs is not supported by this model")
+        drawn.append(body["seed"])
+        return "Yes." if body["seed"] % 4 else "no"  # in silence, if they are asked for
+
+    one = Template((Criterion("first", "Is it first?"),))
+    with FaultServer(other=other) as server, Teacher(server.url, template=one) as teacher:
+        (probe,) = teacher.probes()
+        drawn.clear()
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+    assert probe.top_logprobs == 0 and any("share of yes" in note for note in probe.notes)
+    assert len(set(drawn)) == len(drawn) == DRAWS and grade.attempts == DRAWS
+    yes = sum(seed % 4 > 0 for seed in drawn)
+    assert grade.log_odds["first"] == pytest.approx(math.log((yes + 0.5) / (DRAWS - yes + 0.5)))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "It is a story about a dog, so",
+        with_logprobs("The", [("The", -0.1), ("A", -2.5)]),
+        with_logprobs("", [("yes", float("nan")), ("no", float("-inf")), ("x", "y"), ("z", 3)]),
+    ],
+)
+def test_a_reply_that_is_no_answer_gives_no_score(reply):
+    def other(body):
+        if "A dog" not in body["messages"][-1]["content"]:
+            return answers(lambda asked: 0.5)(body)
+        if isinstance(reply, str):
+            return reply
+        return web.Response(text=reply.text, content_type="application/json")
+
+    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+        dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
+    assert (dog.score, dog.scores, dog.log_odds) == (None, None, {}) and "3 replies" in dog.error
+    assert cat.score == 0.5
+
+
+def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
+    cache = tmp_path / "replies.jsonl"
+    stories = [f"Story {i}." for i in range(5)]
+    chance = answers(lambda asked: 1 / (3 + len(asked) % 7))
+    with FaultServer(other=chance) as server:
+        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+            grades = teacher.grade("Once", stories)
+        url, asked = server.url, len(server.others)
+    with Teacher(url, template=TWO, cache=cache) as teacher:
+        again = teacher.grade("Once", stories)
+    assert [(each.scores, each.score) for each in again] == [
+        (each.scores, each.score) for each in grades
+    ]
+    assert not any(grade.asked for grade in again) and asked == len(server.others)
+
+
+def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
+    cache = tmp_path / "replies.jsonl"
+    with FaultServer(other=answers(lambda asked: 0.5)) as server:
+        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+            teacher.grade("Once", ["A dog ran."])
+        lines = cache.read_text().splitlines(keepends=True)
+        cache.write_text("".join(lines[:-1]))  # killed between the two questions
+        before = len(server.others)
+        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+            (grade,) = teacher.grade("Once", ["A dog ran."])
+        assert len(server.others) == before + 1 and grade.score == 0.5
+
+
+# Templates
+
+
+def test_worked_examples_come_before_the_story_and_are_no_known_texts():
+    documents = unseen_stories(40)
+    examples = worked_examples(documents)
+    template = Template(TWO.criteria, shows_examples=True, examples=examples)
+    messages = render(
+        "Once", "A dog ran.", fence="===", template=template, criterion=TWO.criteria[0]
+    )
+    assert [message["role"] for message in messages] == [
+        "system",
+        *["user", "assistant"] * 2,
+        "user",
+    ]
+    assert [messages[2]["content"], messages[4]["content"]] == ["yes", "no"]
+    assert all(
+        message["content"].endswith("first? Answer yes or no.") for message in messages[1::2]
+    )
+    known = {story.story for story in known_stories(documents, 20)}
+    assert known.isdisjoint(example.story for example in examples)
+
+
+def test_a_plea_has_the_words_of_a_shuffled_story():
+    texts = known_stories(unseen_stories(40), 6, (REAL, WORDS, PLEA))
+    shuffled = [text.story for text in texts if text.kind == WORDS]
+    pleas = [text.story for text in texts if text.kind == PLEA]
+    assert pleas == [story + PLEADING for story in shuffled]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"criteria": [{"name": "a", "question": "Q?"}], "examples": 1},
+        {"criteria": [{"name": "a", "question": "Q?", "levels": list("abcd")}], "examples": True},
+        {
+            "criteria": [
+                {"name": "a", "question": "Q?"},
+                {"name": "b", "question": "Q?", "levels": list("abcd")},
+            ]
+        },
+        {"criteria": [{"name": "a", "question": "Q?", "levels": []}]},
+        {"criteria": [{"name": "a"}]},
+    ],
+)
+def test_a_template_that_cannot_be_asked_is_one_sentence(tmp_path, value):
+    path = tmp_path / "prompt.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"nor a file with a template: .*"):
+        load_template(path)
+
+
+def test_a_template_has_a_name_or_a_file(tmp_path):
+    assert load_template("event") is TEMPLATES["event"]
+    path = tmp_path / "prompt.json"
+    criteria = [{"name": "a", "question": "Is it?", "weight": 2}]
+    path.write_text(json.dumps({"criteria": criteria, "examples": True, "preface": "Hello."}))
+    wanted = Template((Criterion("a", "Is it?", weight=2.0),), "Hello.", shows_examples=True)
+    assert load_template(path) == wanted and wanted.asks_yes_or_no
+
+
+def test_babylm_does_not_let_probabilities_reach_the_student():
+    config = InteractConfig(
+        preset="babylm-2026-strict", teacher_prompt="sense", teacher_url=["http://127.0.0.1:9"]
+    )
+    with (
+        pytest.raises(UserError, match=r"--teacher-prompt sense .* BabyLM"),
+        open_grader(config, corpus=None),
+    ):
+        pass
