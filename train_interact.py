@@ -31,6 +31,7 @@ from tinystory.evaluate.held_out import (
     story_records,
     write_samples,
 )
+from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.temperature import (
     TEMPERATURES,
@@ -60,7 +61,7 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.grader import open_grader, open_judge
 
 # Options of a run with few grades, which the forecast of one with all names: docs/teachers.md, "Few
 # grades".
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 @dataclass
 class InteractionRun:
     """What a run holds while it is open. reference: the starting checkpoint, frozen, for the KL
-    penalty. grader: idle on all ranks but 0. update_report: rewrites report.html if it is due."""
+    penalty. grader: idle on all ranks but 0. judge: the second judge, None without --judge and on
+    all ranks but 0. update_report: rewrites report.html if it is due."""
 
     config: InteractConfig
     compute: Compute
@@ -93,6 +95,7 @@ class InteractionRun:
     state: RunState
     openings: Openings
     grader: Grader
+    judge: Grader | None
     budget: Budget
     log: RunLog
     stop: Stop
@@ -331,6 +334,11 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
 
     rewards = story_rewards(config, stories, [grade.score for grade in grades])
     records = story_records(state.step, stories, grades, rewards, run.policy.history)
+    judged: list[float | None] = []
+    if config.judge:
+        judged = distributed.rank0_value(lambda: judge_scores(run, stories))
+        for record, score in zip(records, judged, strict=True):
+            record["judge"] = score
     run.log.append(EVALUATIONS, records)
     evaluations = run.log.folder / EVALUATIONS
     # Without grades, each later student becomes `best`.
@@ -342,7 +350,16 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
 
     metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
     metrics |= story_means(records)
+    if config.judge:
+        metrics["judge"] = mean_of(judged)
     return {f"held_out_{name}": value for name, value in metrics.items()}
+
+
+def judge_scores(run: InteractionRun, stories: Sequence[Story]) -> list[float | None]:
+    """The second judge's scores, 0..1, which are reported and never become a reward."""
+    assert run.judge is not None
+    pairs = [(story.opening, story.text) for story in stories]
+    return [grade.score for grade in run.judge.grade_each(pairs)]
 
 
 # ---- before and after the loop -------------------------------------------------------------------
@@ -392,6 +409,18 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         facts = grader.facts | calibration
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
+        judge = None
+        if config.judge:
+            opening_judge = open_judge(
+                config,
+                builtin_teacher,
+                corpus=known_corpus,
+                replies=folder / "judge_replies.jsonl",
+                examples=lambda: worked_examples(corpus_documents(known_corpus)),
+            )
+            judge = distributed.rank0_first(
+                lambda: stack.enter_context(opening_judge) if rank0 else None
+            )
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
         distributed.rank0_value(lambda: budget.require_first_step(state))
 
@@ -422,6 +451,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             state=state,
             openings=openings,
             grader=grader,
+            judge=judge,
             budget=budget,
             log=log,
             stop=stop,

@@ -169,7 +169,10 @@ class InteractConfig(RunConfig):
         300.0, "time limit in seconds per reply, or per call of --reward", "(0, 86400]"
     )
     teacher_prompt: str = option(
-        "", "JSON file with other criteria, levels and weights (see docs/teachers.md)"
+        "",
+        "how the teacher is asked: grades (default); sense, thread, event or examples, which are "
+        "questions of yes or no; or a JSON file with other criteria or questions (docs/teachers.md). "
+        "scripts/doctor.py --calibrate measures which way judges best",
     )
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
@@ -276,6 +279,13 @@ class InteractConfig(RunConfig):
     eval_graded: bool = option(
         True, "have the teacher grade evaluations; without their grades, `best` is the last student"
     )
+    judge: str = option(
+        "",
+        "URL, FILE.py[:FUNCTION] or `rubric`, the built-in teacher: a second judge that scores the "
+        "stories of each evaluation. Its scores are reported, and never reach the reward",
+    )
+    judge_model: str = option("", "model name of a --judge URL (default: the server's first one)")
+    judge_prompt: str = option("", "how a --judge URL is asked, as --teacher-prompt")
 
 
 # TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a

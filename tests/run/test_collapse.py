@@ -191,3 +191,17 @@ def test_predicted_scores_that_hardly_tell_stories_apart_are_said_once():
     ]
     ((name, (step, warning)),) = CollapseDetector(predicted, 2.0).warnings.items()
     assert (name, step) == ("predicted", 3) and "tell stories apart (R-squared 0.10)" in warning
+
+
+def test_a_judge_that_falls_while_the_reward_rises_is_said_once():
+    def warnings(rewards, scores):
+        records = run(len(rewards))
+        for record, reward, score in zip(records, rewards, scores, strict=True):
+            record |= {"held_out_reward": reward, "held_out_judge": score}
+        return CollapseDetector(records).warnings
+
+    step, sentence = warnings([0.4, 0.5, 0.6, 0.7], [0.5, 0.4, 0.3, 0.2])["judge"]
+    assert step == 3 and "0.4 to 0.6" in sentence and "0.5 to 0.3" in sentence
+    assert "judge" not in warnings([0.4, 0.5, 0.6, 0.7], [0.5, 0.4, 0.45, 0.4])
+    assert "judge" not in warnings([0.4, 0.3, 0.4, 0.3], [0.5, 0.4, 0.3, 0.2])
+    assert "judge" not in warnings([0.4, None, 0.5, 0.6], [0.5, None, None, 0.4])

@@ -17,6 +17,7 @@ from tinystory.teacher.grade import highest_score
 COLUMNS = {
     "reward": "reward",
     "score_mean": "score",
+    "judge": "second judge, 0 to 1",
     "ended": "ended",
     "story_clusters": "clusters",
     "distinct_4": "distinct 4-grams",
@@ -174,13 +175,21 @@ def followed(run: Path) -> Sequence[Record]:
 def group_means(records: list[Record]) -> dict[str, float | None]:
     """Means of evaluation stories."""
     score = mean_of(map(shown_score, records))
-    return {"reward": reward_mean(records), "score_mean": score} | story_means(records)
+    judge = mean_of(record.get("judge") for record in records)
+    return {"reward": reward_mean(records), "score_mean": score, "judge": judge} | story_means(
+        records
+    )
 
 
 def group_errors(records: list[Record]) -> dict[str, float | None]:
     """Standard errors of those means that are compared."""
     rewards = standard_error(record["reward"] for record in records)
-    return {"reward": rewards, "score_mean": standard_error(map(shown_score, records))}
+    judge = standard_error(record.get("judge") for record in records)
+    return {
+        "reward": rewards,
+        "score_mean": standard_error(map(shown_score, records)),
+        "judge": judge,
+    }
 
 
 def shown_score(record: Record) -> float | None:

@@ -221,7 +221,8 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     training = curve(metrics, "reward_mean", name="training")
     held_out = curve(curves, "held_out_reward", "reward", name="held out")
     held_out.errors = errors
-    figure = chart("Mean reward, 0 to 1", [training, held_out], size=HERO)
+    judge = curve(curves, "held_out_judge", "creativity", name="second judge")
+    figure = chart("Mean reward, 0 to 1", [training, held_out, judge], size=HERO)
     figure += f'<p class="note">{REWARD_NOTE}</p>'
     comparison = read_before_after(run)
     if comparison is None:

@@ -1,9 +1,10 @@
 """Warnings from metrics.jsonl, once per kind: stories collapse, KL runs away, loss explodes, scores
-have no signal."""
+have no signal, a second judge disagrees."""
 
 import math
 from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -30,6 +31,7 @@ ADVICE = {
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "predicted": "more --grades",
+    "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
     "cannot judge)",
@@ -49,6 +51,8 @@ class CollapseDetector:
         self._last: deque[dict] = deque(maxlen=WINDOW)
         self._losses: deque[Any] = deque(maxlen=LOSS_STEPS)
         self._base: dict[str, float] = {}
+        # (reward, second judge's score) of the last evaluations that have both
+        self._evaluations: deque[tuple[float, float]] = deque(maxlen=3)
         for record in records:
             self.add(record)
 
@@ -82,6 +86,9 @@ class CollapseDetector:
                 f"the scores predicted in step {record['step']} hardly tell stories apart "
                 f"(R-squared {r_squared:.2f})"
             )
+        disagreement = self._disagreement(record)
+        if disagreement:
+            signs["judge"].append(disagreement)
         without_signal = self._without_signal()
         if without_signal:
             signs["signal"].append(without_signal)
@@ -111,6 +118,25 @@ class CollapseDetector:
         if None in values or not is_full:
             return None
         return fmean(values)
+
+    def _disagreement(self, record: dict) -> str:
+        """A sentence if, over the last two evaluations, the reward rose and the second judge's score
+        fell each time; else ""."""
+        reward = record.get("held_out_reward")
+        score = record.get("held_out_judge")
+        if reward is None or score is None:
+            return ""
+        self._evaluations.append((reward, score))
+        changes = list(pairwise(self._evaluations))
+        is_disagreement = all(new[0] > old[0] and new[1] < old[1] for old, new in changes)
+        if len(changes) < 2 or not is_disagreement:
+            return ""
+        first, last = self._evaluations[0], self._evaluations[-1]
+        return (
+            f"over two evaluations the held-out reward rose ({first[0]:.3g} to {last[0]:.3g}) and the "
+            f"second judge's score fell ({first[1]:.3g} to {last[1]:.3g}): the student may be learning "
+            "to please its teacher instead of writing better stories"
+        )
 
     def _without_signal(self) -> str:
         """A sentence on scores in the window that are almost all equal, or look random;

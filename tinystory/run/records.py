@@ -42,6 +42,7 @@ STORY_FIELDS: Fields = {
     "score": (*NUMBER, None),  # older versions recorded neither this nor the difference
     "difference": (*NUMBER, None),
     "predicted": (*NUMBER, None),
+    "judge": (*NUMBER, None),
 }
 FIELDS: dict[str, Fields] = {  # required in each record
     METRICS: {"step": (int,)},

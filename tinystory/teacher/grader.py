@@ -67,8 +67,7 @@ def open_grader(
                         f"{config.init} does not say what the student was trained on: start "
                         "scripts/serve_teacher.py --corpus NAME|FILE, and give its --teacher-url"
                     )
-                of_stories = [name for name in corpus if name not in NO_STORIES] or corpus
-                urls = [stack.enter_context(builtin_teacher(of_stories))]
+                urls = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
@@ -103,6 +102,43 @@ def open_grader(
                 for note in probe.notes:
                     print(f"warning: {note}")
             yield teacher
+
+
+@contextlib.contextmanager
+def open_judge(
+    config: InteractConfig,
+    builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]],
+    *,
+    corpus: Sequence[str],
+    replies: Path | None = None,
+    examples: Callable[[], Sequence[Example]] | None = None,
+) -> Iterator[Grader]:
+    """Yield the grader that --judge names, as `open_grader` does."""
+    judge = config.judge
+    options = InteractConfig(
+        preset=config.preset,
+        seed=config.seed,
+        teacher_model=[config.judge_model] if config.judge_model else [],
+        teacher_prompt=config.judge_prompt,
+        teacher_concurrency=config.teacher_concurrency,
+        teacher_timeout=config.teacher_timeout,
+    )
+    with contextlib.ExitStack() as stack:
+        print(f"second judge: {judge}")
+        if judge.startswith(("http://", "https://")):
+            options.teacher_url = [judge]
+        elif judge == "rubric":
+            options.teacher_url = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
+        else:
+            options.reward = judge
+        yield stack.enter_context(
+            open_grader(options, corpus=corpus, replies=replies, examples=examples)
+        )
+
+
+def story_corpora(corpus: Sequence[str]) -> list[str]:
+    """The corpora to which a rubric of stories is fitted, of those that the student has read."""
+    return [name for name in corpus if name not in NO_STORIES] or list(corpus)
 
 
 def load_extra(text: str) -> dict[str, Any]:
