@@ -23,7 +23,7 @@ from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED
 from tinystory.human.server import serve
 from tinystory.report import charts, page
-from tinystory.run.errors import command
+from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, script_parser
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import PORTS, until_stopped
@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     template = load_template(options.teacher_prompt)
+    if template.asks_yes_or_no:
+        raise UserError(
+            f"--teacher-prompt {options.teacher_prompt} asks questions of yes or no, and the page grades "
+            "by levels: give a file whose criteria have levels"
+        )
     arguments = LESSON.split()
     if options.teacher_prompt:
         arguments += ["--teacher-prompt", options.teacher_prompt]

@@ -214,12 +214,12 @@ class Teacher(Grader):
     @property
     def most_words(self) -> int:
         self.probes()
-        replies = self.requests_per_story * self.options.attempts
+        replies = self.requests_per_story * self._present[0].attempts
         return self.longest_reply * replies  # a word is at least one token
 
     def affords(self, stories: int) -> bool:
         thoughts = max(probe.least_tokens for probe in self.probes())
-        requests = stories * self.requests_per_story * self.options.attempts
+        requests = stories * self.requests_per_story * self._present[0].attempts
         tokens_out = requests * max(self.longest_reply, thoughts)
         return self.ledger.affords(requests * self.ledger.largest_in, tokens_out)
 
@@ -297,14 +297,15 @@ class Teacher(Grader):
 
         story = _Story(question.number, afresh)
         unread = self._requests(question)
-        for attempt in range(self.options.attempts):
+        attempts = self._present[0].attempts
+        for attempt in range(attempts):
             await self._ask(story, unread, attempt)
             if story.error is not None:
                 return self._without_score(story, story.error)
             unread = [each for each in unread if not story.last[each].is_readable(template)]
             if not unread:
                 return self._with_score(story)
-        return self._without_score(story, f"no scores in {self.options.attempts} replies")
+        return self._without_score(story, f"no score in {len(story.replies)} replies")
 
     def _requests(self, question: Question) -> list["_Request"]:
         """What is asked about a story: for all grades at once, or for the answer to each question,

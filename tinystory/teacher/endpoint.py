@@ -131,11 +131,17 @@ class Endpoint:
 
     @property
     def draws(self) -> int:
-        """Requests for each message that asks about a story."""
+        """Equal requests, but for the seed, about each story and question."""
         assert self.probe is not None
         if self.options.template.asks_yes_or_no and not self.probe.top_logprobs:
             return DRAWS
         return 1
+
+    @property
+    def attempts(self) -> int:
+        """How often a request is sent until its reply can be read."""
+        assert self.probe is not None
+        return 1 if self.probe.top_logprobs else self.options.attempts
 
     @property
     def max_tokens(self) -> int:
@@ -163,6 +169,7 @@ class Endpoint:
         determined_by = self.sampling(seed) | {"held_to": self.probe.held_to}
         if self.probe.top_logprobs:
             determined_by["top_logprobs"] = self.probe.top_logprobs
+            del determined_by["seed"]  # probabilities do not depend on what is drawn
         if self.options.extra:
             determined_by["extra"] = self.options.extra_json
         return cache_key(self.model, messages, fence, determined_by)
