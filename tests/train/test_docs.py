@@ -66,6 +66,23 @@ def test_every_option_and_file_that_the_docs_name_exists(capsys):
         ] == []
 
 
+def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_page():
+    """README begins with `make demo`, and its own commands make the runs that it names."""
+    pages = [doc for doc in DOCS if doc.name != "CONTRIBUTING.md" and doc != ROOT / "README.md"]
+    pages += [*ROOT.glob("scripts/*.py"), *ROOT.glob("lab/*.py")]
+    made_by_demo = {"runs/demo/pretrain", "runs/demo/interact"}
+    any_run = {"runs/a", "runs/b"}
+    named = 0
+    for page in pages:
+        commands = re.findall(r"^.*python (?:scripts|lab)/.*runs/.*", page.read_text(), re.M)
+        commands += re.findall(r"^.*(?:cp -r|evaluate\.py) .*runs/.*", page.read_text(), re.M)
+        made = set(re.findall(r"--out (runs/[\w/-]+)", page.read_text()))
+        for run in re.findall(r"runs/[\w-]+(?:/(?!checkpoints)[\w-]+)?", "\n".join(commands)):
+            assert run in made | made_by_demo | any_run, (page, run)
+            named += 1
+    assert named > 15
+
+
 def test_the_values_beside_trls_options_are_todays():
     paper = parse(InteractConfig, INTERACT_PRESETS, ["--preset", "paper"])
     compared = 0
