@@ -292,6 +292,12 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
             raise UserError(
                 f"the corpus changed since {resume_from} was saved; start a new run with another --out"
             )
+        if Tokenizer.load(resume_from / "tokenizer.json").json != data.tokenizer.json:
+            raise UserError(
+                f"the tokenizer of {resume_from} is not the one that the corpus gives now: its "
+                "config.json was edited, or another version of tokenizers trained it; undo that, or "
+                "start a new run with another --out"
+            )
         checkpoint.restore(student, resume_from)
         with checkpoint.restoring(resume_from):
             checkpoint.unpack_optimizer(optimizer, tensors)

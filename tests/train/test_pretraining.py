@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from runs import interrupted_at, spoiling
 import train_pretrain as pretrain
 from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
+from tinystory.run.folder import read_config, write_config
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
@@ -265,6 +267,23 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
         pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys
     )
     assert "the corpus changed since" in line and "model.safetensors" not in line
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"val_fraction": 0.5}])
+def test_resuming_with_another_tokenizer_is_refused(place, tmp_path, capsys, change):
+    """Whether the command line gives it or an edited config.json. Weights learned with one
+    tokenizer mean nothing with another."""
+    shutil.copytree(place / "p", tmp_path / "p")
+    resume = ["--resume", "--words", "2700", "--out", str(tmp_path / "p")]
+    ((name, value),) = change.items()
+    flags = [f"--{name.replace('_', '-')}", str(value)]
+    assert "does not go with --resume" in fails(pretrain.main, [*resume, *flags], capsys)
+    record = read_config(tmp_path / "p")
+    record["options"] |= change
+    write_config(tmp_path / "p", record)
+    line = fails(pretrain.main, resume, capsys)
+    assert "the tokenizer of" in line and "is not the one that the corpus gives now" in line
+    assert len(metrics(tmp_path / "p")) == len(metrics(place / "p"))
 
 
 @pytest.mark.parametrize(
