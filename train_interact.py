@@ -392,7 +392,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
-        distributed.rank0_value(lambda: budget.require_first_step(state))
+        distributed.rank0_value(
+            lambda: budget.require_first_step(state, trial_stories(config, state))
+        )
 
         resume_step = state.step if config.resume else None
         log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
@@ -532,9 +534,14 @@ def stories_to_grade(config: InteractConfig, state: RunState) -> int:
         first = state.step + 1 if state.step else 0
         evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
         count += evaluations * config.eval_stories
-    if not config.temperature and not state.step:
-        count += stories_per_temperature(config) * len(TEMPERATURES)
-    return count
+    return count + trial_stories(config, state)
+
+
+def trial_stories(config: InteractConfig, state: RunState) -> int:
+    """Stories of the trial of temperatures that is still to come."""
+    if config.temperature or state.step:
+        return 0
+    return stories_per_temperature(config) * len(TEMPERATURES)
 
 
 def report(run: InteractionRun) -> None:

@@ -25,7 +25,7 @@ def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
     keys = {
         key for run in (place / "p", tmp_path / "i") for record in metrics(run) for key in record
     }
-    keys |= {f"teacher_{key}" for key in Ledger(0.0, 0.0, 0.0, (0, 0)).stats()}
+    keys |= {f"teacher_{key}" for key in Ledger(0.0, 0.0, 0.0, (0, 0, 0)).stats()}
     rows = "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M))
     assert len(keys) > 50 and sorted(key for key in keys if f"`{key}`" not in rows) == []
 

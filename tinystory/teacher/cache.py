@@ -18,6 +18,7 @@ REPLY: Fields = {  # of each line
     "reply": (str,),
     "error": (str, None),
     "tokens": (list, type(None), None),
+    "charged": (list, None),  # `Ledger.charged`; older versions recorded none
 }
 
 
@@ -40,6 +41,9 @@ def check_reply(record: Record) -> None:
     tokens = record.get("tokens")
     if tokens is not None and not is_count_pair(tokens):
         raise ValueError(f"its 'tokens' are {tokens!r:.40}")
+    charged = record.get("charged", [0, 0, 0])
+    if len(charged) != 3 or any(type(n) is not int or not 0 <= n < 1 << 53 for n in charged):
+        raise ValueError(f"its 'charged' is {charged!r:.40}")
 
 
 class CachedReply(NamedTuple):
@@ -55,14 +59,15 @@ class Cache:
         self._path = Path(path) if path else None
         self._replies: dict[str, CachedReply] = {}
         self._journal: Journal | None = None
-        # (prompt, completion) paid for by earlier processes, where the server counted them
-        self.tokens = (0, 0)
+        self.charged = (0, 0, 0)  # by earlier processes
         records = read_records(self._path, REPLY, check_reply) if self._path else []
         for record in records:
             reply = CachedReply(record["reply"], record.get("error"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
             prompt, completion = record.get("tokens") or (0, 0)
-            self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
+            tokens_in, tokens_out, largest_in = self.charged
+            counted = tokens_in + prompt, tokens_out + completion, largest_in
+            self.charged = tuple(record.get("charged", counted))
         self._earlier = set(self._replies)  # keys of replies from earlier processes
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:

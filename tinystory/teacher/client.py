@@ -70,7 +70,7 @@ class Teacher(Grader):
         self.concurrency = concurrency
         self.max_unscored = max_unscored
         self.cache = Cache(cache)
-        self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.tokens)
+        self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.charged)
         self.endpoints: list[Endpoint] = []
         for i, url in enumerate(urls):
             own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
@@ -297,10 +297,12 @@ class Teacher(Grader):
                 self._fatal = UserError(f"the teacher at {failure.url} {failure}")
                 raise self._fatal from None
             failed = CachedReply("", error=f"the teacher {failure}")
-            return self.cache.put(failure_key, failed, again=afresh)
+            charged = self.ledger.charged
+            return self.cache.put(failure_key, failed, again=afresh, charged=charged)
         if self.cache.get(failure_key):  # an earlier process's, which this reply replaces
             key = failure_key
-        return self.cache.put(key, CachedReply(reply.text), again=afresh, tokens=reply.tokens)
+        about = {"tokens": reply.tokens, "charged": self.ledger.charged}
+        return self.cache.put(key, CachedReply(reply.text), again=afresh, **about)
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
