@@ -303,14 +303,15 @@ def warn(run: InteractionRun, record: Record) -> bool:
 
 
 def evaluate_at_rest(run: InteractionRun) -> None:
-    """Evaluate at the start or end, unless it is on record. The state is saved first: the teacher
-    can fail."""
+    """Evaluate at the start or end, unless it is on record, and add the metrics to those of the last
+    step. The state is saved first: the teacher can fail."""
     step = run.state.step
     if distributed.rank0_value(lambda: step in evaluations_by_step(run.log.folder)):
         return
     if step:
         save(run)
-    evaluate(run)
+    evaluation = evaluate(run)
+    run.log.add_metrics(step, evaluation)
 
 
 def evaluate(run: InteractionRun) -> dict[str, Any]:
