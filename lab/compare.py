@@ -1,8 +1,8 @@
 """Ask which of two stories to one opening is better, blindly and in both orders.
 
-python lab/compare.py runs/interact --teacher-url URL   before or after interaction (default: the
-                                                        newest run)
-python lab/compare.py A B --teacher-url URL             the stories of A or of B
+python lab/compare.py runs/demo/interact --teacher-url URL   before or after interaction
+                                                             (default: the newest run)
+python lab/compare.py A B --teacher-url URL                  the stories of A or of B
 
 A and B are checkpoints, runs, folders that transformers wrote, or .jsonl files of stories, whose
 lines have an `opening` and a `story`. URL is a language model's, or a person's: run scripts/teach.py

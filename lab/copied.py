@@ -1,7 +1,7 @@
 """Measure how much of stories is copied: the longest phrase that a story shares with a document of
 the corpus, as a fraction of its words.
 
-python scripts/sample.py runs/interact --stories 200 --out ours.jsonl
+python scripts/sample.py runs/demo/interact --stories 200 --out ours.jsonl
 python lab/copied.py ours.jsonl people.jsonl --corpus builtin
 
 A .jsonl file of stories has an `opening` and a `story` in each line.

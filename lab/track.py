@@ -1,7 +1,7 @@
 """Send a run's records to TensorBoard, wandb or trackio, until the run ends.
 
-python lab/track.py runs/interact tensorboard   beside the run, or after it
-python lab/track.py runs/pretrain wandb         ... to wandb, offline unless WANDB_MODE says otherwise
+python lab/track.py runs/demo/interact tensorboard   beside the run, or after it
+python lab/track.py runs/demo/pretrain wandb         ... to wandb, offline unless WANDB_MODE is set
 
 Each call sends all records, as a new run of the tracker's; TensorBoard shows the last call's alone.
 """

@@ -1,6 +1,6 @@
 """Measure checkpoints and stories by anybody: bits per byte, the teacher's score, diversity.
 
-    python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin
+    python scripts/evaluate.py runs/demo/pretrain runs/demo/interact --stories 200
     python scripts/evaluate.py gpt4.jsonl people.jsonl      stories, side by side
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         require_output(options.out)
     openings = openings_of(options.openings, list(samples.values()))
     paths = options.paths or [newest_run()]
+    # found before the teacher starts, which takes seconds
+    folders = {path: checkpoint.find(path) for path in paths if path not in samples}
     corpus = open_corpus(options.corpus) if options.corpus else None
 
     records: list[dict[str, Any]] = []
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                 record: dict[str, Any] = {"name": path.name, "words": None}
                 stories = samples[path][: count or None]
             else:
-                folder = checkpoint.find(path)
+                folder = folders[path]
                 student, tokenizer, history = checkpoint.load(folder, pick_device(config.device))
                 record = student_record(folder, history)
                 trained_on = set(options.corpus or []) & set(history.get("corpus", []))

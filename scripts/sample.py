@@ -1,8 +1,8 @@
 """Print stories by a checkpoint's student.
 
 python scripts/sample.py                   by the best checkpoint of the newest run under runs/
-python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon"
-python scripts/sample.py runs/interact --stories 100 --out ours.jsonl      for scripts/evaluate.py
+python scripts/sample.py runs/demo/pretrain --opening "One day, a small dragon"
+python scripts/sample.py runs/demo/interact --stories 100 --out ours.jsonl   for scripts/evaluate.py
 
 In a terminal, without --opening, it then asks for openings of yours.
 """

@@ -1,7 +1,7 @@
 """Watch a run in the terminal until it ends: curves, warnings and the last stories.
 
-python scripts/watch.py                     the newest run under runs/
-python scripts/watch.py runs/interact       a finished run, or output to a pipe, is printed once
+python scripts/watch.py                       the newest run under runs/
+python scripts/watch.py runs/demo/interact    a finished run, or output to a pipe, is printed once
 """
 
 import math

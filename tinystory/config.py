@@ -35,6 +35,14 @@ FIRST = set(
     "openings steps stories_per_step "
     "max_new_tokens budget_words diversity epochs learner kl_coef".split()
 )
+# Options that a resumed run keeps. Some act only at the start of a run. On the others rest the
+# tokenizer, the held-out texts, the order of the corpus and the evaluations so far.
+KEPT_ON_RESUME = (
+    *("preset", "init", "seed"),
+    *("n_layer", "n_head", "n_embd", "context", "vocab_size", "weights_init"),
+    *("val_fraction", "packing", "batch_size", "optimizer"),
+    *("openings", "temperature", "kl_coef"),
+)
 PRESETS = ("demo", "english", "paper", "babylm-2026-strict", "babylm-2026-strict-small")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
@@ -409,9 +417,9 @@ def recorded_config(
     config_class: type[RunConfig], run: Path, typed: dict[str, Any], trust: bool
 ) -> Any:
     """The config in a run's config.json, overridden by `typed`, options from the command line.
-    Raises UserError if another command or version began it, for another preset or start, which
-    would have no effect, for what `check` refuses, and, unless `trust`, for a folder that is not
-    this user's own."""
+    Raises UserError if another command or version began it, for another value of an option in
+    KEPT_ON_RESUME, for what `check` refuses, and, unless `trust`, for a folder that is not this
+    user's own."""
     record = require_config(run)
     recorded = record["options"]
     path = run / CONFIG
@@ -423,13 +431,16 @@ def recorded_config(
                 "version; go on with that one, or start a new run in another --out"
             )
         options[f.name] = recorded[f.name]
-    for name in ("preset", "init"):
-        if typed.get(name) not in (None, options.get(name)):
-            raise UserError(
-                f"--{name} {typed[name]} does not go with --resume: {run} was begun with "
-                f"{options[name]!r}; leave it out, or start a new run in another --out"
-            )
+    if "tried_temperatures" in recorded and typed.get("temperature") == 0:
+        typed = typed | {"temperature": options["temperature"]}  # the one that was chosen
     config = config_class(**options | typed)
+    for f in dataclasses.fields(config_class):
+        is_kept = f.name in KEPT_ON_RESUME and f.name in typed
+        if is_kept and getattr(config, f.name) != options[f.name]:
+            raise UserError(
+                f"{flag_of(f)} {typed[f.name]} does not go with --resume: {run} was begun with "
+                f"{options[f.name]!r}; leave it out, or start a new run in another --out"
+            )
     try:
         check(config)
     except UserError as error:

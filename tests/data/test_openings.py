@@ -1,6 +1,7 @@
 """What stories begin with: the same for a seed and an index, each used before one is used again, a
 tenth held out."""
 
+import json
 import os
 import random
 
@@ -113,6 +114,16 @@ def test_of_the_builtin_openings_two_hundred_are_held_out():
 def test_a_file_has_one_per_line(tmp_path):
     (tmp_path / "a.txt").write_text("One day, a fox\n\n  Far away,  \nOne day, a fox\n")
     assert load_openings(str(tmp_path / "a.txt")) == ["One day, a fox", "Far away,"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    """As Windows' Notepad writes it."""
+    (tmp_path / "o.txt").write_text("Once\nTom had\n", encoding="utf-8-sig")
+    assert load_openings(str(tmp_path / "o.txt")) == ["Once", "Tom had"]
+    prompt = json.dumps({"user": "Grade {story}"})
+    (tmp_path / "p.json").write_text(prompt, encoding="utf-8-sig")
+    (tmp_path / "plain.json").write_text(prompt)
+    assert load_template(tmp_path / "p.json") == load_template(tmp_path / "plain.json")
 
 
 def test_what_is_no_file_is_the_opening_itself():

@@ -104,6 +104,9 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         (["--stories", "4"], "neither a checkpoint nor a run"),
     ],
 )
-def test_a_wrong_call_is_one_sentence(tmp_path, capsys, monkeypatch, amused, arguments, complaint):
+def test_a_wrong_call_is_one_sentence_before_a_teacher_is_fitted(
+    tmp_path, capsys, monkeypatch, arguments, complaint
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "open_grader", lambda *_, **__: pytest.fail("fitted"))
     assert complaint in fails(evaluate.main, ["nothing", "--device", "cpu", *arguments], capsys)

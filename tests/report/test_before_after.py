@@ -66,7 +66,8 @@ def text_of(page):
 def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
     for said in (
-        "The mean reward rose from 0.5 before interaction to 0.58 after step 2.",
+        "The mean reward went from 0.5 before interaction to 0.58 after step 2, which may be chance: the "
+        "95 % interval of the gain per held-out opening is -0.147 to 0.307.",
         "The pair with the median gain in reward among 5 held-out openings with two different, "
         "non-empty stories that end.",
     ):
@@ -150,10 +151,10 @@ def test_a_run_that_did_not_help_says_so_and_what_to_try(tmp_path):
         0,
         evaluation(0, {0: 0.6, 1: 0.5}),
         evaluation(1, {0: 0.2, 1: 0.1}),
-        evaluation(2, {0: 0.5, 1: 0.59}),
+        evaluation(2, {0: 0.5, 1: 0.41}),
     )
     for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
-        assert "The mean reward fell from 0.55 before interaction to 0.545 after step 2." in text
+        assert "The mean reward fell from 0.55 before interaction to 0.455 after step 2: " in text
         assert "The run did not help" in text and "--stories-per-step" in text
         assert "checkpoints/best is the student before interaction" in text
         assert "doctor.py --calibrate" in text and "story 2 0" in text
@@ -200,12 +201,82 @@ def test_a_weighted_rubrics_score_is_the_weighted_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "after, said",
-    [(0.834, "fell from 0.873 before interaction to 0.834"), (0.873, "stayed from 0.873")],
+    "gains, said",
+    [
+        (
+            (0.1, 0.1, 0.2),
+            "rose from 0.5 before interaction to 0.633 after step 1: the 95 % interval",
+        ),
+        (
+            (-0.1, -0.1, -0.2),
+            "fell from 0.5 before interaction to 0.367 after step 1: the 95 % int",
+        ),
+        (
+            (-0.1, 0.1, 0.3),
+            "went from 0.5 before interaction to 0.6 after step 1, which may be chance",
+        ),
+        (
+            (0.0, 0.0, 0.0),
+            "went from 0.5 before interaction to 0.5 after step 1, which may be chance",
+        ),
+        ((0.4,), "went from 0.5 before interaction to 0.9 after step 1: too few stories to say"),
+    ],
 )
-def test_a_reward_that_fell_is_said_to_have_fallen(tmp_path, after, said):
-    write(tmp_path / EVALUATIONS, evaluation(0, {0: 0.873}) + evaluation(1, {0: after}))
-    assert said in summary(tmp_path)
+def test_a_reward_rose_or_fell_only_if_the_interval_of_the_paired_gains_excludes_0(
+    tmp_path, gains, said, monkeypatch
+):
+    """The colours in the table follow the same rule."""
+    before = evaluation(0, dict.fromkeys(range(len(gains)), 0.5))
+    after = evaluation(1, {i: 0.5 + gain for i, gain in enumerate(gains)})
+    write(tmp_path / EVALUATIONS, before + after)
+    assert said in " ".join(summary(tmp_path).split())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    is_coloured = "\033[32m" in summary(tmp_path) or "\033[31m" in summary(tmp_path)
+    assert is_coloured == ("rose" in said or "fell" in said)
+
+
+def test_a_gain_is_paired_by_opening(tmp_path):
+    """Openings differ more than the student does: only the pairs show that each story is better."""
+    rewards = {i: i / 10 for i in range(8)}
+    after = {i: reward + 0.01 for i, reward in reversed(rewards.items())}
+    comparison = BeforeAfter(evaluation(0, rewards), evaluation(1, after))
+    assert "The mean reward rose from 0.35 before" in comparison.conclusion()
+
+
+CHANCE = "cannot tell a story from shuffled words: it puts the story first with probability 0.5"
+
+
+@pytest.mark.parametrize(
+    "calibration, is_said",
+    [
+        ({"judgement_ci": [0.3, 0.7], "verdict": CHANCE}, True),
+        ({"judgement_ci": None, "verdict": CHANCE}, True),
+        ({"judgement_ci": [0.6, 0.9], "verdict": "puts a story above shuffled words"}, False),
+        (None, False),
+    ],
+)
+def test_that_a_teacher_cannot_judge_stands_beside_the_headline(run, calibration, is_said):
+    with RunLog(run, resume_step=3) as log:
+        log.config({"calibration": calibration})
+    terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
+    for text in (terminal, page):
+        _, _, after_headline = text.partition("-0.147 to 0.307.")
+        assert after_headline.startswith(f" But this teacher {CHANCE}.") == is_said
+        assert ("But this teacher" in text) == is_said
+
+
+def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(run):
+    """The report has its warnings above the headline."""
+    with RunLog(run, resume_step=3) as log:
+        for step in range(4, 10):
+            log.metrics(step=step, reward_mean=0.5, scored=200, score_mode=1.0, score_mean=4.5)
+    terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
+    said = "had the same score (4.5 in the last), so nothing is learned from the teacher"
+    assert (
+        terminal.index("-0.147 to 0.307.") < terminal.index(said) < terminal.index("from step 0:")
+    )
+    assert page.index(said) < page.index("-0.147 to 0.307.")
 
 
 def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
@@ -227,7 +298,7 @@ def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
 
 def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
     (run / SAMPLES).unlink()
-    assert "to 0.58 after step 2" in summary(run)
+    assert "to 0.58 after step 2" in " ".join(summary(run).split())
     assert "to 0.4 after step 1" in read_before_after(run, 1).conclusion()
     write(run / EVALUATIONS, evaluation(0, {0: 0.5}))
     assert summary(run) == ""
@@ -236,12 +307,17 @@ def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
 
 def test_a_terminals_summary_fits_eighty_columns_and_colours_the_gain(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    records = [
+        *evaluation(0, dict.fromkeys(GAINS, 0.5)),
+        *evaluation(2, dict.fromkeys(GAINS, 0.58)),
+    ]
+    write(run / EVALUATIONS, records)
     assert max(map(len, summary(run).split("\n"))) <= 80
 
     plain = summary(run)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     text = summary(run)
-    assert text.count("\033[32m") == 1 and "\033[32m0.58 ± " in text  # the reward
+    assert text.count("\033[32m") == 1 and "\033[32m0.58 ± 0\033[0m" in text  # the reward
     assert text.count("\033[36m") == 2  # the two openings
     assert re.sub(r"\033\[\d+m", "", text) == plain

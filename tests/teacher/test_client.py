@@ -203,7 +203,7 @@ def test_ctrl_c_ends_the_wait_for_grades():
 def at(most):
     """A server that takes so many requests at once."""
     options = Options(deadline_s=LONG_S)
-    return Endpoint("http://x", "m", None, most, Ledger(0.0, 0.0, 0.0, (0, 0)), options)
+    return Endpoint("http://x", "m", None, most, Ledger(0.0, 0.0, 0.0, (0, 0, 0)), options)
 
 
 BUSY = api.Failure("is busy", again=True, busy=True)

@@ -19,6 +19,7 @@ from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
 from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests
 
 import train_interact as interact
+from tests.train.runs import interrupted_at
 from tinystory.run.records import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import pool
@@ -209,6 +210,27 @@ def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_
         assert scored_before and all(server.good[story] == 1 for story in scored_before)
     assert len(metrics(out)) == 4 and all(record["unscored"] == 0 for record in metrics(out))
     assert "I loved it!" in (out / "replies.jsonl").read_text()
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_path, counts):
+    """Whether the server counts tokens or not: then a request costs what it could at most."""
+    whole = tmp_path / "whole"
+    flags = ["--steps", "12", "--price-in", "1", "--budget-cost", "0.2", "--eval-every", "0"]
+    with FaultServer(lambda s, n: counted(honest(s), 2000) if counts else honest(s)) as server:
+        interact.main([*arguments(init, whole, server.url), *flags])
+        steps = len(metrics(whole))
+        assert 2 < steps < 12
+        for stop in (1, steps - 1):
+            parts = tmp_path / f"stopped-after-{stop}"
+            server.seen.clear()  # its probe is answered as that of the unbroken run
+            with interrupted_at(interact, step=stop):
+                interact.main([*arguments(init, parts, server.url), *flags])
+            assert len(metrics(parts)) == stop
+            interact.main(["--resume", "--out", str(parts)])
+            assert len(metrics(parts)) == steps
+            assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
+    assert_same_bits(whole, parts)
 
 
 def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_path, capsys):

@@ -25,7 +25,7 @@ def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
     keys = {
         key for run in (place / "p", tmp_path / "i") for record in metrics(run) for key in record
     }
-    keys |= {f"teacher_{key}" for key in Ledger(0.0, 0.0, 0.0, (0, 0)).stats()}
+    keys |= {f"teacher_{key}" for key in Ledger(0.0, 0.0, 0.0, (0, 0, 0)).stats()}
     rows = "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M))
     assert len(keys) > 50 and sorted(key for key in keys if f"`{key}`" not in rows) == []
 
@@ -64,6 +64,23 @@ def test_every_option_and_file_that_the_docs_name_exists(capsys):
             for f in files
             if "NAME" not in f and not ((ROOT / f).exists() or (doc.parent / f).exists())
         ] == []
+
+
+def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_page():
+    """README begins with `make demo`, and its own commands make the runs that it names."""
+    pages = [doc for doc in DOCS if doc.name != "CONTRIBUTING.md" and doc != ROOT / "README.md"]
+    pages += [*ROOT.glob("scripts/*.py"), *ROOT.glob("lab/*.py")]
+    made_by_demo = {"runs/demo/pretrain", "runs/demo/interact"}
+    any_run = {"runs/a", "runs/b"}
+    named = 0
+    for page in pages:
+        commands = re.findall(r"^.*python (?:scripts|lab)/.*runs/.*", page.read_text(), re.M)
+        commands += re.findall(r"^.*(?:cp -r|evaluate\.py) .*runs/.*", page.read_text(), re.M)
+        made = set(re.findall(r"--out (runs/[\w/-]+)", page.read_text()))
+        for run in re.findall(r"runs/[\w-]+(?:/(?!checkpoints)[\w-]+)?", "\n".join(commands)):
+            assert run in made | made_by_demo | any_run, (page, run)
+            named += 1
+    assert named > 15
 
 
 def test_the_values_beside_trls_options_are_todays():

@@ -1,6 +1,7 @@
 """How an interaction ends: stopped, killed, out of budget, collapsed, and resumed."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ import train_interact as interact
 from tinystory.config import InteractConfig
 from tinystory.evaluate import held_out
 from tinystory.run.errors import UserError
+from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
 
@@ -103,6 +105,11 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     run_interact(place, tmp_path / "parts", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    held_out_rewards = [
+        [record.get("held_out_reward") for record in metrics(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert held_out_rewards[0] == held_out_rewards[1]
     for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
@@ -187,3 +194,18 @@ def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, bu
     counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
     assert len(metrics(tmp_path / "i")) == steps
     assert sum(record["words"] for record in read) == counters["words_out"] <= budget
+
+
+def test_the_closing_evaluation_of_a_run_that_its_budget_ends_is_in_its_metrics(
+    place, tmp_path, capsys, monkeypatch
+):
+    """Two steps and two evaluations of 16 words per story."""
+    monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
+    run_interact(place, tmp_path / "i", "--eval-every", "0", "--budget-words-out", "320")
+    first, last = metrics(tmp_path / "i")
+    evaluation = [r for r in read_records(tmp_path / "i" / EVALUATIONS) if r["step"] == 2]
+    mean = sum(record["reward"] for record in evaluation) / len(evaluation)
+    assert last["held_out_reward"] == pytest.approx(mean, abs=1e-6)
+    assert "held_out_story_clusters" in last and "held_out_reward" not in first
+    (curve,) = re.findall("every evaluation, from step 0: (.*)", capsys.readouterr().out)
+    assert len(curve) == 2

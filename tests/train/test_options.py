@@ -17,6 +17,7 @@ import train_pretrain as pretrain
 from tinystory.config import (
     FIRST,
     INTERACT_PRESETS,
+    KEPT_ON_RESUME,
     PRETRAIN_PRESETS,
     InteractConfig,
     PretrainConfig,
@@ -26,7 +27,7 @@ from tinystory.config import (
 from tinystory.data.openings import builtin_openings
 from tinystory.rl import learners
 from tinystory.run.errors import UserError
-from tinystory.run.options import Interval
+from tinystory.run.options import Interval, flag_of
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening
 
@@ -251,13 +252,49 @@ def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it
     )
 
 
-def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(tmp_path):
-    resume = recorded(tmp_path, asdict(InteractConfig(init="runs/a")))
-    with pytest.raises(
-        UserError, match=r"--init runs/b does not go with --resume: .* begun with 'runs/a'"
-    ):
-        parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/b"])
-    assert parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/a"]).init == "runs/a"
+# Per option that a resumed run keeps: another value than its default.
+OTHERWISE: dict[str, object] = {
+    "preset": "paper",
+    "init": "runs/b",
+    "openings": "Once",
+    "weights_init": "gpt2",
+    "packing": "stream",
+    "optimizer": "adamw",
+    "val_fraction": 0.5,
+    "temperature": 0.2,
+    "kl_coef": 0.5,
+}
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_an_option_that_a_resumed_run_keeps_is_refused_and_its_recorded_value_is_not(
+    config_class, tmp_path
+):
+    """Else config.json records a value that nothing in the run has."""
+    begun = asdict(config_class()) | ({"init": "runs/a"} if config_class is InteractConfig else {})
+    resume = recorded(tmp_path, begun)
+    kept = [f for f in options(config_class) if f.name in KEPT_ON_RESUME]
+    assert len(kept) > 5
+    for f in kept:
+        flag, value = flag_of(f), OTHERWISE.get(f.name, 320)
+        with pytest.raises(UserError) as caught:
+            parse(config_class, COMMANDS[config_class], [*resume, flag, str(value)])
+        said = f"{flag} {value} does not go with --resume: "
+        assert str(caught.value).startswith(said), f.name
+        assert f"begun with {begun[f.name]!r}; leave it out" in str(caught.value)
+        same = parse(config_class, COMMANDS[config_class], [*resume, flag, str(begun[f.name])])
+        assert getattr(same, f.name) == begun[f.name]
+
+
+def test_a_resumed_run_may_be_given_again_the_zeros_that_stood_for_a_choice(tmp_path):
+    resume = recorded(tmp_path, asdict(PretrainConfig()))
+    assert parse(PretrainConfig, PRETRAIN_PRESETS, [*resume, "--n-head", "0"]).n_head == 3
+    begun = asdict(InteractConfig(temperature=0.5))
+    zero = ["--temperature", "0"]
+    resume = recorded(tmp_path, begun | {"tried_temperatures": {"0.5": 0.4}})
+    assert parse(InteractConfig, INTERACT_PRESETS, [*resume, *zero]).temperature == 0.5
+    with pytest.raises(UserError, match=r"--temperature 0\.0 does not go with --resume"):
+        parse(InteractConfig, INTERACT_PRESETS, [*recorded(tmp_path, begun), *zero])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from runs import interrupted_at, spoiling
 import train_pretrain as pretrain
 from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
+from tinystory.run.folder import read_config, write_config
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
@@ -265,6 +268,52 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
         pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys
     )
     assert "the corpus changed since" in line and "model.safetensors" not in line
+
+
+@pytest.mark.parametrize("separator, is_warned_of", [("\n", True), ("\n\n", False)])
+def test_stories_that_are_not_separated_are_said_to_be_long_documents(
+    tmp_path, capsys, monkeypatch, separator, is_warned_of
+):
+    """A .txt with one story a line is a few documents, cut every MAX_DOCUMENT characters."""
+    monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("tinystory.data.corpus.MAX_DOCUMENT", 8000)
+    stories = tiny_stories(150)
+    (tmp_path / "c.txt").write_text(separator.join(stories))
+    argv = ["--corpus", str(tmp_path / "c.txt"), "--words", "50", *SMALL]
+    pretrain.main([*argv, "--out", str(tmp_path / "p")])
+    printed = " ".join(capsys.readouterr().out.split())
+    documents, median = re.search(
+        r"corpus: (\d+) training .* length ([\d,]+) words", printed
+    ).groups()
+    if is_warned_of:
+        assert int(documents) < 6 and int(median.replace(",", "")) > 1000
+        assert "in documents of more than 640 tokens, 10 times --context" in printed
+        assert "separate the stories of a .txt file by blank lines or <|endoftext|>" in printed
+    else:
+        assert int(documents) > 120
+        assert min(map(count_words, stories)) <= int(median) <= max(map(count_words, stories))
+        assert "warning" not in printed
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"val_fraction": 0.5}])
+def test_resuming_with_another_tokenizer_is_refused(place, tmp_path, capsys, change):
+    """Whether the command line gives it or an edited config.json. Weights learned with one
+    tokenizer mean nothing with another."""
+    shutil.copytree(place / "p", tmp_path / "p")
+    resume = ["--resume", "--words", "2700", "--out", str(tmp_path / "p")]
+    ((name, value),) = change.items()
+    flags = [f"--{name.replace('_', '-')}", str(value)]
+    assert "does not go with --resume" in fails(pretrain.main, [*resume, *flags], capsys)
+    record = read_config(tmp_path / "p")
+    record["options"] |= change
+    write_config(tmp_path / "p", record)
+    line = fails(pretrain.main, resume, capsys)
+    assert "the tokenizer of" in line and "is not the one that the corpus gives now" in line
+    assert len(metrics(tmp_path / "p")) == len(metrics(place / "p"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -137,6 +138,23 @@ def clone(tmp_path, monkeypatch):
     reward = re.search(r"^```python\n(# my_reward\.py .*?)^```", readme, re.M | re.S)
     (tmp_path / "my_reward.py").write_text(reward[1])
     return tmp_path
+
+
+def test_the_style_part_of_make_test_looks_at_no_file_of_a_user(clone):
+    """README's reward is there already; a demo leaves a folder runs/."""
+    for name in ("pyproject.toml", "setup.py", "train_pretrain.py", "train_interact.py"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("tinystory", "scripts", "lab", "tests", "examples"):
+        shutil.copytree(ROOT / name, clone / name)
+    (clone / "runs" / "demo").mkdir(parents=True)
+    (clone / "out").mkdir()
+    recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    ruff = re.findall(r"\.venv/bin/(ruff .*)", recipe[1])
+    assert len(ruff) == 2
+    for arguments in ruff:
+        command = [sys.executable, "-m", *arguments.split(), "--no-cache"]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, capsys, short_pauses):

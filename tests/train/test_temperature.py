@@ -1,7 +1,7 @@
 """The temperature at which a student begins to interact."""
 
 import torch
-from conftest import SHORT
+from conftest import SHORT, fails
 
 import train_interact as interact
 from tinystory.config import InteractConfig
@@ -71,3 +71,18 @@ def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monk
     interact.main(["--out", str(run), "--resume", "--steps", "2"])
     assert len(read_metrics(run)) == 2
     assert read_config(run)["options"] == options | {"resume": True, "steps": 2}
+
+
+def test_the_trial_counts_against_the_budget(place, tmp_path, capsys, monkeypatch):
+    """A story is 16 words: the trial 160 times, a step 6 times and an evaluation 4 times 16."""
+    monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
+    trial = temperature.STORIES * len(temperature.TEMPERATURES)
+    needed = 16 * (trial + 6 + 2 * 4)
+    flags = [*SHORT, "--init", str(place / "p"), "--reward", "constant", "--temperature", "0"]
+    flags += ["--out", str(tmp_path / "i"), "--budget-words-out"]
+    line = fails(interact.main, [*flags, str(needed - 1)], capsys)
+    assert "does not hold the trial of --temperature 0 (160 stories), a single step" in line
+    interact.main([*flags, str(needed)])
+    assert [record["words_out"] for record in read_metrics(tmp_path / "i")] == [needed - 16 * 4]
+    counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
+    assert counters["words_out"] == needed

@@ -58,6 +58,10 @@ class TokenFile:
         end = self.offsets[documents]
         return TokenFile(self.tokens[:end], self.words[:end], self.offsets[: documents + 1])
 
+    def document_words(self) -> ndarray:
+        """(documents,) int64: the words of each."""
+        return np.add.reduceat(self.words, self.offsets[:-1], dtype=np.int64)
+
     @functools.cached_property
     def word_count(self) -> int:
         return int(self.words.sum(dtype=np.int64))

@@ -2,13 +2,15 @@
 report, model card."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinystory.evaluate.held_out import evaluations_by_step, reward_mean, story_means
-from tinystory.evaluate.intervals import mean_of, standard_error
+from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
 from tinystory.report.charts import number, text_curve, with_error
+from tinystory.run.collapse import CollapseDetector
+from tinystory.run.folder import read_config
 from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
@@ -73,7 +75,7 @@ class BeforeAfter:
 
     def table(self, coloured: bool = False) -> list[list[str]]:
         """A header, and a row per group of stories: means, those of reward and score with their
-        standard errors. coloured: for a terminal, whether these two rose or fell."""
+        standard errors. coloured: for a terminal, whether these two `changed`."""
         before_means, before_errors = group_means(self.before), group_errors(self.before)
         after_means, after_errors = group_means(self.after), group_errors(self.after)
         header = [f"{len(self.before)} stories to held-out openings"]
@@ -89,9 +91,10 @@ class BeforeAfter:
             header.append(title)
             before_row.append(with_error(before, before_errors.get(key)))
             cell = with_error(after, after_errors.get(key))
-            is_compared = coloured and key in after_errors
-            if is_compared and before is not None and after is not None and after != before:
-                cell = colour(cell, "better" if after > before else "worse")
+            if coloured and key in COMPARED:
+                direction = changed(self.gains(COMPARED[key]))
+                if direction:
+                    cell = colour(cell, "better" if direction == "rose" else "worse")
             after_row.append(cell)
         return [header, before_row, after_row]
 
@@ -112,15 +115,35 @@ class BeforeAfter:
             "whatever is none of them counts as a story, however well it is told."
         )
 
+    def gains(self, value: Callable[[Record], float | None]) -> list[float]:
+        """Per story to a held-out opening, how much the value is higher afterwards; without the
+        stories that lack one of the two."""
+        values_before = {record["index"]: value(record) for record in self.before}
+        gains = []
+        for record in self.after:
+            before, after = values_before.get(record["index"]), value(record)
+            if before is not None and after is not None:
+                gains.append(after - before)
+        return gains
+
     def conclusion(self) -> str:
-        """A sentence on the reward; "" if no story has one."""
+        """What can be said of the change in mean reward; "" if no story has a reward."""
         first, last = reward_mean(self.before), reward_mean(self.after)
         if first is None or last is None:
             return ""
-        verb = "stayed"
-        if number(last) != number(first):
-            verb = "rose" if last > first else "fell"
-        return f"The mean reward {verb} from {number(first)} before interaction to {number(last)} {self.names[1]}."
+        gains = self.gains(COMPARED["reward"])
+        verb = changed(gains) or "went"
+        means = (
+            f"The mean reward {verb} from {number(first)} before interaction to {number(last)} "
+            f"{self.names[1]}"
+        )
+        if len(gains) < 2:
+            return f"{means}: too few stories to say whether it changed."
+        low, high = (number(bound) for bound in mean_ci(gains))
+        interval = f"the 95 % interval of the gain per held-out opening is {low} to {high}"
+        if verb == "went":
+            return f"{means}, which may be chance: {interval}."
+        return f"{means}: {interval}."
 
     def best_student(self) -> str:
         """A sentence on the checkpoint `best`, and on what to try if interaction did not help; ""
@@ -138,6 +161,27 @@ class BeforeAfter:
         if reward_mean(self.before) is None:
             return "No evaluation has a reward, so there is no checkpoints/best."
         return NO_HELP
+
+
+def changed(gains: Sequence[float]) -> str:
+    """ "rose" or "fell" if the 95 % interval of the mean gain excludes 0, else ""."""
+    if len(gains) < 2:
+        return ""
+    low, high = mean_ci(gains)
+    if low > 0:
+        return "rose"
+    return "fell" if high < 0 else ""
+
+
+def doubt(config: Record) -> str:
+    """A sentence to stand beside the conclusion if the teacher could not judge known stories before
+    the run; "" if it could, or if that was not measured."""
+    match config.get("options", {}).get("calibration"):
+        case {"judgement_ci": [float(low), _], "verdict": str(verdict)} if low <= 0.5:
+            return f"But this teacher {printable(verdict)}."
+        case {"judgement_ci": None, "verdict": str(verdict)}:
+            return f"But this teacher {printable(verdict)}."
+    return ""
 
 
 def read_before_after(run: Path, step: float = math.inf) -> BeforeAfter | None:
@@ -181,17 +225,6 @@ def group_means(records: list[Record]) -> dict[str, float | None]:
     )
 
 
-def group_errors(records: list[Record]) -> dict[str, float | None]:
-    """Standard errors of those means that are compared."""
-    rewards = standard_error(record["reward"] for record in records)
-    judge = standard_error(record.get("judge") for record in records)
-    return {
-        "reward": rewards,
-        "score_mean": standard_error(map(shown_score, records)),
-        "judge": judge,
-    }
-
-
 def shown_score(record: Record) -> float | None:
     """A story's score as it is shown, from 0 to `highest_score`. Older versions recorded only those
     of the criteria."""
@@ -200,6 +233,19 @@ def shown_score(record: Record) -> float | None:
     if score is not None:
         return float(score * highest_score(scores))
     return float(sum(scores.values())) if scores else None
+
+
+# The values of a story whose means are compared, by the mean's key.
+COMPARED: dict[str, Callable[[Record], float | None]] = {
+    "reward": lambda record: record["reward"],
+    "score_mean": shown_score,
+    "judge": lambda record: record.get("judge"),
+}
+
+
+def group_errors(records: list[Record]) -> dict[str, float | None]:
+    """Standard errors of those means that are compared."""
+    return {key: standard_error(map(value, records)) for key, value in COMPARED.items()}
 
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
@@ -222,15 +268,18 @@ def summary(run: Path) -> str:
     for name, record in zip(comparison.names, pair, strict=False):
         lines += ["", f"{name}, {grade_line(record)}:"]
         lines.append(story_text(record["opening"], record["story"]))
-    held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
-    lines += [
-        "",
-        *aligned(comparison.table(coloured=True)),
+    metrics = read_metrics(run)
+    without_signal = CollapseDetector(metrics).warnings.get("signal")
+    held_out = [record.get("held_out_reward") for record in from_start(run, metrics)]
+    sentences = [
         comparison.tellers(),
         comparison.conclusion(),
+        doubt(read_config(run)),
+        f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",
         f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
         comparison.best_student(),
     ]
+    lines += ["", *aligned(comparison.table(coloured=True)), *filter(None, sentences)]
     return wrapped("\n".join(lines))
 
 

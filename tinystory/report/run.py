@@ -16,7 +16,7 @@ from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
-from tinystory.report.before_after import followed, from_start, read_before_after
+from tinystory.report.before_after import doubt, followed, from_start, read_before_after
 from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
@@ -230,11 +230,12 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
 
     rule, pair = comparison.typical()
     titles = [name.capitalize() for name in comparison.names]
-    stories = (
-        f"<b>{escape(comparison.conclusion())}</b>"
-        f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>'
-        + block("pair", "".join(map(story_card, pair, titles)))
-    )
+    stories = f"<b>{escape(comparison.conclusion())}</b>"
+    warning = doubt(read_config(run))
+    if warning:
+        stories += f'<p class="warning">{escape(warning)}</p>'
+    stories += f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>'
+    stories += block("pair", "".join(map(story_card, pair, titles)))
     header, *rows = comparison.table()
     means = page.table(header, rows)
     tellers = f'<p class="note">{escape(comparison.tellers())}</p>'

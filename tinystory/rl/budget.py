@@ -22,14 +22,16 @@ class Budget:
     most_words: int
     affords: Callable[[int], bool]
 
-    def exhausted(self, state: RunState, evaluations: int = 1) -> str:
-        """The limit that a step and these evaluations would exceed, or "". Rank 0 only."""
+    def exhausted(self, state: RunState, evaluations: int = 1, trial: int = 0) -> str:
+        """The limit that a step, these evaluations and a trial of so many stories would exceed, or
+        "". Rank 0 only."""
         config = self.config
         evaluated = evaluations * config.eval_stories
         graded = grades_of_step(config, state.step, state.asked)
         if config.eval_graded:
             graded += evaluated
-        written = config.stories_per_step + evaluated
+        graded += trial
+        written = config.stories_per_step + evaluated + trial
         reply_words = graded * self.most_words
         words_in = state.words_in + self.opening_words(state) + reply_words
         words_out = state.words_out + written * config.max_new_tokens
@@ -39,15 +41,18 @@ class Budget:
             return f"--budget-cost {config.budget_cost:g}"
         return ""
 
-    def require_first_step(self, state: RunState) -> None:
-        """Raises UserError if a new run cannot afford one step."""
+    def require_first_step(self, state: RunState, trial: int) -> None:
+        """Raises UserError if a new run cannot afford its trial of temperatures, of so many stories,
+        and one step."""
         if state.step:
             return
-        limit = self.exhausted(state, evaluations=2)
+        limit = self.exhausted(state, evaluations=2, trial=trial)
         if limit:
+            before = f"the trial of --temperature 0 ({trial} stories), " if trial else ""
+            advice = ", or give a --temperature above 0" if trial else ""
             raise UserError(
-                f"{limit} does not hold a single step and the evaluations around it: raise it, or lower "
-                "--stories-per-step or --eval-stories"
+                f"{limit} does not hold {before}a single step and the evaluations around it: raise it, "
+                f"or lower --stories-per-step or --eval-stories{advice}"
             )
 
     def opening_words(self, state: RunState) -> int:

@@ -106,15 +106,15 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file. Raises UserError if it is over LONGEST bytes, has NUL characters
-    or is not UTF-8."""
+    """The text of a regular file, without a byte order mark. Raises UserError if it is over LONGEST
+    bytes, has NUL characters or is not UTF-8."""
     with open_bytes(path) as file:
         content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
             raise ValueError(f"it is over {LONGEST >> 20} MB")
         if b"\0" in content:
             raise ValueError("it holds NUL characters")
-        return content.decode()
+        return content.decode("utf-8-sig")
 
 
 def file_hash(path: Path) -> str:

@@ -23,6 +23,7 @@ from tinystory.run.records import (
     METRICS,
     STORIES,
     Record,
+    add_to_record,
     keep_until,
     plain,
 )
@@ -92,6 +93,13 @@ class RunLog(contextlib.ExitStack):
         record = plain({"step": step} | values)
         self.append(METRICS, [record])
         return record
+
+    def add_metrics(self, step: int, values: Record) -> None:
+        """Add values to the record of a step that was appended before."""
+        path = self.folder / METRICS
+        if self.writes and path.exists():
+            add_to_record(path, step, plain(values))
+            self._journals.pop(METRICS, None)  # it appends to the file that was replaced
 
     def append(self, name: str, records: Sequence[Record]) -> None:
         """Append to the file `name`: METRICS; STORIES, a record per story (`story_records`);

@@ -46,11 +46,25 @@ def hint(script: str, *arguments: object) -> str:
     """The command that runs a script from this folder; in a clone, with the current interpreter."""
     words = usage(f"python {script}").split()
     if words[0] == "python":
-        python = Path(sys.executable)
-        on_path = shutil.which(python.name) == sys.executable
-        words = [python.name if on_path else _from_here(python), _from_here(ROOT / script)]
+        words = [_interpreter(), _from_here(ROOT / script)]
     words += map(str, arguments)
     return shlex.join(words)
+
+
+def install_hint(*arguments: str) -> str:
+    """The command that installs into the current interpreter's environment. An argument such as
+    .[reader] names this clone."""
+    words = [_interpreter(), "-m", "pip", "install"]
+    for argument in arguments:
+        is_clone = argument.startswith(".[")
+        words.append(_from_here(ROOT) + argument[1:] if is_clone else argument)
+    return shlex.join(words)
+
+
+def _interpreter() -> str:
+    python = Path(sys.executable)
+    on_path = shutil.which(python.name) == sys.executable
+    return python.name if on_path else _from_here(python)
 
 
 def _from_here(path: Path) -> str:

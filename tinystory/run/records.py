@@ -178,6 +178,15 @@ def keep_until(path: Path, step: int) -> None:
                 file.write(json.dumps(record).encode() + b"\n")
 
 
+def add_to_record(path: Path, step: int, values: Record) -> None:
+    """Add values to the record of a step."""
+    with atomic_file(path) as file:
+        for record in read_records(path):
+            if record["step"] == step:
+                record |= values
+            file.write(json.dumps(record).encode() + b"\n")
+
+
 def plain(value: Any) -> Any:
     """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits,
     non-finite ones are None."""

@@ -22,6 +22,7 @@ REPLY: Fields = {  # of each line
     "error": (str, None),
     "tokens": (list, type(None), None),
     "log_odds": (float, type(None), None),
+    "charged": (list, None),  # `Ledger.charged`; older versions recorded none
 }
 
 
@@ -47,6 +48,9 @@ def check_reply(record: Record) -> None:
     log_odds = record.get("log_odds")
     if log_odds is not None and abs(log_odds) > MOST_ODDS:
         raise ValueError(f"its 'log_odds' are {log_odds!r:.40}")
+    charged = record.get("charged", [0, 0, 0])
+    if len(charged) != 3 or any(type(n) is not int or not 0 <= n < 1 << 53 for n in charged):
+        raise ValueError(f"its 'charged' is {charged!r:.40}")
 
 
 class CachedReply(NamedTuple):
@@ -73,14 +77,15 @@ class Cache:
         self._path = Path(path) if path else None
         self._replies: dict[str, CachedReply] = {}
         self._journal: Journal | None = None
-        # (prompt, completion) paid for by earlier processes, where the server counted them
-        self.tokens = (0, 0)
+        self.charged = (0, 0, 0)  # by earlier processes
         records = read_records(self._path, REPLY, check_reply) if self._path else []
         for record in records:
             reply = CachedReply(record["reply"], record.get("error"), record.get("log_odds"))
             self._replies[record["key"]] = reply  # the last one counts: see `put`
             prompt, completion = record.get("tokens") or (0, 0)
-            self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
+            tokens_in, tokens_out, largest_in = self.charged
+            counted = tokens_in + prompt, tokens_out + completion, largest_in
+            self.charged = tuple(record.get("charged", counted))
         self._earlier = set(self._replies)  # keys of replies from earlier processes
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:

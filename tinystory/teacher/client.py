@@ -113,7 +113,7 @@ class Teacher(Grader):
         self.concurrency = concurrency
         self.max_unscored = max_unscored
         self.cache = Cache(cache)
-        self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.tokens)
+        self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.charged)
         self.endpoints: list[Endpoint] = []
         for i, url in enumerate(urls):
             own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
@@ -357,6 +357,7 @@ class Teacher(Grader):
 
         def keep(request: _Request, reply: CachedReply, **about: object) -> None:
             key = key_of(request)
+            about["charged"] = self.ledger.charged
             kept = self.cache.keep(key, story.number, reply, again=story.afresh, **about)
             story.add(request, kept)
             missing.remove(request)

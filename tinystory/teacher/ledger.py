@@ -12,17 +12,20 @@ from tinystory.teacher.api import Failure
 class Ledger:
     """Prices are per million tokens, in the currency of `budget` (0: unlimited). A request
     reserves its maximal cost; it is then charged what the server reports, or all of it if no answer
-    came. Requests in flight when a process was killed are not counted. paid: (prompt, completion)
-    tokens of the run's earlier processes."""
+    came. Requests in flight when a process was killed are not counted. charged: that of the run's
+    earlier processes."""
 
-    def __init__(self, price_in: float, price_out: float, budget: float, paid: tuple[int, int]):
+    def __init__(
+        self, price_in: float, price_out: float, budget: float, charged: tuple[int, int, int]
+    ):
         self.price_in = price_in
         self.price_out = price_out
         self.budget = budget
-        self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
+        self.largest_in = charged[2]  # upper bound on the tokens of the longest prompt so far
         # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries,
         # cached.
-        self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
+        self.total = Counter(tokens_in=charged[0], tokens_out=charged[1])
+        self._in_flight: Counter[str] = Counter()  # the reserved part of `total`
         self._before = self.total.copy()  # `total` at the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
@@ -31,6 +34,13 @@ class Ledger:
     @property
     def cost(self) -> float:
         return self.price(self.total["tokens_in"], self.total["tokens_out"])
+
+    @property
+    def charged(self) -> tuple[int, int, int]:
+        """Prompt and reply tokens charged, without those in flight, and `largest_in`. A resumed run
+        begins with them, so that its budget ends at the same step."""
+        settled = self.total - self._in_flight
+        return settled["tokens_in"], settled["tokens_out"], self.largest_in
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
         """Whether these tokens, beyond those charged or reserved, stay within the budget."""
@@ -53,6 +63,7 @@ class Ledger:
             )
         reserved = dict(tokens_in=tokens_in, tokens_out=tokens_out)
         self.total.update(reserved, requests=1)
+        self._in_flight.update(reserved)
         charge = reserved.copy()
         try:
             yield charge
@@ -64,6 +75,7 @@ class Ledger:
         finally:
             self.total.update(charge)
             self.total.subtract(reserved)
+            self._in_flight.subtract(reserved)
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out. For the whole run:

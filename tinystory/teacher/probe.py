@@ -140,7 +140,8 @@ class Prober:
             if not probe or probe.model != server.model or not (probe.scored or has_scores):
                 probe = await self.probe()
                 reply = CachedReply(json.dumps(asdict(probe)))
-                self.cache.put(server.probe_key, reply, again=True)
+                charged = server.ledger.charged
+                self.cache.put(server.probe_key, reply, again=True, charged=charged)
         except Failure as failure:
             if not failure.unreachable:
                 reasons = [f"the teacher at {server.url} {failure}", *self.notes]
