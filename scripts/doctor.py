@@ -42,7 +42,6 @@ from tinystory.evaluate.corruptions import (
     known_stories,
     worked_examples,
 )
-from tinystory.evaluate.intervals import with_ci
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
@@ -159,17 +158,12 @@ def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
     if not known:
         print(f"{'judgement':10} this teacher gave no scores: choose another model")
         return
-    best = max(known, key=lambda way: calibration.judgement_of_student(known[way])[0])
-    value, interval = calibration.judgement_of_student(known[best])
-    judgement = with_ci(value, interval)
-    if interval[0] <= 0.5:
-        print(
-            f"{'judgement':10} {judgement} at best, where 0.5 is chance: it is not certain that this teacher can "
-            "judge these texts; choose another model, or ask about more texts (--per-kind)"
-        )
-        return
-    flag = f": train_interact.py --teacher-prompt {best}" if len(results) > 1 else ""
-    print(f"{'judgement':10} {judgement}, where 0.5 is chance{flag}")
+    best = max(known, key=lambda way: calibration.value_as_teacher(known[way]))
+    print(f"{'judgement':10} the teacher {calibration.verdict(known[best])}")
+    if not calibration.can_judge(known[best]):
+        print(f"{'':10} choose another model, or ask about more texts (--per-kind)")
+    elif len(results) > 1:
+        print(f"{'':10} best way of asking: train_interact.py --teacher-prompt {best}")
 
 
 def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:

@@ -29,10 +29,11 @@ def judged(place, tmp_path_factory):
 def test_its_scores_stand_beside_the_reward(judged):
     records = read_lines(judged / EVALUATIONS)
     for record in records:
-        assert record["judge"] == (1 / (2 + len(record["story"])) if record["story"].strip() else 0)
+        expected = 1 / (2 + len(record["story"])) if record["story"].strip() else 0
+        assert record["judge"] == pytest.approx(expected, rel=1e-6)
     last = metrics(judged)[-1]
     latest = [record["judge"] for record in records if record["step"] == last["step"]]
-    assert last["held_out_judge"] == pytest.approx(sum(latest) / len(latest))
+    assert last["held_out_judge"] == pytest.approx(sum(latest) / len(latest), rel=1e-6)
     assert "judge" not in read_lines(judged / STORIES)[0]
     assert "second judge" in (judged / "report.html").read_text()
     assert "second judge" in summary(judged)

@@ -1,19 +1,23 @@
 """Calibration: tests a judge on texts of known quality before time and money go into learning from
 it.
 
-`judgement` is the probability that the judge scores a good text above a bad one (the area under the
-ROC curve; a tie counts one half), averaged over the kinds of bad texts. 0.5 is chance, and a teacher
-near it teaches noise."""
+A kind's AUC is the probability that the judge scores a good text above one of this kind (the area
+under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the highest AUC of a kind
+that is not TOO_EASY: a judge that is at chance for every kind teaches noise, while one that knows one kind can teach a
+student to avoid it."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
 from tinystory.evaluate.corruptions import (
     DULL,
+    ESSAY,
+    GENERIC,
+    PLEA,
     REAL,
     SENTENCES,
     WORDS,
@@ -36,6 +40,8 @@ CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 STUDENT = "the student's texts"
 STUDENT_STORY = "the student's stories"
 STUDENT_DULL = "the student's dull texts"
+# Not evidence of judgement: their lengths differ from a story's.
+TOO_EASY = (GENERIC, ESSAY, PLEA)
 # The better kind with which a kind is compared, if that is not REAL; None: with none.
 BETTER = {REAL: None, STUDENT_STORY: None, STUDENT_DULL: STUDENT_STORY}
 
@@ -48,10 +54,10 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     """Scores `known` (see known_stories) and summarises the scores; None stands for what could not
     be measured.
 
-    Returns {"stories", "unscored", "judgement", "judgement_ci", "kinds": {kind: {"mean", "auc",
-    "ci"}}}, where auc is the probability that a better text scores above one of this kind. Intervals
-    are Wilson's with as many trials as the smaller kind has stories, for the judgement with the
-    harmonic mean of the numbers of good and of bad texts, which is conservative."""
+    Returns {"stories", "unscored", "judgement", "judgement_ci", "mean_auc", "kinds": {kind: {"mean",
+    "auc", "ci"}}}. Intervals are Wilson's with as many trials as the smaller kind has stories, which
+    is conservative. judgement_ci is wider than the interval of one kind, since that kind is the best
+    of several."""
     scores = grade([(story.opening, story.story) for story in known])
     by_kind: dict[str, list[float]] = {story.kind: [] for story in known}
     for story, score in zip(known, scores, strict=True):
@@ -59,30 +65,26 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
             by_kind[story.kind].append(score)
 
     kinds: dict[str, dict[str, Any]] = {}
-    areas = []
-    compared = {REAL}
-    bad_texts = 0
+    trials = {}  # of the kinds that count
     for kind, values in by_kind.items():
         kinds[kind] = {"mean": mean_of(values)}
         better = BETTER.get(kind, REAL)
         if better is None or better not in by_kind:
             continue
         kinds[kind] |= area_and_interval(by_kind[better], values)
-        if kinds[kind]["auc"] is not None:
-            areas.append(kinds[kind]["auc"])
-            compared.add(better)
-            bad_texts += len(values)
-    judgement = mean_of(areas)
-    interval = None
-    if judgement is not None:
-        good_texts = sum(len(by_kind[kind]) for kind in compared)
-        trials = harmonic_mean([good_texts, bad_texts])
-        interval = list(wilson(judgement * trials, trials))
+        if kinds[kind]["auc"] is not None and kind not in TOO_EASY:
+            trials[kind] = min(len(by_kind[better]), len(values))
+    judgement = interval = None
+    if trials:
+        best = max(trials, key=lambda kind: kinds[kind]["auc"])
+        judgement = kinds[best]["auc"]
+        interval = list(wilson(judgement * trials[best], trials[best], len(trials)))
     return {
         "stories": len(known),
         "unscored": sum(score is None for score in scores),
         "judgement": judgement,
         "judgement_ci": interval,
+        "mean_auc": mean_of(kinds[kind]["auc"] for kind in trials),
         "kinds": kinds,
     }
 
@@ -107,27 +109,29 @@ def verdict(result: Mapping[str, Any]) -> str:
         return (
             f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
         )
-    kinds = []
+    areas = {}
     for kind, value in result["kinds"].items():
-        if value.get("auc") is not None:
-            kinds.append(f"{kind} {value['auc']:.2f}")
-    probability = f"{with_ci(result['judgement'], result['judgement_ci'])} ({', '.join(kinds)})"
+        if value.get("auc") is not None and kind not in TOO_EASY:
+            areas[kind] = value["auc"]
+    listed = ", ".join(f"{kind} {area:.2f}" for kind, area in areas.items())
+    judgement = with_ci(result["judgement"], result["judgement_ci"])
     if can_judge(result):
-        return f"scores a story above a bad text with probability {probability}"
+        best = max(areas, key=areas.__getitem__)
+        return f"scores a story above {best} with probability {judgement} (all: {listed}; 0.5 is chance)"
     return (
-        "cannot tell a story from a bad text: it scores the story higher with probability "
-        f"{probability}, where 0.5 is chance; learning from it is learning from noise"
+        f"cannot tell a story from a bad text: probability {judgement} at best ({listed}), where 0.5 is chance; "
+        "learning from it is learning from noise"
     )
 
 
-def judgement_of_student(result: Mapping[str, Any]) -> tuple[float, Sequence[float]]:
-    """The judgement and its interval on the student's own texts, which are what a teacher will
-    score, or on all texts if there are none by the student."""
+def value_as_teacher(result: Mapping[str, Any]) -> float:
+    """The AUC by which judges are compared: on the student's own texts, which are what a teacher
+    will score, or the mean over all kinds if there are none by the student."""
     for kind in (STUDENT_DULL, STUDENT):
-        value = result["kinds"].get(kind, {})
-        if value.get("auc") is not None:
-            return value["auc"], value["ci"]
-    return result["judgement"], result["judgement_ci"]
+        auc = result["kinds"].get(kind, {}).get("auc")
+        if auc is not None:
+            return float(auc)
+    return float(result["mean_auc"])
 
 
 def can_judge(result: Mapping[str, Any]) -> bool:
@@ -144,7 +148,7 @@ def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
         if "auc" in value:
             cell = f"{cell}: {with_ci(value['auc'], value['ci'])}"
         rows.append([kind, cell])
-    rows.append(["mean of these", with_ci(result["judgement"], result["judgement_ci"])])
+    rows.append(["mean of these", with_ci(result["mean_auc"], None)])
     rows.append(["without a score", f"{result['unscored']} of {result['stories']}"])
     if "seconds" in result:
         rows.append(["seconds per text", f"{result['seconds']:.2f}"])
