@@ -31,6 +31,7 @@ from tinystory.run.paths import hint
 from tinystory.run.records import EVALUATIONS, Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, student_config, to_device
@@ -372,8 +373,13 @@ def report(run: PretrainingRun) -> None:
         return
     last = run.steps.metrics  # {} if the run was finished before it was resumed
     if last:
+        loss, bits = last["val_loss"], last["val_bits_per_byte"]
+        corpus = printable(", ".join(Path(name).name for name in config.corpus))
         print(
-            f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
+            wrapped(
+                f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per byte, on the "
+                f"held-out {100 * config.val_fraction:g} % of {corpus}"
+            )
         )
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {next_command(config, run.data.tokenizer)}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -88,9 +89,18 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         ("people.jsonl", 10),
     ]
     assert all(r["stories"]["score_mean"] == 2 for r in records)
-    assert (
-        records[1]["stories"]["story_clusters"] == 10 and "people.jsonl" in capsys.readouterr().out
-    )
+    assert records[1]["stories"]["story_clusters"] == 10
+    printed = capsys.readouterr().out
+    assert "people.jsonl" in printed and re.search(r"^stories +10 +10 +10$", printed, re.M)
+
+    files[1].write_text("".join(files[1].read_text().splitlines(keepends=True)[:5]))
+    evaluate.main([*map(str, files), "--stories", "10"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " stories 10 5 " in printed
+    assert "compare these two at equal numbers, with --stories 5" in printed
+    evaluate.main([*map(str, files), "--stories", "5"])
+    assert "at equal numbers" not in capsys.readouterr().out
+
     evaluate.main([str(files[0]), "--out", str(tmp_path / "report.json")])
     (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert record["stories"]["stories"] == 12

@@ -282,6 +282,7 @@ def test_stories_that_are_not_separated_are_said_to_be_long_documents(
     argv = ["--corpus", str(tmp_path / "c.txt"), "--words", "50", *SMALL]
     pretrain.main([*argv, "--out", str(tmp_path / "p")])
     printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"bits per byte, on the held-out 5 % of c\.txt", printed)
     documents, median = re.search(
         r"corpus: (\d+) training .* length ([\d,]+) words", printed
     ).groups()

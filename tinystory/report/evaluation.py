@@ -8,6 +8,7 @@ from tinystory.run.records import Record
 # Name, task, keys of the value and its interval in the task's record, decimals.
 Row = tuple[str, str, str, str | None, int]
 ROWS: tuple[Row, ...] = (
+    ("stories", "stories", "stories", None, 0),
     ("bits per byte", "corpus", "bits_per_byte", None, 3),
     ("teacher's score", "stories", "score_mean", "score_ci", 2),
     ("words per story", "stories", "length_mean", "length_ci", 1),
@@ -15,6 +16,17 @@ ROWS: tuple[Row, ...] = (
     ("distinct_4", "stories", "distinct_4", None, 3),
     ("clusters of similar stories", "stories", "story_clusters", None, 0),
 )
+
+
+def unequal_counts(records: Sequence[Record]) -> str:
+    """A sentence for the reader if the records are of different numbers of stories, else ""."""
+    counts = {record["stories"]["stories"] for record in records if "stories" in record}
+    if len(counts) < 2:
+        return ""
+    return (
+        "distinct_4 falls and clusters rise with the number of stories, which differs here: compare "
+        f"these two at equal numbers, with --stories {min(counts)}"
+    )
 
 
 def comparison(records: Sequence[Record], rows: Sequence[Row]) -> list[list[str]]:
