@@ -86,8 +86,8 @@ class SharpAdam(torch.optim.Adam):
         factor = self.sharpness.exp()
         for p in multiplied:
             p.mul_(factor)
-        for p in divided:
-            p.div_(factor)
+        for weight in divided:
+            weight.div_(factor)
         self.sharpness.zero_()
 
 
