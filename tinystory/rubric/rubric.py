@@ -67,7 +67,7 @@ from tinystory.rubric.surface import (
     Sentences,
     count_slips,
     ends_sentence,
-    split_sentences,
+    find_sentences,
     tokenize,
     well_formed_words,
 )
@@ -257,7 +257,7 @@ class Rubric:
             return None
         start = len(opening)
         ids = self.lexicon.look_up(opening + story)
-        sentences = split_sentences(story)
+        sentences = find_sentences(story)
         spans = [(first, end) for first, end in sentences.bounds if is_word[first:end].any()]
         logprob, odd = self.model.read(ids)
         repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
@@ -441,7 +441,7 @@ def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
     is longer."""
     start = 0
     if len(tokens) > longest:
-        for first, end in split_sentences(tokens).bounds:
+        for first, end in find_sentences(tokens).bounds:
             if end - start > longest and first > start:
                 yield tokens[start:first]
                 start = first
@@ -454,7 +454,7 @@ def _shuffled(pieces: list, rng: np.random.Generator) -> list:
 
 
 def _with_shuffled_sentences(text: list[str], rng: np.random.Generator) -> list[str]:
-    sentences = [text[first:end] for first, end in split_sentences(text).bounds]
+    sentences = [text[first:end] for first, end in find_sentences(text).bounds]
     return list(chain.from_iterable(_shuffled(sentences, rng)))
 
 
