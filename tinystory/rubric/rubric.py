@@ -111,7 +111,7 @@ def ramp(x: float | ndarray, zero: float, one: float) -> float:
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenizedStory:
     """A story of T tokens, its opening, and what several parts are measured on.
 
     opening, tokens: the tokens of each. ids (T,): the story's; all_ids: those of opening and story.
@@ -261,7 +261,7 @@ class Rubric:
         spans = [(first, end) for first, end in sentences.bounds if is_word[first:end].any()]
         logprob, odd = self.model.read(ids)
         repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
-        text = Text(
+        text = TokenizedStory(
             opening=opening,
             tokens=story,
             ids=ids[start:],
@@ -280,7 +280,7 @@ class Rubric:
         parts["fresh"] = int((is_word & ~text.repeated).sum())
         return parts
 
-    def _readability_parts(self, text: Text) -> dict[str, Any]:
+    def _readability_parts(self, text: TokenizedStory) -> dict[str, Any]:
         """The unscaled parts of readability."""
         lexicon = self.lexicon
         start = len(text.opening)
@@ -303,7 +303,7 @@ class Rubric:
             "reach": (logprob - text.logprob[2]).mean(),
         }
 
-    def _coherence_parts(self, text: Text) -> dict[str, Any]:
+    def _coherence_parts(self, text: TokenizedStory) -> dict[str, Any]:
         """The unscaled parts of coherence."""
         start = len(text.opening)
         focus, introduced = self._entities(text.all_ids, start)
@@ -322,7 +322,7 @@ class Rubric:
             "unlooped": 1 - text.repeated.mean(),
         }
 
-    def _creativity_parts(self, text: Text) -> dict[str, Any]:
+    def _creativity_parts(self, text: TokenizedStory) -> dict[str, Any]:
         """The unscaled parts of creativity."""
         different = len(np.unique(text.ids[text.is_word]))
         content = np.unique(text.ids[self.lexicon.content[text.ids]])
