@@ -45,7 +45,7 @@ TOO_LARGE = "lower --learning-rate or --muon-learning-rate, or give --grad-clip 
 
 
 @dataclass
-class RunState:
+class PretrainState:
     """What a checkpoint holds besides weights and optimizer state. words, tokens: trained on,
     counting repeats."""
 
@@ -77,7 +77,7 @@ class PretrainingRun:
     windows: Windows | Curriculum
     student: Student
     optimizer: Optimizer
-    state: RunState
+    state: PretrainState
     log: RunLog
     bar: Progress
     steps: StepLog
@@ -288,9 +288,9 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     torch.manual_seed(config.seed)
     student = to_device(Student(shape, config.weights_init), compute.device)
     optimizer = make_optimizer(student, config, compute.dtype)
-    state = RunState(fingerprint)
+    state = PretrainState(fingerprint)
     if resume_from:
-        tensors, state = checkpoint.load_trainer(resume_from, RunState)
+        tensors, state = checkpoint.load_trainer(resume_from, PretrainState)
         if state.corpus != fingerprint:  # before the weights: its vocabulary may have another size
             raise UserError(
                 f"the corpus changed since {resume_from} was saved; start a new run with another --out"

@@ -22,5 +22,6 @@ def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[floa
     return float(low), float(high)
 
 
-def mean_ci(values: np.ndarray) -> tuple[float, float]:
+def bootstrap_mean(values: np.ndarray) -> tuple[float, float]:
+    """The bootstrap interval of the mean."""
     return bootstrap(lambda rows: float(values[rows].mean()), len(values))

@@ -16,10 +16,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lab.intervals import mean_ci
+from lab.intervals import bootstrap_mean
 from tinystory.evaluate.corruptions import split_sentences
-from tinystory.ops.compute import pick_device
-from tinystory.run.device import pick_dtype
+from tinystory.ops.compute import pick_device, pick_dtype
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import clean
 
@@ -215,4 +214,4 @@ def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] |
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return None, None
-    return float(values.mean()), mean_ci(values)
+    return float(values.mean()), bootstrap_mean(values)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lab.intervals import mean_ci
+from lab.intervals import bootstrap_mean
 from lab.reader import Reader, mean_and_ci
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
@@ -148,7 +148,7 @@ def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple
     differences = [senses[index] - others[index] for index in senses if index in others]
     if not differences:
         return math.nan, (math.nan, math.nan)
-    return fmean(differences), mean_ci(np.array(differences))
+    return fmean(differences), bootstrap_mean(np.array(differences))
 
 
 def sense_by_index(records: Sequence[Record], group: str) -> dict[int, float]:

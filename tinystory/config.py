@@ -43,7 +43,6 @@ KEPT_ON_RESUME = (
     *("val_fraction", "packing", "batch_size", "optimizer"),
     *("openings", "temperature", "kl_coef"),
 )
-PRESETS = ("demo", "english", "paper", "babylm-2026-strict", "babylm-2026-strict-small")
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
 LEAST_TEMPERATURE = 0.01
@@ -53,8 +52,87 @@ OTHER_NAMES = {
     "batch-size": "--stories-per-step (stories that are written in a step, TRL's batch_size) or "
     "--minibatch-size (stories per gradient step)",
 }
-# defined in tinystory/rl/learners.py
-LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
+# the keys of the table in tinystory/rl/learners.py, which imports this file
+LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
+
+# TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a
+# student are noise, so a temperature is chosen.
+_ENGLISH_PRETRAIN = dict(
+    n_layer=4,
+    n_embd=256,
+    vocab_size=4096,
+    corpus=["tinystories-valid"],
+    words=6_000_000,
+    batch_size=16,
+)
+_ENGLISH_INTERACT = dict(
+    temperature=0.0, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
+)
+# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
+# their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
+# interaction: TRL). Where a default is the paper's figure it is not repeated.
+_PAPER_PRETRAIN = dict(
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    context=512,
+    vocab_size=16_000,
+    weights_init="gpt2",
+    optimizer="adamw",
+    packing="stream",
+    dropout=0.1,
+    corpus=["babylm-100m"],
+    words=990_000_000,
+    val_fraction=0.1,
+    batch_size=256,
+    micro_batch_size=32,
+    learning_rate=5e-4,
+    warmup=0.01,
+    beta2=0.999,
+    eval_every=250,
+    eval_sequences=64,
+    save_every=250,
+)
+PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
+_PAPER_INTERACT = dict(
+    dtype="float32",
+    openings=PAPER_OPENING,
+    teacher_max_tokens=6,
+    steps=920,
+    stories_per_step=360,
+    max_new_tokens=90,
+    temperature=1.0,
+    diversity=0.0,
+    unfinished=1.0,
+    eval_every=0,
+    save_every=20,
+    learning_rate=1e-6,
+    lr_decay=False,
+    sharpness_rate=0.0,
+    learner="gae",
+    epochs=4,
+    minibatch_size=0,
+    kl_coef=0.2,
+    kl_horizon=10_000.0,
+)
+PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "english": _ENGLISH_PRETRAIN,
+    "paper": _PAPER_PRETRAIN,
+    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
+    # teacher's words.
+    "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
+    "babylm-2026-strict-small": dict(
+        _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
+    ),
+}
+INTERACT_PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "english": _ENGLISH_INTERACT,
+    "paper": _PAPER_INTERACT,
+    "babylm-2026-strict": _PAPER_INTERACT,
+    "babylm-2026-strict-small": _PAPER_INTERACT,
+}
 
 
 @dataclass
@@ -65,7 +143,7 @@ class RunConfig:
     trust = False
     names_out = False  # whether --out was given
 
-    preset: str = option("demo", "named set of options", PRESETS, group="run")
+    preset: str = option("demo", "named set of options", tuple(PRETRAIN_PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
     resume: bool = option(
         False,
@@ -260,7 +338,7 @@ class InteractConfig(RunConfig):
         "ridge",
         "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or "
         "cross-entropy on a step's best quarter (sft-best)",
-        LEARNERS,
+        LEARNER_NAMES,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(
@@ -294,86 +372,6 @@ class InteractConfig(RunConfig):
     )
     judge_model: str = option("", "model name of a --judge URL (default: the server's first one)")
     judge_prompt: str = option("", "how a --judge URL is asked, as --teacher-prompt")
-
-
-# TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a
-# student are noise, so a temperature is chosen.
-_ENGLISH_PRETRAIN = dict(
-    n_layer=4,
-    n_embd=256,
-    vocab_size=4096,
-    corpus=["tinystories-valid"],
-    words=6_000_000,
-    batch_size=16,
-)
-_ENGLISH_INTERACT = dict(
-    temperature=0.0, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
-)
-# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
-# their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
-# interaction: TRL). Where a default is the paper's figure it is not repeated.
-_PAPER_PRETRAIN = dict(
-    n_layer=12,
-    n_head=12,
-    n_embd=768,
-    context=512,
-    vocab_size=16_000,
-    weights_init="gpt2",
-    optimizer="adamw",
-    packing="stream",
-    dropout=0.1,
-    corpus=["babylm-100m"],
-    words=990_000_000,
-    val_fraction=0.1,
-    batch_size=256,
-    micro_batch_size=32,
-    learning_rate=5e-4,
-    warmup=0.01,
-    beta2=0.999,
-    eval_every=250,
-    eval_sequences=64,
-    save_every=250,
-)
-PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
-_PAPER_INTERACT = dict(
-    dtype="float32",
-    openings=PAPER_OPENING,
-    teacher_max_tokens=6,
-    steps=920,
-    stories_per_step=360,
-    max_new_tokens=90,
-    temperature=1.0,
-    diversity=0.0,
-    unfinished=1.0,
-    eval_every=0,
-    save_every=20,
-    learning_rate=1e-6,
-    lr_decay=False,
-    sharpness_rate=0.0,
-    learner="gae",
-    epochs=4,
-    minibatch_size=0,
-    kl_coef=0.2,
-    kl_horizon=10_000.0,
-)
-PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "english": _ENGLISH_PRETRAIN,
-    "paper": _PAPER_PRETRAIN,
-    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
-    # teacher's words.
-    "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
-    "babylm-2026-strict-small": dict(
-        _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
-    ),
-}
-INTERACT_PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "english": _ENGLISH_INTERACT,
-    "paper": _PAPER_INTERACT,
-    "babylm-2026-strict": _PAPER_INTERACT,
-    "babylm-2026-strict-small": _PAPER_INTERACT,
-}
 
 
 def parse(

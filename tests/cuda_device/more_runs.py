@@ -16,7 +16,7 @@ from plugin import waits_within
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory import ops
-from tinystory.run.device import pick_dtype
+from tinystory.ops.compute import pick_dtype
 from tinystory.student import checkpoint
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/train")]

@@ -7,7 +7,8 @@ from torch.utils import cpp_extension
 from tests.conftest import using
 from tinystory import ops
 from tinystory.ops import backend, build, compute, cuda
-from tinystory.run.device import cpu_has_bf16, pick_dtype
+from tinystory.ops.compute import pick_dtype
+from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError
 
 

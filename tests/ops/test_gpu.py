@@ -282,7 +282,7 @@ def test_stories_from_graphs_are_those_of_plain_calls(
         student = request.getfixturevalue("student").to("cuda")
     head, sizes, capture = ValueHead(64), [], TokenStep.capture
     monkeypatch.setattr(
-        TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step))[1]
+        TokenStep, "capture", lambda step: (sizes.append(step.batch_size), capture(step))[1]
     )
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():

@@ -4,6 +4,8 @@ up to rounding."""
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_ppo import random_batch
 
 from tinystory.rl import ppo
@@ -30,6 +32,41 @@ def test_each_opening_and_each_token_of_a_story_stands_once():
         )
     assert packing.copies.tolist() == [2 * T, 2 * T + 1, 2 * T + 2, 3 * T, 3 * T + 1]
     assert packing.shared[packing.owners].tolist() == [0, 1, 2, 5, 6]
+
+
+@given(
+    openings=st.lists(st.integers(0, 6), min_size=1, max_size=20),
+    prompt_lengths=st.lists(st.integers(1, 6), min_size=7, max_size=7),
+    data=st.data(),
+)
+def test_any_rows_are_read_from_the_sequence_and_nothing_stands_in_it_twice(
+    openings, prompt_lengths, data
+):
+    prompts = np.array(prompt_lengths)[openings]
+    stories = data.draw(st.lists(st.integers(0, 9), min_size=len(prompts), max_size=len(prompts)))
+    lengths = prompts + stories
+    packing = pack(np.array(openings), prompts, lengths)
+    if len(set(openings)) == len(openings):
+        assert packing is None
+        return
+    # what each padded position holds: a token of an opening, which rows share, or of a story
+    rows = []
+    for row, (opening, prompt, length) in enumerate(zip(openings, prompts, lengths, strict=True)):
+        shared = [(opening, "opening", at) for at in range(prompt)]
+        own = [(row, "story", at) for at in range(prompt, length)]
+        rows.append([*shared, *own, *[None] * (max(lengths) - length)])
+    held = [token for row in rows for token in row]
+
+    sequence = [held[place] for place in packing.places]
+    assert sequence == list(dict.fromkeys(token for token in held if token))  # in the rows' order
+    for token, source in zip(held, packing.source.tolist(), strict=True):
+        assert sequence[source] == token if token else source == 0
+
+    not_computed = set(range(len(held))) - set(packing.places.tolist())
+    assert packing.copies.tolist() == sorted(place for place in not_computed if held[place])
+    originals = [sequence[token] for token in packing.shared[packing.owners]]
+    assert originals == [held[copy] for copy in packing.copies]
+    assert packing.shared.tolist() == sorted(set(packing.source[packing.copies].tolist()))
 
 
 def test_there_is_no_packing_without_a_shared_opening():

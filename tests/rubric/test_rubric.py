@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinystory.data.builtin import grammar
 from tinystory.rubric.ngram import BOUNDARY, ORDER, NgramModel, Phrases, sample
 from tinystory.rubric.rubric import Rubric
-from tinystory.rubric.surface import CLOSE, OPEN, count_slips, split_sentences, tokenize
+from tinystory.rubric.surface import CLOSE, OPEN, count_slips, find_sentences, tokenize
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
@@ -291,7 +291,7 @@ def test_a_strange_corpus_still_gives_scores(corpus):
 def test_ends_of_sentences():
     def split(text: str) -> list[str]:
         spelled = tokenize(text)
-        return [" ".join(spelled[first:end]) for first, end in split_sentences(spelled).bounds]
+        return [" ".join(spelled[first:end]) for first, end in find_sentences(spelled).bounds]
 
     assert split("One day. Two days!") == ["One day .", "Two days !"]
     assert split('"Run!" said Tom. He ran') == [f"{OPEN} Run ! {CLOSE} said Tom .", "He ran"]
@@ -311,12 +311,12 @@ def test_quotation_marks_are_distinguished_and_counted():
         ".",
         *oh,
     ]
-    assert split_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
-    assert split_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
-    assert split_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice
+    assert find_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
+    assert find_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
+    assert find_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice
     # the text ends, the quotation does not
-    assert split_sentences(tokenize('He said, "Oh.')).unpaired == 1
-    assert split_sentences(tokenize('He said, "Oh, my')).unpaired == 0  # cut short in the middle
+    assert find_sentences(tokenize('He said, "Oh.')).unpaired == 1
+    assert find_sentences(tokenize('He said, "Oh, my')).unpaired == 0  # cut short in the middle
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_quotation_marks_are_distinguished_and_counted():
 )
 def test_slips(text, count):
     spelled = tokenize(text)
-    assert count_slips(spelled, split_sentences(spelled), [False] * len(spelled)) == count
+    assert count_slips(spelled, find_sentences(spelled), [False] * len(spelled)) == count
 
 
 def test_the_ngram_model_is_a_distribution():

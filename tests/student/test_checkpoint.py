@@ -19,7 +19,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
-from train_pretrain import RunState
+from train_pretrain import PretrainState
 
 
 def save(folder, student, tokenizer, step=3, state=None):
@@ -95,7 +95,7 @@ def test_a_crafted_checkpoint_is_a_sentence(whole, tmp_path, name, key, value):
         UserError, match=f"{name}.json (holds no history|is not what this command saves)"
     ):
         checkpoint.load(folder)
-        checkpoint.load_trainer(folder, RunState)
+        checkpoint.load_trainer(folder, PretrainState)
 
 
 def test_weights_may_be_read_by_whom_other_files_may(tmp_path, student, tokenizer):
@@ -366,7 +366,7 @@ def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
         folder = checkpoint.newest_whole(run)
         checkpoint.load(checkpoint.find(run))
         checkpoint.restore(student, folder)
-        state, _ = checkpoint.load_trainer(folder, RunState)
+        state, _ = checkpoint.load_trainer(folder, PretrainState)
         with checkpoint.restoring(folder):
             checkpoint.unpack_optimizer(optimizer, state)
-        checkpoint.load_trainer(folder, RunState)
+        checkpoint.load_trainer(folder, PretrainState)

@@ -5,7 +5,8 @@ from conftest import SHORT, assert_same_bits, metrics
 from runs import interrupted_at
 
 import train_interact as interact
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, LEARNER_NAMES, InteractConfig, parse
+from tinystory.rl import learners
 from tinystory.rl.learners import check
 from tinystory.rl.policy import load_policy
 from tinystory.run.errors import UserError
@@ -46,6 +47,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, tmp_path, options):
     whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert [record["words_in"] for record in whole] == [record["words_in"] for record in parts]
     assert any(record["grad_norm"] > 0 for record in whole)  # stories of equal reward have none
+
+
+def test_the_command_line_offers_the_learners_of_the_table():
+    assert tuple(learners.LEARNERS) == LEARNER_NAMES
 
 
 def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):

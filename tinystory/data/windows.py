@@ -104,37 +104,47 @@ def pieces(file: TokenFile, context: int, packing: str) -> ndarray:
 
 
 def pack(pieces: ndarray, context: int, order: ndarray) -> list[list[int]]:
-    """Pack pieces into sequences of up to `context` tokens by best-fit decreasing: the longest
-    piece first, each into the sequence with the least sufficient room. Returns lists of piece
-    indices. order: (n,) int64, breaks ties and orders the sequences and the pieces within them,
-    except that pieces from the middle of a document come first."""
+    """Lists of piece indices, one list per sequence of up to `context` tokens, by best-fit
+    decreasing: the longest piece is packed first, ties in `order`, (n,) int64. In a sequence,
+    pieces from the middle of a document come first. Otherwise the pieces of a sequence, and the
+    sequences by their first pieces, are in `order`."""
     lengths = pieces[:, 1] - pieces[:, 0]
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
-    by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
-    rooms: list[int] = []  # rooms that some sequence has, sorted
-    for piece in longest_first.tolist():
-        length = int(lengths[piece])
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room = context
-            sequence = []
-        else:
-            room = rooms[at]
-            sequence = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at]
-        sequence.append(piece)
-        room -= length
-        if not by_room[room]:
-            insort(rooms, room)
-        by_room[room].append(sequence)
+    sequences = best_fit(longest_first.tolist(), lengths.tolist(), context)
 
     rank = np.argsort(order)
-    packed = list(chain.from_iterable(by_room))
-    for sequence in packed:
-        sequence.sort(key=lambda piece: (pieces[piece, 2], rank[piece]))
-    packed.sort(key=lambda sequence: rank[sequence[0]])
-    return packed
+    begins_document = pieces[:, 2]
+    rank_in_sequence = (begins_document * len(pieces) + rank).tolist()
+    for sequence in sequences:
+        sequence.sort(key=rank_in_sequence.__getitem__)
+    sequences.sort(key=lambda sequence: rank[sequence[0]])
+    return sequences
+
+
+def best_fit(pieces: list[int], lengths: list[int], context: int) -> list[list[int]]:
+    """Lists of pieces, each with at most `context` tokens. One piece after the other joins the
+    list with the least sufficient room; if there is none, it begins a list. lengths: tokens of
+    piece 0, 1, ..."""
+    with_room: list[list[list[int]]] = [[] for _ in range(context + 1)]  # lists by their room
+    rooms: list[int] = []  # sorted: where with_room is not empty
+    for piece in pieces:
+        length = lengths[piece]
+        least = bisect_left(rooms, length)
+        if least == len(rooms):
+            room = context
+            joined = []
+        else:
+            room = rooms[least]
+            joined = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[least]
+        joined.append(piece)
+
+        room -= length
+        if not with_room[room]:
+            insort(rooms, room)
+        with_room[room].append(joined)
+    return list(chain.from_iterable(with_room))
 
 
 def places(sequence: ndarray) -> ndarray:

@@ -140,6 +140,8 @@ def _is_long(text: str) -> bool:
 
 
 def split_sentences(text: str) -> list[str]:
+    """The sentences of a text. A capital or a quotation mark begins one: '"Look!" said Pip.' has
+    one."""
     return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”']))\s+(?=[\"“'A-Z])", " ".join(text.split()))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tinystory.evaluate.intervals import wilson
 from tinystory.human.desk import UNASKED, Desk, refused_unless_kept
-from tinystory.human.progress import COMPARED, NEITHER, Pair, Progress, read_progress
+from tinystory.human.progress import COMPARED, NEITHER, Pair, RunProgress, read_progress
 from tinystory.report.findings import keep_finding, read_findings
 from tinystory.report.page import count
 from tinystory.report.run import write_report
@@ -49,7 +49,7 @@ class Lesson:
         # before, after or neither, by the pair's key
         self._answers = {record["key"]: record["preferred"] for record in answers}
         self._is_reported = _has_result(folder)
-        self._progress = Progress()
+        self._progress = RunProgress()
         self._read: list[tuple[int, int] | None] = []  # sizes and times of the files read
         self._problem = ""  # why they could not be read
         self._running = False

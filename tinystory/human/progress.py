@@ -49,7 +49,7 @@ class Pair:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """steps, stories, grades, evaluated: as planned, 0 if not recorded; stories: per step; grades:
     of the whole run. step: finished ones; asked, graded: their stories that the teacher was asked
     about, and that it graded. step_s: a step's typical seconds without the teacher's, 0 before the
@@ -70,10 +70,10 @@ class Progress:
     left_out: int = 0
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> RunProgress:
     """Raises UserError for records that cannot be read."""
     options = read_config(folder).get("options", {})
-    progress = Progress(
+    progress = RunProgress(
         steps=_count(options, "steps"),
         stories=_count(options, "stories_per_step"),
         grades=_count(options, "grades"),

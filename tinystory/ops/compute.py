@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tinystory.ops import backend, cuda
-from tinystory.run.device import pick_dtype
+from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError
 
 
@@ -63,3 +63,13 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and backend.load() is not None:
         cuda.load()
     return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
+    if name != "auto":
+        return getattr(torch, name)
+    has_bf16 = cpu_has_bf16()
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -45,12 +45,10 @@ class RidgeCritic(nn.Module):
         even_gram, even_moment = self.statistics(batch, reference, returns, even)
         odd_gram, odd_moment = self.statistics(batch, reference, returns, odd)
 
+        even_weights = ridge_weights(self.gram + odd_gram, self.moment + odd_moment)
+        odd_weights = ridge_weights(self.gram + even_gram, self.moment + even_moment)
         values = torch.zeros_like(batch.logprobs)
-        for rows, other_gram, other_moment in (
-            (even, odd_gram, odd_moment),
-            (odd, even_gram, even_moment),
-        ):
-            weights = ridge_weights(self.gram + other_gram, self.moment + other_moment)
+        for rows, weights in ((even, even_weights), (odd, odd_weights)):
             for x, places in chunks(batch, reference, rows):
                 values[places] = (x @ weights).to(values.dtype)
 

@@ -145,12 +145,12 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def discounted(x: Tensor, factor: float) -> Tensor:
-    """(B, N): the discounted sum of x from each token on, as one product with a triangular matrix
-    instead of a loop."""
-    position = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
-    distance = position[:, None] - position
-    weights = torch.where(distance < 0, 0.0, factor ** distance.clamp(min=0))
-    return x @ weights
+    """(B, N): for each token t, the sum of factor^(u - t) x[u] over u >= t. One product with a
+    triangular matrix instead of a loop."""
+    token = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    steps_ahead = token[:, None] - token  # [u, t] is u - t
+    weights = factor ** steps_ahead.clamp(min=0)
+    return x @ weights.tril()
 
 
 def advantages_and_returns(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tinystory import ops
+from tinystory.rl.batch import spans
 from tinystory.student.model import Student
 
 
@@ -65,26 +66,31 @@ class Unpack(torch.autograd.Function):
 
 
 def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
-    """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's
-    unpadded length."""
+    """The packing of B padded rows, in which the first row with an opening computes it; None if no
+    opening repeats.
+
+    All (B,) int64: openings, equal for the same opening; prompt_lengths, tokens of the opening;
+    lengths, tokens of the row, opening and story."""
     _, first_rows, group = np.unique(openings, return_index=True, return_inverse=True)
     if len(first_rows) == len(openings):
         return None
-    owner = first_rows[group]  # (B,): the row in which each row's opening is computed
-    is_owner = (owner == np.arange(len(openings)))[:, None]
-    columns = np.arange(lengths.max())
-    in_opening = columns < prompt_lengths[:, None]
-    in_row = columns < lengths[:, None]
-    is_computed = np.where(in_opening, is_owner, in_row)
-    is_copy = in_opening & ~is_owner
+    rows = np.arange(len(openings))
+    owner = first_rows[group]  # (B,): the row that computes each row's opening
+    # (B,): the number of tokens of each row that another row computes
+    copied = np.where(owner == rows, 0, prompt_lengths)
 
-    number = is_computed.cumsum().reshape(is_computed.shape) - 1  # index in the sequence
-    number_or_zero = np.where(is_computed, number, 0)
-    source = np.where(is_copy, number[owner], number_or_zero).flatten()
-    copies = np.flatnonzero(is_copy)
+    columns = int(lengths.max())
+    row_starts = rows * columns
+    copies = spans(row_starts, copied)
+    originals = spans(owner * columns, copied)
+    places = spans(row_starts + copied, lengths - copied)
+
+    source = np.zeros(len(openings) * columns, np.int64)
+    source[places] = np.arange(len(places))
+    source[copies] = source[originals]
     shared, owners = np.unique(source[copies], return_inverse=True)
     return Packing(
-        places=torch.from_numpy(np.flatnonzero(is_computed)),
+        places=torch.from_numpy(places),
         source=torch.from_numpy(source),
         shared=torch.from_numpy(shared),
         copies=torch.from_numpy(copies),

@@ -73,15 +73,21 @@ class SharpAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        scaled = (self.norm.weight, self.norm.bias)
-        slopes = [(p.grad * p).sum() for p in scaled if p.grad is not None]
-        slopes += [-(p.grad * p).sum() for p in self.readers if p.grad is not None]
+        """Adam's step for all parameters and s, which is then folded into norm and readers, and 0."""
+        multiplied = [self.norm.weight, self.norm.bias]
+        divided = self.readers
+        # e^s multiplies the norm and divides the readers. So at s = 0 the loss's derivative by s is
+        # the sum of gradient times parameter, counted negative for the readers.
+        slopes = [(p.grad * p).sum() for p in multiplied if p.grad is not None]
+        slopes += [-(p.grad * p).sum() for p in divided if p.grad is not None]
         self.sharpness.grad = torch.stack(slopes).sum()
         super().step()
-        for p in scaled:
-            p.mul_(self.sharpness.exp())
-        for weight in self.readers:
-            weight.div_(self.sharpness.exp())
+
+        factor = self.sharpness.exp()
+        for p in multiplied:
+            p.mul_(factor)
+        for weight in divided:
+            weight.div_(factor)
         self.sharpness.zero_()
 
 

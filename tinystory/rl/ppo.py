@@ -38,18 +38,18 @@ def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     # The state at position p predicts token p + 1, so a story's first token is predicted from its
     # prompt's last one.
     row_starts = np.arange(len(batch)) * columns
-    places = spans(row_starts + batch.prompt_lengths - 1, batch.lengths)
+    predictors = spans(row_starts + batch.prompt_lengths - 1, batch.lengths)
+    padded_places = upload(predictors, tokens.device)
 
     packing = None
     if not ops.on_gpu(tokens):
         packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
-    at = upload(places, tokens.device)
     if packing is None:
-        hidden = student.hidden(tokens).flatten(0, 1)
+        padded_hidden = student.hidden(tokens).flatten(0, 1)
+        states = padded_hidden.index_select(0, padded_places)
     else:
-        hidden = packing.hidden(student, tokens)
-        at = packing.source[at]
-    states = hidden.index_select(0, at)
+        packed_hidden = packing.hidden(student, tokens)
+        states = packed_hidden.index_select(0, packing.source[padded_places])
     logprobs, _ = ops.token_logprob(states, student.unembedding, batch.tokens)
     return logprobs, states
 
@@ -167,7 +167,7 @@ def update(
             optimizer.zero_grad()
             with student.lowered(dtype):
                 sums, largest_ratio_error = backward(policy, batch, targets, minibatch, kl_coef)
-            if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
+            if epoch == 0 and i == 0:  # no update yet: any ratio other than 1 is rounding
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))

@@ -5,6 +5,7 @@ in the corpus, and in a copy with half of its pronouns flipped."""
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -34,10 +35,18 @@ FLIPPED = {
 STORIES = 1500  # stories from which agreement is learned
 PRIOR = 4  # pseudo-observations from the coarser estimate
 MAX_EVIDENCE = 3.0  # nats, limit for one mention
-# how a character was mentioned
+# kinds of mentions of a character
 NAME, PRONOUN, NOUN, NOBODY = range(4)
 # who has the pronoun's sex: last character, earlier one, nobody in the story
 LAST, EARLIER, ABSENT = range(3)
+
+
+class Mention(NamedTuple):
+    """How a character was mentioned, the character's sex, and the number of the sentence."""
+
+    kind: int
+    sex: int
+    sentence: int
 
 
 class Characters:
@@ -144,48 +153,49 @@ class Characters:
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
     def _cases(self, ids: ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
-        """Of each he and she from `start` on: its form, the mention of the last character, its
-        distance from that mention in sentences (0, 1, or 2 for more), and who has its sex."""
-        sexes: dict[int, int] = {}  # of names in this story
-        present = [False, False]  # whether somebody of this sex was mentioned
-        last = -1  # the sex of the last character
-        mention = NOBODY
+        """A tuple for each he and she from `start` on: its form, the kind of the last mention of a
+        character, the distance from that mention in sentences (0, 1, or 2 for more), and who has
+        the pronoun's sex."""
+        sexes: dict[int, int] = {}  # of the names in this story
+        present: set[int] = set()  # sexes of the characters so far
+        last = Mention(NOBODY, sex=-1, sentence=0)
+        unsexed: int | None = None  # the last name, while its sex is not known
         sentence = 0
-        last_sentence = 0  # of the last mention
-        unsexed = -1  # the last name whose sex is not known yet
         for at in np.flatnonzero(self._relevant[ids]).tolist():
             word = int(ids[at])
             if self._sentence_end[word]:
                 sentence += 1
                 continue
+
             sex = int(self._sex[word])
             if self._form[word] >= 0:
-                if unsexed >= 0:  # the pronoun tells it
+                if unsexed is not None:  # the pronoun's sex is the name's
                     sexes[unsexed] = sex
-                    unsexed = -1
-                    last = sex
-                    present[sex] = True
-                    mention = NAME
-                    last_sentence = sentence
+                    unsexed = None
+                    present.add(sex)
+                    last = Mention(NAME, sex, sentence)
                 if at >= start:
-                    outcome = EARLIER if present[sex] else ABSENT
-                    if sex == last:
-                        outcome = LAST
-                    distance = min(sentence - last_sentence, 2)
-                    yield int(self._form[word]), mention, distance, outcome
-                mention = PRONOUN
+                    distance = min(sentence - last.sentence, 2)
+                    yield int(self._form[word]), last.kind, distance, _owner(sex, last, present)
+                kind = PRONOUN
             elif self.name[word]:
                 sex = sexes.get(word, sex)
-                if sex < 0 and mention == NOUN and last_sentence == sentence:  # "a girl named Pip"
-                    sex = last
+                if sex < 0 and last.kind == NOUN and last.sentence == sentence:
+                    sex = last.sex  # "a girl named Pip"
                 if sex < 0:
                     unsexed = word
                     continue
                 sexes[word] = sex
-                unsexed = -1
-                mention = NAME
+                unsexed = None
+                kind = NAME
             else:
-                mention = NOUN
-            last = sex
-            last_sentence = sentence
-            present[sex] = True
+                kind = NOUN
+            present.add(sex)
+            last = Mention(kind, sex, sentence)
+
+
+def _owner(sex: int, last: Mention, present: set[int]) -> int:
+    """Who has the pronoun's sex: LAST, EARLIER or ABSENT."""
+    if sex == last.sex:
+        return LAST
+    return EARLIER if sex in present else ABSENT

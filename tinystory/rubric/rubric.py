@@ -42,7 +42,9 @@ came before, in story or opening, are not fresh: padding, echoes and loops score
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -62,9 +64,10 @@ from tinystory.rubric.ngram import (
 )
 from tinystory.rubric.surface import (
     END_MARKS,
+    Sentences,
     count_slips,
     ends_sentence,
-    split_sentences,
+    find_sentences,
     tokenize,
     well_formed_words,
 )
@@ -105,6 +108,28 @@ def ramp(x: float | ndarray, zero: float, one: float) -> float:
     array."""
     fraction = (x - zero) / (one - zero)
     return float(np.clip(fraction, 0.0, 1.0).mean())
+
+
+@dataclass(frozen=True)
+class TokenizedStory:
+    """A story of T tokens, its opening, and what several parts are measured on.
+
+    opening, tokens: the tokens of each. ids (T,): the story's; all_ids: those of opening and story.
+    words: the number of words in the story. spans: first token and one past the last of each
+    sentence with a word. logprob (ORDER, T): nats, one row per length of n-gram. Bool (T,): is_word;
+    odd, at the end of an odd n-gram; repeated, in a phrase that came before."""
+
+    opening: list[str]
+    tokens: list[str]
+    ids: ndarray
+    all_ids: ndarray
+    is_word: ndarray
+    words: int
+    sentences: Sentences
+    spans: list[tuple[int, int]]
+    logprob: ndarray
+    odd: ndarray
+    repeated: ndarray
 
 
 class Rubric:
@@ -171,61 +196,52 @@ class Rubric:
         return part | criteria | {"total": sum(criteria.values())}
 
     def _set_scales(self, examples: list[list[str]], excerpts: list[ndarray]) -> None:
-        """Held-out stories, tokens and ids, set 1; corrupted copies of them and n-gram samples set
-        0."""
+        """Set the value of each part that becomes 0, and the one that becomes 1. examples,
+        excerpts: the held-out stories, as tokens and as ids. They set 1; corrupted copies of them
+        and n-gram samples set 0."""
         rng = np.random.default_rng(0)
-        shuffled = [_shuffled(text, rng) for text in examples]
-        reordered = []
-        for text in examples:
-            sentences = [text[first:end] for first, end in split_sentences(text).bounds]
-            mixed = _shuffled(sentences, rng)
-            reordered.append(list(chain.from_iterable(mixed)))
-        sampled = []
-        for ids in sample(self.lexicon.spelling_ids):
-            sampled.append([self.lexicon.spellings[id] for id in ids])
-
-        real_parts = self._parts_of(examples)
-        shuffled_parts = self._parts_of(shuffled)
-        reordered_parts = self._parts_of(reordered)
-        sampled_parts = self._parts_of(sampled)
+        real = self._parts_of(examples)
+        shuffled = self._parts_of([_shuffled(text, rng) for text in examples])
+        reordered = self._parts_of([_with_shuffled_sentences(text, rng) for text in examples])
+        spellings = self.lexicon.spellings
+        samples = sample(self.lexicon.spelling_ids)
+        sampled = self._parts_of([[spellings[id] for id in ids] for ids in samples])
 
         # In nats per token. Against a repetitive corpus, -2.5 and -2 are enough for a score of 1.
         for name, enough in (("fluent", -2.5), ("grammatical", -2.0)):
-            one = min(_percentile(real_parts, name, 25), enough)
-            self._scale[name] = (min(_percentile(shuffled_parts, name, 50), one - 2), one)
-        self._scale["smooth"] = (min(_percentile(shuffled_parts, "smooth", 50), 0.9), 0.99)
-        self._scale["varied"] = (
-            _percentile(real_parts, "varied", 50) / 2 - 0.01,
-            _percentile(real_parts, "varied", 35),
-        )
-        self._scale["rare"] = (
-            _percentile(real_parts, "rare", 50) - 1.5,
-            _percentile(real_parts, "rare", 40),
-        )
-        self._scale["uncopied"] = (0.0, max(0.1, _percentile(real_parts, "uncopied", 25)))
-        for name in ("reach", "focus", "introduced", "referred", "order", "joined"):
-            zero = _percentile(sampled_parts, name, 50)
-            if name not in ("reach", "focus"):
-                zero = min(zero, _percentile(reordered_parts, name, 50))
-            self._set_scale(name, real_parts, zero, 0.1)
+            one = min(_percentile(real, name, 25), enough)
+            zero = min(_percentile(shuffled, name, 50), one - 2)
+            self._scale[name] = (zero, one)
+        self._scale["smooth"] = (min(_percentile(shuffled, "smooth", 50), 0.9), 0.99)
 
-        renamed = [self.characters.renamed(text, rng) for text in excerpts]
-        flipped = [self.characters.flipped(text, rng) for text in excerpts]
-        joined = []
-        for excerpt, other in zip(excerpts, excerpts[1:] + excerpts[:1], strict=True):
-            joined.append(np.append(excerpt[: len(excerpt) // 2], other[len(other) // 2 :]))
-        real_parts = [self._coreference(text) for text in excerpts]
+        half_as_varied = _percentile(real, "varied", 50) / 2
+        self._scale["varied"] = (half_as_varied - 0.01, _percentile(real, "varied", 35))
+        typical_rarity = _percentile(real, "rare", 50)
+        self._scale["rare"] = (typical_rarity - 1.5, _percentile(real, "rare", 40))
+        self._scale["uncopied"] = (0.0, max(0.1, _percentile(real, "uncopied", 25)))
+
+        for name in ("reach", "focus"):
+            self._set_scale(name, real, _percentile(sampled, name, 50), 0.1)
+        for name in ("introduced", "referred", "order", "joined"):
+            of_samples = _percentile(sampled, name, 50)
+            of_reordered = _percentile(reordered, name, 50)
+            self._set_scale(name, real, min(of_samples, of_reordered), 0.1)
+
+        renamed = [self.characters.renamed(ids, rng) for ids in excerpts]
+        flipped = [self.characters.flipped(ids, rng) for ids in excerpts]
+        joined = _with_halves_of_others(excerpts)
+        real = [self._coreference(ids) for ids in excerpts]
         for name, corrupted, least in (
             ("names", renamed, 0.5),
             ("agreement", flipped, 0.2),
             ("association", joined, 0.02),
         ):
-            corrupted_parts = [self._coreference(text) for text in corrupted]
-            self._set_scale(name, real_parts, _percentile(corrupted_parts, name, 50), least)
+            corrupted_parts = [self._coreference(ids) for ids in corrupted]
+            self._set_scale(name, real, _percentile(corrupted_parts, name, 50), least)
 
-    def _set_scale(self, name: str, real_parts: list[dict], zero: float, least: float) -> None:
+    def _set_scale(self, name: str, real: list[dict], zero: float, least: float) -> None:
         """The scale on which most held-out stories reach 1. least: its smallest length."""
-        one = _percentile(real_parts, name, 40)
+        one = _percentile(real, name, 40)
         self._scale[name] = (min(zero, one - least), one)
 
     def _parts_of(self, texts: list[list[str]]) -> list[dict]:
@@ -233,58 +249,91 @@ class Rubric:
         parts = [self._raw_parts([], text) for text in texts]
         return [raw for raw in parts if raw is not None]
 
-    def _raw_parts(self, before: list[str], after: list[str]) -> dict | None:
-        """Unscaled parts; None for less than a sentence. before, after: tokens of opening and
-        story."""
-        is_word = np.array([token[0].isalpha() for token in after], bool)
+    def _raw_parts(self, opening: list[str], story: list[str]) -> dict | None:
+        """Unscaled parts of a story, in tokens as its opening; None for less than a sentence."""
+        is_word = np.array([token[0].isalpha() for token in story], bool)
         words = int(is_word.sum())
-        if words < 3 or not any(token[0] in END_MARKS for token in after):
+        if words < 3 or not any(token[0] in END_MARKS for token in story):
             return None
-        lexicon = self.lexicon
-        start = len(before)
-        ids = lexicon.look_up(before + after)
-        story = ids[start:]
-        sentences = split_sentences(after)
+        start = len(opening)
+        ids = self.lexicon.look_up(opening + story)
+        sentences = find_sentences(story)
         spans = [(first, end) for first, end in sentences.bounds if is_word[first:end].any()]
-
-        # Of the story's tokens: (ORDER, T) log-probabilities, and whether an odd n-gram ends there.
         logprob, odd = self.model.read(ids)
-        pattern_logprob, odd_pattern = self.patterns.read(lexicon.pattern[ids])
-        logprob = logprob[:, start:]
-        continues = start > 0 and not ends_sentence(before[-1])
-        verb = lexicon.verb[story].tolist()
-        may_be_capital = lexicon.may_be_capital[story].tolist()
-
-        pair_places = lexicon.place(story)
-        places = [float(pair_places[first : end - 1].sum()) for first, end in spans]
-        trouble = any(token.lower() in TROUBLE for token in after)
-        ended = ends_sentence(after[-1]) and not sentences.unpaired
-        ending = ended and places[-1] > 0
-        focus, introduced = self._entities(ids, start)
-
-        content = np.unique(story[lexicon.content[story]])
         repeated = _repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7)
-        repeated = repeated[start:]
-        return self._coreference(ids, start) | {
-            "known": np.mean(story != UNKNOWN),
-            "formed": well_formed_words(after, sentences, verb, continues) / words,
-            "clean": 1 - count_slips(after, sentences, may_be_capital) / words,
-            "fluent": _by_sentence(logprob[-1], sentences.bounds),
-            "grammatical": _by_sentence(pattern_logprob[-1, start:], sentences.bounds),
-            "smooth": 1 - (odd[start:].mean() + odd_pattern[start:].mean()) / 2,
-            "reach": (logprob[-1] - logprob[2]).mean(),
+        text = TokenizedStory(
+            opening=opening,
+            tokens=story,
+            ids=ids[start:],
+            all_ids=ids,
+            is_word=is_word,
+            words=words,
+            sentences=sentences,
+            spans=spans,
+            logprob=logprob[:, start:],
+            odd=odd[start:],
+            repeated=repeated[start:],
+        )
+        parts = self._readability_parts(text)
+        parts |= self._coherence_parts(text)
+        parts |= self._creativity_parts(text)
+        parts["fresh"] = int((is_word & ~text.repeated).sum())
+        return parts
+
+    def _readability_parts(self, text: TokenizedStory) -> dict[str, Any]:
+        """The unscaled parts of readability."""
+        lexicon = self.lexicon
+        start = len(text.opening)
+        continues = start > 0 and not ends_sentence(text.opening[-1])
+        verb = lexicon.verb[text.ids].tolist()
+        formed = well_formed_words(text.tokens, text.sentences, verb, continues)
+        may_be_capital = lexicon.may_be_capital[text.ids].tolist()
+        slips = count_slips(text.tokens, text.sentences, may_be_capital)
+
+        logprob = text.logprob[-1]
+        pattern_logprob, odd_pattern = self.patterns.read(lexicon.pattern[text.all_ids])
+        odd = text.odd.mean() + odd_pattern[start:].mean()
+        return {
+            "known": np.mean(text.ids != UNKNOWN),
+            "formed": formed / text.words,
+            "clean": 1 - slips / text.words,
+            "fluent": _by_sentence(logprob, text.sentences.bounds),
+            "grammatical": _by_sentence(pattern_logprob[-1, start:], text.sentences.bounds),
+            "smooth": 1 - odd / 2,
+            "reach": (logprob - text.logprob[2]).mean(),
+        }
+
+    def _coherence_parts(self, text: TokenizedStory) -> dict[str, Any]:
+        """The unscaled parts of coherence."""
+        start = len(text.opening)
+        focus, introduced = self._entities(text.all_ids, start)
+        pair_places = self.lexicon.place(text.ids)
+        places = [float(pair_places[first : end - 1].sum()) for first, end in text.spans]
+        trouble = any(token.lower() in TROUBLE for token in text.tokens)
+        ended = ends_sentence(text.tokens[-1]) and not text.sentences.unpaired
+        ending = ended and places[-1] > 0
+        return self._coreference(text.all_ids, start) | {
             "focus": focus,
             "introduced": introduced,
-            "referred": self._referred(ids, start),
+            "referred": self._referred(text.all_ids, start),
             "order": _order(places),
-            "joined": _joined(logprob, spans),
+            "joined": _joined(text.logprob, text.spans),
             "shape": 0.4 * trouble + 0.3 * ended + 0.3 * ending,
-            "varied": len(np.unique(story[is_word])) / words**0.7,
-            "rare": -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0,
-            "rhythm": _rhythm(after, spans, words),
-            "uncopied": 1 - self.phrases.copied(story),
-            "unlooped": 1 - repeated.mean(),
-            "fresh": int((is_word & ~repeated).sum()),
+            "unlooped": 1 - text.repeated.mean(),
+        }
+
+    def _creativity_parts(self, text: TokenizedStory) -> dict[str, Any]:
+        """The unscaled parts of creativity."""
+        different = len(np.unique(text.ids[text.is_word]))
+        content = np.unique(text.ids[self.lexicon.content[text.ids]])
+        rare = 0.0
+        if len(content):
+            rare = -np.log(self.lexicon.frequency[content]).mean()
+        return {
+            "varied": different / text.words**0.7,
+            "rare": rare,
+            "rhythm": _rhythm(text.tokens, text.spans, text.words),
+            "uncopied": 1 - self.phrases.copied(text.ids),
         }
 
     def _coreference(self, ids: ndarray, start: int = 0) -> dict[str, float | None]:
@@ -392,7 +441,7 @@ def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
     is longer."""
     start = 0
     if len(tokens) > longest:
-        for first, end in split_sentences(tokens).bounds:
+        for first, end in find_sentences(tokens).bounds:
             if end - start > longest and first > start:
                 yield tokens[start:first]
                 start = first
@@ -402,6 +451,21 @@ def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
 
 def _shuffled(pieces: list, rng: np.random.Generator) -> list:
     return [pieces[at] for at in rng.permutation(len(pieces))]
+
+
+def _with_shuffled_sentences(text: list[str], rng: np.random.Generator) -> list[str]:
+    sentences = [text[first:end] for first, end in find_sentences(text).bounds]
+    return list(chain.from_iterable(_shuffled(sentences, rng)))
+
+
+def _with_halves_of_others(texts: list[ndarray]) -> list[ndarray]:
+    """The first half of each text, followed by the second half of the next one."""
+    joined = []
+    for ids, other in zip(texts, texts[1:] + texts[:1], strict=True):
+        first_half = ids[: len(ids) // 2]
+        second_half = other[len(other) // 2 :]
+        joined.append(np.append(first_half, second_half))
+    return joined
 
 
 def _repeated(ids: ndarray, n: int) -> ndarray:

@@ -38,7 +38,7 @@ class Sentences(NamedTuple):
     unpaired: int  # quotation marks that close nothing, open within a quotation, or stay open
 
 
-def split_sentences(tokens: list[str]) -> Sentences:
+def find_sentences(tokens: list[str]) -> Sentences:
     """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before
     "asked the fish"."""
     bounds: list[tuple[int, int]] = []

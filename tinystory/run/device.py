@@ -1,4 +1,4 @@
-"""Precision, copies between host and device, timing, memory and name of a device."""
+"""Copies between host and device, and what a device is: bfloat16, timing, memory, name."""
 
 import contextlib
 import platform
@@ -22,16 +22,6 @@ def cpu_has_bf16() -> bool:
     has_avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
     return has_avx512_bf16() or has_amx()
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
-    if name != "auto":
-        return getattr(torch, name)
-    has_bf16 = cpu_has_bf16()
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it
-    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def upload(x: Tensor | ndarray, device: torch.device) -> Tensor:

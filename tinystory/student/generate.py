@@ -86,14 +86,15 @@ def generate(
     device = student.wte.weight.device
     dtype = ops.matmul_dtype(student.wte.weight)
     weights = sum(p.numel() for p in student.parameters()) * dtype.itemsize
-    batch_size = rows_at_once(len(openings), weights, device)
-    # A decoder decodes a batch at a time; no parameter may change meanwhile.
+    rows = rows_at_once(len(openings), weights, device)
+    # A decoder is given a batch of stories at a time; no parameter may change meanwhile.
     decoder: EngineDecoder | StudentDecoder
     if engine_runs(device, dtype):
-        decoder = EngineDecoder(student, value_head, sampling, batch_size)
-        batch_size = len(openings)  # the engine itself begins a story whenever another ends
+        decoder = EngineDecoder(student, value_head, sampling, rows)
+        batch_size = len(openings)  # the engine itself begins a story whenever a row is free
     else:
         decoder = StudentDecoder(student, value_head, sampling)
+        batch_size = rows
 
     stories: list[Story] = []
     silent = True if on_story else None  # None: silent without a terminal

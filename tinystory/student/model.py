@@ -178,12 +178,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x, branch) after this block, both (..., C): the residual stream, and the last sublayer's
         output, yet to be added. branch: the previous block's, or None. attend: packed q, k, v (...,
-        3, H, D) -> (..., H, D)."""
+        3, H, D) -> (..., H, D). seed: the layer's, for dropout of the two branches that it adds."""
+        # Each branch's mask has its own seed, which no other layer's masks have.
+        first_seed = 2 * seed
+        second_seed = 2 * seed + 1
         # x += branch; ln_1(x)
-        x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)
+        x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, first_seed)
         qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
         branch = self.attn_proj(attend(qkv).flatten(-2))
-        x, y = ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias, dropout, seed + 1)
+        x, y = ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias, dropout, second_seed)
         return x, self.mlp_proj(self.fc(y))
 
 
@@ -224,29 +227,40 @@ class Student(nn.Module):
         """Start positions in the first eighth of the residual stream's channels, token embeddings
         in its second half, and what the layers add between them. Nothing then hides anything else
         before it is learned: a student is as good after a fifth fewer words (lab/LOG.md)."""
-        config = self.config
-        position_channels = config.n_embd // 8
-        token_channels = config.n_embd // 2
-        layer_channels = config.n_embd - position_channels - token_channels
+        C = self.config.n_embd
+        position_channels = C // 8
+        token_channels = C // 2
+        layer_channels = C - position_channels - token_channels
+        for_positions = slice(0, position_channels)
+        for_layers = slice(position_channels, C - token_channels)
+        for_tokens = slice(C - token_channels, C)
 
-        self.wpe.weight.zero_()
-        waves = sinusoids(config.context, position_channels, POSITION_STD)
-        self.wpe.weight[:, :position_channels] = waves
-        self.wpe.weight.requires_grad_(False)
+        positions = self.wpe.weight
+        waves = sinusoids(self.config.context, position_channels, POSITION_STD)
+        positions.zero_()
+        positions[:, for_positions] = waves
+        positions.requires_grad_(False)
+
         for weight in self.weights("qkv"):
-            queries_and_keys = weight[: 2 * config.n_embd]
-            queries_and_keys[:, :position_channels] *= QK_OF_POSITIONS
-            queries_and_keys[:, position_channels:] *= QK_OF_OTHERS
+            queries_and_keys = weight[: 2 * C]
+            queries_and_keys[:, for_positions] *= QK_OF_POSITIONS
+            queries_and_keys[:, for_layers] *= QK_OF_OTHERS
+            queries_and_keys[:, for_tokens] *= QK_OF_OTHERS
+
+        keeps_norm = math.sqrt(C / layer_channels)
         for weight in self.weights("proj"):
-            weight[:position_channels] = 0
-            weight[-token_channels:] = 0
-            weight *= math.sqrt(config.n_embd / layer_channels)  # the norm that it had
-        nn.init.normal_(self.wte.weight)
+            weight[for_positions] = 0
+            weight[for_tokens] = 0
+            weight *= keeps_norm
+
+        tokens = self.wte.weight
+        nn.init.normal_(tokens)
         # Where embeddings are, the output head starts as their copy, so that a token which attention
         # copies from afar is the one that is predicted.
-        self.unembedding.copy_(self.wte.weight)
-        self.unembedding[:, :position_channels] = 0
-        self.wte.weight[:, :-token_channels] = 0
+        self.unembedding.copy_(tokens)
+        self.unembedding[:, for_positions] = 0
+        tokens[:, for_positions] = 0
+        tokens[:, for_layers] = 0
 
     def weights(self, ending: str) -> list[Tensor]:
         """The weights of the linear layers whose names end so: "proj" is all that write to the
@@ -271,17 +285,19 @@ class Student(nn.Module):
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
-            layer_seed = seed * len(self.blocks) + i
-            # A block draws two masks, one before each layer norm: from 2 * layer_seed and the next.
-            x, branch = block(x, branch, partial(attend, i), dropout, 2 * layer_seed)
+            x, branch = block(x, branch, partial(attend, i), dropout, self.layer_seed(seed, i))
         return self.ln_f(x + F.dropout(branch, dropout))
+
+    def layer_seed(self, seed: int, layer: int) -> int:
+        """A forward pass's dropout seed for one layer, another one for every layer of every pass."""
+        return seed * len(self.blocks) + layer
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
         dropout: as in `trunk`, and on the attention weights, from `seed`."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
+            return ops.causal_attention(qkv, dropout, self.layer_seed(seed, i))
 
         embedded = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         return self.trunk(embedded, attend, dropout, seed)

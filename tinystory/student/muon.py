@@ -6,6 +6,7 @@ with a large one. torch.optim.Muon works matrix by matrix in bfloat16, which tak
 rest of the step on a processor without bfloat16."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ MOMENTUM = 0.9  # 0.95: more bits per byte after the demo (lab/LOG.md)
 COEFFICIENTS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 LARGE = 2**20  # elements above which a matrix and its intermediates fill a CPU's L2 cache
+
+
+@dataclass
+class Update:
+    """weights (n, rows, columns): a view of a parameter as its n matrices. direction: the momentum
+    in this shape, not yet orthogonal, in the dtype of the matmuls. rate: the learning rate."""
+
+    weights: Tensor
+    direction: Tensor
+    rate: float
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -43,30 +54,38 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        # Orthogonalised together: matrices of one shape, or its transpose. On a CPU a large one
-        # stays alone, and so in the caches.
-        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
-        for i, (p, direction) in enumerate(self.momentum().items()):
-            p.grad = None  # AdamW leaves it alone
+        """Muon's step for the matrices, AdamW's for the other parameters."""
+        for batch in self.batches():
+            directions = orthogonalize(torch.cat([update.direction for update in batch]))
+            counts = [len(update.weights) for update in batch]
+            for update, direction in zip(batch, directions.split(counts), strict=True):
+                update.weights.add_(direction, alpha=-update.rate)
+        super().step()
+
+    def batches(self) -> list[list[Update]]:
+        """The updates of all parameters with a gradient, in the batches that are orthogonalised
+        together: those whose matrices have one shape, or its transpose. On a CPU a large matrix is
+        a batch by itself, which stays in the caches. Takes the gradients away, so that AdamW leaves
+        these parameters alone."""
+        alone: list[list[Update]] = []
+        by_shape: dict[torch.Size, list[Update]] = {}
+        for p, momentum in self.momentum().items():
+            p.grad = None
             weights = matrices(p, self.heads)
-            direction = matrices(direction, self.heads).to(self.dtype)
+            direction = matrices(momentum, self.heads).to(self.dtype)
             rate = self.param_groups[0]["lr"]
             if len(weights) == 1:
-                rate *= max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                rows, columns = p.shape
+                rate *= max(1.0, rows / columns) ** 0.5
             if p.device.type == "cpu" and p.numel() > LARGE:
-                key: tuple[int, ...] = (i,)
-            else:
-                if weights.shape[1] > weights.shape[2]:
-                    weights = weights.mT
-                    direction = direction.mT
-                key = weights.shape[1:]
-            batches.setdefault(key, []).append((weights, direction, rate))
-        for batch in batches.values():
-            directions = orthogonalize(torch.cat([direction for _, direction, _ in batch]))
-            for weights, _, rate in batch:
-                weights.add_(directions[: len(weights)], alpha=-rate)
-                directions = directions[len(weights) :]
-        super().step()
+                alone.append([Update(weights, direction, rate)])
+                continue
+            if weights.shape[1] > weights.shape[2]:
+                weights = weights.mT
+                direction = direction.mT
+            shape = weights.shape[1:]
+            by_shape.setdefault(shape, []).append(Update(weights, direction, rate))
+        return [*alone, *by_shape.values()]
 
     def momentum(self) -> dict[Tensor, Tensor]:
         """Nesterov's momentum for each matrix with a gradient, in the gradient's memory."""

@@ -55,14 +55,13 @@ class TokenStep:
     """One decoding step of R rows: read each row's last token, draw the next, write it to the
     outputs.
 
-    The state keeps its addresses for a whole run and nothing waits for the device, so that on CUDA
-    the step is captured as a graph, once for each R: a replay is one launch instead of one per
-    kernel.
+    On CUDA the step is captured as a graph, once for each R: a replay is one launch instead of one
+    per kernel. So nothing in a step waits for the device, and all that a step reads and writes keeps
+    its address for a whole run: the parameters, the cache, the outputs, and the state (3, rows), of
+    which a batch uses the first R columns.
 
-    drawn (R,) int64: the last token of each row; `start` draws the first. at (R,) int64: its row of
-    the outputs. ids (R,) int64: row ids for the draws. cache.lengths: also each row's step. outputs
-    (4, rows + 1, max_new_tokens) float32: tokens, exact in float32, logprobs, values, entropies.
-    Ended rows write to the extra last row."""
+    outputs (4, rows + 1, max_new_tokens) float32: tokens, exact in float32, logprobs, values,
+    entropies. Ended rows write to the extra last row."""
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class TokenStep:
             student.config, spans, sampling.max_new_tokens, self.dtype, prompt_tokens
         )
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        self.use(rows)
+        self.batch_size = rows
         self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
         # Numbers of rows for which the step has run once, and then its graph for each. All graphs
         # share the memory pool of the first.
@@ -105,9 +104,20 @@ class TokenStep:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.addresses = self.parameter_addresses()
 
-    def use(self, rows: int) -> None:
-        """Make this many rows of the state the batch."""
-        self.at, self.ids, self.drawn = self.state[:, :rows]
+    @property
+    def output_rows(self) -> Tensor:
+        """(R,) int64, a view of the state: the row of the outputs that each row writes."""
+        return self.state[0, : self.batch_size]
+
+    @property
+    def row_ids(self) -> Tensor:
+        """(R,) int64, a view of the state: the row ids of the draws."""
+        return self.state[1, : self.batch_size]
+
+    @property
+    def drawn(self) -> Tensor:
+        """(R,) int64, a view of the state: the last token of each row."""
+        return self.state[2, : self.batch_size]
 
     def parameter_addresses(self) -> list[int]:
         tensors = [*self.student.parameters(), *self.student.copies]
@@ -118,15 +128,14 @@ class TokenStep:
     def fits(
         self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
     ) -> bool:
-        """Whether there is room, and the graphs compute this, in autocast's dtype."""
-        return (
-            count <= self.rows
-            and prompt_tokens <= self.prompt_tokens
-            and head is self.head
-            and sampling == self.sampling
-            and self.dtype == ops.matmul_dtype(self.student.wte.weight)
-            and self.addresses == self.parameter_addresses()
-        )
+        """Whether a rollout of `count` stories has room here, and this step computes what it needs,
+        in autocast's dtype."""
+        has_room = count <= self.rows and prompt_tokens <= self.prompt_tokens
+        is_same_draw = head is self.head and sampling == self.sampling
+        is_same_dtype = self.dtype == ops.matmul_dtype(self.student.wte.weight)
+        # A captured graph reads the parameters where they were.
+        parameters_stay = self.addresses == self.parameter_addresses()
+        return has_room and is_same_draw and is_same_dtype and parameters_stay
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
         """Begin a story for each entry of prompt_of, an index into prompts, and draw its first
@@ -137,9 +146,10 @@ class TokenStep:
         spans = torch.stack([ends - lengths, ends], dim=1)  # each prompt's, in the cache's prefix
         prompt_index = torch.tensor(prompt_of, device="cpu")
         self.cache.restart(upload(spans[prompt_index], device))
-        self.use(len(prompt_of))
-        torch.arange(len(prompt_of), out=self.at, device=device)
-        torch.add(self.at, offset, out=self.ids)
+        self.batch_size = len(prompt_of)
+        stories = torch.arange(self.batch_size, device=device)
+        self.output_rows.copy_(stories)
+        self.row_ids.copy_(stories + offset)
         weight = self.student.unembedding.detach()
         self.unembedding[: len(weight)] = weight
         hidden = self.student.prefill(prompts, self.cache)
@@ -147,46 +157,51 @@ class TokenStep:
 
     def draw(self, hidden: Tensor) -> None:
         """Draw each row's next token from its final hidden state, (R, C)."""
-        step = self.cache.lengths
+        steps = self.cache.lengths  # (R,): the cache has read all tokens drawn before
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
         logits[:, self.student.config.vocab_size :] = -math.inf
-        drawn, logprobs, entropies = ops.sample(
+        tokens, logprobs, entropies = ops.sample(
             logits,
             seed=self.sampling.seed,
-            rows=self.ids,
-            step=step,
+            rows=self.row_ids,
+            step=steps,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,
         )
         values = torch.zeros_like(logprobs) if self.head is None else self.head(hidden)
-        self.outputs[:, self.at, step] = torch.stack([drawn.float(), logprobs, values, entropies])
-        self.drawn.copy_(drawn)
-        self.at.masked_fill_(drawn == self.sampling.eos, self.rows)
+        columns = torch.stack([tokens.float(), logprobs, values, entropies])
+        self.outputs[:, self.output_rows, steps] = columns
+        self.drawn.copy_(tokens)
+        has_ended = tokens == self.sampling.eos
+        self.output_rows.masked_fill_(has_ended, self.rows)
 
     def run(self) -> None:
+        """Draw a token for each row, without a graph."""
         # A negative token marks a failed draw. In a row that is alive it raises an error when the
         # host reads it.
-        self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
+        tokens = self.drawn.clamp_min(0)
+        hidden = self.student.step(tokens, self.cache)
+        self.draw(hidden)
 
     def advance(self) -> None:
-        """Run one step: on CUDA eagerly the first time with this number of rows, then as a
-        graph."""
-        rows = len(self.at)
+        """Draw a token for each row: on CUDA by a graph, except for the first time with this number
+        of rows."""
         if not self.on_graph:
             self.run()
-        elif rows not in self.warmed_up:
+            return
+        if self.batch_size not in self.warmed_up:
             self.warm_up()
-            self.warmed_up.add(rows)
-        else:
-            if rows not in self.graphs:
-                self.graphs[rows] = self.capture()
-            self.graphs[rows].replay()
+            self.warmed_up.add(self.batch_size)
+            return
+        if self.batch_size not in self.graphs:
+            self.graphs[self.batch_size] = self.capture()
+        self.graphs[self.batch_size].replay()
 
     def warm_up(self) -> None:
         """Run the step on the capture's stream first: a capture forbids cuBLAS's set-up and the
         loading of kernels."""
-        device = self.at.device
+        device = self.state.device
         main = torch.cuda.current_stream(device)
         side = side_stream(device, "capture")
         side.wait_stream(main)
@@ -199,7 +214,7 @@ class TokenStep:
         this, torch.cuda.graph waits for the device and empties the allocator's cache."""
         graph = torch.cuda.CUDAGraph()
         pools = [other.pool() for other in self.graphs.values()]
-        with torch.cuda.stream(side_stream(self.at.device, "capture")):
+        with torch.cuda.stream(side_stream(self.state.device, "capture")):
             graph.capture_begin(pool=pools[0] if pools else None, capture_error_mode="thread_local")
             try:
                 self.run()
@@ -209,10 +224,10 @@ class TokenStep:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these, (n,) int64 on the CPU, indices into the present rows."""
-        rows = upload(rows, self.at.device)
+        rows = upload(rows, self.state.device)
         self.cache.keep(rows)
         self.state[:, : len(rows)] = self.state[:, rows]
-        self.use(len(rows))
+        self.batch_size = len(rows)
 
     def read(self, rows: Tensor, length: int) -> Tensor:
         """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the

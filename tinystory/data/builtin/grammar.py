@@ -219,6 +219,8 @@ def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def sentences(story: str) -> list[str]:
+    """The parts of a story, each up to an end mark and the quotation mark after it: '"Look!" said
+    Pip.' has two."""
     return SENTENCE.findall(story.replace("\n", " "))
 
 
