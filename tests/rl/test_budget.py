@@ -20,10 +20,10 @@ def budget(affordable=10**6, **options) -> Budget:
 )
 def test_as_many_evaluations_count_for_the_cost_as_for_the_words(limit, flag):
     # a step of 6, and evaluations of 4 before and after it
-    budget(**limit).require_first_step(RunState(0.1))
+    budget(**limit).require_first_step(RunState(0.1), trial=0)
     less = {name: value - 1 for name, value in limit.items()}
     with pytest.raises(UserError, match=flag):
-        budget(**less).require_first_step(RunState(0.1))
+        budget(**less).require_first_step(RunState(0.1), trial=0)
     # a later step has one evaluation after it
     assert budget(**less).exhausted(RunState(0.1)) == ""
 
