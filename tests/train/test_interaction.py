@@ -21,7 +21,9 @@ import train_pretrain as pretrain
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
+from tinystory.evaluate.forecast import FEW_GRADES, stories_to_grade
 from tinystory.rl.policy import RunState
+from tinystory.rl.start import starting_checkpoint
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
@@ -214,10 +216,10 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no checkpoint under runs/pretrain: run .* first"):
-        interact.starting_checkpoint("")
+        starting_checkpoint("")
     for run in ("runs/demo/pretrain", "runs/pretrain"):
         shutil.copytree(place / "p", run)
-        assert interact.starting_checkpoint("").parent == Path(run) / "checkpoints"
+        assert starting_checkpoint("").parent == Path(run) / "checkpoints"
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
@@ -249,10 +251,10 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
 
 def test_the_forecast_counts_what_the_teacher_will_be_asked():
     start = RunState(0.0)
-    few = InteractConfig(**interact.FEW_GRADES)
-    assert interact.stories_to_grade(InteractConfig(steps=4), start) == 4 * 384 + 5 * 40
-    assert interact.stories_to_grade(few, start) == 64 + 2 * 40
-    assert interact.stories_to_grade(replace(few, eval_graded=False), start) == 64
-    assert interact.stories_to_grade(replace(few, temperature=0.0), start) == 64 + 2 * 40 + 5 * 8
-    later = RunState(0.0, step=3, asked=42)
-    assert interact.stories_to_grade(few, later) == 64 - 42 + 40
+    few = InteractConfig(**FEW_GRADES)
+    assert stories_to_grade(InteractConfig(steps=4), start) == 4 * 384 + 5 * 40
+    assert stories_to_grade(few, start) == 64 + 2 * 40
+    assert stories_to_grade(replace(few, eval_graded=False), start) == 64
+    assert stories_to_grade(replace(few, temperature=0.0), start) == 64 + 2 * 40 + 5 * 8
+    later = RunState(0.0, step=3, asked=42, evaluated=0)
+    assert stories_to_grade(few, later) == 64 - 42 + 40

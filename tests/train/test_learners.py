@@ -6,6 +6,7 @@ from runs import interrupted_at
 
 import train_interact as interact
 from tinystory.config import INTERACT_PRESETS, LEARNER_NAMES, InteractConfig, parse
+from tinystory.ops.compute import resolve
 from tinystory.rl import learners
 from tinystory.rl.learners import check
 from tinystory.rl.policy import load_policy
@@ -79,7 +80,7 @@ def test_a_refusal_names_what_to_give():
 
 
 def test_a_policy_has_the_critic_of_its_learner(place):
-    compute = interact.resolve("cpu", "float32")
+    compute = resolve("cpu", "float32")
     for options, parts in (
         (dict(), 2),
         (dict(learner="gae"), 2),

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tinystory.config import InteractConfig
 from tinystory.data.builtin import dull
 from tinystory.evaluate.intervals import is_within_error, mean_of
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
@@ -19,6 +20,11 @@ from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade
 
 FIRST_INDEX = 10**9  # evaluations draw the same random numbers each time, and none of training's
+
+
+def is_evaluated(config: InteractConfig, step: int) -> bool:
+    """Whether the student is evaluated after this step."""
+    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
 def has_dull_tellers(history: Mapping[str, Any]) -> bool:

@@ -22,6 +22,13 @@ def stories_per_temperature(config: InteractConfig) -> int:
     return min(eighth or STORIES, STORIES)
 
 
+def trial_stories(config: InteractConfig, state: RunState) -> int:
+    """Stories of the trial of temperatures that is still to come."""
+    if config.temperature or state.step:
+        return 0
+    return stories_per_temperature(config) * len(TEMPERATURES)
+
+
 def choose_temperature(
     policy: Policy, openings: Openings, grader: Grader, state: RunState
 ) -> tuple[float, dict[str, float]]:

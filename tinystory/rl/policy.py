@@ -41,6 +41,7 @@ class RunState:
     words_in: int = 0
     words_out: int = 0
     best_step: int = 0
+    evaluated: int = -1  # step of the last evaluation whose words are counted
 
     def spend(self, stories: Sequence[Story], words_in: int) -> None:
         self.words_in += words_in

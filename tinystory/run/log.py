@@ -31,12 +31,20 @@ from tinystory.run.records import (
 
 class RunLog(contextlib.ExitStack):
     """Writes the records of a run; as a context manager it closes its files. resume_step: step to
-    continue from, whose later records are dropped (0: from the start); None: a new run. writes:
+    continue from, whose later records are dropped (0: from the start); None: a new run.
+    last_evaluation: step of the last evaluation to keep then (default: resume_step's). writes:
     False in all processes but one.
 
     A killed run leaves at most an incomplete last line, which readers skip."""
 
-    def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None,
+        last_evaluation: int | None = None,
+        writes: bool = True,
+    ):
         super().__init__()
         self.folder = folder
         self.resume_step = resume_step
@@ -49,8 +57,9 @@ class RunLog(contextlib.ExitStack):
             return
         keep_until(self.folder / METRICS, resume_step)
         keep_until(self.folder / STORIES, resume_step)
-        # The checkpoint of step 0 is saved before the evaluation, all others after.
-        keep_until(self.folder / EVALUATIONS, resume_step or -1)
+        if last_evaluation is None:
+            last_evaluation = resume_step or -1
+        keep_until(self.folder / EVALUATIONS, last_evaluation)
 
     def config(self, options: dict[str, Any]) -> None:
         """Write config.json: options, versions, device, git commit, and the times of the start and
@@ -95,7 +104,7 @@ class RunLog(contextlib.ExitStack):
         return record
 
     def add_metrics(self, step: int, values: Record) -> None:
-        """Add values to the record of a step that was appended before."""
+        """Add values to the last record, of a step that was appended before, if there is one."""
         path = self.folder / METRICS
         if self.writes and path.exists():
             add_to_record(path, step, plain(values))

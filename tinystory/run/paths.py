@@ -51,16 +51,6 @@ def hint(script: str, *arguments: object) -> str:
     return shlex.join(words)
 
 
-def install_hint(*arguments: str) -> str:
-    """The command that installs into the current interpreter's environment. An argument such as
-    .[reader] names this clone."""
-    words = [_interpreter(), "-m", "pip", "install"]
-    for argument in arguments:
-        is_clone = argument.startswith(".[")
-        words.append(_from_here(ROOT) + argument[1:] if is_clone else argument)
-    return shlex.join(words)
-
-
 def _interpreter() -> str:
     python = Path(sys.executable)
     on_path = shutil.which(python.name) == sys.executable

@@ -377,10 +377,9 @@ class Teacher(Grader):
         """The grade of a story whose last replies can all be read."""
         template = self.options.template
         scores: Mapping[str, float] | None
-        odds: dict[str, float] = {}
+        odds: dict[str, float] | None = None
         if template.asks_yes_or_no:
-            for name in template.names:
-                odds[name] = story.log_odds(name)
+            odds = {name: story.log_odds(name) for name in template.names}
             scores = {name: self.scale.score(name, value) for name, value in odds.items()}
         else:
             (reply,) = story.last.values()

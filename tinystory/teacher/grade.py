@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tinystory.run.errors import Stop, UserError
@@ -26,7 +26,7 @@ class Grade:
     reply_words: int = 0
     asked: bool = False  # whether a request was made; False if all replies came from the cache
     error: str | None = None  # why there is no score
-    log_odds: Mapping[str, float] = field(default_factory=dict)  # of yes, per question
+    log_odds: Mapping[str, float] | None = None  # of yes, per question, if questions were asked
 
 
 NOT_ASKED = Grade(None, None, error="the teacher was not asked")

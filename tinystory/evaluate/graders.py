@@ -1,0 +1,61 @@
+"""The graders of a run: the teacher, calibrated, and the second judge."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinystory.config import InteractConfig
+from tinystory.data.openings import Openings
+from tinystory.evaluate.calibration import calibrated
+from tinystory.evaluate.corruptions import corpus_documents, worked_examples
+from tinystory.evaluate.likelihood import Likelihood
+from tinystory.rl.policy import Policy
+from tinystory.rubric.process import builtin_teacher
+from tinystory.run import distributed
+from tinystory.student.model import Student
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.grader import open_grader, open_judge
+from tinystory.teacher.prompt import Example
+
+
+@contextlib.contextmanager
+def open_graders(
+    config: InteractConfig, policy: Policy, reference: Student, openings: Openings
+) -> Iterator[tuple[Grader, Grader | None, dict[str, Any]]]:
+    """Yield the teacher, the second judge (None without --judge), and what config.json records of
+    the teacher. On all ranks but 0 the teacher is idle and there is no judge. Raises UserError for
+    whatever keeps them from grading."""
+    folder = Path(config.out)
+    corpus: Sequence[str] = policy.history.get("corpus") or ["builtin"]
+
+    def examples() -> Sequence[Example]:
+        return worked_examples(corpus_documents(corpus))
+
+    opening_teacher = open_grader(
+        config,
+        builtin_teacher,
+        corpus=policy.history.get("corpus"),
+        replies=folder / "replies.jsonl",
+        likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+        examples=examples,
+    )
+    opening_judge = open_judge(
+        config,
+        builtin_teacher,
+        corpus=corpus,
+        replies=folder / "judge_replies.jsonl",
+        examples=examples,
+    )
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> tuple[Grader, Grader | None]:
+            if not distributed.is_rank0():
+                return Grader({"scored_by": ""}), None
+            teacher = stack.enter_context(opening_teacher)
+            judge = stack.enter_context(opening_judge) if config.judge else None
+            return teacher, judge
+
+        teacher, judge = distributed.rank0_first(enter)
+        calibration = distributed.rank0_value(lambda: calibrated(config, teacher, corpus))
+        yield teacher, judge, teacher.facts | calibration

@@ -1,0 +1,93 @@
+"""Where an interaction begins: the student and its frozen reference, the openings, and the words at
+which checkpoints are kept."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from tinystory.config import InteractConfig
+from tinystory.data import babylm
+from tinystory.data.openings import Openings, load_openings
+from tinystory.ops.compute import Compute
+from tinystory.rl.policy import Policy, load_policy
+from tinystory.run.errors import UserError
+from tinystory.run.folder import newest_first, read_config
+from tinystory.run.paths import hint
+from tinystory.run.records import Record
+from tinystory.student import checkpoint
+from tinystory.student.generate import encode_opening, require_room
+from tinystory.student.model import Student
+
+PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
+# Words taken in during interaction at which a checkpoint is kept.
+INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
+INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
+
+
+def starting_checkpoint(init: str) -> Path:
+    """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
+    folders that followed them (runs/pretrain-2)."""
+    if init:
+        return checkpoint.find(Path(init))
+    for run in newest_first(*PRETRAIN_RUNS):
+        if checkpoint.newest(run):
+            return checkpoint.find(run)
+    first = hint("train_pretrain.py")
+    raise UserError(
+        f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
+    )
+
+
+def load_students(config: InteractConfig, start: Path, compute: Compute) -> tuple[Student, Policy]:
+    """The frozen reference for the KL penalty, and the policy that learns: the same student."""
+    reference, _, _ = checkpoint.load(start, compute.device)
+    reference.requires_grad_(False)
+    return reference, load_policy(config, start, compute)
+
+
+def begin_at(temperature: float, reference: Student, policy: Policy) -> None:
+    """Fold a temperature into both, so that 1 is the temperature of their stories from now on."""
+    reference.divide_logits(temperature)
+    policy.student.divide_logits(temperature)
+
+
+def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
+    """Say so if `start` is the newest checkpoint of a pretraining that has words left to read."""
+    folder = Path(os.path.abspath(start))
+    run = folder.parent.parent
+    if checkpoint.newest(run) != folder:
+        return
+    record: Record = {}
+    with contextlib.suppress(UserError):  # the checkpoint is enough for an interaction
+        record = read_config(run)
+    planned = record.get("options", {}).get("words")
+    words = history.get("words")
+    if type(planned) is not int or words is None or not 0 <= words < planned:
+        return
+    go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
+    percent = int(100 * words / planned)
+    print(f"this student has read {percent} % of the words of its pretraining; the rest: {go_on}")
+
+
+def open_openings(config: InteractConfig, policy: Policy) -> Openings:
+    """Raises UserError if an opening does not fit the student's context with its story."""
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    if openings.train == openings.held_out:
+        print(
+            "there is one opening, so none is held out: evaluations use the one that is trained on"
+        )
+    longest = 0
+    for opening in openings.train + openings.held_out:
+        longest = max(longest, len(encode_opening(policy.tokenizer, opening)))
+    require_room(policy.student, longest, config.max_new_tokens)
+    return openings
+
+
+def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict[str, int]:
+    """Words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does
+    not allow."""
+    if config.preset not in babylm.TRACKS:
+        return INTERACTION_CHECKPOINTS
+    babylm.check_interaction(config.preset, history, config.budget_words)
+    return babylm.milestones_beyond(history)
