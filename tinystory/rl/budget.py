@@ -41,7 +41,7 @@ class Budget:
             return f"--budget-cost {config.budget_cost:g}"
         return ""
 
-    def require_first_step(self, state: RunState, trial: int) -> None:
+    def require_first_step(self, state: RunState, trial: int = 0) -> None:
         """Raises UserError if a new run cannot afford its trial of temperatures, of so many stories,
         and one step."""
         if state.step:

@@ -79,9 +79,9 @@ def chunks(batch: Batch, reference: Reference, rows: np.ndarray) -> Iterator[tup
 
 
 def features(states: Tensor, logprobs: Tensor) -> Tensor:
-    """(B, N, 2C + 5), known before each token: 1; its position n, and n^2; the mean log-probability
-    of the tokens before it, alone and times n; the reference's state, and the mean of its states so
-    far."""
+    """(B, N, 2C + 5), known before each token: 1; its position n, from 1, and n^2; the sum of the
+    log-probabilities of the n - 1 tokens before it over n, alone and times n; the reference's state,
+    and the mean of its states so far. (Over n - 1 it explains less: lab/LOG.md.)"""
     stories, length, _ = states.shape
     position = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[:, None]
     scaled_position = (position / 100).expand(stories, -1, 1)
