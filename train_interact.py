@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, InteractConfig, given_again, parse
 from tinystory.data import babylm
+from tinystory.data.corpus import recorded_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import (
@@ -360,14 +361,12 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     resumed = None
     if config.resume:
         resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
-    start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
+    start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config)
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
     if not resumed and config.temperature:
         divide_logits(reference, policy, config.temperature)
-    if resumed or not config.trust:
-        checkpoint.require_known_corpus(start, policy.history, trusted=bool(resumed))
     state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
     if not resumed:
         print_rest_of_pretraining(start, policy.history)
@@ -378,7 +377,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         opening_grader = open_grader(
             config,
             builtin_teacher,
-            corpus=policy.history.get("corpus"),
+            corpus=corpus_of_teacher(config, start, policy.history),
             replies=folder / "replies.jsonl",
             likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
         )
@@ -399,7 +398,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             "words": policy.history.get("words"),
             "parameters": sum(parameter.numel() for parameter in reference.parameters()),
         }
-        facts |= {"init": config.init or str(start), "student": student_facts}
+        facts["student"] = student_facts
+        if not resumed:
+            config.init = config.init or str(start)
         stop = stack.enter_context(Stop().listening())
         distributed.broadcast_from_rank0(
             [*policy.student.parameters(), *policy.critic.parameters()]
@@ -430,7 +431,10 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             config.temperature, means = choose_temperature(policy, openings, grader, state)
             facts["tried_temperatures"] = means
             divide_logits(reference, policy, config.temperature)
-        log.config(asdict(config) | compute.recorded | facts)
+        options = asdict(config) | compute.recorded | facts
+        if resumed:
+            del options["init"]  # config.json has it
+        log.config(options)
         if not resumed:
             save(run, "start")
         yield run
@@ -442,11 +446,18 @@ def divide_logits(reference: Student, policy: Policy, temperature: float) -> Non
     policy.student.divide_logits(temperature)
 
 
-def starting_checkpoint(init: str) -> Path:
+def starting_checkpoint(config: InteractConfig) -> Path:
     """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
-    folders that followed them (runs/pretrain-2)."""
-    if init:
-        return checkpoint.find(Path(init))
+    folders that followed them (runs/pretrain-2). Raises UserError if a run is to begin again
+    without it."""
+    if config.init:
+        return checkpoint.find(Path(config.init))
+    if config.resume:
+        began = read_config(Path(config.out))["options"]["init"]
+        raise UserError(
+            f"{config.out} has no checkpoint to go on from, and was begun from {began!r:.200}: "
+            "give that again as --init"
+        )
     for run in newest_first(*PRETRAIN_RUNS):
         if checkpoint.newest(run):
             return checkpoint.find(run)
@@ -472,6 +483,16 @@ def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
     go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
     percent = int(100 * words / planned)
     print(f"this student has read {percent} % of the words of its pretraining; the rest: {go_on}")
+
+
+def corpus_of_teacher(
+    config: InteractConfig, start: Path, history: dict[str, Any]
+) -> Sequence[str]:
+    """The corpus that the built-in teacher is fitted to; none if it does not grade. Raises
+    UserError if only a checkpoint names it, and it is a file."""
+    if config.reward or config.teacher_url:
+        return ()
+    return config.corpus or recorded_corpus(history.get("corpus"), start)
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:
@@ -536,12 +557,12 @@ def stories_to_grade(config: InteractConfig, state: RunState) -> int:
 
 def report(run: InteractionRun) -> None:
     """Print how to resume a run that was asked to stop, or what a finished one learned."""
-    state, folder = run.state, run.log.folder
+    config, state, folder = run.config, run.state, run.log.folder
     asked_to_stop = stopped(run)
     if not distributed.is_rank0():
         return
     if asked_to_stop:
-        resume = hint("train_interact.py", "--out", folder, "--resume")
+        resume = hint("train_interact.py", "--out", folder, "--resume", *given_again(config))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(folder, state.best_step)
@@ -549,7 +570,8 @@ def report(run: InteractionRun) -> None:
     print(f"report: {folder / 'report.html'}")
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
     if (ROOT / "lab").is_dir():  # in a clone
-        print(f"judge:  {hint('lab/judge.py', folder)}")
+        judge = hint("lab/judge.py", folder, *given_again(config))
+        print(f"judge:  {judge}")
 
 
 if __name__ == "__main__":

@@ -55,11 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     template = load_template(options.teacher_prompt)
-    arguments = LESSON.split()
-    if options.teacher_prompt:
-        arguments += ["--teacher-prompt", options.teacher_prompt]
+    prompt = ["--teacher-prompt", options.teacher_prompt] if options.teacher_prompt else []
     with contextlib.closing(Desk(options.grades, template)) as desk:
-        lesson = Lesson(desk, lesson_folder(RUN), arguments)
+        lesson = Lesson(desk, lesson_folder(RUN), LESSON.split(), prompt)
         asyncio.run(_serve(lesson, options))
 
 

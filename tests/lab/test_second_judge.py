@@ -8,7 +8,6 @@ import shlex
 import numpy as np
 import pytest
 from conftest import ROOT, SHORT, fails
-from fault_server import FaultServer
 
 import train_interact
 from lab import judge, second_judge
@@ -37,6 +36,12 @@ from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grade
 
 READER = ["--reader", "short-words"]
+
+
+def teacher(place):
+    """What the run was begun with and its folder may not name."""
+    reward = f"{place / 'reward.py'}:score"
+    return ["--reward", reward, "--corpus", str(place / "corpus.txt")]
 
 
 class Reader:
@@ -74,7 +79,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     monkeypatch.setattr(
         second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
     )
-    judge.main([str(run), str(run), *READER])
+    judge.main([str(run), str(run), *READER, *teacher(place)])
     printed = capsys.readouterr().out
     assert (
         "2 runs together" in printed
@@ -106,14 +111,17 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
 
 
 def test_the_last_line_of_an_interaction_names_the_command_that_judges_it(place, run, capsys):
-    train_interact.main(["--out", str(run), "--resume"])
+    reward = teacher(place)[:2]
+    train_interact.main(["--out", str(run), "--resume", *reward])
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[0] == "judge:" and words[2:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
+    script = os.path.relpath(ROOT / "lab/judge.py")
+    assert words[0] == "judge:" and words[2:] == [script, str(run), *reward]
 
 
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(judge.main, [str(run), *READER], capsys)
+    argv = [str(run), *READER, *teacher(place)]
+    assert "give a finished interaction" in fails(judge.main, argv, capsys)
 
 
 def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
@@ -121,7 +129,7 @@ def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_p
     run = tmp_path / "run"
     start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
     train_interact.main([*SHORT, *start, "--reward", "likelihood"])
-    judge.main([str(run), *READER])
+    judge.main([str(run), *READER, *teacher(place)[2:]])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")
     config = InteractConfig(max_new_tokens=16)
@@ -166,39 +174,8 @@ def test_a_judged_storys_score_is_weighted_as_the_rubric_says(run):
 
     config = InteractConfig(max_new_tokens=16)
     reader = Reader("short-words")
-    records = judge_run(run, config, resolve("cpu", "float32"), reader, grade)
+    records = judge_run(run, config, resolve("cpu", "float32"), reader, grade, ["builtin"])
     assert {round(record["score"], 6) for record in records} == {5}
-
-
-def change_config(run, **options):
-    config = json.loads((run / "config.json").read_text())
-    config["options"] |= options
-    (run / "config.json").write_text(json.dumps(config))
-
-
-def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
-    place, run, capsys, monkeypatch
-):
-    """Until the user trusts it, once, having been told what it would do."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    (run / "evil.py").write_text(
-        "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
-    )
-    argv = [str(run), *READER]
-    with FaultServer() as server:
-        change_config(run, reward="", teacher_url=[server.url])
-        line = fails(judge.main, argv, capsys)
-        assert f"send stories to {server.url} with your OPENAI_API_KEY" in line
-        assert f"read {place / 'p'}, {place / 'corpus.txt'}; if you trust it, add --trust" in line
-        assert not server.seen
-    change_config(run, reward=f"{run / 'evil.py'}:f", teacher_url=[])
-    for typed in ([], ["--corpus", "builtin"], ["--reward", f"{place / 'reward.py'}:score"]):
-        assert "--trust" in fails(judge.main, [*argv, *typed], capsys)
-    assert f"run the code of {run / 'evil.py'}:f" in fails(judge.main, argv, capsys)
-    assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
-    judge.main([*argv, "--trust"])
-    assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
-    judge.main(argv)
 
 
 def judged(**senses):

@@ -7,7 +7,6 @@ from conftest import ROOT
 from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import Interrupted, Stop, UserError
 from tinystory.teacher.grader import open_grader
 
@@ -101,15 +100,6 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
     ):
         assert grader.grade("Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]
-
-
-def test_the_builtin_teacher_needs_a_corpus():
-    opened = open_grader(InteractConfig(init="somewhere"), builtin_teacher, corpus=None)
-    with (
-        pytest.raises(UserError, match="somewhere does not say what the student was trained on"),
-        opened,
-    ):
-        pass
 
 
 @pytest.mark.parametrize(
