@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, InteractConfig, given_again, parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate.forecast import print_forecast
 from tinystory.evaluate.graders import open_graders
@@ -359,7 +359,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     resumed = None
     if config.resume:
         resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
-    start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
+    start = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config)
     reference, policy = load_students(config, start, compute)
     if not resumed and config.temperature:
         begin_at(config.temperature, reference, policy)
@@ -371,7 +371,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
     with contextlib.ExitStack() as stack:
         grader, judge, facts = stack.enter_context(
-            open_graders(config, policy, reference, openings)
+            open_graders(config, start, policy, reference, openings)
         )
         print(f"student {start}, scored by {facts['scored_by']}")
         print_forecast(config, state, grader, openings)
@@ -412,9 +412,13 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
                 policy, openings, grader, state
             )
             begin_at(config.temperature, reference, policy)
-        facts["init"] = config.init or str(start)
         facts["student"] = student_facts(policy)
-        log.config(asdict(config) | compute.recorded | facts)
+        options = asdict(config) | compute.recorded | facts
+        if resumed:
+            del options["init"]  # config.json has it
+        else:
+            options["init"] = config.init or str(start)
+        log.config(options)
         if not resumed:
             save(run, "start")
         yield run
@@ -443,12 +447,12 @@ def student_facts(policy: Policy) -> dict[str, Any]:
 
 def report(run: InteractionRun) -> None:
     """Print how to resume a run that was asked to stop, or what a finished one learned."""
-    state, folder = run.state, run.log.folder
+    config, state, folder = run.config, run.state, run.log.folder
     asked_to_stop = stopped(run)
     if not distributed.is_rank0():
         return
     if asked_to_stop:
-        resume = hint("train_interact.py", "--out", folder, "--resume")
+        resume = hint("train_interact.py", "--out", folder, "--resume", *given_again(config))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(folder, state.best_step)

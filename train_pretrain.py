@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tinystory import ops
-from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.config import (
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    PretrainConfig,
+    given_again,
+    parse,
+)
 from tinystory.data import babylm
 from tinystory.data.corpus import MARKER, open_corpus
 from tinystory.data.openings import load_openings
@@ -368,7 +374,7 @@ def report(run: PretrainingRun) -> None:
     config, folder = run.config, run.log.folder
     words = run.state.words
     if words < config.words:
-        resume = hint("train_pretrain.py", "--out", folder, "--resume")
+        resume = hint("train_pretrain.py", "--out", folder, "--resume", *given_again(config))
         print(f"stopped after {words:,} words, all saved; go on with: {resume}")
         return
     last = run.steps.metrics  # {} if the run was finished before it was resumed
@@ -397,6 +403,7 @@ def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:
             f"has {longest} tokens, so no story fits; train_interact.py would need a short --opening"
         )
     arguments = ["--init", str(checkpoint.newest(Path(config.out)))]
+    arguments += given_again(config)  # --corpus, if it holds files: the built-in teacher needs them
     if room < InteractConfig.max_new_tokens:
         arguments += ["--max-new-tokens", str(room)]
     return hint("train_interact.py", *arguments)

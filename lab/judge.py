@@ -23,6 +23,7 @@ from lab import findings
 from lab.reader import PACKAGED, Reader, mean_and_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
+from tinystory.data.corpus import recorded_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
@@ -32,11 +33,10 @@ from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
-from tinystory.run.folder import newest_run, read_config, write_config
-from tinystory.run.options import add_number, script_parser
+from tinystory.run.folder import newest_run
+from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.records import Record
 from tinystory.run.terminal import aligned
-from tinystory.run.trust import TRUST_HELP
 from tinystory.student import checkpoint
 from tinystory.teacher.grader import open_grader
 
@@ -47,7 +47,8 @@ NOTE = (
     "intervals. A gain that only the teacher sees is a gain at pleasing the teacher; one that a "
     "lower temperature gives too needs no training."
 )
-TRUSTED = ("reward", "teacher_url", "teacher_model")  # options that name a run's teacher anew
+# A run's teacher and openings, if they are files, addresses or models: a folder may not name them.
+AGAIN = ("teacher_url", "teacher_model", "teacher_extra", "teacher_prompt", "reward", "openings")
 
 
 @command
@@ -59,10 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--calibrate", action="store_true", help="show it stories of known quality")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "of these, stories of each kind")
     add("--corpus", nargs="+", metavar="NAME|FILE", help="of real stories (default: the student's)")
-    add("--reward", default="", metavar="FILE.py:FUNCTION", help="a RUN's teacher, named anew")
-    add("--teacher-url", nargs="+", default=[], help="the same, of a RUN that had these")
-    add("--teacher-model", nargs="+", default=[], help="its model's name")
-    add("--trust", action="store_true", help=TRUST_HELP)
+    add_options(parser, InteractConfig, AGAIN)
     add("--device", default="auto")
     options = parser.parse_args(argv)
     samples = {path.name: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
@@ -101,16 +99,12 @@ def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[
 def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
     """Show each run's stories and controls to the reader, and print how much of the gain it
     sees."""
-    typed = {}
-    for name in TRUSTED:
-        value = getattr(options, name)
-        if value:
-            typed[name] = value
+    typed = {name: value for name, value in vars(options).items() if name in AGAIN}
     pooled: list[Record] = []
     for run in runs:
-        config: InteractConfig = recorded_config(InteractConfig, run, typed, options.trust)
-        if options.trust:
-            write_config(run, read_config(run))  # with this user's mark
+        config: InteractConfig = recorded_config(
+            InteractConfig, run, typed, unused=["init", "corpus"]
+        )
         corpus = options.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
         with open_grader(
@@ -136,13 +130,11 @@ def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likel
     return Likelihood(student, tokenizer, openings.train, config)
 
 
-def own_corpus(run: Path) -> list[str]:
-    """The corpus of a run's student. Raises UserError if it names files that the run's trusted
-    config.json does not."""
+def own_corpus(run: Path) -> Sequence[str]:
+    """The corpus of a run's student. Raises UserError if it was a file."""
     start = run / "checkpoints" / "start"
     _, _, history = checkpoint.load(start)
-    checkpoint.require_known_corpus(start, history, trusted=True)
-    return history.get("corpus") or ["builtin"]
+    return recorded_corpus(history.get("corpus") or ["builtin"], start)
 
 
 def print_judged(name: str, records: Sequence[Record]) -> None:

@@ -37,7 +37,14 @@ from lab import controls, figures
 from lab.coreference import coreference
 from lab.figures import Bar
 from lab.reader import Reader, mean_and_ci
-from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
+from lab.runs import (
+    corpus_of_teacher,
+    folder_of,
+    interact_config,
+    pretrain_config,
+    train,
+    words_of,
+)
 from lab.second_judge import best_of_n
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
@@ -145,9 +152,9 @@ def compare(
     records: list[Record] = []
     for seed in seeds:
         rows = train_students(out, seed, pretraining, arms)
-        unseen = unseen_texts(pretrain_config(["--seed", str(seed), *pretraining]))
-        _, _, history = checkpoint.load(checkpoint.find(rows[0].folder))
-        with open_grader(CONFIG, builtin_teacher, corpus=history["corpus"]) as grader:
+        config = pretrain_config(["--seed", str(seed), *pretraining])
+        unseen = unseen_texts(config)
+        with open_grader(CONFIG, builtin_teacher, corpus=config.corpus) as grader:
             for row in rows:
                 record = {"name": row.name, "seed": seed}
                 record |= measure(row, grader, CONFIG, OPENINGS, reader, unseen)
@@ -166,7 +173,8 @@ def train_students(
     """Finish a seed's runs, and return its rows. The first is the untouched student's."""
     start = out / f"pretrain-{seed}"
     options = ["--seed", str(seed), *pretraining]
-    train(start, options, words=pretrain_config(options).words)
+    pretrained = pretrain_config(options)
+    train(start, options, words=pretrained.words)
     rows = [
         Row("untouched", start, n=4),
         Row("likeliest of 4", start, n=4, chosen_by="likelihood"),
@@ -178,7 +186,9 @@ def train_students(
         name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"
         run = out / f"{name}-{seed}"
         with controls.CONTROLS[arm.control]():
-            train(run, ["--init", str(start), "--seed", str(seed)], arm.words)
+            argv = ["--init", str(start), "--seed", str(seed)]
+            argv += corpus_of_teacher(pretrained, interact_config(arm.words))
+            train(run, argv, arm.words)
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
 

@@ -41,7 +41,14 @@ from tqdm import tqdm
 
 from lab import recipes
 from lab.pairs import evaluate_pairs, task_items
-from lab.runs import folder_of, interact_config, pretrain_config, train, words_of
+from lab.runs import (
+    corpus_of_teacher,
+    folder_of,
+    interact_config,
+    pretrain_config,
+    train,
+    words_of,
+)
 from tinystory.config import PAPER_OPENING, InteractConfig, PretrainConfig
 from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
@@ -274,8 +281,9 @@ def train_students(plan: Plan) -> list[Student]:
     for arm, scorer in plan.arms.items():
         for seed, start in itertools.product(range(plan.seeds), plan.starts):
             run = plan.out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
-            init = ["--init", str(milestones[start]), "--seed", str(seed)]
-            last = train(run, plan.interact_argv + init, scorer + plan.on_device)
+            argv = [*plan.interact_argv, "--init", str(milestones[start]), "--seed", str(seed)]
+            argv += corpus_of_teacher(plan.pretrain, interact_config(plan.interact_argv + scorer))
+            last = train(run, argv, scorer + plan.on_device)
             spent = checkpoint.read_counters(last)
             words_in = start + spent["words_in"]
             students.append(Student(arm, start, seed, words_in, last))
@@ -284,7 +292,7 @@ def train_students(plan: Plan) -> list[Student]:
                 more = plan.out / MORE / run.name
                 copy_milestone(milestones[start], more)
                 longer = ["--words", str(words)]
-                last = train(more, [], longer + plan.on_device, words)
+                last = train(more, plan.pretrain_argv, longer + plan.on_device, words)
                 students.append(Student(MORE, start, 0, words, last))
     return students
 

@@ -12,6 +12,7 @@ from tinystory.config import (
     PRETRAIN_PRESETS,
     InteractConfig,
     PretrainConfig,
+    given_again,
     parse,
 )
 from tinystory.data.openings import load_openings
@@ -36,29 +37,38 @@ def words_of(flag: str, text: str) -> list[str]:
         raise UserError(f"{flag}: {reason}; write each text as on a command line") from None
 
 
-def pretrain_config(argv: list[str]) -> PretrainConfig:
+def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
     """The options of a pretraining run to come. Raises UserError as the run would."""
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, list(argv))
     return config
 
 
-def interact_config(argv: list[str]) -> InteractConfig:
+def interact_config(argv: Sequence[str]) -> InteractConfig:
     """The same for an interaction, whose openings are read too."""
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, list(argv))
     load_openings(config.openings)
     return config
 
 
+def corpus_of_teacher(pretraining: PretrainConfig, interaction: InteractConfig) -> list[str]:
+    """The option that an interaction after this pretraining needs, if the built-in teacher is to
+    measure by files: no checkpoint may name them."""
+    if interaction.reward or interaction.teacher_url:
+        return []
+    return given_again(pretraining)  # its --corpus, if there are files in it
+
+
 def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
-    """Finish a run, and return its last checkpoint. argv: options of a new run; again: options
-    given on a resume too; words: length of a pretraining run, 0: an interaction. Raises UserError
-    if the run is stopped."""
+    """Finish a run, and return its last checkpoint. argv: options of a new run, of which a resume
+    gets those that no record may give; again: options given on a resume too; words: length of a
+    pretraining run, 0: an interaction. Raises UserError if the run is stopped."""
     if not is_finished(out, words):
         print(f"{out} ...", flush=True)
-        begun = (out / CONFIG).exists()
-        arguments = ["--out", str(out)]
-        arguments += ["--resume"] if begun else argv
-        arguments += again
+        arguments = ["--out", str(out), *argv, *again]
+        if (out / CONFIG).exists():
+            config_of = pretrain_config if words else interact_config
+            config = config_of([*argv, *again])
+            arguments = ["--out", str(out), "--resume", *given_again(config), *again]
         if words:
             train_pretrain.main(arguments)
         else:

@@ -45,18 +45,18 @@ def judge_run(
     compute: Compute,
     reader: Reader,
     grade: Callable[[Sequence[StoryAfter]], list[Grade]],
-    corpus: Sequence[str] = (),
+    corpus: Sequence[str],
 ) -> list[Record]:
     """Write and return judged.jsonl: for each of GROUPS, stories to the openings of the run's
     evaluations, with the teacher's score, on the scale of `shown_scores`, and the reader's
     sense.
 
-    BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus` (default: the student's
-    own); the student at the run's start writes the others. grade: the run's teacher. Raises
-    UserError without evaluations at both ends."""
+    BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus`; the student at the run's
+    start writes the others. grade: the run's teacher. Raises UserError without evaluations at both
+    ends."""
     groups = evaluated_stories(run)
     openings = [opening for opening, _ in groups[BEFORE]]
-    student, tokenizer, history = checkpoint.load(run / "checkpoints" / "start", compute.device)
+    student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", compute.device)
 
     def write(temperature: float, copies: int = 1) -> list[StoryAfter]:
         with torch.no_grad(), compute.autocast():
@@ -75,7 +75,7 @@ def judge_run(
     for name, temperature in zip(COLDER, TEMPERATURES, strict=True):
         groups[name] = write(temperature)
     candidates = write(1.0, BEST_OF)
-    documents = corpus_documents(corpus or history.get("corpus", ["builtin"]))
+    documents = corpus_documents(corpus)
     real = real_stories(documents, len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
 

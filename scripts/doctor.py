@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         calibrate(config, options)
     elif config.teacher_url or config.reward:
         print(f"{'requests':10} about eight short ones", flush=True)
-        with open_grader(config, corpus=None):
+        with open_grader(config):
             pass
 
 

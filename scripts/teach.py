@@ -60,11 +60,9 @@ def main(argv: list[str] | None = None) -> None:
             f"--teacher-prompt {options.teacher_prompt} asks questions of yes or no, and the page grades "
             "by levels: give a file whose criteria have levels"
         )
-    arguments = LESSON.split()
-    if options.teacher_prompt:
-        arguments += ["--teacher-prompt", options.teacher_prompt]
+    prompt = ["--teacher-prompt", options.teacher_prompt] if options.teacher_prompt else []
     with contextlib.closing(Desk(options.grades, template)) as desk:
-        lesson = Lesson(desk, lesson_folder(RUN), arguments)
+        lesson = Lesson(desk, lesson_folder(RUN), LESSON.split(), prompt)
         asyncio.run(_serve(lesson, options))
 
 

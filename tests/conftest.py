@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
@@ -129,14 +128,6 @@ def tiny_stories(count: int) -> list[str]:
             f'"Where is my {thing}?" said {name}. It was in the {place} number {i}. {name} was happy.'
         )
     return stories
-
-
-@pytest.fixture(autouse=True, scope="session")
-def own_secret(tmp_path_factory) -> Iterator[None]:
-    """The tests' run folders carry a mark, and not that of the user who runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
-        yield
 
 
 @pytest.fixture(autouse=True)

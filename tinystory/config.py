@@ -7,13 +7,16 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 import argparse
 import dataclasses
 import json
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tinystory.run.credentials import secret_in
+from tinystory.data import corpus, openings
+from tinystory.run.credentials import redacted, secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.folder import newest_first, require_config
 from tinystory.run.options import (
@@ -24,7 +27,7 @@ from tinystory.run.options import (
     require_valid,
 )
 from tinystory.run.records import CONFIG
-from tinystory.run.trust import TRUST_HELP, require_own, student_corpus
+from tinystory.run.text import printable
 
 OUT_HELP = "folder of the run; without --out, NAME-2, NAME-3, ... if it is taken"
 SAVE_HELP = "steps between the checkpoints that --resume starts from"
@@ -54,6 +57,21 @@ OTHER_NAMES = {
 }
 # the keys of the table in tinystory/rl/learners.py, which imports this file
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
+# the named ways to ask a teacher: tinystory/teacher/prompt.py, TEMPLATES
+PROMPTS = ("grades", "sense", "thread", "event", "examples")
+REWARDS = ("random", "constant", "likelihood")  # of --reward, beside functions in files
+# A run's folder may be somebody else's: no text from it is opened, executed or sent to. So an
+# option without choices takes from config.json only what its entry here admits. Whatever names a
+# file, a URL, a function or a model is given on the command line, again for a resume.
+RECORDED: dict[str, Callable[[str], object]] = {
+    "device": re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?").fullmatch,
+    "corpus": corpus.NAMES.__contains__,
+    "reward": REWARDS.__contains__,
+    "openings": lambda text: not openings.names_file(text),
+    "teacher_prompt": PROMPTS.__contains__,
+    "judge": ("rubric", *REWARDS).__contains__,
+    "judge_prompt": PROMPTS.__contains__,
+}
 
 # TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a
 # student are noise, so a temperature is chosen.
@@ -139,9 +157,7 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 class RunConfig:
     """What both commands take."""
 
-    # No run's record may set these.
-    trust = False
-    names_out = False  # whether --out was given
+    names_out = False  # whether --out was given; no run's record may set it
 
     preset: str = option("demo", "named set of options", tuple(PRETRAIN_PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
@@ -240,6 +256,11 @@ class InteractConfig(RunConfig):
     )
     teacher_model: list[str] = option(
         [], "model name, or one per --teacher-url (default: the server's first one)"
+    )
+    corpus: list[str] = option(
+        [],
+        "corpora or files that the built-in teacher is fitted to, and from which a --teacher-url is "
+        "shown known texts (default: the student's corpus, unless it was a file)",
     )
     teacher_concurrency: int = option(
         16, "maximum number of requests in flight per server", "[1, 10000]"
@@ -390,62 +411,101 @@ def parse(
     )
     parser.other_names = OTHER_NAMES
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
-    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     add_options(parser, config_class, shown=shown)
     typed = vars(parser.parse_args(words))
 
     del typed["help_all"]
-    trust = typed.pop("trust")
     names_out = "out" in typed
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         if not names_out:
             runs = newest_first(Path(config_class.out))
             typed["out"] = str(runs[0]) if runs else config_class.out
-        config = recorded_config(config_class, Path(typed["out"]), typed, trust)
+        # --init is needed only before the first checkpoint
+        config = recorded_config(config_class, Path(typed["out"]), typed, unused=["init"])
     else:
         preset = presets.get(typed.get("preset", "demo"), {})
         config = config_class(**preset | typed)
         check(config)
-    config.trust = trust
     config.names_out = names_out
     return config
 
 
 def recorded_config(
-    config_class: type[RunConfig], run: Path, typed: dict[str, Any], trust: bool
+    config_class: type[RunConfig], run: Path, typed: dict[str, Any], unused: Container[str] = ()
 ) -> Any:
     """The config in a run's config.json, overridden by `typed`, options from the command line.
     Raises UserError if another command or version began it, for another value of an option in
-    KEPT_ON_RESUME, for what `check` refuses, and, unless `trust`, for a folder that is not this
-    user's own."""
-    record = require_config(run)
-    recorded = record["options"]
+    KEPT_ON_RESUME, for what `check` refuses, and for an option that only the command line may give,
+    unless the caller leaves it `unused`."""
+    recorded = require_config(run)["options"]
     path = run / CONFIG
     options: dict[str, Any] = {}
+    again: list[str] = []
     for f in dataclasses.fields(config_class):
         if f.name not in recorded:
             raise UserError(
                 f"{path} has no {f.name}: the run was begun by another command or another "
                 "version; go on with that one, or start a new run in another --out"
             )
-        options[f.name] = recorded[f.name]
+        if _may_be_recorded(f, recorded[f.name]):
+            options[f.name] = recorded[f.name]
+        elif f.name not in (*typed, "out") and f.name not in unused:
+            again += _arguments(f, recorded[f.name])
     if "tried_temperatures" in recorded and typed.get("temperature") == 0:
-        typed = typed | {"temperature": options["temperature"]}  # the one that was chosen
-    config = config_class(**options | typed)
+        typed = typed | {"temperature": recorded["temperature"]}  # the one that was chosen
+    config = config_class(**options | typed | {"out": str(run)})
     for f in dataclasses.fields(config_class):
         is_kept = f.name in KEPT_ON_RESUME and f.name in typed
-        if is_kept and getattr(config, f.name) != options[f.name]:
+        if is_kept and getattr(config, f.name) != recorded[f.name]:
             raise UserError(
                 f"{flag_of(f)} {typed[f.name]} does not go with --resume: {run} was begun with "
-                f"{options[f.name]!r}; leave it out, or start a new run in another --out"
+                f"{recorded[f.name]!r:.200}; leave it out, or start a new run in another --out"
             )
+    if again:
+        raise UserError(
+            f"{path} was begun with {_shown(again)}: it may be somebody else's, so no file, "
+            "address or model that it names is used; give them again on the command line"
+        )
     try:
         check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}; correct it there, or by a flag") from None
-    if not trust:
-        require_own(path, record, vars(config) | {"student_corpus": student_corpus(record)})
     return config
+
+
+def given_again(config: RunConfig) -> list[str]:
+    """The arguments that --resume needs again, since no record may give them."""
+    arguments: list[str] = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name not in ("out", "init") and not _may_be_recorded(f, value):
+            arguments += _arguments(f, value)
+    return arguments
+
+
+def _may_be_recorded(f: dataclasses.Field, value: Any) -> bool:
+    """Whether an option may take this value from a run's config.json. A number or a choice may, and
+    a value of a wrong type: `check` refuses what is none."""
+    if isinstance(f.default, int | float) or isinstance(f.metadata["allowed"], tuple):
+        return True
+    texts = value if isinstance(value, list) else [value]
+    admits = RECORDED.get(f.name, lambda text: False)
+    return all(not isinstance(text, str) or text == "" or admits(text) for text in texts)
+
+
+def _arguments(f: dataclasses.Field, value: Any) -> list[str]:
+    """The words that give an option this value on a command line."""
+    words = list(map(str, value)) if isinstance(value, list) else [str(value)]
+    if words[0].startswith("-"):
+        words[0] = f"{flag_of(f)}={words[0]}"
+        return words
+    return [flag_of(f), *words]
+
+
+def _shown(arguments: Sequence[str]) -> str:
+    """Arguments from a record, to be read: on one line, without control characters and keys."""
+    words = (" ".join(printable(argument[:200]).split()) for argument in arguments)
+    return redacted(shlex.join(words))
 
 
 def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractConfig:
@@ -507,6 +567,11 @@ def _check_interaction(config: InteractConfig) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.corpus and config.reward and config.judge != "rubric":
+        raise UserError(
+            "--corpus is for the built-in teacher or a --teacher-url, and --reward takes their place: "
+            "leave it out"
         )
     if config.teacher_prompt and not config.teacher_url and not config.reward:
         raise UserError(

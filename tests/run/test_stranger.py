@@ -1,15 +1,21 @@
-"""A run folder as somebody else might send it: what acts on it asks first, and what it holds is
-data to the end."""
+"""A run folder as somebody else might send it. No text from it is opened, executed or sent to: what
+names a file, a URL, a function or a model is given on the command line, again for a resume. And
+what it holds is data to the end."""
 
+import contextlib
+import dataclasses
 import json
-import os
+import re
+import shlex
 import shutil
-import subprocess
+import signal
 import sys
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, fails, metrics, read_lines
+from conftest import SHORT, SMALL, fails, read_lines
 from fault_server import FaultServer
 from safetensors.torch import load_file, save_file
 
@@ -17,21 +23,51 @@ import train_interact as interact
 import train_pretrain as pretrain
 from lab import judge
 from scripts import export_hf, sample, watch
-from tinystory.run import trust
+from tinystory.config import InteractConfig, PretrainConfig, given_again
+from tinystory.data.corpus import NAMES
+from tinystory.data.openings import names_file
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_config, write_config
-from tinystory.run.log import RunLog
 from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.client import Teacher
 
 GRADED = [*SHORT, "--stories-per-step", "12", "--grades", "8", "--diversity", "0"]
+NAMED = "STRANGER"  # in every text that a forged folder holds, and nowhere else
+# What Python does with a text that it opens, executes or sends to.
+ACTS = (
+    "open os.listdir os.scandir os.remove os.rename os.exec os.posix_spawn os.system "
+    "subprocess.Popen compile exec import socket.connect socket.getaddrinfo socket.bind "
+    "urllib.Request shutil.copyfile shutil.rmtree"
+).split()
+acts: list[tuple] = []  # those with NAMED, while `watched`
+watching = False
+
+
+def note(event, arguments):
+    if watching and event in ACTS and NAMED in repr(arguments):
+        acts.append((event, arguments))
+
+
+sys.addaudithook(note)  # for good: Python removes none
+
+
+@contextlib.contextmanager
+def untouched():
+    """In the block, no text with NAMED is opened, executed or sent to."""
+    global watching
+    acts.clear()
+    watching = True
+    try:
+        yield
+    finally:
+        watching = False
+    assert not acts
 
 
 @pytest.fixture(scope="module")
 def own(place, tmp_path_factory):
-    """A run of this user's."""
+    """A run of this user's, of which everything but its folder's name could be a stranger's."""
     folder = tmp_path_factory.mktemp("own") / "run"
     init = ["--init", str(checkpoint.newest(place / "p"))]
     interact.main([*init, *GRADED, "--reward", "random", "--out", str(folder)])
@@ -39,13 +75,23 @@ def own(place, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def others(own, tmp_path_factory):
-    """The same run, made by somebody else: the mark is by another secret."""
-    folder = shutil.copytree(own, tmp_path_factory.mktemp("others") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("their_config")))
-        write_config(folder, read_config(folder))
-    return folder
+def texts(tmp_path_factory):
+    """Texts that somebody could act on. The files are there, and fit for what they name."""
+    folder = tmp_path_factory.mktemp("private")
+    story = f"Once upon a time, {NAMED} ran."
+    (folder / f"{NAMED}.txt").write_text("\n\n".join([story] * 40))
+    (folder / f"{NAMED}.py").write_text("def score(opening, stories): return [0.5] * len(stories)")
+    return [
+        f"{folder / NAMED}.txt",
+        f"--corpus={folder / NAMED}.txt",
+        f"{folder / NAMED}.py",
+        f"{folder / NAMED}.py:score",
+        f"../{NAMED} of mine",
+        f"http://127.0.0.1:9/{NAMED}",
+        f"hub:{NAMED}/model@main",
+        f'{{"user": "{NAMED}"}}',
+        f"cuda:{NAMED}",
+    ]
 
 
 def change_config(folder, **options):
@@ -55,190 +101,221 @@ def change_config(folder, **options):
     path.write_text(json.dumps(record))
 
 
+@contextlib.contextmanager
+def interrupted(module):
+    """Ctrl-C arrives while the second step is being logged."""
+    log = module.RunLog.metrics
+
+    def metrics(self, *, step, **values):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return log(self, step=step, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.RunLog, "metrics", metrics)
+        yield
+
+
 def resume(folder, *more):
     return ["--resume", "--steps", "5", "--out", str(folder), *more]
 
 
-# ---- acting on a folder --------------------------------------------------------------------------
+# ---- the rule ------------------------------------------------------------------------------------
 
 
-def test_the_users_own_run_is_resumed_without_a_question(own, tmp_path):
-    folder = shutil.copytree(own, tmp_path / "moved")
-    for steps in (5, 6):  # each resume writes config.json anew
-        interact.main(["--resume", "--steps", str(steps), "--out", str(folder)])
-        assert len(metrics(folder)) == steps and trust.is_own(read_config(folder))
-
-
-def test_anothers_run_is_resumed_after_one_trust(others, tmp_path, capsys):
-    folder = shutil.copytree(others, tmp_path / "run")
-    before = (folder / "config.json").read_bytes()
-    line = fails(interact.main, resume(folder), capsys)
-    assert "does not carry your mark" in line and "add --trust, once" in line
-    assert (folder / "config.json").read_bytes() == before and not (folder / ".lock").exists()
-    interact.main(resume(folder, "--trust"))
-    interact.main(["--resume", "--steps", "6", "--out", str(folder)])
-    assert len(metrics(folder)) == 6
-
-
-def test_anothers_pretraining_is_resumed_after_one_trust(place, tmp_path, capsys):
-    folder = shutil.copytree(place / "p", tmp_path / "p")
-    change_config(folder, trust=True)  # a record trusts nobody, itself included
-    line = fails(pretrain.main, ["--resume", "--out", str(folder)], capsys)
-    assert f"it would read {place / 'corpus.txt'}; if you trust it" in line
-    pretrain.main(["--resume", "--trust", "--out", str(folder)])
-    pretrain.main(["--resume", "--out", str(folder)])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda record: record["options"].update(steps=9),
-        lambda record: record.update(device="another"),
-        lambda record: record.update(more=1),
-        lambda record: record.pop("mark"),
-        lambda record: record.update(mark=None),
-        lambda record: record.update(mark="\ud800"),
-        lambda record: record.update(mark="0" * 64),
-    ],
-)
-def test_a_changed_record_loses_its_mark(own, change):
-    record = read_config(own)
-    assert trust.is_own(record)
-    change(record)
-    assert not trust.is_own(record)
-
-
-@pytest.mark.parametrize("private", ["openings", "teacher_prompt"])
-def test_a_file_that_a_strangers_run_names_is_not_read_and_the_sentence_names_it(
-    others, tmp_path, capsys, monkeypatch, private
+@pytest.mark.parametrize("config_class", [PretrainConfig, InteractConfig])
+def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
+    place, own, texts, tmp_path, capsys, config_class
 ):
-    """Nor is anything sent, although there is no key to lose."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    folder = shutil.copytree(others, tmp_path / "run")
-    key = tmp_path / "id_ed25519.txt"
-    key.write_text("a private line\nanother\n")
-    with FaultServer() as server:
-        options = {"reward": "", "teacher_url": [server.url], private: str(key)}
-        change_config(folder, teacher_extra='{"a": 1}', teacher_max_tokens=77, **options)
-        line = fails(interact.main, resume(folder), capsys)
-        assert f"send stories to {server.url} with the fields '{{" in line and str(key) in line
-        assert "for replies of up to 77 tokens" in line and "--trust" in line
-        assert not server.requests + server.others
+    """Every option, with every text. Those that name something are asked for by their flag."""
+    main, source = interact.main, own
+    if config_class is PretrainConfig:
+        main, source = pretrain.main, place / "p"
+    folder = shutil.copytree(source, tmp_path / "run")
+    if config_class is PretrainConfig:
+        change_config(folder, corpus=["builtin"])
+    config = (folder / "config.json").read_text()
+    kinds = get_type_hints(config_class)
+    asked = set()
+    for f in dataclasses.fields(config_class):
+        if f.name in ("out", "resume"):  # not read: they are on the command line
+            continue
+        is_text = kinds[f.name] in (str, list[str]) and not f.metadata["allowed"]
+        for text in texts if is_text else texts[:1]:
+            if f.name == "openings" and not names_file(text):  # a text: see below
+                continue
+            change_config(folder, **{f.name: [text] if kinds[f.name] == list[str] else text})
+            argv = ["--resume", "--out", str(folder)]
+            if f.name == "init":  # only its text is used: see below
+                argv += ["--init", "another"]
+            with untouched():
+                line = fails(main, argv, capsys)
+            flag = f"--{f.name.replace('_', '-')}"
+            assert flag in line or f"no {f.name}" in line
+            if "give them again on the command line" in line:
+                asked.add(f.name)
+                assert shlex.quote(text) in line or f"{flag}={text}" in line
+            (folder / "config.json").write_text(config)
+    expected = {"device", "corpus"}
+    if config_class is InteractConfig:
+        expected |= {"reward", "openings"}
+        expected |= {"teacher_url", "teacher_model", "teacher_extra", "teacher_prompt"}
+    assert asked == expected
 
 
-def test_the_opening_of_a_strangers_run_goes_nowhere(others, tmp_path, capsys, monkeypatch):
-    """The lines of a private file, to a stranger's server."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    folder = shutil.copytree(others, tmp_path / "run")
-    (tmp_path / "id_ed25519").write_text("a private line\n")
-    with FaultServer() as server:
-        urls = [server.url]
-        change_config(folder, reward="", teacher_url=urls, openings=str(tmp_path / "id_ed25519"))
-        fails(interact.main, resume(folder), capsys)
-        assert not server.seen
-
-
-def test_headers_of_the_environment_are_not_sent_to_a_strangers_server(
-    others, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("opening", [f"Once upon a time, {NAMED} ran", f"{NAMED}"])
+def test_the_text_of_an_opening_is_taken_from_a_folder_as_a_text(
+    own, tmp_path, monkeypatch, opening
 ):
-    for name in [name for name in os.environ if name.startswith("OPENAI_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway-Key: hidden-value")
-    monkeypatch.setenv("OPENAI_ORG_ID", "hidden-org")
-    folder = shutil.copytree(others, tmp_path / "run")
-    with FaultServer() as server:
-        change_config(folder, reward="", teacher_url=[server.url])
-        line = fails(interact.main, resume(folder), capsys)
-        assert "with your OPENAI_CUSTOM_HEADERS, OPENAI_ORG_ID for" in line and "hidden" not in line
-        assert not server.seen
-
-
-def test_a_strangers_folder_can_be_looked_at(others, tmp_path):
-    folder = shutil.copytree(others, tmp_path / "run")
-    before = (folder / "config.json").read_bytes()
-    watch.main([str(folder)])
-    sample.main([str(folder), "--opening", "Once", "--device", "cpu"])
-    export_hf.main([str(folder), str(tmp_path / "exported")])
-    assert (folder / "config.json").read_bytes() == before
-
-
-def test_a_checkpoint_whose_corpus_was_changed_leads_to_no_file(own, place, tmp_path, capsys):
-    """A run's own config.json with somebody else's checkpoint beside it."""
     folder = shutil.copytree(own, tmp_path / "run")
-    (tmp_path / "private.txt").write_text("a private line\n")
+    change_config(folder, openings=opening)
+    with untouched():
+        interact.main(resume(folder))
+    assert read_lines(folder / "stories.jsonl")[-1]["opening"] == opening
+
+
+def test_an_opening_that_is_also_a_files_name_reads_no_file(own, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(own, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path(NAMED).write_text("a private line\n")
+    change_config(folder, openings=NAMED)
+    with untouched():
+        line = fails(interact.main, resume(folder), capsys)
+    assert f"give ./{NAMED} to read the file" in line
+
+
+def leaves(value, path=()):
+    """The paths of all values inside a JSON value, and of its lists of texts."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from leaves(value[key], (*path, key))
+    elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        for i, item in enumerate(value):
+            yield from leaves(item, (*path, i))
+    else:
+        yield path
+
+
+def forged(record, path, text):
+    """The record with the text at this path, in a list where a list is."""
+    record = json.loads(json.dumps(record))
+    inside = record
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = [text] if isinstance(inside[path[-1]], list) else text
+    return record
+
+
+@pytest.mark.parametrize("name", ["model.json", "trainer.json", "tokenizer.json"])
+def test_no_field_of_a_checkpoint_is_opened_executed_or_sent_to(
+    own, texts, tmp_path, capsys, monkeypatch, name
+):
+    """To resume a run, and to begin one with the built-in teacher."""
+    corpora = []
+
+    @contextlib.contextmanager
+    def teacher(corpus):
+        corpora.append(corpus)
+        raise UserError("no teacher here")
+        yield
+
+    monkeypatch.setattr(interact, "builtin_teacher", teacher)
+    folder = shutil.copytree(own, tmp_path / "run")
+    start, newest = folder / "checkpoints" / "start", checkpoint.newest(folder)
+    record = json.loads((start / name).read_text())
+    if name == "tokenizer.json":
+        del record["model"]["vocab"], record["model"]["merges"]  # texts of tokens
+    else:
+        record.get("history", {}).update(corpus=["builtin", "dull"])
+    new = ["--init", str(start), *SHORT, "--out", str(tmp_path / "new")]
+    for path in leaves(record):
+        for place in (start, newest):
+            whole = json.loads((own / place.relative_to(folder) / name).read_text())
+            (place / name).write_text(json.dumps(forged(whole, path, texts[0])))
+            seal(place)
+        with untouched():
+            end_well(interact.main, resume(folder))
+            capsys.readouterr()
+            assert fails(interact.main, new, capsys)
+    assert all(set(corpus) <= set(NAMES) for corpus in corpora)
+
+
+def test_a_checkpoint_names_a_file_to_nobody(own, texts, tmp_path, capsys, monkeypatch):
+    """Its path is shown, and the user names it to the built-in teacher or the judge, or another."""
+    monkeypatch.setattr(judge, "Reader", lambda *_: None)
+    folder = shutil.copytree(own, tmp_path / "run")
     start = folder / "checkpoints" / "start"
-    name_corpus(start, tmp_path / "private.txt")
+    for text in texts:
+        record = json.loads((start / "model.json").read_text())
+        record["history"]["corpus"] = [text]
+        (start / "model.json").write_text(json.dumps(record))
+        seal(start)
+        with untouched():
+            new = ["--init", str(start), *SHORT, "--out", str(tmp_path / "new")]
+            for line in (
+                fails(interact.main, new, capsys),
+                fails(judge.main, [str(folder)], capsys),
+            ):
+                assert f"was trained on {shlex.quote(text)}: it may be" in line
+                assert "give --corpus" in line
+
+
+def test_a_strangers_folder_can_be_looked_at(own, texts, tmp_path):
+    """With a text in every field of config.json that is no option."""
+    folder = shutil.copytree(own, tmp_path / "run")
+    record = json.loads((folder / "config.json").read_text())
+    own_fields = {f.name for f in dataclasses.fields(InteractConfig)}
+    for path in list(leaves(record)):
+        is_option = path[0] == "options" and path[1] in own_fields - {"init"}
+        if not is_option and path[0] not in ("started", "threads", "resumed"):
+            record = forged(record, path, texts[0])
+    (folder / "config.json").write_text(json.dumps(record))
+    before = (folder / "config.json").read_bytes()
+    with untouched():
+        watch.main([str(folder)])
+        sample.main([str(folder), "--opening", "Once", "--device", "cpu"])
+        export_hf.main([str(folder), str(tmp_path / "exported")])
+    assert (folder / "config.json").read_bytes() == before
+    with untouched():
+        interact.main(resume(folder))
+
+
+def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, monkeypatch):
+    """It holds all that no folder may name."""
+    (tmp_path / "my openings.txt").write_text("Once\nOnce upon\n")
+    begun = {
+        pretrain: ["--corpus", str(place / "corpus.txt"), "--words", "2000", *SMALL],
+        interact: ["--init", str(place / "p"), *SHORT, "--reward", f"{place / 'reward.py'}:score"],
+    }
+    begun[interact] += ["--openings", str(tmp_path / "my openings.txt")]
+    for module, options in begun.items():
+        out = str(tmp_path / module.__name__)
+        with interrupted(module):
+            module.main([*options, "--out", out])
+        (line,) = re.findall("go on with: (.*)", capsys.readouterr().out)
+        assert "Once" not in line
+        assert "--resume" in fails(module.main, [*options, "--out", out], capsys)
+        assert "give them again" in fails(module.main, ["--resume", "--out", out], capsys)
+        words = shlex.split(line)
+        module.main(words[words.index("--out") :])
+
+
+def test_what_is_given_again_is_one_argument_each():
+    """A file may begin with a dash."""
+    config = InteractConfig(reward="-mine.py", teacher_url=["http://a", "http://b"])
+    assert given_again(config) == ["--teacher-url", "http://a", "http://b", "--reward=-mine.py"]
+
+
+def test_a_recorded_value_is_shown_as_text(own, tmp_path, capsys):
+    folder = shutil.copytree(own, tmp_path / "run")
+    change_config(folder, reward="\x1b[2J\u202e/evil.py\n" + "x" * 10**5)
     line = fails(interact.main, resume(folder), capsys)
-    assert f"{start / 'model.json'} says" in line and "private.txt" in line
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "Reader", lambda *_: None)
-        assert "private.txt" in fails(judge.main, [str(folder)], capsys)
-
-
-def test_a_strangers_checkpoint_leads_a_new_run_to_no_file(place, tmp_path, capsys):
-    folder = shutil.copytree(checkpoint.newest(place / "p"), tmp_path / "a" / "b" / "theirs")
-    (tmp_path / "private.txt").write_text("a private line\n")
-    name_corpus(folder, tmp_path / "private.txt")
-    new = ["--init", str(folder), *SHORT, "--reward", "random", "--out", str(tmp_path / "run")]
-    assert "private.txt, which would be read" in fails(interact.main, new, capsys)
-    interact.main([*new, "--trust"])
-
-
-def name_corpus(folder, path):
-    record = json.loads((folder / "model.json").read_text())
-    record["history"]["corpus"] = [str(path)]
-    (folder / "model.json").write_text(json.dumps(record))
-    seal(folder)
+    assert line.isprintable() and "--reward '[2J/evil.py xx" in line and len(line) < 1000
 
 
 def seal(folder):
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-
-
-# ---- the secret ----------------------------------------------------------------------------------
-
-
-def test_the_secret_is_the_users_alone_and_made_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    program = "from tinystory.run.trust import marked; print(marked({'a': 1})['mark'])"
-    command = [sys.executable, "-c", program]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
-    marks = {process.communicate()[0].strip() for process in processes}
-    assert marks == {trust.marked({"a": 1})["mark"]}
-    (secret,) = (tmp_path / "tinystory").iterdir()
-    assert secret.name == "secret" and secret.stat().st_mode & 0o777 == 0o600
-    assert len(secret.read_bytes()) == 32 and secret.read_bytes().hex() not in marks
-
-
-@pytest.mark.parametrize("harm", ["no folder", "damaged"])
-def test_without_a_secret_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys, harm):
-    """As in a container whose home cannot be written to."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
-    if harm == "no folder":
-        home.write_text("")
-    else:
-        (home / "tinystory").mkdir(parents=True)
-        (home / "tinystory" / "secret").write_text("short")
-    with RunLog(tmp_path / "run", resume_step=None) as log:
-        log.config({"seed": 1, "device": "cpu"})
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: this run's folder does not get your mark (")
-    assert "--trust" in line and str(home) in line
-    record = read_config(tmp_path / "run")
-    assert "mark" not in record and not trust.is_own(record)
-
-
-def test_without_a_home_there_is_no_mark(monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CONFIG_HOME")
-    monkeypatch.setattr("pathlib.Path.home", nowhere)
-    assert trust.marked({"a": 1}) == {"a": 1} and not trust.is_own({"a": 1, "mark": "0" * 64})
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -264,7 +341,8 @@ def test_a_link_among_a_runs_records_is_a_sentence(place, tmp_path, capsys):
         private.write_text("a line without an end")
         (tmp_path / "run" / "replies.jsonl").unlink()
         (tmp_path / "run" / "replies.jsonl").symlink_to(private)
-        line = fails(interact.main, resume(tmp_path / "run"), capsys)
+        again = resume(tmp_path / "run", "--teacher-url", server.url)
+        line = fails(interact.main, again, capsys)
         assert "replies.jsonl is a symbolic link" in line
     assert private.read_text() == "a line without an end"
 

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from fault_server import FaultServer, error
 
-from tinystory.config import InteractConfig
+from tinystory.config import PROMPTS, InteractConfig
 from tinystory.evaluate.corruptions import (
     PLEA,
     PLEADING,
@@ -300,6 +300,10 @@ def test_babylm_does_not_let_probabilities_reach_the_student():
     )
     with (
         pytest.raises(UserError, match=r"--teacher-prompt sense .* BabyLM"),
-        open_grader(config, corpus=None),
+        open_grader(config),
     ):
         pass
+
+
+def test_the_named_ways_of_asking_are_those_that_a_resumed_run_may_record():
+    assert tuple(TEMPLATES) == PROMPTS

@@ -245,7 +245,7 @@ def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, t
 def test_what_a_server_calls_its_models_is_shown_without_escape_sequences(capsys):
     with FaultServer(models=["\x1b]0;owned\x07good\x1b[31m\u202e", "\x1b"]) as server:
         config = InteractConfig(teacher_url=[server.url])
-        with open_grader(config, corpus=None) as grader:
+        with open_grader(config) as grader:
             assert grader.facts["scored_by"] == f"]0;ownedgood[31m at {server.url}"
             assert {request["model"] for request in server.requests} == {"]0;ownedgood[31m"}
         with (

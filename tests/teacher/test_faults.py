@@ -125,6 +125,10 @@ def arguments(init: str, out: Path, url: str = "") -> list[str]:
     return ["--init", init, "--out", str(out), *teacher, *SHORT]
 
 
+def resumed(out: Path, url: str) -> list[str]:
+    return ["--resume", "--out", str(out), "--teacher-url", url]
+
+
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
     """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the
     third. The student is evaluated, by four stories, before the first step and after the second."""
@@ -170,10 +174,10 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
             and "stopped after step 1, all saved" in output
             and checkpoint.newest(stopped).name == "step_0000001"
         )
-        code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, "--resume", "--out", str(stopped))
+        code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, *resumed(stopped, server.url))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
-        interact.main(["--resume", "--out", str(stopped)])
+        interact.main(resumed(stopped, server.url))
         paid = {story: times for story, times in server.good.items() if story}
         assert set(paid.values()) == {1} and len(paid) >= 4 * 6
         server.seen.clear()
@@ -196,15 +200,11 @@ def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_
     with FaultServer(script) as server:
         server.first = lambda: "2 1 3" if mended else "Lovely."
         for _ in range(2):
-            argv = (
-                ["--resume", "--out", str(out)]
-                if out.exists()
-                else arguments(init, out, server.url)
-            )
+            argv = resumed(out, server.url) if out.exists() else arguments(init, out, server.url)
             line = fails(interact.main, argv, capsys)
             assert "stories got no score" in line and line.count("I loved it!") <= 1
         mended, arrived = True, dict(arrivals)
-        interact.main(["--resume", "--out", str(out)])
+        interact.main(resumed(out, server.url))
         scored_before = [story for story, number in arrived.items() if number % 2 == 1]
         # paid for once
         assert scored_before and all(server.good[story] == 1 for story in scored_before)
@@ -255,7 +255,7 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
             and checkpoint.newest(stopped).name == "step_0000002"
         )
         left = 10**6
-        interact.main(["--resume", "--out", str(stopped)])
+        interact.main(resumed(stopped, server.url))
         assert max(times for story, times in server.good.items() if story) == 1
     assert_same_bits(whole, stopped)
     assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
@@ -291,7 +291,7 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
         )
         assert len(metrics(stopped)) in (1, 2)
         left = 10**6
-        interact.main(["--resume", "--out", str(stopped)])
+        interact.main(resumed(stopped, server.url))
         assert_same_bits(whole, stopped)
     assert (whole / "stories.jsonl").read_text() == (stopped / "stories.jsonl").read_text()
     steps, stories = metrics(whole), list(read_stories(whole))

@@ -7,7 +7,6 @@ from conftest import ROOT
 from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import Interrupted, Stop, UserError
 from tinystory.teacher.grader import open_grader
 
@@ -19,7 +18,7 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
     replies = tmp_path / "replies.jsonl"
     with FaultServer(script) as server:
         config = InteractConfig(teacher_url=[server.url], openings="Once", teacher_max_tokens=10)
-        with open_grader(config, corpus=None, replies=replies) as grader:
+        with open_grader(config, replies=replies) as grader:
             assert (
                 grader.facts["scored_by"] == f"first at {server.url}"
                 and grader.facts["teacher"]["scored"]
@@ -41,7 +40,7 @@ def test_the_wait_for_grades_ends_when_a_stop_is_requested():
     stop.signalled = True
     with FaultServer(lambda story, n: "hang") as server:
         config = InteractConfig(teacher_url=[server.url])
-        with open_grader(config, corpus=None) as grader:
+        with open_grader(config) as grader:
             grader.send(0, "Once", "A dog ran.")
             with pytest.raises(Interrupted):
                 grader.collect(stop)
@@ -52,7 +51,7 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
         "def f(opening, stories): return [len(opening + s) / 10 if s != '?' else None for s in stories]\n"
     )
     config = InteractConfig(reward=f"{tmp_path / 'r.py'}:f")
-    with open_grader(config, corpus=None) as grader:
+    with open_grader(config) as grader:
         grader.send(1, "One", "abc")
         grader.send(0, "Two", "?")
         grader.send(2, "One", "abcd")
@@ -101,15 +100,6 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
     ):
         assert grader.grade("Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]
-
-
-def test_the_builtin_teacher_needs_a_corpus():
-    opened = open_grader(InteractConfig(init="somewhere"), builtin_teacher, corpus=None)
-    with (
-        pytest.raises(UserError, match="somewhere does not say what the student was trained on"),
-        opened,
-    ):
-        pass
 
 
 @pytest.mark.parametrize(

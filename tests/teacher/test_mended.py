@@ -25,7 +25,7 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
 
     def steps(again):
         config = InteractConfig(teacher_url=[server.url])
-        with open_grader(config, corpus=None, replies=replies) as grader:
+        with open_grader(config, replies=replies) as grader:
             for i in range(4):
                 grader.send(i, "Once", f"Dog {i} ran.")
             grades = grader.collect(again)
@@ -78,7 +78,7 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
     with FaultServer(script) as server:
         for _ in range(2):
             config = InteractConfig(teacher_url=[server.url])
-            with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+            with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
                 for i in range(20):
                     grader.send(i, "Once", f"Dog {i} ran.")
                 grades = grader.collect(Stop())

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_named(models, capsys):
     with FaultServer(models=models) as server:
         config = InteractConfig(teacher_url=[server.url], teacher_model=["claude"])
-        with open_grader(config, corpus=None) as grader:
+        with open_grader(config) as grader:
             assert grader.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["model"] == "claude"
         assert "warning" in capsys.readouterr().out

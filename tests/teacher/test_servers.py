@@ -56,7 +56,7 @@ def test_every_story_is_graded_once_though_a_server_dies(capsys):
     with servers(good) as (stays,), contextlib.ExitStack() as stack:
         with FaultServer(models=("m",)) as dies:
             config = InteractConfig(teacher_url=urls([dies, stays]), teacher_concurrency=4)
-            opened = stack.enter_context(open_grader(config, corpus=None))
+            opened = stack.enter_context(open_grader(config))
             stays.ready = lambda: sum(dies.good.values()) > 3
             opened.grade("Once", stories(20))
             assert sum(dies.good.values()) > 3

@@ -107,7 +107,7 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
         config = InteractConfig(
             teacher_url=[server.url], teacher_max_tokens=6, price_out=10.0, price_in=1.0
         )
-        with open_grader(config, corpus=None) as grader:
+        with open_grader(config) as grader:
             assert grader.grade("Once", ["A dog ran."])[0].reply_words == 3
             assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
             assert "321 reply tokens" in grader.forecast(1, "Once")

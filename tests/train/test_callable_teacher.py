@@ -67,7 +67,8 @@ def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(
     assert words in line and line.isprintable() and len(metrics(tmp_path / "i")) == 1
     assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
     flags(place, tmp_path / "i")  # mended
-    interact.main(["--resume", "--out", str(tmp_path / "i")])
+    reward = f"{tmp_path / 'i.py'}:f"
+    interact.main(["--resume", "--reward", reward, "--out", str(tmp_path / "i")])
     assert_same_bits(whole, tmp_path / "i")
 
 

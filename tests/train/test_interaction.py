@@ -217,10 +217,10 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no checkpoint under runs/pretrain: run .* first"):
-        starting_checkpoint("")
+        starting_checkpoint(InteractConfig())
     for run in ("runs/demo/pretrain", "runs/pretrain"):
         shutil.copytree(place / "p", run)
-        assert starting_checkpoint("").parent == Path(run) / "checkpoints"
+        assert starting_checkpoint(InteractConfig()).parent == Path(run) / "checkpoints"
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):

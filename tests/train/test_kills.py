@@ -101,6 +101,13 @@ def arguments(place, command, out):
     return ["--init", init, "--reward", "random", *SHORT, "--steps", "20", "--out", str(out)]
 
 
+def given_again(place, command):
+    """What no record may name: of an interaction, until its first checkpoint."""
+    if command is pretrain:
+        return ["--corpus", str(place / "corpus.txt")]
+    return ["--init", str(checkpoint.newest(place / "p"))]
+
+
 def all_whole(out) -> bool:
     try:
         for _, folder in checkpoint.checkpoints(out):
@@ -123,7 +130,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
     seen = set()  # what was there when a kill came: 2 is a checkpoint
     while (goes_on := kills < KILLS or 2 not in seen) or not ends:
         argv = (
-            ["--resume", "--out", str(out)]
+            ["--resume", *given_again(place, command), "--out", str(out)]
             if (out / "config.json").exists()
             else arguments(place, command, out)
         )
@@ -166,6 +173,7 @@ def test_of_two_resumes_at_once_one_is_refused(place, tmp_path, run):
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints")
     resume = [sys.executable, ROOT / "train_pretrain.py", "--resume", "--out", out]
+    resume += given_again(place, pretrain)
     streams: dict = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has: another number gives other bits
     both = [subprocess.Popen(resume, env=env, **streams) for _ in range(2)]

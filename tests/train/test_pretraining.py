@@ -102,9 +102,13 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
     assert len(metrics(tmp_path / "parts")) == 3
-    # the options come from config.json
-    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
-    pretrain.main(["--resume", "--out", str(tmp_path / "whole")])  # nothing is left to read
+    # the other options come from config.json
+    pretrain.main(
+        ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "parts")]
+    )
+    pretrain.main(
+        ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "whole")]
+    )  # nothing is left to read
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     stories = [read_lines(tmp_path / run / "evaluations.jsonl") for run in ("whole", "parts")]
     assert stories[0] == stories[1]
@@ -208,7 +212,9 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
         checkpoint.newest(tmp_path / "parts").name == "step_0000004"
         and len(metrics(tmp_path / "parts")) == 4
     )
-    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
+    pretrain.main(
+        ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "parts")]
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -245,7 +251,7 @@ def test_weights_that_are_not_finite_are_not_saved_by_pretraining(
         line = fails(pretrain.main, argv, capsys)
     assert "step 3 made weights that are not finite" in line and "--muon-learning-rate" in line
     assert checkpoint.newest(tmp_path / "p").name == "step_0000002"
-    pretrain.main(["--resume", "--out", str(tmp_path / "p")])
+    pretrain.main(["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "p")])
     assert metrics(tmp_path / "p")[-1]["words"] >= 900
 
 
@@ -265,7 +271,9 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
     pretrain.main(["--corpus", str(corpus), "--words", "300", "--out", str(tmp_path / "r"), *SMALL])
     corpus.write_text("\n<|endoftext|>\n".join(stories))
     line = fails(
-        pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys
+        pretrain.main,
+        ["--resume", "--words", "600", "--corpus", str(corpus), "--out", str(tmp_path / "r")],
+        capsys,
     )
     assert "the corpus changed since" in line and "model.safetensors" not in line
 

@@ -198,7 +198,7 @@ def test_a_resume_without_out_continues_the_newest_run_that_began_without_it(clo
         run("python train_interact.py --reward my_reward.py")
     run("python train_interact.py --reward my_reward.py --out runs/interact-mine")
     capsys.readouterr()
-    train_interact.main(["--resume", "--steps", "2"])
+    train_interact.main(["--resume", "--steps", "2", "--reward", "my_reward.py"])
     assert "--resume: the newest run without --out is runs/interact-2" in capsys.readouterr().out
     assert [len(metrics(clone / f"runs/interact{end}")) for end in ("", "-2", "-mine")] == [1, 2, 1]
 

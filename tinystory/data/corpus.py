@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,22 @@ def open_corpus(names: Sequence[str]) -> Corpus:
         else:
             parts.append(_file(Path(name)))
     return Corpus(sorted(parts, key=lambda part: part.pauses))
+
+
+def recorded_corpus(names: Sequence[str] | None, folder: Path) -> Sequence[str]:
+    """`names`, the corpus that the checkpoint in `folder` records. Raises UserError for none, and
+    for a file: the checkpoint may be somebody else's, so only the user names files."""
+    if not names:
+        raise UserError(
+            f"{folder} does not say what the student was trained on: give its --corpus NAME|FILE"
+        )
+    for name in names:
+        if name not in NAMES:
+            raise UserError(
+                f"{folder} says that the student was trained on {shlex.quote(name[:200])}: it may "
+                "be somebody else's, so no file that it names is read; give --corpus NAME|FILE"
+            )
+    return names
 
 
 def _generated(name: str) -> Part:

@@ -50,16 +50,27 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def names_file(name: str) -> bool:
+    """Whether `load_openings` would read a file of this name. Whether there is one does not matter:
+    what a run's config.json records as a text must never become a file."""
+    one_word = len(name.split()) == 1
+    return (
+        name.startswith(("/", "./", "../")) or name.endswith(".txt") or ("/" in name and one_word)
+    )
+
+
 def load_openings(name: str) -> list[str]:
     """Distinct openings: the built-in ones, the lines of a file (UserError if it has none), or
-    `name` itself."""
+    `name` itself. Raises UserError for a text that is also the name of a file."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
-    is_path = (
-        path.suffix == ".txt" or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
-    )
-    if name.strip() and not is_path:
+    if name.strip() and not names_file(name):
+        if os.path.exists(name):
+            raise UserError(
+                f"--openings {name} is a text, and a file has this name: give ./{name} to read the "
+                "file, or another opening"
+            )
         return [name]
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.config import InteractConfig
+from tinystory.data.corpus import BUILTIN, recorded_corpus
 from tinystory.data.openings import Openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
@@ -21,21 +22,25 @@ from tinystory.teacher.prompt import Example
 
 @contextlib.contextmanager
 def open_graders(
-    config: InteractConfig, policy: Policy, reference: Student, openings: Openings
+    config: InteractConfig, start: Path, policy: Policy, reference: Student, openings: Openings
 ) -> Iterator[tuple[Grader, Grader | None, dict[str, Any]]]:
     """Yield the teacher, the second judge (None without --judge), and what config.json records of
     the teacher. On all ranks but 0 the teacher is idle and there is no judge. Raises UserError for
     whatever keeps them from grading."""
     folder = Path(config.out)
-    corpus: Sequence[str] = policy.history.get("corpus") or ["builtin"]
+    corpus = known_corpus(config, policy.history)
 
     def examples() -> Sequence[Example]:
         return worked_examples(corpus_documents(corpus))
 
+    rubric_corpus: Sequence[str] = ()
+    if config.judge == "rubric" or not (config.teacher_url or config.reward):
+        rubric_corpus = config.corpus or recorded_corpus(policy.history.get("corpus"), start)
+
     opening_teacher = open_grader(
         config,
         builtin_teacher,
-        corpus=policy.history.get("corpus"),
+        corpus=rubric_corpus,
         replies=folder / "replies.jsonl",
         likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
         examples=examples,
@@ -43,7 +48,7 @@ def open_graders(
     opening_judge = open_judge(
         config,
         builtin_teacher,
-        corpus=corpus,
+        corpus=rubric_corpus,
         replies=folder / "judge_replies.jsonl",
         examples=examples,
     )
@@ -59,3 +64,10 @@ def open_graders(
         teacher, judge = distributed.rank0_first(enter)
         calibration = distributed.rank0_value(lambda: calibrated(config, teacher, corpus))
         yield teacher, judge, teacher.facts | calibration
+
+
+def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:
+    """The corpus of the known texts by which a teacher is calibrated: --corpus, else the built-in
+    ones that the student has read, else the built-in stories."""
+    read = history.get("corpus") or []
+    return config.corpus or [name for name in BUILTIN if name in read] or ["builtin"]

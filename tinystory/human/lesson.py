@@ -38,13 +38,21 @@ def _has_result(folder: Path) -> bool:
 
 
 class Lesson:
-    """The run in `folder`, taught at `desk`. arguments: of train_interact.py, to begin it. Raises
-    UserError for records that cannot be read."""
+    """The run in `folder`, taught at `desk`. arguments: of train_interact.py, to begin it;
+    always: to begin and to resume it. Raises UserError for records that cannot be
+    read."""
 
-    def __init__(self, desk: Desk, folder: Path, arguments: Sequence[str] = ()):
+    def __init__(
+        self,
+        desk: Desk,
+        folder: Path,
+        arguments: Sequence[str] = (),
+        always: Sequence[str] = (),
+    ):
         self.desk = desk
         self.folder = folder
         self._arguments = arguments
+        self._always = always
         answers = read_records(folder / PAIRS)
         # before, after or neither, by the pair's key
         self._answers = {record["key"]: record["preferred"] for record in answers}
@@ -64,7 +72,8 @@ class Lesson:
         arguments = [*self._arguments, "--out", self.folder]
         if holds_run(self.folder):
             arguments = ["--out", self.folder, "--resume"]
-        return hint("train_interact.py", *arguments, "--teacher-url", f"{url}/v1")
+        arguments += [*self._always, "--teacher-url", f"{url}/v1"]
+        return hint("train_interact.py", *arguments)
 
     async def tick(self) -> None:
         """Hand in grades, and report the comparisons, as soon as each is ready; to be called

@@ -24,7 +24,6 @@ from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
 from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records, read_stories
 from tinystory.run.text import printable
-from tinystory.run.trust import MARK
 from tinystory.teacher.prompt import TOP
 
 RANDOM = 6  # stories shown
@@ -119,7 +118,7 @@ def write_report(run: Path, live: bool = False) -> Path:
     if metrics:
         notes.append(page.count(metrics[-1]["step"], "step"))
     if config:
-        rest = [(name, value) for name, value in config.items() if name not in ("options", MARK)]
+        rest = [(name, value) for name, value in config.items() if name != "options"]
         facts = page.facts([*config["options"].items(), *rest])
         sections.append(details("How it was run", "", facts))
         minute = config["started"][:16].replace("T", " ")

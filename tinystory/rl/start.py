@@ -25,11 +25,18 @@ INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 
-def starting_checkpoint(init: str) -> Path:
+def starting_checkpoint(config: InteractConfig) -> Path:
     """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
-    folders that followed them (runs/pretrain-2)."""
-    if init:
-        return checkpoint.find(Path(init))
+    folders that followed them (runs/pretrain-2). Raises UserError if a run is to begin again
+    without it."""
+    if config.init:
+        return checkpoint.find(Path(config.init))
+    if config.resume:
+        began = read_config(Path(config.out))["options"]["init"]
+        raise UserError(
+            f"{config.out} has no checkpoint to go on from, and was begun from {began!r:.200}: "
+            "give that again as --init"
+        )
     for run in newest_first(*PRETRAIN_RUNS):
         if checkpoint.newest(run):
             return checkpoint.find(run)

@@ -19,7 +19,8 @@ READY = "listening on "
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     """Yield the URL of a rubric fitted to `corpus`; the process ends with the block, or with
     ours."""
-    command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *corpus]
+    names = [f"./{name}" if name.startswith("-") else name for name in corpus]  # not an option
+    command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *names]
     environment = dict(os.environ)
     environment.pop("OPENAI_API_KEY", None)
     # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.

@@ -18,7 +18,6 @@ from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.files import atomic_write, require_writable
 from tinystory.run.paths import hint
 from tinystory.run.records import CONFIG, FIELDS, METRICS, SAMPLES, STORIES, Record, read_object
-from tinystory.run.trust import marked
 
 LOCK = ".lock"
 
@@ -96,8 +95,7 @@ def timestamp() -> str:
 
 
 def write_config(folder: Path, record: Record) -> None:
-    """Write config.json with this user's mark."""
-    atomic_write(folder / CONFIG, json.dumps(marked(record), indent=2) + "\n")
+    atomic_write(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Record:

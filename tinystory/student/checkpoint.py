@@ -7,7 +7,6 @@ result."""
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,17 +24,13 @@ from torch.optim import Optimizer
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.files import atomic_folder
-from tinystory.run.folder import read_config
 from tinystory.run.records import (
-    CONFIG,
     Fields,
-    Record,
     check_fields,
     read_object,
     require_whole,
     write_manifest,
 )
-from tinystory.run.trust import is_own, names_file, student_corpus
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
@@ -306,21 +301,3 @@ def _entry(state: dict[str, Tensor], key: str, parameter: str, shape: torch.Size
     if key in ("step", "exp_avg_sq") and (value < 0).any():
         raise ValueError(f"{name} is negative")
     return value
-
-
-def require_known_corpus(folder: Path, history: Mapping[str, Any], *, trusted: bool) -> None:
-    """Raises UserError if a checkpoint's history names files of this machine as its corpus that
-    config.json of its run, with this user's mark, does not name: somebody else may have put them
-    there, to be read. trusted: any mark will do."""
-    run = Path(os.path.abspath(folder)).parent.parent  # a link may lead to another run
-    record: Record = {}
-    with contextlib.suppress(UserError):  # a checkpoint outside of a run
-        record = read_config(run)
-    known = student_corpus(record) if trusted or is_own(record) else []
-    for name in history.get("corpus", []):
-        if names_file(name) and os.path.exists(name) and name not in known:
-            remedy = "restore it from a copy" if trusted else "if you trust it, add --trust"
-            raise UserError(
-                f"{folder / 'model.json'} says that the student was trained on {name}, which would "
-                f"be read, and no {CONFIG} with your mark says so: {remedy}"
-            )

@@ -41,16 +41,16 @@ def open_grader(
     config: InteractConfig,
     builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None,
     *,
-    corpus: Sequence[str] | None,
+    corpus: Sequence[str] = (),
     replies: Path | None = None,
     likelihood: Callable[[], Grader] | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
     """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
     had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
-    grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache
-    file of a teacher. likelihood: makes the grader of --reward likelihood. examples: makes the
-    worked examples of a --teacher-prompt that shows some."""
+    grader is named. corpus: that corpus, as the user named it. replies: cache file of a teacher.
+    likelihood: makes the grader of --reward likelihood. examples: makes the worked examples of a
+    --teacher-prompt that shows some."""
     extra = load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
@@ -62,11 +62,7 @@ def open_grader(
             urls = config.teacher_url
             if not urls:
                 assert builtin_teacher is not None
-                if not corpus:
-                    raise UserError(
-                        f"{config.init} does not say what the student was trained on: start "
-                        "scripts/serve_teacher.py --corpus NAME|FILE, and give its --teacher-url"
-                    )
+                assert corpus
                 urls = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
