@@ -123,10 +123,10 @@ def interact(run: InteractionRun) -> None:
             policy.require_finite(state.step + 1)
 
             stages.begin("")
-            milestones = count_step(run, stories, grades, statistics)
+            words_before = state.words_in
+            count_step(run, stories, grades, statistics)
             record = log_step(run, stories, grades, scores, rewards, statistics | prediction)
-            for name in milestones:
-                save(run, name)
+            save_milestones(run, words_before)
             if state.step % config.save_every == 0:
                 save(run)
             if is_evaluated(config, state.step):
@@ -215,11 +215,9 @@ def count_step(
     stories: Sequence[Story],
     grades: Sequence[Grade],
     statistics: dict[str, Any],
-) -> list[str]:
-    """Count the step and its words, and adapt the KL coefficient. Returns the names of the
-    checkpoints at milestones that the words passed."""
+) -> None:
+    """Count the step and its words, and adapt the KL coefficient."""
     state = run.state
-    words_before = state.words_in
     opening_words = run.budget.opening_words(state)
     reply_words = sum(grade.reply_words for grade in grades)
     state.spend(stories, opening_words + reply_words)
@@ -228,7 +226,6 @@ def count_step(
     state.asked += len(grades) - grades.count(NOT_ASKED)
     with_reward = len(stories) - int(statistics["unscored"])
     state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], with_reward, run.config)
-    return run.budget.passed(words_before, state.words_in)
 
 
 def log_step(
@@ -274,6 +271,12 @@ def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
     run.policy.save(folder, run.state, replace=replace)
 
 
+def save_milestones(run: InteractionRun, words_before: int) -> None:
+    """Keep a checkpoint for each milestone that the words taken in have passed."""
+    for name in run.budget.passed(words_before, run.state.words_in):
+        save(run, name)
+
+
 def warn(run: InteractionRun, record: Record) -> bool:
     """Show new warnings in the terminal and the report. Returns whether they end the run."""
     run.update_report()
@@ -312,8 +315,10 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
         for record, score in zip(records, judge_scores(run, stories), strict=True):
             record["judge"] = score
     run.log.append(EVALUATIONS, records)
+    words_before = state.words_in
     state.spend(stories, sum(grade.reply_words for grade in grades))
     state.evaluated = state.step
+    save_milestones(run, words_before)
 
     # Without grades, each later student becomes `best`.
     if not config.eval_graded or distributed.rank0_value(
@@ -328,7 +333,8 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
         means["judge"] = mean_of(record["judge"] for record in records)
     metrics = {f"held_out_{name}": value for name, value in means.items()}
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
-    run.log.add_metrics(state.step, metrics)
+    if state.step:  # what grading cost before the first step is in its record
+        run.log.add_metrics(state.step, metrics, run.grader.stats())
     return metrics
 
 

@@ -103,11 +103,12 @@ class RunLog(contextlib.ExitStack):
         self.append(METRICS, [record])
         return record
 
-    def add_metrics(self, step: int, values: Record) -> None:
-        """Add values to the last record, of a step that was appended before, if there is one."""
+    def add_metrics(self, step: int, values: Record, costs: Record) -> None:
+        """Add an evaluation's values to the record of a step. Its costs, a teacher's, are added to
+        the step's, but for the cost of the whole run."""
         path = self.folder / METRICS
         if self.writes and path.exists():
-            add_to_record(path, step, plain(values))
+            add_to_record(path, step, plain(values), plain(costs))
             self._journals.pop(METRICS, None)  # it appends to the file that was replaced
 
     def append(self, name: str, records: Sequence[Record]) -> None:

@@ -178,12 +178,16 @@ def keep_until(path: Path, step: int) -> None:
                 file.write(json.dumps(record).encode() + b"\n")
 
 
-def add_to_record(path: Path, step: int, values: Record) -> None:
-    """Add values to the record of a step."""
+def add_to_record(path: Path, step: int, values: Record, costs: Record) -> None:
+    """Add values to the record of a step, and add costs to those in it; `teacher_cost` is that of
+    the whole run, and replaces the earlier one."""
     with atomic_file(path) as file:
         for record in read_records(path):
             if record["step"] == step:
                 record |= values
+                for name, cost in costs.items():
+                    before = 0 if name == "teacher_cost" else record.get(name) or 0
+                    record[name] = before + cost
             file.write(json.dumps(record).encode() + b"\n")
 
 
