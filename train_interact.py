@@ -45,7 +45,12 @@ from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
+from tinystory.rl.score_model import (
+    FEWEST_SCORES,
+    grades_of_step,
+    story_features,
+    with_predictions,
+)
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
@@ -130,6 +135,7 @@ def interact(run: InteractionRun) -> None:
                 scores, prediction = with_predictions(
                     policy.score_model, features, stories, scores, sent
                 )
+                require_a_score(run, scores)
 
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
@@ -226,6 +232,19 @@ def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
     return grades
+
+
+def require_a_score(run: InteractionRun, scores: Sequence[float | None]) -> None:
+    """Raises UserError for a step without any score, the teacher's or a predicted one: there would
+    be nothing to learn from. The state after the last step is saved."""
+    if any(score is not None for score in scores):
+        return
+    save(run)
+    raise UserError(
+        f"no story of step {run.state.step + 1} has a score: all --grades were given ("
+        f"{run.state.asked} so far), and fewer than {FEWEST_SCORES} scores are kept to predict from; "
+        "all earlier steps are saved, so go on with --resume and more --grades than that"
+    )
 
 
 def count_step(
