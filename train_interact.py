@@ -61,6 +61,7 @@ from tinystory.run.log import RunLog
 from tinystory.run.paths import ROOT, hint
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
+from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, require_room
 from tinystory.student.model import Student
@@ -404,7 +405,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             lambda: stack.enter_context(opening_grader) if rank0 else Grader({"scored_by": ""})
         )
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
-        print(f"student {start}, scored by {facts['scored_by']}")
+        print(printable(f"student {start}, scored by {facts['scored_by']}"))
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
         distributed.rank0_value(lambda: budget.require_first_step(state))
@@ -586,7 +587,7 @@ def report(run: InteractionRun) -> None:
         return
     write_samples(folder, state.best_step)
     print(summary(folder))
-    print(f"report: {folder / 'report.html'}")
+    print(printable(f"report: {folder / 'report.html'}"))
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
     if (ROOT / "lab").is_dir():  # in a clone
         judge = hint("lab/judge.py", folder, *given_again(config))

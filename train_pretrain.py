@@ -36,6 +36,7 @@ from tinystory.run.paths import hint
 from tinystory.run.records import EVALUATIONS, Record, read_metrics
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.terminal import story_text, wrapped
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, hf, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, student_config, to_device
@@ -354,7 +355,7 @@ def report(run: PretrainingRun) -> None:
         print(
             f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte"
         )
-    print(f"report: {folder / 'report.html'}")
+    print(printable(f"report: {folder / 'report.html'}"))
     print(f"next:   {next_command(config, run.data.tokenizer)}")
 
 

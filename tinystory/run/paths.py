@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tinystory.run.errors import UserError
+from tinystory.run.text import printable
 
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a wheel
 
@@ -50,7 +51,7 @@ def hint(script: str, *arguments: object) -> str:
         on_path = shutil.which(python.name) == sys.executable
         words = [python.name if on_path else _from_here(python), _from_here(ROOT / script)]
     words += map(str, arguments)
-    return shlex.join(words)
+    return printable(shlex.join(words))
 
 
 def _from_here(path: Path) -> str:

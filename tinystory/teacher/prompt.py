@@ -6,7 +6,6 @@ ours."""
 
 import hashlib
 import json
-import math
 import os
 import re
 import unicodedata
@@ -62,6 +61,7 @@ STORYTELLING = (
         ),
     ),
 )
+LARGEST_WEIGHT = 1e6  # of a criterion; no sum of weights overflows
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
 # A criterion's name. The excluded ones have another metric NAME_mean.
 NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
@@ -139,13 +139,14 @@ def _criterion(value: Any) -> Criterion:
     match value:
         case {"name": str(name), "question": question, "levels": [_, _, _, _] as levels, **rest}:
             weight: Any = rest.pop("weight", 1)
-            is_weight = type(weight) in (int, float) and 0 < weight < math.inf
+            is_weight = type(weight) in (int, float) and 0 < weight <= LARGEST_WEIGHT
             are_plain = all(map(_is_plain, [question, *levels]))
             if NAME.fullmatch(name) and is_weight and are_plain and not rest:
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
         f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
-        'metrics.jsonl), a "question" and 4 "levels" of plain text, perhaps a "weight" above 0, and nothing else'
+        'metrics.jsonl), a "question" and 4 "levels" of plain text, perhaps a "weight" above 0 and at most 1e6, and '
+        "nothing else"
     )
 
 
