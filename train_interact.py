@@ -55,6 +55,7 @@ from tinystory.run.log import RunLog
 from tinystory.run.paths import hint
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics, read_records
 from tinystory.run.step_log import Progress, Stages
+from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
@@ -208,6 +209,19 @@ def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
     return grades
+
+
+def require_a_score(run: InteractionRun, scores: Sequence[float | None]) -> None:
+    """Raises UserError for a step without any score, the teacher's or a predicted one: there would
+    be nothing to learn from. The state after the last step is saved."""
+    if any(score is not None for score in scores):
+        return
+    save(run)
+    raise UserError(
+        f"no story of step {run.state.step + 1} has a score: all --grades were given ("
+        f"{run.state.asked} so far), and fewer than {FEWEST_SCORES} scores are kept to predict from; "
+        "all earlier steps are saved, so go on with --resume and more --grades than that"
+    )
 
 
 def count_step(
@@ -463,7 +477,7 @@ def report(run: InteractionRun) -> None:
         return
     write_samples(folder, state.best_step)
     print(summary(folder))
-    print(f"report: {folder / 'report.html'}")
+    print(printable(f"report: {folder / 'report.html'}"))
     print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
 
 

@@ -387,7 +387,7 @@ def report(run: PretrainingRun) -> None:
                 f"held-out {100 * config.val_fraction:g} % of {corpus}"
             )
         )
-    print(f"report: {folder / 'report.html'}")
+    print(printable(f"report: {folder / 'report.html'}"))
     print(f"next:   {next_command(config, run.data.tokenizer)}")
 
 

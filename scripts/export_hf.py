@@ -17,6 +17,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_folder, atomic_write
 from tinystory.run.folder import require_output
 from tinystory.run.options import script_parser
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, gguf, hf
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             atomic_write(partial / "README.md", card)
     print(f"written: {', '.join(map(str, outputs))}")
     if options.folder:
-        print(f"upload: hf upload NAME/REPO {options.folder}")
+        print(printable(f"upload: hf upload NAME/REPO {options.folder}"))
 
 
 if __name__ == "__main__":

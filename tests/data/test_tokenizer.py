@@ -157,6 +157,10 @@ def _leave_a_gap(spec):
     del vocab[next(name for name, id in vocab.items() if id == 500)]
 
 
+def _write_ids_as_fractions(spec):
+    spec["model"]["vocab"] = {name: float(id) for name, id in spec["model"]["vocab"].items()}
+
+
 def _rename_the_end(spec):
     spec["added_tokens"][2]["content"] = "<end>"
     spec["model"]["vocab"]["<end>"] = spec["model"]["vocab"].pop("</s>")
@@ -170,6 +174,8 @@ FOREIGN = {
     "no end token": _rename_the_end,
     "single characters": lambda spec: spec["added_tokens"].append({"id": 5, "content": "!"}),
     "gaps": _leave_a_gap,
+    "not whole numbers": _write_ids_as_fractions,
+    "not Unicode text": lambda spec: spec["added_tokens"][0].update(content="\ud800"),
     "follow its merges": _swap_merges,
     "'model'": lambda spec: spec.pop("model"),
 }

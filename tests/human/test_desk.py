@@ -244,6 +244,18 @@ def test_a_file_of_something_else_is_refused_as_it_is(tmp_path, text):
     assert notes.read_text() == text
 
 
+def test_a_grade_without_one_of_the_criteria_is_named_before_a_trainer_asks_for_it(tmp_path):
+    path = tmp_path / "grades.jsonl"
+    with contextlib.closing(Desk(tmp_path / "other.jsonl", Template())) as desk:
+        key = desk.key("Once", "a")
+    line = {"key": key, "by": "me", "opening": "Once", "story": "a", "scores": {"coherence": 1}}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"line 1 of .*grades\.jsonl .*its scores are not those of"):
+        Desk(path, Template())
+    path.write_text(json.dumps(line | {"key": "of other criteria"}) + "\n")
+    Desk(path, Template()).close()
+
+
 @pytest.mark.parametrize("torn", ["", "{", '{"key": "0f', "\0" * 9])
 def test_what_a_kill_or_a_power_cut_leaves_is_a_file_of_grades(tmp_path, torn):
     (tmp_path / "grades.jsonl").write_text(torn)

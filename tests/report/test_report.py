@@ -1,6 +1,7 @@
 """The report: right numbers, whatever a model wrote kept as text, small and streaming however long
 the run."""
 
+import json
 import math
 import random
 import re
@@ -25,6 +26,17 @@ from tinystory.run.records import EVALUATIONS, STORIES
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}
+
+
+def test_escape_sequences_of_a_folders_name_and_of_a_device_reach_no_page(tmp_path):
+    run = tmp_path / "run\x1b[2J"
+    with RunLog(run, resume_step=None) as log:
+        log.config({"student": {"parameters": 1, "corpus": ["\x1b[31m"]}, "scored_by": "\x1b[1m"})
+        log.metrics(step=1, reward_mean=0.5)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"device": "\x1b]0;owned\x07"}))
+    text = write_report(run).read_text()
+    assert "owned" in text and "run[2J" in text and text.replace("\n", "").isprintable()
 
 
 def story(step, index, reward=0.5, **other):

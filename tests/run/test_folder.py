@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, story_record
+from conftest import ROOT, fails, story_record, tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import evaluate, export_hf, sample
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.files import atomic_file, atomic_folder, atomic_write
 from tinystory.run.folder import locked, read_config, require_output
@@ -30,6 +31,7 @@ from tinystory.run.records import (
     read_records,
     read_stories,
 )
+from tinystory.student import gguf
 
 
 def a_run(folder, steps):
@@ -480,3 +482,35 @@ def test_a_lock_that_cannot_be_written_is_one_clear_sentence(tmp_path, monkeypat
     with pytest.raises(UserError, match=f"cannot write .*{advice}"), locked(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def links_to(folder, target):
+    """Symbolic links from every name that a temporary file in `folder` could be guessed to have."""
+    names = ["config.json", "report.html", "student.gguf"]
+    for name in names:
+        for number in ("", f".{os.getpid()}"):
+            (folder / f".{name}{number}.tmp").symlink_to(target)
+    return names
+
+
+def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_path, student):
+    """Somebody who sends a folder could have put it there."""
+    pytest.importorskip("gguf")
+    private = tmp_path / "private"
+    private.write_text("mine")
+    (tmp_path / "run").mkdir()
+    names = links_to(tmp_path / "run", private)
+    for name in names[:2]:
+        atomic_write(tmp_path / "run" / name, "{}")
+    gguf.write(tmp_path / "run" / names[2], student, Tokenizer.train(tiny_stories(200), 320))
+    assert private.read_text() == "mine"
+    assert not any((tmp_path / "run" / name).is_symlink() for name in names)
+
+
+def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

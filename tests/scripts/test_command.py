@@ -175,8 +175,11 @@ class CtrlC:
 sys.meta_path.insert(0, CtrlC())
 """
 COMMANDS = [ROOT / "train_pretrain.py", ROOT / "train_interact.py"]
-# another's, elsewhere
-COMMANDS += [path for path in sorted(ROOT.glob("scripts/*.py")) if path.stem != "peer"]
+COMMANDS += sorted(ROOT.glob("scripts/*.py"))
+
+
+def test_a_command_to_be_copied_has_no_escape_sequences():
+    assert paths.hint("train_interact.py", "--out", "run\x1b[2J").isprintable()
 
 
 def interrupted(program, folder) -> subprocess.CompletedProcess:

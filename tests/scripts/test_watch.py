@@ -12,6 +12,7 @@ import pytest
 from conftest import fails, story_record
 
 from scripts import watch
+from tinystory.run.errors import UserError
 from tinystory.run.folder import LOCK, in_use, locked
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, STORIES
@@ -48,6 +49,20 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     assert [line for line in lines if line.startswith("Step 12")] == [
         f"Step 12, reward {i}: Once story {i} [31mred blue" for i in (6, 7, 8)
     ]
+
+
+@pytest.mark.parametrize("lock", ["pipe", "link"])
+def test_a_lock_that_is_none_of_ours_is_neither_waited_for_nor_written(run, tmp_path, lock):
+    private = tmp_path / "private"
+    private.write_text("mine")
+    if lock == "pipe":
+        os.mkfifo(run / LOCK)
+    else:
+        (run / LOCK).symlink_to(private)
+    assert not in_use(run)
+    with pytest.raises(UserError, match=r"\.lock: it is not a regular file"), locked(run):
+        pass
+    assert private.read_text() == "mine"
 
 
 def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):

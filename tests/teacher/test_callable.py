@@ -34,6 +34,19 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
         scores(f"{tmp_path / 'r.txt'}:f")
 
 
+def test_a_callable_can_import_a_file_beside_it(tmp_path, monkeypatch):
+    """As `python FILE.py` can, from any folder."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "words_of.py").write_text("def count(text): return len(text.split())\n")
+    file = tmp_path / "mine" / "r.py"
+    file.write_text(
+        "import words_of\ndef f(o, stories): return [words_of.count(x) / 10 for x in stories]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in (file, "mine/r.py"):
+        assert scores(f"{name}:f", stories=["a b"]) == [0.2]
+
+
 def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at_a_time(tmp_path):
     file = tmp_path / "r.py"
     file.write_text(

@@ -149,7 +149,7 @@ def test_words_beyond_max_tokens_do_not_count(monkeypatch):
 def test_an_empty_story_needs_no_teacher():
     with FaultServer() as server, Teacher(server.url) as teacher:
         grades = teacher.grade("Once", ["", " \n\t", "\x00\u200b"])
-        assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0, "", 0, 0, 0.0, None)] * 3
+        assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0)] * 3
         assert len(server.requests) == 1  # the probe
 
 

@@ -353,6 +353,8 @@ TAKEN = ("length", "diversity", "reward", "score", "tokens", "held_out_score")
         ({"criteria": [{**HUMOUR, "weight": 0}]}, "weight"),
         ({"criteria": [{**HUMOUR, "weight": "1"}]}, "weight"),
         ({"criteria": [{**HUMOUR, "weight": True}]}, "weight"),
+        ({"criteria": [{**HUMOUR, "weight": 10**400}]}, "weight"),
+        ({"criteria": [{**HUMOUR, "weight": 1e308}, {**SUSPENSE, "weight": 1e308}]}, "weight"),
         (
             '{"criteria": [{"name": "a", "question": "b", "levels": ["a", "b", "c", "d"], "weight": NaN}]}',
             "weight",

@@ -109,6 +109,30 @@ def test_of_a_few_grades_one_may_be_refused(place, tmp_path, capsys, empty_stori
     )
 
 
+def test_a_step_without_any_score_or_prediction_is_one_sentence(
+    place, tmp_path, capsys, empty_stories_too
+):
+    (tmp_path / "r.py").write_text(
+        "def score(o, stories):\n    return [0.5] + [None] * (len(stories) - 1)\n"
+    )
+    flags = [*SHORT, "--stories-per-step", "16", "--no-eval-graded", "--init", str(place / "p")]
+
+    # The teacher's one score in eight is not enough to predict the second step's.
+    few = ["--grades", "8", "--max-unscored", "0.99", "--reward", str(tmp_path / "r.py")]
+    line = fails(interact.main, [*flags, *few, "--out", str(tmp_path / "few")], capsys)
+    assert "no story of step 2 has a score" in line and "--resume and more --grades" in line
+    assert len(metrics(tmp_path / "few")) == 1
+
+    # A run that had all stories graded keeps none to predict from.
+    out = ["--out", str(tmp_path / "all")]
+    interact.main([*flags, "--steps", "1", "--reward", "random", *out])
+    more = ["--resume", "--steps", "5", *out]
+    line = fails(interact.main, [*more, "--grades", "8"], capsys)
+    assert "no story of step 2 has a score: all --grades were given (16 so far)" in line
+    interact.main([*more, "--grades", "40"])
+    assert len(metrics(tmp_path / "all")) == 5
+
+
 def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, tmp_path):
     texts = [f"{'One day ' * (i % 3)}{name} had a {THINGS[i]}" for i, name in enumerate(NAMES)]
     texts += [f"It was {thing}" for thing in THINGS]

@@ -116,6 +116,10 @@ def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
         raise ValueError("it changes the text before it splits it")
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = model["vocab"] | specials
+    if any(type(id) is not int for id in vocab.values()):
+        raise ValueError("its ids are not whole numbers")
+    if any(name != name.encode(errors="replace").decode() for name in specials):
+        raise ValueError("a special token is not Unicode text")
     names = sorted(vocab, key=vocab.__getitem__)
     if sorted(vocab.values()) != list(range(len(names))):
         raise ValueError("its ids have gaps")

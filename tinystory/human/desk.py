@@ -50,7 +50,7 @@ class Desk:
         # key of the story on the page; its grade, if any, was taken back
         self._current: str | None = None
         self._graded = 0.0  # when the last grade was given
-        for record in read_records(path, GRADE):
+        for record in read_records(path, GRADE, self._check):
             self._grades[record["key"]] = record
         self._journal = Journal(path, durable=True)
         self.close = self._journal.close
@@ -59,6 +59,13 @@ class Desk:
 
     def key(self, opening: str, story: str) -> str:
         return key_of(instructions(self.template), opening, story)
+
+    def _check(self, record: Record) -> None:
+        """Raises ValueError for a grade of a story by these criteria that lacks one of them."""
+        is_ours = record["key"] == self.key(record["opening"], record["story"])
+        scores = record["scores"]
+        if is_ours and scores is not None and scores.keys() != set(self.template.names):
+            raise ValueError(f"its scores are not those of {', '.join(self.template.names)}")
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """Wait, without limit, for the human's scores; None if the story was skipped."""

@@ -125,8 +125,8 @@ def write_report(run: Path, live: bool = False) -> Path:
         notes += [config["device"], f"{minute} UTC"]
     if live:
         notes.append("running")
-    title = escape(heading(metrics, config))
-    note = escape(" · ".join(notes))
+    title = page.clip(heading(metrics, config))
+    note = page.clip(" · ".join(notes))
     return page.write(run / "report.html", title, note, sections, RELOAD_S if live else 0)
 
 
@@ -187,7 +187,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
         first_screen(run, metrics, curves),
         section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
-        section("Scores", escape(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
+        section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
         section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
         *findings_sections(run),
         details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,14 +24,26 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that durably replaces `path` when the block ends without an error; else `path`
     is untouched. Raises UserError if it cannot be written (disk full, read-only, no such
     folder)."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
+    with new_file(path) as partial:
+        with open(partial, "r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync(path.parent)  # until then the rename is not durable
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path`, to be moved there in the block; what is left of it is
+    removed. Nobody can have put a link to another file in its place, since its name is random and
+    it did not exist. In the block, OSError becomes a UserError."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        # 0o666 less the umask, as for any new file; mkstemp would take all rights from others
+        descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        os.close(descriptor)
+        yield partial
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:

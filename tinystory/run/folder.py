@@ -15,9 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.files import atomic_write, require_writable
+from tinystory.run.files import atomic_write, open_bytes, require_writable
 from tinystory.run.paths import hint
 from tinystory.run.records import CONFIG, FIELDS, METRICS, SAMPLES, STORIES, Record, read_object
+from tinystory.run.text import printable
 
 LOCK = ".lock"
 
@@ -45,7 +46,7 @@ def newest_run() -> Path:
             f"{hint('train_pretrain.py')}"
         )
     newest = max(runs, key=last_written)
-    print(f"the newest run: {newest}", file=sys.stderr)
+    print(printable(f"the newest run: {newest}"), file=sys.stderr)
     return newest
 
 
@@ -128,6 +129,8 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     lock however the process ends; new folders that stay empty are removed. Raises Taken, naming the
     holder, if another process has the lock, or if `new` and the folder already holds a run."""
     path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"cannot write {path}: it is not a regular file; remove it")
     lock = FileLock(path, blocking=False)
     try:
         new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -177,9 +180,9 @@ def locked_run(config: Any) -> Iterator[None]:
                 if not takes_free:
                     raise
         if candidate != folder:
-            print(f"{folder} is taken, so the folder of this run is {candidate}")
+            print(printable(f"{folder} is taken, so the folder of this run is {candidate}"))
         elif config.resume and not config.names_out:
-            print(f"--resume: the newest run without --out is {folder}")
+            print(printable(f"--resume: the newest run without --out is {folder}"))
         config.out = str(candidate)
         yield
 
@@ -187,9 +190,9 @@ def locked_run(config: Any) -> Iterator[None]:
 def lock_holder(folder: Path) -> str:
     """The process that has locked a folder, as `locked` describes it; "" if none has."""
     try:
-        with open(folder / LOCK, errors="replace") as file:
-            return file.read(200).strip()
-    except OSError:
+        with open_bytes(folder / LOCK) as file:
+            return file.read(200).decode(errors="replace").strip()
+    except UserError:
         return ""
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tinystory.run.errors import UserError
+from tinystory.run.text import printable
 
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a wheel
 
@@ -48,7 +49,7 @@ def hint(script: str, *arguments: object) -> str:
     if words[0] == "python":
         words = [_interpreter(), _from_here(ROOT / script)]
     words += map(str, arguments)
-    return shlex.join(words)
+    return printable(shlex.join(words))
 
 
 def _interpreter() -> str:

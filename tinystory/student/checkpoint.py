@@ -31,6 +31,7 @@ from tinystory.run.records import (
     require_whole,
     write_manifest,
 )
+from tinystory.run.text import printable
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
@@ -226,7 +227,7 @@ def newest_whole(run: Path) -> Path | None:
             f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a "
             "new run"
         )
-    print(f"{run} was stopped before its first checkpoint: it starts again")
+    print(printable(f"{run} was stopped before its first checkpoint: it starts again"))
     return None
 
 

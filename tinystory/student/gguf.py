@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.errors import UserError
+from tinystory.run.files import new_file, require_writable
 from tinystory.student.hf import FIXED, renamed
 from tinystory.student.model import Student
 
@@ -48,9 +49,8 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
     vocab = bpe["vocab"] | tokenizer.specials
     kinds = [TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(path)
+    with new_file(path) as partial:
         writer = GGUFWriter(partial, "gpt2")
         fields = dict(
             name=path.stem,
@@ -84,7 +84,3 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
         writer.write_tensors_to_file()
         writer.close()
         partial.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -161,6 +161,7 @@ def main() -> None:
 def _serve(file: str, name: str, connection: Connection) -> None:
     """Send the name of the function's first parameter, then the scores for each (opening(s),
     stories)."""
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` has it
     names = runpy.run_path(file, run_name=Path(file).stem)
     function = names.get(name)
     if not callable(function):

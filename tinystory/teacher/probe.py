@@ -44,7 +44,6 @@ QUIETER: tuple[dict[str, Any], ...] = (
 THINKING_TOKENS = 4096  # token limit of a reply if none of them works
 REFUSABLE = ("temperature", "seed")
 TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give; others give fewer, or none
-# Which values the fields of a probe can have; the others are strings or true or false.
 # What the fields of a probe can be, apart from their types.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "model": str.isprintable,

@@ -13,7 +13,6 @@ quotation."""
 
 import hashlib
 import json
-import math
 import os
 import re
 import unicodedata
@@ -70,6 +69,7 @@ STORYTELLING = (
         ),
     ),
 )
+LARGEST_WEIGHT = 1e6  # of a criterion; no sum of weights overflows
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
 # A criterion's name. The excluded ones have another metric NAME_mean.
 NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
@@ -200,14 +200,14 @@ def _criterion(value: Any) -> Criterion:
         case {"name": str(name), "question": question, **rest}:
             weight: Any = rest.pop("weight", 1)
             levels: Any = rest.pop("levels", ())
-            is_weight = type(weight) in (int, float) and 0 < weight < math.inf
+            is_weight = type(weight) in (int, float) and 0 < weight <= LARGEST_WEIGHT
             has_levels = levels == () or (isinstance(levels, list) and len(levels) == TOP + 1)
             is_known = NAME.fullmatch(name) and is_weight and has_levels and not rest
             if is_known and all(map(_is_plain, [question, *levels])):
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
         f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
-        'metrics.jsonl) and a "question" of plain text, perhaps 4 "levels" of plain text and a "weight" above 0, and '
+        'metrics.jsonl) and a "question" of plain text, perhaps 4 "levels" of plain text and a "weight" above 0 and at most 1e6, and '
         "nothing else"
     )
 
