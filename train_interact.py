@@ -38,7 +38,12 @@ from tinystory.rl.batch import Batch, Reference, collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, rollout, rollout_means
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.score_model import grades_of_step, story_features, with_predictions
+from tinystory.rl.score_model import (
+    FEWEST_SCORES,
+    grades_of_step,
+    story_features,
+    with_predictions,
+)
 from tinystory.rl.start import (
     begin_at,
     load_students,
@@ -190,6 +195,7 @@ def grade_stories(
     grades = collect_grades(run, chosen)
     teacher_scores = [grade.score for grade in grades]
     scores, prediction = with_predictions(model, features, stories, teacher_scores, chosen)
+    require_a_score(run, scores)
     return grades, scores, prediction
 
 
@@ -393,7 +399,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         grader, judge, facts = stack.enter_context(
             open_graders(config, start, policy, reference, openings)
         )
-        print(f"student {start}, scored by {facts['scored_by']}")
+        print(printable(f"student {start}, scored by {facts['scored_by']}"))
         print_forecast(config, state, grader, openings)
         budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
         trial = trial_stories(config, state)

@@ -207,8 +207,8 @@ def _criterion(value: Any) -> Criterion:
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
         f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
-        'metrics.jsonl) and a "question" of plain text, perhaps 4 "levels" of plain text and a "weight" above 0 and at most 1e6, and '
-        "nothing else"
+        'metrics.jsonl) and a "question" of plain text, perhaps 4 "levels" of plain text and a "weight" above 0 '
+        "and at most 1e6, and nothing else"
     )
 
 
