@@ -77,7 +77,9 @@ class Probe:
     def __str__(self) -> str:
         reply = "scored a story" if self.scored else f"gave no score but {self.reply[:60]!r}"
         least = f" at least {self.least_tokens}" if self.least_tokens else ""
-        findings = [reply, self.token_cap + least, f"obeys {self.held_to}"]
+        findings = [reply, self.token_cap + least]
+        if not self.top_logprobs:  # else its answers need no constraint
+            findings.append(f"obeys {self.held_to}")
         findings += [f"no {name}" for name in self.refused]
         if not self.system:
             findings.append("no system message")
