@@ -160,6 +160,7 @@ def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
     if config_class is InteractConfig:
         expected |= {"reward", "openings"}
         expected |= {"teacher_url", "teacher_model", "teacher_extra", "teacher_prompt"}
+        expected |= {"judge", "judge_model", "judge_prompt"}
     assert asked == expected
 
 
@@ -219,7 +220,7 @@ def test_no_field_of_a_checkpoint_is_opened_executed_or_sent_to(
         raise UserError("no teacher here")
         yield
 
-    monkeypatch.setattr(interact, "builtin_teacher", teacher)
+    monkeypatch.setattr("tinystory.evaluate.graders.builtin_teacher", teacher)
     folder = shutil.copytree(own, tmp_path / "run")
     start, newest = folder / "checkpoints" / "start", checkpoint.newest(folder)
     record = json.loads((start / name).read_text())
