@@ -256,6 +256,8 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
             "--out",
             str(tmp_path / "i"),
             *SHORT,
+            "--corpus",
+            str(place / "corpus.txt"),
             "--steps",
             "1",
         ]
