@@ -1,9 +1,8 @@
 """Registers, spills and instructions per HMMA of the CUDA kernels' machine code (sm_90), held to
 budgets.txt.
 
-Needs nvcc and cuobjdump with nvdisasm (CUDA's toolkit, or the wheels nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm), but no GPU. Without them it says so and exits with status 77, which ctest
-shows as skipped.
+Needs nvcc and cuobjdump with nvdisasm (CUDA's toolkit, or `pip install '.[cuda-tools]'`), but no
+GPU. Without them it says so and exits with status 77, which ctest shows as skipped.
 
 Instructions per HMMA are those that a warp issues in one iteration of the tile loop, over the HMMA
 among them: in an interior tile (the budget), which is not masked, whose maxima are not far above
