@@ -119,11 +119,12 @@ ptx-check: .venv/ready
 	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
 	{ $(PY) tests/planted_bugs.py ptx || [ $$? = 77 ]; }
 
-# What the CUDA kernels do to memory, per source line, and their machine code, beside their budgets. The latter needs nvcc
-# and pip install '.[cuda-tools]'.
+# What the CUDA kernels do to memory, per source line, and their machine code, beside their budgets; the latter needs nvcc
+# and pip install '.[cuda-tools]'. What attention loses because its blocks do not end together.
 kernel-report: .venv/ready
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
+	$(PY) tests/native/simt/grid_report.py
 
 # On a machine with a GPU, in about nine minutes: its tests, these under compute-sanitizer, and speeds, one JSON object a
 # line in build/gpu-check.jsonl. What fails does not stop the rest.
