@@ -18,7 +18,7 @@ struct ForwardPolicy {
   static constexpr int kMmaM = sizeof(Element) == 2 && D <= 64 ? 2 : 1;
   static constexpr int kQueries = kWarps * 16 * kMmaM;
   static constexpr int kKeys = sizeof(Element) == 2 ? 64 : D <= 64 ? 32 : 16;
-  static constexpr bool kQueriesInRegisters = sizeof(Element) == 2 && D == 32;
+  static constexpr bool kQueriesInRegisters = sizeof(Element) == 2 && D <= 64;
   static constexpr int kQueryBytes = kQueries * D * int(sizeof(Element)),
                        kStageBytes = kKeys * D * int(sizeof(Element));
   static constexpr int kShared = kQueryBytes + 4 * kStageBytes;  // two stages of a key tile and a value tile
