@@ -106,11 +106,12 @@ wheel-check: .venv/ready
 bench: .venv/ready
 	for part in kernels pretrain rollout ppo; do $(PY) lab/bench.py $$part --shape small; done
 
-# The CUDA kernels, bound to PyPI's torch for CUDA 13: compiled, loaded and disassembled. Needs nvcc 13, no card; 6 GB.
+# The CUDA kernels, bound to PyPI's torch for CUDA 13: compiled, loaded and disassembled; a skipped test fails. Needs nvcc
+# 13, no GPU; 6 GB.
 cuda-build:
 	python3 -m venv build/cuda
-	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
-	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest -m '' tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
+	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test,cuda-tools]'
+	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest -m '' --no-skips tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
 
 # Every CUDA kernel as nvcc compiles it, its PTX interpreted; then bugs planted in the inline PTX. Skipped without nvcc.
 ptx-check: .venv/ready
@@ -118,10 +119,12 @@ ptx-check: .venv/ready
 	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
 	{ $(PY) tests/planted_bugs.py ptx || [ $$? = 77 ]; }
 
-# What the CUDA kernels do to memory, per source line, and their machine code if nvcc is there, beside their budgets.
+# What the CUDA kernels do to memory, per source line, and their machine code, beside their budgets; the latter needs nvcc
+# and pip install '.[cuda-tools]'. What attention loses because its blocks do not end together.
 kernel-report: .venv/ready
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
+	$(PY) tests/native/simt/grid_report.py
 
 # On a machine with a GPU, in about nine minutes: its tests, these under compute-sanitizer, and speeds, one JSON object a
 # line in build/gpu-check.jsonl. What fails does not stop the rest.

@@ -33,6 +33,19 @@ hypothesis.settings.load_profile("patient")
 
 LIMIT_S = 600  # for what ends by itself: only a hang reaches it, however busy the machine is
 
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
+
+
 NAMES = ("Tom", "Mia", "Ben", "Lily", "Max", "Ana", "Sam", "Eva")
 THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")
 PLACES = ("park", "wood", "house", "garden", "shop", "barn")

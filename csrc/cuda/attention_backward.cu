@@ -1,9 +1,9 @@
 // Causal attention, backward (FlashAttention-2), in one pass of five GEMMs: a block owns a tile of keys, of whose dK and
 // dV it holds the sums, and takes the tiles of queries that see them, one after another. It recomputes P from the
 // log-sum-exp. dQ of a tile of queries is a sum over the blocks of a head; they add to it one after another, the block
-// of the diagonal first and that of the first keys last, so that the order, and the gradient's bits, never change.
-// Blocks start in that order too, and each takes its first tiles on the diagonal: the next to add has then been at work
-// for as long as this one, and seldom waits.
+// of the first keys first and that of the diagonal last, so that the order, and the gradient's bits, never change.
+// Blocks start in that order too, which is also that of their length, and all begin with the last queries: a block that
+// starts with the one before it waits for a fifth of a tile, once, and one that starts later does not wait.
 //
 // With Z the dropout mask times its scale:
 //   delta = rowsum(O * dO),  dP = Z * (dO V^T),  dS = P * (dP - delta),
@@ -40,7 +40,7 @@ struct BackwardParams : AttentionParams<Element> {
   // {-delta0, -delta1, -delta0, -delta1} / dropout scale, from which fragments of dP start.
   float* stats;
   float* partials;  // dQ so far, per (head, tile), as the warps' fragments
-  int* turns;       // per (head, tile): how many blocks have added to dQ
+  int* turns;       // per (head, tile): how many blocks have added to dQ; that of the diagonal does not count
   int* ticket;
 };
 
@@ -145,12 +145,12 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
     attention_backward_kernel(BackwardParams<Element> p) {
   using Policy = BackwardPolicy<Element, D>;
   constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kQueries / 8, kQueries = Policy::kQueries;
-  constexpr unsigned kTiles = Policy::kKeys / kQueries;
+  constexpr int kTiles = Policy::kKeys / kQueries;
   int* const shared_ticket = reinterpret_cast<int*>(shared_memory() + Policy::kTicketAt);
   if (threadIdx.x == 0) *shared_ticket = take_ticket(p.ticket);
   sync_block();
-  const int ticket = shuffle(*shared_ticket, 0), head = ticket / p.key_blocks,
-            block = p.key_blocks - 1 - ticket % p.key_blocks, k0 = block * Policy::kKeys;
+  const auto [head, block] = longest_first(shuffle(*shared_ticket, 0), p.heads, p.key_blocks, p.group);
+  const int k0 = block * Policy::kKeys;
   const int stride = 3 * p.H * D, out_stride = p.H * D;
   const Element *q = p.qkv + p.template head_offset<D>(head, 3),
                 *grad_out = p.grad_out + p.template head_offset<D>(head, 1);
@@ -159,25 +159,24 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
       grads{2 * Policy::kKeyBytes + Policy::kQueryBytes};
   const Tile<Element, kQueries> grad_scores{Policy::kGradScores};
   const auto stats = reinterpret_cast<float*>(shared_memory() + Policy::kStatsAt);
-  const int first_tile = k0 / kQueries, tile0 = head * p.query_tiles + first_tile;
-  // What the next tile to load is copied from, by this thread.
-  const Element* next_queries = thread_part<Element, D>(q + int64_t(k0) * stride, stride);
-  const Element* next_grads = thread_part<Element, D>(grad_out + int64_t(k0) * out_stride, out_stride);
-  const float* next_stats = p.stats + int64_t(tile0) * Policy::kStats;
-  const auto load = [&](int tile) {
-    const int valid = p.T - tile * kQueries;
+  // A block begins with the last tile of queries: its first row, and its index among those of all heads.
+  const int last_row = (p.query_tiles - 1) * kQueries, last_tile = (head + 1) * p.query_tiles - 1;
+  // What the next tile's rows are copied from, by this thread.
+  const Element* next_queries = thread_part<Element, D>(q + int64_t(last_row) * stride, stride);
+  const Element* next_grads = thread_part<Element, D>(grad_out + int64_t(last_row) * out_stride, out_stride);
+  const auto load = [&](int row, int tile) {
+    const int valid = p.T - row;
     load_rows<kQueries, Policy::kThreads>(queries, next_queries, stride, valid);
     load_rows<kQueries, Policy::kThreads>(grads, next_grads, out_stride, valid);
     const unsigned i = 4 * recomputed(threadIdx.x);
-    if (i < Policy::kStats) copy_async16(stats + i, next_stats + i, true);
-    next_queries += kQueries * stride;
-    next_grads += kQueries * out_stride;
-    next_stats += Policy::kStats;
+    if (i < Policy::kStats) copy_async16(stats + i, p.stats + int64_t(tile) * Policy::kStats + i, true);
+    next_queries -= kQueries * stride;
+    next_grads -= kQueries * out_stride;
   };
   const Element* k = thread_part<Element, D>(q + out_stride + int64_t(k0) * stride, stride);
   load_rows<Policy::kKeys, Policy::kThreads>(keys, k, stride, p.T - k0);
   load_rows<Policy::kKeys, Policy::kThreads>(values, k + out_stride, stride, p.T - k0);
-  load(first_tile);
+  load(last_row, last_tile);
   copy_commit();
 
   const int warp = warp_id(), row0 = warp * 16 * kMmaM, first = k0 + row0;
@@ -186,18 +185,17 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
   float dK[kMmaM][D / 8][4], dV[kMmaM][D / 8][4];
   clear(dK);
   clear(dV);
-  int* turn = p.turns + tile0;
-  float* partials = p.partials + int64_t(tile0) * Policy::kPartials;
-  for (int tile = first_tile; tile < p.query_tiles; ++tile, ++turn, partials += Policy::kPartials) {
-    const int q0 = tile * kQueries;
-    const int before = (tile - first_tile) / kTiles;  // how many blocks add to this tile's dQ before this one
+  // left: tiles to come after this one. The last kTiles are the diagonal's, to whose dQ this block is the last to add.
+  for (int left = p.query_tiles - 1 - block * kTiles, tile = last_tile; left >= 0; --left, --tile) {
+    const int q0 = k0 + left * kQueries;
     KeepMask<true, kMmaM, kMmaN> keep;
     if constexpr (kDropout) keep.draw(p.dropout, head, first, q0);
     copy_wait<0>();
     sync_block();  // all threads see this tile, and all have finished the previous one
-    if (threadIdx.x == 0 && tile > first_tile && block > 0) post(turn - 1, (tile - 1 - first_tile) / kTiles + 1);
+    if (threadIdx.x == 0 && left + 1 >= kTiles && q0 + kQueries < p.T) post(p.turns + tile + 1, block + 1);
+    int* const turn = p.turns + tile;
     int seen = 0;
-    if (threadIdx.x == kWarpSize && before > 0) seen = peek(turn);
+    if (threadIdx.x == kWarpSize && block > 0) seen = peek(turn);
 
     // S and dP are transposed here: rows are keys, columns are queries.
     float S[kMmaM][kMmaN][4], dP[kMmaM][kMmaN][4];
@@ -221,30 +219,31 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
       gemm_rs(dV, P, grads);
       gemm_rs(dK, dS, queries);
     }
-    if (threadIdx.x == kWarpSize && before > 0) wait_for(turn, before, seen);
+    if (threadIdx.x == kWarpSize && block > 0) wait_for(turn, block, seen);
     sync_block();  // dS is complete, queries and grads have been read, and it is this block's turn
 
     const unsigned thread = recomputed(threadIdx.x);
+    float* partials = p.partials + int64_t(tile) * Policy::kPartials;
     Vec16 earlier[Policy::kColumns / 8];
-    if (before > 0) load_partials<Policy::kThreads>(earlier, partials, thread);
-    if (tile + 1 < p.query_tiles) load(tile + 1);
+    if (block > 0) load_partials<Policy::kThreads>(earlier, partials, thread);
+    if (left > 0) load(q0 - kQueries, tile - 1);
     copy_commit();
     float dQ[Policy::kColumns / 8][4] = {};
     gemm_transposed<Policy::kKeys>(dQ, grad_scores, dq_row, keys, dq_column);
-    if (before > 0) add(dQ, earlier);
-    if (block > 0) {
+    if (block > 0) add(dQ, earlier);
+    if (left >= kTiles) {
       store_partials<Policy::kThreads>(partials, dQ, thread);
     } else {
-      Element* to = p.grad_qkv + (q - p.qkv) + dq_column;
-      store_queries(to, stride, dQ, q0 + dq_row, p.T, p.scale * p.dropout.scale);
+      // Few tiles come here: what only they need is not held in registers.
+      Element* to = p.grad_qkv + p.template head_offset<D>(recomputed(head), 3) + recomputed(dq_column);
+      store_queries(to, stride, dQ, q0 + recomputed(dq_row), p.T, p.scale * p.dropout.scale);
     }
   }
-  sync_block();
-  if (threadIdx.x == 0 && block > 0) post(turn - 1, (p.query_tiles - 1 - first_tile) / kTiles + 1);
+  sync_block();  // all have read keys, in whose place dK is staged
 
   multiply(dK, p.scale * p.dropout.scale);
   multiply(dV, p.dropout.scale);
-  Element* grad_keys = p.grad_qkv + (q - p.qkv) + out_stride + int64_t(k0) * stride;
+  Element* grad_keys = p.grad_qkv + p.template head_offset<D>(recomputed(head), 3) + out_stride + int64_t(k0) * stride;
   store_rows<Element, D, kMmaM>(dK, keys, row0, grad_keys, stride, p.T - k0);
   store_rows<Element, D, kMmaM>(dV, values, row0, grad_keys + out_stride, stride, p.T - k0);
 }
@@ -278,7 +277,7 @@ struct Backward {
     const Workspace parts(x, Policy{});
     float* const stats = workspace + parts.partials;
     int* const turns = reinterpret_cast<int*>(stats + parts.stats);
-    const BackwardParams<Element> p{attention_params<Element>(x),
+    const BackwardParams<Element> p{attention_params<Element>(x, 2 * sizeof(Element) + 4),  // queries, grads, partials
                                     ceil_div(x.T, Policy::kQueries),
                                     ceil_div(x.T, Policy::kKeys),
                                     stats,

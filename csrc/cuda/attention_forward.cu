@@ -18,7 +18,7 @@ struct ForwardPolicy {
   static constexpr int kMmaM = sizeof(Element) == 2 && D <= 64 ? 2 : 1;
   static constexpr int kQueries = kWarps * 16 * kMmaM;
   static constexpr int kKeys = sizeof(Element) == 2 ? 64 : D <= 64 ? 32 : 16;
-  static constexpr bool kQueriesInRegisters = sizeof(Element) == 2 && D == 32;
+  static constexpr bool kQueriesInRegisters = sizeof(Element) == 2 && D <= 64;
   static constexpr int kQueryBytes = kQueries * D * int(sizeof(Element)),
                        kStageBytes = kKeys * D * int(sizeof(Element));
   static constexpr int kShared = kQueryBytes + 4 * kStageBytes;  // two stages of a key tile and a value tile
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
     attention_forward_kernel(AttentionParams<Element> p) {
   using Policy = ForwardPolicy<Element, D>;
   constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kKeys / 8, kMaskN = kMmaN < 4 ? kMmaN : 4;
-  // A head's blocks follow one another, so that they share its keys and values in the L2 cache. Its last tile attends to
-  // the most keys, so it starts first.
-  const int query_tiles = int(gridDim.x) / p.heads, head = int(blockIdx.x) / query_tiles,
-            q0 = (query_tiles - 1 - int(blockIdx.x) % query_tiles) * Policy::kQueries;
+  // A head's last tile attends to the most keys.
+  const int query_tiles = int(gridDim.x) / p.heads;
+  const auto [head, rank] = longest_first(int(blockIdx.x), p.heads, query_tiles, p.group);
+  const int q0 = (query_tiles - 1 - rank) * Policy::kQueries;
   const int stride = 3 * p.H * D;
   const Element* q = p.qkv + p.template head_offset<D>(head, 3);
 
@@ -149,7 +149,7 @@ struct Forward {
   template <class Element, int D>
   void run() const {
     using Policy = ForwardPolicy<Element, D>;
-    const auto p = attention_params<Element>(x);
+    const auto p = attention_params<Element>(x, 2 * sizeof(Element));  // keys and values
     launch(
         p.dropout.threshold ? attention_forward_kernel<Element, D, true> : attention_forward_kernel<Element, D, false>,
         x.B * x.H * ceil_div(x.T, Policy::kQueries), Policy::kThreads, Policy::kShared, stream, p);

@@ -443,7 +443,7 @@ struct AttentionParams {
   float* lse;
   const Element* grad_out;
   Element* grad_qkv;
-  int T, H, heads;
+  int T, H, heads, group;   // group: of heads, see longest_first
   float scale, scale_log2;  // of the scores, without and with a factor log2(e)
   Dropout dropout;
 
@@ -454,8 +454,30 @@ struct AttentionParams {
   }
 };
 
+inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// Blocks start in the order of their indices. If the longest start first, the last to end are short, and the SMs end
+// almost together. Heads are taken in groups of equal size, of which the L2 cache of an A100 or H100 holds what the
+// blocks of a head share.
+constexpr int64_t kCacheBytes = 32 << 20;
+inline int heads_per_group(int64_t heads, int64_t shared_bytes) {
+  const int64_t fit = shared_bytes < kCacheBytes ? kCacheBytes / shared_bytes : 1;
+  return ceil_div(heads, ceil_div(heads, fit));
+}
+
+// What a block computes: one of a head's tiles, of which that of rank 0 is the longest.
+struct Share {
+  int head, rank;
+};
+__device__ __forceinline__ Share longest_first(int block, int heads, int tiles, int group) {
+  const int first = block / (group * tiles) * group, size = heads - first < group ? heads - first : group,
+            within = block - first * tiles;
+  return {first + within % size, within / size};
+}
+
+// bytes_per_element: that a head's blocks share, per element of one of its matrices.
 template <class Element>
-AttentionParams<Element> attention_params(const Attention& x) {
+AttentionParams<Element> attention_params(const Attention& x, int bytes_per_element) {
   const double scale = 1 / std::sqrt(double(x.D));
   const uint32_t threshold = dropout_threshold(x.dropout);
   return {.qkv = static_cast<const Element*>(x.qkv),
@@ -466,11 +488,10 @@ AttentionParams<Element> attention_params(const Attention& x) {
           .T = int(x.T),
           .H = int(x.H),
           .heads = int(x.B * x.H),
+          .group = heads_per_group(x.B * x.H, x.T * x.D * bytes_per_element),
           .scale = float(scale),
           .scale_log2 = float(scale * 1.4426950408889634),
           .dropout = {dropout_keys(x.seed), threshold, float(dropout_scale(threshold))}};
 }
-
-inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 }  // namespace tinystory::cuda

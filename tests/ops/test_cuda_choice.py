@@ -1,10 +1,14 @@
 """A GPU or a CUDA toolkit that does not fit: the CPU runs, and --device cuda is one sentence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils import cpp_extension
 
-from tests.conftest import using
+from tests.conftest import ROOT, using
 from tinystory import ops
 from tinystory.ops import backend, build, compute, cuda
 from tinystory.ops.compute import pick_dtype
@@ -76,7 +80,7 @@ BAD = {
     ),
     "an old GPU": (
         dict(gpus=((7, 5),)),
-        "compute capability 8.0 .*TINYSTORY_KERNELS=reference",
+        "GPU has compute capability 7.5, .* 8.0 or more .*bfloat16.*TINYSTORY_KERNELS=reference",
     ),
     "a GPU that is not NVIDIA's": (dict(torch_cuda=None), "torch is built without CUDA"),
 }
@@ -119,3 +123,15 @@ def test_bfloat16_is_not_chosen_where_torch_is_kept_from_it(monkeypatch):
             torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
         )
         assert pick_dtype("auto", torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize("options, code", [([], 0), (["--no-skips"], 1)])
+def test_a_skipped_test_fails_if_nothing_may_be_skipped(tmp_path, options, code):
+    """`make cuda-build` must not test less than it says."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n\n\n@pytest.mark.skip\ndef test_it():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", *options, "test_it.py"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == code, ran.stdout + ran.stderr

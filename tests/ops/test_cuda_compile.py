@@ -1,8 +1,7 @@
 """Every CUDA kernel compiles for sm_80 and sm_90 without warnings, spills or local memory, into the
 instructions meant.
 
-Needs nvcc but no card; the last test also needs cuobjdump, which CUDA's toolkit and the wheels of
-triton and nvidia-cuda-cuobjdump carry.
+Needs nvcc but no GPU; the last test also needs cuobjdump and nvdisasm (the extra `cuda-tools`).
 """
 
 from __future__ import annotations
@@ -129,17 +128,9 @@ def test_the_binding_compiles_without_cuda_in_torch(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def registers_are_full(kernel: str) -> bool:
-    return re.search("attention_backward_kernel.*Li128E", kernel) is not None
-
-
 def test_no_kernel_spills_or_uses_local_memory(compiled):
-    """But for one: at D 128 the registers of the backward kernel are full, and a value is in local
-    memory (docs/kernels.md)."""
     kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
-    full = [k for k in kernels if registers_are_full(k.name)]
-    assert full and all(k.stack <= 8 and k.spilled <= 4 for k in full)
-    assert [k for k in kernels if (k.stack or k.spilled) and k not in full] == []
+    assert [k for k in kernels if k.stack or k.spilled] == []
 
 
 def read_sass(built: Path) -> dict[tuple[str, str], list[str]]:
@@ -166,9 +157,7 @@ def test_machine_code_has_the_instructions_meant(compiled):
         for (arch, kernel), instructions in read_sass(built).items():
             has = set(instructions)
             where = f"{name} {arch} {kernel}"
-            assert registers_are_full(arch, kernel) or not {
-                i for i in has if i.startswith(("LDL", "STL"))
-            }, where
+            assert not any(i.startswith(("LDL", "STL")) for i in has), where
             if name in ("attention_forward", "attention_backward") and "stats_kernel" not in kernel:
                 assert {"LDGSTS.E.BYPASS.128", "STG.E.128"} <= has, where
                 half = "f16E" in kernel  # bf16 or f16

@@ -36,7 +36,11 @@ def why_not() -> str:
     if torch.version.cuda is None:
         return "this torch is built without CUDA: install one with it to use a GPU"
     if not architectures():
-        return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or more: use another"
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"this GPU has compute capability {major}.{minor}, and the CUDA kernels need 8.0 or more "
+            "(Ampere, for tensor cores in bfloat16 and asynchronous copies): use another"
+        )
     major = torch.version.cuda.split(".")[0]
     home = toolkit()
     release = re.search(r"release (\d+)", version())

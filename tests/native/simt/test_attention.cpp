@@ -4,7 +4,9 @@
 // error of a few roundings in the dtype, plus the effect of float32 rounding on its score. So the bound is the same sum
 // over absolute values, each term multiplied by its relative error.
 #include <algorithm>
+#include <set>
 
+#include "../../../csrc/cuda/tiles.cuh"
 #include "check.h"
 
 using namespace tinystory;
@@ -143,6 +145,28 @@ void test_training(uint64_t seed) {
     for (const int64_t D : {32, 64, 128}) test_training<Element>(c, D, ++seed);
 }
 
+// The longest tiles of a group's heads start first, and every tile is some block's.
+void test_order() {
+  for (const auto& [heads, tiles, group] :
+       {std::tuple{1, 1, 1}, {1, 5, 1}, {7, 4, 7}, {10, 4, 5}, {11, 3, 4}, {384, 4, 192}}) {
+    std::set<std::pair<int, int>> seen;
+    bool in_order = true;
+    int last_group = 0, last_rank = 0;
+    for (int block = 0; block < heads * tiles; ++block) {
+      const auto [head, rank] = cuda::longest_first(block, heads, tiles, group);
+      if (head < 0 || head >= heads || rank < 0 || rank >= tiles) break;
+      seen.insert({head, rank});
+      in_order &= std::pair(last_group, last_rank) <= std::pair(head / group, rank);
+      last_group = head / group, last_rank = rank;
+    }
+    check(in_order && int(seen.size()) == heads * tiles, "order of " + std::to_string(heads) + " heads");
+  }
+  // Groups that fit 32 MB: all heads; two equal ones; single heads, each of which is larger.
+  check(cuda::heads_per_group(192, 128 << 10) == 192, "one group");
+  check(cuda::heads_per_group(192, 256 << 10) == 96, "two groups");
+  check(cuda::heads_per_group(5, 64 << 20) == 1, "groups of one head");
+}
+
 // Unsupported arguments raise an error instead of giving a wrong result.
 void expect_refusal(const std::string& part, DType dtype, int64_t D) {
   Attention x{};
@@ -165,6 +189,7 @@ int main(int argc, char** argv) {  // names of dtypes to test, default all
   const auto wanted = [&](const std::string& dtype) {
     return argc == 1 || std::find(argv + 1, argv + argc, dtype) != argv + argc;
   };
+  test_order();
   expect_refusal("head size must be 32, 64 or 128, not 48", DType::f32, 48);
   expect_refusal("float64 is not implemented", DType::f64, 64);
   if (wanted("bf16")) test_training<bf16>(0);
