@@ -206,12 +206,14 @@ def update(
 
     means = {name: total / max(updates, 1) for name, total in totals.items()}
     del means["mean_ratio"]
-    residual = targets.returns - targets.values
+    explained_variance = math.nan  # of the returns, by the values
+    if LEARNERS[config.learner].critic:
+        residual = targets.returns - targets.values
+        explained_variance = 1 - float(residual.var() / targets.returns.var())
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        # of the returns, by the values; NaN without values
-        "explained_variance": 1 - float(residual.var() / targets.returns.var()),
+        "explained_variance": explained_variance,
     }
 
 
