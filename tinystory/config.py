@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "--minibatch-size (stories per gradient step)",
 }
 # the keys of the table in tinystory/rl/learners.py, which imports this file
-LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")
+LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
 # the named ways to ask a teacher: tinystory/teacher/prompt.py, TEMPLATES
 PROMPTS = ("grades", "sense", "thread", "event", "examples")
 REWARDS = ("random", "constant", "likelihood")  # of --reward, beside functions in files
@@ -357,8 +357,8 @@ class InteractConfig(RunConfig):
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
     learner: str = option(
         "ridge",
-        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or "
-        "cross-entropy on a step's best quarter (sft-best)",
+        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; dpo on the best "
+        "and the worst story to an opening; or cross-entropy on a step's best quarter (sft-best)",
         LEARNER_NAMES,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
@@ -368,8 +368,13 @@ class InteractConfig(RunConfig):
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "(0, 1000]")
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
+    length_normalised: bool = option(
+        False, "--learner dpo: a story's mean log-ratio per token in place of the sum"
+    )
     kl_coef: float = option(
-        0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]"
+        0.01,
+        "initial coefficient of the KL penalty against the starting checkpoint; DPO's beta",
+        "[0, 1000]",
     )
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(

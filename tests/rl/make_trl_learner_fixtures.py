@@ -1,5 +1,5 @@
-"""Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer and SFTTrainer
-compute, for tests/rl/test_learner_parity.py to compare with.
+"""Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer, DPOTrainer and
+SFTTrainer compute, for tests/rl/test_learner_parity.py to compare with.
 
 In a venv of its own, for make_trl_fixtures.py needs another TRL:
 
@@ -9,7 +9,7 @@ In a venv of its own, for make_trl_fixtures.py needs another TRL:
 A two-layer GPT-2, float32, learns from two batches of three openings, four stories each, two
 updates per batch. Kept
 of each batch: stories, scores, the advantages, and of each update the loss; at the end, all
-weights. Tensors are named LEARNER/BATCH/QUANTITY; weights have our names and our layout.
+weights. Tensors are named SETTING/BATCH/QUANTITY; weights have our names and our layout.
 """
 
 import copy
@@ -24,7 +24,16 @@ from safetensors.torch import save_file
 from tiny_gpt2 import EOS, PAD, SHAPE, our_weights, random_gpt2
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 OPENINGS = [[7, 30, 11, 5], [9, 8, 3, 21], [4, 12, 12, 6]]
@@ -39,12 +48,14 @@ SETTINGS = {
     "rloo": ALL | dict(learner="rloo", kl_in="reward", kl_coef=0.05),
     "grpo": ALL | dict(learner="grpo", kl_in="loss", kl_coef=0.3),
     "dr_grpo": ALL | dict(learner="dr_grpo", kl_in="loss", kl_coef=0.3),
+    "dpo": ALL | dict(learner="dpo", clip_ratio=0.2, kl_coef=0.3),
+    "dpo per token": ALL | dict(learner="dpo", clip_ratio=0.2, kl_coef=2.0, length_normalised=True),
     "sft-best": ALL | dict(learner="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
 }
 
 
-def trainer_of(learner: str, model, tokenizer):
-    setting = SETTINGS[learner]
+def trainer_of(setting: dict, model, tokenizer):
+    learner = setting["learner"]
     folder = tempfile.mkdtemp()
     common = dict(
         output_dir=folder, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False
@@ -53,6 +64,15 @@ def trainer_of(learner: str, model, tokenizer):
         rows = Dataset.from_dict({"input_ids": [[7, 8, 9]], "labels": [[7, 8, 9]]})
         return SFTTrainer(
             model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer
+        )
+    if learner == "dpo":
+        loss = "sigmoid_norm" if setting.get("length_normalised") else "sigmoid"
+        config = DPOConfig(**common, beta=setting["kl_coef"], loss_type=loss)
+        rows = Dataset.from_list([dict(prompt="t7", chosen="t8", rejected="t9")])
+        reference = random_gpt2(pad_token_id=PAD)
+        reference.load_state_dict(model.state_dict())
+        return DPOTrainer(
+            model, reference, args=config, train_dataset=rows, processing_class=tokenizer
         )
     common |= dict(
         per_device_train_batch_size=len(OPENINGS) * GROUP,
@@ -116,6 +136,17 @@ def inputs_of(learner: str, trainer, stories: list[list[int]], scores: torch.Ten
             ids[row, : len(tokens)] = tokens
             labels[row, len(prompts[i]) : len(tokens)] = torch.tensor(stories[i])
         return dict(input_ids=ids, labels=labels, attention_mask=(ids != PAD).long())
+    if learner == "dpo":
+        pairs = []
+        for first in range(0, len(stories), GROUP):
+            best = first + int(scores[first : first + GROUP].argmax())
+            worst = first + int(scores[first : first + GROUP].argmin())
+            pairs.append(
+                dict(
+                    prompt_ids=prompts[best], chosen_ids=stories[best], rejected_ids=stories[worst]
+                )
+            )
+        return trainer.data_collator(pairs)
     texts = ["t"] * len(stories)
     if learner == "rloo":
         trainer._generate = lambda prompts_: (prompts, stories, texts)
@@ -135,16 +166,16 @@ def main() -> None:
         tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2"
     )
     tensors = {f"start/{name}": w for name, w in our_weights(random_gpt2(pad_token_id=PAD)).items()}
-    for learner, setting in SETTINGS.items():
+    for name, setting in SETTINGS.items():
         model = random_gpt2(pad_token_id=PAD)
-        trainer = trainer_of(learner, model, tokenizer)
+        trainer = trainer_of(setting, model, tokenizer)
         optimizer = torch.optim.Adam(
             model.parameters(), lr=setting["learning_rate"], eps=setting["adam_eps"]
         )
         for batch in range(BATCHES):
             stories = write_stories(model, batch)
             scores = torch.rand(len(stories), generator=torch.Generator().manual_seed(100 + batch))
-            inputs, losses, norms = inputs_of(learner, trainer, stories, scores), [], []
+            inputs, losses, norms = inputs_of(setting["learner"], trainer, stories, scores), [], []
             for _ in range(EPOCHS):
                 loss = trainer.compute_loss(model, copy.copy(inputs))
                 optimizer.zero_grad()
@@ -159,9 +190,9 @@ def main() -> None:
             record["grad_norms"] = torch.stack(norms)
             if "advantages" in inputs:
                 record["advantages"] = inputs["advantages"].clone()
-            tensors |= {f"{learner}/{batch}/{name}": x for name, x in record.items()}
-            print(learner, batch, [float(x) for x in losses], [float(x) for x in norms])
-        tensors |= {f"{learner}/weights/{name}": w for name, w in our_weights(model).items()}
+            tensors |= {f"{name}/{batch}/{quantity}": x for quantity, x in record.items()}
+            print(name, batch, [float(x) for x in losses], [float(x) for x in norms])
+        tensors |= {f"{name}/weights/{part}": w for part, w in our_weights(model).items()}
     facts = dict(
         shape=SHAPE, openings=OPENINGS, longest=LONGEST, settings=SETTINGS, batches=BATCHES
     )

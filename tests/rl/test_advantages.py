@@ -2,15 +2,19 @@
 
 import copy
 import dataclasses
+import math
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
-from test_ppo import CONFIG, policy, random_batch
+from test_ppo import CONFIG, OPENING, policy, random_batch, reference_of
 
 from tinystory.rl import ppo
 from tinystory.rl.batch import Targets
-from tinystory.rl.learners import best_quarter, dr_grpo, grpo, rloo
+from tinystory.rl.learners import best_against_worst, best_quarter, dr_grpo, grpo, rloo
+from tinystory.rl.policy import SharpAdam
+from tinystory.run import distributed
 
 RETURNS = torch.tensor([0.1, 0.9, 0.4, 0.7, 0.2, 0.5])
 # stories without a score are missing: one group has a single story
@@ -87,3 +91,139 @@ def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
     for row, length in ((0, 8), (1, 2)):
         assert norms["grpo", row] * length == pytest.approx(norms["dr_grpo", row] * 16, rel=1e-3)
         assert norms["rloo", row] == pytest.approx(norms["grpo", row] * length, rel=1e-3)
+
+
+# ---- DPO -----------------------------------------------------------------------------------------
+
+DPO = dataclasses.replace(
+    CONFIG, epochs=1, learner="dpo", stories_per_opening=2, kl_coef=0.1, micro_batch_size=4
+)
+
+
+def test_the_best_story_of_a_group_wins_against_its_worst():
+    returns = torch.tensor([0.4, 0.9, 0.1, 0.7, 0.5, 0.2, 0.5, 0.3, 0.3, 0.8, 0.8, 0.6, 0.6])
+    groups = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3, 5, 5, 5, 5])
+    # one story alone; the first of two equal best ones; all equal; the first of equal ones twice
+    want = [0, 1, -1, 0, 1, -1, 0, 0, 0, 1, 0, -1, 0]
+    assert best_against_worst(returns, groups).tolist() == want
+
+
+def plain_dpo(student, batch, references, pairs, config) -> torch.Tensor:
+    """DPO's loss (eq. 7) of pairs of rows, winner first, one story at a time."""
+    opening_tokens = len(OPENING)
+    log_ratios = []
+    for row, reference in enumerate(references.split(batch.lengths.tolist())):
+        tokens = batch.tokens.split(batch.lengths.tolist())[row]
+        logits = student(torch.cat([OPENING, tokens])[None])[0, opening_tokens - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        log_ratio = logprobs.sum() - reference.sum()
+        log_ratios.append(log_ratio / len(tokens) if config.length_normalised else log_ratio)
+    losses = []
+    for winner, loser in pairs:
+        margin = config.kl_coef * (log_ratios[winner] - log_ratios[loser])
+        losses.append(torch.log(1 + torch.exp(-margin)))
+    return torch.stack(losses).mean()
+
+
+def dpo_step(student, config, batch, references, rewards, optimizer=None):
+    """The gradients of each update, and the step's statistics."""
+    gradients = []
+    optimizer = optimizer or torch.optim.SGD(student.parameters(), lr=0.0)
+    step = optimizer.step
+    optimizer.step = lambda: (
+        gradients.append([p.grad.clone() for p in student.parameters()]),
+        step(),
+    )
+    parts = policy(student, torch.nn.Module(), optimizer, config)
+    stats = ppo.step(parts, batch, reference_of(references), rewards, config.kl_coef)
+    return gradients, stats
+
+
+def sampled_batch(student, lengths):
+    """A batch that the student wrote, and what a reference near it gives the tokens."""
+    batch = random_batch(lengths, student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs = ppo.response_logprobs(student, batch)[0]
+    noise = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(7))
+    return batch, batch.logprobs + 0.5 * noise
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+def test_dpos_gradient_is_that_of_the_papers_loss(student, length_normalised):
+    """Two pairs, of which the second story wins one, a tie, and a story whose partner has no
+    score."""
+    config = dataclasses.replace(DPO, length_normalised=length_normalised, micro_batch_size=2)
+    batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 3, 6, 4])
+    rewards = [0.2, 0.7, 0.9, 0.4, 0.5, 0.5, None, 0.3]
+    loss = plain_dpo(student, batch, references, [(1, 0), (2, 3)], config)
+    wanted = torch.autograd.grad(loss, [*student.parameters()])
+    (got,), stats = dpo_step(student, config, batch, references, rewards)
+    for ours, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, want, rtol=2e-3, atol=2e-5)
+    assert max(float(want.abs().max()) for want in wanted) > 1e-3
+    assert stats["policy_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert stats["pairs"] == 0.5 and stats["unscored"] == 1
+
+
+def test_dpos_loss_and_metrics_by_hand(student):
+    """The policy gives the first winner 3 nats more than the reference and its loser 1 more, the
+    second winner 2 less and its loser 2 more."""
+    batch = random_batch([2, 4, 4, 2], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs = ppo.response_logprobs(student, batch)[0]
+    gains = batch.packed(torch.tensor([[3.0 / 2], [1.0 / 4], [-2.0 / 4], [2.0 / 2]]))
+    for length_normalised, margins in ((False, (2.0, -4.0)), (True, (1.25, -1.5))):
+        config = dataclasses.replace(DPO, length_normalised=length_normalised, kl_coef=0.5)
+        rewards = [0.9, 0.1, 0.6, 0.2]
+        _, stats = dpo_step(student, config, batch, batch.logprobs - gains, rewards)
+        losses = [math.log(1 + math.exp(-0.5 * margin)) for margin in margins]
+        assert stats["policy_loss"] == pytest.approx(fmean(losses), abs=1e-5)
+        assert stats["pair_margin"] == pytest.approx(0.5 * fmean(margins), abs=1e-5)
+        assert (stats["pairs"], stats["pair_accuracy"]) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("rewards", [[0.5, 0.5, 0.2, 0.2], [0.5, None, None, 0.2]])
+def test_dpo_without_a_pair_updates_nothing(student, rewards):
+    batch, references = sampled_batch(student, [4, 3, 5, 2])
+    before = copy.deepcopy(student.state_dict())
+    optimizer = SharpAdam(student, torch.nn.Module(), DPO)
+    gradients, stats = dpo_step(student, DPO, batch, references, rewards, optimizer)
+    assert gradients == [] and stats["pairs"] == 0 and math.isnan(stats["pair_margin"])
+    assert all(torch.equal(before[name], x) for name, x in student.state_dict().items())
+
+
+def test_minibatches_keep_pairs_together():
+    for stories, size in ((10, 4), (10, 2), (10, 0), (10, 12)):
+        minibatches = ppo.shuffled_minibatches(stories, size, together=2)
+        assert sorted(row for rows in minibatches for row in rows) == list(range(stories))
+        for rows in minibatches:
+            firsts, seconds = rows[::2], rows[1::2]
+            assert (firsts % 2 == 0).all() and (seconds == firsts + 1).all()
+    assert ppo.shuffled_minibatches(0, 4, together=2) == []
+
+
+def test_dpos_gradient_is_the_sum_over_two_processes(student, monkeypatch):
+    """Each takes whole pairs, in micro-batches of one pair, of a minibatch of three pairs."""
+    config = dataclasses.replace(DPO, micro_batch_size=2)
+    batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 4])
+    advantages = batch.packed(torch.tensor([[1.0], [-1.0]] * 3))
+    zeros = torch.zeros_like(references)
+    targets = Targets(advantages, references, zeros, zeros)
+    parts = policy(student, torch.nn.Module(), None, config)
+
+    def gradients_and_sums():
+        student.zero_grad()
+        sums, _ = ppo.backward(parts, batch, targets, np.array([4, 5, 0, 1, 2, 3]), 0.1)
+        return [p.grad.clone() for p in student.parameters()], sums
+
+    whole, whole_sums = gradients_and_sums()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        halves.append(gradients_and_sums())
+    (left, left_sums), (right, right_sums) = halves
+    torch.testing.assert_close(left_sums + right_sums, whole_sums)
+    for a, b, want in zip(left, right, whole, strict=True):
+        assert a.any() and b.any()
+        torch.testing.assert_close(a + b, want, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""RLOO, GRPO, Dr. GRPO and fine-tuning on the best stories against TRL 1.16.0, weight by weight.
+"""RLOO, GRPO, Dr. GRPO, DPO and fine-tuning on the best stories against TRL 1.16.0, weight by weight.
 
 What TRL computed is in trl_learners.safetensors (make_trl_learner_fixtures.py ran it). `pytest -s`
 prints the largest absolute difference of each quantity.
@@ -33,14 +33,15 @@ def start() -> Student:
     return student
 
 
-@pytest.mark.parametrize("learner", FACTS["settings"])
-def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
+@pytest.mark.parametrize("setting", FACTS["settings"])
+def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
     monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
     options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12)
-    options = INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner]
+    options = INTERACT_PRESETS["paper"] | options | FACTS["settings"][setting]
     monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))
     config = InteractConfig(**options)
-    config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
+    # TRL has no micro-batches: they must not matter. Pairs need even ones.
+    config.micro_batch_size = 4 if config.learner == "dpo" else 5
     student, reference, differences = start(), start(), {}
     optimizer = SharpAdam(student, torch.nn.Module(), config)
 
@@ -56,7 +57,7 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
     update, used = ppo.update, {}
     monkeypatch.setattr(ppo, "update", recorded)
     for number in range(FACTS["batches"]):
-        theirs = tensors(f"{learner}/{number}/")
+        theirs = tensors(f"{setting}/{number}/")
         openings = [
             torch.tensor(opening)
             for opening in FACTS["openings"]
@@ -77,13 +78,13 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
                 batch.packed(theirs["advantages"][:, None]),
             )
     C = student.config.n_embd
-    for name, want in tensors(f"{learner}/weights/").items():
+    for name, want in tensors(f"{setting}/weights/").items():
         got = dict(student.named_parameters())[name].detach()
         # the keys' has no effect, and a gradient of rounding errors (test_parity.py)
         if name.endswith("qkv.bias"):
             got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
         compare("weights", got, want)
         compare("moved", got, tensors("start/")[name] if not name.endswith("qkv.bias") else got)
-    print(f"\n{learner}:", ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    print(f"\n{setting}:", ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
     assert differences.pop("moved") > 1e-3
     assert {name: value for name, value in differences.items() if not value <= 1e-5} == {}

@@ -19,6 +19,7 @@ LEARNERS = [
     "--learner sft-best",
     "--learner grpo --stories-per-opening 2 --kl-in loss",
     "--learner dr_grpo --stories-per-opening 2 --epochs 2",
+    "--learner dpo --stories-per-opening 3 --minibatch-size 2 --epochs 2 --kl-coef 0.1",
     "--minibatch-size 2",
 ]
 
@@ -73,6 +74,11 @@ def test_a_refusal_names_what_to_give():
         ("--value-coef 1", ("--value-coef", "gae")),
         ("--learner grpo", ("--stories-per-opening 2", "--stories-per-step")),
         ("--learner sft-best --lam 0.5", ("--lam", "--learner ridge or gae")),
+        ("--learner dpo", ("--stories-per-opening 2", "--stories-per-step")),
+        ("--learner dpo --stories-per-opening 2 --kl-coef 0", ("--kl-coef 0", "beta")),
+        ("--learner dpo --stories-per-opening 2 --kl-in loss", ("--kl-in", "rloo")),
+        ("--learner dpo --stories-per-opening 2 --minibatch-size 3", ("--minibatch-size", "even")),
+        ("--length-normalised", ("--length-normalised", "--learner dpo only")),
     ):
         with pytest.raises(UserError) as error:
             check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))
@@ -85,6 +91,7 @@ def test_a_policy_has_the_critic_of_its_learner(place):
         (dict(), 2),
         (dict(learner="gae"), 2),
         (dict(learner="grpo"), 0),
+        (dict(learner="dpo"), 0),
         (dict(learner="sft-best"), 0),
     ):
         policy = load_policy(InteractConfig(**options), checkpoint.newest(place / "p"), compute)

@@ -41,14 +41,14 @@ def why_not() -> str:
             f"this GPU has compute capability {major}.{minor}, and the CUDA kernels need 8.0 or more "
             "(Ampere, for tensor cores in bfloat16 and asynchronous copies): use another"
         )
-    major = torch.version.cuda.split(".")[0]
+    release_needed = torch.version.cuda.split(".")[0]
     home = toolkit()
     release = re.search(r"release (\d+)", version())
     has_headers = (home / "include/cuda_runtime.h").exists()
-    if release and release[1] == major and has_headers:
+    if release and release[1] == release_needed and has_headers:
         return ""
-    problem = f"torch has CUDA {torch.version.cuda}, but {home} has no nvcc and headers of {major}"
-    return f"{problem}: install the CUDA toolkit of version {major} and set CUDA_HOME to its folder"
+    problem = f"torch has CUDA {torch.version.cuda}, but {home} has no nvcc and headers of {release_needed}"
+    return f"{problem}: install the CUDA toolkit of version {release_needed} and set CUDA_HOME to its folder"
 
 
 def toolkit() -> Path:

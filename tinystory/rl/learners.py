@@ -1,7 +1,8 @@
 """The learners in one table: how each turns rewards into advantages, and its loss.
 
 Formulas follow TRL: the PPOTrainer of 0.9.4, which the paper used (arXiv 2509.15714), after Ziegler
-et al. 2019 (arXiv 1909.08593), and the trainers of 1.16.0 for RLOO, GRPO, Dr. GRPO and fine-tuning.
+et al. 2019 (arXiv 1909.08593), and the trainers of 1.16.0 for RLOO, GRPO, Dr. GRPO, DPO and
+fine-tuning.
 Tensors are (n,), one entry per story token of a batch, or padded tables (B, N), one row per story,
 with a mask that is True at tokens."""
 
@@ -24,16 +25,23 @@ from tinystory.student.model import ValueHead
 
 
 def policy_loss(
-    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor
+    config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor, kl_coef: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(n,): each token's loss, and whether it is clipped. logprob: (n,), the policy's.
+    """(n,): each token's loss, and whether it is clipped. logprob: (n,), the policy's. kl_coef:
+    DPO's beta.
 
     -min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio: PPO (Schulman et al. 2017,
     arXiv 1707.06347, eq. 7), also for GRPO and Dr. GRPO. For RLOO the whole story is one action
     (Ahmadian et al. 2024, arXiv 2402.14740). RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1)
-    fine-tunes on the best stories: -log p."""
+    fine-tunes on the best stories: -log p. DPO: -log sigmoid(beta margin) of the pair, for every
+    token of its two stories (Rafailov et al. 2023, arXiv 2305.18290, eq. 7)."""
+    not_clipped = torch.zeros_like(logprob, dtype=torch.bool)
     if config.learner == "sft-best":
-        return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
+        return -logprob, not_clipped
+    if config.learner == "dpo":
+        pair_losses = -nn.functional.logsigmoid(kl_coef * margins(config, batch, targets, logprob))
+        story_losses = pair_losses[:, None].expand(-1, 2).flatten()
+        return batch.packed(story_losses[:, None]), not_clipped
     log_ratio = logprob - batch.logprobs
     if config.learner == "rloo":
         story_ratios = torch.exp(batch.story_sums(log_ratio))
@@ -47,13 +55,25 @@ def policy_loss(
     return torch.maximum(loss, loss_of_clipped), is_clipped
 
 
+def margins(config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor) -> Tensor:
+    """(B / 2,): of each pair, two neighbours in the batch, the winner's log-ratio of policy and
+    reference less the loser's. Sums over the tokens, or with --length-normalised means, as in SimPO
+    (Meng et al. 2024, arXiv 2405.14734, eq. 4), which has no reference. logprob: (n,), the
+    policy's."""
+    signed_log_ratios = targets.advantages * (logprob - targets.ref_logprobs)
+    stories = batch.story_sums(signed_log_ratios)
+    if config.length_normalised:
+        stories = stories / upload(batch.lengths, logprob.device)
+    return stories.view(-1, 2).sum(1)
+
+
 def story_weights(config: InteractConfig, batch: Batch, tokens: int, stories: int) -> Tensor:
     """(n,): weights of the tokens in the mean over a minibatch of this size, for learners that
     compare stories.
 
     1/G sum_i 1/|o_i| sum_t: the mean of stories' token means, GRPO (Shao et al. 2024, arXiv
-    2402.03300, eq. 3); for Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1) with the most
-    tokens of a story in place of |o_i|."""
+    2402.03300, eq. 3), and for DPO of pairs' losses; for Dr. GRPO (Liu et al. 2025, arXiv
+    2503.20783, figure 1) with the most tokens of a story in place of |o_i|."""
     lengths = batch.lengths
     if config.learner == "dr_grpo":
         lengths = np.full_like(lengths, config.max_new_tokens)
@@ -119,6 +139,19 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
     return centred / (variance.sqrt() + 1e-4)
 
 
+def best_against_worst(returns: Tensor, groups: Tensor) -> Tensor:
+    """(B,): 1 for the story with the highest return of its group, -1 for the one with the lowest, 0
+    for the others, and in a group without two different returns.
+
+    One pair per opening, as in SimPO (arXiv 2405.14734, section 3): its return differs most, so a
+    noisy teacher orders it best, and no story is in two pairs."""
+    same_group = groups[:, None] == groups
+    row = torch.arange(len(returns), device=returns.device)
+    best = torch.where(same_group, returns, -math.inf).argmax(1)  # the first of equal ones
+    worst = torch.where(same_group, returns, math.inf).argmin(1)
+    return (best == row).to(returns.dtype) - (worst == row).to(returns.dtype)
+
+
 def _group_sums(x: Tensor, groups: Tensor) -> Tensor:
     """(B,): the sum over each entry's group, as a matrix product, which a GPU adds up in a fixed
     order."""
@@ -171,20 +204,23 @@ def advantages_and_returns(
 class Learner:
     """critic: its class, made from the student's width, or None. baseline: (returns (B,), groups
     (B,)) -> advantages (B,), for learners that compare the stories of a step to the same opening.
-    reads: the options that it reads and some other learner does not."""
+    reads: the options that it reads and some other learner does not. together: neighbours in the
+    batch that its loss compares, so that they stay in one micro-batch."""
 
     critic: type[RidgeCritic] | type[ValueHead] | None = None
     baseline: Callable[[Tensor, Tensor], Tensor] | None = None
-    reads: tuple[str, ...] = ("clip_ratio",)
+    reads: tuple[str, ...] = ("clip_ratio", "kl_in")
+    together: int = 1
 
 
 LEARNERS = {
-    "ridge": Learner(RidgeCritic, reads=("clip_ratio", "gamma", "lam")),
-    "gae": Learner(ValueHead, reads=("clip_ratio", "gamma", "lam", "value_coef")),
+    "ridge": Learner(RidgeCritic, reads=("clip_ratio", "kl_in", "gamma", "lam")),
+    "gae": Learner(ValueHead, reads=("clip_ratio", "kl_in", "gamma", "lam", "value_coef")),
     "rloo": Learner(baseline=rloo),
     "grpo": Learner(baseline=grpo),
     "dr_grpo": Learner(baseline=dr_grpo),
-    "sft-best": Learner(reads=()),
+    "dpo": Learner(baseline=best_against_worst, reads=("length_normalised",), together=2),
+    "sft-best": Learner(reads=("kl_in",)),
 }
 
 
@@ -202,6 +238,15 @@ def check(config: InteractConfig) -> None:
         raise UserError(
             f"--learner {name} compares the stories to an opening: give --stories-per-opening 2 or more, and "
             "--stories-per-step a multiple of it"
+        )
+    if name == "dpo" and not config.kl_coef:
+        raise UserError(
+            "--learner dpo has no gradient with --kl-coef 0, its beta: give one above 0, such as 0.1"
+        )
+    if name == "dpo" and (config.minibatch_size % 2 or config.micro_batch_size % 2):
+        raise UserError(
+            "--learner dpo compares two stories at a time: give an even --minibatch-size and an even "
+            "--micro-batch-size"
         )
     if name == "ridge" and config.stories_per_step < 2:
         raise UserError(

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.rl.batch import Batch, Reference, Targets, by_length, spans
-from tinystory.rl.learners import LEARNERS, best_quarter, policy_loss, story_weights, targets_of
+from tinystory.rl.learners import (
+    LEARNERS,
+    best_quarter,
+    margins,
+    policy_loss,
+    story_weights,
+    targets_of,
+)
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
@@ -112,8 +119,9 @@ def step(
     reference = reference.at(batch.places)
     rewards = torch.tensor([story_rewards[row] for row in scored], device=batch.inputs.device)
 
-    kl_in_reward = kl_coef if config.kl_in == "reward" else 0.0
-    kl_in_loss = kl_coef if config.kl_in == "loss" else 0.0
+    is_kl_in_loss = config.kl_in == "loss" or config.learner == "dpo"
+    kl_in_reward = 0.0 if is_kl_in_loss else kl_coef
+    kl_in_loss = kl_coef if is_kl_in_loss else 0.0
     mean_kl = float(batch.story_sums(batch.logprobs - reference.logprobs).mean())
     mean_reward = float(rewards.mean())
     statistics = {
@@ -132,6 +140,17 @@ def step(
         reference = reference.at(batch.places)
         per_token = per_token.index_select(0, batch.places)
     targets = targets_of(config, policy.critic, batch, reference, per_token)
+    if config.learner == "dpo":
+        story_advantages = batch.padded(targets.advantages)[:, 0]
+        batch = batch.rows(story_advantages.cpu().numpy().nonzero()[0])
+        targets = targets.at(batch.places)
+        pair_margins = margins(config, batch, targets, batch.logprobs)
+        openings = len(story_rewards) // config.stories_per_opening
+        statistics |= {
+            "pairs": len(pair_margins) / openings,
+            "pair_accuracy": float((pair_margins > 0).float().mean()),
+            "pair_margin": kl_coef * float(pair_margins.mean()),
+        }
     return statistics | update(policy, batch, targets, kl_in_loss, steps)
 
 
@@ -144,10 +163,11 @@ def update(
     """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
     mean statistics.
 
-    kl_coef: the KL penalty's weight in the loss. steps: done before this one. torch's global
+    kl_coef: the KL penalty's weight in the loss, or DPO's beta. steps: done before this one. torch's global
     generator draws the order of minibatches. Gradients are accumulated over micro-batches and
     processes and divided by the minibatch's tokens, so that both affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
+    together = LEARNERS[config.learner].together
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with policy.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
@@ -157,7 +177,7 @@ def update(
     updates = 0
     skipped = 0
     for epoch in range(config.epochs):
-        minibatches = shuffled_minibatches(len(batch), config.minibatch_size)
+        minibatches = shuffled_minibatches(len(batch), config.minibatch_size, together)
         for i, minibatch in enumerate(minibatches):
             if config.lr_decay:  # linearly to 0
                 epochs_done = epoch + i / len(minibatches)
@@ -186,20 +206,26 @@ def update(
 
     means = {name: total / max(updates, 1) for name, total in totals.items()}
     del means["mean_ratio"]
-    residual = targets.returns - targets.values
+    explained_variance = math.nan  # of the returns, by the values
+    if LEARNERS[config.learner].critic:
+        residual = targets.returns - targets.values
+        explained_variance = 1 - float(residual.var() / targets.returns.var())
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        # of the returns, by the values; NaN without values
-        "explained_variance": 1 - float(residual.var() / targets.returns.var()),
+        "explained_variance": explained_variance,
     }
 
 
-def shuffled_minibatches(stories: int, size: int) -> list[np.ndarray]:
-    """Rows of the minibatches of an epoch; 0: one of all stories, in their order."""
+def shuffled_minibatches(stories: int, size: int, together: int = 1) -> list[np.ndarray]:
+    """Rows of the minibatches of an epoch, none without stories; 0: one of all stories, in their
+    order. together: neighbours that stay side by side."""
+    if stories == 0:
+        return []
     if not 0 < size < stories:
         return [np.arange(stories)]
-    order = torch.randperm(stories).numpy()
+    first_rows = torch.randperm(stories // together).numpy() * together
+    order = (first_rows[:, None] + np.arange(together)).flatten()
     return np.split(order, range(size, stories, size))
 
 
@@ -212,19 +238,22 @@ def backward(
     Returns sums of STATISTICS over the tokens, divided alike, (5,) float64, and the largest
     |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
     config = policy.config
+    together = LEARNERS[config.learner].together
     tokens = int(batch.lengths[minibatch].sum())
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=batch.inputs.device)
     largest_ratio_error = torch.zeros((), device=batch.inputs.device)
-    shard = np.array(distributed.shard_strided(minibatch.tolist()), np.int64)
-    for rows in by_length(batch.input_lengths[shard], config.micro_batch_size):
-        part = batch.rows(shard[rows])
+    units = minibatch.reshape(-1, together).tolist()  # of stories, or of pairs
+    shard = np.array(distributed.shard_strided(units), np.int64).reshape(-1, together)
+    longest = batch.input_lengths[shard].max(1)
+    for rows in by_length(longest, config.micro_batch_size // together):
+        part = batch.rows(shard[rows].flatten())
         target = targets.at(part.places)
         with policy.autocast():
             logprob, states = response_logprobs(policy.student, part)
             value = None if policy.value_head is None else policy.value_head(states)
 
-        token_loss, is_clipped = policy_loss(config, part, target, logprob)
-        if kl_coef:
+        token_loss, is_clipped = policy_loss(config, part, target, logprob, kl_coef)
+        if kl_coef and config.learner != "dpo":
             token_loss = token_loss + kl_coef * k3(target, logprob)
         if LEARNERS[config.learner].baseline:
             token_loss = token_loss * story_weights(config, part, tokens, len(minibatch))
