@@ -148,7 +148,12 @@ class SimtTests:
         changed = {Path(file).name for file, _, _ in bug.changes} if bug else set()
         linked = []
         for name in TESTS[group]:
-            linked.append(self.objects[traced and name == "test_trace.cpp", Path(name).name])
+            text = (SIMT / name).read_text()
+            if any(f'csrc/cuda/{file}"' in text for file in changed):
+                planted_copy(None, root, "tests/native/simt")
+                linked.append(self.built(root / "tests/native/simt" / name, root, traced, "-O0"))
+            else:
+                linked.append(self.objects[traced and name == "test_trace.cpp", Path(name).name])
         for name in KERNELS[group]:
             source = root / "csrc/cuda" / name
             text = source.read_text()

@@ -3,14 +3,15 @@
 // block for the gradients of weight and bias.
 //
 // One warp per row. A lane owns groups of 4 columns, 128 columns apart, so that every access of a warp to global memory
-// is contiguous; what it keeps of them in shared memory no other lane reads, so nothing waits, and it lies 4 rows of
-// C / 4 floats apart, so that no banks conflict.
+// is contiguous. It loads kAhead of them before it uses the first, since a store or a sum between two loads would make
+// them wait for each other. A row of up to kAhead * 128 columns then stays in registers; a longer one is read again.
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-constexpr int kMaxWarps = 4, kRowsPerBlock = 32;
+constexpr int kWarps = 4, kAhead = 8;
+constexpr int kBlocksPerProcessor = 3;  // of the backward kernel: for so many registers suffice
 constexpr float kEpsilon = 1e-5f;
 
 struct NormParams {
@@ -22,129 +23,175 @@ struct NormParams {
 
 __device__ __forceinline__ int own_row() { return int(threadIdx.x) / kWarpSize; }
 
-// The factors on a lane's groups of a row of the branch: 0 or the scale. A call of Philox serves four groups.
+// The factors on a lane's groups of a row of the branch: 0 or the scale. A call of Philox serves four groups: i counts
+// those of a lane, from any multiple of four on.
+static_assert(kAhead % 4 == 0);
 struct BranchDropout {
   const NormParams& p;
   int64_t row;
   Words4 words{};
 
-  __device__ __forceinline__ void apply(float (&b)[4], int group) {
+  __device__ __forceinline__ void apply(float (&b)[4], int i, int group) {
     if (!p.threshold) return;
-    const int turn = group / kWarpSize;
-    if (turn % 4 == 0) words = branch_words(p.keys, uint64_t(row), uint32_t(group));
-    const uint32_t word = turn % 4 == 0 ? words.x : turn % 4 == 1 ? words.y : turn % 4 == 2 ? words.z : words.w;
+    if (i % 4 == 0) words = branch_words(p.keys, uint64_t(row), uint32_t(group));
+    const uint32_t word = i % 4 == 0 ? words.x : i % 4 == 1 ? words.y : i % 4 == 2 ? words.z : words.w;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) b[i] *= (word >> (8 * i) & 0xff) >= p.threshold ? p.keep_scale : 0.0f;
+    for (int j = 0; j < 4; ++j) b[j] *= (word >> (8 * j) & 0xff) >= p.threshold ? p.keep_scale : 0.0f;
   }
 };
 
+// What a lane holds of a row: kAhead groups, of which `first` is the first.
+using Groups = float[kAhead][4];
+template <class F>
+__device__ __forceinline__ void each_group(int first, int groups, const F& f) {
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (first + i * kWarpSize < groups) f(i, first + i * kWarpSize);
+}
+template <class Element>
+__device__ __forceinline__ void load_groups(Groups& x, const Element* row, int first, int groups) {
+  each_group(first, groups, [&](int i, int g) { load4(x[i], row + 4 * g); });
+}
+// Calls f(first) as often as a row of so many groups takes.
+template <class F>
+__device__ __forceinline__ void each_batch(int groups, const F& f) {
+  for (int first = lane_id(); first < groups; first += kAhead * kWarpSize) f(first);
+}
+// Adds x(j) to the sum j of a group, all of which are read before the first is written.
+template <class F>
+__device__ __forceinline__ void add_to(float* sums, int groups, const F& x) {
+  float sum[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sum[j] = sums[j * groups] + x(j);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sums[j * groups] = sum[j];
+}
+
 template <class Branch, class Out>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize) layer_norm_kernel(NormParams p) {
-  const int warps = int(blockDim.x) / kWarpSize, C = int(p.x.C), groups = C / 4;
-  const int64_t row = int64_t(blockIdx.x) * warps + own_row(), at = row * C;
+__global__ void __launch_bounds__(kWarps* kWarpSize, 4) layer_norm_kernel(NormParams p) {
+  const int C = int(p.x.C), groups = C / 4;
+  const bool in_registers = groups <= kAhead * kWarpSize;
+  const int64_t row = int64_t(blockIdx.x) * kWarps + own_row(), at = row * C;
   if (row >= p.x.rows) return;
-  float* const kept = reinterpret_cast<float*>(shared_memory()) + own_row() * C;
   BranchDropout dropout{p, row};
+  Groups x;
   float total = 0;
-  for (int g = lane_id(); g < groups; g += kWarpSize) {
-    float x[4];
-    load4(x, p.x.x + at + 4 * g);
+  each_batch(groups, [&](int first) {
+    load_groups(x, p.x.x + at, first, groups);
     if (p.x.branch) {
-      float b[4];
-      load4(b, static_cast<const Branch*>(p.x.branch) + at + 4 * g);
-      dropout.apply(b, g);
+      Groups b;
+      load_groups(b, static_cast<const Branch*>(p.x.branch) + at, first, groups);
+      each_group(first, groups, [&](int i, int g) {
+        dropout.apply(b[i], i, g);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] += b[i];
-      store4(p.x.sum + at + 4 * g, x);
+        for (int j = 0; j < 4; ++j) x[i][j] += b[i][j];
+        store4(p.x.sum + at + 4 * g, x[i]);
+      });
     }
+    each_group(first, groups, [&](int i, int) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) kept[i * groups + g] = x[i], total += x[i];
-  }
+      for (int j = 0; j < 4; ++j) total += x[i][j];
+    });
+  });
+  const float* const sum = (p.x.branch ? p.x.sum : p.x.x) + at;
   const float mean = warp_sum(total) / float(C);
   float squares = 0;
-  for (int g = lane_id(); g < groups; g += kWarpSize)
+  each_batch(groups, [&](int first) {
+    if (!in_registers) load_groups(x, sum, first, groups);
+    each_group(first, groups, [&](int i, int) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float d = kept[i * groups + g] - mean;
-      squares = fmaf(d, d, squares);
-    }
+      for (int j = 0; j < 4; ++j) {
+        const float d = x[i][j] - mean;
+        squares = fmaf(d, d, squares);
+      }
+    });
+  });
   const float scale = 1 / sqrtf(warp_sum(squares) / float(C) + kEpsilon);
-  for (int g = lane_id(); g < groups; g += kWarpSize) {
-    float weight[4], y[4];
-    load4(weight, p.x.weight + 4 * g);
-    load4(y, p.x.bias + 4 * g);
+  each_batch(groups, [&](int first) {
+    Groups weight, y;
+    if (!in_registers) load_groups(x, sum, first, groups);
+    load_groups(weight, p.x.weight, first, groups);
+    load_groups(y, p.x.bias, first, groups);
+    each_group(first, groups, [&](int i, int g) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = fmaf((kept[i * groups + g] - mean) * scale, weight[i], y[i]);
-    store4(static_cast<Out*>(p.x.y) + at + 4 * g, y);
-  }
+      for (int j = 0; j < 4; ++j) y[i][j] = fmaf((x[i][j] - mean) * scale, weight[i][j], y[i][j]);
+      store4(static_cast<Out*>(p.x.y) + at + 4 * g, y[i]);
+    });
+  });
   if (lane_id() == 0) p.x.mean[row] = mean, p.x.scale[row] = scale;
 }
 
-// n = (x - mean) scale, g = grad_y weight: grad_x = scale (g - mean of g - n mean of g n) + grad_sum.
+// n = (x - mean) scale, g = grad_y weight: grad_x = scale (g - mean of g - n mean of g n) + grad_sum. A warp sums the
+// gradients of weight and bias over its rows in shared memory, where each lane has its own places, and those of its
+// groups lie C / 4 floats apart, so that no banks conflict.
 template <class Branch, class Out>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize) layer_norm_backward_kernel(NormParams p) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksPerProcessor) layer_norm_backward_kernel(NormParams p) {
   const int warps = int(blockDim.x) / kWarpSize, C = int(p.x.C), groups = C / 4;
+  const bool in_registers = groups <= kAhead * kWarpSize;
   float* const all = reinterpret_cast<float*>(shared_memory());
   float *const of_weight = all + own_row() * 2 * C, *const of_bias = of_weight + C;
   for (int g = lane_id(); g < groups; g += kWarpSize)
 #pragma unroll
     for (int i = 0; i < 4; ++i) of_weight[i * groups + g] = of_bias[i * groups + g] = 0;
 
-  const int64_t first = int64_t(blockIdx.x) * kRowsPerBlock;
-  for (int64_t row = first + own_row(); row < first + kRowsPerBlock && row < p.x.rows; row += warps) {
+  for (int64_t row = int64_t(blockIdx.x) * warps + own_row(); row < p.x.rows; row += int64_t(gridDim.x) * warps) {
     const int64_t at = row * C;
     const float mean = p.x.mean[row], scale = p.x.scale[row];
-    const auto read = [&](int g, float (&n)[4], float (&grad)[4], float (&weight)[4]) {
-      load4(n, p.x.x + at + 4 * g);
-      load4(grad, static_cast<const Out*>(p.x.grad_y) + at + 4 * g);
-      load4(weight, p.x.weight + 4 * g);
+    Groups n, g;
+    const auto read = [&](int first, bool add) {
+      Groups weight;
+      load_groups(n, p.x.x + at, first, groups);
+      load_groups(g, static_cast<const Out*>(p.x.grad_y) + at, first, groups);
+      load_groups(weight, p.x.weight, first, groups);
+      each_group(first, groups, [&](int i, int group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) n[i] = (n[i] - mean) * scale;
+        for (int j = 0; j < 4; ++j) n[i][j] = (n[i][j] - mean) * scale;
+        if (add) {
+          add_to(of_weight + group, groups, [&](int j) { return g[i][j] * n[i][j]; });
+          add_to(of_bias + group, groups, [&](int j) { return g[i][j]; });
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) g[i][j] *= weight[i][j];
+      });
     };
-    float g_sum = 0, gn_sum = 0, n[4], grad[4], weight[4];
-    for (int g = lane_id(); g < groups; g += kWarpSize) {
-      read(g, n, grad, weight);
+    float g_sum = 0, gn_sum = 0;
+    each_batch(groups, [&](int first) {
+      read(first, true);
+      each_group(first, groups, [&](int i, int) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        of_weight[i * groups + g] += grad[i] * n[i];
-        of_bias[i * groups + g] += grad[i];
-        g_sum = fmaf(grad[i], weight[i], g_sum);
-        gn_sum = fmaf(grad[i] * weight[i], n[i], gn_sum);
-      }
-    }
+        for (int j = 0; j < 4; ++j) g_sum += g[i][j], gn_sum = fmaf(g[i][j], n[i][j], gn_sum);
+      });
+    });
     g_sum = warp_sum(g_sum) / float(C), gn_sum = warp_sum(gn_sum) / float(C);
     BranchDropout dropout{p, row};
-    for (int g = lane_id(); g < groups; g += kWarpSize) {
-      read(g, n, grad, weight);
-      float x[4] = {};
-      if (p.x.grad_sum) load4(x, p.x.grad_sum + at + 4 * g);
+    each_batch(groups, [&](int first) {
+      if (!in_registers) read(first, false);
+      Groups x = {};
+      if (p.x.grad_sum) load_groups(x, p.x.grad_sum + at, first, groups);
+      each_group(first, groups, [&](int i, int group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] += scale * (grad[i] * weight[i] - g_sum - n[i] * gn_sum);
-      store4(p.x.grad_x + at + 4 * g, x);
-      if (!p.x.grad_branch) continue;
-      dropout.apply(x, g);
-      store4(static_cast<Branch*>(p.x.grad_branch) + at + 4 * g, x);
-    }
+        for (int j = 0; j < 4; ++j) x[i][j] += scale * (g[i][j] - g_sum - n[i][j] * gn_sum);
+        store4(p.x.grad_x + at + 4 * group, x[i]);
+        if (!p.x.grad_branch) return;
+        dropout.apply(x[i], i, group);
+        store4(static_cast<Branch*>(p.x.grad_branch) + at + 4 * group, x[i]);
+      });
+    });
   }
   sync_block();
-  for (int i = int(threadIdx.x); i < 2 * C; i += int(blockDim.x)) {
-    const int which = i / C, column = i % C, kept = which * C + column % 4 * groups + column / 4;
-    float sum = 0;
-    for (int w = 0; w < warps; ++w) sum += all[w * 2 * C + kept];
-    p.x.parts[(int64_t(which) * gridDim.x + blockIdx.x) * C + column] = sum;
+  for (int i = int(threadIdx.x); i < 2 * groups; i += int(blockDim.x)) {
+    const int which = i / groups, group = i % groups;
+    float sum[4] = {};
+    for (int w = 0; w < warps; ++w)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += all[(2 * w + which) * C + j * groups + group];
+    store4(p.x.parts + (int64_t(which) * gridDim.x + blockIdx.x) * C + 4 * group, sum);
   }
 }
 
 NormParams params(const LayerNorm& x) {
   const uint32_t threshold = x.dropout > 0 ? dropout_threshold(x.dropout) : 0;
   return {x, dropout_keys(x.seed), threshold, float(dropout_scale(threshold))};
-}
-
-// As many warps per block as shared memory has room for, with `floats` per warp.
-int warps_per_block(int64_t floats) {
-  const int64_t fit = kMaxSharedBytes / (floats * 4);
-  if (fit < 1) throw std::invalid_argument("layer_norm on CUDA: rows this long are not implemented");
-  return int(fit < kMaxWarps ? fit : kMaxWarps);
 }
 
 // Calls f with values of the branch's and y's types.
@@ -161,21 +208,26 @@ void dispatch_norm(const LayerNorm& x, const F& f) {
 
 void layer_norm(const LayerNorm& x, cudaStream_t stream) {
   if (x.rows == 0) return;
-  const int warps = warps_per_block(x.C);
   dispatch_norm(x, [&](auto branch, auto y) {
-    launch(layer_norm_kernel<decltype(branch), decltype(y)>, (x.rows + warps - 1) / warps, warps * kWarpSize,
-           size_t(warps) * x.C * 4, stream, params(x));
+    launch(layer_norm_kernel<decltype(branch), decltype(y)>, (x.rows + kWarps - 1) / kWarps, kWarps * kWarpSize, 0,
+           stream, params(x));
   });
 }
 
-int64_t layer_norm_blocks(int64_t rows) { return (rows + kRowsPerBlock - 1) / kRowsPerBlock; }
+// All blocks are resident at the same time.
+int64_t layer_norm_blocks(int64_t rows) {
+  const int64_t most = kBlocksPerProcessor * multiprocessors(), enough = (rows + kWarps - 1) / kWarps;
+  return enough < most ? enough : most;
+}
 
 void layer_norm_backward(const LayerNorm& x, cudaStream_t stream) {
   if (x.rows == 0) return;
-  const int warps = warps_per_block(2 * x.C);
+  // As many warps as shared memory has room for.
+  const int64_t bytes = 2 * x.C * 4, fit = kMaxSharedBytes / bytes, warps = fit < kWarps ? fit : kWarps;
+  if (warps < 1) throw std::invalid_argument("layer_norm on CUDA: rows this long are not implemented");
   dispatch_norm(x, [&](auto branch, auto y) {
-    launch(layer_norm_backward_kernel<decltype(branch), decltype(y)>, layer_norm_blocks(x.rows), warps * kWarpSize,
-           size_t(warps) * 2 * x.C * 4, stream, params(x));
+    launch(layer_norm_backward_kernel<decltype(branch), decltype(y)>, layer_norm_blocks(x.rows), int(warps) * kWarpSize,
+           size_t(warps * bytes), stream, params(x));
   });
 }
 

@@ -57,8 +57,13 @@ __device__ __forceinline__ void require(bool ok, const char* what) {
   if (!ok) __assert_fail(what, __FILE__, __LINE__, __func__);
 }
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(int(x)) - 1; }
+// As two additions of 32 bits and the carry between them: one of 64 bits is a loop of compare and swap, which threads that
+// add to the same sum repeat for each other. The sum is whole after a barrier.
 __device__ __forceinline__ void atomic_add_shared(uint64_t* p, uint64_t x) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+  unsigned* const half = reinterpret_cast<unsigned*>(p);
+  const unsigned low = unsigned(x), before = atomicAdd(half, low);
+  const unsigned high = unsigned(x >> 32) + (before + low < before);
+  if (high) atomicAdd(half + 1, high);
 }
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------

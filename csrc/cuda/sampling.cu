@@ -12,6 +12,9 @@ namespace tinystory::cuda {
 namespace {
 
 constexpr int kMaxWarps = 32, kBuckets = 2048;
+// 16-byte loads of a thread that are under way before the first is used. With cuts a block has four times as many threads.
+template <bool kCuts>
+constexpr int kAhead = kCuts ? 1 : 4;
 // Without cuts few registers are needed, so that five rows fit an SM, with fewer warps each.
 template <bool kCuts>
 constexpr int kThreads = kCuts ? kMaxWarps * kWarpSize : 256;  // block_combine needs a power of two
@@ -66,9 +69,24 @@ struct RowSampler {
   SharedState& shared;
   int warp_begin, warp_end;  // this warp's segment
 
+  // Calls visit(x) for each of this thread's logits, in order.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
-    for (int v = warp_begin + lane_id() * kVec; v < warp_end; v += kWarpSize * kVec) {
+    constexpr int kStep = kWarpSize * kVec, kLast = (kAhead<kCuts> - 1) * kStep;
+    int v = warp_begin + lane_id() * kVec;
+    for (; v + kLast < warp_end && row.vectorizable(v + kLast); v += kAhead<kCuts> * kStep) {
+      Vec16 loaded[kAhead<kCuts>];
+#pragma unroll
+      for (int i = 0; i < kAhead<kCuts>; ++i) loaded[i] = load16(row.row + v + i * kStep);
+#pragma unroll
+      for (int i = 0; i < kAhead<kCuts>; ++i) {
+        float x[kVec];
+        unpack(x, loaded[i], Element{});
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) visit(x[j]);
+      }
+    }
+    for (; v < warp_end; v += kStep) {
       float x[kVec];
       row.load(x, v, -INFINITY);
 #pragma unroll

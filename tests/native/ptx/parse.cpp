@@ -160,7 +160,7 @@ class Parser {
     else if (starts_with(opcode, "st.param")) i.op = Op::argument;
     else if (words[0] == "ld") i.op = Op::load;
     else if (words[0] == "st") i.op = Op::store;
-    else if (opcode == "atom.global.add.u32" || opcode == "atom.shared.add.u64") i.op = Op::add;
+    else if (opcode == "atom.global.add.u32" || opcode == "atom.shared.add.u32") i.op = Op::add;
     else refuse(i.text);
 
     if (i.op == Op::branch) {
