@@ -358,7 +358,8 @@ class InteractConfig(RunConfig):
     learner: str = option(
         "ridge",
         "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; dpo on the best "
-        "and the worst story to an opening; or cross-entropy on a step's best quarter (sft-best)",
+        "and the worst story to an opening (at --learning-rate 4e-4 --kl-coef 0.1); or "
+        "cross-entropy on a step's best quarter (sft-best)",
         LEARNER_NAMES,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")

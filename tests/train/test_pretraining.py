@@ -314,6 +314,7 @@ def test_resuming_with_another_tokenizer_is_refused(place, tmp_path, capsys, cha
     tokenizer mean nothing with another."""
     shutil.copytree(place / "p", tmp_path / "p")
     resume = ["--resume", "--words", "2700", "--out", str(tmp_path / "p")]
+    resume += ["--corpus", str(place / "corpus.txt")]
     ((name, value),) = change.items()
     flags = [f"--{name.replace('_', '-')}", str(value)]
     assert "does not go with --resume" in fails(pretrain.main, [*resume, *flags], capsys)

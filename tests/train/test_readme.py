@@ -28,6 +28,7 @@ SMALLER = {
     "--device cpu",
     "scripts.sample": "--stories 2 --max-new-tokens 12 --device cpu",
     "scripts.export_hf": "",
+    "scripts.doctor": "--per-kind 2 --max-new-tokens 12 --device cpu",
 }
 FEWER_GRADES = "--grades 8 --stories-per-step 16"
 # Models of README's servers, each of which a local one stands in for.
@@ -63,7 +64,7 @@ def test_the_commands_of_the_readme_are_found():
         "python train_interact.py",
     ]
     assert found[4].startswith("python scripts/export_hf.py runs/interact ")
-    assert len([command for command in found if "--teacher-url" in command]) == 5
+    assert len([command for command in found if "--teacher-url" in command]) == 7
     assert found[-2:] == [
         "python scripts/teach.py",
         "python train_interact.py --reward my_reward.py",
@@ -88,6 +89,8 @@ def run(command: str, url: str = "") -> None:
     if "--teacher-url" in arguments and url:
         arguments[arguments.index("--teacher-url") + 1] = url
     arguments += SMALLER[name].split()
+    if name == "train_interact" and "--reward" not in arguments:
+        arguments += ["--corpus", "corpus.txt"]  # as pretraining's last line says
     if "--grades" in arguments:
         arguments += FEWER_GRADES.split()
     importlib.import_module(name).main(arguments)
@@ -157,11 +160,16 @@ def test_the_style_part_of_make_test_looks_at_no_file_of_a_user(clone):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def yes_or_fox(asked: dict) -> str:
+    """The reply to a question of yes or no, or to a request without a story."""
+    return "yes" if "Answer yes or no" in asked["messages"][-1]["content"] else "A fox."
+
+
 def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, capsys, short_pauses):
     """Before, a student was pretrained and interacted, in the folders of "By hand"."""
     before = ["python train_pretrain.py", "python train_interact.py --reward my_reward.py"]
     printed = []
-    with FaultServer(models=MODELS) as server:
+    with FaultServer(models=MODELS, other=yes_or_fox) as server:
         for command in [*before, *commands()]:
             if command == "python scripts/teach.py":
                 with teaching() as following:
@@ -179,14 +187,14 @@ def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, cap
             assert re.search(rf"^next: .* {report[1]}/checkpoints/", text, re.M)
         if start := re.search(r"^student (runs/.*)/checkpoints/", text, re.M):
             starts.append(start[1])
-    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 8))]
+    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 9))]
     assert folders == [
         *("runs/pretrain", "runs/interact"),
         *("runs/demo/pretrain", "runs/demo/interact"),
         *by_hand,
-        *("runs/teach/interact", "runs/interact-8"),
+        *("runs/teach/interact", "runs/interact-9"),
     ]
-    assert starts == ["runs/pretrain", "runs/demo/pretrain", *["runs/pretrain-2"] * 8]
+    assert starts == ["runs/pretrain", "runs/demo/pretrain", *["runs/pretrain-2"] * 9]
     assert (clone / "out" / "model.safetensors").exists() and (clone / "out.gguf").exists()
     said = "runs/interact is taken, so the folder of this run is runs/interact-2"
     assert [said in text for text in printed].count(True) == 1
