@@ -65,10 +65,8 @@ def test_the_commands_of_the_readme_are_found():
     ]
     assert found[4].startswith("python scripts/export_hf.py runs/interact ")
     assert len([command for command in found if "--teacher-url" in command]) == 7
-    assert found[-2:] == [
-        "python scripts/teach.py",
-        "python train_interact.py --reward my_reward.py",
-    ]
+    assert found[-4] == "python scripts/teach.py"
+    assert found[-1] == "python train_interact.py --reward my_reward.py"
 
 
 def demo() -> list[str]:
@@ -187,12 +185,12 @@ def test_every_command_works_in_the_printed_order_whatever_ran_before(clone, cap
             assert re.search(rf"^next: .* {report[1]}/checkpoints/", text, re.M)
         if start := re.search(r"^student (runs/.*)/checkpoints/", text, re.M):
             starts.append(start[1])
-    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 9))]
+    by_hand = ["runs/pretrain-2", *(f"runs/interact-{number}" for number in range(2, 8))]
     assert folders == [
         *("runs/pretrain", "runs/interact"),
         *("runs/demo/pretrain", "runs/demo/interact"),
         *by_hand,
-        *("runs/teach/interact", "runs/interact-9"),
+        *("runs/teach/interact", "runs/interact-8", "runs/interact-9"),
     ]
     assert starts == ["runs/pretrain", "runs/demo/pretrain", *["runs/pretrain-2"] * 9]
     assert (clone / "out" / "model.safetensors").exists() and (clone / "out.gguf").exists()
