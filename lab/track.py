@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +37,9 @@ class Sink(Protocol):
 
     def close(self) -> None: ...
 
+    def where(self) -> str:
+        """Where the records went, and the command that shows them."""
+
 
 @command
 def main(argv: list[str] | None = None) -> None:
@@ -58,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         if running:
             time.sleep(PAUSE_S)
     sink.close()
+    print(printable(sink.where()))
 
 
 def send(run: Path, sink: Sink, last: int) -> int:
@@ -97,9 +102,9 @@ class TensorBoard:
 
     def __init__(self, run: Path):
         tensorboard = importlib.import_module("torch.utils.tensorboard")
-        folder = run / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)  # what an earlier call sent
-        self.writer = tensorboard.SummaryWriter(folder)
+        self.folder = run / "tensorboard"
+        shutil.rmtree(self.folder, ignore_errors=True)  # what an earlier call sent
+        self.writer = tensorboard.SummaryWriter(self.folder)
         self.close = self.writer.close
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -114,12 +119,20 @@ class TensorBoard:
         markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         self.writer.add_text("stories", markdown, step)
 
+    def where(self) -> str:
+        return f"written to {self.folder}; to look at it: tensorboard --logdir {quote(str(self.folder))}"
+
 
 class Wandb:
     """wandb, or trackio, which has its interface."""
 
     def __init__(self, name: str, run: Path, options: Mapping[str, Any]):
         self.module = importlib.import_module(name)
+        self.name = name
+        self.shown_by = "trackio show --project tinystory"
+        if name == "wandb":
+            folder = quote(str(run / "wandb"))
+            self.shown_by = f"wandb sync {folder}/offline-run-* (unless WANDB_MODE=online sent it)"
         settings: dict[str, Any] = {"project": "tinystory", "config": dict(options)}
         settings["name"] = f"{run.resolve().name} {timestamp()}"
         if name == "wandb":
@@ -134,6 +147,9 @@ class Wandb:
 
     def table(self, step: int, rows: list[list[str]]) -> None:
         self.module.log({"stories": self.module.Table(columns=list(COLUMNS), data=rows)}, step=step)
+
+    def where(self) -> str:
+        return f"sent to {self.name}'s project tinystory; to look at it: {self.shown_by}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, script_parser
+from tinystory.run.paths import hint
 from tinystory.run.terminal import story_text
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             record = {"opening": story.opening, "story": story.text, "ended": story.ended}
             lines.append(json.dumps(record) + "\n")
         atomic_write(options.out, "".join(lines))
+        print(printable(f"{len(lines)} stories are in {options.out}"))
+        print(f"to measure them: {hint('scripts/evaluate.py', options.out)}")
         return
     print_stories(stories)
     if not options.opening and sys.stdin.isatty() and sys.stdout.isatty():

@@ -41,6 +41,16 @@ pytestmark = [
 ]
 EVIL = "&lt;b&gt;<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
 PATIENCE_MS = 600_000  # of a busy machine
+# Of the border of a button with the page, by WCAG 2.2: https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
+CONTRAST = """(() => {
+  const luminance = colour => colour.match(/[0-9]+/g).slice(0, 3).map(value => {
+    const share = value / 255;
+    return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  }).reduce((sum, share, i) => sum + share * [0.2126, 0.7152, 0.0722][i], 0);
+  const border = getComputedStyle(document.querySelector("nav button")).borderTopColor;
+  const both = [border, getComputedStyle(document.body).backgroundColor].map(luminance).sort();
+  return (both[1] + 0.05) / (both[0] + 0.05);
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +277,40 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         page.locator("#resting", has_text="Paused").wait_for(state="attached")
     finally:
         context.close()
+        for process in (client, server):
+            process.kill()
+            process.wait()
+
+
+def test_a_page_for_keyboards_and_screen_readers(page, tmp_path):
+    """The focus stays where it was, a new story is announced, each group has a name, and Back is
+    offered where there is a way back."""
+    port = closed_port().rpartition(":")[2]
+    server = start(tmp_path, port)
+    asker = "import sys; from tinystory.teacher.client import Teacher\n"
+    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once', ['A fox ran.', 'A cow ran.'])"
+    url = f"http://127.0.0.1:{port}"
+    client = subprocess.Popen([sys.executable, "-c", asker, f"{url}/v1"], cwd=ROOT)
+    focus = "document.activeElement.closest('fieldset')?.getAttribute('aria-label')"
+    try:
+        page.goto(f"{url}/?who=ada")
+        first = read(page, client)
+        assert page.get_attribute("#tale", "aria-live") == "polite"
+        assert page.is_hidden("#story [data-do=back]")
+        page.focus("#criteria button")
+        page.keyboard.press("Space")
+        assert page.evaluate(focus).startswith("Readability: Can the sentences")
+        assert page.locator("#criteria button[aria-pressed=true]").count() == 1
+        assert page.is_visible("#story [data-do=back]")  # to the criterion before
+        press(page, "11", first)
+        second = read(page, client)
+        assert second != first and page.evaluate(focus).startswith("Readability")
+        assert page.is_visible("#story [data-do=back]")
+        press(page, "111", second)
+        page.wait_for_function("() => document.getElementById('said').textContent !== ''")
+        ratio = page.evaluate(CONTRAST)
+        assert ratio >= 3
+    finally:
         for process in (client, server):
             process.kill()
             process.wait()

@@ -238,6 +238,34 @@ def test_a_restart_in_the_middle_keeps_answers_and_asks_no_pair_twice(finished):
     assert len(set(keys)) == COMPARED
 
 
+def test_the_answer_to_a_pair_can_be_taken_back_until_the_result_is_reported(finished):
+    with taught(finished) as (lesson, clock):
+        assert not lesson.state(URL)["back"]
+        with pytest.raises(Refused, match="nothing to go back to"):
+            lesson.do("ada", "back", {})
+        first = prefer(lesson, "left")
+        second = lesson.state(URL)["pair"]
+        assert lesson.state(URL)["back"]
+        lesson.do("ada", "back", {})
+        assert lesson.state(URL)["pair"] == first and not lesson.state(URL)["back"]
+        prefer(lesson, "right")
+        assert lesson.state(URL)["pair"] == second
+        for _ in range(COMPARED - 1):
+            last = prefer(lesson, "neither")
+        asyncio.run(lesson.tick())
+        lesson.do("ada", "back", {})  # within GRACE_S, the last answer too
+        assert prefer(lesson, "left") == last
+        clock.now += GRACE_S
+        asyncio.run(lesson.tick())
+        assert lesson.state(URL)["report"] and not lesson.state(URL)["back"]
+    sides = {record["key"]: record["preferred"] for record in read_lines(finished.folder / PAIRS)}
+    names = {pair.key: pair.names for pair in read_progress(finished.folder).pairs}
+    assert sides[first["key"]] == names[first["key"]]["right"]
+    assert sides[last["key"]] == names[last["key"]]["left"]
+    (finding,) = read_findings(finished.folder)
+    assert "14 made no difference" in finding["sentences"][0]
+
+
 def answer_all(lesson, after, before):
     for number in range(COMPARED):
         side = "neither"
@@ -248,10 +276,11 @@ def answer_all(lesson, after, before):
 
 def test_the_report_says_who_taught_and_what_the_comparisons_say(finished):
     write_report(finished.folder)
-    with taught(finished) as (lesson, _):
+    with taught(finished) as (lesson, clock):
         answer_all(lesson, after=11, before=3)
         result = lesson.state(URL)["result"]
         assert lesson.state(URL)["report"] == ""
+        clock.now += GRACE_S
         asyncio.run(lesson.tick())
         assert lesson.state(URL)["report"] == str(finished.folder / "report.html")
     low, high = wilson(12, COMPARED)

@@ -29,13 +29,14 @@ def numbers_by_step(run):
     return {record["step"]: track.numbers_of(record) for record in records}
 
 
-def test_tensorboard_reads_back_what_metrics_jsonl_holds(run):
+def test_tensorboard_reads_back_what_metrics_jsonl_holds(run, capsys):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
     for _ in range(2):  # a second call replaces the first
         track.main([str(run), "tensorboard"])
+        assert f"tensorboard --logdir {run / 'tensorboard'}\n" in capsys.readouterr().out
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={TENSORS: 0})
     events.Reload()
     steps: dict[int, dict[str, float]] = {}
@@ -72,11 +73,15 @@ class Module:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_wandb_and_trackio_get_every_number_and_a_table_per_evaluation(run, name, monkeypatch):
+def test_wandb_and_trackio_get_every_number_and_a_table_per_evaluation(
+    run, name, capsys, monkeypatch
+):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     module = Module()
     monkeypatch.setitem(sys.modules, name, module)
     track.main([str(run), name])
+    command = {"wandb": f"wandb sync {run / 'wandb'}/offline-run-*", "trackio": "trackio show"}
+    assert command[name] in capsys.readouterr().out
     assert module.settings["config"]["steps"] == 4
     assert module.settings.get("mode") == ("offline" if name == "wandb" else None)
     assert module.sent.pop() == "finished"

@@ -357,6 +357,27 @@ def test_pretraining(tmp_path):
     assert "bits per byte" not in page.text and "val 0.08" in page.text
 
 
+def test_pretrainings_page_says_what_is_next_and_why_the_loss_falls_at_its_end(tmp_path):
+    for corpus, explained in ([["builtin", "dull"], True], [["builtin"], False], [["dull"], False]):
+        with RunLog(tmp_path, resume_step=None) as log:
+            log.config({"corpus": corpus})
+            log.metrics(step=1, words=10, loss=2.0, val_loss=2.0)
+        page = write_report(tmp_path).read_text()
+        assert ("where the dull text comes back" in page) == explained
+    assert f"python train_interact.py --init {tmp_path}" in page and "scripts/sample.py" in page
+
+
+@pytest.mark.parametrize("last, drawn", [(0.0104, False), (0.02, True)])
+def test_a_kl_coefficient_that_hardly_changes_has_no_chart(tmp_path, last, drawn):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({})
+        for step, coefficient in enumerate((0.0096, 0.01, last), 1):
+            log.metrics(step=step, reward_mean=0.5, kl=1.0, kl_coef=coefficient)
+    page = write_report(tmp_path).read_text()
+    assert ("KL coefficient</text>" in page) == drawn
+    assert f"<dt>kl_coef</dt><dd>{last}</dd>" in page
+
+
 def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_path):
     with RunLog(tmp_path, resume_step=None) as log:
         log.metrics(step=1, words=1000, tokens=1300, loss=8.0)

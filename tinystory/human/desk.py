@@ -20,6 +20,7 @@ from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
 
 UNASKED = "this is not what was asked about: load the page again"
+NOTHING_BEFORE = "there is nothing to go back to"
 GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
 # Required fields of each record in a file of grades; a skipped story has no scores.
 GRADE: Fields = {
@@ -119,6 +120,7 @@ class Desk:
             "left": len(ungraded),
             "done": len(self._grades),
             "handing_in": bool(self._waiting) and not ungraded,
+            "back": self._story_before() is not None,
             "criteria": [asdict(criterion) for criterion in self.template.criteria],
         }
 
@@ -138,11 +140,16 @@ class Desk:
                 raise Refused(f"unknown action {action[:20]!r}")
 
     def _go_back(self) -> None:
+        before = self._story_before()
+        if before is None:
+            raise Refused(NOTHING_BEFORE)
+        self._current = before
+
+    def _story_before(self) -> str | None:
+        """The key of the graded story before the one on the page."""
         graded = [key for key in self._waiting if key in self._grades]
-        if not graded:
-            raise Refused("there is nothing to go back to")
         place = graded.index(self._current) if self._current in graded else len(graded)
-        self._current = graded[max(place - 1, 0)]
+        return graded[place - 1] if place else None
 
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
         names = self.template.names

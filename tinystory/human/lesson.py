@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.human.desk import UNASKED, Desk, refused_unless_kept
+from tinystory.human.desk import GRACE_S, NOTHING_BEFORE, UNASKED, Desk, refused_unless_kept
 from tinystory.human.progress import COMPARED, NEITHER, Pair, RunProgress, read_progress
 from tinystory.report.findings import keep_finding, read_findings
 from tinystory.report.page import count
@@ -56,6 +56,8 @@ class Lesson:
         answers = read_records(folder / PAIRS)
         # before, after or neither, by the pair's key
         self._answers = {record["key"]: record["preferred"] for record in answers}
+        self._back_at: Pair | None = None  # whose answer was taken back
+        self._answered = -math.inf  # when the last pair was answered
         self._is_reported = _has_result(folder)
         self._progress = RunProgress()
         self._read: list[tuple[int, int] | None] = []  # sizes and times of the files read
@@ -83,7 +85,9 @@ class Lesson:
         if handed_in:
             self._handed_in[self._progress.step] += handed_in
             self._since = time.monotonic()
-        if self.is_over() and not self._unanswered() and not self._is_reported:
+        is_answered = self.is_over() and self._shown_pair() is None
+        can_change = time.monotonic() - self._answered < GRACE_S
+        if is_answered and not can_change and not self._is_reported:
             self._is_reported = True
             try:
                 keep_finding(self.folder, TITLE, self._progress.step, [self.result()])
@@ -157,8 +161,10 @@ class Lesson:
             if not self._running:
                 state["command"] = self.command(url)
             return state
-        if answers_left:
-            state["pair"] = self._shown_pair(self._unanswered()[0])
+        state["back"] = self._pair_before() is not None
+        pair = self._shown_pair()
+        if pair is not None:
+            state["pair"] = self._unnamed(pair)
         elif not self._problem:
             state["result"] = self.result()
             if self._is_reported:
@@ -203,9 +209,14 @@ class Lesson:
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """As the desk's, and `prefer`: the story of a pair on the `side` left or right, or
-        neither."""
+        neither; `back` then leads to the pair before, until the result is reported."""
         if action == "prefer":
             self._prefer(who, request)
+        elif action == "back" and self.is_over() and not self.desk.state()["item"]:
+            before = self._pair_before()
+            if before is None:
+                raise Refused(NOTHING_BEFORE)
+            self._back_at = before
         else:
             self.desk.do(who, action, request)
 
@@ -214,7 +225,18 @@ class Lesson:
     def _unanswered(self) -> list[Pair]:
         return [pair for pair in self._progress.pairs if pair.key not in self._answers]
 
-    def _shown_pair(self, pair: Pair) -> dict[str, Any]:
+    def _shown_pair(self) -> Pair | None:
+        """The pair to compare; None if all are answered."""
+        return self._back_at or next(iter(self._unanswered()), None)
+
+    def _pair_before(self) -> Pair | None:
+        """The answered pair before the one that is shown, unless the result is reported."""
+        pairs = self._progress.pairs
+        shown = self._shown_pair()
+        place = pairs.index(shown) if shown in pairs else len(pairs)
+        return pairs[place - 1] if place and not self._is_reported else None
+
+    def _unnamed(self, pair: Pair) -> dict[str, Any]:
         """The pair without the names of its stories."""
         pairs = self._progress.pairs
         return {
@@ -248,6 +270,8 @@ class Lesson:
         with refused_unless_kept(), contextlib.closing(journal):
             journal.append(record)
         self._answers[pair.key] = record["preferred"]
+        self._back_at = None
+        self._answered = time.monotonic()
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ COLOURS = {
     "muted": ("#77716a", "#9c968c"),
     "rule": ("#e6e1d8", "#37342f"),
     "grey": ("#cfc9be", "#57534b"),
+    "edge": ("#8f897f", "#6f6a62"),  # 3 to 1 against paper, as the border of a button needs
     "paper": ("#fcfbf8", "#1a1917"),
     "reward": ("#0b7a6b", "#4fc3ae"),
     "readability": ("#2366ab", "#74aef0"),

@@ -144,7 +144,7 @@ figure { margin: 0; }
 .parts i { flex-basis: 0; background: var(--reward); }
 .parts i:nth-child(even) { opacity: .55; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
-.hero .pair { grid-template-columns: minmax(0, 1fr); }
+.hero .pair, .hero .cards { grid-template-columns: minmax(0, 1fr); }
 .hero article { padding: .4rem 0; }
 .hero .story { font-size: .98rem; line-height: 1.42; max-width: none; }
 .hero details { margin-top: 1rem; }

@@ -12,6 +12,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from tinystory.data.corpus import NO_STORIES
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes
@@ -27,6 +28,7 @@ from tinystory.run.text import printable
 from tinystory.teacher.prompt import TOP
 
 RANDOM = 6  # stories shown
+HARDLY = 1.25  # ratio of the highest to the lowest value of a curve that needs no chart
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # while the run goes on
 
@@ -61,9 +63,14 @@ REWARD_NOTE = (
 NEXT_NOTE = (
     "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
 )
+NEXT_PRETRAINING_NOTE = "A stopped run goes on with --resume, as its last line says."
+PAUSE_NOTE = (
+    "The middle of pretraining leaves out the corpus’s dull text (“dull”), and the end reads it again. Validation "
+    "holds it throughout, so its loss stays high in the middle and falls steeply where the dull text comes back."
+)
 TOTALS_NOTE = "Keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
 # shown by their last value; the others by their sum
-LATEST = ("words_in", "words_out", "teacher_cost")
+LATEST = ("words_in", "words_out", "teacher_cost", "kl_coef")
 SUMMED = (
     "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "
     "teacher_tokens_in teacher_tokens_out"
@@ -113,7 +120,7 @@ def write_report(run: Path, live: bool = False) -> Path:
     elif is_interaction(metrics):
         sections += interaction(run, metrics, config)
     else:
-        sections += pretraining(run, metrics)
+        sections += pretraining(run, metrics, config)
     notes = [run.resolve().name]
     if metrics:
         notes.append(page.count(metrics[-1]["step"], "step"))
@@ -188,7 +195,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
         section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
         section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
-        section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
+        section("The student", "", curve_charts(metrics, student_curves(metrics))),
         *findings_sections(run),
         details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),
         details("Time, words and requests", TOTALS_NOTE, page.facts(totals(metrics))),
@@ -196,9 +203,19 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     ]
 
 
-def next_commands(run: Path) -> str:
+def student_curves(metrics: list[Record]) -> dict[str, str]:
+    """STUDENT_CURVES, without a KL coefficient that hardly changed: its last value stands among the
+    totals."""
+    values = [value for value in column(metrics, "kl_coef") if value is not None]
+    if values and max(values) <= HARDLY * min(values):
+        return {key: title for key, title in STUDENT_CURVES.items() if key != "kl_coef"}
+    return STUDENT_CURVES
+
+
+def next_commands(run: Path, *, interact: bool = False) -> str:
     folder = shlex.quote(str(run))
-    commands = {
+    commands = {"interaction": f"python train_interact.py --init {folder}"} if interact else {}
+    commands |= {
         "more of its stories": f"python scripts/sample.py {folder}",
         "measured beside others": f"python scripts/evaluate.py {folder} --stories 200",
         "for transformers, llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
@@ -294,12 +311,14 @@ def drawn(steps: Sequence[list[Record]]) -> list[Record]:
 # ---- a pretraining run ---------------------------------------------------------------------------
 
 
-def pretraining(run: Path, metrics: list[Record]) -> list[str]:
+def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
     losses = [
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val"),
     ]
     figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
+    if pauses(config):
+        figure += f'<p class="note">{PAUSE_NOTE}</p>'
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     stories = spread(read_records(run / EVALUATIONS))
     newest = cards(stories[-1:])
@@ -314,7 +333,17 @@ def pretraining(run: Path, metrics: list[Record]) -> list[str]:
         section(
             "Training", "", curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
         ),
+        section("What next", NEXT_PRETRAINING_NOTE, next_commands(run, interact=True)),
     ]
+
+
+def pauses(config: Record) -> bool:
+    """Whether the middle of a pretraining leaves a part of its corpus out."""
+    match config.get("options", {}).get("corpus"):
+        case [*names]:
+            paused = [name for name in names if name in NO_STORIES]
+            return 0 < len(paused) < len(names)
+    return False
 
 
 def spread(stories: Iterable[Record]) -> list[Record]:
