@@ -143,8 +143,8 @@ def best_against_worst(returns: Tensor, groups: Tensor) -> Tensor:
     """(B,): 1 for the story with the highest return of its group, -1 for the one with the lowest, 0
     for the others, and in a group without two different returns.
 
-    One pair per opening, as in SimPO (arXiv 2405.14734, section 3): its return differs most, so a
-    noisy teacher orders it best, and no story is in two pairs."""
+    One pair per opening, as in SimPO (arXiv 2405.14734, section 3). Its returns differ most, so
+    noise in the scores swaps it least often, and no story is in two pairs."""
     same_group = groups[:, None] == groups
     row = torch.arange(len(returns), device=returns.device)
     best = torch.where(same_group, returns, -math.inf).argmax(1)  # the first of equal ones

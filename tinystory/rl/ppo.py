@@ -163,9 +163,10 @@ def update(
     """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
     mean statistics.
 
-    kl_coef: the KL penalty's weight in the loss, or DPO's beta. steps: done before this one. torch's global
-    generator draws the order of minibatches. Gradients are accumulated over micro-batches and
-    processes and divided by the minibatch's tokens, so that both affect only memory and speed."""
+    kl_coef: the KL penalty's weight in the loss, or DPO's beta. steps: done before this one.
+    torch's global generator draws the order of minibatches. Gradients are accumulated over
+    micro-batches and processes and divided by the minibatch's tokens, so that both affect only
+    memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
     together = LEARNERS[config.learner].together
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
