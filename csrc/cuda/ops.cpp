@@ -64,8 +64,12 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, co
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
 // The operands of GEMMs are in hidden's dtype; logits, which are their sums, sums over chunks and results in float32.
+#ifndef TINYSTORY_CHUNK_BYTES  // which a test makes small
+#define TINYSTORY_CHUNK_BYTES (128 << 20)
+#endif
 struct Logprob {
-  static constexpr int64_t kChunkBytes = 128 << 20;  // of logits per chunk: enough rows to fill the device
+  static constexpr int64_t kChunkBytes = TINYSTORY_CHUNK_BYTES;  // of logits per chunk: enough rows to fill the device
+  static constexpr int64_t kChunksTogether = 4;  // in 16 bits: chunks whose gradients take part in the same GEMMs
 
   const DeviceScope on;
   const Tensor hidden, weight, targets;
@@ -85,18 +89,32 @@ struct Logprob {
     lse = at::empty({N}, float_options.dtype(at::kDouble));
   }
 
+  // What these gradients of logits, from row `first` on, give to hidden and add to weight. PyTorch cannot add a product
+  // of 16-bit matrices to float32 sums in place, so each writes (V, C) sums of its own, and the fewer there are the
+  // better.
+  void multiply(const Tensor& grad, int64_t first) {
+    const Tensor rows = hidden.narrow(0, first, grad.size(0));
+    Tensor to = grad_hidden.narrow(0, first, grad.size(0));
+    at::mm_out(to, grad, weight);
+    const bool wide = grad.scalar_type() == at::kFloat;
+    if (!grad_weight.defined()) grad_weight = wide ? at::mm(grad.t(), rows) : at::mm(grad.t(), rows, at::kFloat);
+    else if (wide) grad_weight.addmm_(grad.t(), rows);
+    else grad_weight.add_(at::mm(grad.t(), rows, at::kFloat));
+  }
+
   void run(bool stats, bool grads) {
     if (grads) grad_hidden = at::empty({N, C}, hidden.options());
     const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, V * int64_t(sizeof(float))));
     const DType dtype = dtype_of(hidden, "token_logprob", "hidden");
     const bool wide = dtype == DType::f32;
     const Tensor memory = at::empty({std::min(fit, N), V}, float_options);
-    const Tensor grad_memory = wide || !grads ? memory : at::empty(memory.sizes(), hidden.options());
+    const int64_t together = wide ? fit : kChunksTogether * fit;
+    const Tensor grad_memory = wide || !grads ? memory : at::empty({std::min(together, N), V}, hidden.options());
     for (int64_t first = 0; first < N; first += fit) {
-      const int64_t rows = std::min(fit, N - first);
+      const int64_t rows = std::min(fit, N - first), waiting = grads ? first % together : 0;
       const auto chunk = [&](const Tensor& t) { return t.narrow(0, first, rows); };
       const auto pointer = [&](const Tensor& t) { return t.defined() ? t.data_ptr<float>() + first : nullptr; };
-      Tensor logits = memory.narrow(0, 0, rows), grad = grad_memory.narrow(0, 0, rows);
+      Tensor logits = memory.narrow(0, 0, rows), grad = grad_memory.narrow(0, waiting, rows);
       if (wide) at::mm_out(logits, chunk(hidden), weight.t());
       else at::mm_out(logits, chunk(hidden), weight.t(), at::kFloat);
       const cuda::LogitChunk x{.grad_dtype = dtype,
@@ -114,10 +132,8 @@ struct Logprob {
       if (stats) cuda::logit_stats(x, on.stream);
       if (!grads) continue;
       cuda::logit_grad(x, on.stream);
-      Tensor to = chunk(grad_hidden);
-      at::mm_out(to, grad, weight);
-      const Tensor part = wide ? at::mm(grad.t(), chunk(hidden)) : at::mm(grad.t(), chunk(hidden), at::kFloat);
-      grad_weight = grad_weight.defined() ? grad_weight.add_(part) : part;
+      const int64_t ready = waiting + rows;
+      if (ready == together || first + rows == N) multiply(grad_memory.narrow(0, 0, ready), first - waiting);
     }
     if (grads) grad_weight = N ? grad_weight.to(weight_type) : at::zeros({V, C}, weight.options().dtype(weight_type));
   }

@@ -8,6 +8,7 @@
 
 #define is_cuda is_cpu
 #define CUDA CPU
+#define TINYSTORY_CHUNK_BYTES 512  // so that token_logprob computes in many chunks here
 #include "../../../../csrc/cuda/ops.cpp"
 
 namespace {
