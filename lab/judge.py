@@ -59,7 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--reader", default=PACKAGED, metavar="NAME", help=f"{PACKAGED} or a causal language model")
     add("--calibrate", action="store_true", help="show it stories of known quality")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "of these, stories of each kind")
-    add("--corpus", nargs="+", metavar="NAME|FILE", help="of real stories (default: the student's)")
+    add(
+        "--corpus",
+        nargs="+",
+        metavar="NAME|FILE",
+        help="of real stories, and of the built-in teacher (default: the student's)",
+    )
     add_options(parser, InteractConfig, AGAIN)
     add("--device", default="auto")
     options = parser.parse_args(argv)
@@ -102,10 +107,9 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
     typed = {name: value for name, value in vars(options).items() if name in AGAIN}
     pooled: list[Record] = []
     for run in runs:
-        config: InteractConfig = recorded_config(
-            InteractConfig, run, typed, unused=["init", "corpus"]
-        )
-        corpus = options.corpus or own_corpus(run)
+        unused = ["init", "corpus"] if options.corpus else ["init"]
+        config: InteractConfig = recorded_config(InteractConfig, run, typed, unused)
+        corpus = options.corpus or config.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)
         with open_grader(
             config,

@@ -227,7 +227,7 @@ def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_
             with interrupted_at(interact, step=stop):
                 interact.main([*arguments(init, parts, server.url), *flags])
             assert len(metrics(parts)) == stop
-            interact.main(["--resume", "--out", str(parts)])
+            interact.main(resumed(parts, server.url))
             assert len(metrics(parts)) == steps
             assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
     assert_same_bits(whole, parts)

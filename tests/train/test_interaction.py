@@ -248,9 +248,11 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
-    """Over HTTP; the run starts the server on the student's own corpus."""
+    """Over HTTP; the run starts the server on the student's own corpus, once the user names it."""
     interact.main(
         [
+            "--corpus",
+            str(place / "corpus.txt"),
             "--init",
             str(checkpoint.newest(place / "p")),
             "--out",

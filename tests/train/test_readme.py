@@ -87,8 +87,8 @@ def run(command: str, url: str = "") -> None:
     if "--teacher-url" in arguments and url:
         arguments[arguments.index("--teacher-url") + 1] = url
     arguments += SMALLER[name].split()
-    if name == "train_interact" and "--reward" not in arguments:
-        arguments += ["--corpus", "corpus.txt"]  # as pretraining's last line says
+    if name == "train_interact" and not {"--reward", "--teacher-url"} & set(arguments):
+        arguments += ["--corpus", "corpus.txt"]  # SMALLER's, in place of the built-in one
     if "--grades" in arguments:
         arguments += FEWER_GRADES.split()
     importlib.import_module(name).main(arguments)

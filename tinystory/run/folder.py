@@ -129,10 +129,10 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     lock however the process ends; new folders that stay empty are removed. Raises Taken, naming the
     holder, if another process has the lock, or if `new` and the folder already holds a run."""
     path = folder / LOCK
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"cannot write {path}: it is not a regular file; remove it")
     lock = FileLock(path, blocking=False)
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"cannot write {path}: it is not a regular file; remove it")
         new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
