@@ -93,6 +93,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help="the corpus of the known texts (default: builtin)",
     )
+    add(
+        "--replies",
+        type=Path,
+        metavar="FILE",
+        help="keep the replies, so that the same command goes on where it was stopped",
+    )
     add_options(parser, InteractConfig, STUDENT)
     options = parser.parse_args(argv)
     config = typed_config(options, GRADER + STUDENT)
@@ -128,6 +134,7 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
             replace(config, teacher_prompt=way),
             builtin_teacher,
             corpus=options.corpus,
+            replies=options.replies,
             examples=lambda: worked_examples(corpus_documents(options.corpus)),
         ) as grader:
             results[way or config.reward or "teacher"] = measured(grader, known)

@@ -7,6 +7,7 @@ import pytest
 from aiohttp import web
 from fault_server import FaultServer, error
 
+from scripts import doctor
 from tinystory.config import PROMPTS, InteractConfig
 from tinystory.evaluate.corruptions import (
     PLEA,
@@ -307,3 +308,18 @@ def test_babylm_does_not_let_probabilities_reach_the_student():
 
 def test_the_named_ways_of_asking_are_those_that_a_resumed_run_may_record():
     assert tuple(TEMPLATES) == PROMPTS
+
+
+def test_a_doctor_that_was_stopped_asks_nothing_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    chance = answers(lambda asked: 1 / (2 + len(asked) % 5))
+    with FaultServer(other=chance) as server:
+        argv = ["--teacher-url", server.url, "--teacher-prompt", "event", "--calibrate"]
+        argv += ["--per-kind", "2", "--replies", str(tmp_path / "replies.jsonl")]
+        doctor.main(argv)
+        table, asked = capsys.readouterr().out, len(server.others)
+        doctor.main(argv)
+        assert len(server.others) == asked
+    again = capsys.readouterr().out
+    rows = [line for line in again.splitlines() if "shuffled" in line or "halves" in line]
+    assert len(rows) == 5 and all(row in table for row in rows)
