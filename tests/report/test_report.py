@@ -157,7 +157,8 @@ def test_the_page_sums_what_a_run_took(tmp_path):
     assert (
         "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
     )
-    assert "words_in2,000words_out1,000rollout_s20teacher_s40update_s20unscored40" in text
+    assert "words_in2,000words_out1,000kl_coef0.2rollout_s20teacher_s40" in text
+    assert "teacher_s40update_s20unscored40" in text
 
 
 def test_what_models_and_servers_write_stays_text(tmp_path):

@@ -363,7 +363,8 @@ def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
     more = ["--stories", "3", "--max-new-tokens", "4", "--device", "cpu", "--out", str(out)]
     sample.main([run, "--opening", str(tmp_path / "openings.txt"), *more])
     assert [story.opening for story in read_samples(out)] == ["Tom had", "Mia saw", "Tom had"]
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr().out
+    assert f"3 stories are in {out}\n" in printed and f"scripts/evaluate.py {out}\n" in printed
 
 
 @pytest.mark.parametrize("name", ["doctor", "watch"])
