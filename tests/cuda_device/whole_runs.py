@@ -48,10 +48,13 @@ def place(tmp_path_factory):
     return folder
 
 
+def files(place) -> list[str]:
+    return ["--openings", str(place / "openings.txt"), "--reward", f"{place / 'reward.py'}:score"]
+
+
 def interaction(place, name, device, *options) -> None:
-    files = ["--openings", str(place / "openings.txt"), "--reward", f"{place / 'reward.py'}:score"]
     out = ["--init", str(place / "init"), "--out", str(place / name), "--device", device]
-    interact.main([*files, *out, *INTERACT, *options])
+    interact.main([*files(place), *out, *INTERACT, *options])
 
 
 def resumed(run, main, *options):
@@ -110,7 +113,7 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
     }
     assert not any(inside.values()), inside
     assert {kind for kind, _, _ in waits_within("generate")} == {"event"}
-    again = resumed(place / "there", interact.main, "--reward", f"{place / 'reward.py'}:score")
+    again = resumed(place / "there", interact.main, *files(place))
     before, after = weights(place / "there"), weights(again)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_lines(again / "stories.jsonl") == stories
