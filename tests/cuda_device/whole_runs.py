@@ -48,10 +48,13 @@ def place(tmp_path_factory):
     return folder
 
 
+def files(place) -> list[str]:
+    return ["--openings", str(place / "openings.txt"), "--reward", f"{place / 'reward.py'}:score"]
+
+
 def interaction(place, name, device, *options) -> None:
-    files = ["--openings", str(place / "openings.txt"), "--reward", f"{place / 'reward.py'}:score"]
     out = ["--init", str(place / "init"), "--out", str(place / name), "--device", device]
-    interact.main([*files, *out, *INTERACT, *options])
+    interact.main([*files(place), *out, *INTERACT, *options])
 
 
 def resumed(run, main, *options):
