@@ -113,8 +113,7 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
     }
     assert not any(inside.values()), inside
     assert {kind for kind, _, _ in waits_within("generate")} == {"event"}
-    files = ["--openings", str(place / "openings.txt"), "--reward", f"{place / 'reward.py'}:score"]
-    again = resumed(place / "there", interact.main, *files)
+    again = resumed(place / "there", interact.main, *files(place))
     before, after = weights(place / "there"), weights(again)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_lines(again / "stories.jsonl") == stories
