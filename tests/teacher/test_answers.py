@@ -213,7 +213,7 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
         with Teacher(server.url, template=TWO, cache=cache) as teacher:
             grades = teacher.grade("Once", stories)
         url, asked = server.url, len(server.others)
-    with Teacher(url, template=TWO, cache=cache) as teacher:
+    with Teacher(url, "first", template=TWO, cache=cache) as teacher:
         again = teacher.grade("Once", stories)
     assert [(each.scores, each.score) for each in again] == [
         (each.scores, each.score) for each in grades

@@ -334,6 +334,7 @@ def test_a_run_is_repeated_from_its_replies_without_a_server(init, tmp_path, cap
     again.mkdir()
     shutil.copy(run / "replies.jsonl", again)
     capsys.readouterr()
+    argv += ["--teacher-model", "first"]
     interact.main([*argv, "--out", str(again)])
     assert "cannot be reached" in capsys.readouterr().out  # said, since other options would need it
     assert_same_bits(run, again)
@@ -365,7 +366,7 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
             # asked again, since too few have a score
             assert teacher.grades(questions[:1])[0].scores is not None
         assert server.seen["A cat ran."] == asked + 1 or asked == pool.FAILURES + 1
-    with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # and so it stays
+    with Teacher(server.url, "first", cache=tmp_path / "replies.jsonl") as teacher:  # so it stays
         assert [grade.scores is None for grade in teacher.grades(questions)] == [False, False]
 
 

@@ -115,7 +115,7 @@ class Endpoint:
         # key in the cache of the probe of this server with these options
         options = self.options
         text = (
-            f"{self.url} {self.model} {options.max_tokens} {options.temperature} "
+            f"{self.url} {options.max_tokens} {options.temperature} "
             f"{options.template}{options.extra_json}"
         )
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]

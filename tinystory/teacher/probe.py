@@ -126,8 +126,9 @@ class Prober:
         self.seconds: list[float] = []
 
     async def examine(self) -> Failure | None:
-        """Set the server's model and probe. Returns why it cannot be reached; then a cached probe
-        serves. Raises UserError for any other failure."""
+        """Set the server's model and probe. Returns None, or why the server cannot be reached if no
+        cached probe of the model that the user named can take its place. Raises UserError for any
+        other failure."""
         server = self.server
         cached = self.cache.get(server.probe_key)
         probe = load_probe(cached.text, server.url) if cached else None
@@ -147,6 +148,10 @@ class Prober:
                 raise UserError("; ".join(reasons)) from None
             if probe is None:
                 return failure
+            if probe.model not in (server.model, HUMAN):
+                # A file's name is not taken: it would be sent to the server once that is back.
+                message = f"{failure} (kept replies are by {probe.model}: give that to --teacher-model to use them)"
+                return Failure(message, unreachable=True)
             server.model = probe.model
             tqdm.write(
                 f"warning: the teacher at {server.url} {failure}; until then, kept replies will do"
