@@ -253,6 +253,9 @@ def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     assert all(
         message["content"].endswith("first? Answer yes or no.") for message in messages[1::2]
     )
+    # A server's prefix cache reads them once: they are equal for every story and fence.
+    others = render("Then", "A cat.", fence="=#=", template=template, criterion=TWO.criteria[0])
+    assert others[:-1] == messages[:-1]
     known = {story.story for story in known_stories(documents, 20)}
     assert known.isdisjoint(example.story for example in examples)
 

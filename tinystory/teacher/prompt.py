@@ -16,7 +16,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -281,12 +281,18 @@ def render(
         return [{"role": role, "content": text} for role, text in messages if text]
 
     end = asked(criterion) if criterion else AFTER
-    messages = [("system", instructions(template))]
-    for example in template.examples:
-        messages.append(("user", _user_message(example.opening, example.story, fence, end)))
-        messages.append(("assistant", example.answer))
+    messages = [("system", instructions(template)), *_example_turns(template, end)]
     messages.append(("user", _user_message(opening, story, fence, end)))
     return [{"role": role, "content": text} for role, text in messages]
+
+
+def _example_turns(template: Template, end: str) -> Iterator[tuple[str, str]]:
+    """(role, content) of the template's examples. They are equal for all stories, so a server with
+    a prefix cache reads them once."""
+    for i, example in enumerate(template.examples):
+        mark = fence(0, i, f"{example.opening}\n{example.story}")
+        yield "user", _user_message(example.opening, example.story, mark, end)
+        yield "assistant", example.answer
 
 
 def _user_message(opening: str, story: str, fence: str, end: str) -> str:
