@@ -125,9 +125,9 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
                 teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
             )
     assert len(kept.read_text().splitlines()) == 50 + 3
-    with Teacher(urls(fleet), cache=kept) as teacher:  # with none at all, and no model named
-        with pytest.raises(UserError) as caught:
-            teacher.probes()
+    # with none at all, and no model named
+    with Teacher(urls(fleet), cache=kept) as teacher, pytest.raises(UserError) as caught:
+        teacher.probes()
     assert_one_clean_sentence(caught, "cannot be reached", "m", "--teacher-model")
     with Teacher(urls(fleet), "m", cache=kept) as teacher:
         capsys.readouterr()
