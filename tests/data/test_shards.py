@@ -132,13 +132,7 @@ def test_anything_that_matters_gives_another_folder(cache):
     def path(documents=STORIES, **changes):
         return prepare(corpus_of(documents), **{"vocab_size": 600, **changes}).path
 
-    paths = [
-        path(),
-        path(STORIES[1:]),
-        path(vocab_size=500),
-        path(seed=1),
-        path(val_fraction=0.2),
-    ]
+    paths = [path(), path(STORIES[1:]), path(vocab_size=500), path(seed=1), path(val_fraction=0.2)]
     assert len(set(paths)) == len(paths)
 
 

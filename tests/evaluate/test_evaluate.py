@@ -80,7 +80,7 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         file.write_text("".join(json.dumps(story) + "\n" for story in stories))
     arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main(
-        [str(ours), *map(str, files), "--stories", "10", "--max-new-tokens", "40", *arguments]
+        [str(ours), *map(str, files), *"--stories 10 --max-new-tokens 40".split(), *arguments]
     )
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert [(r["name"], r["stories"]["stories"]) for r in records] == [

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import fails, tiny_stories
+from conftest import cli, fails, tiny_stories
 
 from lab import babylm, pairs, scoring
 from lab.pairs import evaluate_pairs, evaluate_wug, read_items
@@ -337,10 +337,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments, complaint",
-    [
-        ([], "nothing to evaluate"),
-        (["--blimp", "missing"], "neither a checkpoint nor a run"),
-    ],
+    [([], "nothing to evaluate"), (["--blimp", "missing"], "neither a checkpoint nor a run")],
 )
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
@@ -420,7 +417,7 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
     checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
     babylm.main(
-        [*checkpoints, "--babylm", str(fast), "--aoa", str(fast / "cdi_childes.json"), *common]
+        [*checkpoints, *cli("--babylm {} --aoa {}", fast, fast / "cdi_childes.json"), *common]
     )
     babylm.main([checkpoints[1], "--babylm", str(full), *common])
     tasks = "entity_tracking/entity_tracking{} blimp/blimp{} blimp/supplement{} ewok/ewok{} reading"
@@ -467,11 +464,7 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     reading = read["main/reading"]["reading"]["predictions"]
     assert [row["id"] for row in reading] == [*range(len(reading_rows()))] and reading[
         0
-    ].keys() == {
-        "id",
-        "pred",
-        "prev_pred",
-    }
+    ].keys() == {"id", "pred", "prev_pred"}
     assert [(r["step"], r["target_word"], r["context_id"]) for r in surprisal[:3]] == [
         ("chck_1M", "ball", i) for i in range(3)
     ]
@@ -492,13 +485,9 @@ def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, c
         data / "entity_tracking_fast" / "regular.jsonl",
         [ENTITIES[0] | {"input_prefix": "Tom " * 100}, *ENTITIES],
     )
-    common = [
-        str(tmp_path / "chck_1M"),
-        "--device",
-        "cpu",
-        "--predictions",
-        str(tmp_path / "results" / "toy"),
-    ]
+    common = cli(
+        "{} --device cpu --predictions {}", tmp_path / "chck_1M", tmp_path / "results" / "toy"
+    )
     assert "1 items of" in fails(babylm.main, [*common, "--babylm", str(data)], capsys)
     assert "is not BabyLM's full_eval" in fails(
         babylm.main, [*common, "--babylm", str(tmp_path / "no")], capsys

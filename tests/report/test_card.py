@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import SHORT, metrics
+from conftest import SHORT, cli, metrics
 
 import train_interact
 from lab import findings
@@ -41,16 +41,7 @@ def run(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     out, reward = folder / "i", folder / "reward.py"
     reward.write_text(RISING)
-    argv = [
-        "--init",
-        str(place / "p"),
-        "--out",
-        str(out),
-        "--reward",
-        f"{reward}:score",
-        "--steps",
-        "2",
-    ]
+    argv = cli("--init {} --out {} --reward {}:score --steps 2", place / "p", out, reward)
     argv += ["--learning-rate", "0.01", "--diversity", "0", "--unfinished", "1"]
     train_interact.main([*SHORT, *argv])
     return out

@@ -13,13 +13,7 @@ import numpy as np
 import pytest
 
 from tinystory.report.before_after import followed
-from tinystory.report.run import (
-    RANDOM,
-    drawn,
-    first_and_last,
-    live_report,
-    write_report,
-)
+from tinystory.report.run import RANDOM, drawn, first_and_last, live_report, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, STORIES

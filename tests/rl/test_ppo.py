@@ -73,9 +73,7 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
     optimizer = SharpAdam(
-        student,
-        torch.nn.Module(),
-        InteractConfig(learning_rate=0.0, sharpness_rate=0.1),
+        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, sharpness_rate=0.1)
     )
     loss().backward()
     optimizer.step()
@@ -119,9 +117,7 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, fused=True),
         lambda s: SharpAdam(
-            s,
-            torch.nn.Module(),
-            InteractConfig(learning_rate=1e-3, sharpness_rate=0.0),
+            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, sharpness_rate=0.0)
         ),
     ):
         student = copy.deepcopy(start)

@@ -414,17 +414,10 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
 
 
-OF_A_RUN = [
-    "config.json",
-    "metrics.jsonl",
-    "stories.jsonl",
-    "samples.jsonl",
-    "replies.jsonl",
-    "report.html",
-    "checkpoints",
-    "checkpoints/new",
-    "checkpoints/chck_1M/model.safetensors",
-]
+OF_A_RUN = (
+    "config.json metrics.jsonl stories.jsonl samples.jsonl replies.jsonl report.html "
+    "checkpoints checkpoints/new checkpoints/chck_1M/model.safetensors"
+).split()
 
 
 @pytest.mark.parametrize("name", OF_A_RUN)

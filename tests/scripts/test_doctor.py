@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cli
 from fault_server import KEY, FaultServer, closed_port, error
 
 from scripts import doctor
@@ -22,17 +22,7 @@ def told(capsys, *argv: str) -> dict[str, str]:
 
 def test_it_says_what_there_is(capsys):
     lines = told(capsys)
-    assert list(lines) == [
-        "python",
-        "packages",
-        "torch",
-        "cpu",
-        "compiler",
-        "kernels",
-        "gpu",
-        "nvcc",
-        "cache",
-    ]
+    assert list(lines) == "python packages torch cpu compiler kernels gpu nvcc cache".split()
     for optional in ("huggingface_hub", "transformers"):
         lines["packages"] = lines["packages"].replace(f"{optional} missing", "")
     assert "missing" not in lines["packages"]
@@ -60,15 +50,7 @@ def test_a_calibration_begins_with_a_forecast(capsys):
     score = lambda asked: "0 1 2" if "grammar" in asked else "A fox."  # noqa: E731
     with FaultServer(other=score) as server:
         doctor.main(
-            [
-                "--teacher-url",
-                server.url,
-                "--calibrate",
-                "--per-kind",
-                "2",
-                "--teacher-prompt",
-                "grades",
-            ]
+            cli("--teacher-url {} --calibrate --per-kind 2 --teacher-prompt grades", server.url)
         )
     lines = capsys.readouterr().out.splitlines()
     (forecast,) = [line for line in lines if line.startswith("forecast")]

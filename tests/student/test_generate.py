@@ -139,12 +139,7 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer):
     """What the sampler saw is what PPO reads again: the first ratio is 1."""
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
-    stories = write(
-        eager_to_end,
-        tokenizer,
-        head,
-        openings=[OPENING, "Once", "Ben said"] * 8,
-    )
+    stories = write(eager_to_end, tokenizer, head, openings=[OPENING, "Once", "Ben said"] * 8)
     batch = collate(stories, torch.device("cpu"))
     with torch.no_grad():
         logprobs, states = ppo.response_logprobs(eager_to_end, batch)

@@ -3,20 +3,17 @@ to repeat a run."""
 
 import hashlib
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
-from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests
+from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, cli, fails, metrics
+from fault_server import KEY, FaultServer, counted, error
 
 import train_interact as interact
 from tests.train.runs import interrupted_at
@@ -26,12 +23,6 @@ from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import CRITERIA, NAME, Question
-
-STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
-# seconds per good reply, as with a real model
-LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))
-FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
-
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -48,58 +39,6 @@ class Arrivals(dict):
 def honest(story: str) -> str:
     digest = hashlib.sha256(story.encode()).digest()
     return f"{digest[0] % 4} {digest[1] % 4} {digest[2] % 4}"
-
-
-def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkeypatch):
-    stories = [f"Story {i} of a cat." for i in range(STORIES)]
-    hopeless = set(stories[::50])
-    sent = Counter()
-
-    def script(story, n):
-        if story in hopeless:
-            return "I loved it!"
-        dice = random.Random(f"{story} {n}")
-        what = dice.choice(FAULTS) if dice.random() < 0.2 else honest(story)
-        sent[what if what in FAULTS else "honest"] += 1
-        return what
-
-    with (
-        FaultServer(script) as server,
-        Teacher(server.url, concurrency=64, deadline_s=3000.0) as teacher,
-    ):
-        time_out_hanging_requests(server, monkeypatch)
-        teacher.probes()[0]
-        teacher.ledger.stats()
-        server.delay, began = LATENCY, time.monotonic()
-        grades = teacher.grade("Once", stories)
-        seconds = time.monotonic() - began
-        stats = teacher.ledger.stats()
-    unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
-    assert (
-        len(grades) == STORIES
-        and set(unscored) >= hopeless
-        and len(unscored) <= len(hopeless) + STORIES // 50
-    )
-    for story, grade in zip(stories, grades, strict=True):
-        assert grade.attempts == server.good[story]  # every complete reply is used once
-        if grade.scores is None:
-            assert grade.score is None and grade.error
-        else:
-            assert grade.error is None and grade.reply == honest(story)
-            assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
-    assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
-    # a complete reply, though without valid scores
-    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")
-    assert stats["requests"] == sum(server.seen.values()) - 1
-    assert stats["requests"] == failed + sum(grade.attempts for grade in grades)
-    assert stats["retries"] <= failed
-    share = len(grades) / seconds / (64 / LATENCY) if LATENCY else None
-    print(
-        f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}"
-    )
-
-
-# Whole runs of train_interact.py.
 
 
 @pytest.fixture(scope="module")
@@ -388,14 +327,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
         return counted("3 1", 400, 5)
 
     out = tmp_path / "run"
-    flags = [
-        "--teacher-prompt",
-        str(tmp_path / "prompt.json"),
-        "--price-in",
-        "10",
-        "--budget-cost",
-        "0.7",
-    ]
+    flags = cli("--teacher-prompt {} --price-in 10 --budget-cost 0.7", tmp_path / "prompt.json")
     flags += ["--diversity", "0", "--unfinished", "1", "--steps", "16"]
     with FaultServer(script) as server:
         server.first = lambda: counted("2 2", 400, 5)

@@ -104,12 +104,7 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--teacher-model x",
-        "--teacher-temperature 1",
-        "--price-in 1",
-        '--teacher-extra {"a":1}',
-    ],
+    ["--teacher-model x", "--teacher-temperature 1", "--price-in 1", '--teacher-extra {"a":1}'],
 )
 def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
     with pytest.raises(UserError, match=f"{flags.split()[0]} is for a teacher"):

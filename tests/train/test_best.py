@@ -2,11 +2,7 @@
 
 import json
 
-from conftest import (
-    SHORT,
-    metrics,
-    read_lines,
-)
+from conftest import SHORT, metrics, read_lines
 from runs import interrupted_at, run_interact
 
 import train_interact as interact

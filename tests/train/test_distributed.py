@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, ROOT, SHORT, SMALL, metrics, read_lines
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines
 from safetensors.torch import load_file
 
 import train_interact as interact
@@ -55,43 +55,13 @@ def assert_alike(a, b) -> None:
 def test_two_processes_do_what_one_does(place, tmp_path):
     """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on, a
     temperature that is chosen."""
-    reading = [
-        "--corpus",
-        str(place / "corpus.txt"),
-        *SMALL,
-        "--dtype",
-        "float32",
-        "--words",
-        "1500",
-    ]
+    reading = SMALL + cli("--corpus {} --dtype float32 --words 1500", place / "corpus.txt")
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
-    writing = [
-        *SHORT,
-        "--reward",
-        f"{place / 'reward.py'}:some",
-        "--max-unscored",
-        "0.5",
-        "--minibatch-size",
-        "3",
-    ]
-    writing += [
-        "--stories-per-step",
-        "7",
-        "--steps",
-        "2",
-        "--micro-batch-size",
-        "2",
-        "--learning-rate",
-        "1e-4",
-    ]
-    writing += [
-        "--dtype",
-        "float32",
-        "--kl-in",
-        "loss",
-        "--temperature",
-        "0",
-    ]
+    writing = SHORT + cli(
+        "--reward {}:some --max-unscored 0.5 --minibatch-size 3", place / "reward.py"
+    )
+    writing += "--stories-per-step 7 --steps 2 --micro-batch-size 2 --learning-rate 1e-4".split()
+    writing += "--dtype float32 --kl-in loss --temperature 0".split()
 
     def both(name: str) -> list[str]:
         p, i = tmp_path / name / "p", tmp_path / name / "i"
@@ -161,15 +131,7 @@ def test_two_processes_have_the_same_stories_graded(place, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_any_process_stops_an_interaction_and_is_told_once(place, tmp_path):
     pretrain.main(
-        [
-            "--corpus",
-            str(place / "corpus.txt"),
-            *SMALL,
-            "--words",
-            "1000",
-            "--out",
-            str(tmp_path / "p"),
-        ]
+        SMALL + cli("--corpus {} --words 1000 --out {}", place / "corpus.txt", tmp_path / "p")
     )
     script = tmp_path / "signalled.py"
     script.write_text(

@@ -6,14 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import (
-    NAMES,
-    SHORT,
-    SMALL,
-    THINGS,
-    fails,
-    metrics,
-)
+from conftest import NAMES, SHORT, SMALL, THINGS, cli, fails, metrics
 from runs import run_interact
 
 import train_interact as interact
@@ -185,12 +178,9 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
     interact.main(
         [
             *base,
-            "--reward",
-            f"{place / 'reward.py'}:some",
-            "--max-unscored",
-            "0.5",
-            "--out",
-            str(tmp_path / "a"),
+            *cli(
+                "--reward {}:some --max-unscored 0.5 --out {}", place / "reward.py", tmp_path / "a"
+            ),
         ]
     )
     assert metrics(tmp_path / "a")[0]["unscored"] == 1
@@ -250,19 +240,14 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     """Over HTTP; the run starts the server on the student's own corpus, once the user names it."""
     interact.main(
-        [
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--init",
-            str(checkpoint.newest(place / "p")),
-            "--out",
-            str(tmp_path / "i"),
-            *SHORT,
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--steps",
-            "1",
-        ]
+        SHORT
+        + cli(
+            "--corpus {} --init {} --out {} --corpus {} --steps 1",
+            place / "corpus.txt",
+            checkpoint.newest(place / "p"),
+            tmp_path / "i",
+            place / "corpus.txt",
+        )
     )
     record = metrics(tmp_path / "i")[0]
     stories = [

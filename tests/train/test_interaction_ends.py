@@ -6,12 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import (
-    SHORT,
-    assert_same_bits,
-    fails,
-    metrics,
-)
+from conftest import SHORT, assert_same_bits, cli, fails, metrics
 from runs import interrupted_at, run_interact, spoiling
 
 import train_interact as interact
@@ -153,22 +148,11 @@ def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, mo
         return collect(self, stop)
 
     monkeypatch.setattr(CallableGrader, "collect", gone)
-    argv = [
-        "--init",
-        str(checkpoint.newest(place / "p")),
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        *SHORT,
-    ]
-    argv += [
-        "--stop-on-collapse",
-        "--eval-every",
-        "0",
-        "--save-every",
-        "20",
-        "--out",
-        str(tmp_path / "i"),
-    ]
+    argv = (
+        cli("--init {} --reward {}:score", checkpoint.newest(place / "p"), place / "reward.py")
+        + SHORT
+    )
+    argv += cli("--stop-on-collapse --eval-every 0 --save-every 20 --out {}", tmp_path / "i")
     assert "the teacher has gone" in fails(interact.main, argv, capsys)
     assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
     monkeypatch.undo()

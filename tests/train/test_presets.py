@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHORT, SMALL, fails, metrics
+from conftest import SHORT, SMALL, cli, fails, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -92,9 +92,7 @@ def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):
-    config = parse(
-        InteractConfig, INTERACT_PRESETS, ["--preset", "paper", "--lam", "1", "--steps", "3"]
-    )
+    config = parse(InteractConfig, INTERACT_PRESETS, "--preset paper --lam 1 --steps 3".split())
     assert (config.preset, config.lam, config.steps, config.kl_coef) == ("paper", 1.0, 3, 0.2)
 
 
@@ -109,7 +107,7 @@ def test_the_presets_run(place, tmp_path, preset):
     few = [*SHORT, "--stories-per-step", "8", "--steps", "1"]
     reward = ["--reward", f"{place / 'reward.py'}:score"]
     interact.main(
-        ["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")]
+        [*cli("--preset {} --init {}", preset, init), *reward, *few, "--out", str(tmp_path / "i")]
     )
     assert metrics(tmp_path / "i")[0]["kl_coef"] == 0.2
 

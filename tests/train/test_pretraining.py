@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    SMALL,
-    assert_same_bits,
-    fails,
-    metrics,
-    read_lines,
-    tiny_stories,
-)
+from conftest import SMALL, assert_same_bits, cli, fails, metrics, read_lines, tiny_stories
 from runs import interrupted_at, spoiling
 
 import train_pretrain as pretrain
@@ -198,16 +191,7 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
     monkeypatch.setattr(pretrain, "Download", Download)
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
-    assert events == [
-        "launched",
-        "launched",
-        "read",
-        "launched",
-        "read",
-        "launched",
-        "read",
-        "read",
-    ]
+    assert events == "launched launched read launched read launched read read".split()
     assert (
         checkpoint.newest(tmp_path / "parts").name == "step_0000004"
         and len(metrics(tmp_path / "parts")) == 4
@@ -272,7 +256,7 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
     corpus.write_text("\n<|endoftext|>\n".join(stories))
     line = fails(
         pretrain.main,
-        ["--resume", "--words", "600", "--corpus", str(corpus), "--out", str(tmp_path / "r")],
+        cli("--resume --words 600 --corpus {} --out {}", corpus, tmp_path / "r"),
         capsys,
     )
     assert "the corpus changed since" in line and "model.safetensors" not in line
