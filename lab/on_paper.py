@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda_device"))
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from machine import machine
 from runtime import install, install_project
 

@@ -174,6 +174,7 @@ class CtrlC:
 
 sys.meta_path.insert(0, CtrlC())
 """
+LAB = "babylm bench compare copied judge recipes reproduce track".split()
 COMMANDS = [ROOT / "train_pretrain.py", ROOT / "train_interact.py"]
 COMMANDS += sorted(ROOT.glob("scripts/*.py"))
 
@@ -367,15 +368,25 @@ def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
     assert printed.startswith(f"3 stories are in {out}\n") and "scripts/evaluate.py" in printed
 
 
-@pytest.mark.parametrize("name", ["doctor", "watch"])
-def test_a_script_finds_the_package_of_its_own_clone(name):
+HELP_OF_EACH = """
+import contextlib, runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+path, files = list(sys.path), sys.argv[1:]
+sys.argv[1:] = ["--help"]
+for file in files:
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(file, run_name="__main__")
+    sys.path[:] = path  # so that the next command has to find the project by itself
+    for name in [name for name in sys.modules if name.startswith(("tinystory", "lab", "train_"))]:
+        del sys.modules[name]
+"""
+
+
+def test_a_command_finds_the_package_of_its_own_clone():
     """Where nothing is installed but what tinystory depends on. The finder of an editable install
     is left out."""
-    code = (
-        "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
-        f"sys.argv = ['{name}', '--help']; runpy.run_path('{ROOT}/scripts/{name}.py', run_name='__main__')"
-    )
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd="/"
-    )
-    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
+    files = [f"{ROOT}/scripts/{name}.py" for name in ("doctor", "watch")]
+    files += [f"{ROOT}/lab/{name}.py" for name in LAB]
+    command = [sys.executable, "-I", "-c", HELP_OF_EACH, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(files), done.stderr
