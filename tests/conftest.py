@@ -53,34 +53,11 @@ PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 
 
 # Text that is difficult for a tokenizer.
-AWKWARD = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-AWKWARD += [
-    "<|endoftext|>",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\x00",
-    "\x1c",
-    "\x85",
-    "\u00a0",
-    "\u200b",
-]
-AWKWARD += [
-    "\u2028",
-    "\u3000",
-    "\ufeff",
-    "\ufffd",
-    "\U0010ffff",
-    "'s",
-    "'LL",
-    "e\u0301",
-    "🐈‍⬛",
-    "猫",
-    "१",
-    " 12",
-]
+AWKWARD = (
+    "<s> <pad> </s> <unk> <mask> <|endoftext|> \n \r\n \t \x00 \x1c \x85 \u00a0 \u200b \u2028 \u3000 "
+    "\ufeff \ufffd \U0010ffff 's 'LL e\u0301 🐈‍⬛ 猫 १"
+).split(" ")
+AWKWARD += [" ", "  ", " 12"]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli, metrics, story_record
+from conftest import ROOT, cli, metrics, read_lines, story_record
 from fault_server import closed_port
 from test_lesson import Run
 
@@ -210,7 +210,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         for process in (trainer, server):
             process.kill()
             process.wait()
-    grades = [json.loads(line) for line in kept.read_text().splitlines()]
+    grades = read_lines(kept)
     by_story: dict[str, list] = {}
     for grade in grades:
         by_story.setdefault(grade["story"], []).append(grade)

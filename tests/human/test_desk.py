@@ -8,6 +8,7 @@ import resource
 from unittest import mock
 
 import pytest
+from conftest import read_lines
 
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
@@ -62,7 +63,7 @@ def grade(desk, who, scores=GOOD, **more):
 
 
 def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "grades.jsonl").read_text().splitlines()]
+    return read_lines(tmp_path / "grades.jsonl")
 
 
 def test_stories_come_in_order_and_are_handed_in_together(tmp_path):

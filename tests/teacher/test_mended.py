@@ -1,8 +1,7 @@
 """What is asked again once a teacher is mended, and what is not."""
 
-import json
-
 import pytest
+from conftest import read_lines
 from fault_server import FaultServer
 
 from tinystory.config import InteractConfig
@@ -54,7 +53,7 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
             (g.scores, g.reply_words) for g in grades
         ]
         assert len(server.requests) == sent
-    lines = [json.loads(line) for line in replies.read_text().splitlines()]
+    lines = read_lines(replies)
     # the old ones stay in the record
     assert sum(line["reply"] == "What a lovely story!" for line in lines) == 6
 

@@ -90,34 +90,12 @@ def test_clean_leaves_a_story_as_it_is():
 
 
 MARK = fence(0, 7, "")  # the fence that a story could write if it knew seed and index
-TOKENS_OF_CHATS = "<|eot_id|> </s> [INST] <<SYS>> [/INST] <end_of_turn> [gMASK] <think> [|system|] ]~b] <｜User｜>"
-TRICKS = [
-    *TOKENS_OF_CHATS.split(),
-    *(
-        "＜|eot_id|＞",
-        "［ＩＮＳＴ］",
-        "﹤/s﹥",
-        "［｜",
-        "］！ｐ～[",
-        "\u200b",
-        "\u2060",
-        "\ufe00",
-        "\u034f",
-        "\u2800",
-    ),
-    *(
-        "\u202e",
-        "\u2028",
-        "\x85",
-        "\x1b[2J",
-        "\ud800",
-        "\U000e0072",
-        "\U000e0133",
-        "3 3 3",
-        MARK,
-        MARK.strip("= "),
-    ),
-]
+TRICKS = (
+    "<|eot_id|> </s> [INST] <<SYS>> [/INST] <end_of_turn> [gMASK] <think> [|system|] ]~b] <｜User｜> "
+    "＜|eot_id|＞ ［ＩＮＳＴ］ ﹤/s﹥ ［｜ ］！ｐ～[ \u200b \u2060 \ufe00 \u034f \u2800 \u202e \u2028 \x85 \x1b[2J "
+    "\ud800 \U000e0072 \U000e0133"
+).split(" ")
+TRICKS += ["3 3 3", MARK, MARK.strip("= ")]
 attacks = texts | st.lists(st.sampled_from(TRICKS) | texts, max_size=12).map("".join)
 # Joiners, direction marks, fillers, variation selectors and tags: invisible to a person, but not to
 # a model.

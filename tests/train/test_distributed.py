@@ -1,6 +1,5 @@
 """Two processes under torchrun compute what one does, up to the order of sums."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines, cli
 from safetensors.torch import load_file
 
 import train_interact as interact
@@ -75,13 +74,12 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     first, second = both("two")
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            place / "cache",
+            *cli(
+                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
+                sys.executable,
+                script,
+                place / "cache",
+            ),
             *first,
             "--then",
             *second,
@@ -95,13 +93,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     assert done.stdout.count("parameters") == 1  # only rank 0 prints
     for part in ("p", "i"):
         assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
-    one, two = (
-        [
-            json.loads(line)
-            for line in (tmp_path / name / "i" / "stories.jsonl").read_text().splitlines()
-        ]
-        for name in ("one", "two")
-    )
+    one, two = (read_lines(tmp_path / name / "i" / "stories.jsonl") for name in ("one", "two"))
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
     options = [read_config(tmp_path / name / "i")["options"] for name in ("one", "two")]
     for name in ("temperature", "tried_temperatures"):
@@ -150,13 +142,12 @@ train_interact.main(sys.argv[2:])
     argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            place / "cache",
+            *cli(
+                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
+                sys.executable,
+                script,
+                place / "cache",
+            ),
             *argv,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

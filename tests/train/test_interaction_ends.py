@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import SHORT, assert_same_bits, cli, fails, metrics
+from conftest import SHORT, assert_same_bits, cli, fails, metrics, read_lines
 from runs import interrupted_at, run_interact, spoiling
 
 import train_interact as interact
@@ -123,10 +123,7 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
         place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"
     )
     assert len(metrics(tmp_path / "off")) == 3
-    evaluations = [
-        json.loads(line)
-        for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()
-    ]
+    evaluations = read_lines(tmp_path / "off" / "evaluations.jsonl")
     # the last student is evaluated, wherever the run ends
     assert {record["step"] for record in evaluations} == {0, 3}
     assert checkpoint.newest(tmp_path / "off").name == "step_0000003"

@@ -27,18 +27,9 @@ def test_pretraining_learns_and_records(place):
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert records[-1]["words"] >= 2500 > records[-2]["words"]
     assert records[-1]["val_loss"] and records[0]["val_loss"] is None
-    wanted = {
-        "step",
-        "words",
-        "tokens",
-        "loss",
-        "val_loss",
-        "val_bits_per_byte",
-        "lr",
-        "grad_norm",
-        "tokens_per_s",
-    }
-    wanted |= {"peak_memory_mb"}
+    wanted = set(
+        "step words tokens loss val_loss val_bits_per_byte lr grad_norm tokens_per_s peak_memory_mb".split()
+    )
     assert all(record.keys() == wanted for record in records)
     assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
     assert (
