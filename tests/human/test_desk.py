@@ -229,12 +229,6 @@ def test_other_criteria_make_another_question(tmp_path):
     )
 
 
-def test_a_file_of_something_else_is_the_users_error(tmp_path):
-    (tmp_path / "grades.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"has no .key.*choose another file"):
-        Desk(tmp_path / "grades.jsonl", Template())
-
-
 @pytest.mark.parametrize("text", ["buy milk", '{"step": 1}', '{"key": "a"}\nbuy milk', "x" * 99])
 def test_a_file_of_something_else_is_refused_as_it_is(tmp_path, text):
     """Also one whose only line has no end, as a killed process leaves it."""

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -62,14 +63,19 @@ class Rubric:
         return dict.fromkeys("abc", 3 if story else 0)
 
 
-@pytest.fixture
-def run(place, tmp_path, monkeypatch):
-    """A finished run with a callable as its teacher, which no second judge has seen."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged") / "run"
     reward = f"{place / 'reward.py'}:score"
     train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
-    monkeypatch.setattr(judge, "Reader", Reader)
     return out
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A finished run with a callable as its teacher, which no second judge has seen."""
+    monkeypatch.setattr(judge, "Reader", Reader)
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
@@ -117,7 +123,7 @@ def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
 def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "Reader", Reader)
     run = tmp_path / "run"
-    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
+    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run), "--steps", "1"]
     train_interact.main([*SHORT, *start, "--reward", "likelihood"])
     judge.main([str(run), *READER, *teacher(place)[2:]])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]

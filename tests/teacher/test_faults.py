@@ -365,21 +365,3 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     assert KEY not in output.out + output.err and not any(
         KEY.encode() in content for content in written
     )
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "nowhere.json"],
-            "--teacher-prompt nowhere.json",
-        ),
-        (["--teacher-prompt", "prompt.json"], "--teacher-prompt is for an LLM"),
-        (["--budget-cost", "3"], "--price-in"),
-        (["--price-in", "-1"], "--price-in"),
-    ],
-)
-def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):
-    argv = [*arguments(init, tmp_path / "out"), *flags]
-    assert words in fails(interact.main, argv, capsys)
-    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines, cli
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines
 from safetensors.torch import load_file
 
 import train_interact as interact
