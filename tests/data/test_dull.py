@@ -89,8 +89,7 @@ def test_a_run_records_who_tells_its_stories(documents):
         *map(dull.kind_of, documents[:3]),
     ]
     means = story_means(records)
-    assert (
-        means["teller_story"] == 0.25 and sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
-    )
+    assert means["teller_story"] == 0.25
+    assert sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
     unmixed = story_records(1, stories, grades, [0.5] * 4, {})
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

@@ -29,10 +29,8 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
         * math.log2(tokenizer.vocab_size)
         / sum(len(tokenizer.token_bytes[id]) for id in counted)
     )
-    assert (
-        measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-        and measures["tokens"] == len(counted) + 1
-    )
+    assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert measures["tokens"] == len(counted) + 1
 
 
 class Amused(Grader):

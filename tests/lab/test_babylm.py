@@ -81,10 +81,8 @@ def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
 
 def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
     ids, first = part(tokenizer, "in the ", "park")
-    assert (
-        tokenizer.decode(ids[first:]).endswith("park")
-        and tokenizer.decode(ids[:first]) in "in the "
-    )
+    assert tokenizer.decode(ids[first:]).endswith("park")
+    assert tokenizer.decode(ids[:first]) in "in the "
     for prefix, option in ((PREFIX, "the ball."), ("猫", "猫 is"), ("", "Tom")):
         ids, first = part(tokenizer, prefix, option)
         ends = np.cumsum([len(tokenizer.token_bytes[id]) for id in ids])
@@ -327,10 +325,8 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
         ("run/chck_2M", 2 * 10**6),
         ("<b>theirs", None),
     ]
-    assert (
-        records[0]["blimp"] == records[2]["blimp"]
-        and records[0]["coreference"] == records[2]["coreference"]
-    )
+    assert records[0]["blimp"] == records[2]["blimp"]
+    assert records[0]["coreference"] == records[2]["coreference"]
     printed = capsys.readouterr().out
     assert "BLiMP, %" in printed and "run/chck_2M" in printed
 
@@ -456,23 +452,19 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     )
     assert read["main/entity_tracking/entity_tracking"].keys() == {"regular_1_ops"}
     past = read["main/wug_past/wug_past_tense"]["wug_past"]["predictions"]
-    assert (
-        len(past) == 3
-        and past[0].keys() == {"id", "pred", "prob"}
-        and read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
-    )
+    assert len(past) == 3
+    assert past[0].keys() == {"id", "pred", "prob"}
+    assert read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
     reading = read["main/reading"]["reading"]["predictions"]
-    assert [row["id"] for row in reading] == [*range(len(reading_rows()))] and reading[
-        0
-    ].keys() == {"id", "pred", "prev_pred"}
+    assert [row["id"] for row in reading] == [*range(len(reading_rows()))]
+    assert reading[0].keys() == {"id", "pred", "prev_pred"}
     assert [(r["step"], r["target_word"], r["context_id"]) for r in surprisal[:3]] == [
         ("chck_1M", "ball", i) for i in range(3)
     ]
     text = "Tom had the ball"
     expected = -logprob(student, tokenizer.encode(text), len(tokenizer.encode("Tom had the")))
-    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3) and math.isnan(
-        surprisal[2]["surprisal"]
-    )
+    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3)
+    assert math.isnan(surprisal[2]["surprisal"])
     assert len(surprisal) == 6 and surprisal[3]["word_count"] == 2_000_000
 
 

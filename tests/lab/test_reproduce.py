@@ -109,9 +109,8 @@ def test_a_control_differs_in_the_reward_alone(trainer, tmp_path):
     reproduce.main(["--scale", "small", "--interact", "--steps 7", "--out", str(tmp_path)])
     configs = interactions(trainer)
     real, control = vars(configs["interact/1M-1"]), vars(configs["random/1M-1"])
-    assert {name for name, value in control.items() if value != real[name]} == {"reward"} and real[
-        "steps"
-    ] == 7
+    assert {name for name, value in control.items() if value != real[name]} == {"reward"}
+    assert real["steps"] == 7
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -199,10 +198,8 @@ def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interac
     half_copied.mkdir(parents=True)
     reproduce.main(argv)
     out, options = trainer.calls[-1]
-    assert (
-        out == tmp_path / MORE / "1M-0"
-        and options == "--resume --words 1000430 --device cpu".split()
-    )
+    assert out == tmp_path / MORE / "1M-0"
+    assert options == "--resume --words 1000430 --device cpu".split()
     assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
     evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
@@ -245,7 +242,8 @@ def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path
         "repeated_name",
         "he_or_she",
         "bits_per_byte",
-    } < columns.keys() and columns["score"] == 4.5
+    } < columns.keys()
+    assert columns["score"] == 4.5
     history["corpus"] = ["elsewhere"]
     others = reproduce.measure(place / "p", grader, pretrain, config, settings)
     assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}

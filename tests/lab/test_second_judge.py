@@ -85,11 +85,9 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     )
     judge.main([str(run), str(run), *READER, *teacher(place)])
     printed = capsys.readouterr().out
-    assert (
-        "2 runs together" in printed
-        and "not the teacher" in printed
-        and printed.count("real stories") >= 3
-    )
+    assert "2 runs together" in printed
+    assert "not the teacher" in printed
+    assert printed.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
     evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}
@@ -102,11 +100,9 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
         assert [record["opening"] for record in by_group[name]] == openings
     for i, (before, best) in enumerate(zip(by_group[BEFORE], by_group[BEST_OF_N], strict=True)):
         candidates = drawn[0][i :: len(openings)]
-        assert (
-            len(candidates) == second_judge.BEST_OF
-            and candidates[0] == before["score"]
-            and max(candidates) == best["score"]
-        )
+        assert len(candidates) == second_judge.BEST_OF
+        assert candidates[0] == before["score"]
+        assert max(candidates) == best["score"]
     page = (run / "report.html").read_text()
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
     (finding,) = read_findings(run)  # the second judgement replaces the first
@@ -229,9 +225,8 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
     for record in records:
         record["score"] = None
     table = summary(records, "score")
-    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(
-        judged_rows(records)
-    ) == 1 + len(GROUPS)
+    assert table[AFTER] == {"mean": None, "ci": None, "gap": None}
+    assert len(judged_rows(records)) == 1 + len(GROUPS)
     assert json.dumps(judged_rows(records))
 
 

@@ -91,15 +91,11 @@ def test_the_client_gets_the_scores_of_the_rubric(client, rubric):
         answer = _ask(client, story, temperature=0.2, max_tokens=6, seed=1)
         scores = rubric.score(OPENING, story)
         assert answer.choices[0].message.content == " ".join(str(scores[name]) for name in CRITERIA)
-        assert (
-            answer.choices[0].message.role == "assistant"
-            and answer.choices[0].finish_reason == "stop"
-        )
-        assert (
-            answer.object == "chat.completion"
-            and answer.model == MODEL
-            and answer.id.startswith("chatcmpl-")
-        )
+        assert answer.choices[0].message.role == "assistant"
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.object == "chat.completion"
+        assert answer.model == MODEL
+        assert answer.id.startswith("chatcmpl-")
         assert answer.usage.completion_tokens == 3
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + 3 > 300
         seen.add(answer.choices[0].message.content)
@@ -198,7 +194,8 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
     body = {"model": MODEL, "messages": _messages("Tom ran.")} | change
     status, answer = _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())
     assert status == 400
-    assert answer.keys() == {"error"} and answer["error"].keys() == {
+    assert answer.keys() == {"error"}
+    assert answer["error"].keys() == {
         "message",
         "type",
         "param",
@@ -225,10 +222,8 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
 def test_wrong_calls_are_refused_in_openais_shape(url, method, path, body, status):
     got, answer = _raw(url, method, path, body)
     assert got == status
-    assert (
-        answer["error"].keys() == {"message", "type", "param", "code"}
-        and answer["error"]["message"]
-    )
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert answer["error"]["message"]
 
 
 def test_a_lone_surrogate_breaks_nothing(url):
@@ -354,7 +349,6 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_start(corpus, option
         command = [sys.executable, serve_teacher.__file__, "--corpus", str(corpus), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
-    assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith(
-        "error: "
-    )
+    assert words in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -48,9 +48,8 @@ def test_what_is_written_is_read(tmp_path):
     assert read_metrics(tmp_path)[0] == {"step": 1, "reward_mean": 0.1428571}
     stories = list(read_stories(tmp_path))
     assert len(stories) == 12 and stories[0]["story"] == "Tim said “no”.\nHe ran."
-    assert (
-        read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
-    )
+    assert read_metrics(tmp_path / "nowhere") == []
+    assert list(read_stories(tmp_path / "nowhere")) == []
 
 
 def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
@@ -60,12 +59,10 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     assert config["options"]["out"] == str(tmp_path)
     assert {"python", "torch", "numpy", "tinystory"} <= set(config["versions"])
     assert config["versions"]["torch"] == torch.__version__
-    assert (
-        "thread" in config["device"]
-        and "git_commit" in config
-        and config["started"]
-        and config["resumed"] == []
-    )
+    assert "thread" in config["device"]
+    assert "git_commit" in config
+    assert config["started"]
+    assert config["resumed"] == []
     assert "secret" not in (tmp_path / "config.json").read_text()
     assert config["options"]["teacher_url"] == "https://host/v1"
 
@@ -295,9 +292,9 @@ def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
         (errno.EACCES, "another folder"),
     ):
         message = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
-        assert (
-            os.strerror(code) in message and words in message and "free some space" not in message
-        )
+        assert os.strerror(code) in message
+        assert words in message
+        assert "free some space" not in message
     assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
     with (
         pytest.raises(UserError, match="File name too long; choose a shorter name"),

@@ -104,10 +104,8 @@ def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
     with pytest.raises(SystemExit) as caught:
         doctor.main(["--teacher-url", url or closed_port()])
     printed = capsys.readouterr()
-    assert (
-        caught.value.code == 2
-        and words in printed.err
-        and printed.err.count("\n") == 1
-        and "teacher " not in printed.out
-    )
+    assert caught.value.code == 2
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert "teacher " not in printed.out
     assert KEY not in printed.err + printed.out

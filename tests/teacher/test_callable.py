@@ -110,11 +110,9 @@ def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, 
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError) as caught:
         scores(f"{tmp_path / 'r.py'}:f")
-    assert (
-        words in str(caught.value)
-        and "--reward" in str(caught.value)
-        and str(caught.value).isprintable()
-    )
+    assert words in str(caught.value)
+    assert "--reward" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_scores_of_any_library_are_numbers(tmp_path):

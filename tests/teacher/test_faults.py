@@ -108,11 +108,9 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
 
     with FaultServer(script) as server:
         code, output = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
-        assert (
-            code == 0
-            and "stopped after step 1, all saved" in output
-            and checkpoint.newest(stopped).name == "step_0000001"
-        )
+        assert code == 0
+        assert "stopped after step 1, all saved" in output
+        assert checkpoint.newest(stopped).name == "step_0000001"
         code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, *resumed(stopped, server.url))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
@@ -188,11 +186,9 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
 
         server.script = until_empty
         line = fails(interact.main, arguments(init, stopped, server.url), capsys)
-        assert (
-            "no quota" in line
-            and len(metrics(stopped)) == 2
-            and checkpoint.newest(stopped).name == "step_0000002"
-        )
+        assert "no quota" in line
+        assert len(metrics(stopped)) == 2
+        assert checkpoint.newest(stopped).name == "step_0000002"
         left = 10**6
         interact.main(resumed(stopped, server.url))
         assert max(times for story, times in server.good.items() if story) == 1
@@ -236,7 +232,8 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
     steps, stories = metrics(whole), list(read_stories(whole))
     unscored = [story for story in stories if "What a tale" in story["reply"]]
     others = [story for story in stories if "was not asked" in story["reply"]]
-    assert unscored and all(
+    assert unscored
+    assert all(
         story["predicted"] is story["scores"] is story["reward"] is None for story in unscored
     )
     assert len(others) == 4 * 10 and all(story["scores"] is None for story in others)
@@ -342,11 +339,9 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     # no criterion can replace them
     assert not any(map(NAME.fullmatch, means - {*CRITERIA, "humour", "suspense"}))
     for record in records:
-        assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (
-            3,
-            1,
-            None,
-        )
+        assert record["humour_mean"] == 3
+        assert record["suspense_mean"] == 1
+        assert record["readability_mean"] is None
         # with weights 3 and 1 five of six, where the unweighted sum is four
         assert record["score_mean"] == pytest.approx(5)
         assert record.get("held_out_score_mean", 5) == pytest.approx(5)
@@ -355,13 +350,10 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
     output = capsys.readouterr()
-    assert (
-        "forecast: 132 stories" in output.out
-        and "with --grades 64 --steps 8 --eval-every 0: 72 stories" in output.out
-        and "--budget-cost 0.7 does not hold another step" in output.out + output.err
-    )
+    assert "forecast: 132 stories" in output.out
+    assert "with --grades 64 --steps 8 --eval-every 0: 72 stories" in output.out
+    assert "--budget-cost 0.7 does not hold another step" in output.out + output.err
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    assert KEY not in output.out + output.err and not any(
-        KEY.encode() in content for content in written
-    )
+    assert KEY not in output.out + output.err
+    assert not any(KEY.encode() in content for content in written)

@@ -59,16 +59,15 @@ def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
     )
     interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6"])
     teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]
-    assert (
-        teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
-    )
+    assert teacher["model"] == "smollm2"
+    assert teacher["scored"]
+    assert teacher["token_cap"] == "max_tokens"
     assert teacher["held_to"] == "numbers" and teacher["tokens"][0] > 300
     records, stories = metrics(out), list(read_stories(out))
     assert [record["unscored"] for record in records] == [0, 0] and len(stories) == 6
     for story in stories:
-        assert len(story["reply"].split()) == 3 and all(
-            0 <= score <= 3 for score in story["scores"].values()
-        )
+        assert len(story["reply"].split()) == 3
+        assert all(0 <= score <= 3 for score in story["scores"].values())
     for record in records:
         assert record["teacher_requests"] >= 1 and record["teacher_retries"] == 0
         assert record["teacher_tokens_in"] > 300 * record["teacher_requests"]

@@ -131,7 +131,8 @@ def test_no_story_changes_what_is_asked(attack):
     honest, _ = asked("A cat sat down.", 7)
     attacked, mark = asked(attack, 7)
     # The rubric is unchanged, byte for byte, so a server can cache the prefix.
-    assert attacked[0] == honest[0] and [message["role"] for message in attacked] == [
+    assert attacked[0] == honest[0]
+    assert [message["role"] for message in attacked] == [
         "system",
         "user",
     ]
@@ -228,19 +229,15 @@ def test_a_template_is_what_is_asked(tmp_path):
     template = load_template(path)
     messages = render("Once", "A cat.", fence="=== 1 ===", template=template)
     rubric = messages[0]["content"]
-    assert (
-        rubric.startswith("You are a clown.\n")
-        and "2 numbers" in rubric
-        and "humour, suspense." in rubric
-    )
+    assert rubric.startswith("You are a clown.\n")
+    assert "2 numbers" in rubric
+    assert "humour, suspense." in rubric
     assert "\n3 = very\n" in rubric and "readability" not in rubric and PREFACE not in rubric
     assert read_back(messages) == ("Once", "A cat.")
     assert template.names == ("humour", "suspense")
     assert template.score({"humour": 3, "suspense": 0}) == pytest.approx(0.75)
-    assert (
-        template.score({"humour": 3, "suspense": 3}) == 1.0
-        and template.score({"humour": 0, "suspense": 0}) == 0.0
-    )
+    assert template.score({"humour": 3, "suspense": 3}) == 1.0
+    assert template.score({"humour": 0, "suspense": 0}) == 0.0
 
 
 def test_the_default_template_has_the_papers_criteria():
@@ -322,10 +319,8 @@ def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anythin
     assert template.names == CRITERIA and template.score(dict.fromkeys(CRITERIA, 3)) == 1
     file.write_text(json.dumps({"user": "{story}", "system": "Grade {story}."}))
     template = load_template(file)
-    assert (
-        template.names == CRITERIA
-        and read_back(render("Once", "a", fence="=", template=template)) is None
-    )
+    assert template.names == CRITERIA
+    assert read_back(render("Once", "a", fence="=", template=template)) is None
     assert [m["content"] for m in render("Once", "</s>a", fence="=", template=template)] == [
         "Grade {story}.",
         "< /s>a",

@@ -156,10 +156,8 @@ train_interact.main(sys.argv[2:])
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        done.stdout.count("stopped after step 1, all saved") == 1
-        and "Mean reward" not in done.stdout
-    )
+    assert done.stdout.count("stopped after step 1, all saved") == 1
+    assert "Mean reward" not in done.stdout
     assert len(metrics(tmp_path / "i")) == 1
 
 
@@ -278,9 +276,8 @@ def test_collectives_of_two_processes(tmp_path):
 
 def test_with_one_process_everything_is_a_no_op():
     x = torch.arange(5.0)
-    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(
-        7
-    ) == range(7)
+    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3]
+    assert distributed.shard_contiguous(7) == range(7)
     assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_max(0.5) == 0.5
     assert distributed.all_gather_list([1]) == [1]
     assert distributed.rank0_value(lambda: 3) == 3 and distributed.is_rank0()

@@ -131,9 +131,8 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
     evaluations = read_lines(tmp_path / "i" / "evaluations.jsonl")
-    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(
-        openings.held_out
-    ) == 1
+    assert {record["opening"] for record in evaluations} == set(openings.held_out)
+    assert len(openings.held_out) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
@@ -218,9 +217,8 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     interact.main([*SHORT, *flags, "--out", str(tmp_path / "i")])
     record = metrics(tmp_path / "i")[0]
     stories = read_lines(tmp_path / "i" / "stories.jsonl")
-    assert record["unscored"] == 0 and all(
-        set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories
-    )
+    assert record["unscored"] == 0
+    assert all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
     evaluations = read_lines(tmp_path / "i" / "evaluations.jsonl")
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out

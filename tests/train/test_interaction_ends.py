@@ -93,10 +93,8 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CallableGrader, "collect", second_step)
         run_interact(place, tmp_path / "parts")
-    assert (
-        len(metrics(tmp_path / "parts")) == 2
-        and "held_out_reward" not in metrics(tmp_path / "parts")[1]
-    )
+    assert len(metrics(tmp_path / "parts")) == 2
+    assert "held_out_reward" not in metrics(tmp_path / "parts")[1]
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     run_interact(place, tmp_path / "parts", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
@@ -116,9 +114,8 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     run_interact(place, tmp_path / "on")
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("all the same") == 1 and len(
-        metrics(tmp_path / "on")
-    ) == 4
+    assert (printed.out + printed.err).count("all the same") == 1
+    assert len(metrics(tmp_path / "on")) == 4
     run_interact(
         place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"
     )

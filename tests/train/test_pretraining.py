@@ -37,10 +37,8 @@ def test_pretraining_learns_and_records(place):
         or "data:image" in (run / "report.html").read_text()
     )
     student, tokenizer, history = checkpoint.load(checkpoint.newest(run))
-    assert (
-        history["words"] == records[-1]["words"]
-        and student.config.vocab_size == tokenizer.vocab_size == 320
-    )
+    assert history["words"] == records[-1]["words"]
+    assert student.config.vocab_size == tokenizer.vocab_size == 320
 
 
 def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):
@@ -183,10 +181,8 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
     assert events == "launched launched read launched read launched read read".split()
-    assert (
-        checkpoint.newest(tmp_path / "parts").name == "step_0000004"
-        and len(metrics(tmp_path / "parts")) == 4
-    )
+    assert checkpoint.newest(tmp_path / "parts").name == "step_0000004"
+    assert len(metrics(tmp_path / "parts")) == 4
     pretrain.main(
         ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "parts")]
     )
@@ -209,10 +205,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     assert "the loss is nan at step 3" in fails(
         pretrain.main, [*argv, "--out", str(tmp_path / "p")], capsys
     )
-    assert (
-        checkpoint.newest(tmp_path / "p").name == "step_0000002"
-        and len(metrics(tmp_path / "p")) == 2
-    )
+    assert checkpoint.newest(tmp_path / "p").name == "step_0000002"
+    assert len(metrics(tmp_path / "p")) == 2
 
 
 def test_weights_that_are_not_finite_are_not_saved_by_pretraining(
