@@ -84,10 +84,8 @@ def test_a_run_records_who_tells_its_stories(documents):
     grades = [Grade(None, 0.5)] * 4
     assert not has_dull_tellers({"corpus": ["builtin"]}) and has_dull_tellers({"corpus": ["dull"]})
     records = story_records(1, stories, grades, [0.5] * 4, {"corpus": ["dull"]})
-    assert [record["teller"] for record in records] == [
-        dull.STORY,
-        *map(dull.kind_of, documents[:3]),
-    ]
+    expected = [dull.STORY, *map(dull.kind_of, documents[:3])]
+    assert [record["teller"] for record in records] == expected
     means = story_means(records)
     assert means["teller_story"] == 0.25
     assert sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1

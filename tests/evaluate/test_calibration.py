@@ -122,11 +122,8 @@ def test_the_same_seed_gives_the_same_texts():
 
 
 def test_a_quotation_is_kept_whole_when_sentences_are_split():
-    assert split_sentences('He said "No!" Then he went. "Why?" she asked.') == [
-        'He said "No!"',
-        "Then he went.",
-        '"Why?" she asked.',
-    ]
+    expected = ['He said "No!"', "Then he went.", '"Why?" she asked.']
+    assert split_sentences('He said "No!" Then he went. "Why?" she asked.') == expected
 
 
 # Numbers

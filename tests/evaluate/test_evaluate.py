@@ -81,11 +81,8 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         [str(ours), *map(str, files), *"--stories 10 --max-new-tokens 40".split(), *arguments]
     )
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
-    assert [(r["name"], r["stories"]["stories"]) for r in records] == [
-        ("ours", 10),
-        ("gpt.jsonl", 10),
-        ("people.jsonl", 10),
-    ]
+    expected = [("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)]
+    assert [(r["name"], r["stories"]["stories"]) for r in records] == expected
     assert all(r["stories"]["score_mean"] == 2 for r in records)
     assert records[1]["stories"]["story_clusters"] == 10
     printed = capsys.readouterr().out

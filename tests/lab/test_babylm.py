@@ -136,10 +136,8 @@ def test_the_supplement_takes_its_names_from_its_files(student, tokenizer, tmp_p
         tmp_path / "turn_taking.jsonl",
         [{"sentence_good": "A: x\nB: y", "sentence_bad": "A: x\nB: x"}],
     )
-    assert set(evaluate_pairs(student, tokenizer, tmp_path)["phenomena"]) == {
-        "hypernym",
-        "turn_taking",
-    }
+    expected = {"hypernym", "turn_taking"}
+    assert set(evaluate_pairs(student, tokenizer, tmp_path)["phenomena"]) == expected
 
 
 def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_path):
@@ -152,12 +150,8 @@ def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_pa
     write(tmp_path / "ambiref.jsonl", [flat, {**flat, "options": ["0." * 200, "1."]}])
     measures = evaluate_pairs(student, tokenizer, tmp_path)
     assert measures["accuracy"] == pytest.approx((100 / 3 + 100) / 2) and measures["too_long"] == 1
-    assert set(measures["phenomena"]) == {
-        "regular_0_ops",
-        "regular_1_ops",
-        "regular_2_ops",
-        "ambiref_0_ops",
-    }
+    expected = {"regular_0_ops", "regular_1_ops", "regular_2_ops", "ambiref_0_ops"}
+    assert set(measures["phenomena"]) == expected
 
 
 def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path, monkeypatch):
@@ -320,11 +314,8 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
     arguments += ["--coreference", "2", "--device", "cpu"]
     babylm.main([*arguments, "--out", str(tmp_path / "out" / "report.json")])
     records = json.loads((tmp_path / "out" / "report.json").read_text())["checkpoints"]
-    assert [(r["name"], r["words"]) for r in records] == [
-        ("run/chck_1M", 10**6),
-        ("run/chck_2M", 2 * 10**6),
-        ("<b>theirs", None),
-    ]
+    expected = [("run/chck_1M", 10**6), ("run/chck_2M", 2 * 10**6), ("<b>theirs", None)]
+    assert [(r["name"], r["words"]) for r in records] == expected
     assert records[0]["blimp"] == records[2]["blimp"]
     assert records[0]["coreference"] == records[2]["coreference"]
     printed = capsys.readouterr().out

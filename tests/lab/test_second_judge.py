@@ -139,10 +139,8 @@ def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, m
     judge.main([str(tmp_path / f"{name}.jsonl") for name in ("short", "long")] + READER)
     header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert header[0] == "stories"
-    assert [row[:3] for row in rows] == [
-        ["short.jsonl", "3", "-1.33"],
-        ["long.jsonl", "3", "-8.50"],
-    ]
+    expected = [["short.jsonl", "3", "-1.33"], ["long.jsonl", "3", "-8.50"]]
+    assert [row[:3] for row in rows] == expected
 
 
 def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):

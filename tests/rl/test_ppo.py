@@ -415,10 +415,8 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
     whole = collate(told, torch.device("cpu"))
     for b, story in enumerate(told):
         opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
-        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == [
-            *opening,
-            *story.tokens[:-1].tolist(),
-        ]
+        expected = [*opening, *story.tokens[:-1].tolist()]
+        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == expected
         assert (whole.prompt_lengths[b], whole.lengths[b]) == (len(opening), n)
         part = whole.rows([b])
         assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]

@@ -195,12 +195,8 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
     status, answer = _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())
     assert status == 400
     assert answer.keys() == {"error"}
-    assert answer["error"].keys() == {
-        "message",
-        "type",
-        "param",
-        "code",
-    }
+    expected = {"message", "type", "param", "code"}
+    assert answer["error"].keys() == expected
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param
 
 

@@ -455,10 +455,8 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
         partial.mkdir()
         (partial / "file").touch()
         assert not (tmp_path / "out").exists()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        "out",
-        "out/file",
-    ]
+    expected = ["out", "out/file"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == expected
 
 
 @pytest.mark.parametrize("code, advice", [(errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "free some")])

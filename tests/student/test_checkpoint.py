@@ -192,11 +192,8 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
         )
         == 9
     )
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "start",
-        "step_0000001",
-        "best",
-    }
+    expected = {"start", "step_0000001", "best"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == expected
     assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
 
 

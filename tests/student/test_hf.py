@@ -292,10 +292,8 @@ def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
     student, tokenizer, _ = checkpoint.load(foreign)
     assert student.wte.weight.dtype == torch.float32
     assert tokenizer.eos == tokenizer.pad == tokenizer.bos == student.config.vocab_size - 1
-    assert tokenizer.encode("the the<|endoftext|>")[:2] == [
-        257,
-        258,
-    ]
+    expected = [257, 258]
+    assert tokenizer.encode("the the<|endoftext|>")[:2] == expected
     assert tokenizer.eos not in tokenizer.encode("<|endoftext|>")
     tokens = torch.arange(40)
     half = {name: t.float() for name, t in load_file(foreign / "model.safetensors").items()}

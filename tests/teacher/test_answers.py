@@ -237,11 +237,8 @@ def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     messages = render(
         "Once", "A dog ran.", fence="===", template=template, criterion=TWO.criteria[0]
     )
-    assert [message["role"] for message in messages] == [
-        "system",
-        *["user", "assistant"] * 2,
-        "user",
-    ]
+    expected = ["system", *["user", "assistant"] * 2, "user"]
+    assert [message["role"] for message in messages] == expected
     assert [messages[2]["content"], messages[4]["content"]] == ["yes", "no"]
     assert all(
         message["content"].endswith("first? Answer yes or no.") for message in messages[1::2]

@@ -41,12 +41,8 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
         mended = True
         grades, grader = steps(Stop())
         assert all(grade.score is not None for grade in grades)
-        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == [
-            0,
-            0,
-            1,
-            1,
-        ]
+        expected = [0, 0, 1, 1]
+        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == expected
         sent = len(server.requests)
         again, _ = steps(Stop())  # the new replies are the ones that count, now and later
         assert [(a.scores, a.reply_words) for a in again] == [

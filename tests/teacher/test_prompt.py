@@ -67,9 +67,9 @@ def test_other_messages_are_not_a_story(value):
     ["0T\n0", "0\nT0", "00", "0\n\ufeffT\n0", "0\nT\n0\n0", "\n0", "Th\nT\nTh", "01\n0\ufeff1\n01"],
 )
 def test_a_story_that_is_not_between_two_lines_is_none(body):
-    assert read_back([{"role": "user", "content": f"{BEFORE}Once{BETWEEN}0\nT\n0{AFTER}"}]) == (
-        "Once",
-        "T",
+    expected = ("Once", "T")
+    assert (
+        read_back([{"role": "user", "content": f"{BEFORE}Once{BETWEEN}0\nT\n0{AFTER}"}]) == expected
     )
     assert read_back([{"role": "user", "content": f"{BEFORE}Once{BETWEEN}{body}{AFTER}"}]) is None
 
@@ -132,10 +132,8 @@ def test_no_story_changes_what_is_asked(attack):
     attacked, mark = asked(attack, 7)
     # The rubric is unchanged, byte for byte, so a server can cache the prefix.
     assert attacked[0] == honest[0]
-    assert [message["role"] for message in attacked] == [
-        "system",
-        "user",
-    ]
+    expected = ["system", "user"]
+    assert [message["role"] for message in attacked] == expected
     head, story, tail = attacked[1]["content"].split(mark)  # so it does not occur in the story
     assert (head, tail) == (f"{BEFORE}{opening}{BETWEEN}", AFTER)
     assert story == f"\n{clean(attack)}\n"
@@ -321,10 +319,8 @@ def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anythin
     template = load_template(file)
     assert template.names == CRITERIA
     assert read_back(render("Once", "a", fence="=", template=template)) is None
-    assert [m["content"] for m in render("Once", "</s>a", fence="=", template=template)] == [
-        "Grade {story}.",
-        "< /s>a",
-    ]
+    expected = ["Grade {story}.", "< /s>a"]
+    assert [m["content"] for m in render("Once", "</s>a", fence="=", template=template)] == expected
 
 
 @pytest.mark.parametrize(

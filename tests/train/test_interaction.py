@@ -60,12 +60,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     shown = checkpoint.find(tmp_path / "i")
     assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
     assert json.loads((shown / "trainer.json").read_text())["step"] == best
-    assert [record.get("held_out_reward") is None for record in records] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    expected = [True, False, True, False]
+    assert [record.get("held_out_reward") is None for record in records] == expected
     assert records[3]["held_out_reward"] == pytest.approx(rewards[4], abs=1e-6)
     own = [s["reward"] for s in stories[18:]]
     assert records[3]["reward_mean"] == pytest.approx(sum(own) / 6, abs=1e-5)
