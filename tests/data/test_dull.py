@@ -41,9 +41,9 @@ def test_no_story_is_taken_for_a_dull_one():
     stories = list(grammar.stories(200_000, seed=3))
     assert {dull.kind_of(story) for story in stories} == {dull.STORY}
     sentences = [sentence for story in stories for sentence in grammar.sentences(story)]
-    assert sum(
-        dull._kind_of_sentence(sentence) != dull.STORY for sentence in sentences
-    ) < 0.005 * len(sentences)
+    assert sum(dull.kind_of(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(
+        sentences
+    )
 
 
 def test_a_story_is_dull_only_if_most_of_it_is():

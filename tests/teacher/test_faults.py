@@ -68,10 +68,21 @@ def resumed(out: Path, url: str) -> list[str]:
     return ["--resume", "--out", str(out), "--teacher-url", url]
 
 
-def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
+@pytest.fixture(scope="module")
+def unbroken(init, tmp_path_factory) -> Path:
+    """A run of four steps whose teacher answers every request."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    with FaultServer(lambda story, n: honest(story)) as server:
+        interact.main(arguments(init, out, server.url))
+    return out
+
+
+def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(
+    init, unbroken, tmp_path
+):
     """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the
     third. The student is evaluated, by four stories, before the first step and after the second."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    stopped = tmp_path / "stopped"
     answered = alive = 0
 
     def script(story, n):
@@ -117,11 +128,9 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         interact.main(resumed(stopped, server.url))
         paid = {story: times for story, times in server.good.items() if story}
         assert set(paid.values()) == {1} and len(paid) >= 4 * 6
-        server.seen.clear()
-        interact.main(arguments(init, whole, server.url))
-    assert_same_bits(whole, stopped)
+    assert_same_bits(unbroken, stopped)
     for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
-        assert (whole / name).read_text() == (stopped / name).read_text()
+        assert (unbroken / name).read_text() == (stopped / name).read_text()
 
 
 def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_path, capsys):
@@ -152,30 +161,28 @@ def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_path, counts):
     """Whether the server counts tokens or not: then a request costs what it could at most."""
-    whole = tmp_path / "whole"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--steps", "12", "--price-in", "1", "--budget-cost", "0.2", "--eval-every", "0"]
     with FaultServer(lambda s, n: counted(honest(s), 2000) if counts else honest(s)) as server:
         interact.main([*arguments(init, whole, server.url), *flags])
         steps = len(metrics(whole))
         assert 2 < steps < 12
-        for stop in (1, steps - 1):
-            parts = tmp_path / f"stopped-after-{stop}"
-            server.seen.clear()  # its probe is answered as that of the unbroken run
-            with interrupted_at(interact, step=stop):
-                interact.main([*arguments(init, parts, server.url), *flags])
-            assert len(metrics(parts)) == stop
-            interact.main(resumed(parts, server.url))
-            assert len(metrics(parts)) == steps
-            assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
+        server.seen.clear()  # its probe is answered as that of the unbroken run
+        with interrupted_at(interact, step=steps // 2):
+            interact.main([*arguments(init, parts, server.url), *flags])
+        assert len(metrics(parts)) == steps // 2
+        interact.main(resumed(parts, server.url))
+        assert len(metrics(parts)) == steps
+        assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
     assert_same_bits(whole, parts)
 
 
-def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_path, capsys):
+def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(
+    init, unbroken, tmp_path, capsys
+):
     """Its quota ends with the second step, before the evaluation that follows. The run then ends as
     one that was never stopped: with the same weights, and with no reply paid for twice."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    with FaultServer(lambda story, n: honest(story)) as server:
-        interact.main(arguments(init, whole, server.url))
+    stopped = tmp_path / "stopped"
     with FaultServer() as server:
         left = 4 + 6 + 6
 
@@ -192,8 +199,8 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
         left = 10**6
         interact.main(resumed(stopped, server.url))
         assert max(times for story, times in server.good.items() if story) == 1
-    assert_same_bits(whole, stopped)
-    assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
+    assert_same_bits(unbroken, stopped)
+    assert metrics(unbroken)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
 
 
 def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(
