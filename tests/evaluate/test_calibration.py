@@ -65,11 +65,9 @@ def by_opening():
 
 def test_each_kind_is_what_it_says():
     counts = Counter(each.kind for each in STORIES)
-    assert (
-        set(counts) == set(KINDS)
-        and max(counts.values()) == CHEAP
-        and min(counts.values()) > CHEAP / 2
-    )
+    assert set(counts) == set(KINDS)
+    assert max(counts.values()) == CHEAP
+    assert min(counts.values()) > CHEAP / 2
     for texts in by_opening():
         real = texts[REAL]
         sentences = split_sentences(real)
@@ -87,10 +85,8 @@ def test_of_another_story_there_is_the_second_half():
     for texts in by_opening():
         sentences = split_sentences(texts[REAL])
         first, ending = " ".join(sentences[: len(sentences) // 2]), " ".join(sentences[-2:])
-        assert (
-            texts["halves of two stories"].startswith(first)
-            and ending not in texts["halves of two stories"]
-        )
+        assert texts["halves of two stories"].startswith(first)
+        assert ending not in texts["halves of two stories"]
 
 
 def test_some_words_are_replaced_and_all_others_stay():
@@ -126,11 +122,8 @@ def test_the_same_seed_gives_the_same_texts():
 
 
 def test_a_quotation_is_kept_whole_when_sentences_are_split():
-    assert split_sentences('He said "No!" Then he went. "Why?" she asked.') == [
-        'He said "No!"',
-        "Then he went.",
-        '"Why?" she asked.',
-    ]
+    expected = ['He said "No!"', "Then he went.", '"Why?" she asked.']
+    assert split_sentences('He said "No!" Then he went. "Why?" she asked.') == expected
 
 
 # Numbers
@@ -193,9 +186,8 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--teacher-prompt", "grades", "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert (
-        "judgement  the teacher cannot tell a story" in printed and "generic sentences" in printed
-    )
+    assert "judgement  the teacher cannot tell a story" in printed
+    assert "generic sentences" in printed
     known = known_stories(unseen_stories(1500), 12, (*KINDS, DULL))
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
 
@@ -225,19 +217,16 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
             asked = len(server.requests)
         # resumed: nothing anew
         with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
-            assert (
-                calibrated(config, grader, ["builtin"])["calibration"] == result
-                and len(server.requests) == asked
-            )
+            assert calibrated(config, grader, ["builtin"])["calibration"] == result
+            assert len(server.requests) == asked
             config.require_judgement = 0.7
             with pytest.raises(UserError, match="cannot tell a story"):
                 calibrated(config, grader, ["builtin"])
             config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader, ["builtin"]) == {}
     assert "calibration: the teacher cannot tell a story" in capsys.readouterr().out
-    assert result["verdict"].startswith("cannot tell a story") and result["stories"] == CHEAP * len(
-        CHEAP_KINDS
-    )
+    assert result["verdict"].startswith("cannot tell a story")
+    assert result["stories"] == CHEAP * len(CHEAP_KINDS)
 
 
 def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):

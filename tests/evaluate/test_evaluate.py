@@ -29,10 +29,8 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
         * math.log2(tokenizer.vocab_size)
         / sum(len(tokenizer.token_bytes[id]) for id in counted)
     )
-    assert (
-        measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-        and measures["tokens"] == len(counted) + 1
-    )
+    assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert measures["tokens"] == len(counted) + 1
 
 
 class Amused(Grader):
@@ -80,14 +78,11 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
         file.write_text("".join(json.dumps(story) + "\n" for story in stories))
     arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main(
-        [str(ours), *map(str, files), "--stories", "10", "--max-new-tokens", "40", *arguments]
+        [str(ours), *map(str, files), *"--stories 10 --max-new-tokens 40".split(), *arguments]
     )
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
-    assert [(r["name"], r["stories"]["stories"]) for r in records] == [
-        ("ours", 10),
-        ("gpt.jsonl", 10),
-        ("people.jsonl", 10),
-    ]
+    expected = [("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)]
+    assert [(r["name"], r["stories"]["stories"]) for r in records] == expected
     assert all(r["stories"]["score_mean"] == 2 for r in records)
     assert records[1]["stories"]["story_clusters"] == 10
     printed = capsys.readouterr().out

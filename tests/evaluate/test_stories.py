@@ -38,11 +38,9 @@ def test_clusters_count_stories_told_again():
     )
     again = scarf.replace("Tom", "Mia").replace("red", "blue")
     assert cluster_sizes([scarf, cake, again, scarf]) == [3, 1]
-    assert (
-        cluster_sizes([scarf] * 5) == [5]
-        and cluster_sizes([]) == []
-        and cluster_sizes([cake, scarf]) == [1, 1]
-    )
+    assert cluster_sizes([scarf] * 5) == [5]
+    assert cluster_sizes([]) == []
+    assert cluster_sizes([cake, scarf]) == [1, 1]
     assert cluster_sizes(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
 
 
@@ -77,9 +75,8 @@ def test_story_measures(student, tokenizer, tmp_path):
     measures = story_measures(stories, grader=Scorer({}))
     assert measures["stories"] == 9 and measures["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
-    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures[
-        "coherence_mean"
-    ] == pytest.approx(4 / 7)
+    assert measures["score_mean"] == pytest.approx(1 + 4 / 7)
+    assert measures["coherence_mean"] == pytest.approx(4 / 7)
     assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
     assert 0 <= measures["ended_eos_share"] <= 1
     plain = story_measures(stories)

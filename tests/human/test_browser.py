@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics, story_record
+from conftest import ROOT, cli, metrics, read_lines, story_record
 from fault_server import closed_port
 from test_lesson import Run
 
@@ -153,32 +153,15 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     port = closed_port().rpartition(":")[2]
     url, kept = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "grades.jsonl"
     server = start(tmp_path, port)
-    command = [
+    command = cli(
+        "{} {} --init {} --out runs/interact --teacher-url {}/v1 --stories-per-step 8 --steps 2 "
+        "--eval-every 0 --eval-stories 2 --max-new-tokens 16 --max-unscored 0.5 --opening Once "
+        "--device cpu",
         sys.executable,
-        str(ROOT / "train_interact.py"),
-        "--init",
-        str(place / "p"),
-        "--out",
-        "runs/interact",
-        "--teacher-url",
-        f"{url}/v1",
-        "--stories-per-step",
-        "8",
-        "--steps",
-        "2",
-        "--eval-every",
-        "0",
-        "--eval-stories",
-        "2",
-        "--max-new-tokens",
-        "16",
-        "--max-unscored",
-        "0.5",
-        "--opening",
-        "Once",
-        "--device",
-        "cpu",
-    ]
+        ROOT / "train_interact.py",
+        place / "p",
+        url,
+    )
     trainer = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -227,7 +210,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         for process in (trainer, server):
             process.kill()
             process.wait()
-    grades = [json.loads(line) for line in kept.read_text().splitlines()]
+    grades = read_lines(kept)
     by_story: dict[str, list] = {}
     for grade in grades:
         by_story.setdefault(grade["story"], []).append(grade)
@@ -236,7 +219,8 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]
     run = tmp_path / "runs" / "interact"
     stories = list(read_stories(run))
-    assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in (
+    assert len(stories) == 16
+    assert [record["unscored"] for record in metrics(run)] in (
         [1, 0],
         [0, 1],
     )

@@ -8,6 +8,7 @@ import resource
 from unittest import mock
 
 import pytest
+from conftest import read_lines
 
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
@@ -62,7 +63,7 @@ def grade(desk, who, scores=GOOD, **more):
 
 
 def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "grades.jsonl").read_text().splitlines()]
+    return read_lines(tmp_path / "grades.jsonl")
 
 
 def test_stories_come_in_order_and_are_handed_in_together(tmp_path):
@@ -226,12 +227,6 @@ def test_other_criteria_make_another_question(tmp_path):
         != other.key("Once", "a")
         == Desk(tmp_path / "x.jsonl", Template()).key("Once", "a")
     )
-
-
-def test_a_file_of_something_else_is_the_users_error(tmp_path):
-    (tmp_path / "grades.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"has no .key.*choose another file"):
-        Desk(tmp_path / "grades.jsonl", Template())
 
 
 @pytest.mark.parametrize("text", ["buy milk", '{"step": 1}', '{"key": "a"}\nbuy milk', "x" * 99])

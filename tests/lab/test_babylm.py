@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import fails, tiny_stories
+from conftest import cli, fails, tiny_stories
 
 from lab import babylm, pairs, scoring
 from lab.pairs import evaluate_pairs, evaluate_wug, read_items
@@ -81,10 +81,8 @@ def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
 
 def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
     ids, first = part(tokenizer, "in the ", "park")
-    assert (
-        tokenizer.decode(ids[first:]).endswith("park")
-        and tokenizer.decode(ids[:first]) in "in the "
-    )
+    assert tokenizer.decode(ids[first:]).endswith("park")
+    assert tokenizer.decode(ids[:first]) in "in the "
     for prefix, option in ((PREFIX, "the ball."), ("猫", "猫 is"), ("", "Tom")):
         ids, first = part(tokenizer, prefix, option)
         ends = np.cumsum([len(tokenizer.token_bytes[id]) for id in ids])
@@ -138,10 +136,8 @@ def test_the_supplement_takes_its_names_from_its_files(student, tokenizer, tmp_p
         tmp_path / "turn_taking.jsonl",
         [{"sentence_good": "A: x\nB: y", "sentence_bad": "A: x\nB: x"}],
     )
-    assert set(evaluate_pairs(student, tokenizer, tmp_path)["phenomena"]) == {
-        "hypernym",
-        "turn_taking",
-    }
+    expected = {"hypernym", "turn_taking"}
+    assert set(evaluate_pairs(student, tokenizer, tmp_path)["phenomena"]) == expected
 
 
 def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_path):
@@ -154,12 +150,8 @@ def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_pa
     write(tmp_path / "ambiref.jsonl", [flat, {**flat, "options": ["0." * 200, "1."]}])
     measures = evaluate_pairs(student, tokenizer, tmp_path)
     assert measures["accuracy"] == pytest.approx((100 / 3 + 100) / 2) and measures["too_long"] == 1
-    assert set(measures["phenomena"]) == {
-        "regular_0_ops",
-        "regular_1_ops",
-        "regular_2_ops",
-        "ambiref_0_ops",
-    }
+    expected = {"regular_0_ops", "regular_1_ops", "regular_2_ops", "ambiref_0_ops"}
+    assert set(measures["phenomena"]) == expected
 
 
 def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path, monkeypatch):
@@ -322,25 +314,17 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
     arguments += ["--coreference", "2", "--device", "cpu"]
     babylm.main([*arguments, "--out", str(tmp_path / "out" / "report.json")])
     records = json.loads((tmp_path / "out" / "report.json").read_text())["checkpoints"]
-    assert [(r["name"], r["words"]) for r in records] == [
-        ("run/chck_1M", 10**6),
-        ("run/chck_2M", 2 * 10**6),
-        ("<b>theirs", None),
-    ]
-    assert (
-        records[0]["blimp"] == records[2]["blimp"]
-        and records[0]["coreference"] == records[2]["coreference"]
-    )
+    expected = [("run/chck_1M", 10**6), ("run/chck_2M", 2 * 10**6), ("<b>theirs", None)]
+    assert [(r["name"], r["words"]) for r in records] == expected
+    assert records[0]["blimp"] == records[2]["blimp"]
+    assert records[0]["coreference"] == records[2]["coreference"]
     printed = capsys.readouterr().out
     assert "BLiMP, %" in printed and "run/chck_2M" in printed
 
 
 @pytest.mark.parametrize(
     "arguments, complaint",
-    [
-        ([], "nothing to evaluate"),
-        (["--blimp", "missing"], "neither a checkpoint nor a run"),
-    ],
+    [([], "nothing to evaluate"), (["--blimp", "missing"], "neither a checkpoint nor a run")],
 )
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
@@ -420,7 +404,7 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
     checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
     babylm.main(
-        [*checkpoints, "--babylm", str(fast), "--aoa", str(fast / "cdi_childes.json"), *common]
+        [*checkpoints, *cli("--babylm {} --aoa {}", fast, fast / "cdi_childes.json"), *common]
     )
     babylm.main([checkpoints[1], "--babylm", str(full), *common])
     tasks = "entity_tracking/entity_tracking{} blimp/blimp{} blimp/supplement{} ewok/ewok{} reading"
@@ -459,27 +443,19 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
     )
     assert read["main/entity_tracking/entity_tracking"].keys() == {"regular_1_ops"}
     past = read["main/wug_past/wug_past_tense"]["wug_past"]["predictions"]
-    assert (
-        len(past) == 3
-        and past[0].keys() == {"id", "pred", "prob"}
-        and read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
-    )
+    assert len(past) == 3
+    assert past[0].keys() == {"id", "pred", "prob"}
+    assert read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
     reading = read["main/reading"]["reading"]["predictions"]
-    assert [row["id"] for row in reading] == [*range(len(reading_rows()))] and reading[
-        0
-    ].keys() == {
-        "id",
-        "pred",
-        "prev_pred",
-    }
+    assert [row["id"] for row in reading] == [*range(len(reading_rows()))]
+    assert reading[0].keys() == {"id", "pred", "prev_pred"}
     assert [(r["step"], r["target_word"], r["context_id"]) for r in surprisal[:3]] == [
         ("chck_1M", "ball", i) for i in range(3)
     ]
     text = "Tom had the ball"
     expected = -logprob(student, tokenizer.encode(text), len(tokenizer.encode("Tom had the")))
-    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3) and math.isnan(
-        surprisal[2]["surprisal"]
-    )
+    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3)
+    assert math.isnan(surprisal[2]["surprisal"])
     assert len(surprisal) == 6 and surprisal[3]["word_count"] == 2_000_000
 
 
@@ -492,13 +468,9 @@ def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, c
         data / "entity_tracking_fast" / "regular.jsonl",
         [ENTITIES[0] | {"input_prefix": "Tom " * 100}, *ENTITIES],
     )
-    common = [
-        str(tmp_path / "chck_1M"),
-        "--device",
-        "cpu",
-        "--predictions",
-        str(tmp_path / "results" / "toy"),
-    ]
+    common = cli(
+        "{} --device cpu --predictions {}", tmp_path / "chck_1M", tmp_path / "results" / "toy"
+    )
     assert "1 items of" in fails(babylm.main, [*common, "--babylm", str(data)], capsys)
     assert "is not BabyLM's full_eval" in fails(
         babylm.main, [*common, "--babylm", str(tmp_path / "no")], capsys

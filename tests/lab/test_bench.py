@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import cli
 
 from lab import bench as bench_script
 from lab import timing
@@ -142,12 +143,11 @@ def nanogpt(tmp_path, monkeypatch, bench):
     return tmp_path
 
 
-@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "muon"]], ids=["adamw", "muon"])
-def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
+def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch):
     laps, work = [], timing.WORK["pretrain"]
 
     def ours(setup, **options):
-        assert options == dict(optimizer=(optimizer or ["adamw"])[-1])  # nanoGPT's, or ours
+        assert options == dict(optimizer="muon")
         step = work.make_run(setup, **options)
 
         def lap():
@@ -168,9 +168,8 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
 
     monkeypatch.setitem(timing.WORK, "pretrain", dataclasses.replace(work, make_run=ours))
     monkeypatch.setattr(bench_script, "peer", watched)
-    result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)[
-        "peers"
-    ]["pretrain"]
+    argv = cli("peers --nanogpt {} --new 9 --runs 3 --optimizer muon", nanogpt)
+    result = run(*argv)["peers"]["pretrain"]
     assert [len(lap) for lap in laps] == [3] * 4  # ours, and each dtype; the first turn warms up
     turns = [float32_s / ours["step_s"] for ours, float32_s, _ in laps[1:]]
     assert result["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)

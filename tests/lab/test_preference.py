@@ -60,9 +60,9 @@ def test_a_pair_without_an_answer_is_left_out():
 
 def test_a_tie_counts_one_half():
     result = win_rate([FIRST, SECOND, ORDER, ORDER, None])
-    assert (
-        result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1] and result["pairs"] == 4
-    )
+    assert result["rate"] == 0.5
+    assert result["ci"][0] < 0.5 < result["ci"][1]
+    assert result["pairs"] == 4
     line = preference_line("m", result, ("A", "B"))
     assert "m preferred B in 1 of 4 pairs, A in 1" in line and "win rate 0.50 [0." in line
     assert win_rate([SECOND] * 10)["ci"][0] > 0.7 and win_rate([None])["rate"] is None

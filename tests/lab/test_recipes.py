@@ -1,9 +1,7 @@
 """lab/recipes.py: what it measures of a student, which stories are the best of several, and the
 table it prints."""
 
-import contextlib
 import dataclasses
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -90,34 +88,3 @@ def test_what_is_wrong_is_said_before_the_first_step(
     monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("it has begun to work"))
     assert complaint in fails(recipes.main, argv, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
-    settings, place, tmp_path, monkeypatch, capsys
-):
-    calls = []
-    monkeypatch.setattr(recipes, "train", lambda *options, words=0: calls.append(str(options)))
-    monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(
-        recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]}
-    )
-    monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))
-    recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
-    table = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in table] == [
-        "untouched",
-        "likeliest of 4",
-        "best of 4 by reward",
-        "temperature 0.7",
-        "temperature 0.6",
-        "temperature 0.5",
-        "temperature 0.4",
-        "the demo",
-        "`--reward likelihood`",
-        "`--reward constant`",
-    ]
-    assert all(line.endswith("| 0.250 |") for line in table)
-    assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
-    picture = ElementTree.parse(tmp_path / "reward.svg").getroot()
-    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[1:3] == ["untouched", "0.500 ± 0.250"] and texts.count("--reward likelihood") == 1

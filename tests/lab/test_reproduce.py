@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import fails
+from conftest import cli, fails
 
 from lab import reproduce, runs
 from lab.reproduce import BEFORE, INTERACT, MILLION, MORE
@@ -109,9 +109,8 @@ def test_a_control_differs_in_the_reward_alone(trainer, tmp_path):
     reproduce.main(["--scale", "small", "--interact", "--steps 7", "--out", str(tmp_path)])
     configs = interactions(trainer)
     real, control = vars(configs["interact/1M-1"]), vars(configs["random/1M-1"])
-    assert {name for name, value in control.items() if value != real[name]} == {"reward"} and real[
-        "steps"
-    ] == 7
+    assert {name for name, value in control.items() if value != real[name]} == {"reward"}
+    assert real["steps"] == 7
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -180,17 +179,7 @@ def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys
 
 
 def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer, tmp_path, capsys):
-    argv = [
-        "--out",
-        str(tmp_path),
-        "--milestones",
-        "1",
-        "--seeds",
-        "1",
-        "--controls",
-        "--device",
-        "cpu",
-    ]
+    argv = cli("--out {} --milestones 1 --seeds 1 --controls --device cpu", tmp_path)
     trainer.stops = {"1M-0"}
     assert "interact/1M-0 was stopped before its end" in fails(reproduce.main, argv, capsys)
     trainer.stops.clear()
@@ -204,28 +193,13 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer
 def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(
     trainer, tmp_path
 ):
-    argv = [
-        "--out",
-        str(tmp_path),
-        "--milestones",
-        "1",
-        "--seeds",
-        "1",
-        "--controls",
-        "--device",
-        "cpu",
-    ]
+    argv = cli("--out {} --milestones 1 --seeds 1 --controls --device cpu", tmp_path)
     half_copied = tmp_path / MORE / "1M-0" / "checkpoints" / "chck_2M"
     half_copied.mkdir(parents=True)
     reproduce.main(argv)
     out, options = trainer.calls[-1]
-    assert out == tmp_path / MORE / "1M-0" and options == [
-        "--resume",
-        "--words",
-        "1000430",
-        "--device",
-        "cpu",
-    ]
+    assert out == tmp_path / MORE / "1M-0"
+    assert options == "--resume --words 1000430 --device cpu".split()
     assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
     evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
@@ -268,7 +242,8 @@ def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path
         "repeated_name",
         "he_or_she",
         "bits_per_byte",
-    } < columns.keys() and columns["score"] == 4.5
+    } < columns.keys()
+    assert columns["score"] == 4.5
     history["corpus"] = ["elsewhere"]
     others = reproduce.measure(place / "p", grader, pretrain, config, settings)
     assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}
@@ -325,18 +300,7 @@ def test_a_chart_with_error_bars():
 @pytest.mark.slow
 def test_the_whole_experiment(tmp_path):
     small = "--words 1M --n-layer 1 --n-head 1 --n-embd 32 --vocab-size 320 --batch-size 32 --learning-rate 1e-2"
-    argv = [
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--milestones",
-        "1",
-        "--stories",
-        "16",
-        "--pretrain",
-        small,
-    ]
+    argv = cli("--out {} --device cpu --milestones 1 --stories 16 --pretrain {}", tmp_path, small)
     argv += ["--controls", "random"]
     argv += ["--interact", "--steps 2 --stories-per-step 8 --max-new-tokens 40"]
     reproduce.main(argv)

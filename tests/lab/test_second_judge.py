@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -62,14 +63,19 @@ class Rubric:
         return dict.fromkeys("abc", 3 if story else 0)
 
 
-@pytest.fixture
-def run(place, tmp_path, monkeypatch):
-    """A finished run with a callable as its teacher, which no second judge has seen."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged") / "run"
     reward = f"{place / 'reward.py'}:score"
     train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
-    monkeypatch.setattr(judge, "Reader", Reader)
     return out
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A finished run with a callable as its teacher, which no second judge has seen."""
+    monkeypatch.setattr(judge, "Reader", Reader)
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
@@ -79,11 +85,9 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     )
     judge.main([str(run), str(run), *READER, *teacher(place)])
     printed = capsys.readouterr().out
-    assert (
-        "2 runs together" in printed
-        and "not the teacher" in printed
-        and printed.count("real stories") >= 3
-    )
+    assert "2 runs together" in printed
+    assert "not the teacher" in printed
+    assert printed.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
     evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}
@@ -96,11 +100,9 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
         assert [record["opening"] for record in by_group[name]] == openings
     for i, (before, best) in enumerate(zip(by_group[BEFORE], by_group[BEST_OF_N], strict=True)):
         candidates = drawn[0][i :: len(openings)]
-        assert (
-            len(candidates) == second_judge.BEST_OF
-            and candidates[0] == before["score"]
-            and max(candidates) == best["score"]
-        )
+        assert len(candidates) == second_judge.BEST_OF
+        assert candidates[0] == before["score"]
+        assert max(candidates) == best["score"]
     page = (run / "report.html").read_text()
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
     (finding,) = read_findings(run)  # the second judgement replaces the first
@@ -117,7 +119,7 @@ def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
 def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "Reader", Reader)
     run = tmp_path / "run"
-    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run)]
+    start = ["--init", str(checkpoint.newest(place / "p")), "--out", str(run), "--steps", "1"]
     train_interact.main([*SHORT, *start, "--reward", "likelihood"])
     judge.main([str(run), *READER, *teacher(place)[2:]])
     records = [record for record in read_records(run / JUDGED) if record["group"] == BEFORE]
@@ -137,10 +139,8 @@ def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, m
     judge.main([str(tmp_path / f"{name}.jsonl") for name in ("short", "long")] + READER)
     header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert header[0] == "stories"
-    assert [row[:3] for row in rows] == [
-        ["short.jsonl", "3", "-1.33"],
-        ["long.jsonl", "3", "-8.50"],
-    ]
+    expected = [["short.jsonl", "3", "-1.33"], ["long.jsonl", "3", "-8.50"]]
+    assert [row[:3] for row in rows] == expected
 
 
 def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):
@@ -223,9 +223,8 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
     for record in records:
         record["score"] = None
     table = summary(records, "score")
-    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(
-        judged_rows(records)
-    ) == 1 + len(GROUPS)
+    assert table[AFTER] == {"mean": None, "ci": None, "gap": None}
+    assert len(judged_rows(records)) == 1 + len(GROUPS)
     assert json.dumps(judged_rows(records))
 
 

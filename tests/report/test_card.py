@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import SHORT, metrics
+from conftest import SHORT, cli, metrics
 
 import train_interact
 from lab import findings
@@ -41,16 +41,7 @@ def run(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     out, reward = folder / "i", folder / "reward.py"
     reward.write_text(RISING)
-    argv = [
-        "--init",
-        str(place / "p"),
-        "--out",
-        str(out),
-        "--reward",
-        f"{reward}:score",
-        "--steps",
-        "2",
-    ]
+    argv = cli("--init {} --out {} --reward {}:score --steps 2", place / "p", out, reward)
     argv += ["--learning-rate", "0.01", "--diversity", "0", "--unfinished", "1"]
     train_interact.main([*SHORT, *argv])
     return out
@@ -67,10 +58,8 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     newest = checkpoint.newest(run)
     metadata, text = card(newest, tmp_path / "tale")
     last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
-    assert (
-        f"{history['words']:,} words" in text
-        and f"In 2 steps of PPO it wrote {last['words_out']}" in text
-    )
+    assert f"{history['words']:,} words" in text
+    assert f"In 2 steps of PPO it wrote {last['words_out']}" in text
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert "## bJudged, after step 2\n\nA judge saw more.\n\n" in text
     assert "|  | sense |\n| --- | --- |\n| after | -0.9 |" in text
@@ -85,11 +74,9 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
         story = printable(f"{record['opening']} {record['story']}")
         assert "".join(story.split()) in "".join(text.split())
     # Whoever trained it on a file of theirs says under which licence.
-    assert (
-        "license" not in metadata
-        and "language" not in metadata
-        and "- `corpus.txt`: files of the user" in text
-    )
+    assert "license" not in metadata
+    assert "language" not in metadata
+    assert "- `corpus.txt`: files of the user" in text
 
 
 @pytest.mark.parametrize(
@@ -114,11 +101,9 @@ def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     path = checkpoint.newest(place / "p")
     metadata, text = card(path, tmp_path / "tale")
     bits = metrics(place / "p")[-1]["val_bits_per_byte"]
-    assert (
-        f"take {bits:.3f} bits per byte" in text
-        and "interacted" not in text
-        and metadata["tags"] == ["tinystory"]
-    )
+    assert f"take {bits:.3f} bits per byte" in text
+    assert "interacted" not in text
+    assert metadata["tags"] == ["tinystory"]
     monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)
     text = card(tmp_path / "tale", tmp_path / "again")[1]
     assert "of `not recorded`" in text and "Not recorded." in text
@@ -134,9 +119,8 @@ def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, t
         tmp_path / "c", student, tokenizer, history=history, state={}, counters={"step": 1}
     )
     metadata, text = card(path, tmp_path / "tale")
-    assert metadata.get("license") == licence and ("language" in metadata) == (
-        "own.txt" not in corpora
-    )
+    assert metadata.get("license") == licence
+    assert ("language" in metadata) == ("own.txt" not in corpora)
     assert metadata.get("datasets", []) == [HUB[name][0] for name in corpora if name in HUB]
     assert "2.8M words" in text and all(f"- `{name}`: " in text for name in corpora)
 

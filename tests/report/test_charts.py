@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.report.charts import (
-    Line,
-    chart,
-    number,
-    padded_range,
-    text_curve,
-    thin,
-    ticks,
-)
+from tinystory.report.charts import Line, chart, number, padded_range, text_curve, thin, ticks
 
 values = st.floats(-1e9, 1e9, allow_nan=False)
 

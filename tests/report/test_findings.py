@@ -37,10 +37,8 @@ def test_the_report_shows_sentences_and_table_as_text(tmp_path):
 
 def test_a_later_finding_replaces_one_of_the_same_title(tmp_path):
     write(tmp_path, FOUND, FOUND | {"title": "Other"}, FOUND | {"step": 3, "table": []})
-    assert [(each["title"], each["step"]) for each in read_findings(tmp_path)] == [
-        (FOUND["title"], 3),
-        ("Other", 1),
-    ]
+    expected = [(FOUND["title"], 3), ("Other", 1)]
+    assert [(each["title"], each["step"]) for each in read_findings(tmp_path)] == expected
     page = write_report(tmp_path).read_text()
     assert "After step 3." in page and page.count("<td>-0.9</td>") == 1
 

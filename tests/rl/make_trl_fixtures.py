@@ -32,49 +32,15 @@ STORIES, LONGEST, UPDATES = 12, 10, 4
 
 # Our options, named as in InteractConfig. The learning rates exceed the paper's 1e-6, so that a
 # difference shows.
+PAPER = dict(learning_rate=1e-4, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95)
+PAPER |= dict(clip_ratio=0.2, clip_value=0.2, value_coef=0.1)
+PAPER |= dict(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0)
+CLIPPED = dict(learning_rate=2e-3, adam_eps=1e-5, lam=1.0, clip_ratio=0.05, clip_value=0.05)
+CLIPPED |= dict(value_coef=1.0, kl_coef=0.5, kl_target=0.05, kl_horizon=100.0)
 SETTINGS = {
-    "paper": dict(
-        learning_rate=1e-4,
-        adam_eps=1e-8,
-        epochs=4,
-        minibatch_size=0,
-        gamma=1.0,
-        lam=0.95,
-        clip_ratio=0.2,
-        clip_value=0.2,
-        value_coef=0.1,
-        kl_coef=0.2,
-        kl_target=6.0,
-        kl_horizon=10_000.0,
-    ),
-    "minibatches": dict(
-        learning_rate=1e-4,
-        adam_eps=1e-8,
-        epochs=2,
-        minibatch_size=4,
-        gamma=0.97,
-        lam=0.9,
-        clip_ratio=0.2,
-        clip_value=0.2,
-        value_coef=0.1,
-        kl_coef=0.2,
-        kl_target=6.0,
-        kl_horizon=10_000.0,
-    ),
-    "clipped": dict(
-        learning_rate=2e-3,
-        adam_eps=1e-5,
-        epochs=4,
-        minibatch_size=0,
-        gamma=1.0,
-        lam=1.0,
-        clip_ratio=0.05,
-        clip_value=0.05,
-        value_coef=1.0,
-        kl_coef=0.5,
-        kl_target=0.05,
-        kl_horizon=100.0,
-    ),
+    "paper": PAPER,
+    "minibatches": PAPER | dict(epochs=2, minibatch_size=4, gamma=0.97, lam=0.9),
+    "clipped": PAPER | CLIPPED,
 }
 
 

@@ -35,8 +35,6 @@ def test_openings_and_the_longest_replies_count_as_words_in():
 
 
 def test_a_milestone_is_passed_once():
-    assert (
-        budget().passed(9, 10) == ["a"]
-        and budget().passed(10, 19) == []
-        and budget().passed(0, 25) == ["a", "b"]
-    )
+    assert budget().passed(9, 10) == ["a"]
+    assert budget().passed(10, 19) == []
+    assert budget().passed(0, 25) == ["a", "b"]

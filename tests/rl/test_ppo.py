@@ -73,9 +73,7 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
     optimizer = SharpAdam(
-        student,
-        torch.nn.Module(),
-        InteractConfig(learning_rate=0.0, sharpness_rate=0.1),
+        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, sharpness_rate=0.1)
     )
     loss().backward()
     optimizer.step()
@@ -119,9 +117,7 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, fused=True),
         lambda s: SharpAdam(
-            s,
-            torch.nn.Module(),
-            InteractConfig(learning_rate=1e-3, sharpness_rate=0.0),
+            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, sharpness_rate=0.0)
         ),
     ):
         student = copy.deepcopy(start)
@@ -419,10 +415,8 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
     whole = collate(told, torch.device("cpu"))
     for b, story in enumerate(told):
         opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
-        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == [
-            *opening,
-            *story.tokens[:-1].tolist(),
-        ]
+        expected = [*opening, *story.tokens[:-1].tolist()]
+        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == expected
         assert (whole.prompt_lengths[b], whole.lengths[b]) == (len(opening), n)
         part = whole.rows([b])
         assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]

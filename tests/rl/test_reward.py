@@ -76,14 +76,10 @@ def test_a_difference_does_not_depend_on_order_or_on_names(stories):
 
 
 def test_phrases_count_names_as_one_word_and_ignore_punctuation():
-    assert phrases('Tom had a "big" ball.') == {
-        ("@", "had", "a", "big"),
-        ("had", "a", "big", "ball"),
-    }
-    assert (
-        phrases("Tom had a big ball") == phrases("Mia had a big, ball!")
-        and phrases("too short here") == set()
-    )
+    expected = {("@", "had", "a", "big"), ("had", "a", "big", "ball")}
+    assert phrases('Tom had a "big" ball.') == expected
+    assert phrases("Tom had a big ball") == phrases("Mia had a big, ball!")
+    assert phrases("too short here") == set()
     assert phrases("a b c", 2) == {("a", "b"), ("b", "c")}
     assert differences(["Tom saw a dog", "Mia saw a dog", "a cat sat down", "short"]) == [
         0.5,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, metrics
+from conftest import ROOT, SHORT, cli, metrics
 
 import train_interact
 from scripts import doctor
@@ -67,7 +67,7 @@ def test_a_sequence_classifier_is_a_teacher_batched_and_on_a_scale_that_does_not
 def test_it_trains_and_is_calibrated(spec, place, tmp_path, capfd):
     out = tmp_path / "i"
     train_interact.main(
-        [*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", spec, "--steps", "1"]
+        SHORT + cli("--init {} --out {} --reward {} --steps 1", place / "p", out, spec)
     )
     assert metrics(out)[0]["score_std"] > 0 and capfd.readouterr().out.count("reward model: ") == 3
     doctor.main(["--reward", spec, "--calibrate"])

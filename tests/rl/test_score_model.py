@@ -54,20 +54,8 @@ def spread(config, step, given):
 
 
 def test_a_run_that_is_resumed_with_other_steps_keeps_to_its_grades():
-    assert spread(InteractConfig(grades=64, steps=16), 4, 32) == [
-        3,
-        3,
-        3,
-        3,
-        3,
-        3,
-        3,
-        3,
-        2,
-        2,
-        2,
-        2,
-    ]
+    eight_of_three_each = [3] * 8 + [2] * 4
+    assert spread(InteractConfig(grades=64, steps=16), 4, 32) == eight_of_three_each
     assert sum(spread(InteractConfig(grades=64, steps=5), 4, 32)) == 32
     assert spread(InteractConfig(grades=16, steps=8), 4, 32) == [0, 0, 0, 0]
 

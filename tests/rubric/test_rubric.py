@@ -142,22 +142,9 @@ def test_a_story_may_go_on_from_a_broken_off_opening(rubric, good):
 
 
 def test_less_than_a_sentence_is_nothing(rubric):
-    for story in (
-        "",
-        "   \n",
-        "Tom ran",
-        "Once upon a time there was a",
-        "...",
-        "?!",
-        "Hello.",
-        '"',
-        "Oh no!",
-    ):
-        assert rubric.score(OPENING, story) == {
-            "readability": 0,
-            "coherence": 0,
-            "creativity": 0,
-        }, story
+    nothing = ["", "   \n", "Tom ran", "Once upon a time there was a"]
+    for story in [*nothing, "...", "?!", "Hello.", '"', "Oh no!"]:
+        assert not any(rubric.score(OPENING, story).values()), story
 
 
 # Exploits do not pay
@@ -302,15 +289,8 @@ def test_ends_of_sentences():
 
 def test_quotation_marks_are_distinguished_and_counted():
     hi, oh = [OPEN, "Hi", ",", CLOSE], [OPEN, "Oh", "!", CLOSE]
-    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [
-        *hi,
-        "said",
-        "Tom",
-        "'s",
-        "dog",
-        ".",
-        *oh,
-    ]
+    said = [*hi, *"said Tom 's dog .".split(), *oh]
+    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == said
     assert find_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
     assert find_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
     assert find_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHORT, SMALL, assert_same_bits, damage, fails, metrics, story_record
+from conftest import ROOT, SHORT, SMALL, assert_same_bits, cli, damage, fails, metrics, story_record
 from fault_server import FaultServer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,10 +37,7 @@ with locked(Path(sys.argv[1])):
 
 def reading(place, out, *more):
     return [
-        "--corpus",
-        str(place / "corpus.txt"),
-        "--words",
-        "2000",
+        *cli("--corpus {} --words 2000", place / "corpus.txt"),
         *SMALL,
         "--out",
         str(out),
@@ -53,10 +50,7 @@ def writing(place, out, *more):
         "--init",
         str(checkpoint.newest(place / "p")),
         *SHORT,
-        "--reward",
-        "random",
-        "--out",
-        str(out),
+        *cli("--reward random --out {}", out),
         *more,
     ]
 
@@ -70,15 +64,7 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
         assert holder.stdout.readline() == b"held\n"
         line = fails(
             pretrain.main,
-            [
-                "--resume",
-                "--words",
-                "2600",
-                "--corpus",
-                str(place / "corpus.txt"),
-                "--out",
-                str(tmp_path / "p"),
-            ],
+            cli("--resume --words 2600 --corpus {} --out {}", place / "corpus.txt", tmp_path / "p"),
             capsys,
         )
         assert f"in use by process {holder.pid} on " in line and "--out" in line
@@ -90,19 +76,10 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
         holder.stdout.close()
     # a kill has released it
     pretrain.main(
-        [
-            "--resume",
-            "--words",
-            "2600",
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--out",
-            str(tmp_path / "p"),
-        ]
+        cli("--resume --words 2600 --corpus {} --out {}", place / "corpus.txt", tmp_path / "p")
     )
-    assert not (tmp_path / "p" / ".lock").exists() and len(metrics(tmp_path / "p")) > len(
-        metrics(place / "p")
-    )
+    assert not (tmp_path / "p" / ".lock").exists()
+    assert len(metrics(tmp_path / "p")) > len(metrics(place / "p"))
 
 
 def test_a_lock_leaves_no_trace_of_a_block_that_wrote_nothing(tmp_path):
@@ -185,15 +162,7 @@ def test_a_run_that_was_moved_is_resumed_where_it_is(place, tmp_path):
     shutil.copytree(place / "p", tmp_path / "moved")
     before = len(metrics(place / "p"))
     pretrain.main(
-        [
-            "--resume",
-            "--words",
-            "2600",
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--out",
-            str(tmp_path / "moved"),
-        ]
+        cli("--resume --words 2600 --corpus {} --out {}", place / "corpus.txt", tmp_path / "moved")
     )
     assert len(metrics(tmp_path / "moved")) > before == len(metrics(place / "p"))
 
@@ -240,9 +209,7 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(
             (run / name).write_bytes(data)
             capsys.readouterr()
             try:
-                interact.main(
-                    ["--resume", "--steps", "5", "--out", str(run), "--teacher-url", server.url]
-                )
+                interact.main(cli("--resume --steps 5 --out {} --teacher-url {}", run, server.url))
             except SystemExit as exit:
                 errors = [
                     line

@@ -48,9 +48,8 @@ def test_what_is_written_is_read(tmp_path):
     assert read_metrics(tmp_path)[0] == {"step": 1, "reward_mean": 0.1428571}
     stories = list(read_stories(tmp_path))
     assert len(stories) == 12 and stories[0]["story"] == "Tim said “no”.\nHe ran."
-    assert (
-        read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
-    )
+    assert read_metrics(tmp_path / "nowhere") == []
+    assert list(read_stories(tmp_path / "nowhere")) == []
 
 
 def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
@@ -60,12 +59,10 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     assert config["options"]["out"] == str(tmp_path)
     assert {"python", "torch", "numpy", "tinystory"} <= set(config["versions"])
     assert config["versions"]["torch"] == torch.__version__
-    assert (
-        "thread" in config["device"]
-        and "git_commit" in config
-        and config["started"]
-        and config["resumed"] == []
-    )
+    assert "thread" in config["device"]
+    assert "git_commit" in config
+    assert config["started"]
+    assert config["resumed"] == []
     assert "secret" not in (tmp_path / "config.json").read_text()
     assert config["options"]["teacher_url"] == "https://host/v1"
 
@@ -295,9 +292,9 @@ def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
         (errno.EACCES, "another folder"),
     ):
         message = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
-        assert (
-            os.strerror(code) in message and words in message and "free some space" not in message
-        )
+        assert os.strerror(code) in message
+        assert words in message
+        assert "free some space" not in message
     assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
     with (
         pytest.raises(UserError, match="File name too long; choose a shorter name"),
@@ -414,17 +411,10 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
 
 
-OF_A_RUN = [
-    "config.json",
-    "metrics.jsonl",
-    "stories.jsonl",
-    "samples.jsonl",
-    "replies.jsonl",
-    "report.html",
-    "checkpoints",
-    "checkpoints/new",
-    "checkpoints/chck_1M/model.safetensors",
-]
+OF_A_RUN = (
+    "config.json metrics.jsonl stories.jsonl samples.jsonl replies.jsonl report.html "
+    "checkpoints checkpoints/new checkpoints/chck_1M/model.safetensors"
+).split()
 
 
 @pytest.mark.parametrize("name", OF_A_RUN)
@@ -465,10 +455,8 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
         partial.mkdir()
         (partial / "file").touch()
         assert not (tmp_path / "out").exists()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        "out",
-        "out/file",
-    ]
+    expected = ["out", "out/file"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == expected
 
 
 @pytest.mark.parametrize("code, advice", [(errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "free some")])

@@ -74,7 +74,5 @@ def test_a_table_puts_columns_that_do_not_fit_below_after_its_first_column(narro
 
 def test_a_wide_terminal_shows_a_table_as_it_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    assert terminal.aligned([["", "a name", "b"], ["kind", "1", "2"]]) == [
-        "      a name  b",
-        "kind  1       2",
-    ]
+    expected = ["      a name  b", "kind  1       2"]
+    assert terminal.aligned([["", "a name", "b"], ["kind", "1", "2"]]) == expected

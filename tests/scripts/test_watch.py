@@ -41,11 +41,9 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     text = "\n".join(lines)
     assert "step 12, over" in " ".join(lines[:2]) and all(len(line) <= 80 for line in lines)
     assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
-    assert (
-        "▁" in text
-        and "█" in text
-        and "Warning at step 6: the KL runs away" in " ".join(text.split())
-    )
+    assert "▁" in text
+    assert "█" in text
+    assert "Warning at step 6: the KL runs away" in " ".join(text.split())
     assert [line for line in lines if line.startswith("Step 12")] == [
         f"Step 12, reward {i}: Once story {i} [31mred blue" for i in (6, 7, 8)
     ]
@@ -81,12 +79,10 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
     _, first, second, last = capsys.readouterr().out.split(watch.CLEAR)
     assert " step 12, running" in " ".join(first.split())
     assert first.count("\n") == last.count("\n") == 9
-    assert (
-        second == first
-        and "step 12, over" in " ".join(last.split())
-        and len(pauses) == 2
-        and last.endswith("...\n")
-    )
+    assert second == first
+    assert "step 12, over" in " ".join(last.split())
+    assert len(pauses) == 2
+    assert last.endswith("...\n")
 
 
 def test_it_shows_the_stories_of_a_pretraining(tmp_path):
@@ -154,9 +150,7 @@ def test_pretraining_a_run_without_steps_and_no_run(tmp_path, capsys):
             )
     watch.main([str(tmp_path / "p")])
     text = capsys.readouterr().out
-    assert (
-        "loss, nats per token 8 → 1" in text
-        and "validation" not in text
-        and "tokens per second 9.5 → 9.5" in text
-    )
+    assert "loss, nats per token 8 → 1" in text
+    assert "validation" not in text
+    assert "tokens per second 9.5 → 9.5" in text
     assert "holds no run" in fails(watch.main, [str(tmp_path)], capsys)

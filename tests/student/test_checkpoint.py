@@ -181,10 +181,8 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
             student.wte.weight[0, 0] = step
         state = dict(history={}, state={}, counters={"step": step})
         checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **state)
-    assert (
-        checkpoint.find(tmp_path).name == "best"
-        and checkpoint.newest(tmp_path).name == "step_0000001"
-    )
+    assert checkpoint.find(tmp_path).name == "best"
+    assert checkpoint.newest(tmp_path).name == "step_0000001"
     with torch.no_grad():
         student.wte.weight[0, 0] = 9
     assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state)) == 2
@@ -194,11 +192,8 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
         )
         == 9
     )
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "start",
-        "step_0000001",
-        "best",
-    }
+    expected = {"start", "step_0000001", "best"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == expected
     assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
 
 

@@ -55,9 +55,8 @@ def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, 
     openings = [openings[i % len(openings)] for i in range(24)]
     together = write(eager_to_end, tokenizer, openings=openings)
     assert {s.ended for s in together} == {"eos", "length"}
-    assert [s.index for s in together] == list(range(24)) and [
-        s.opening for s in together
-    ] == openings
+    assert [s.index for s in together] == list(range(24))
+    assert [s.opening for s in together] == openings
     for story in together[::5]:
         alone = write(eager_to_end, tokenizer, openings=[story.opening], first_index=story.index)[0]
         assert torch.equal(alone.tokens, story.tokens) and alone.text == story.text
@@ -74,9 +73,8 @@ def test_how_many_stories_are_written_at_once_changes_nothing(eager_to_end, toke
     for a, b in zip(together, apart, strict=True):
         assert (a.index, a.opening, a.text, a.ended) == (b.index, b.opening, b.text, b.ended)
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
-    assert sorted(sent) == list(range(24)) and all(
-        index < 7 + ended for ended, index in enumerate(sent)
-    )
+    assert sorted(sent) == list(range(24))
+    assert all(index < 7 + ended for ended, index in enumerate(sent))
 
 
 def test_threads_change_nothing(eager_to_end, tokenizer):
@@ -127,11 +125,9 @@ def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokeniz
     columns = (x.split(batch.lengths.tolist()) for x in (batch.tokens, token_rewards))
     for story, score, tokens, rewards in zip(stories, scores, *columns, strict=True):
         n = len(story.tokens)
-        assert (
-            tokens.equal(story.tokens)
-            and rewards.nonzero().tolist() == [[n - 1]]
-            and rewards[n - 1] == score
-        )
+        assert tokens.equal(story.tokens)
+        assert rewards.nonzero().tolist() == [[n - 1]]
+        assert rewards[n - 1] == score
         assert (int(tokens[n - 1]) == tokenizer.eos) == (story.ended == "eos")
 
 
@@ -139,12 +135,7 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer):
     """What the sampler saw is what PPO reads again: the first ratio is 1."""
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
-    stories = write(
-        eager_to_end,
-        tokenizer,
-        head,
-        openings=[OPENING, "Once", "Ben said"] * 8,
-    )
+    stories = write(eager_to_end, tokenizer, head, openings=[OPENING, "Once", "Ben said"] * 8)
     batch = collate(stories, torch.device("cpu"))
     with torch.no_grad():
         logprobs, states = ppo.response_logprobs(eager_to_end, batch)

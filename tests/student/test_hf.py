@@ -127,9 +127,8 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
     model.save_pretrained(exported.parent / "saved")
     theirs.save_pretrained(exported.parent / "saved")
     again, vocabulary = hf.read(exported.parent / "saved")
-    assert torch.equal(again.wte.weight, student.wte.weight) and vocabulary.encode(
-        "a kite"
-    ) == tokenizer.encode("a kite")
+    assert torch.equal(again.wte.weight, student.wte.weight)
+    assert vocabulary.encode("a kite") == tokenizer.encode("a kite")
 
 
 def test_the_tokenizer_gives_no_token_types(exported):
@@ -293,10 +292,9 @@ def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
     student, tokenizer, _ = checkpoint.load(foreign)
     assert student.wte.weight.dtype == torch.float32
     assert tokenizer.eos == tokenizer.pad == tokenizer.bos == student.config.vocab_size - 1
-    assert tokenizer.encode("the the<|endoftext|>")[:2] == [
-        257,
-        258,
-    ] and tokenizer.eos not in tokenizer.encode("<|endoftext|>")
+    expected = [257, 258]
+    assert tokenizer.encode("the the<|endoftext|>")[:2] == expected
+    assert tokenizer.eos not in tokenizer.encode("<|endoftext|>")
     tokens = torch.arange(40)
     half = {name: t.float() for name, t in load_file(foreign / "model.safetensors").items()}
     save_file(half, foreign / "model.safetensors")

@@ -23,14 +23,7 @@ from tinystory.teacher.answers import AnswerScale, log_odds, odds_of_share, pars
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import DRAWS
 from tinystory.teacher.grader import open_grader
-from tinystory.teacher.prompt import (
-    TEMPLATES,
-    TOP,
-    Criterion,
-    Template,
-    load_template,
-    render,
-)
+from tinystory.teacher.prompt import TEMPLATES, TOP, Criterion, Template, load_template, render
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 TWO = Template((Criterion("first", "Is it first?"), Criterion("second", "Is it second?", weight=3)))
@@ -244,11 +237,8 @@ def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     messages = render(
         "Once", "A dog ran.", fence="===", template=template, criterion=TWO.criteria[0]
     )
-    assert [message["role"] for message in messages] == [
-        "system",
-        *["user", "assistant"] * 2,
-        "user",
-    ]
+    expected = ["system", *["user", "assistant"] * 2, "user"]
+    assert [message["role"] for message in messages] == expected
     assert [messages[2]["content"], messages[4]["content"]] == ["yes", "no"]
     assert all(
         message["content"].endswith("first? Answer yes or no.") for message in messages[1::2]
@@ -302,10 +292,7 @@ def test_babylm_does_not_let_probabilities_reach_the_student():
     config = InteractConfig(
         preset="babylm-2026-strict", teacher_prompt="sense", teacher_url=["http://127.0.0.1:9"]
     )
-    with (
-        pytest.raises(UserError, match=r"--teacher-prompt sense .* BabyLM"),
-        open_grader(config),
-    ):
+    with pytest.raises(UserError, match=r"--teacher-prompt sense .* BabyLM"), open_grader(config):
         pass
 
 

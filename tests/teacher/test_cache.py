@@ -30,12 +30,10 @@ def test_no_reply_is_paid_for_twice(tmp_path):
         paid = {story: server.seen[story] for story in stories}
         assert paid == {story: 2 if "1" in story else 1 for story in stories}
         for old, new in zip(before, after, strict=False):
-            assert (old.scores, old.reply, old.attempts, old.reply_words) == (
-                new.scores,
-                new.reply,
-                new.attempts,
-                new.reply_words,
-            )
+            assert old.scores == new.scores
+            assert old.reply == new.reply
+            assert old.attempts == new.attempts
+            assert old.reply_words == new.reply_words
         for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"models": "second"}):
             with Teacher(server.url, cache=kept, **other) as teacher:
                 teacher.grade("Once", stories[:1])
@@ -104,7 +102,5 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
         assert path.read_bytes() == whole and cache.get("another") is None
         cache.put("another", CachedReply("2 2 2"))
     with contextlib.closing(Cache(path)) as cache:
-        assert (cache.get("question"), cache.get("another")) == (
-            CachedReply("1 1 1"),
-            CachedReply("2 2 2"),
-        )
+        assert cache.get("question") == CachedReply("1 1 1")
+        assert cache.get("another") == CachedReply("2 2 2")

@@ -64,38 +64,29 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
     assert scores(f"{file}:count", openings, stories) == [0.4] * 4
 
 
+F = "def f(o, s):\n    "
+
+
 @pytest.mark.parametrize(
     "body, words",
     [
-        (
-            "def f(o, s):\n    return [1 / 0 for x in s]\n",
-            "r.py, line 2: ZeroDivisionError: division by zero",
-        ),
-        (
-            "def f(o, s):\n    return json.loads('x')\nimport json\n",
-            "r.py, line 2: JSONDecodeError",
-        ),
+        (F + "return [1 / 0 for x in s]\n", "r.py, line 2: ZeroDivisionError: division by zero"),
+        (F + "return json.loads('x')\nimport json\n", "r.py, line 2: JSONDecodeError"),
         ("\ndef f(o, s)\n    return [1]\n", "(r.py, line 2)"),
         (
             "import nowhere_at_all\n",
             "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'",
         ),
-        ("def f(o, s):\n    raise KeyError\n", "r.py, line 2: KeyError"),
-        (
-            "def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n",
-            "r.py, line 3: OSError: no room",
-        ),
+        (F + "raise KeyError\n", "r.py, line 2: KeyError"),
+        (F + "yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
         ("def f(o):\n    return [1]\n", "r.py: TypeError"),
-        ("def f(o, s):\n    return '0'\n", "gave '0'; it must give a list"),
-        ("def f(o, s):\n    return None\n", "gave None; it must give a list"),
-        ("def f(o, s):\n    return 0.5\n", "TypeError"),
-        (
-            "def f(o, s):\n    return ['0.5']\n",
-            "gave '0.5'; a score is a number from 0 to 1, or None",
-        ),
-        ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
-        ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
-        ("def f(o, s):\n    return [10**400]\n", "gave 1000"),
+        (F + "return '0'\n", "gave '0'; it must give a list"),
+        (F + "return None\n", "gave None; it must give a list"),
+        (F + "return 0.5\n", "TypeError"),
+        (F + "return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
+        (F + "return [float('nan')]\n", "gave nan; a score is a number"),
+        (F + "return [{}]\n", "gave {}; a score is a number"),
+        (F + "return [10**400]\n", "gave 1000"),
         (
             "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
             "gave <A instance at",
@@ -104,9 +95,9 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
             "class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n",
             "line 5: A: <",
         ),
-        ("def f(o, s):\n    raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
+        (F + "raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
         ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
-        ("def f(o, s):\n    exit()\n", "line 2: SystemExit"),
+        (F + "exit()\n", "line 2: SystemExit"),
         ("import os\ndef f(o, s):\n    os._exit(3)\n", "r.py: it ended its process (exit code 3)"),
         (
             "import os\ndef f(o, s):\n    os.kill(os.getpid(), 9)\n",
@@ -119,11 +110,9 @@ def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, 
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError) as caught:
         scores(f"{tmp_path / 'r.py'}:f")
-    assert (
-        words in str(caught.value)
-        and "--reward" in str(caught.value)
-        and str(caught.value).isprintable()
-    )
+    assert words in str(caught.value)
+    assert "--reward" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_scores_of_any_library_are_numbers(tmp_path):

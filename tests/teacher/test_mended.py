@@ -1,8 +1,7 @@
 """What is asked again once a teacher is mended, and what is not."""
 
-import json
-
 import pytest
+from conftest import read_lines
 from fault_server import FaultServer
 
 from tinystory.config import InteractConfig
@@ -42,19 +41,15 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
         mended = True
         grades, grader = steps(Stop())
         assert all(grade.score is not None for grade in grades)
-        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == [
-            0,
-            0,
-            1,
-            1,
-        ]
+        expected = [0, 0, 1, 1]
+        assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == expected
         sent = len(server.requests)
         again, _ = steps(Stop())  # the new replies are the ones that count, now and later
         assert [(a.scores, a.reply_words) for a in again] == [
             (g.scores, g.reply_words) for g in grades
         ]
         assert len(server.requests) == sent
-    lines = [json.loads(line) for line in replies.read_text().splitlines()]
+    lines = read_lines(replies)
     # the old ones stay in the record
     assert sum(line["reply"] == "What a lovely story!" for line in lines) == 6
 

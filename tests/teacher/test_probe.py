@@ -20,30 +20,22 @@ def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
         probe = teacher.probes()[0]
         assert probe is teacher.probes()[0]  # once
-        assert (probe.url, probe.model, probe.token_cap, probe.refused) == (
-            server.url,
-            "first",
-            "max_tokens",
-            [],
-        )
-        assert (probe.reply, probe.scored, probe.thinks, probe.tokens) == (
-            "2 1 3",
-            True,
-            False,
-            None,
-        )
+        assert probe.url == server.url
+        assert probe.model == "first"
+        assert probe.token_cap == "max_tokens"
+        assert probe.refused == []
+        assert probe.reply == "2 1 3"
+        assert probe.scored is True
+        assert probe.thinks is False
+        assert probe.tokens is None
         assert probe.held_to == "nothing"
-        assert (
-            load_probe(json.dumps(asdict(probe)), server.url) == probe
-            and load_probe('{"url": ""}', "") is load_probe("no", "") is None
-        )
+        assert load_probe(json.dumps(asdict(probe)), server.url) == probe
+        assert load_probe('{"url": ""}', "") is load_probe("no", "") is None
         assert len(server.requests) == len(server.others) == 1
         line = str(probe)
-        assert (
-            line.isprintable()
-            and f"first at {server.url}: scored a story" in line
-            and "obeys nothing" in line
-        )
+        assert line.isprintable()
+        assert f"first at {server.url}: scored a story" in line
+        assert "obeys nothing" in line
 
 
 def test_a_server_is_probed_once_per_run(tmp_path):
@@ -129,10 +121,8 @@ def test_what_a_server_refuses_by_name_is_left_out():
 
     with Strict() as server, Teacher(server.url) as teacher:
         probe = teacher.probes()[0]
-        assert (probe.refused, probe.token_cap) == (
-            ["seed", "temperature"],
-            "max_completion_tokens",
-        )
+        assert probe.refused == ["seed", "temperature"]
+        assert probe.token_cap == "max_completion_tokens"
         assert "no seed" in str(probe) and "no temperature" in str(probe)
         assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()

@@ -165,16 +165,13 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them():
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
         probe = teacher.probes()[0]
-        assert (probe.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(
-            probe
-        )
+        assert (probe.least_tokens, teacher.longest_reply) == (16, 6)
+        assert "at least 16" in str(probe)
         dog, cat = teacher.grade("Once", list(replies))
-    assert (
-        dog.scores
-        and cat.scores is None
-        and cat.reply == replies["A cat ran."]
-        and cat.reply_words == 3 * 6
-    )
+    assert dog.scores
+    assert cat.scores is None
+    assert cat.reply == replies["A cat ran."]
+    assert cat.reply_words == 3 * 6
     assert all(asked["max_tokens"] >= 16 for asked in server.requests)
 
 

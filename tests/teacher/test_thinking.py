@@ -73,9 +73,10 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
                 probe = teacher.probes()[0]
-                assert (
-                    probe.thinks and probe.scored and probe.quiet == kept and not probe.least_tokens
-                )
+                assert probe.thinks
+                assert probe.scored
+                assert probe.quiet == kept
+                assert not probe.least_tokens
                 assert json.dumps(kept) in str(probe)
         assert len(server.all) <= 1 + 4 + 4  # each rung once, and the outcome is kept
         with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
@@ -112,14 +113,10 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
             assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
             assert "321 reply tokens" in grader.forecast(1, "Once")
         output = capsys.readouterr().out
-    assert (
-        f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output
-        and "cannot be told not to think" in output
-    )
-    assert (
-        server.all[-1]["max_tokens"] == THINKING_TOKENS
-        and server.all[-1]["reasoning_effort"] == "low"
-    )
+    assert f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output
+    assert "cannot be told not to think" in output
+    assert server.all[-1]["max_tokens"] == THINKING_TOKENS
+    assert server.all[-1]["reasoning_effort"] == "low"
 
 
 def test_thoughts_that_a_server_leaves_in_the_text_are_no_part_of_the_reply():

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import torch
-from conftest import SHORT
+from conftest import SHORT, cli
 
 import train_interact as interact
 from tinystory.student import checkpoint
@@ -50,12 +50,7 @@ def run_interact(place, out: Path, *more: str) -> None:
     init = str(checkpoint.newest(place / "p"))
     interact.main(
         [
-            "--init",
-            init,
-            "--reward",
-            f"{place / 'reward.py'}:score",
-            "--out",
-            str(out),
+            *cli("--init {} --reward {}:score --out {}", init, place / "reward.py", out),
             *SHORT,
             *more,
         ]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHORT, SMALL, assert_same_bits, fails, metrics, read_lines, story_record
+from conftest import SHORT, SMALL, assert_same_bits, cli, fails, metrics, read_lines, story_record
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -32,14 +32,7 @@ def flags(place, out, body="pass"):
     return [
         *init,
         *SHORT,
-        "--steps",
-        "2",
-        "--reward",
-        f"{reward}:f",
-        "--teacher-timeout",
-        "99",
-        "--out",
-        str(out),
+        *cli("--steps 2 --reward {}:f --teacher-timeout 99 --out {}", reward, out),
     ]
 
 

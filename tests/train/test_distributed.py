@@ -1,6 +1,5 @@
 """Two processes under torchrun compute what one does, up to the order of sums."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, ROOT, SHORT, SMALL, metrics, read_lines
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, cli, metrics, read_lines
 from safetensors.torch import load_file
 
 import train_interact as interact
@@ -55,43 +54,13 @@ def assert_alike(a, b) -> None:
 def test_two_processes_do_what_one_does(place, tmp_path):
     """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on, a
     temperature that is chosen."""
-    reading = [
-        "--corpus",
-        str(place / "corpus.txt"),
-        *SMALL,
-        "--dtype",
-        "float32",
-        "--words",
-        "1500",
-    ]
+    reading = SMALL + cli("--corpus {} --dtype float32 --words 1500", place / "corpus.txt")
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
-    writing = [
-        *SHORT,
-        "--reward",
-        f"{place / 'reward.py'}:some",
-        "--max-unscored",
-        "0.5",
-        "--minibatch-size",
-        "3",
-    ]
-    writing += [
-        "--stories-per-step",
-        "7",
-        "--steps",
-        "2",
-        "--micro-batch-size",
-        "2",
-        "--learning-rate",
-        "1e-4",
-    ]
-    writing += [
-        "--dtype",
-        "float32",
-        "--kl-in",
-        "loss",
-        "--temperature",
-        "0",
-    ]
+    writing = SHORT + cli(
+        "--reward {}:some --max-unscored 0.5 --minibatch-size 3", place / "reward.py"
+    )
+    writing += "--stories-per-step 7 --steps 2 --micro-batch-size 2 --learning-rate 1e-4".split()
+    writing += "--dtype float32 --kl-in loss --temperature 0".split()
 
     def both(name: str) -> list[str]:
         p, i = tmp_path / name / "p", tmp_path / name / "i"
@@ -105,13 +74,12 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     first, second = both("two")
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            place / "cache",
+            *cli(
+                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
+                sys.executable,
+                script,
+                place / "cache",
+            ),
             *first,
             "--then",
             *second,
@@ -125,13 +93,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     assert done.stdout.count("parameters") == 1  # only rank 0 prints
     for part in ("p", "i"):
         assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
-    one, two = (
-        [
-            json.loads(line)
-            for line in (tmp_path / name / "i" / "stories.jsonl").read_text().splitlines()
-        ]
-        for name in ("one", "two")
-    )
+    one, two = (read_lines(tmp_path / name / "i" / "stories.jsonl") for name in ("one", "two"))
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
     options = [read_config(tmp_path / name / "i")["options"] for name in ("one", "two")]
     for name in ("temperature", "tried_temperatures"):
@@ -161,15 +123,7 @@ def test_two_processes_have_the_same_stories_graded(place, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_any_process_stops_an_interaction_and_is_told_once(place, tmp_path):
     pretrain.main(
-        [
-            "--corpus",
-            str(place / "corpus.txt"),
-            *SMALL,
-            "--words",
-            "1000",
-            "--out",
-            str(tmp_path / "p"),
-        ]
+        SMALL + cli("--corpus {} --words 1000 --out {}", place / "corpus.txt", tmp_path / "p")
     )
     script = tmp_path / "signalled.py"
     script.write_text(
@@ -188,13 +142,12 @@ train_interact.main(sys.argv[2:])
     argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            place / "cache",
+            *cli(
+                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
+                sys.executable,
+                script,
+                place / "cache",
+            ),
             *argv,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -203,10 +156,8 @@ train_interact.main(sys.argv[2:])
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        done.stdout.count("stopped after step 1, all saved") == 1
-        and "Mean reward" not in done.stdout
-    )
+    assert done.stdout.count("stopped after step 1, all saved") == 1
+    assert "Mean reward" not in done.stdout
     assert len(metrics(tmp_path / "i")) == 1
 
 
@@ -289,11 +240,8 @@ def collectives(rank: int, folder: str) -> None:
     weights = torch.full((4,), float(rank))
     distributed.broadcast_from_rank0([weights])
     assert not weights.any()
-    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == [
-        "00",
-        "10",
-        "11",
-    ]
+    expected = "00 10 11".split()
+    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == expected
     assert distributed.all_reduce_max(rank == 1) and distributed.all_reduce_max(0.25 * rank) == 0.25
     assert distributed.rank0_value(lambda: distributed.rank() + 7) == 7
     with pytest.raises(UserError, match="the key is bad"):
@@ -325,9 +273,8 @@ def test_collectives_of_two_processes(tmp_path):
 
 def test_with_one_process_everything_is_a_no_op():
     x = torch.arange(5.0)
-    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(
-        7
-    ) == range(7)
+    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3]
+    assert distributed.shard_contiguous(7) == range(7)
     assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_max(0.5) == 0.5
     assert distributed.all_gather_list([1]) == [1]
     assert distributed.rank0_value(lambda: 3) == 3 and distributed.is_rank0()

@@ -5,7 +5,7 @@ import importlib
 import re
 
 import pytest
-from conftest import ROOT, SHORT, metrics
+from conftest import ROOT, SHORT, cli, metrics
 
 import train_interact
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
@@ -20,7 +20,7 @@ OTHERS += " --gpu-memory-utilization --take_final --padding_side --no-deps"
 def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
     reward = f"{place / 'reward.py'}:score"
     train_interact.main(
-        [*SHORT, "--init", str(place / "p"), "--out", str(tmp_path / "i"), "--reward", reward]
+        SHORT + cli("--init {} --out {} --reward {}", place / "p", tmp_path / "i", reward)
     )
     keys = {
         key for run in (place / "p", tmp_path / "i") for record in metrics(run) for key in record

@@ -6,14 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import (
-    NAMES,
-    SHORT,
-    SMALL,
-    THINGS,
-    fails,
-    metrics,
-)
+from conftest import NAMES, SHORT, SMALL, THINGS, cli, fails, metrics, read_lines
 from runs import run_interact
 
 import train_interact as interact
@@ -39,9 +32,7 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
     assert records[-1]["kl"] != 0
-    stories = [
-        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
-    ]
+    stories = read_lines(tmp_path / "i" / "stories.jsonl")
     assert [s["index"] for s in stories] == list(range(24))
     assert all(
         s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories
@@ -49,12 +40,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert records[0]["reward_mean"] == pytest.approx(
         sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5
     )
-    samples = [
-        json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()
-    ]
-    evaluations = [
-        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
-    ]
+    samples = read_lines(tmp_path / "i" / "samples.jsonl")
+    evaluations = read_lines(tmp_path / "i" / "evaluations.jsonl")
     assert [record["step"] for record in evaluations] == [0] * 4 + [2] * 4 + [4] * 4
     assert records[-1]["words_out"] == sum(s["words"] for s in stories + evaluations)
     assert [record["index"] for record in evaluations] == [
@@ -73,12 +60,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     shown = checkpoint.find(tmp_path / "i")
     assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
     assert json.loads((shown / "trainer.json").read_text())["step"] == best
-    assert [record.get("held_out_reward") is None for record in records] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    expected = [True, False, True, False]
+    assert [record.get("held_out_reward") is None for record in records] == expected
     assert records[3]["held_out_reward"] == pytest.approx(rewards[4], abs=1e-6)
     own = [s["reward"] for s in stories[18:]]
     assert records[3]["reward_mean"] == pytest.approx(sum(own) / 6, abs=1e-5)
@@ -140,17 +123,12 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
     run_interact(place, tmp_path / "i", *more, "--steps", "6", "--stories-per-step", "6")
     openings = Openings(texts, seed=0, per_opening=2)
-    stories = [
-        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
-    ]
+    stories = read_lines(tmp_path / "i" / "stories.jsonl")
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
-    evaluations = [
-        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
-    ]
-    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(
-        openings.held_out
-    ) == 1
+    evaluations = read_lines(tmp_path / "i" / "evaluations.jsonl")
+    assert {record["opening"] for record in evaluations} == set(openings.held_out)
+    assert len(openings.held_out) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
@@ -162,16 +140,8 @@ def test_a_teacher_that_tells_nothing_apart_is_warned_of_once_and_beside_the_hea
     """A score of 0.5 for every story, an empty one too; the rewards still differ, by length."""
     monkeypatch.setattr("tinystory.teacher.grade.is_blank", lambda text: False)
     (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
-    run_interact(
-        place,
-        tmp_path / "i",
-        "--reward",
-        f"{tmp_path / 'r.py'}:flat",
-        "--steps",
-        "7",
-        "--eval-every",
-        "0",
-    )
+    flags = cli("--reward {}:flat --steps 7 --eval-every 0", tmp_path / "r.py")
+    run_interact(place, tmp_path / "i", *flags)
     run, headline, rest = "".join(capsys.readouterr()).partition("The mean reward ")
     said = "all stories of the last 5 steps had the same score (0.5 in the last)"
     assert headline and (run + rest).count(said) == 2 and f"But from step 5: {said}" in rest
@@ -182,21 +152,10 @@ def test_a_teacher_that_tells_nothing_apart_is_warned_of_once_and_beside_the_hea
 def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
     init = str(checkpoint.newest(place / "p"))
     base = ["--init", init, *SHORT, "--steps", "1"]
-    interact.main(
-        [
-            *base,
-            "--reward",
-            f"{place / 'reward.py'}:some",
-            "--max-unscored",
-            "0.5",
-            "--out",
-            str(tmp_path / "a"),
-        ]
-    )
+    some = cli("--reward {}:some --max-unscored 0.5", place / "reward.py")
+    interact.main([*base, *some, "--out", str(tmp_path / "a")])
     assert metrics(tmp_path / "a")[0]["unscored"] == 1
-    stories = [
-        json.loads(line) for line in (tmp_path / "a" / "stories.jsonl").read_text().splitlines()
-    ]
+    stories = read_lines(tmp_path / "a" / "stories.jsonl")
     assert [s["reward"] is None for s in stories] == [False, True, False, False, False, False]
     line = fails(
         interact.main,
@@ -249,31 +208,14 @@ def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_dem
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     """Over HTTP; the run starts the server on the student's own corpus, once the user names it."""
-    interact.main(
-        [
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--init",
-            str(checkpoint.newest(place / "p")),
-            "--out",
-            str(tmp_path / "i"),
-            *SHORT,
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--steps",
-            "1",
-        ]
-    )
+    init = checkpoint.newest(place / "p")
+    flags = cli("--corpus {} --init {} --steps 1", place / "corpus.txt", init)
+    interact.main([*SHORT, *flags, "--out", str(tmp_path / "i")])
     record = metrics(tmp_path / "i")[0]
-    stories = [
-        json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()
-    ]
-    assert record["unscored"] == 0 and all(
-        set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories
-    )
-    evaluations = [
-        json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()
-    ]
+    stories = read_lines(tmp_path / "i" / "stories.jsonl")
+    assert record["unscored"] == 0
+    assert all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
+    evaluations = read_lines(tmp_path / "i" / "evaluations.jsonl")
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out
 

@@ -6,12 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import (
-    SHORT,
-    assert_same_bits,
-    fails,
-    metrics,
-)
+from conftest import SHORT, assert_same_bits, cli, fails, metrics, read_lines
 from runs import interrupted_at, run_interact, spoiling
 
 import train_interact as interact
@@ -21,6 +16,14 @@ from tinystory.run.errors import UserError
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("interaction") / "whole"
+    run_interact(place, folder)
+    return folder
 
 
 def test_weights_that_are_not_finite_are_not_saved_by_interaction(
@@ -51,22 +54,21 @@ def test_interaction_resumes_to_the_same_bits(place, tmp_path):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
-def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
-    run_interact(place, tmp_path / "whole")
-    run_interact(place, tmp_path / "killed")
+def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "killed")
     folder = tmp_path / "killed" / "checkpoints"
     # as if killed after step 1 was logged, before any save
     shutil.copytree(folder / "start", folder / "step_0000000")
     shutil.rmtree(folder / "step_0000004")
     run_interact(place, tmp_path / "killed", "--resume")
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert_same_bits(whole, tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
     for name in (
         "evaluations.jsonl",
         "checkpoints/best/trainer.json",
         "checkpoints/best/model.safetensors",
     ):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+        assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
@@ -77,10 +79,9 @@ def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
     assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
 
 
-def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkeypatch):
     """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run
     evaluates first."""
-    run_interact(place, tmp_path / "whole")
     collect = CallableGrader.collect
 
     def interrupted(self, stop):
@@ -98,20 +99,18 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CallableGrader, "collect", second_step)
         run_interact(place, tmp_path / "parts")
-    assert (
-        len(metrics(tmp_path / "parts")) == 2
-        and "held_out_reward" not in metrics(tmp_path / "parts")[1]
-    )
+    assert len(metrics(tmp_path / "parts")) == 2
+    assert "held_out_reward" not in metrics(tmp_path / "parts")[1]
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     run_interact(place, tmp_path / "parts", "--resume")
-    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    assert_same_bits(whole, tmp_path / "parts")
     held_out_rewards = [
-        [record.get("held_out_reward") for record in metrics(tmp_path / name)]
-        for name in ("whole", "parts")
+        [record.get("held_out_reward") for record in metrics(run)]
+        for run in (whole, tmp_path / "parts")
     ]
     assert held_out_rewards[0] == held_out_rewards[1]
     for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        assert (whole / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
@@ -121,17 +120,13 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     run_interact(place, tmp_path / "on")
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("all the same") == 1 and len(
-        metrics(tmp_path / "on")
-    ) == 4
+    assert (printed.out + printed.err).count("all the same") == 1
+    assert len(metrics(tmp_path / "on")) == 4
     run_interact(
         place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"
     )
     assert len(metrics(tmp_path / "off")) == 3
-    evaluations = [
-        json.loads(line)
-        for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()
-    ]
+    evaluations = read_lines(tmp_path / "off" / "evaluations.jsonl")
     # the last student is evaluated, wherever the run ends
     assert {record["step"] for record in evaluations} == {0, 3}
     assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
@@ -153,22 +148,11 @@ def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, mo
         return collect(self, stop)
 
     monkeypatch.setattr(CallableGrader, "collect", gone)
-    argv = [
-        "--init",
-        str(checkpoint.newest(place / "p")),
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        *SHORT,
-    ]
-    argv += [
-        "--stop-on-collapse",
-        "--eval-every",
-        "0",
-        "--save-every",
-        "20",
-        "--out",
-        str(tmp_path / "i"),
-    ]
+    argv = (
+        cli("--init {} --reward {}:score", checkpoint.newest(place / "p"), place / "reward.py")
+        + SHORT
+    )
+    argv += cli("--stop-on-collapse --eval-every 0 --save-every 20 --out {}", tmp_path / "i")
     assert "the teacher has gone" in fails(interact.main, argv, capsys)
     assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SHORT, SMALL, assert_same_bits, metrics
+from conftest import ROOT, SHORT, SMALL, assert_same_bits, cli, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -86,17 +86,9 @@ def run(place, tmp_path):
 
 def arguments(place, command, out):
     if command is pretrain:
-        return [
-            "--corpus",
-            str(place / "corpus.txt"),
-            "--words",
-            "6000",
-            *SMALL,
-            "--save-every",
-            "7",
-            "--out",
-            str(out),
-        ]
+        return SMALL + cli(
+            "--corpus {} --words 6000 --save-every 7 --out {}", place / "corpus.txt", out
+        )
     init = str(checkpoint.newest(place / "p"))
     return ["--init", init, "--reward", "random", *SHORT, "--steps", "20", "--out", str(out)]
 

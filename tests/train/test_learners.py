@@ -1,7 +1,7 @@
 """Every learner as a user runs it: stopped and resumed, refused."""
 
 import pytest
-from conftest import SHORT, assert_same_bits, metrics
+from conftest import SHORT, assert_same_bits, cli, metrics
 from runs import interrupted_at
 
 import train_interact as interact
@@ -28,13 +28,10 @@ LEARNERS = [
 def run(place, monkeypatch):
     """A short run of train_interact.py with more options."""
     monkeypatch.setattr("tinystory.run.collapse.WINDOW", 100)  # no advice about these runs
-    start = [
-        "--init",
-        str(checkpoint.newest(place / "p")),
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        *SHORT,
-    ]
+    start = (
+        cli("--init {} --reward {}:score", checkpoint.newest(place / "p"), place / "reward.py")
+        + SHORT
+    )
     return lambda out, *more: interact.main([*start, "--out", str(out), *more])
 
 

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import asdict
 
 import pytest
-from conftest import SHORT, SMALL, fails, metrics
+from conftest import SHORT, SMALL, cli, fails, metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,11 +153,9 @@ def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, 
         with pytest.raises(SystemExit):
             parse(config_class, COMMANDS[config_class], [flag])
         texts[flag] = " ".join(capsys.readouterr().out.split())
-        assert (
-            "(default: )" not in texts[flag]
-            and "1000000000" not in texts[flag]
-            and "[]" not in texts[flag]
-        )
+        assert "(default: )" not in texts[flag]
+        assert "1000000000" not in texts[flag]
+        assert "[]" not in texts[flag]
     names = {f.name: f"--{f.name.replace('_', '-')} " for f in options(config_class)}
     first = {name for name, flag in names.items() if flag in texts["--help"].replace(",", " ")}
     assert 12 <= len(first) <= 22 and first == names.keys() & FIRST
@@ -179,13 +177,8 @@ def test_whole_numbers_are_exact():
     def seed(text):
         return parse(PretrainConfig, PRETRAIN_PRESETS, ["--words", text]).words
 
-    assert [seed(text) for text in ("1e6", "1_000", "2M", "1.5k", "999999999999999")] == [
-        10**6,
-        1000,
-        2 * 10**6,
-        1500,
-        10**15 - 1,
-    ]
+    expected = [10**6, 1000, 2 * 10**6, 1500, 10**15 - 1]
+    assert [seed(text) for text in ("1e6", "1_000", "2M", "1.5k", "999999999999999")] == expected
 
 
 JUNK = (
@@ -350,15 +343,9 @@ def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(
 
 
 def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys):
-    init = [
-        "--init",
-        str(checkpoint.newest(place / "p")),
-        *SHORT,
-        "--reward",
-        "random",
-        "--out",
-        str(tmp_path / "i"),
-    ]
+    init = SHORT + cli(
+        "--init {} --reward random --out {}", checkpoint.newest(place / "p"), tmp_path / "i"
+    )
     # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
     for words in ("50", "223"):
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
@@ -379,31 +366,16 @@ def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text(text)
     pretrain.main(
-        [
-            "--corpus",
-            str(tmp_path / "corpus.txt"),
-            *SMALL,
-            "--words",
-            "20",
-            "--context",
-            "16",
-            "--out",
-            str(tmp_path / "p"),
-        ]
+        SMALL
+        + cli(
+            "--corpus {} --words 20 --context 16 --out {}", tmp_path / "corpus.txt", tmp_path / "p"
+        )
     )
     assert metrics(tmp_path / "p")
 
 
 def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
-    corpus = [
-        "--corpus",
-        str(place / "corpus.txt"),
-        *SMALL,
-        "--words",
-        "40",
-        "--out",
-        str(tmp_path / "p"),
-    ]
+    corpus = SMALL + cli("--corpus {} --words 40 --out {}", place / "corpus.txt", tmp_path / "p")
     pretrain.main([*corpus, "--context", "4"])
     assert (tmp_path / "p" / "report.html").exists()
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHORT, SMALL, fails, metrics
+from conftest import SHORT, SMALL, cli, fails, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
@@ -23,50 +23,20 @@ from tinystory.student import checkpoint
 from tinystory.student.model import CUDA_HEAD_SIZES
 
 # The settings of arXiv 2509.15714 and its code.
-PAPER_PRETRAIN = dict(
-    n_layer=12,
-    n_head=12,
-    n_embd=768,
-    context=512,
-    dropout=0.1,
-    vocab_size=16_000,
-    corpus=["babylm-100m"],
-    val_fraction=0.1,
-    words=11 * 90_000_000,
-    beta2=0.999,
-    weight_decay=0.0,
-    learning_rate=5e-4,
-    warmup=0.01,
-    batch_size=256,
-)
+PAPER_PRETRAIN = dict(n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1)
+PAPER_PRETRAIN |= dict(vocab_size=16_000, corpus=["babylm-100m"], val_fraction=0.1, batch_size=256)
+PAPER_PRETRAIN |= dict(words=11 * 90_000_000, beta2=0.999, weight_decay=0.0, learning_rate=5e-4)
+PAPER_PRETRAIN |= dict(warmup=0.01)
 PAPER_INTERACT = dict(
-    openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,",
-    stories_per_step=360,
-    max_new_tokens=90,
-    temperature=1.0,
-    teacher_temperature=0.2,
-    teacher_max_tokens=6,
-    length_weight=0.4,
-    length_words=90,
-    budget_words=10**6,
-    budget_words_out=10**8,
-    steps=920,
-    epochs=4,
-    minibatch_size=0,
-    learning_rate=1e-6,
-    grad_clip=0.0,
-    gamma=1.0,
-    lam=0.95,
-    clip_ratio=0.2,
-    value_coef=0.1,
-    kl_coef=0.2,
-    kl_target=6.0,
-    kl_horizon=10_000.0,
-    diversity=0.0,
-    unfinished=1.0,
-    stories_per_opening=1,
-    eval_every=0,
+    openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 )
+PAPER_INTERACT |= dict(stories_per_step=360, stories_per_opening=1, max_new_tokens=90)
+PAPER_INTERACT |= dict(temperature=1.0, teacher_temperature=0.2, teacher_max_tokens=6)
+PAPER_INTERACT |= dict(length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0)
+PAPER_INTERACT |= dict(budget_words=10**6, budget_words_out=10**8, steps=920, eval_every=0)
+PAPER_INTERACT |= dict(epochs=4, minibatch_size=0, learning_rate=1e-6, grad_clip=0.0)
+PAPER_INTERACT |= dict(gamma=1.0, lam=0.95, clip_ratio=0.2, value_coef=0.1)
+PAPER_INTERACT |= dict(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0)
 
 
 def test_the_papers_preset_has_the_papers_figures():
@@ -92,9 +62,7 @@ def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):
-    config = parse(
-        InteractConfig, INTERACT_PRESETS, ["--preset", "paper", "--lam", "1", "--steps", "3"]
-    )
+    config = parse(InteractConfig, INTERACT_PRESETS, "--preset paper --lam 1 --steps 3".split())
     assert (config.preset, config.lam, config.steps, config.kl_coef) == ("paper", 1.0, 3, 0.2)
 
 
@@ -109,7 +77,7 @@ def test_the_presets_run(place, tmp_path, preset):
     few = [*SHORT, "--stories-per-step", "8", "--steps", "1"]
     reward = ["--reward", f"{place / 'reward.py'}:score"]
     interact.main(
-        ["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")]
+        [*cli("--preset {} --init {}", preset, init), *reward, *few, "--out", str(tmp_path / "i")]
     )
     assert metrics(tmp_path / "i")[0]["kl_coef"] == 0.2
 

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    SMALL,
-    assert_same_bits,
-    fails,
-    metrics,
-    read_lines,
-    tiny_stories,
-)
+from conftest import SMALL, assert_same_bits, cli, fails, metrics, read_lines, tiny_stories
 from runs import interrupted_at, spoiling
 
 import train_pretrain as pretrain
@@ -34,18 +27,9 @@ def test_pretraining_learns_and_records(place):
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert records[-1]["words"] >= 2500 > records[-2]["words"]
     assert records[-1]["val_loss"] and records[0]["val_loss"] is None
-    wanted = {
-        "step",
-        "words",
-        "tokens",
-        "loss",
-        "val_loss",
-        "val_bits_per_byte",
-        "lr",
-        "grad_norm",
-        "tokens_per_s",
-    }
-    wanted |= {"peak_memory_mb"}
+    wanted = set(
+        "step words tokens loss val_loss val_bits_per_byte lr grad_norm tokens_per_s peak_memory_mb".split()
+    )
     assert all(record.keys() == wanted for record in records)
     assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
     assert (
@@ -53,10 +37,8 @@ def test_pretraining_learns_and_records(place):
         or "data:image" in (run / "report.html").read_text()
     )
     student, tokenizer, history = checkpoint.load(checkpoint.newest(run))
-    assert (
-        history["words"] == records[-1]["words"]
-        and student.config.vocab_size == tokenizer.vocab_size == 320
-    )
+    assert history["words"] == records[-1]["words"]
+    assert student.config.vocab_size == tokenizer.vocab_size == 320
 
 
 def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):
@@ -198,20 +180,9 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
     monkeypatch.setattr(pretrain, "Download", Download)
     with interrupted_at(pretrain, step=3):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
-    assert events == [
-        "launched",
-        "launched",
-        "read",
-        "launched",
-        "read",
-        "launched",
-        "read",
-        "read",
-    ]
-    assert (
-        checkpoint.newest(tmp_path / "parts").name == "step_0000004"
-        and len(metrics(tmp_path / "parts")) == 4
-    )
+    assert events == "launched launched read launched read launched read read".split()
+    assert checkpoint.newest(tmp_path / "parts").name == "step_0000004"
+    assert len(metrics(tmp_path / "parts")) == 4
     pretrain.main(
         ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "parts")]
     )
@@ -234,10 +205,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     assert "the loss is nan at step 3" in fails(
         pretrain.main, [*argv, "--out", str(tmp_path / "p")], capsys
     )
-    assert (
-        checkpoint.newest(tmp_path / "p").name == "step_0000002"
-        and len(metrics(tmp_path / "p")) == 2
-    )
+    assert checkpoint.newest(tmp_path / "p").name == "step_0000002"
+    assert len(metrics(tmp_path / "p")) == 2
 
 
 def test_weights_that_are_not_finite_are_not_saved_by_pretraining(
@@ -272,7 +241,7 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
     corpus.write_text("\n<|endoftext|>\n".join(stories))
     line = fails(
         pretrain.main,
-        ["--resume", "--words", "600", "--corpus", str(corpus), "--out", str(tmp_path / "r")],
+        cli("--resume --words 600 --corpus {} --out {}", corpus, tmp_path / "r"),
         capsys,
     )
     assert "the corpus changed since" in line and "model.safetensors" not in line

@@ -1,7 +1,7 @@
 """What one step must compute and move on a GPU, and what it asks of the host: the table in
 docs/kernels.md.
 
-python tests/cuda_device/on_paper.py
+python lab/on_paper.py
 
 FLOPs and bytes come from the shapes alone: GEMMs and causal attention (half of the square); each
 operator of the path on a GPU reads its inputs once and writes its outputs once, whatever the caches
@@ -9,14 +9,22 @@ keep. Launches and waits are counted on the simulated device, by a step of as ma
 micro-batches and updates on a student that is small otherwise.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda_device"))
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from machine import machine
 from runtime import install, install_project
 
 # isort: split
 import torch
 
+from lab.timing import RandomTokenizer
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
 from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
@@ -100,7 +108,7 @@ class Work:
 
 
 # --- on the simulated device ----------------------------------------------------------------------
-def counted(f) -> tuple[str, str]:
+def counted(f: Callable[[], object]) -> tuple[str, str]:
     """Launches and waits of f, when it has run before."""
     f()
     before = machine.launches.total(), machine.waits.total()
@@ -131,8 +139,10 @@ def count_token_step(s: Shape, head: bool) -> int:
     with torch.no_grad(), autocast(s), student.lowered(s.dtype):
         step = TokenStep(student, critic, 3, 9, Sampling(8, eos=0, seed=0))
         step.start([torch.arange(9)], [0] * 3, 0)
-        step.advance(), step.advance()
-    return len(step.graphs[3].kernels)
+        step.advance()
+        step.advance()
+    graph: Any = step.graphs[3]  # the simulated device's
+    return len(graph.kernels)
 
 
 def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
@@ -162,7 +172,7 @@ def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
         optimizer=SharpAdam(student, critic, config),
         config=config,
         autocast=lambda: autocast(s),
-        tokenizer=None,
+        tokenizer=RandomTokenizer(320),
         history={},
     )
 
@@ -234,14 +244,12 @@ def main() -> None:
     install()
     install_project()
     demo, large = Shape(3, 192, 2048, 256, prompt=8), Shape(12, 768, 16_000, 512, prompt=20)
-    paper_ppo, paper32 = (
-        InteractConfig(**INTERACT_PRESETS["paper"]),
-        replace(large, dtype=torch.float32),
-    )
+    ours, paper_ppo = InteractConfig(), InteractConfig(**INTERACT_PRESETS["paper"])
+    paper32 = replace(large, dtype=torch.float32)
     table = [
         pretraining("demo", demo, PretrainConfig()),
-        rollout("demo", demo, 512, 200, False),
-        learning("demo", demo, InteractConfig()),
+        rollout("demo", demo, ours.stories_per_step, ours.max_new_tokens, False),
+        learning("demo", demo, ours),
         pretraining("gpt2s", large, PretrainConfig(batch_size=32)),
         rollout("gpt2s", large, 360, 90, True),
         learning("gpt2s", large, replace(paper_ppo, stories_per_step=64)),
