@@ -11,6 +11,7 @@ from unittest.mock import patch
 from torch import Tensor
 
 import train_interact
+from tinystory.rl import score_model
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run.errors import UserError
 from tinystory.teacher.grade import Grade
@@ -56,7 +57,7 @@ def no_model() -> Iterator[None]:
     ) -> tuple[list[float | None], dict]:
         return scores, {}
 
-    with patch.object(train_interact, "with_predictions", without_predictions):
+    with patch.object(score_model, "with_predictions", without_predictions):
         yield
 
 

@@ -20,7 +20,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 
 from lab import findings
-from lab.reader import PACKAGED, Reader, mean_and_ci
+from lab.reader import PACKAGED, Reader, mean_and_bootstrap_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
 from tinystory.config import InteractConfig, recorded_config
 from tinystory.data.corpus import recorded_corpus
@@ -28,17 +28,16 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.evaluate.intervals import with_ci
-from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
 from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.records import Record
 from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.likelihood import Likelihood
+from tinystory.teacher.open_grader import open_grader
 
 TITLE = "A judge that was not the teacher"
 NOTE = (
@@ -96,7 +95,7 @@ def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[
     rows = [["", "stories", "sense, nats per token"]]
     for name, stories in samples.items():
         senses = reader.sense([(story.opening, story.text) for story in stories])
-        mean, ci = mean_and_ci(senses)
+        mean, ci = mean_and_bootstrap_ci(senses)
         rows.append([name, str(len(stories)), with_ci(mean, ci)])
     return rows
 
@@ -113,7 +112,6 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
         compute = resolve(config.device, config.dtype)
         with open_grader(
             config,
-            builtin_teacher,
             corpus=corpus,
             replies=run / "judge_replies.jsonl",
             likelihood=functools.partial(likelihood, run, config, compute.device),

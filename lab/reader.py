@@ -208,7 +208,7 @@ def _repeated(ids: Ids) -> np.ndarray:
     return mask
 
 
-def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
+def mean_and_bootstrap_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
     """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are
     none."""
     values = values[~np.isnan(values)]

@@ -36,7 +36,7 @@ import torch
 from lab import controls, figures
 from lab.coreference import coreference
 from lab.figures import Bar
-from lab.reader import Reader, mean_and_ci
+from lab.reader import Reader, mean_and_bootstrap_ci
 from lab.runs import (
     corpus_of_teacher,
     folder_of,
@@ -58,7 +58,6 @@ from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import story_rewards
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
@@ -68,7 +67,7 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
@@ -154,7 +153,7 @@ def compare(
         rows = train_students(out, seed, pretraining, arms)
         config = pretrain_config(["--seed", str(seed), *pretraining])
         unseen = unseen_texts(config)
-        with open_grader(CONFIG, builtin_teacher, corpus=config.corpus) as grader:
+        with open_grader(CONFIG, corpus=config.corpus) as grader:
             for row in rows:
                 record = {"name": row.name, "seed": seed}
                 record |= measure(row, grader, CONFIG, OPENINGS, reader, unseen)
@@ -299,7 +298,7 @@ def measure(
         measures |= unseen_measures(row.folder, unseen or unseen_stories(COREFERENCE))
     if reader:
         senses = reader.sense([(story.opening, story.text) for story in stories])
-        measures["sense"], _ = mean_and_ci(senses)
+        measures["sense"], _ = mean_and_bootstrap_ci(senses)
         measures["senses"] = [None if math.isnan(sense) else float(sense) for sense in senses]
     measures["rewards"] = rewards
     return measures

@@ -59,7 +59,6 @@ from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
@@ -67,7 +66,7 @@ from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import CONFIG, Record, plain, read_object
 from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
@@ -302,7 +301,7 @@ def evaluate(plan: Plan, students: Sequence[Student]) -> tuple[str, list[Record]
     records = []
     replies = plan.out / "replies.jsonl"
     corpus = plan.pretrain.corpus
-    with open_grader(plan.interact, builtin_teacher, corpus=corpus, replies=replies) as grader:
+    with open_grader(plan.interact, corpus=corpus, replies=replies) as grader:
         for student in tqdm(students, desc="evaluation", unit="checkpoint"):
             parts = student.folder.relative_to(plan.out).parts
             path = plan.out / "evaluation" / f"{'-'.join(parts)}.json"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lab.intervals import bootstrap_mean
-from lab.reader import Reader, mean_and_ci
+from lab.reader import Reader, mean_and_bootstrap_ci
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, first_sentences, usable_documents
 from tinystory.evaluate.held_out import FIRST_INDEX
@@ -129,7 +129,7 @@ def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]
     table: dict[str, dict[str, Any]] = {}
     for name in GROUPS:
         values = [record[measure] for record in records if record["group"] == name]
-        mean, ci = mean_and_ci(np.array(values, dtype=float))
+        mean, ci = mean_and_bootstrap_ci(np.array(values, dtype=float))
         table[name] = {"mean": mean, "ci": ci, "gap": None}
     low = table[BEFORE]["mean"]
     high = table[REAL]["mean"]

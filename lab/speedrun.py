@@ -30,12 +30,11 @@ import numpy as np
 
 from lab import recipes
 from tinystory.config import PretrainConfig
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.device import device_name
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import script_parser
 from tinystory.run.paths import ROOT, cache_dir
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2
@@ -161,7 +160,7 @@ def measured(folder: Path) -> dict[str, float]:
     """MEASURES of the newest students in a timed run's folder, by this checkout's code and
     teacher."""
     by_stage = {}
-    with open_grader(recipes.CONFIG, builtin_teacher, corpus=PretrainConfig().corpus) as grader:
+    with open_grader(recipes.CONFIG, corpus=PretrainConfig().corpus) as grader:
         for stage in STAGES:
             row = recipes.Row("", folder / stage)
             by_stage[stage] = recipes.measure(row, grader, recipes.CONFIG, recipes.OPENINGS)

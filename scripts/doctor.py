@@ -42,14 +42,13 @@ from tinystory.evaluate.corruptions import (
     known_stories,
     worked_examples,
 )
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.paths import cache_dir
 from tinystory.run.terminal import aligned
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.probe import HUMAN
 from tinystory.teacher.prompt import TEMPLATES
 
@@ -132,7 +131,6 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
         print(f"{'asking':10} {way or config.reward or 'the teacher'}", flush=True)
         with open_grader(
             replace(config, teacher_prompt=way),
-            builtin_teacher,
             corpus=options.corpus,
             replies=options.replies,
             examples=lambda: worked_examples(corpus_documents(options.corpus)),

@@ -28,13 +28,12 @@ from tinystory.evaluate.stories import (
     OPENINGS,
     Sample,
     read_samples,
+    sample_stories,
     story_measures,
-    write_stories,
 )
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import ROWS, comparison, unequal_counts
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
@@ -42,7 +41,7 @@ from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.terminal import aligned, wrapped
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 # Options of train_interact.py that are taken here too.
 TYPED = (
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         grader = None
         if count or samples:
-            teacher = open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"])
+            teacher = open_grader(config, corpus=options.corpus or ["builtin"])
             grader = stack.enter_context(teacher)
         for path in tqdm(paths, desc="evaluated", disable=None):
             if path in samples:
@@ -167,7 +166,7 @@ def samples_of(
 ) -> list[Sample]:
     """--stories by a student, with the same random numbers for every student."""
     config = typed_config(options, TYPED)
-    return write_stories(
+    return sample_stories(
         student,
         tokenizer,
         openings=openings,

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     openings = load_openings(options.opening or "builtin")
     if not options.opening:
         openings = Openings(openings, seed=0).held_out
-    stories = write_stories(student, tokenizer, openings, 0, options)
+    stories = continuations(student, tokenizer, openings, 0, options)
     if options.out:
         lines = []
         for story in stories:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, opening in enumerate(iter(typed_opening, ""), 1):
             try:
                 print_stories(
-                    write_stories(student, tokenizer, [opening], number * options.stories, options)
+                    continuations(student, tokenizer, [opening], number * options.stories, options)
                 )
             except UserError as error:  # such as an opening that is too long
                 print(f"error: {error}")
@@ -111,7 +111,7 @@ def print_stories(stories: Sequence[Story]) -> None:
         print()
 
 
-def write_stories(
+def continuations(
     student: Student,
     tokenizer: Tokenizer,
     texts: Sequence[str],

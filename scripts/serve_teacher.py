@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import PARTS, Rubric
-from tinystory.rubric.server import serve
+from tinystory.rubric.rubric_server import serve
 from tinystory.run.errors import command
 from tinystory.run.options import add_number, script_parser
-from tinystory.teacher.server import PORTS, until_stopped
+from tinystory.teacher.chat_server import PORTS, until_stopped
 
 NICENESS = 10
 

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.human.desk import Desk
 from tinystory.human.lesson import Lesson, lesson_folder
+from tinystory.human.page_server import serve
 from tinystory.human.progress import COMPARED
-from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, script_parser
+from tinystory.teacher.chat_server import PORTS, until_stopped
 from tinystory.teacher.prompt import load_template
-from tinystory.teacher.server import PORTS, until_stopped
 
 RUN = Path("runs/teach/interact")
 # Evaluations are for the person, not graded: COMPARED openings for the end, and one for each step.

@@ -133,24 +133,22 @@ _PAPER_INTERACT = dict(
     kl_coef=0.2,
     kl_horizon=10_000.0,
 )
-PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "english": _ENGLISH_PRETRAIN,
-    "paper": _PAPER_PRETRAIN,
-    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the
-    # teacher's words.
-    "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
-    "babylm-2026-strict-small": dict(
-        _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
-    ),
+# At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the teacher's
+# words.
+_STRICT_PRETRAIN = dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05)
+_STRICT_SMALL_PRETRAIN = dict(
+    _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
+)
+# Options of a pretraining, and of the interaction after it.
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "demo": ({}, {}),
+    "english": (_ENGLISH_PRETRAIN, _ENGLISH_INTERACT),
+    "paper": (_PAPER_PRETRAIN, _PAPER_INTERACT),
+    "babylm-2026-strict": (_STRICT_PRETRAIN, _PAPER_INTERACT),
+    "babylm-2026-strict-small": (_STRICT_SMALL_PRETRAIN, _PAPER_INTERACT),
 }
-INTERACT_PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "english": _ENGLISH_INTERACT,
-    "paper": _PAPER_INTERACT,
-    "babylm-2026-strict": _PAPER_INTERACT,
-    "babylm-2026-strict-small": _PAPER_INTERACT,
-}
+PRETRAIN_PRESETS = {name: options for name, (options, _) in PRESETS.items()}
+INTERACT_PRESETS = {name: options for name, (_, options) in PRESETS.items()}
 
 
 @dataclass
@@ -159,7 +157,7 @@ class RunConfig:
 
     names_out = False  # whether --out was given; no run's record may set it
 
-    preset: str = option("demo", "named set of options", tuple(PRETRAIN_PRESETS), group="run")
+    preset: str = option("demo", "named set of options", tuple(PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
     resume: bool = option(
         False,

@@ -40,7 +40,7 @@ def test_a_teller_is_known_by_its_sentences(kind, documents):
 def test_no_story_is_taken_for_a_dull_one():
     stories = list(grammar.stories(200_000, seed=3))
     assert {dull.kind_of(story) for story in stories} == {dull.STORY}
-    sentences = [sentence for story in stories for sentence in grammar.sentences(story)]
+    sentences = [sentence for story in stories for sentence in grammar.segments(story)]
     assert sum(dull.kind_of(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(
         sentences
     )

@@ -31,7 +31,7 @@ from tinystory.evaluate.corruptions import (
     unseen_stories,
 )
 from tinystory.run.errors import UserError
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 STORIES = known_stories(unseen_stories(300), CHEAP)
 

@@ -15,8 +15,8 @@ from tinystory.evaluate.stories import (
     cluster_sizes,
     distinct_ngrams,
     read_samples,
+    sample_stories,
     story_measures,
-    write_stories,
 )
 from tinystory.rl.reward import phrases
 from tinystory.run.errors import UserError
@@ -70,7 +70,7 @@ def test_story_measures(student, tokenizer, tmp_path):
     sampling = dict(
         openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3
     )
-    stories = write_stories(student, tokenizer, **sampling)
+    stories = sample_stories(student, tokenizer, **sampling)
     assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
     measures = story_measures(stories, grader=Scorer({}))
     assert measures["stories"] == 9 and measures["unscored"] == 2
@@ -81,7 +81,7 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert 0 <= measures["ended_eos_share"] <= 1
     plain = story_measures(stories)
     assert all(plain[name] == measures[name] for name in plain) and "score_mean" not in plain
-    assert write_stories(student, tokenizer, **sampling | {"seed": 4}) != stories
+    assert sample_stories(student, tokenizer, **sampling | {"seed": 4}) != stories
 
     class Weighted(Grader):
         def grades(self, questions, stop=None):
@@ -106,7 +106,7 @@ def test_a_bar_counts_the_stories_on_a_terminal_alone(
     monkeypatch.setattr(
         generate, "tqdm", lambda **options: tqdm(**options | dict(delay=0, mininterval=0))
     )
-    write_stories(
+    sample_stories(
         student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0
     )
     assert ("stories: 100%" in capsys.readouterr().err) == terminal
@@ -132,7 +132,7 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     assert measures["distinct_4"] == 0.5 and measures["length_mean"] == 4
     assert "ended_eos_share" not in measures
     # A student's own stories, by way of a file, have the same measures.
-    samples = write_stories(
+    samples = sample_stories(
         student,
         tokenizer,
         openings=["Tom", "Mia had"],

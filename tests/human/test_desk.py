@@ -13,8 +13,8 @@ from conftest import read_lines
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.run.errors import UserError
+from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.prompt import Criterion, Template
-from tinystory.teacher.server import Refused
 
 GOOD = {"readability": 3, "coherence": 2, "creativity": 1}
 POOR = {"readability": 0, "coherence": 0, "creativity": 1}

@@ -22,10 +22,10 @@ from tinystory.report.run import write_report
 from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, PAIRS, SAMPLES, STORIES
+from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.grade import NOT_ASKED
 from tinystory.teacher.probe import HUMAN_S
 from tinystory.teacher.prompt import Template
-from tinystory.teacher.server import Refused
 
 URL = "http://127.0.0.1:8500"
 OPTIONS = {

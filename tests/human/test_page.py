@@ -16,7 +16,7 @@ from scripts import teach
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.lesson import Lesson
-from tinystory.human.server import page, serve
+from tinystory.human.page_server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.probe import HUMAN

@@ -69,7 +69,6 @@ def trainer(monkeypatch):
     monkeypatch.setattr(runs.train_pretrain, "main", trainer)
     monkeypatch.setattr(runs.train_interact, "main", trainer)
     monkeypatch.setattr(reproduce, "measure", lambda *_: {"score": 1.0})
-    monkeypatch.setattr(reproduce, "builtin_teacher", None)
     grader = CallableGrader(random_scores, "<b>")
     monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
     return trainer

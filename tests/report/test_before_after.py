@@ -9,7 +9,7 @@ from conftest import story_record
 
 from scripts import watch
 from tinystory.evaluate.held_out import write_samples
-from tinystory.report.before_after import BeforeAfter, group_means, read_before_after, summary
+from tinystory.report.before_after import BeforeAfter, evaluation_means, read_before_after, summary
 from tinystory.report.run import write_report
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, SAMPLES
@@ -194,10 +194,10 @@ def test_a_weighted_rubrics_score_is_the_weighted_one(tmp_path):
     """Weights 3 and 1: (3 * 3 + 1 * 1) / 4 of 3, on a scale of two criteria."""
     records = evaluation(1, {0: 0.6}, scores={"humour": 3, "plot": 1}, score=10 / 12, difference=1)
     finished(tmp_path, 1, evaluation(0, {0: 0.5}), records)
-    assert group_means(records)["score_mean"] == pytest.approx(5)
+    assert evaluation_means(records)["score_mean"] == pytest.approx(5)
     assert "score 5 of 6 (humour 3, plot 1)" in summary(tmp_path)
     older = evaluation(1, {0: 0.6}, scores={"humour": 3, "plot": 1})
-    assert group_means(older)["score_mean"] == 4
+    assert evaluation_means(older)["score_mean"] == 4
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from conftest import LIMIT_S, cli
 from scripts import serve_teacher
 from tinystory.data.builtin import grammar
 from tinystory.rubric.rubric import PARTS, Rubric
-from tinystory.rubric.server import MODEL, serve
+from tinystory.rubric.rubric_server import MODEL, serve
 from tinystory.run.errors import UserError
+from tinystory.teacher.chat_server import LONGEST_BODY
 from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, Template, fence, render
-from tinystory.teacher.server import LONGEST_BODY
 
 OPENING = "Once upon a time,"
 STORIES = [story[:450] for story in grammar.stories(4_000, seed=1)][:12]

@@ -3,13 +3,13 @@
 import sys
 
 from tinystory.run import step_log
-from tinystory.run.step_log import Progress
+from tinystory.run.step_log import ProgressBar
 
 
 def shown(capsys, monkeypatch, terminal: bool) -> str:
     monkeypatch.setattr(step_log, "LINE_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with Progress(total=600, unit="story", mininterval=0) as bar:
+    with ProgressBar(total=600, unit="story", mininterval=0) as bar:
         for step in range(3):
             bar.set_description("rollout")
             for _ in range(200):
@@ -27,10 +27,10 @@ def test_a_file_gets_a_line_per_step_and_a_terminal_a_bar(capsys, monkeypatch):
     assert shown(capsys, monkeypatch, terminal=True).count("\r") > 100
 
 
-def words(monkeypatch, columns: int, **options) -> Progress:
+def words(monkeypatch, columns: int, **options) -> ProgressBar:
     """A bar of words on a terminal of so many columns, after a step that went beyond its total."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = Progress(total=3000, unit="word", unit_scale=True, desc="pretraining: ", **options)
+    bar = ProgressBar(total=3000, unit="word", unit_scale=True, desc="pretraining: ", **options)
     bar.dynamic_ncols = lambda file: (columns, 24)
     bar.end_step({"loss": "5.123", "tok/s": "12,345", "val": "5.678"}, 3100)
     return bar
@@ -52,7 +52,7 @@ def test_a_step_beyond_the_total_ends_a_bar_that_still_knows_its_total(monkeypat
     assert "pretraining: 100%" in text and "3.00k of 3.00k word" in text
 
     monkeypatch.setattr(step_log, "LINE_S", 0.0)
-    bar = Progress(total=3000, unit="word", unit_scale=True, desc="pretraining: ")
+    bar = ProgressBar(total=3000, unit="word", unit_scale=True, desc="pretraining: ")
     bar.lines = True
     bar.bar_format = step_log.LINE
     bar.end_step({"loss": "5.123"}, 3100)

@@ -22,7 +22,7 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.answers import AnswerScale, log_odds, odds_of_share, parse_answer
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import DRAWS
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.prompt import TEMPLATES, TOP, Criterion, Template, load_template, render
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

@@ -13,7 +13,7 @@ from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_por
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.prompt import Question
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

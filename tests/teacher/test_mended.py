@@ -8,7 +8,7 @@ from tinystory.config import InteractConfig
 from tinystory.run.errors import Stop, UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import require_scores
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

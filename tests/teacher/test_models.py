@@ -7,7 +7,7 @@ from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, s
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

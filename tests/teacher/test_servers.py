@@ -11,7 +11,7 @@ from tinystory.config import InteractConfig
 from tinystory.run.errors import Stop, UserError
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

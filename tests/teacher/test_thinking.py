@@ -8,7 +8,7 @@ from fault_server import FaultServer, Picky, error, scored
 
 from tinystory.config import InteractConfig
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.probe import THINKING_TOKENS
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

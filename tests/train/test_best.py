@@ -83,7 +83,7 @@ def test_a_run_that_falls_keeps_the_start_as_the_best_student(place, tmp_path, c
         done.append(stories)
         return rewards[(len(done) - 1) % 3]
 
-    monkeypatch.setattr(interact, "story_rewards", falling)
+    monkeypatch.setattr(held_out, "story_rewards", falling)
     run_interact(place, tmp_path / "whole")
     with interrupted_at(interact, step=3):
         run_interact(place, tmp_path / "parts")

@@ -10,6 +10,7 @@ from conftest import SHORT, SMALL, assert_same_bits, cli, fails, metrics, read_l
 import train_interact as interact
 import train_pretrain as pretrain
 from scripts import sample
+from tinystory.evaluate import validation
 from tinystory.report.before_after import summary
 from tinystory.run.records import EVALUATIONS
 from tinystory.run.text import is_blank
@@ -113,7 +114,7 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(
         0, "Once", ESCAPES, nothing.long(), nothing.long(), nothing, nothing, nothing, "eos"
     )
     if command == "pretrain":
-        monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
+        monkeypatch.setattr(validation, "generate", lambda *_, **__: [story])
         monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
         corpus = ["--corpus", str(place / "corpus.txt"), "--words", "500"]
         pretrain.main([*corpus, *SMALL, "--out", str(tmp_path / "p")])

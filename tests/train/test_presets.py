@@ -50,10 +50,6 @@ def test_the_papers_preset_has_the_papers_figures():
     assert three_words_a_reply <= writing.budget_words < three_words_a_reply + 10 * 360 * 3
 
 
-def test_both_commands_have_the_same_presets():
-    assert list(PRETRAIN_PRESETS) == list(INTERACT_PRESETS)
-
-
 def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
     options = [["--preset", name] for name in PRETRAIN_PRESETS]
     options += [scale.pretrain.split() for scale in SCALES.values()]

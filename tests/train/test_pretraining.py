@@ -14,6 +14,7 @@ from runs import interrupted_at, spoiling
 
 import train_pretrain as pretrain
 from tinystory.config import PretrainConfig
+from tinystory.evaluate.validation import OPENING
 from tinystory.ops.compute import resolve
 from tinystory.run.folder import read_config, write_config
 from tinystory.student import checkpoint
@@ -105,16 +106,16 @@ def test_pretraining_tells_a_story_before_its_first_step_and_at_each_validation(
     validated = [record["step"] for record in metrics(run) if record["val_loss"]]
     stories = read_lines(run / "evaluations.jsonl")
     assert [story["step"] for story in stories] == [0, *validated]
-    assert {story["opening"] for story in stories} == {pretrain.OPENING}
+    assert {story["opening"] for story in stories} == {OPENING}
 
     printed = capsys.readouterr().out
     headings = [line for line in printed.splitlines() if line.startswith("--- step ")]
     assert headings[0] == "--- step 0"
     assert len(headings) == len(stories)
-    assert " ".join(pretrain.OPENING.split()) in " ".join(printed.split())
+    assert " ".join(OPENING.split()) in " ".join(printed.split())
     assert printed.index("--- step 0") < printed.index("report: ")
     page = (run / "report.html").read_text()
-    assert page.count(f"<em>{pretrain.OPENING}</em>") > 1
+    assert page.count(f"<em>{OPENING}</em>") > 1
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])

@@ -55,6 +55,11 @@ def check_interaction(track: str, history: dict[str, Any], words_in: int) -> Non
         )
 
 
+def milestones_between(before: int, words: int) -> list[str]:
+    """Names of the milestones that reading from `before` to `words` words has passed."""
+    return [milestone_name(count) for count in MILESTONES if before < count <= words]
+
+
 def milestones_beyond(history: dict[str, Any]) -> dict[str, int]:
     """Official milestones ahead of a student, with the number of words that it takes in until
     each."""

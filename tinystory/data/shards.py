@@ -28,6 +28,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
 from tinystory.run.paths import cache_dir
 from tinystory.run.records import require_whole, write_manifest
+from tinystory.run.terminal import wrapped
 
 # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 FORMAT = 6
@@ -35,6 +36,7 @@ ARRAYS = ("train.tokens", "train.words", "val.tokens", "val.words")
 MIDDLE = "middle.txt"
 FILES = ("tokenizer.json", MIDDLE, *ARRAYS)
 
+LONG_DOCUMENT = 10  # sequences
 BATCH = 1 << 20  # characters that are encoded together
 SEPARATOR = "\n"  # put after each of them, so that its last word ends
 # str.split() splits at exactly the characters for which str.isspace() is true.
@@ -115,6 +117,24 @@ def prepare(
     train = _open(path, "train", tokenizer)
     middle = train.first(int((path / MIDDLE).read_text()))
     return Dataset(tokenizer, train, middle, _open(path, "val", tokenizer), path)
+
+
+def print_documents(train: TokenFile, context: int) -> None:
+    """How many documents the corpus has and how long they are; and what to do if most of the text is
+    in documents so long that the student hardly sees a story end. context: tokens of a sequence."""
+    words = train.document_words()
+    print(f"corpus: {len(words):,} training documents, median length {np.median(words):,.0f} words")
+    tokens = np.diff(train.offsets)
+    longest = LONG_DOCUMENT * context
+    if tokens[tokens > longest].sum() > len(train) / 2:
+        print(
+            wrapped(
+                f"warning: most of the corpus is in documents of more than {longest:,} tokens, "
+                f"{LONG_DOCUMENT} times --context, so the student hardly sees a story end: separate "
+                f"the stories of a .txt file by blank lines or {MARKER}, or give a .jsonl file with "
+                "one story per line"
+            )
+        )
 
 
 def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int) -> None:

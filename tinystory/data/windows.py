@@ -4,13 +4,14 @@ sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on 
 better stories (lab/LOG.md)."""
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from numpy import ndarray
 
-from tinystory.data.shards import TokenFile
+from tinystory.data.shards import Dataset, TokenFile
 from tinystory.run.errors import UserError
 
 # Begin and end, as fractions of the words of a training, of the part without corpora that pause.
@@ -92,6 +93,17 @@ class Curriculum:
         return self.whole.batch(number - self.batches_paused)
 
 
+def open_windows(
+    data: Dataset, context: int, batch_size: int, seed: int, packing: str, words: int
+) -> Windows | Curriculum:
+    """The batches of a training on so many words: of a curriculum if some of the corpora pause and
+    the others fill a sequence."""
+    whole = Windows(data.train, context, batch_size, seed, packing)
+    if context < len(data.middle) < len(data.train):
+        return Curriculum(whole, Windows(data.middle, context, batch_size, seed, packing), words)
+    return whole
+
+
 def pieces(file: TokenFile, context: int, packing: str) -> ndarray:
     """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it.
     Documents are cut every `context` tokens; "stream" treats the file, without its first token, as
@@ -152,3 +164,10 @@ def places(sequence: ndarray) -> ndarray:
     token (-1 before the first document: the file's last token, also `</s>`)."""
     tokens = [np.arange(begin, end) for begin, end, _ in sequence]
     return np.concatenate([sequence[:1, 0] - 1, *tokens])
+
+
+def by_length(lengths: ndarray, size: int) -> Iterator[ndarray]:
+    """Indices in groups of at most `size` of similar length, so that little padding is computed."""
+    order = lengths.argsort(kind="stable")
+    for first in range(0, len(order), size):
+        yield order[first : first + size]

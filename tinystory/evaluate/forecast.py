@@ -1,5 +1,6 @@
-"""What the grades of a run will take, before it begins."""
+"""What the grades of a run will take, before it begins, and the budget that must hold them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +8,30 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate.held_out import is_evaluated
 from tinystory.evaluate.temperature import trial_stories
+from tinystory.rl.budget import Budget
 from tinystory.rl.policy import RunState
+from tinystory.run import distributed
 from tinystory.teacher.grade import Grader
 
 # Options of a run with few grades, which the forecast of one with all names: docs/teachers.md, "Few
 # grades".
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
+
+
+def open_budget(
+    config: InteractConfig,
+    state: RunState,
+    openings: Openings,
+    milestones: Mapping[str, int],
+    grader: Grader,
+) -> Budget:
+    """The run's limits. Prints what its grades will take, and raises UserError if a new run cannot
+    afford a step."""
+    print_forecast(config, state, grader, openings)
+    budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
+    trial = trial_stories(config, state)
+    distributed.rank0_value(lambda: budget.require_first_step(state, trial))
+    return budget
 
 
 def print_forecast(

@@ -10,13 +10,15 @@ from tinystory.data.corpus import BUILTIN, recorded_corpus
 from tinystory.data.openings import Openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
-from tinystory.evaluate.likelihood import Likelihood
 from tinystory.rl.policy import Policy
-from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
+from tinystory.run.errors import Stop
+from tinystory.run.text import printable
+from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import Grader
-from tinystory.teacher.grader import open_grader, open_judge
+from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.likelihood import Likelihood
+from tinystory.teacher.open_grader import open_grader, open_judge
 from tinystory.teacher.prompt import Example
 
 
@@ -39,7 +41,6 @@ def open_graders(
 
     opening_teacher = open_grader(
         config,
-        builtin_teacher,
         corpus=rubric_corpus,
         replies=folder / "replies.jsonl",
         likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
@@ -47,7 +48,6 @@ def open_graders(
     )
     opening_judge = open_judge(
         config,
-        builtin_teacher,
         corpus=rubric_corpus,
         replies=folder / "judge_replies.jsonl",
         examples=examples,
@@ -63,7 +63,20 @@ def open_graders(
 
         teacher, judge = distributed.rank0_first(enter)
         calibration = distributed.rank0_value(lambda: calibrated(config, teacher, corpus))
+        print(printable(f"student {start}, scored by {teacher.facts['scored_by']}"))
         yield teacher, judge, teacher.facts | calibration
+
+
+def send(grader: Grader, story: Story) -> None:
+    """Hand a story to the teacher, which rank 0 alone talks to."""
+    if distributed.is_rank0():
+        grader.send(story.index, story.opening, story.text, story.tokens.tolist())
+
+
+def collect(grader: Grader, stop: Stop) -> list[Grade]:
+    """Grades of all stories sent, by index, on every rank. Raises Interrupted on `stop`, UserError
+    if the teacher fails."""
+    return distributed.rank0_value(lambda: grader.collect(stop))
 
 
 def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def write_stories(
+def sample_stories(
     student: Student,
     tokenizer: Tokenizer,
     *,

@@ -9,7 +9,9 @@ from tinystory.data.openings import Openings
 from tinystory.evaluate.intervals import mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import story_rewards
+from tinystory.rl.start import begin_at
 from tinystory.run import distributed
+from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
@@ -30,10 +32,10 @@ def trial_stories(config: InteractConfig, state: RunState) -> int:
 
 
 def choose_temperature(
-    policy: Policy, openings: Openings, grader: Grader, state: RunState
-) -> tuple[float, dict[str, float]]:
-    """The `best_temperature` of TEMPERATURES, and the mean reward at each. The words count in
-    state."""
+    policy: Policy, reference: Student, openings: Openings, grader: Grader, state: RunState
+) -> dict[str, float]:
+    """Have policy and reference begin at the `best_temperature` of TEMPERATURES, which becomes
+    --temperature. Returns the mean reward at each. The words count in state."""
     config = policy.config
     count = stories_per_temperature(config)
     texts = [openings[index] for index in range(count)]
@@ -45,10 +47,11 @@ def choose_temperature(
         state.spend(stories, sum(grade.reply_words for grade in grades))
         scores = [grade.score for grade in grades]
         rewards[temperature] = story_rewards(config, stories, scores)
-    chosen = best_temperature(rewards)
+    config.temperature = best_temperature(rewards)
+    begin_at(config.temperature, reference, policy)
     means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
-    print(f"temperature {chosen}; mean reward of {count} stories at each: {means}")
-    return chosen, means
+    print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
+    return means
 
 
 def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:

@@ -1,4 +1,4 @@
-"""A student's loss on text: validation during pretraining, and bits per byte of any corpus."""
+"""Validation during pretraining, a loss and a story, and bits per byte of any corpus."""
 
 import math
 from collections.abc import Iterable
@@ -13,9 +13,13 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import pack, pieces, places
 from tinystory.run import distributed
 from tinystory.run.device import upload
+from tinystory.run.records import Record
+from tinystory.student.generate import Story, encode_opening, generate
 from tinystory.student.model import Student
 
 MAX_TOKENS = 500_000  # read of a corpus for its bits per byte
+OPENING = "Once upon a time,"  # of the story that the student tells at each validation
+STORY_TOKENS = 80
 
 
 @torch.no_grad()
@@ -53,6 +57,27 @@ def validate(
             sums[2] += int(token_sizes[targets].sum())
     nats, tokens, size = distributed.all_reduce_sum(sums).tolist()
     return nats / tokens, nats / math.log(2) / size
+
+
+def story_to_opening(student: Student, tokenizer: Tokenizer, seed: int) -> Story | None:
+    """The student's continuation of OPENING, from the same random numbers each time; None if its
+    context has no room for one."""
+    context = student.config.context
+    room = context - len(encode_opening(tokenizer, OPENING))
+    if room < 1:
+        return None
+    most = min(STORY_TOKENS, context // 2, room)
+    (story,) = generate(
+        student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=most, seed=seed
+    )
+    return story
+
+
+def story_record(step: int, story: Story) -> Record:
+    """The line of evaluations.jsonl for a story that nobody grades."""
+    record: Record = dict(step=step, index=0, opening=story.opening, story=story.text)
+    record |= dict.fromkeys(("reply", "scores", "score", "reward"))
+    return record | dict(words=story.words, ended=story.ended)
 
 
 def bits_per_byte(

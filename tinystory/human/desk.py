@@ -16,8 +16,8 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.records import Fields, Record, read_records
+from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.prompt import TOP, Template, instructions
-from tinystory.teacher.server import Refused
 
 UNASKED = "this is not what was asked about: load the page again"
 NOTHING_BEFORE = "there is nothing to go back to"

@@ -21,8 +21,8 @@ from tinystory.run.folder import holds_run, in_use, numbered, timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.paths import hint
 from tinystory.run.records import FIELDS, PAIRS, Record, read_records
+from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.probe import HUMAN_S
-from tinystory.teacher.server import Refused
 
 TITLE = "Taught by a person"  # of the finding
 

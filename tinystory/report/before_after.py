@@ -6,8 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinystory.evaluate.held_out import evaluations_by_step, reward_mean, story_means
-from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
+from tinystory.evaluate.held_out import (
+    evaluation_means,
+    evaluations_by_step,
+    reward_mean,
+    shown_score,
+)
+from tinystory.evaluate.intervals import mean_ci, standard_error
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
@@ -76,8 +81,8 @@ class BeforeAfter:
     def table(self, coloured: bool = False) -> list[list[str]]:
         """A header, and a row per group of stories: means, those of reward and score with their
         standard errors. coloured: for a terminal, whether these two `changed`."""
-        before_means, before_errors = group_means(self.before), group_errors(self.before)
-        after_means, after_errors = group_means(self.after), group_errors(self.after)
+        before_means, before_errors = evaluation_means(self.before), group_errors(self.before)
+        after_means, after_errors = evaluation_means(self.after), group_errors(self.after)
         header = [f"{len(self.before)} stories to held-out openings"]
         before_row, after_row = ([name] for name in self.names)
         for key, title in COLUMNS.items():
@@ -101,8 +106,8 @@ class BeforeAfter:
     def tellers(self) -> str:
         """A sentence on the kinds of teller that the student imitates; "" if stories are not told
         apart by kind."""
-        before = group_means(self.before)
-        after = group_means(self.after)
+        before = evaluation_means(self.before)
+        after = evaluation_means(self.after)
         shifts = []
         for key in before:
             if key.startswith("teller_") and key in after:
@@ -216,25 +221,6 @@ def followed(run: Path) -> Sequence[Record]:
     return chosen
 
 
-def group_means(records: list[Record]) -> dict[str, float | None]:
-    """Means of evaluation stories."""
-    score = mean_of(map(shown_score, records))
-    judge = mean_of(record.get("judge") for record in records)
-    return {"reward": reward_mean(records), "score_mean": score, "judge": judge} | story_means(
-        records
-    )
-
-
-def shown_score(record: Record) -> float | None:
-    """A story's score as it is shown, from 0 to `highest_score`. Older versions recorded only those
-    of the criteria."""
-    scores = record["scores"] or {}
-    score = record.get("score")
-    if score is not None:
-        return float(score * highest_score(scores))
-    return float(sum(scores.values())) if scores else None
-
-
 # The values of a story whose means are compared, by the mean's key.
 COMPARED: dict[str, Callable[[Record], float | None]] = {
     "reward": lambda record: record["reward"],
@@ -254,7 +240,7 @@ def from_start(run: Path, metrics: list[Record]) -> list[Record]:
     start = evaluations_by_step(run).get(0)
     if not start:
         return metrics
-    means = {f"held_out_{key}": value for key, value in group_means(start).items()}
+    means = {f"held_out_{key}": value for key, value in evaluation_means(start).items()}
     return [{"step": 0} | means, *metrics]
 
 

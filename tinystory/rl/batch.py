@@ -1,7 +1,7 @@
 """The stories of a step as tensors: padded rows for attention, one entry per token everywhere
 else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -139,10 +139,3 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         lengths=lengths,
         longest=int(lengths.max()),
     )
-
-
-def by_length(lengths: ndarray, size: int) -> Iterator[ndarray]:
-    """Indices in groups of at most `size` of similar length, so that little padding is computed."""
-    order = lengths.argsort(kind="stable")
-    for first in range(0, len(order), size):
-        yield order[first : first + size]

@@ -47,6 +47,13 @@ class RunState:
         self.words_in += words_in
         self.words_out += sum(story.words for story in stories)
 
+    def end_step(self, stories: Sequence[Story], words_in: int, asked: int) -> None:
+        """asked: stories that the teacher was to grade."""
+        self.spend(stories, words_in)
+        self.step += 1
+        self.written += len(stories)
+        self.asked += asked
+
 
 class SharpAdam(torch.optim.Adam):
     """Adam for student and critic, and for s, the logarithm of a factor on all logits, which has

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tinystory import ops
 from tinystory.config import InteractConfig
-from tinystory.rl.batch import Batch, Reference, Targets, by_length, spans
+from tinystory.data.windows import by_length
+from tinystory.rl.batch import Batch, Reference, Targets, spans
 from tinystory.rl.learners import (
     LEARNERS,
     best_quarter,
@@ -96,8 +97,8 @@ def token_rewards(
 
 
 def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
-    """The next step's KL coefficient. kl: nats per story (adaptive controller: Ziegler et al. 2019,
-    section 2.2)."""
+    """The next step's KL coefficient. kl: nats per story; stories: those with a reward (adaptive
+    controller: Ziegler et al. 2019, section 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return coef * (1 + error * stories / config.kl_horizon)
 

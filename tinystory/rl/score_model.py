@@ -17,6 +17,7 @@ from torch import Tensor
 from tinystory.config import FEWEST_GRADES, InteractConfig
 from tinystory.rl.batch import Batch, Reference
 from tinystory.run import distributed
+from tinystory.run.errors import UserError
 from tinystory.run.text import is_blank
 from tinystory.student.generate import Story
 
@@ -92,6 +93,17 @@ def with_predictions(
         # Every grader's score of an empty story is 0.
         completed[row] = 0.0 if is_blank(stories[row].text) else prediction
     return completed, record
+
+
+def require_a_score(scores: Sequence[float | None], step: int, asked: int) -> None:
+    """Raises UserError for a step without any score, the teacher's or a predicted one: there would
+    be nothing to learn from. step: done before this one; asked: stories graded in them."""
+    if all(score is None for score in scores):
+        raise UserError(
+            f"no story of step {step + 1} has a score: all --grades were given ({asked} so far), and "
+            f"fewer than {FEWEST_SCORES} scores are kept to predict from; all earlier steps are "
+            "saved, so go on with --resume and more --grades than that"
+        )
 
 
 class ScoreModel:

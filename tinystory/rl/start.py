@@ -10,7 +10,8 @@ from tinystory.config import InteractConfig
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import Compute
-from tinystory.rl.policy import Policy, load_policy
+from tinystory.rl.policy import Policy, RunState, load_policy
+from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.paths import hint
@@ -46,17 +47,50 @@ def starting_checkpoint(config: InteractConfig) -> Path:
     )
 
 
-def load_students(config: InteractConfig, start: Path, compute: Compute) -> tuple[Student, Policy]:
-    """The frozen reference for the KL penalty, and the policy that learns: the same student."""
+def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
+    """The checkpoint from which the run was begun, and the one from which it goes on; None for a
+    new run, and for one that was stopped before its first checkpoint."""
+    folder = Path(config.out)
+    newest = None
+    if config.resume:
+        newest = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
+    if newest:
+        return folder / "checkpoints" / "start", newest
+    return starting_checkpoint(config), None
+
+
+def load_students(
+    config: InteractConfig, compute: Compute, start: Path, newest: Path | None
+) -> tuple[Student, Policy, RunState]:
+    """The frozen reference for the KL penalty; the policy that learns, the same student at first;
+    and the state in which the run goes on. start, newest: see `starting_point`."""
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
-    return reference, load_policy(config, start, compute)
+    policy = load_policy(config, start, compute)
+    if newest:
+        state = policy.restore(newest)
+    else:
+        state = RunState(config.kl_coef)
+        if config.temperature:
+            begin_at(config.temperature, reference, policy)
+        print_rest_of_pretraining(start, policy.history)
+    distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
+    return reference, policy, state
 
 
 def begin_at(temperature: float, reference: Student, policy: Policy) -> None:
     """Fold a temperature into both, so that 1 is the temperature of their stories from now on."""
     reference.divide_logits(temperature)
     policy.student.divide_logits(temperature)
+
+
+def student_facts(policy: Policy) -> dict[str, Any]:
+    """What config.json records of the student, for the report's title."""
+    return {
+        "corpus": policy.history.get("corpus"),
+        "words": policy.history.get("words"),
+        "parameters": sum(parameter.numel() for parameter in policy.student.parameters()),
+    }
 
 
 def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tinystory.run.errors import TORCHRUN, Interrupted, UserError
 from tinystory.run.folder import locked_run
+from tinystory.run.log import RunLog
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
@@ -154,6 +156,19 @@ def run_folder(config: Any) -> Iterator[None]:
 
         vars(config).update(rank0_value(choose))
         yield
+
+
+def open_log(folder: Path, resume_step: int | None, last_evaluation: int | None = None) -> RunLog:
+    """The records of a run, which rank 0 writes, and cuts before another rank reads them. See
+    `RunLog`."""
+    return rank0_first(
+        lambda: RunLog(
+            folder,
+            resume_step=resume_step,
+            last_evaluation=last_evaluation,
+            writes=is_rank0(),
+        )
+    )
 
 
 def all_gather_list(items: list[T]) -> list[T]:

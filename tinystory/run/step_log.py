@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinystory.run import distributed
 from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
@@ -22,13 +23,19 @@ LINE_S = 10.0  # seconds
 BAR = 20  # least columns of a bar
 
 
-class Progress(tqdm):  # type: ignore[misc]
-    """A progress bar on a terminal; elsewhere a line when a step ends, at most one in LINE_S."""
+class ProgressBar(tqdm):  # type: ignore[misc]
+    """A progress bar on a terminal; elsewhere a line when a step ends, at most one in LINE_S. Rank 0
+    alone shows it."""
 
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
         self.due = 0.0  # time of the next line
-        super().__init__(bar_format=LINE if self.lines else None, dynamic_ncols=True, **options)
+        super().__init__(
+            bar_format=LINE if self.lines else None,
+            dynamic_ncols=True,
+            disable=not distributed.is_rank0(),
+            **options,
+        )
 
     def __str__(self) -> str:
         """The last fields that would leave a terminal fewer than BAR columns for the bar are
@@ -83,7 +90,7 @@ class StepLog:
     def __init__(
         self,
         log: RunLog,
-        bar: Progress,
+        bar: ProgressBar,
         step_tokens: int,
         watch: Callable[[Record], dict[str, str]],
     ):
@@ -130,7 +137,7 @@ class StepLog:
 class Stages:
     """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of the finished ones."""
 
-    def __init__(self, bar: Progress, device: torch.device):
+    def __init__(self, bar: ProgressBar, device: torch.device):
         self.bar = bar
         self.device = device
         self.name = ""

@@ -37,37 +37,38 @@ TOKENS_PER_WORD = 1.4
 @dataclass(eq=False)
 class _Request:
     """A request about a story. criterion: the name of the question; "" for all grades. draw: its
-    number among equal requests, which have different seeds."""
+    number among equal requests, which have different seeds. key: its reply's in the cache."""
 
     criterion: str
     draw: int
-    mark: str  # the fence
     messages: list[dict]
+    seed: int
+    key: str
 
 
 @dataclass(eq=False)
 class _Story:
-    """What is known of a story that is being graded. last: the last reply to each request."""
+    """What is known of a story that is being graded. last: the last reply by criterion and draw."""
 
     number: int
     afresh: bool
     asked: bool = False
     error: str | None = None
     replies: list[str] = field(default_factory=list)
-    last: dict[_Request, CachedReply] = field(default_factory=dict)
+    last: dict[tuple[str, int], CachedReply] = field(default_factory=dict)
 
     def add(self, request: _Request, reply: CachedReply) -> None:
         if reply.error is not None:
             self.error = reply.error
             return
         self.replies.append(reply.text)
-        self.last[request] = reply
+        self.last[request.criterion, request.draw] = reply
 
     def log_odds(self, question: str) -> float:
         """The answer to a question whose replies can all be read."""
         answers = []
-        for request, reply in self.last.items():
-            if request.criterion != question:
+        for (criterion, _), reply in self.last.items():
+            if criterion != question:
                 continue
             if reply.log_odds is not None:
                 return reply.log_odds
@@ -233,7 +234,7 @@ class Teacher(Grader):
         first = probes[0]
         requests = stories * self.requests_per_story
         question = Question(*FIRST_STORY, number=0)
-        messages = self._requests(question)[0].messages
+        messages = self._requests(question, attempt=0)[0].messages
         # about four characters per token of text, two of digits and spaces
         estimate = len(str(messages)) / 4, len(first.reply) / 2
         prompt_tokens, reply_tokens = first.tokens or estimate
@@ -296,21 +297,23 @@ class Teacher(Grader):
             return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions say
 
         story = _Story(question.number, afresh)
-        unread = self._requests(question)
-        attempts = self._present[0].attempts
-        for attempt in range(attempts):
-            await self._ask(story, unread, attempt)
+        read: set[tuple[str, int]] = set()
+        for attempt in range(self._present[0].attempts):
+            requests = self._requests(question, attempt)
+            unread = [each for each in requests if (each.criterion, each.draw) not in read]
+            await self._ask(story, unread)
             if story.error is not None:
                 return self._without_score(story, story.error)
-            unread = [each for each in unread if not story.last[each].is_readable(template)]
-            if not unread:
+            read = {each for each, reply in story.last.items() if reply.is_readable(template)}
+            if len(read) == len(requests):
                 return self._with_score(story)
         return self._without_score(story, f"no score in {len(story.replies)} replies")
 
-    def _requests(self, question: Question) -> list["_Request"]:
+    def _requests(self, question: Question, attempt: int) -> list["_Request"]:
         """What is asked about a story: for all grades at once, or for the answer to each question,
-        `draws` times."""
+        `draws` times. In each attempt the seeds are others."""
         options = self.options
+        first = self._present[0]
         template = options.template
         criteria: Sequence[Criterion | None] = [None]
         if template.asks_yes_or_no:
@@ -322,25 +325,19 @@ class Teacher(Grader):
                 question.opening, question.story, fence=mark, template=template, criterion=criterion
             )
             name = criterion.name if criterion else ""
-            for draw in range(self._present[0].draws):
-                requests.append(_Request(name, draw, mark, messages))
+            for draw in range(first.draws):
+                seed = options.seed + draw * options.attempts + attempt
+                key = first.reply_key(messages, mark, seed)
+                requests.append(_Request(name, draw, messages, seed, key))
         return requests
 
-    async def _ask(self, story: "_Story", requests: Sequence["_Request"], attempt: int) -> None:
+    async def _ask(self, story: "_Story", requests: Sequence["_Request"]) -> None:
         """Add the replies to these requests to the story, each cached before it is used. What the
         cache does not hold is sent in one slot, so that a server with a prefix cache reads the story
         once. Stops at the first failure, which is the story's error."""
-        options = self.options
-
-        def seed_of(request: _Request) -> int:
-            return options.seed + request.draw * options.attempts + attempt
-
-        def key_of(request: _Request) -> str:
-            return self._present[0].reply_key(request.messages, request.mark, seed_of(request))
-
         missing = []
         for request in requests:
-            kept = self.cache.find(key_of(request), story.number, earlier=not story.afresh)
+            kept = self.cache.find(request.key, story.number, earlier=not story.afresh)
             if kept is None:
                 missing.append(request)
                 continue
@@ -352,13 +349,12 @@ class Teacher(Grader):
                 if self._fatal is not None:
                     raise self._fatal
                 request = missing[0]
-                reply = await endpoint.chat(request.messages, seed_of(request))
+                reply = await endpoint.chat(request.messages, request.seed)
                 keep(request, CachedReply.of(reply), tokens=reply.tokens)
 
         def keep(request: _Request, reply: CachedReply, **about: object) -> None:
-            key = key_of(request)
             about["charged"] = self.ledger.charged
-            kept = self.cache.keep(key, story.number, reply, again=story.afresh, **about)
+            kept = self.cache.keep(request.key, story.number, reply, again=story.afresh, **about)
             story.add(request, kept)
             missing.remove(request)
 

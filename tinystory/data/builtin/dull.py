@@ -85,7 +85,7 @@ def documents(words: int, seed: int) -> Iterator[str]:
 def kind_of(story: str) -> str:
     """Which of KINDS tells a story that goes on from its opening: the one with the most of its
     sentences, a dull one only if it has more than the story has of its own."""
-    kinds = Counter(map(_kind_of_sentence, grammar.sentences(story)))
+    kinds = Counter(map(_kind_of_sentence, grammar.segments(story)))
     return max(KINDS, key=kinds.__getitem__)
 
 

@@ -39,7 +39,7 @@ PRONOUNS = (  # by she = 0, 1
 # classes of heroes whose friend is a child
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
-SENTENCE = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
+SEGMENT = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
 SHORTEST_OPENING = 12  # words
 
 
@@ -218,16 +218,16 @@ def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
     return PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
 
 
-def sentences(story: str) -> list[str]:
-    """The parts of a story, each up to an end mark and the quotation mark after it: '"Look!" said
+def segments(story: str) -> list[str]:
+    """The segments of a story, each up to an end mark and the quotation mark after it: '"Look!" said
     Pip.' has two."""
-    return SENTENCE.findall(story.replace("\n", " "))
+    return SEGMENT.findall(story.replace("\n", " "))
 
 
 def opening(story: str, facts: dict[str, str]) -> str:
     """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and
     the problem."""
-    text, *rest = sentences(story)
+    text, *rest = segments(story)
     for sentence in rest:
         if len(text.split()) >= SHORTEST_OPENING and facts["h"] in text:
             break

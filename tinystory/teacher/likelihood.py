@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.rl.batch import by_length
+from tinystory.data.windows import by_length
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import LocalGrader

@@ -1,10 +1,9 @@
-"""Build the grader that the options describe: a teacher over HTTP, or any callable."""
+"""The grader that the options describe: a teacher over HTTP, or any callable."""
 
 import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tinystory.data.corpus import NO_STORIES
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.records import NO_FIELDS, parse_object
+from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
@@ -39,7 +39,6 @@ SECRET_TEXT = re.compile(
 @contextlib.contextmanager
 def open_grader(
     config: InteractConfig,
-    builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None,
     *,
     corpus: Sequence[str] = (),
     replies: Path | None = None,
@@ -47,10 +46,9 @@ def open_grader(
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
     """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
-    had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used if no other
-    grader is named. corpus: that corpus, as the user named it. replies: cache file of a teacher.
-    likelihood: makes the grader of --reward likelihood. examples: makes the worked examples of a
-    --teacher-prompt that shows some."""
+    had. corpus: as the user named it; the built-in teacher, used if no other grader is named, is
+    fitted to it. replies: cache file of a teacher. likelihood: makes the grader of --reward
+    likelihood. examples: makes the worked examples of a --teacher-prompt that shows some."""
     extra = load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
@@ -61,7 +59,6 @@ def open_grader(
         with contextlib.ExitStack() as stack:
             urls = config.teacher_url
             if not urls:
-                assert builtin_teacher is not None
                 assert corpus
                 urls = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
                 print(
@@ -103,7 +100,6 @@ def open_grader(
 @contextlib.contextmanager
 def open_judge(
     config: InteractConfig,
-    builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]],
     *,
     corpus: Sequence[str],
     replies: Path | None = None,

@@ -4,8 +4,8 @@ without numbers."""
 from contextlib import AbstractAsyncContextManager
 
 from tinystory.rubric.rubric import Rubric
+from tinystory.teacher.chat_server import application, listening
 from tinystory.teacher.prompt import CRITERIA, read_back
-from tinystory.teacher.server import application, listening
 
 MODEL = "tinystory-rubric"
 DESCRIPTION = "A rubric measured on the text: a stand-in for an LLM, so that a run needs none. It only grades stories."

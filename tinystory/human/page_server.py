@@ -15,9 +15,9 @@ from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import Desk
 from tinystory.human.lesson import Lesson
+from tinystory.teacher.chat_server import HOST, Refused, application, listening, parse_body
 from tinystory.teacher.probe import FIRST_STORY, HUMAN
 from tinystory.teacher.prompt import TOP, instructions, read_back
-from tinystory.teacher.server import HOST, Refused, application, listening, parse_body
 
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."

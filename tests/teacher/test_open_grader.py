@@ -8,7 +8,7 @@ from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.run.errors import Interrupted, Stop, UserError
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -82,7 +82,7 @@ def test_nothing_in_the_teachers_room_imports_the_rubric():
     assert [path.name for path in sources if "tinystory.rubric" in path.read_text()] == []
 
 
-def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_corpus():
+def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monkeypatch):
     corpora = []
 
     @contextlib.contextmanager
@@ -90,9 +90,10 @@ def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_cor
         corpora.append(corpus)
         yield server.url
 
+    monkeypatch.setattr("tinystory.teacher.open_grader.builtin_teacher", start)
     with (
         FaultServer() as server,
-        open_grader(InteractConfig(), start, corpus=["mine.txt", "dull"]) as grader,
+        open_grader(InteractConfig(), corpus=["mine.txt", "dull"]) as grader,
     ):
         assert grader.grade("Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]

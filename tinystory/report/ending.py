@@ -1,0 +1,62 @@
+"""What the terminal shows when a run ends: how to go on with it, or its result and what comes
+next."""
+
+from pathlib import Path
+
+from tinystory.config import InteractConfig, PretrainConfig, RunConfig, given_again
+from tinystory.data.openings import load_openings
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.report.before_after import summary
+from tinystory.run.paths import hint
+from tinystory.run.records import Record
+from tinystory.run.terminal import wrapped
+from tinystory.run.text import printable
+from tinystory.student import checkpoint
+from tinystory.student.generate import encode_opening
+
+
+def print_stopped(config: RunConfig, command: str, after: str) -> None:
+    """How to resume a run that was asked to stop. after: a step or a number of words."""
+    resume = hint(command, "--out", Path(config.out), "--resume", *given_again(config))
+    print(f"stopped after {after}, all saved; go on with: {resume}")
+
+
+def print_interaction(folder: Path) -> None:
+    """What a finished interaction changed."""
+    print(summary(folder))
+    print(printable(f"report: {folder / 'report.html'}"))
+    print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
+
+
+def print_pretraining(config: PretrainConfig, metrics: Record, tokenizer: Tokenizer) -> None:
+    """A finished student's validation. metrics: of the last step, {} if the run was finished before
+    it was resumed."""
+    if metrics:
+        loss, bits = metrics["val_loss"], metrics["val_bits_per_byte"]
+        corpus = printable(", ".join(Path(name).name for name in config.corpus))
+        print(
+            wrapped(
+                f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per byte, on the "
+                f"held-out {100 * config.val_fraction:g} % of {corpus}"
+            )
+        )
+    print(printable(f"report: {Path(config.out) / 'report.html'}"))
+    print(f"next:   {next_command(config, tokenizer)}")
+
+
+def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:
+    """The command for an interaction with this student, or a sentence on why it has no room for
+    one."""
+    openings = load_openings(InteractConfig.openings)
+    longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
+    room = config.context - longest
+    if room < 1:
+        return (
+            f"a student with a longer --context than {config.context}: the longest built-in opening "
+            f"has {longest} tokens, so no story fits; train_interact.py would need a short --opening"
+        )
+    arguments = ["--init", str(checkpoint.newest(Path(config.out)))]
+    arguments += given_again(config)  # --corpus, if it holds files: the built-in teacher needs them
+    if room < InteractConfig.max_new_tokens:
+        arguments += ["--max-new-tokens", str(room)]
+    return hint("train_interact.py", *arguments)
