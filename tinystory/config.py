@@ -69,7 +69,7 @@ RECORDED: dict[str, Callable[[str], object]] = {
     "reward": REWARDS.__contains__,
     "openings": lambda text: not openings.names_file(text),
     "teacher_prompt": PROMPTS.__contains__,
-    "judge": ("rubric", *REWARDS).__contains__,
+    "judge": ("rubric",).__contains__,
     "judge_prompt": PROMPTS.__contains__,
 }
 
@@ -571,6 +571,10 @@ def _check_interaction(config: InteractConfig) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
             "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.judge in REWARDS:
+        raise UserError(
+            f"--judge {config.judge} cannot judge: give a URL, FILE.py[:FUNCTION] or rubric"
         )
     if config.corpus and config.reward and config.judge != "rubric":
         raise UserError(

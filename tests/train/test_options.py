@@ -76,7 +76,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --n-embd 130|--n-head 5|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
 --teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
 --optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--learner head
---reward random --teacher-url http://127.0.0.1:9
+--judge likelihood|--judge random|--reward random --teacher-url http://127.0.0.1:9
 --stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
 --learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
 --kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
