@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tinystory.human.desk import Desk
+from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED
 from tinystory.human.server import serve
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             "by levels: give a file whose criteria have levels"
         )
     prompt = ["--teacher-prompt", options.teacher_prompt] if options.teacher_prompt else []
-    with contextlib.closing(Desk(options.grades, template)) as desk:
-        lesson = Lesson(desk, lesson_folder(RUN), LESSON.split(), prompt)
+    with contextlib.closing(GradingQueue(options.grades, template)) as queue:
+        lesson = Lesson(queue, lesson_folder(RUN), LESSON.split(), prompt)
         asyncio.run(_serve(lesson, options))
 
 

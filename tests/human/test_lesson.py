@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 from conftest import read_lines, story_record
-from test_desk import GOOD, Clock, asked, grade, no_room
+from test_grading_queue import GOOD, Clock, asked, grade, no_room
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.human import desk as desks
 from tinystory.human import lesson as lessons
-from tinystory.human.desk import GRACE_S, Desk
+from tinystory.human import grading_queue
+from tinystory.human.grading_queue import GRACE_S, GradingQueue
 from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED, Pair, read_progress
 from tinystory.report.findings import read_findings
@@ -97,13 +97,13 @@ def finished(run):
 def taught(run):
     """A lesson, as teach.py begins one; yields it and its clock."""
     clock = Clock()
-    desk = Desk(run.folder.parent / "grades.jsonl", Template())
+    queue = GradingQueue(run.folder.parent / "grades.jsonl", Template())
     with (
-        mock.patch.object(desks, "time", clock),
+        mock.patch.object(grading_queue, "time", clock),
         mock.patch.object(lessons, "time", clock),
-        contextlib.closing(desk),
+        contextlib.closing(queue),
     ):
-        yield Lesson(desk, run.folder, ["--grades", "16"]), clock
+        yield Lesson(queue, run.folder, ["--grades", "16"]), clock
 
 
 def prefer(lesson, side):
@@ -123,7 +123,7 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
             state = lesson.state(URL)
             assert state["answers_left"] == 16 + COMPARED
             assert state["minutes"] == -(-32 * HUMAN_S // 60)
-            tasks = await asked(lesson.desk, *"abcdefgh")
+            tasks = await asked(lesson.queue, *"abcdefgh")
             for left in range(8, 0, -1):
                 assert lesson.state(URL)["answers_left"] == 8 + left + COMPARED
                 item = lesson.state(URL)["item"]
@@ -153,9 +153,9 @@ def test_the_page_says_what_the_machine_does_while_no_story_waits(run):
                 clock.now += 12
                 now = lesson.state(URL)["now"]
                 assert now == "The student writes 40 stories: step 1 of 2, 15 seconds so far."
-                tasks = await asked(lesson.desk, "a")
+                tasks = await asked(lesson.queue, "a")
                 assert lesson.state(URL)["now"] == ""
-                grade(lesson.desk, "ada")
+                grade(lesson.queue, "ada")
                 clock.now += GRACE_S
                 await lesson.tick()
                 await asyncio.gather(*tasks)
@@ -348,8 +348,8 @@ def test_a_damaged_run_is_said_and_grading_goes_on(finished, name):
         with taught(finished) as (lesson, clock):
             (finished.folder / name).write_text('{"step": -1}\n')
             assert name in lesson.state(URL)["now"]
-            (task,) = await asked(lesson.desk, "a")
-            grade(lesson.desk, "ada")
+            (task,) = await asked(lesson.queue, "a")
+            grade(lesson.queue, "ada")
             clock.now += GRACE_S
             await lesson.tick()
             assert await task == GOOD

@@ -13,8 +13,8 @@ from conftest import LIMIT_S
 
 from lab import compare, preference
 from scripts import teach
-from tinystory.human import desk as desks
-from tinystory.human.desk import Desk
+from tinystory.human import grading_queue
+from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
@@ -26,13 +26,13 @@ EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
 
 @contextmanager
-def serving(desk, folder=None):
+def serving(queue, folder=None):
     """The server on a thread of its own; yields its URL."""
     ready, addresses = threading.Event(), []
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
     async def run():
-        lesson = Lesson(desk, folder or Path("no run"))
+        lesson = Lesson(queue, folder or Path("no run"))
         async with serve(lesson, style="p { color: red }") as address:
             addresses.append(address)
             loop.call_soon(ready.set)
@@ -47,13 +47,13 @@ def serving(desk, folder=None):
         loop.call_soon_threadsafe(ended.set)
         thread.join(LIMIT_S)
         loop.close()
-        desk.close()
+        queue.close()
 
 
 @pytest.fixture
 def url(tmp_path, monkeypatch):
-    monkeypatch.setattr(desks, "GRACE_S", 0.05)
-    with serving(Desk(tmp_path / "grades.jsonl", Template())) as address:
+    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
+    with serving(GradingQueue(tmp_path / "grades.jsonl", Template())) as address:
         yield address
 
 
@@ -207,7 +207,7 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
     assert url.startswith("http://127.0.0.1:")
 
     async def again():
-        lesson = Lesson(Desk(tmp_path / "more.jsonl", Template()), tmp_path / "run")
+        lesson = Lesson(GradingQueue(tmp_path / "more.jsonl", Template()), tmp_path / "run")
         async with serve(lesson, int(url.rpartition(":")[2])):
             pass
 
@@ -218,14 +218,14 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
 def test_a_person_compares_stories_blindly_through_the_same_page(
     tmp_path, monkeypatch, short_pauses, capsys
 ):
-    monkeypatch.setattr(desks, "GRACE_S", 0.05)
+    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
     for name, word in (("a", "plain"), ("b", "fine")):
         lines = [
             json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n"
             for i in range(3)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    with serving(Desk(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
+    with serving(GradingQueue(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
         files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
         asker = threading.Thread(
             target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)

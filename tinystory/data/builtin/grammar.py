@@ -1,10 +1,10 @@
 """The built-in corpus: a story grammar in the style of TinyStories (Eldan and Li, arXiv
 2305.07759).
 
-A plot is a chain of cause and effect in several paragraphs. A story first draws its facts
-(characters, places, things), then expands each paragraph, choosing among alternative wordings, so
-that facts, names and pronouns agree throughout. The plots stand in the text files beside this one.
-The markup of plots and phrases:
+A plot is a chain of cause and effect in several paragraphs. For each story, facts (characters,
+places, things) are drawn first. Then each paragraph is expanded, with a choice among alternative
+wordings, so that facts, names and pronouns agree throughout. The plots are in the text files of
+this folder. The markup of plots and phrases:
 
     [a|b]                    one of the options, drawn uniformly
     <a>                      an optional detail: likely in a long story, rare in a short one
@@ -44,8 +44,8 @@ SHORTEST_OPENING = 12  # words
 
 
 class Telling:
-    """The state of one story: facts, random numbers, probability of details. It uses only
-    random.random(), the one method whose sequence Python guarantees across versions."""
+    """The state of one story: facts, random numbers, probability of details. Only random.random()
+    is used, because Python guarantees the sequence of no other method across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
         self.random = rng.random
@@ -77,12 +77,12 @@ class Telling:
 
 
 def parse(text: str) -> list[Part]:
-    """Markup, whose brackets are balanced, as a list of parts."""
+    """The parts of a text with markup. Brackets must be balanced."""
     one_line = re.sub(r"\s*\n\s*", " ", text.strip())
     tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", one_line))
 
     def sequence() -> tuple[list[Part], str]:
-        """The parts up to the end of an option or a bracket, and what ends them."""
+        """The parts up to the end of an option or a bracket, and the character that ends them."""
         parts: list[Part] = []
         for token in tokens:
             if token == "[":
@@ -112,8 +112,8 @@ def table(text: str) -> list[list[list[Part]]]:
 
 
 class _Plot:
-    """Source: "name: classes of heroes", then one "names = rows" per group of facts, a blank line,
-    then paragraphs."""
+    """A plot. Source: "name: classes of heroes", then one "names = rows" per group of facts, a
+    blank line, then paragraphs."""
 
     def __init__(self, source: str):
         head, *paragraphs = re.split(r"\n\s*\n", source.strip())
@@ -128,7 +128,7 @@ class _Plot:
         self.paragraphs = list(map(parse, paragraphs))
 
     def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
-        """One story and its facts."""
+        """A story of this plot, and the facts of the story."""
         length = rng.random()  # cubed below, so that most stories are short
         tell = Telling(rng, 0.8 * length * length * length)
         _cast(tell, self.heroes)
@@ -201,8 +201,8 @@ PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
 
 
 def stories(words: int, seed: int) -> Iterator[str]:
-    """Distinct stories, until they have at least `words` whitespace-separated words. Same seed,
-    same bytes."""
+    """Distinct stories with at least `words` whitespace-separated words in all. The same seed gives
+    the same bytes."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while words > 0:
@@ -214,19 +214,19 @@ def stories(words: int, seed: int) -> Iterator[str]:
 
 
 def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A story of a random plot, and its facts."""
+    """A story of a random plot, and the facts of the story."""
     return PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
 
 
 def sentences(story: str) -> list[str]:
-    """The parts of a story, each up to an end mark and the quotation mark after it: '"Look!" said
-    Pip.' has two."""
+    """The parts of a story, each up to an end mark and a quotation mark after that: '"Look!" said
+    Pip.' has two parts."""
     return SENTENCE.findall(story.replace("\n", " "))
 
 
 def opening(story: str, facts: dict[str, str]) -> str:
-    """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and
-    the problem."""
+    """The first sentences of a story, up to the hero's name and at least SHORTEST_OPENING words:
+    who, where, and the problem."""
     text, *rest = sentences(story)
     for sentence in rest:
         if len(text.split()) >= SHORTEST_OPENING and facts["h"] in text:
