@@ -99,8 +99,8 @@ class TokenStep:
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.batch_size = rows
         self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
-        # By number of rows: None after the step has run once, later the captured graph. All graphs
-        # share the memory pool of the first.
+        # warmed_up: numbers of rows with which the step has run once. graphs: the captured graph for
+        # each number of rows. All graphs share the memory pool of the first.
         self.warmed_up: set[int] = set()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.addresses = self.parameter_addresses()
