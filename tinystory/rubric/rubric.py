@@ -119,11 +119,11 @@ def ramp(x: float | ndarray, zero: float, one: float) -> float:
 class TokenizedStory:
     """A story of T tokens with its opening, and values on which several parts are measured.
 
-    opening, tokens: tokens of the opening and of the story. ids (T,): ids of the story; all_ids: ids of
-    opening and story. words: number of words in the story. spans: first token and one past the last
-    token of each sentence with a word. logprob (ORDER, T): nats, one row per length of n-gram. is_word,
-    odd, repeated: (T,) bool; odd is True at the end of an odd n-gram, and repeated in a phrase that
-    occurred before."""
+    opening, tokens: tokens of the opening and of the story. ids (T,): ids of the story; all_ids:
+    ids of opening and story. words: number of words in the story. spans: first token and one past
+    the last token of each sentence with a word. logprob (ORDER, T): nats, one row per length of
+    n-gram. is_word, odd, repeated: (T,) bool; odd is True at the end of an odd n-gram, and repeated
+    in a phrase that occurred before."""
 
     opening: list[str]
     tokens: list[str]
@@ -370,8 +370,8 @@ class Rubric:
         return float(focus), float(np.clip(evidence, -3, 3).mean())
 
     def _referred(self, ids: ndarray, start: int) -> float:
-        """Mean over he, she, it, they of their best probability after one of the last five
-        entities."""
+        """Mean probability of he, she, it and they from `start` on, each given the best of the last
+        five entities; 0 without such pronouns."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
