@@ -1,12 +1,11 @@
 """Speed of training, generation and kernels on this machine, as one JSON line: medians over runs
 with random weights.
 
-python lab/bench.py pretrain --shape small            a training step
-python lab/bench.py rollout --shape small --batch 64  stories from one opening, no teacher
-python lab/bench.py ppo --shape gpt2s --batch 16      rollout, reference, four epochs; reward constant
-python lab/bench.py kernels                           each operator and PyTorch's own, interleaved
-python lab/bench.py peers --nanogpt DIR --trl PYTHON  beside nanoGPT, transformers and TRL
-"""
+python lab/bench.py pretrain --shape small            a training step python lab/bench.py rollout
+--shape small --batch 64  stories from one opening, no teacher python lab/bench.py ppo --shape gpt2s
+--batch 16      rollout, reference, four epochs; reward constant python lab/bench.py kernels
+each operator and PyTorch's own, interleaved python lab/bench.py peers --nanogpt DIR --trl PYTHON
+beside nanoGPT, transformers and TRL"""
 
 import argparse
 import contextlib

@@ -5,9 +5,9 @@ python lab/compare.py runs/demo/interact --teacher-url URL   before or after int
 python lab/compare.py A B --teacher-url URL                  the stories of A or of B
 
 A and B are checkpoints, runs, folders that transformers wrote, or .jsonl files of stories, whose
-lines have an `opening` and a `story`. URL is a language model's, or a person's: run scripts/teach.py
-with --teacher-prompt lab/comparison.json. What it finds about a run is kept in its folder.
-"""
+lines have an `opening` and a `story`. URL is a language model's, or a person's: run
+scripts/teach.py with --teacher-prompt lab/comparison.json. What it finds about a run is kept in its
+folder."""
 
 import sys
 from collections.abc import Sequence

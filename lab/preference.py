@@ -92,8 +92,9 @@ def preference_line(judge: str, rates: Mapping[str, Any], names: Sequence[str]) 
     )
 
 
-# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries, cache and fence
-# all serve it. The score says which story is better, and how clearly. scripts/teach.py asks a person by the same file.
+# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries,
+# cache and fence all serve it. The score says which story is better, and how clearly.
+# scripts/teach.py asks a person by the same file.
 COMPARISON_FILE = Path(__file__).with_name("comparison.json")
 COMPARISON = load_template(COMPARISON_FILE)
 

@@ -306,8 +306,8 @@ def measure(
 
 
 def unseen_texts(config: PretrainConfig) -> list[str]:
-    """COREFERENCE texts on which a student was not trained: of the grammar if it has read some, else
-    of its corpus's validation split."""
+    """COREFERENCE texts on which a student was not trained: of the grammar if it has read some,
+    else of its corpus's validation split."""
     if "builtin" in config.corpus:
         return unseen_stories(COREFERENCE)
     data = prepare(

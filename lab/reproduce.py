@@ -1,8 +1,8 @@
 """The paper's experiment as one command: does interaction replace pretraining on many times as many
 words?
 
-python lab/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, fewer stories
-python lab/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
+python lab/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, fewer
+stories python lab/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
 python lab/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
 One student is pretrained, with a checkpoint at every milestone of words. From some of these it
@@ -93,8 +93,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Student:
-    """A checkpoint to evaluate, the last of its run (the best would be selected by its score). start:
-    words of pretraining before its arm; words: of pretraining and taken in."""
+    """A checkpoint to evaluate, the last of its run (the best would be selected by its score).
+    start: words of pretraining before its arm; words: of pretraining and taken in."""
 
     arm: str
     start: int

@@ -1,5 +1,5 @@
-"""The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The rules
-stand in lab/records.md, how to take part in lab/program.md.
+"""The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The
+rules stand in lab/records.md, how to take part in lab/program.md.
 
 python lab/speedrun.py                                       one seed of this checkout
 python lab/speedrun.py --seeds N N N --against COMMIT        in turns with a commit, as a ratio

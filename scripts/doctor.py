@@ -1,10 +1,10 @@
 """Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
 
-    python scripts/doctor.py                                          the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1  ... and what the teacher can do
+    python scripts/doctor.py                                          the machine python
+    scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1  ... and what the teacher can do
     python scripts/doctor.py --teacher-url URL --calibrate            ... and whether it can judge
-    python scripts/doctor.py --reward my_reward.py:score --calibrate  the same for a callable
-    python scripts/doctor.py --calibrate                              the same for the built-in teacher
+    python scripts/doctor.py --reward my_reward.py:score --calibrate  the same for a callable python
+    scripts/doctor.py --calibrate                              the same for the built-in teacher
 
 It builds nothing and changes nothing. Asking a teacher takes about eight short requests.
 --calibrate compares the ways of asking it (or measures the one of --teacher-prompt) on texts of

@@ -1,9 +1,9 @@
 """The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat
 completions.
 
-    python scripts/serve_teacher.py                                    measure by the built-in corpus
-    python scripts/serve_teacher.py --corpus my_stories.txt            ... by your own stories
-    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
+    python scripts/serve_teacher.py                                    measure by the built-in
+    corpus python scripts/serve_teacher.py --corpus my_stories.txt            ... by your own
+    stories python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
 
 It is a rubric that stands in for a language model. Use a real one if you have one: the interface is
 the same.

@@ -17,11 +17,11 @@ class Journal:
     """Appends records to `path` and creates the folder; `run.records.read_records` reads the
         records. Raises UserError if the file cannot be written.
 
-    `append` hands records to the operating system, so killing the process loses none. A power cut loses
-    records that are not yet on the disk; after `close`, or if `durable`, all records are on the disk.
-    An incomplete last record, left by a killed process, is cut off, and so are zeros, left by a power
-    cut. A file that ends in anything else is refused. A symbolic link is refused, because it could lead
-    to another file."""
+    `append` hands records to the operating system, so killing the process loses none. A power cut
+    loses records that are not yet on the disk; after `close`, or if `durable`, all records are on
+    the disk. An incomplete last record, left by a killed process, is cut off, and so are zeros,
+    left by a power cut. A file that ends in anything else is refused. A symbolic link is refused,
+    because it could lead to another file."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path = path

@@ -262,9 +262,9 @@ class StudentDecoder:
 def next_batch_size(alive: int, rows: int) -> int:
     """Batch size for the next step, when `alive` of the rows are still generating.
 
-    Capturing a graph for a new size takes milliseconds, so the batch is only halved, when half of the
-    rows have ended. The smallest size is 64: a step reads the weights once for all rows, so 64 rows
-    take about as long as one row."""
+    Capturing a graph for a new size takes milliseconds, so the batch is only halved, when half of
+    the rows have ended. The smallest size is 64: a step reads the weights once for all rows, so 64
+    rows take about as long as one row."""
     while rows > 64 and alive <= (rows + 1) // 2:
         rows = (rows + 1) // 2
     return rows

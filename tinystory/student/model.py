@@ -198,12 +198,12 @@ class Student(nn.Module):
     """The model.
 
     init "gpt2" is GPT-2's initialisation, with a standard deviation of 0.02, which suits a width of
-    768. init "unit" is for an untied student and scales with the width: standard deviations of 1 for
-    embeddings and about 1 / sqrt(C) for matrices, and a gain of 1 / sqrt(C) in the final norm.
-    Attention then starts sharp enough to be trained, and a small student learns to copy a name hundreds
-    of steps sooner. Positions are sinusoids, from which a head can learn to look a fixed number of
-    tokens back. The positions do not learn until the student is loaded again, for interaction. See also
-    `separate_channels`."""
+    768. init "unit" is for an untied student and scales with the width: standard deviations of 1
+    for embeddings and about 1 / sqrt(C) for matrices, and a gain of 1 / sqrt(C) in the final norm.
+    Attention then starts sharp enough to be trained, and a small student learns to copy a name
+    hundreds of steps sooner. Positions are sinusoids, from which a head can learn to look a fixed
+    number of tokens back. The positions do not learn until the student is loaded again, for
+    interaction. See also `separate_channels`."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()

@@ -126,9 +126,9 @@ def orthogonalize(x: Tensor) -> Tensor:
         columns), by Newton-Schulz iterations.
 
     An iteration is x <- p x, with p = a + b g + c g^2 and the Gram matrix g = x x^T. The new Gram
-    matrix is p g p. So it is enough to iterate g and the product of all p, which are smaller than x. A
-    fourth iteration would have to compute g from x again: rounded to bfloat16, g can have small
-    negative eigenvalues, which each iteration multiplies."""
+    matrix is p g p. So it is enough to iterate g and the product of all p, which are smaller than
+    x. A fourth iteration would have to compute g from x again: rounded to bfloat16, g can have
+    small negative eigenvalues, which each iteration multiplies."""
     tall = x.shape[-2] > x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # matmul would copy x.mT
     # The norm of the Gram matrix is an upper bound of the largest eigenvalue, and a much tighter

@@ -57,8 +57,8 @@ class TokenStep:
 
     On CUDA the step is captured as a graph, once for each R. A replay is one launch instead of one
     launch per kernel. So no part of a step may wait for the device, and all tensors of a step keep
-    their addresses for a whole run: the parameters, the cache, the outputs, and the state (3, rows). A
-    batch uses the first R columns of the state.
+    their addresses for a whole run: the parameters, the cache, the outputs, and the state (3,
+    rows). A batch uses the first R columns of the state.
 
     outputs (4, rows + 1, max_new_tokens) float32: tokens (exact in float32), logprobs, values,
     entropies. Ended rows write to the extra last row."""
@@ -99,8 +99,8 @@ class TokenStep:
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.batch_size = rows
         self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
-        # warmed_up: numbers of rows with which the step has run once. graphs: the captured graph for
-        # each number of rows. All graphs share the memory pool of the first.
+        # warmed_up: numbers of rows with which the step has run once. graphs: the captured graph
+        # for each number of rows. All graphs share the memory pool of the first.
         self.warmed_up: set[int] = set()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.addresses = self.parameter_addresses()
