@@ -1,5 +1,5 @@
-"""Coreference: the probabilities of a name that the story has introduced, and of the right one of
-he and she."""
+"""Coreference accuracy: the probability of a name that the story has introduced, and of the right
+pronoun of he and she."""
 
 import re
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A story's tokens, and its repeated names."""
+    """A story's tokens, and the positions of repeated names."""
 
     ids: list[int]
     places: list[Place]
@@ -39,14 +39,14 @@ class Text(NamedTuple):
 def coreference(
     student: Student, tokenizer: Tokenizer, stories: Iterable[str]
 ) -> dict[str, float | int | None]:
-    """Mean probability of the right candidate, and the numbers of places, `names` and `pronouns`.
-    None without a place.
+    """Mean probabilities of the right candidate (None without a position to measure), and the
+        numbers of measured positions, `names` and `pronouns`.
 
-    repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52).
-    introduced_name is, at the same places, the total probability of all names introduced so far,
-    since two of them would often do. he_or_she is the probability of the right one of the two
-    (chance is 1 / 2). A name counts if it is one token, including its space. Stories are read after
-    an end token, as in training, and truncated to the context."""
+    repeated_name: probability of a repeated name among all NAMES (chance is 1 / 52).
+    introduced_name: total probability, at the same positions, of all names introduced so far,
+    because another of these names would often be correct too. he_or_she: probability of the right
+    pronoun of he and she (chance is 1 / 2). A name counts if it is one token, including its space.
+    Stories are read after an end token, as in training, and truncated to the context."""
     device = student.wte.weight.device
     name_ids = {}
     for name in NAMES:
@@ -87,8 +87,8 @@ def coreference(
 
 
 def softmax_over(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
-    """(len(ids),): the probabilities after a hidden state (C,), if the next token is one of
-    these."""
+    """(len(ids),): the probabilities of the tokens `ids` after a hidden state (C,), normalised over
+    `ids`."""
     return (hidden.float() @ student.unembedding[ids].float().T).softmax(-1)
 
 

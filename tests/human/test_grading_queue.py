@@ -172,7 +172,7 @@ def test_a_trainer_that_hangs_up_takes_its_story_along_and_no_grade_is_lost(tmp_
         await asyncio.sleep(0)
         queue.do("ada", "grade", {**item, "scores": GOOD})  # by a page that has not noticed
         assert await queue.ask("Once", "b") == GOOD
-        with pytest.raises(Refused, match="not what was asked"):
+        with pytest.raises(Refused, match="load the page again"):
             queue.do("ada", "grade", {**item, "story": "another", "scores": GOOD})
 
     run(scene, tmp_path)
@@ -250,7 +250,9 @@ def test_a_grade_without_one_of_the_criteria_is_named_before_a_trainer_asks_for_
         key = queue.key("Once", "a")
     line = {"key": key, "by": "me", "opening": "Once", "story": "a", "scores": {"coherence": 1}}
     path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(UserError, match=r"line 1 of .*grades\.jsonl .*its scores are not those of"):
+    with pytest.raises(
+        UserError, match=r"line 1 of .*grades\.jsonl .*criteria of its scores are not readability"
+    ):
         GradingQueue(path, Template())
     path.write_text(json.dumps(line | {"key": "of other criteria"}) + "\n")
     GradingQueue(path, Template()).close()
@@ -277,7 +279,10 @@ def no_room():
 def test_a_grade_that_cannot_be_kept_is_said_and_can_be_given_again(tmp_path):
     async def scene(queue, clock):
         (task,) = await asked(queue, "a")
-        with no_room(), pytest.raises(Refused, match=r"not kept yet: cannot write .*give it again"):
+        with (
+            no_room(),
+            pytest.raises(Refused, match=r"not saved yet: cannot write .*give the answer again"),
+        ):
             grade(queue, "ada")
         await later(queue, clock)
         assert not task.done() and lines(tmp_path) == []

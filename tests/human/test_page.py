@@ -154,7 +154,7 @@ def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
 @pytest.mark.parametrize("path", ["/", "/state?who=ada", "/v1/models"])
 def test_strangers_get_nothing(url, headers, status, path):
     code, _, text = ask(url, "GET", path, **headers)
-    assert code == status and ("only to this machine" in text) == (status == 403)
+    assert code == status and ("answers only requests for" in text) == (status == 403)
 
 
 def test_the_page_runs_its_own_script_only(url):
@@ -173,12 +173,12 @@ def test_the_page_runs_its_own_script_only(url):
 @pytest.mark.parametrize(
     "body, status, words",
     [
-        ({"who": "", "action": "back"}, 400, "A name has"),
-        ({"who": "x" * 41, "action": "back"}, 400, "A name has"),
-        ({"who": "a\nb", "action": "back"}, 400, "A name has"),
+        ({"who": "", "action": "back"}, 400, "The name must have"),
+        ({"who": "x" * 41, "action": "back"}, 400, "The name must have"),
+        ({"who": "a\nb", "action": "back"}, 400, "The name must have"),
         ({"who": "ada", "action": "back"}, 400, "nothing to go back to"),
         ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 400, "give a score"),
-        ({"who": "ada", "action": "skip", "key": ["x"]}, 400, "not what was asked"),
+        ({"who": "ada", "action": "skip", "key": ["x"]}, 400, "load the page again"),
         ([], 400, "must be a JSON object"),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_grade_whose_file_is_gone_is_said_on_the_page_and_stays_there(
         request["scores"] = dict.fromkeys(Template().names, 2)
         status, _, text = ask(url, "POST", "/do", request)
         message = json.loads(text)["error"]["message"]
-        assert status == 503 and "not kept yet" in message and "was deleted" in message
+        assert status == 503 and "not saved yet" in message and "was deleted" in message
         assert shown(url) == item
 
 

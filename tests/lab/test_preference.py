@@ -148,7 +148,7 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
         command.main([*paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
     assert (
-        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and one or the other by their order in 0: win"
+        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and either one depending on the order in 0: win"
         in out
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]

@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_before_the_first_step(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
+def test_the_table_has_the_student_before_interaction_the_demo_and_the_controls(
     settings, place, tmp_path, monkeypatch, capsys
 ):
     calls = []
@@ -105,8 +105,8 @@ def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
     recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
     table = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [
-        "untouched",
-        "likeliest of 4",
+        "before interaction",
+        "best of 4 by likelihood",
         "best of 4 by reward",
         "temperature 0.7",
         "temperature 0.6",
@@ -120,4 +120,7 @@ def test_the_table_has_the_untouched_student_the_demo_and_the_controls(
     assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
     picture = ElementTree.parse(tmp_path / "reward.svg").getroot()
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[1:3] == ["untouched", "0.500 ± 0.250"] and texts.count("--reward likelihood") == 1
+    assert (
+        texts[1:3] == ["before interaction", "0.500 ± 0.250"]
+        and texts.count("--reward likelihood") == 1
+    )

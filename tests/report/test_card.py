@@ -69,7 +69,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
     assert (
         f"{history['words']:,} words" in text
-        and f"In 2 steps of PPO it wrote {last['words_out']}" in text
+        and f"In 2 steps of PPO the model wrote {last['words_out']}" in text
     )
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert "## bJudged, after step 2\n\nA judge saw more.\n\n" in text
@@ -107,7 +107,7 @@ def test_a_teachers_name_stays_in_its_code_span(run, tmp_path, name, shown):
     config["options"]["teacher"] = {"model": name}
     (folder / "config.json").write_text(json.dumps(config))
     text = card(checkpoint.newest(folder), tmp_path / "tale")[1]
-    assert f"`{shown}` graded." in text and "<script>" not in text
+    assert f"`{shown}` graded the stories." in text and "<script>" not in text
 
 
 def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
@@ -115,8 +115,8 @@ def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     metadata, text = card(path, tmp_path / "tale")
     bits = metrics(place / "p")[-1]["val_bits_per_byte"]
     assert (
-        f"take {bits:.3f} bits per byte" in text
-        and "interacted" not in text
+        f"have {bits:.3f} bits per byte" in text
+        and "## Interaction" not in text
         and metadata["tags"] == ["tinystory"]
     )
     monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)

@@ -389,7 +389,9 @@ def test_counts_of_tokens_that_no_server_gives_are_refused(tmp_path, tokens):
     path = tmp_path / "replies.jsonl"
     lines = [{"key": "a", "reply": "1 1 1"}, {"key": "b", "reply": "1 1 1", "tokens": tokens}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=r"line 2 of .*replies\.jsonl does not belong there .*tok"):
+    with pytest.raises(
+        UserError, match=r"line 2 of .*replies\.jsonl is not a record of this file .*tok"
+    ):
         Cache(path)
 
 

@@ -460,7 +460,7 @@ def test_a_key_that_a_run_recorded_before_is_not_shown_on_resume_and_a_flag_repl
 ):
     resume = recorded(tmp_path, asdict(InteractConfig(teacher_extra=f'{{"user": "{KEY}"}}')))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with pytest.raises(UserError, match=r"was begun with --teacher-extra") as error:
+    with pytest.raises(UserError, match=r"records --teacher-extra") as error:
         parse(InteractConfig, INTERACT_PRESETS, resume)
     assert KEY not in str(error.value)
     config = parse(InteractConfig, INTERACT_PRESETS, [*resume, "--teacher-extra", "{}"])
