@@ -21,18 +21,18 @@ NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 BATCH = 16
 
 
-class Place(NamedTuple):
+class RepeatedName(NamedTuple):
     """The position of a repeated name, and the ids of all names introduced before it."""
 
     position: int
     introduced: list[int]
 
 
-class Text(NamedTuple):
+class EncodedStory(NamedTuple):
     """A story's tokens, and the positions of repeated names."""
 
     ids: list[int]
-    places: list[Place]
+    repeated: list[RepeatedName]
 
 
 @torch.no_grad()
@@ -67,10 +67,10 @@ def coreference(
         rows = [torch.tensor(text.ids, device=device) for text in batch]
         tokens = pad_sequence(rows, batch_first=True)
         for hidden, text in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
-            for place in text.places:
-                probability = softmax_over(student, hidden[place.position - 1], names)
-                right = column[text.ids[place.position]]
-                candidates = [column[id] for id in place.introduced]
+            for name in text.repeated:
+                probability = softmax_over(student, hidden[name.position - 1], names)
+                right = column[text.ids[name.position]]
+                candidates = [column[id] for id in name.introduced]
                 repeated.append(float(probability[right]))
                 introduced.append(float(probability[candidates].sum()))
             for i, id in enumerate(text.ids):
@@ -105,7 +105,7 @@ def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
 
 def repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
-) -> Text:
+) -> EncodedStory:
     ids = encode_opening(tokenizer, story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()  # the end token has no bytes
     name_by_end = {}
@@ -113,7 +113,7 @@ def repeated_names(
         end = len(story[: match.end()].encode())
         name_by_end[end] = match[1]
     introduced: list[str] = []
-    places = []
+    repeated = []
     for position, end in enumerate(ends):
         name = name_by_end.get(end)
         if name is None:
@@ -122,5 +122,5 @@ def repeated_names(
             introduced.append(name)
         elif name_ids.get(name) == ids[position]:
             known = [name_ids[other] for other in introduced if other in name_ids]
-            places.append(Place(position, known))
-    return Text(ids, places)
+            repeated.append(RepeatedName(position, known))
+    return EncodedStory(ids, repeated)

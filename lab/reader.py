@@ -45,7 +45,7 @@ class Sentence(NamedTuple):
     length: int
 
 
-class Text(NamedTuple):
+class SplitStory(NamedTuple):
     """A story to score. whole: the prefix, the opening and the story; sentences: each sentence of
     the story alone."""
 
@@ -116,7 +116,7 @@ class Reader:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
 
-    def _text(self, opening: str, story: str) -> Text:
+    def _text(self, opening: str, story: str) -> SplitStory:
         """The tokens to score for a story. If the opening ends in an unfinished sentence, the
         story's first sentence continues it."""
         before = one_line(opening)
@@ -139,7 +139,7 @@ class Reader:
                 whole += ids
                 start = self._prefix
                 room -= len(ids)
-        return Text(whole, sentences)
+        return SplitStory(whole, sentences)
 
     @torch.inference_mode()
     def _logprobs(self, rows: Iterable[Ids]) -> dict[Ids, np.ndarray]:

@@ -31,8 +31,8 @@ class Openings:
     def __getitem__(self, index: int) -> str:
         """The opening of story `index`. `per_opening` stories in a row share an opening; each epoch
         shuffles all openings by `seed`."""
-        epoch, place = divmod(index // self.per_opening, len(self.train))
-        return self.train[_order(len(self.train), self.seed, epoch)[place]]
+        epoch, index_in_epoch = divmod(index // self.per_opening, len(self.train))
+        return self.train[_order(len(self.train), self.seed, epoch)[index_in_epoch]]
 
     def new_words(self, first_index: int, count: int) -> int:
         """The number of words in the openings that these stories use for the first time in the

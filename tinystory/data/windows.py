@@ -58,11 +58,11 @@ class Windows:
     def _positions(self, index: int) -> ndarray:
         """(context + 1,) int64: token positions of a sequence in the file. The positions after the
         last piece fill the sequence up."""
-        epoch, place = divmod(index, self.count)
+        epoch, position = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = self._shuffled(epoch)
-        at = places(self.pieces[self.order[place]])
+        at = places(self.pieces[self.order[position]])
         after = at[-1] + 1
         filling = np.arange(after, after + self.context + 1 - len(at))
         return np.concatenate([at, filling]) % len(self.file)

@@ -176,8 +176,8 @@ def chart(
 
 
 def text(x: float, y: float, anchor: str, words: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f"<text {place}>{html.escape(words)}</text>"
+    attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {attributes}>{html.escape(words)}</text>"
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:

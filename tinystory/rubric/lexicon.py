@@ -63,7 +63,7 @@ class Lexicon:
         self._learn_classes(is_capital[self.spelling_ids])
         self._learn_patterns()
         self._learn_pronouns()
-        self._learn_places()
+        self._learn_positions()
         self._learn_introductions()
 
     def __len__(self) -> int:
@@ -152,13 +152,13 @@ class Lexicon:
         prior = counts.sum(0) / max(counts.sum(), 1)
         self.pronoun_given = (counts + 4 * prior) / (counts.sum(1, keepdims=True) + 4)
 
-    def _learn_places(self) -> None:
+    def _learn_positions(self) -> None:
         """Learn the mean position in a story of each word pair, shrunk towards the middle for rare
         pairs."""
         starts = np.flatnonzero(self.ids == BOUNDARY)
         lengths = np.diff(starts, append=len(self.ids))
-        place = np.arange(len(self.ids)) - np.repeat(starts, lengths)
-        relative = place / np.repeat(lengths, lengths)
+        position = np.arange(len(self.ids)) - np.repeat(starts, lengths)
+        relative = position / np.repeat(lengths, lengths)
         pairs = hashes(self.ids, 2)
         keys, pair, count = np.unique(pairs, return_inverse=True, return_counts=True)
         mean = np.bincount(pair, weights=relative[:-1] - 0.5) / (count + 20)
@@ -185,7 +185,7 @@ class Lexicon:
         prior = np.where(self.name[:, None, None], name_prior, noun_prior)
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
-    def place(self, ids: ndarray) -> ndarray:
+    def position(self, ids: ndarray) -> ndarray:
         """(T - 1,): mean position in a story of each pair of tokens in ids (T,), from -0.5
         (beginning) to 0.5 (end)."""
         return lookup(self._place_keys, self._place, hashes(ids, 2))

@@ -52,9 +52,9 @@ def lookup(table: ndarray, values: ndarray, keys: ndarray) -> ndarray:
 
 def first_occurrences(keys: ndarray) -> ndarray:
     """(n,) bool: True at the first occurrence of each key."""
-    _, places = np.unique(keys, return_index=True)
+    _, first_indices = np.unique(keys, return_index=True)
     first = np.zeros(len(keys), bool)
-    first[places] = True
+    first[first_indices] = True
     return first
 
 

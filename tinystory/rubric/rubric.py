@@ -315,16 +315,16 @@ class Rubric:
         """The unscaled parts of coherence."""
         start = len(text.opening)
         focus, introduced = self._entities(text.all_ids, start)
-        pair_places = self.lexicon.place(text.ids)
-        places = [float(pair_places[first : end - 1].sum()) for first, end in text.spans]
+        pair_positions = self.lexicon.position(text.ids)
+        positions = [float(pair_positions[first : end - 1].sum()) for first, end in text.spans]
         trouble = any(token.lower() in TROUBLE for token in text.tokens)
         ended = ends_sentence(text.tokens[-1]) and not text.sentences.unpaired
-        ending = ended and places[-1] > 0
+        ending = ended and positions[-1] > 0
         return self._coreference(text.all_ids, start) | {
             "focus": focus,
             "introduced": introduced,
             "referred": self._referred(text.all_ids, start),
-            "order": _order(places),
+            "order": _order(positions),
             "joined": _joined(text.logprob, text.spans),
             "shape": 0.4 * trouble + 0.3 * ended + 0.3 * ending,
             "unlooped": 1 - text.repeated.mean(),
@@ -494,14 +494,14 @@ def _by_sentence(logprob: ndarray, bounds: list[tuple[int, int]]) -> ndarray:
     return np.repeat(means, lengths)
 
 
-def _order(places: list[float]) -> float:
+def _order(positions: list[float]) -> float:
     """From -1 to 1: how well the order of the sentences matches the order in which their words
     usually come in a story."""
-    differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
+    differences = np.subtract.outer(positions, positions)[np.tril_indices(len(positions), -1)]
     total = float(np.abs(differences).sum())
     if total == 0:
         return 0.0
-    return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4)
+    return float(differences.sum()) / total * min(1.0, (len(positions) - 1) / 4)
 
 
 def _joined(logprob: ndarray, spans: list[tuple[int, int]]) -> float:

@@ -105,11 +105,11 @@ def generate(
         for begin in range(0, len(openings), batch_size):
             batch = openings[begin : begin + batch_size]
             unique = list(dict.fromkeys(batch))
-            place = {opening: i for i, opening in enumerate(unique)}
+            prompt_index = {opening: i for i, opening in enumerate(unique)}
             offset = first_index + begin  # index of the batch's first story
             decoder.start(
                 [prompts[opening] for opening in unique],
-                [place[opening] for opening in batch],
+                [prompt_index[opening] for opening in batch],
                 offset,
             )
             while len(stories) < begin + len(batch):
