@@ -498,7 +498,7 @@ def recorded_config(
     for f in dataclasses.fields(config_class):
         if f.name not in recorded:
             raise UserError(
-                f"{path} has no option {f.name}: the run was begun by another command or another "
+                f"{path} has no {f.name}: the run was begun by another command or another "
                 "version; continue with that one, or start a new run in another --out"
             )
         if _may_be_recorded(f, recorded[f.name]):

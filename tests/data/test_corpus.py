@@ -363,7 +363,8 @@ def test_what_is_wrong_with_the_hub_is_said(hub, tmp_path):
     ):
         assert fetch("tinystories", endpoint=endpoint, **variables).startswith(begin)
     assert re.search(
-        r"BabyLM-2026-Strict .*gated, accept its terms there", fetch("babylm-100m", endpoint=hub)
+        r"BabyLM-2026-Strict .*gated, accept its terms on the Hub",
+        fetch("babylm-100m", endpoint=hub),
     )
 
 

@@ -416,7 +416,7 @@ def test_a_persons_half_hour_survives_closed_pages_and_killed_programs(page, pla
         for process in (trainer, server):
             process.kill()
             process.wait()
-    assert result.startswith("Taught by a person: ")
+    assert result.startswith("A person gave ")
     (finding,) = read_findings(run)
     assert finding["sentences"] == [result] and result in (run / "report.html").read_text()
     lines = (run / PAIRS).read_text().splitlines() if compared else []

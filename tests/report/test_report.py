@@ -269,7 +269,9 @@ def test_one_opening_is_followed_over_the_evaluations(tmp_path):
     evaluated_run(tmp_path, [[0.2, 0.3, 0.4], [0.2, 0.3, 0.5], [0.5, 0.3, 0.5]])
     assert [record["index"] for record in followed(tmp_path)] == [1, 1, 1]
     text = Page(write_report(tmp_path)).text
-    followed_text = text.split("One opening at every evaluation")[1].split("Better stories")[0]
+    followed_text = text.split("One opening at every evaluation")[1].split(
+        "Diversity and mode collapse"
+    )[0]
     assert all(f"word {step}" in followed_text for step in range(3))
 
 

@@ -152,7 +152,7 @@ def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
                 line = fails(main, argv, capsys)
             flag = f"--{f.name.replace('_', '-')}"
             assert flag in line or f"no {f.name}" in line
-            if "give them again on the command line" in line:
+            if "again on the command line" in line:
                 asked.add(f.name)
                 assert shlex.quote(text) in line or f"{flag}={text}" in line
             (folder / "config.json").write_text(config)
@@ -257,7 +257,7 @@ def test_a_checkpoint_names_a_file_to_nobody(own, texts, tmp_path, capsys, monke
                 fails(interact.main, new, capsys),
                 fails(judge.main, [str(folder)], capsys),
             ):
-                assert f"was trained on {shlex.quote(text)}: it may be" in line
+                assert f"records {shlex.quote(text)} as the student's corpus" in line
                 assert "give --corpus" in line
 
 
@@ -296,7 +296,7 @@ def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, m
         (line,) = re.findall("go on with: (.*)", capsys.readouterr().out)
         assert "Once" not in line
         assert "--resume" in fails(module.main, [*options, "--out", out], capsys)
-        assert "give them again" in fails(module.main, ["--resume", "--out", out], capsys)
+        assert "again on the command line" in fails(module.main, ["--resume", "--out", out], capsys)
         words = shlex.split(line)
         module.main(words[words.index("--out") :])
 
