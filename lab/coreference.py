@@ -67,10 +67,10 @@ def coreference(
         rows = [torch.tensor(text.ids, device=device) for text in batch]
         tokens = pad_sequence(rows, batch_first=True)
         for hidden, text in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
-            for name in text.repeated:
-                probability = softmax_over(student, hidden[name.position - 1], names)
-                right = column[text.ids[name.position]]
-                candidates = [column[id] for id in name.introduced]
+            for mention in text.repeated:
+                probability = softmax_over(student, hidden[mention.position - 1], names)
+                right = column[text.ids[mention.position]]
+                candidates = [column[id] for id in mention.introduced]
                 repeated.append(float(probability[right]))
                 introduced.append(float(probability[candidates].sum()))
             for i, id in enumerate(text.ids):

@@ -290,12 +290,12 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
 def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
     comparison = BeforeAfter(*records)
-    assert comparison.tellers() == ""
+    assert comparison.styles() == ""
     for record, kind in zip(
         (*records[0], *records[1]), ("list", "story", "story", "story"), strict=True
     ):
         record["teller"] = kind
-    assert "list 50% → 0%" in comparison.tellers() and "story 50% → 100%" in comparison.tellers()
+    assert "list 50% → 0%" in comparison.styles() and "story 50% → 100%" in comparison.styles()
 
 
 def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):

@@ -94,7 +94,7 @@ def builtin_openings() -> list[str]:
     rng = random.Random("openings")
     openings: list[str] = []
     while len(openings) < BUILTIN + BUILTIN_HELD_OUT:
-        opening = grammar.opening(*grammar.tell(rng))
+        opening = grammar.opening(*grammar.generate(rng))
         if len(opening.split()) <= LONGEST and opening not in openings:
             openings.append(opening)
     return openings

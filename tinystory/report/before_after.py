@@ -100,7 +100,7 @@ class BeforeAfter:
             after_row.append(cell)
         return [header, before_row, after_row]
 
-    def tellers(self) -> str:
+    def styles(self) -> str:
         """A sentence on the styles of the texts before and after; "" if the run does not record
         styles."""
         before = group_means(self.before)
@@ -276,7 +276,7 @@ def summary(run: Path) -> str:
     without_signal = CollapseDetector(metrics).warnings.get("signal")
     held_out = [record.get("held_out_reward") for record in from_start(run, metrics)]
     sentences = [
-        comparison.tellers(),
+        comparison.styles(),
         comparison.conclusion(),
         doubt(read_config(run)),
         f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",

@@ -259,8 +259,8 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     stories += block("pair", "".join(map(story_card, pair, titles)))
     header, *rows = comparison.table()
     means = page.table(header, rows)
-    tellers = f'<p class="note">{escape(comparison.tellers())}</p>'
-    return block("hero", f"<div>{stories}</div><div>{figure}{means}{tellers}</div>")
+    styles = f'<p class="note">{escape(comparison.styles())}</p>'
+    return block("hero", f"<div>{stories}</div><div>{figure}{means}{styles}</div>")
 
 
 def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 
 from tinystory.data.builtin import grammar
 
-TOLD = 0.85  # probability of each sentence; the first and the last sentence always occur
+KEPT = 0.85  # probability of each sentence; the first and the last sentence always occur
 STORY = "story"  # the style of texts without the sentences of dull.txt
 
 
-class _Teller:
+class _Style:
     """A style of dull text. Source: the name of the style, one "name = values" per additional fact,
     then a sentence per line."""
 
@@ -36,18 +36,18 @@ class _Teller:
                 self.sentences.append(grammar.parse(line))
         self.pattern = re.compile("|".join(map(self._pattern, self.sentences)))
 
-    def tell(self, rng: random.Random, facts: dict[str, str]) -> str:
+    def continuation(self, rng: random.Random, facts: dict[str, str]) -> str:
         """The continuation of an opening with these facts."""
-        telling = grammar.Telling(rng, 0.0)
-        telling.facts.update(facts)
+        expander = grammar.Expander(rng, 0.0)
+        expander.facts.update(facts)
         for name, values in self.facts.items():
-            telling.facts[name] = telling.expand(telling.pick(values))
+            expander.facts[name] = expander.expand(expander.pick(values))
         sentences = []
         for i, sentence in enumerate(self.sentences):
             is_end = i in (0, len(self.sentences) - 1)
-            if is_end or rng.random() < TOLD:
+            if is_end or rng.random() < KEPT:
                 sentences.append(sentence)
-        text = " ".join(map(telling.expand, sentences))
+        text = " ".join(map(expander.expand, sentences))
         return grammar.ARTICLE.sub(r"\1n ", text)
 
     def _pattern(self, parts: list[grammar.Part]) -> str:
@@ -66,8 +66,8 @@ class _Teller:
         return pattern
 
 
-_TELLERS = [_Teller(source) for source in grammar.source("dull").split("\n== ")[1:]]
-KINDS = (STORY, *(teller.kind for teller in _TELLERS))
+_STYLES = [_Style(source) for source in grammar.source("dull").split("\n== ")[1:]]
+KINDS = (STORY, *(style.kind for style in _STYLES))
 
 
 def documents(words: int, seed: int) -> Iterator[str]:
@@ -75,11 +75,11 @@ def documents(words: int, seed: int) -> Iterator[str]:
     the same bytes."""
     rng = random.Random(f"dull {seed}")
     while words > 0:
-        story, facts = grammar.tell(rng)
-        teller = _TELLERS[int(rng.random() * len(_TELLERS))]
+        story, facts = grammar.generate(rng)
+        style = _STYLES[int(rng.random() * len(_STYLES))]
         opening = grammar.opening(story, facts)
         if opening.count('"') % 2 == 0:  # nobody is still speaking
-            document = f"{opening} {teller.tell(rng, facts)}"
+            document = f"{opening} {style.continuation(rng, facts)}"
             words -= len(document.split())
             yield document
 
@@ -92,7 +92,7 @@ def kind_of(story: str) -> str:
 
 
 def _kind_of_sentence(sentence: str) -> str:
-    for teller in _TELLERS:
-        if teller.pattern.fullmatch(sentence):
-            return teller.kind
+    for style in _STYLES:
+        if style.pattern.fullmatch(sentence):
+            return style.kind
     return STORY

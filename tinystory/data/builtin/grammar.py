@@ -43,7 +43,7 @@ SENTENCE = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
 SHORTEST_OPENING = 12  # words
 
 
-class Telling:
+class Expander:
     """The state of one story: facts, random numbers, probability of details. Only random.random()
     is used, because Python guarantees the sequence of no other method across versions."""
 
@@ -127,57 +127,57 @@ class _Plot:
             self.facts.append((names.split(" & "), table(rows)))
         self.paragraphs = list(map(parse, paragraphs))
 
-    def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
+    def generate(self, rng: random.Random) -> tuple[str, dict[str, str]]:
         """A story of this plot, and the facts of the story."""
         length = rng.random()  # cubed below, so that most stories are short
-        tell = Telling(rng, 0.8 * length * length * length)
-        _cast(tell, self.heroes)
+        expander = Expander(rng, 0.8 * length * length * length)
+        _cast(expander, self.heroes)
         for names, rows in self.facts:
-            for name, cell in zip(names, tell.pick(rows), strict=True):
-                tell.facts[name] = tell.expand(cell)
-        paragraphs = [tell.expand(paragraph).strip() for paragraph in self.paragraphs]
+            for name, cell in zip(names, expander.pick(rows), strict=True):
+                expander.facts[name] = expander.expand(cell)
+        paragraphs = [expander.expand(paragraph).strip() for paragraph in self.paragraphs]
         text = "\n".join(filter(None, paragraphs))
         single_spaced = re.sub("  +", " ", text)
-        return ARTICLE.sub(r"\1n ", single_spaced), tell.facts
+        return ARTICLE.sub(r"\1n ", single_spaced), expander.facts
 
 
-def _cast(tell: Telling, classes: list[str]) -> None:
+def _cast(expander: Expander, classes: list[str]) -> None:
     """Draw the hero, friend, parent and helper, and add them to the facts of the story."""
-    facts = tell.facts
-    role = tell.pick(classes)
+    facts = expander.facts
+    role = expander.pick(classes)
     world = "child" if role == "child" else "wild"
-    she = int(tell.random() * 2)
-    hero = tell.pick(_HEROES[role])
-    kind, home, lived, hand, food = map(tell.expand, hero)
+    she = int(expander.random() * 2)
+    hero = expander.pick(_HEROES[role])
+    kind, home, lived, hand, food = map(expander.expand, hero)
     kind = kind.split("~")[she - 1]
-    name = tell.pick(_NAMES[world][she])
+    name = expander.pick(_NAMES[world][she])
     facts.update(PRONOUNS[she], kind=kind, home=home, lived=lived, food=food, h=name)
     facts.update(hand=hand, hands=f"{hand}s")
-    facts["h.a"] = f"a {tell.expand(_RULES['little'])} {kind} named {name}"
+    facts["h.a"] = f"a {expander.expand(_RULES['little'])} {kind} named {name}"
     facts["h.full"] = name if world == "child" else f"{name} the {kind}"
 
     world_of_friend = "child"
     friends = _HEROES["child"]
     if role not in _WITH_CHILDREN:
         world_of_friend = "wild"
-        friends = [row for row in _HEROES[tell.pick(("paw", "paw", "bird"))] if row is not hero]
-    kind_cell, _, _, hand_cell, _ = tell.pick(friends)
-    kind = tell.expand(kind_cell).split("~")[-she]
-    friend = tell.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
+        friends = [row for row in _HEROES[expander.pick(("paw", "paw", "bird"))] if row is not hero]
+    kind_cell, _, _, hand_cell, _ = expander.pick(friends)
+    kind = expander.expand(kind_cell).split("~")[-she]
+    friend = expander.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
     for key, word in PRONOUNS[1 - she].items():
         facts[f"f.{key}"] = word
     facts["f"] = friend
     facts["f.kind"] = kind
     facts["f.a"] = f"a {kind} named {friend}"
     facts["f.full"] = friend if world_of_friend == "child" else f"{friend} the {kind}"
-    facts["f.hands"] = f"{tell.expand(hand_cell)}s"
+    facts["f.hands"] = f"{expander.expand(hand_cell)}s"
 
-    (parent,) = tell.pick(_PARENTS[world])
-    facts["mom"] = tell.expand(parent)
-    helper, introduction, interjection = tell.pick(_HELPERS[world])
-    facts["g"] = tell.expand(helper)
-    facts["g.a"] = tell.expand(introduction)
-    facts["g.hm"] = tell.expand(interjection)
+    (parent,) = expander.pick(_PARENTS[world])
+    facts["mom"] = expander.expand(parent)
+    helper, introduction, interjection = expander.pick(_HELPERS[world])
+    facts["g"] = expander.expand(helper)
+    facts["g.a"] = expander.expand(introduction)
+    facts["g.hm"] = expander.expand(interjection)
 
 
 _RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}
@@ -206,16 +206,16 @@ def stories(words: int, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     seen: set[str] = set()
     while words > 0:
-        story, _ = tell(rng)
+        story, _ = generate(rng)
         if story not in seen:
             seen.add(story)
             words -= len(story.split())
             yield story
 
 
-def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
+def generate(rng: random.Random) -> tuple[str, dict[str, str]]:
     """A story of a random plot, and the facts of the story."""
-    return PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
+    return PLOTS[int(rng.random() * len(PLOTS))].generate(rng)
 
 
 def sentences(story: str) -> list[str]:
