@@ -91,9 +91,7 @@ def _extended(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts and hashes of the phrases of `length` words that can be extended, extended by one
     word."""
-    next_words = words[
-        starts + length
-    ]  # always exists: the corpus ends with 0, which is in no phrase
+    next_words = words[starts + length]  # exists: the corpus ends with 0, which is in no phrase
     goes_on = next_words > 0
     extended = hashes[goes_on] * np.uint64(6364136223846793005) + keys[next_words[goes_on]]
     return starts[goes_on], extended

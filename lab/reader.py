@@ -182,9 +182,8 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
     """The tokenizer and the model, in bfloat16 if the hardware has it."""
     import transformers
 
-    options: dict[str, Any] = dict(
-        trust_remote_code=False
-    )  # the model's name may come from a run's folder
+    # the model's name may come from a run's folder
+    options: dict[str, Any] = dict(trust_remote_code=False)
     if name == PACKAGED:
         import gguf  # noqa: F401  transformers reads the packaged file with it
 

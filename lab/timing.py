@@ -27,9 +27,8 @@ SHAPES = {
 }
 PROMPT = 20  # tokens of a prompt
 GEMM_RUNS = 5
-Run: TypeAlias = Callable[
-    [], dict[str, float]
-]  # function that does the work once and returns seconds and `tokens`
+# Function that does the work once and returns seconds and `tokens`.
+Run: TypeAlias = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,7 @@ from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_record
 from tinystory.run.text import printable
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-COLUMNS = (
-    "index",
-    "opening",
-    "story",
-    "scores",
-    "score",
-    "reward",
-)  # columns of the table of stories
+COLUMNS = ("index", "opening", "story", "scores", "score", "reward")  # of the stories' table
 PAUSE_S = 5.0
 
 

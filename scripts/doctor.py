@@ -73,9 +73,7 @@ GRADER = (
     "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward"
 ).split()
 STUDENT = "init openings temperature max_new_tokens device".split()
-FIRST_INDEX = (
-    4 * 10**9
-)  # index of the student's first text: no other texts use these random numbers
+FIRST_INDEX = 4 * 10**9  # of the student's first text: no other texts use these random numbers
 
 
 @command

@@ -55,9 +55,8 @@ class UserError(Exception):
     do."""
 
     def __init__(self, message: str):
-        super().__init__(
-            printable(message)
-        )  # the message may quote a server, a file or the user's code
+        # the message may quote a server, a file or the user's code
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
