@@ -182,9 +182,7 @@ class PretrainConfig(RunConfig):
     """Pretrain a student on a corpus."""
 
     n_layer: int = option(3, "number of transformer blocks", "[1, 1000]", group="model")
-    n_head: int = option(
-        0, "number of attention heads; 0: as many as heads of size 64 need", "[0, 1000]"
-    )
+    n_head: int = option(0, "number of attention heads; 0: --n-embd / 64", "[0, 1000]")
     n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
     vocab_size: int = option(
@@ -324,7 +322,9 @@ class InteractConfig(RunConfig):
         "[0, 1)",
     )
     max_unscored: float = option(
-        0.1, "maximum fraction of a step's stories without a score; above it the run ends", "[0, 1)"
+        0.1,
+        "maximum fraction of a step's graded stories without a score; above it the run ends",
+        "[0, 1)",
     )
     grades: int = option(
         0,

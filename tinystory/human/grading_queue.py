@@ -20,7 +20,7 @@ from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
 
-UNASKED = "the answer is for a story that no longer waits: load the page again"
+UNASKED = "this answer belongs to no question that is open here: load the page again"
 NOTHING_BEFORE = "there is nothing to go back to"
 GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
 # Required fields of each record in a file of grades; a skipped story has no scores.
