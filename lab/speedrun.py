@@ -65,7 +65,7 @@ class Side:
     def means(self) -> dict[str, float]:
         return {name: fmean(run[name] for run in self.measures) for name in MEASURES}
 
-    def is_storyteller(self) -> bool:
+    def meets_the_rules(self) -> bool:
         means = self.means()
         needs_a_teacher = means["stories_before"] <= MOST_STORIES_BEFORE
         return needs_a_teacher and all(means[name] >= least for name, least in RULES.items())
@@ -180,7 +180,7 @@ def line(side: Side) -> str:
 
 def print_result(sides: Sequence[Side]) -> None:
     for i, side in enumerate(sides):
-        verdict = "a storyteller" if side.is_storyteller() else "does not meet the rules"
+        verdict = "meets the rules" if side.meets_the_rules() else "does not meet the rules"
         means = ", ".join(f"{name} {mean:.3f}" for name, mean in side.means().items())
         print(f"{side.commit}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
         for other in sides[:i]:
@@ -213,7 +213,7 @@ def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
     record = sides[0]
     failed = []
     for challenger, change in zip(sides[1:], changes, strict=True):
-        if challenger.is_storyteller():
+        if challenger.meets_the_rules():
             add_record(record, challenger, change)
             record = challenger
         else:
