@@ -159,7 +159,7 @@ def test_the_page_says_what_the_machine_does_while_no_story_waits(run):
                 clock.now += GRACE_S
                 await lesson.tick()
                 await asyncio.gather(*tasks)
-                assert "learns from your grades: step 1 of 2" in lesson.state(URL)["now"]
+                assert "learning from your grades: step 1 of 2" in lesson.state(URL)["now"]
                 run.end_step(1)
                 clock.now += 7
                 now = lesson.state(URL)["now"]

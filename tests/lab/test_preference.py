@@ -116,7 +116,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
     assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
     printed = capsys.readouterr().out
     assert "first preferred the story after interaction in 10 of 10 pairs" in printed
-    assert "second in 50% of its answers" in printed
+    assert "second story in 50% of the answers" in printed
     (finding,) = read_findings(tmp_path)
     assert finding["title"].endswith("compared blindly by first")
     assert (

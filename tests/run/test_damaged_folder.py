@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same
     pretrain.main(
         ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "harmed")]
     )
-    assert f"{last / 'trainer.safetensors'} is not what manifest.json" in capsys.readouterr().err
+    assert f"{last / 'trainer.safetensors'} does not match manifest.json" in capsys.readouterr().err
     assert_same_bits(tmp_path / "whole", tmp_path / "harmed")
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "harmed"))
 
