@@ -27,7 +27,7 @@ FATAL = {
     "no quota left": lambda: error(
         429, "You exceeded your current quota.", code="insufficient_quota"
     ),
-    "does not have what was asked for": lambda: error(
+    "has no such page or model": lambda: error(
         404, "The model `first` does not exist", code="model_not_found"
     ),
     "too short a context": lambda: error(
@@ -108,7 +108,7 @@ def test_not_http_at_all():
             pytest.raises(UserError) as caught,
         ):
             teacher.probes()[0]
-    assert_one_clean_sentence(caught, "broke off")
+    assert_one_clean_sentence(caught, "lost the connection")
 
 
 @pytest.mark.parametrize(

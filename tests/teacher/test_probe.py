@@ -35,7 +35,7 @@ def test_the_probe_says_what_it_found():
         line = str(probe)
         assert line.isprintable()
         assert f"first at {server.url}: scored a story" in line
-        assert "obeys nothing" in line
+        assert "reply constraint: nothing" in line
 
 
 def test_a_server_is_probed_once_per_run(tmp_path):
@@ -158,7 +158,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
 
     with Qwen() as server, Teacher(server.url) as teacher:
         probe = teacher.probes()[0]
-        assert probe.thinks and probe.scored and "told not to think" in str(probe)
+        assert probe.thinks and probe.scored and "reasoning reduced by" in str(probe)
         assert probe.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
         assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(
             zip(CRITERIA, (2, 1, 3), strict=True)

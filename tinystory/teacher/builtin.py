@@ -1,4 +1,4 @@
-"""The built-in teacher in a server process on 127.0.0.1, for as long as a run lasts."""
+"""Starts the built-in teacher as a server process on 127.0.0.1 and ends it with the run."""
 
 import contextlib
 import os
@@ -17,13 +17,15 @@ READY = "listening on "
 
 @contextlib.contextmanager
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
-    """Yield the URL of a rubric fitted to `corpus`; the process ends with the block, or with
-    ours."""
-    names = [f"./{name}" if name.startswith("-") else name for name in corpus]  # not an option
+    """Yields the URL of a rubric that is fitted to `corpus`. The server process ends with the block,
+    or with this process."""
+    # "./" so that a name with a leading "-" is not taken for an option
+    names = [f"./{name}" if name.startswith("-") else name for name in corpus]
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *names]
     environment = dict(os.environ)
     environment.pop("OPENAI_API_KEY", None)
-    # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.
+    # The server gets a session of its own, so that Ctrl-C reaches only the trainer, which still
+    # needs scores to finish the step.
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -38,7 +40,7 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
             if not line.startswith(READY):
                 code = process.wait(10)
                 raise UserError(
-                    f"the built-in teacher did not start (exit code {code}); its message is above"
+                    f"the built-in teacher did not start (exit code {code}); the reason is printed above"
                 )
             yield line.removeprefix(READY)
         finally:
