@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
       for (int i = 0; i < kMmaN / kMaskN; ++i) keep[i].draw(p.dropout, head, first, k0 + 8 * kMaskN * i);
     }
     copy_wait<0>();
-    sync_block();  // all threads see this tile, and all have finished the previous one, whose stage is reused next
+    sync_block();  // all threads see this tile, and all have finished the previous one, so its stage can be reused
     if (tile == 0) Q.preload();
     if (tile + 1 < n_tiles) load(tile + 1);
     copy_commit();

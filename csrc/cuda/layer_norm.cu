@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) layer_norm_kernel(NormPa
 }
 
 // With n = (x - mean) scale and g = grad_y weight: grad_x = scale (g - mean of g - n mean of g n) + grad_sum. A warp
-// sums the gradients of weight and bias over its rows in shared memory. No lane uses another lane's elements, so no
-// barrier is needed. The four sums of a group are C / 4 floats apart, to avoid bank conflicts.
+// sums the gradients of weight and bias over its rows in shared memory. Until the final sum, no lane uses another
+// lane's elements, so no barrier is needed. The four sums of a group are C / 4 floats apart, to avoid bank conflicts.
 template <class Branch, class Out>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksPerProcessor) layer_norm_backward_kernel(NormParams p) {
   const int warps = int(blockDim.x) / kWarpSize, C = int(p.x.C), groups = C / 4;

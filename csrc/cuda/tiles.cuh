@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_rows(Tile<Element, D> to, const Element* fr
 }
 
 // --- fragments -------------------------------------------------------------------------------------------------------
-// Calls f(mi, half) for each row of which this lane holds a part: row 16 mi + 8 half + g.
+// Calls f(mi, half) for each row in this lane's fragments: row 16 mi + 8 half + g.
 template <int kMmaM, class F>
 __device__ __forceinline__ void each_row(const F& f) {
 #pragma unroll
