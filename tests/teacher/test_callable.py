@@ -156,7 +156,7 @@ def test_a_file_alone_means_its_function_score(tmp_path):
         UserError, match=r"r\.py has no function 'score'; it has mine: write .*r\.py:mine$"
     ):
         scores(str(tmp_path / "r.py"))
-    with pytest.raises(UserError, match=r"write it as FILE\.py or FILE\.py:FUNCTION"):
+    with pytest.raises(UserError, match=r"write --reward as FILE\.py or FILE\.py:FUNCTION"):
         scores("score")
 
 

@@ -144,7 +144,7 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
 
     with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
         teacher.probes()[0]
-    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "4096 tokens")
+    assert_one_clean_sentence(caught, server.url, "reasons before it answers", "4096 tokens")
     assert len(server.requests) == 1 + 4 + 1  # as it is, told four times, and with more tokens
 
 

@@ -206,9 +206,9 @@ def _criterion(value: Any) -> Criterion:
             if is_known and all(map(_is_plain, [question, *levels])):
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
-        f'{value!r:.80} is not a valid criterion: a criterion has a "name" (one word of lower-case letters, digits and '
-        '_, not the name of another metric in metrics.jsonl) and a "question" of plain text; optional are 4 "levels" '
-        'of plain text and a "weight" above 0 and at most 1e6; other fields are not allowed'
+        f'{value!r:.80} is not a valid criterion: it must have a "name" (one word of small letters, digits and _, no '
+        'metric of metrics.jsonl) and a "question" of plain text; optional are 4 "levels" of plain text and a "weight" '
+        "above 0, at most 1e6; nothing else is allowed"
     )
 
 
