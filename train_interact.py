@@ -139,7 +139,8 @@ def interact(run: InteractionRun) -> None:
 
 
 def goes_on(run: InteractionRun) -> bool:
-    """Whether another step remains and fits in the budget. Prints the limit that it would exceed."""
+    """Whether another step remains and fits in the budget. Prints the limit that it would
+    exceed."""
     if run.state.step >= run.config.steps or stopped(run):
         return False
     limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state))

@@ -212,9 +212,9 @@ def save(run: PretrainingRun, name: str) -> None:
 
 
 def open_run(config: PretrainConfig) -> PretrainingRun:
-    """A run that is ready for the next step. The order: the tokenized corpus; student and optimizer;
-    their saved state if the run is resumed; the run's folder, last, so that no error that the user
-    can fix leaves files behind."""
+    """A run that is ready for the next step. The order: the tokenized corpus; student and
+    optimizer; their saved state if the run is resumed; the run's folder, last, so that no error
+    that the user can fix leaves files behind."""
     distributed.require_one_each("--batch-size", config.batch_size)
     folder = Path(config.out)
     compute = resolve(config.device, config.dtype)

@@ -2,9 +2,9 @@
 judge's scores.
 
 The AUC of a kind of text is the probability that the judge scores a good text above a text of this
-kind (the area under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the highest
-AUC over all kinds that are not TOO_EASY. A judge at chance for every kind teaches noise. A judge that
-recognises one kind can teach a student to avoid that kind."""
+kind (the area under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the
+highest AUC over all kinds that are not TOO_EASY. A judge at chance for every kind teaches noise. A
+judge that recognises one kind can teach a student to avoid that kind."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -126,8 +126,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def value_as_teacher(result: Mapping[str, Any]) -> float:
-    """The AUC by which judges are compared: the AUC for the student's texts, because a teacher scores
-    such texts; without texts by the student, the mean AUC over all kinds."""
+    """The AUC by which judges are compared: the AUC for the student's texts, because a teacher
+    scores such texts; without texts by the student, the mean AUC over all kinds."""
     for kind in (STUDENT_DULL, STUDENT):
         auc = result["kinds"].get(kind, {}).get("auc")
         if auc is not None:

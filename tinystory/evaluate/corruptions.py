@@ -46,9 +46,9 @@ def known_stories(
     documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> list[KnownStory]:
     """`count` texts of each kind. Texts with the same index share an opening: the first sentence of
-    the real story (a DULL text has another opening). Up to half of the real stories are part of this
-    package; the others come from `documents`. A corruption that changes nothing is left out. Raises
-    UserError if there are too few documents."""
+    the real story (a DULL text has another opening). Up to half of the real stories are part of
+    this package; the others come from `documents`. A corruption that changes nothing is left out.
+    Raises UserError if there are too few documents."""
     usable = usable_documents(documents, count)
     ours = _paragraphs("stories")[: count // 2]
     if len(usable) < count - len(ours) + EXAMPLES:
@@ -129,8 +129,8 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
 
 
 def usable_documents(documents: Iterable[str], count: int) -> list[str]:
-    """The documents that are long enough, among the first DOCUMENTS; stories of the built-in grammar
-    if there are fewer than `count`."""
+    """The documents that are long enough, among the first DOCUMENTS; stories of the built-in
+    grammar if there are fewer than `count`."""
     usable = list(filter(_is_long, itertools.islice(documents, DOCUMENTS)))
     if len(usable) < count:
         usable = list(filter(_is_long, unseen_stories(DOCUMENTS)))

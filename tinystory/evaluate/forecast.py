@@ -13,8 +13,8 @@ from tinystory.rl.policy import RunState
 from tinystory.run import distributed
 from tinystory.teacher.grade import Grader
 
-# Options of a run with few grades (docs/teachers.md, "Few grades"), which the forecast of a run with
-# all grades suggests.
+# Options of a run with few grades (docs/teachers.md, "Few grades"), which the forecast of a run
+# with all grades suggests.
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
 
 

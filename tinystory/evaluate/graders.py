@@ -74,8 +74,8 @@ def send(grader: Grader, story: Story) -> None:
 
 
 def collect(grader: Grader, stop: Stop) -> list[Grade]:
-    """Grades of all stories sent, in the order of their indices, on every rank. Raises Interrupted on
-    `stop`, and UserError if the teacher fails."""
+    """Grades of all stories sent, in the order of their indices, on every rank. Raises Interrupted
+    on `stop`, and UserError if the teacher fails."""
     return distributed.rank0_value(lambda: grader.collect(stop))
 
 

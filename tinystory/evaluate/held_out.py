@@ -99,9 +99,10 @@ def evaluate(
     judge: Grader | None,
     stop: Stop,
 ) -> tuple[list[Story], list[Grade], list[Record]]:
-    """Stories, grades and records of an evaluation: --eval-stories stories that continue the held-out
-    openings. Grades are NOT_ASKED with --no-eval-graded. The records include the second judge's
-    scores. judge: None without --judge, and on ranks other than 0. Raises Interrupted on `stop`."""
+    """Stories, grades and records of an evaluation: --eval-stories stories that continue the
+    held-out openings. Grades are NOT_ASKED with --no-eval-graded. The records include the second
+    judge's scores. judge: None without --judge, and on ranks other than 0. Raises Interrupted on
+    `stop`."""
     config = policy.config
     prompts = [openings[i % len(openings)] for i in range(config.eval_stories)]
 
@@ -135,8 +136,8 @@ def step_means(
 
 
 def evaluation_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Metrics of an evaluation's stories: mean reward, mean score as shown, mean score of the second
-    judge if there is one, and `story_means`."""
+    """Metrics of an evaluation's stories: mean reward, mean score as shown, mean score of the
+    second judge if there is one, and `story_means`."""
     means = {"reward": reward_mean(records), "score_mean": mean_of(map(shown_score, records))}
     means |= story_means(records)
     if any("judge" in record for record in records):
@@ -168,8 +169,8 @@ def becomes_best(config: InteractConfig, folder: Path, step: int) -> bool:
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:
-    """Whether the mean reward of the evaluation at `step` is within one standard error of the highest
-    mean reward so far (paired by story), and not below the mean reward of step 0. A smaller
+    """Whether the mean reward of the evaluation at `step` is within one standard error of the
+    highest mean reward so far (paired by story), and not below the mean reward of step 0. A smaller
     difference is noise, so the later student is preferred: it has learned from more stories."""
     # step -> {index of the story: reward}
     by_step: dict[int, dict[int, float]] = defaultdict(dict)

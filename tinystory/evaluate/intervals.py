@@ -46,7 +46,8 @@ def with_ci(
 
 
 def standard_error(values: Iterable[float | None]) -> float | None:
-    """Standard error of the mean of the values that are not None; None for fewer than two values."""
+    """Standard error of the mean of the values that are not None; None for fewer than two
+    values."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return None

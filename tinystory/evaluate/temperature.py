@@ -35,8 +35,8 @@ def trial_stories(config: InteractConfig, state: RunState) -> int:
 def choose_temperature(
     policy: Policy, reference: Student, openings: Openings, grader: Grader, state: RunState
 ) -> dict[str, float]:
-    """The mean reward at each of TEMPERATURES. Folds the best temperature into policy and reference,
-    and sets config.temperature to it. The words of the trial are counted in `state`."""
+    """The mean reward at each of TEMPERATURES. Folds the best temperature into policy and
+    reference, and sets config.temperature to it. The words of the trial are counted in `state`."""
     config = policy.config
     count = stories_per_temperature(config)
     texts = [openings[index] for index in range(count)]

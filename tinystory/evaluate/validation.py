@@ -31,9 +31,9 @@ def validate(
     batch: int,
     packing: str,
 ) -> tuple[float, float]:
-    """Validation loss in nats per token and in bits per byte. sequences: number of sequences, spread
-    evenly over the file and sharded over processes (None: all). token_sizes: (V,) int, bytes per
-    token. packing: the option --packing, which says how the file is cut into sequences."""
+    """Validation loss in nats per token and in bits per byte. sequences: number of sequences,
+    spread evenly over the file and sharded over processes (None: all). token_sizes: (V,) int, bytes
+    per token. packing: the option --packing, which says how the file is cut into sequences."""
     device = student.wte.weight.device
     context = student.config.context
     cuts = pieces(file, context, packing)

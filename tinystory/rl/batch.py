@@ -81,8 +81,8 @@ class Batch:
         return table.unflatten(0, (len(self), self.longest))
 
     def unpadded(self, table: Tensor) -> Tensor:
-        """Per-token entries (n, ...) of a padded table, the inverse of `padded`. A table (B, 1, ...)
-        is broadcast to each story's tokens."""
+        """Per-token entries (n, ...) of a padded table, the inverse of `padded`. A table (B, 1,
+        ...) is broadcast to each story's tokens."""
         full_table = table.expand(-1, self.longest, *table.shape[2:])
         return full_table.flatten(0, 1).index_select(0, self._table_positions)
 

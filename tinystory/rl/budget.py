@@ -45,8 +45,8 @@ class Budget:
         return ""
 
     def require_first_step(self, state: RunState, trial: int = 0) -> None:
-        """Raises UserError if the budget of a new run does not suffice for one step and the trial of
-        temperatures, which has `trial` stories."""
+        """Raises UserError if the budget of a new run does not suffice for one step and the trial
+        of temperatures, which has `trial` stories."""
         if state.step:
             return
         limit = self.exhausted(state, evaluations=2, trial=trial)

@@ -1,9 +1,9 @@
 """The default learner's baseline: ridge regression of returns on the frozen reference's hidden
 states.
 
-A value head on the student's trunk learns slowly, and its gradients disturb the trunk. The reference
-processes every story anyway, and a linear function of the reference's hidden states explains most
-of the variance of the rewards after one step (lab/LOG.md)."""
+A value head on the student's trunk learns slowly, and its gradients disturb the trunk. The
+reference processes every story anyway, and a linear function of the reference's hidden states
+explains most of the variance of the rewards after one step (lab/LOG.md)."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,8 @@ from tinystory.rl.batch import Batch, Reference
 # Ridge prior, in tokens: after PRIOR tokens (about 40 stories) the weights are shrunk by half. This
 # value was the best one on held-out stories.
 PRIOR = 5000
-# Factor on the accumulated statistics per PPO step, because older returns come from an older policy.
+# Factor on the accumulated statistics per PPO step, because older returns come from an older
+# policy.
 DECAY = 0.9
 # Stories per chunk of features. On a CPU, chunks are a quarter faster than one whole step
 # (lab/LOG.md).
@@ -24,8 +25,8 @@ CHUNK = 32
 
 
 class RidgeCritic(nn.Module):
-    """Ridge regression of returns on features. The buffers are the sufficient statistics, accumulated
-    over the steps of a run."""
+    """Ridge regression of returns on features. The buffers are the sufficient statistics,
+    accumulated over the steps of a run."""
 
     # (D, D) float64: sum over tokens of the features' outer product, decayed by DECAY per step
     gram: Tensor

@@ -35,8 +35,8 @@ def policy_loss(
     PPO, GRPO and Dr. GRPO: -min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio of
     the token (Schulman et al. 2017, arXiv 1707.06347, eq. 7). RLOO: the same with the ratio of the
     whole story, which is one action (Ahmadian et al. 2024, arXiv 2402.14740). sft-best: -log p of
-    the best stories, as in RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1). DPO:
-    -log sigmoid(beta margin), for every token of both stories of a pair (Rafailov et al. 2023, arXiv
+    the best stories, as in RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1). DPO: -log
+    sigmoid(beta margin), for every token of both stories of a pair (Rafailov et al. 2023, arXiv
     2305.18290, eq. 7)."""
     not_clipped = torch.zeros_like(logprob, dtype=torch.bool)
     if config.learner == "sft-best":
@@ -76,9 +76,9 @@ def story_weights(config: InteractConfig, batch: Batch, tokens: int, stories: in
     """Weights of the tokens, (n,), in the mean over a minibatch of `tokens` tokens and `stories`
     stories, for learners that compare stories.
 
-    The loss is a mean over stories of the mean over a story's tokens, 1/G sum_i 1/|o_i| sum_t, as in
-    GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3). For DPO this is the mean over pairs. Dr. GRPO
-    (Liu et al. 2025, arXiv 2503.20783, figure 1) replaces |o_i| by --max-new-tokens."""
+    The loss is a mean over stories of the mean over a story's tokens, 1/G sum_i 1/|o_i| sum_t, as
+    in GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3). For DPO this is the mean over pairs. Dr.
+    GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1) replaces |o_i| by --max-new-tokens."""
     lengths = batch.lengths
     if config.learner == "dr_grpo":
         lengths = np.full_like(lengths, config.max_new_tokens)

@@ -1,5 +1,5 @@
-"""Sequence packing with shared prefixes: no padding, and each opening is computed once, however many
-stories share the opening."""
+"""Sequence packing with shared prefixes: no padding, and each opening is computed once, however
+many stories share the opening."""
 
 from dataclasses import dataclass
 from typing import Any  # torch's ctx takes any attribute
@@ -70,8 +70,8 @@ def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) 
     """The packing of B padded rows; None if no opening repeats. The first row with an opening
     computes the opening for all rows that share it.
 
-    All arguments are (B,) int64. openings: equal for equal openings. prompt_lengths: number of tokens
-    of the opening. lengths: number of tokens of the row, which has opening and story."""
+    All arguments are (B,) int64. openings: equal for equal openings. prompt_lengths: number of
+    tokens of the opening. lengths: number of tokens of the row, which has opening and story."""
     _, first_rows, group = np.unique(openings, return_index=True, return_inverse=True)
     if len(first_rows) == len(openings):
         return None

@@ -83,7 +83,8 @@ class SharpAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        """Update all parameters and s by Adam; then fold s into norm and readers and reset s to 0."""
+        """Update all parameters and s by Adam; then fold s into norm and readers and reset s to
+        0."""
         multiplied = [self.norm.weight, self.norm.bias]
         divided = self.readers
         # e^s multiplies the norm and divides the readers. So at s = 0 the derivative of the loss
@@ -142,8 +143,8 @@ class Policy:
         checkpoint.drop_older(folder)
 
     def trainer_state(self) -> dict[str, Tensor]:
-        """Tensors that a bit-identical resume needs besides the student: optimizer, critic and score
-        model."""
+        """Tensors that a bit-identical resume needs besides the student: optimizer, critic and
+        score model."""
         tensors = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         return tensors | self.score_model.tensors()
@@ -188,10 +189,10 @@ def rollout(
     on_story: Callable[[Story], None],
     temperature: float = 1.0,
 ) -> list[Story]:
-    """Stories that continue these openings, with indices first_index, first_index + 1, ..., on every
-    rank. on_story is called on rank 0 only: for a story of rank 0's shard as soon as the story ends,
-    for all other stories afterwards. temperature: relative to the temperature that is folded into
-    the student."""
+    """Stories that continue these openings, with indices first_index, first_index + 1, ..., on
+    every rank. on_story is called on rank 0 only: for a story of rank 0's shard as soon as the
+    story ends, for all other stories afterwards. temperature: relative to the temperature that is
+    folded into the student."""
     shard = distributed.shard_contiguous(len(openings))
     is_rank0 = distributed.is_rank0()
     with policy.autocast():

@@ -1,7 +1,7 @@
 """One step of learning from stories: token rewards with a KL penalty, and the update of the policy.
 
-The formulas follow TRL's PPOTrainer; learners.py has the parts that differ between learners. Tensors
-are (n,), one entry per token of the stories."""
+The formulas follow TRL's PPOTrainer; learners.py has the parts that differ between learners.
+Tensors are (n,), one entry per token of the stories."""
 
 import math
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_r
 
 def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the stories' tokens, (n,), and the hidden states that predict these
-    tokens, (n, C). Columns that are padding in all rows are skipped. A CPU computes a shared opening
-    once. A GPU does not, because there the sum of the opening's gradients would depend on the order
-    of the threads."""
+    tokens, (n, C). Columns that are padding in all rows are skipped. A CPU computes a shared
+    opening once. A GPU does not, because there the sum of the opening's gradients would depend on
+    the order of the threads."""
     columns = int(batch.input_lengths.max())
     tokens = batch.inputs[:, :columns]
     # The hidden state at position p predicts token p + 1, so the last token of the prompt predicts
@@ -161,13 +161,13 @@ def step(
 def update(
     policy: Policy, batch: Batch, targets: Targets, kl_coef: float = 0.0, steps: int = 0
 ) -> dict[str, float]:
-    """Mean metrics over the optimizer steps of one update: config.epochs passes over the batch, with
-    one optimizer step per minibatch.
+    """Mean metrics over the optimizer steps of one update: config.epochs passes over the batch,
+    with one optimizer step per minibatch.
 
-    kl_coef: weight of the KL penalty in the loss, or beta of DPO. steps: number of steps done before
-    this one. PyTorch's global generator draws the order of the minibatches. Gradients are summed
-    over micro-batches and processes, and divided by the number of tokens of the minibatch. So
-    --micro-batch-size and the number of processes affect only memory and speed."""
+    kl_coef: weight of the KL penalty in the loss, or beta of DPO. steps: number of steps done
+    before this one. PyTorch's global generator draws the order of the minibatches. Gradients are
+    summed over micro-batches and processes, and divided by the number of tokens of the minibatch.
+    So --micro-batch-size and the number of processes affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
     together = LEARNERS[config.learner].together
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -283,9 +283,9 @@ def k3(targets: Targets, logprob: Tensor) -> Tensor:
 
 
 def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
-    """Half the squared error of the values, (n,). value: (n,), from the value head; the error is the
-    larger one of this value and of this value clipped to within CLIP_VALUE of the old value. With
-    None, the error is that of the ridge critic's values, without gradient."""
+    """Half the squared error of the values, (n,). value: (n,), from the value head; the error is
+    the larger one of this value and of this value clipped to within CLIP_VALUE of the old value.
+    With None, the error is that of the ridge critic's values, without gradient."""
     if value is None:
         return 0.5 * (targets.values - targets.returns) ** 2
     change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)

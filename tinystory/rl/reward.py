@@ -1,8 +1,8 @@
 """The reward of a story, computed from the teacher's score. PPO maximises the reward.
 
 The score is multiplied by a diversity factor: how different the story is from the other stories of
-the step (as in DARLING, arXiv 2509.02534). Then the length term of the paper is added. The reward of
-a story that was cut off is multiplied by --unfinished."""
+the step (as in DARLING, arXiv 2509.02534). Then the length term of the paper is added. The reward
+of a story that was cut off is multiplied by --unfinished."""
 
 import math
 from collections import Counter
@@ -31,9 +31,9 @@ def story_rewards(
 def story_reward(
     config: InteractConfig, score: float, difference: float, words: int, ended: bool
 ) -> float:
-    """The reward of a story, 0..1: (score * (1 - diversity + diversity * difference) + length_weight
-    * min(words / length_words, 1)) / (1 + length_weight), times `unfinished` if the story was cut
-    off. score and difference are 0..1.
+    """The reward of a story, 0..1: (score * (1 - diversity + diversity * difference) +
+    length_weight * min(words / length_words, 1)) / (1 + length_weight), times `unfinished` if the
+    story was cut off. score and difference are 0..1.
 
     The length term keeps stories from becoming shorter. With diversity 0 and unfinished 1, this is
     the reward of arXiv 2509.15714. words: number of whitespace-separated words that the student
@@ -46,8 +46,8 @@ def story_reward(
 
 def differences(stories: Sequence[str]) -> list[float]:
     """How different each story is from the others, 0..1: the mean of 1 / (number of stories that
-    contain the phrase) over the distinct phrases of the story. 1 if the story shares no phrase; 0 if
-    the story is too short to contain a phrase."""
+    contain the phrase) over the distinct phrases of the story. 1 if the story shares no phrase; 0
+    if the story is too short to contain a phrase."""
     phrases_of_each = [phrases(story) for story in stories]
     stories_with: Counter[tuple[str, ...]] = Counter()
     for distinct in phrases_of_each:
@@ -61,8 +61,8 @@ def differences(stories: Sequence[str]) -> list[float]:
 
 
 def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
-    """Distinct word n-grams of a story, in lower case and without punctuation. All capitalised words,
-    names among them, count as one word: the same story with another name is not a different
+    """Distinct word n-grams of a story, in lower case and without punctuation. All capitalised
+    words, names among them, count as one word: the same story with another name is not a different
     story."""
     words = []
     for word in story.split():

@@ -1,5 +1,5 @@
-"""A surrogate model of the teacher's scores. With `--grades N` the teacher grades N stories of a run,
-and a ridge regression predicts the scores of all other stories from the outputs of the frozen
+"""A surrogate model of the teacher's scores. With `--grades N` the teacher grades N stories of a
+run, and a ridge regression predicts the scores of all other stories from the outputs of the frozen
 reference.
 
 The regression is refitted in each step. The ridge penalty is the one with the smallest
@@ -50,10 +50,10 @@ def grades_of_step(config: InteractConfig, step: int, given: int) -> int:
 def story_features(batch: Batch, reference: Reference, stories: Sequence[Story]) -> Tensor:
     """Features of each story, (B, 2C + 15) float32 on the CPU, from the outputs of the reference.
 
-    The features are: the mean and the last hidden state; of the tokens' log-probabilities, the mean,
-    the standard deviation, the mean over each half and over the last ten tokens, the fraction below
-    -4 nats, and the quantiles QUANTILES; the length, the square and the inverse of the length, and
-    whether the story ended."""
+    The features are: the mean and the last hidden state; of the tokens' log-probabilities, the
+    mean, the standard deviation, the mean over each half and over the last ten tokens, the fraction
+    below -4 nats, and the quantiles QUANTILES; the length, the square and the inverse of the
+    length, and whether the story ended."""
     sizes = [int(length) for length in batch.lengths]
     logprobs_of_each = reference.logprobs.cpu().double().split(sizes)
     hidden_of_each = reference.hidden.cpu().double().split(sizes)
@@ -88,8 +88,8 @@ def with_predictions(
     graded: Sequence[int],
 ) -> tuple[list[float | None], dict[str, Any]]:
     """The scores, completed by predictions for the stories that the teacher did not grade, and
-    metrics of the predictions. features: (B, F), of all stories. graded: rows of the stories sent to
-    the teacher."""
+    metrics of the predictions. features: (B, F), of all stories. graded: rows of the stories sent
+    to the teacher."""
     predicted, record = distributed.rank0_value(lambda: model.complete(features, graded, scores))
     completed = list(scores)
     for row, prediction in enumerate(predicted):

@@ -1,5 +1,5 @@
-"""Start of an interaction: the student, the frozen reference, the openings, and the numbers of words
-at which checkpoints are kept."""
+"""Start of an interaction: the student, the frozen reference, the openings, and the numbers of
+words at which checkpoints are kept."""
 
 import contextlib
 import os
@@ -27,9 +27,9 @@ INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 
 def starting_checkpoint(config: InteractConfig) -> Path:
-    """The checkpoint that --init names; by default the checkpoint of the newest run in PRETRAIN_RUNS
-    and in their numbered successors (runs/pretrain-2). Raises UserError if there is none, or if
-    --resume must start from the first checkpoint again and --init is missing."""
+    """The checkpoint that --init names; by default the checkpoint of the newest run in
+    PRETRAIN_RUNS and in their numbered successors (runs/pretrain-2). Raises UserError if there is
+    none, or if --resume must start from the first checkpoint again and --init is missing."""
     if config.init:
         return checkpoint.find(Path(config.init))
     if config.resume:

@@ -1,10 +1,10 @@
 """Answers to yes-or-no questions: log-odds from replies, and scores from log-odds.
 
-The grades of a small model are hardly informative about a text. The probability with which the model
-answers yes to one plain question ranks texts well (docs/teachers.md, "Which model can judge"). The
-log-odds are computed from the log-probabilities of the candidates for the first token of the reply.
-If a server gives no log-probabilities, the question is asked several times, and the log-odds are
-computed from the fraction of yes."""
+The grades of a small model are hardly informative about a text. The probability with which the
+model answers yes to one plain question ranks texts well (docs/teachers.md, "Which model can
+judge"). The log-odds are computed from the log-probabilities of the candidates for the first token
+of the reply. If a server gives no log-probabilities, the question is asked several times, and the
+log-odds are computed from the fraction of yes."""
 
 import math
 import re
@@ -62,8 +62,8 @@ def odds_of_share(answers: Sequence[bool]) -> float:
 
 @dataclass
 class AnswerScale:
-    """Scale from log-odds to scores. questions: name of a question -> mean and standard deviation of
-    the question's log-odds on known texts; empty before `fit`."""
+    """Scale from log-odds to scores. questions: name of a question -> mean and standard deviation
+    of the question's log-odds on known texts; empty before `fit`."""
 
     questions: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -83,8 +83,8 @@ class AnswerScale:
 
 
 def _word(text: str) -> str:
-    """The letters of a text in lower case. Other characters are dropped, because tokenizers mark the
-    space before a word in different ways."""
+    """The letters of a text in lower case. Other characters are dropped, because tokenizers mark
+    the space before a word in different ways."""
     return re.sub("[^a-z]", "", text.casefold())
 
 

@@ -1,6 +1,6 @@
-"""HTTP client for one OpenAI-compatible server. The server's answers are untrusted input: their size
-is bounded, their structure is checked, and control characters and an echoed key are removed before a
-message quotes any text."""
+"""HTTP client for one OpenAI-compatible server. The server's answers are untrusted input: their
+size is bounded, their structure is checked, and control characters and an echoed key are removed
+before a message quotes any text."""
 
 import asyncio
 import functools
@@ -66,13 +66,14 @@ class Reply:
     thought: bool  # whether the model reasoned before the reply, visibly or not
     # numbers of (prompt, completion) tokens that the server reports; None without a report
     tokens: tuple[int, int] | None = None
-    # (token, log-probability) of the likeliest first tokens of the text; () if the server sends none
+    # (token, log-probability) of the likeliest first tokens of the text; () if the server sends
+    # none
     alternatives: tuple[tuple[str, float], ...] = ()
 
 
 class ChatClient:
-    """Client of the server at `url` (including /v1), for use on one event loop. Only connecting has a
-    time limit here; callers limit the time of a request."""
+    """Client of the server at `url` (including /v1), for use on one event loop. Only connecting has
+    a time limit here; callers limit the time of a request."""
 
     def __init__(self, url: str, key: str):
         self._url = url
@@ -86,9 +87,10 @@ class ChatClient:
         import openai
 
         timeout = openai.Timeout(None, connect=10.0)
-        # ServerPool limits the connections. For aiohttp, 0 means no limit, and None means a limit of
-        # 100. Redirects are not followed, because a redirect could send the key to another host. For
-        # a loopback URL, proxies are ignored, because a proxy cannot reach this machine's loopback.
+        # ServerPool limits the connections. For aiohttp, 0 means no limit, and None means a limit
+        # of 100. Redirects are not followed, because a redirect could send the key to another host.
+        # For a loopback URL, proxies are ignored, because a proxy cannot reach this machine's
+        # loopback.
         http_client = openai.DefaultAioHttpClient(
             timeout=timeout,
             limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
@@ -121,7 +123,8 @@ class ChatClient:
 
     async def chat(self, body: Mapping[str, Any]) -> Reply:
         """The server's reply to a chat request. body: all fields of the request. Raises Failure."""
-        # The package openai sends extra_body unchanged. It would check the types of other arguments.
+        # The package openai sends extra_body unchanged. It would check the types of other
+        # arguments.
         try:
             answer = await self._answer(
                 lambda client: client.chat.completions.with_streaming_response.create(
@@ -163,8 +166,8 @@ class ChatClient:
         self,
         request: Callable[["openai.AsyncOpenAI"], AbstractAsyncContextManager[Any]],
     ) -> object:
-        """The parsed JSON of the response to `request`. Raises Failure if the request cannot be made
-        or the connection breaks."""
+        """The parsed JSON of the response to `request`. Raises Failure if the request cannot be
+        made or the connection breaks."""
         import aiohttp
         import httpx2
         import openai
@@ -277,9 +280,9 @@ def _tokens(usage: object) -> tuple[int, int] | None:
 
 
 def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:
-    """(token, log-probability) of the likeliest tokens at the first position with a token that is not
-    white space; () without such a position. Values that cannot be log-probabilities, such as NaN,
-    are left out."""
+    """(token, log-probability) of the likeliest tokens at the first position with a token that is
+    not white space; () without such a position. Values that cannot be log-probabilities, such as
+    NaN, are left out."""
     positions = logprobs.get("content") if isinstance(logprobs, dict) else None
     for position in positions if isinstance(positions, list) else ():
         match position:
@@ -305,9 +308,9 @@ def is_count_pair(value: object) -> bool:
 
 
 def _error_texts(answer: object) -> list[str]:
-    """Distinct messages and codes in an error response, at any depth. Known formats: OpenAI's object;
-    FastAPI's detail, with the location of a field; Gemini's list; OpenRouter's metadata, which
-    contains the error of a provider as text."""
+    """Distinct messages and codes in an error response, at any depth. Known formats: OpenAI's
+    object; FastAPI's detail, with the location of a field; Gemini's list; OpenRouter's metadata,
+    which contains the error of a provider as text."""
     texts: dict[str, None] = {}
     values: list[object] = [answer]
     while values:

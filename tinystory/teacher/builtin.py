@@ -17,8 +17,8 @@ READY = "listening on "
 
 @contextlib.contextmanager
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
-    """Yields the URL of a rubric that is fitted to `corpus`. The server process ends with the block,
-    or with this process."""
+    """Yields the URL of a rubric that is fitted to `corpus`. The server process ends with the
+    block, or with this process."""
     # "./" so that a name with a leading "-" is not taken for an option
     names = [f"./{name}" if name.startswith("-") else name for name in corpus]
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *names]

@@ -1,6 +1,6 @@
 """Append-only cache of the teacher's replies, keyed by the request. The file has one JSON line per
-reply. A resumed run sends requests only for missing replies. A run with a copy of another run's file
-needs no server. A reply is written to the file before it is used."""
+reply. A resumed run sends requests only for missing replies. A run with a copy of another run's
+file needs no server. A reply is written to the file before it is used."""
 
 import hashlib
 import json
@@ -29,10 +29,10 @@ REPLY: Fields = {  # fields of a line, with their types
 def cache_key(
     model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]
 ) -> str:
-    """Key of a request: a hash of model, messages and sampling parameters, which include the seed of
-    the attempt. In the hashed messages, a character that `clean` removes from prompts replaces the
-    fence. So a story that is sent twice, with two fences, has one key, and different prompts never
-    share a key."""
+    """Key of a request: a hash of model, messages and sampling parameters, which include the seed
+    of the attempt. In the hashed messages, a character that `clean` removes from prompts replaces
+    the fence. So a story that is sent twice, with two fences, has one key, and different prompts
+    never share a key."""
     question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
     return _digest(question, 24) + _digest([model, sorted(sampling.items())], 8)
 
@@ -113,9 +113,10 @@ class Cache:
     def put(
         self, key: str, reply: CachedReply, *, again: bool = False, **about: object
     ) -> CachedReply:
-        """The reply that counts for this key, after storing `reply`. The first reply to a key counts,
-        so that two senders of the same request get the same reply, now and after a resume. again:
-        `reply` replaces a reply from an earlier process. about: further fields for the file."""
+        """The reply that counts for this key, after storing `reply`. The first reply to a key
+        counts, so that two senders of the same request get the same reply, now and after a resume.
+        again: `reply` replaces a reply from an earlier process. about: further fields for the
+        file."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
         if self._path is not None:
@@ -133,9 +134,9 @@ class Cache:
     def keep(
         self, key: str, story: int, reply: CachedReply, *, again: bool = False, **about: object
     ) -> CachedReply:
-        """The reply that counts for a request about story number `story`, after storing `reply`; see
-        `put` and `find`. A failure is stored for this story only. A failure from an earlier process
-        for this story is replaced."""
+        """The reply that counts for a request about story number `story`, after storing `reply`;
+        see `put` and `find`. A failure is stored for this story only. A failure from an earlier
+        process for this story is replaced."""
         story_key = f"{key} {story}"
         if reply.error is not None or self.get(story_key):
             key = story_key

@@ -1,9 +1,9 @@
-"""A user's Python function as the teacher. The function runs in a subprocess, so that a failure of the
-function does not cost the run's results.
+"""A user's Python function as the teacher. The function runs in a subprocess, so that a failure of
+the function does not cost the run's results.
 
-The function is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once. It
-returns one score per story: 0..1 or None. A story with None has no reward and no gradient, and is
-counted as unscored."""
+The function is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once.
+It returns one score per story: 0..1 or None. A story with None has no reward and no gradient, and
+is counted as unscored."""
 
 import contextlib
 import hashlib
@@ -67,8 +67,8 @@ CONTROLS: dict[str, ScoreStories] = {
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     """Yields the scoring function that `spec` names: one of CONTROLS, or FILE.py:FUNCTION (default:
     `score`), which runs in a subprocess until the block ends. Raises UserError if there is no such
-    function. A call raises UserError if the function fails, exits, takes longer than `timeout_s`, or
-    does not return one number in 0..1 or None per story."""
+    function. A call raises UserError if the function fails, exits, takes longer than `timeout_s`,
+    or does not return one number in 0..1 or None per story."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
@@ -114,8 +114,8 @@ class RemoteFunction:
         return self.answer()
 
     def answer(self) -> Any:
-        """The next value that the subprocess sends. Raises UserError if the function fails, exits, or
-        takes longer than `timeout_s`."""
+        """The next value that the subprocess sends. Raises UserError if the function fails, exits,
+        or takes longer than `timeout_s`."""
         try:
             if not self.connection.poll(self.timeout_s):
                 limit = f"{self.timeout_s:g} s (--teacher-timeout)"
@@ -170,8 +170,8 @@ def main() -> None:
 
 
 def _serve(file: str, name: str, connection: Connection) -> None:
-    """Send the name of the function's first parameter. Then, for each (opening(s), stories) received,
-    send the scores."""
+    """Send the name of the function's first parameter. Then, for each (opening(s), stories)
+    received, send the scores."""
     sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` does
     names = runpy.run_path(file, run_name=Path(file).stem)
     function = names.get(name)

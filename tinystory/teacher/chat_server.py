@@ -41,8 +41,8 @@ logger.addFilter(
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
     """Yields the URL, without a path, of a server on 127.0.0.1 that runs during the block. port: 0
     takes a free port. Raises UserError if the server cannot listen on the port."""
-    # handler_cancellation: when a client closes the connection, the handler is cancelled, so a human
-    # never grades a story that no client waits for.
+    # handler_cancellation: when a client closes the connection, the handler is cancelled, so a
+    # human never grades a story that no client waits for.
     runner = web.AppRunner(
         application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True
     )

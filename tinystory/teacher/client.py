@@ -37,8 +37,8 @@ TOKENS_PER_WORD = 1.4
 @dataclass(eq=False)
 class _Request:
     """A request about a story. criterion: the name of the question; "" if the request asks for all
-    grades. draw: number of the request among equal requests, which have different seeds. key: key of
-    the reply in the cache."""
+    grades. draw: number of the request among equal requests, which have different seeds. key: key
+    of the reply in the cache."""
 
     criterion: str
     draw: int
@@ -79,8 +79,8 @@ class _Story:
 
 
 class Teacher(Grader):
-    """A grader that asks one model on one or several servers. If a reply has no scores, the request is
-    sent again with another seed, up to `attempts` times. After a failure that a retry cannot fix
+    """A grader that asks one model on one or several servers. If a reply has no scores, the request
+    is sent again with another seed, up to `attempts` times. After a failure that a retry cannot fix
     (wrong key, exhausted quota, unknown model, too short a context), every call that waits for a
     grade raises UserError, and no further story is sent.
 
@@ -129,7 +129,8 @@ class Teacher(Grader):
             self.endpoints.append(endpoint)
         self.pool = ServerPool(self.endpoints)
         self._fatal: UserError | None = None  # once set, no further story can be graded
-        # The endpoints that were probed. Model and probe of the first one are part of all cache keys.
+        # The endpoints that were probed. Model and probe of the first one are part of all cache
+        # keys.
         self._present: list[Endpoint] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
@@ -144,9 +145,9 @@ class Teacher(Grader):
         return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order. If too many stories have no score, requests are repeated
-        for the unscored stories with replies from an earlier process, because the user may have fixed
-        the teacher since then."""
+        """Grades of the questions, in order. If too many stories have no score, requests are
+        repeated for the unscored stories with replies from an earlier process, because the user may
+        have fixed the teacher since then."""
         futures = [self.sent.pop(each, None) or self.submit(each) for each in questions]
         grades = self._wait(futures, stop)
         if too_few_scores(grades, self.max_unscored):
@@ -185,10 +186,10 @@ class Teacher(Grader):
 
     def probes(self) -> list[Probe]:
         """The probes of all servers that can be reached. The first call probes each server, with
-        about four requests, or with one request if the cache has a probe. A cached probe is used even
-        if the server cannot be reached. The first probe is part of all cache keys. Raises UserError
-        if no server can be reached, or if a server has no OpenAI-compatible API, lacks the model,
-        refuses the request or does not reply in time."""
+        about four requests, or with one request if the cache has a probe. A cached probe is used
+        even if the server cannot be reached. The first probe is part of all cache keys. Raises
+        UserError if no server can be reached, or if a server has no OpenAI-compatible API, lacks
+        the model, refuses the request or does not reply in time."""
         if not self._present:
             asyncio.run_coroutine_threadsafe(self._probe_all(), self._loop).result()
             kept = [key for key, _ in self.cache.items()]
@@ -206,8 +207,8 @@ class Teacher(Grader):
 
     @property
     def model(self) -> str:
-        """The name of the model; "" until it is known; several names, joined by ", ", if the servers
-        use different names."""
+        """The name of the model; "" until it is known; several names, joined by ", ", if the
+        servers use different names."""
         names = dict.fromkeys(endpoint.model for endpoint in self.endpoints)
         return ", ".join(name for name in names if name)
 
@@ -239,8 +240,8 @@ class Teacher(Grader):
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str) -> str:
-        """One sentence on the cost of grading `stories` stories, estimated from the first probe. Assumes
-        one readable reply per request. All replies count as words for the student."""
+        """One sentence on the cost of grading `stories` stories, estimated from the first probe.
+        Assumes one readable reply per request. All replies count as words for the student."""
         probes = self.probes()
         first = probes[0]
         requests = stories * self.requests_per_story
@@ -287,8 +288,8 @@ class Teacher(Grader):
     # ---- in the thread of the requests -----------------------------------------------------------
 
     async def _probe_all(self) -> None:
-        """Probe all servers. Leaves out servers that cannot be reached; raises UserError if no server
-        can be reached."""
+        """Probe all servers. Leaves out servers that cannot be reached; raises UserError if no
+        server can be reached."""
         probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
         failures = await asyncio.gather(*probers)
         for endpoint, failure in zip(self.endpoints, failures, strict=True):
@@ -299,8 +300,8 @@ class Teacher(Grader):
             leave_out(endpoint, failure)
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
-        """The grade of one story. Each request about the story is sent up to `attempts` times, until
-        the reply is readable."""
+        """The grade of one story. Each request about the story is sent up to `attempts` times,
+        until the reply is readable."""
         # After a fatal failure the other tasks are not awaited. The callback retrieves their
         # exceptions; otherwise asyncio would print them.
         task = asyncio.current_task()
@@ -402,8 +403,8 @@ class Teacher(Grader):
         return self._grade_of(story, scores=None, score=None, error=error)
 
     def _grade_of(self, story: "_Story", **outcome: Any) -> Grade:
-        # A word is at least one token, so a reply has at most longest_reply words. Some servers ignore
-        # max_tokens and send more words; the additional words are not used and not counted.
+        # A word is at least one token, so a reply has at most longest_reply words. Some servers
+        # ignore max_tokens and send more words; the additional words are not used and not counted.
         words = sum(min(len(text.split()), self.longest_reply) for text in story.replies)
         last = " ".join(reply.text for reply in story.last.values())
         return Grade(

@@ -184,7 +184,8 @@ class Endpoint:
         return cache_key(self.model, messages, fence, determined_by)
 
     async def chat(self, messages: list[dict], seed: int) -> Reply:
-        """The server's reply to a request for scores, or for an answer, in the form of the probe."""
+        """The server's reply to a request for scores, or for an answer, in the form of the
+        probe."""
         form = self.probe
         assert form is not None
         fields = self.sampling(seed)
@@ -208,9 +209,9 @@ class Endpoint:
         return reply
 
     def most_prompt_tokens(self, texts: Sequence[str]) -> int:
-        """Upper bound on the number of tokens of a prompt. A token is at least one byte, and the chat
-        template adds a few tokens. If the server counted the tokens of the probe's prompt, which
-        begins with the same rubric, this count replaces the bound for the system message."""
+        """Upper bound on the number of tokens of a prompt. A token is at least one byte, and the
+        chat template adds a few tokens. If the server counted the tokens of the probe's prompt,
+        which begins with the same rubric, this count replaces the bound for the system message."""
         if self.probe is None or not self.probe.tokens or len(texts) != 2:
             return len("".join(texts).encode()) + TEMPLATE_TOKENS
         return self.probe.tokens[0] + len(texts[-1].encode())
@@ -219,7 +220,8 @@ class Endpoint:
 def constraint(structure: str, names: Sequence[str]) -> dict:
     """Fields of a request that constrain the reply to scores for `names`."""
     if structure == "numbers":
-        # vLLM obeys the first field, and llama.cpp's server the second. Each ignores the other field.
+        # vLLM obeys the first field, and llama.cpp's server the second. Each ignores the other
+        # field.
         digits = [f"[0-{TOP}]"] * len(names)
         grammar = "root ::= " + ' " " '.join(digits)
         return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}

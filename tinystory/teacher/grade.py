@@ -35,8 +35,8 @@ NOT_ASKED = Grade(None, None, error="the teacher was not asked")
 
 
 class Grader:
-    """Interface of graders. The default methods are those of a grader without cost and without words
-    in the replies. facts: facts about the grader for config.json."""
+    """Interface of graders. The default methods are those of a grader without cost and without
+    words in the replies. facts: facts about the grader for config.json."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
@@ -73,8 +73,8 @@ class Grader:
         return None
 
     def collect(self, stop: Stop) -> list[Grade]:
-        """Grades of all stories sent, in the order of their indices. Raises Interrupted on `stop`, and
-        UserError after a failure that would affect every story."""
+        """Grades of all stories sent, in the order of their indices. Raises Interrupted on `stop`,
+        and UserError after a failure that would affect every story."""
         questions = sorted(self.sent, key=lambda question: question.number)
         grades = self.grades(questions, stop)
         self.sent.clear()
@@ -89,8 +89,8 @@ class Grader:
         return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order. The score of an empty story is 0. Raises Interrupted on
-        `stop`, and UserError after a failure that would affect every story."""
+        """Grades of the questions, in order. The score of an empty story is 0. Raises Interrupted
+        on `stop`, and UserError after a failure that would affect every story."""
         raise NotImplementedError
 
 
@@ -135,8 +135,8 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 
 
 def highest_score(criteria: Collection[str] | None) -> int:
-    """The highest possible score as shown to users: TOP per criterion, so 9 with the three criteria of
-    the paper, which also plots scores in this way; 1 for a callable, which has no criteria."""
+    """The highest possible score as shown to users: TOP per criterion, so 9 with the three criteria
+    of the paper, which also plots scores in this way; 1 for a callable, which has no criteria."""
     return TOP * len(criteria) if criteria else 1
 
 
@@ -151,9 +151,9 @@ def shown_scores(grades: Sequence[Grade]) -> list[float]:
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
     """Metrics of grades. score_mean, score_std: mean and standard deviation of `shown_scores`.
-    score_mode: fraction of the scored stories with the most frequent score. NAME_mean: mean score of
-    each criterion; None for a criterion of the paper that is not graded. score_std and score_mode are
-    None for fewer than two scores."""
+    score_mode: fraction of the scored stories with the most frequent score. NAME_mean: mean score
+    of each criterion; None for a criterion of the paper that is not graded. score_std and
+    score_mode are None for fewer than two scores."""
     columns: dict[str, list[float]] = {f"{name}_mean": [] for name in CRITERIA}
     for grade in grades:
         for name, score in (grade.scores or {}).items():

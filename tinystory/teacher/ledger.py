@@ -10,10 +10,10 @@ from tinystory.teacher.api import Failure
 
 class Ledger:
     """Counter of requests, tokens and cost, with a budget. Prices are per million tokens, in the
-    currency of `budget` (0: unlimited). A request first reserves the maximum cost. It is then charged
-    the cost that the server reports, or the maximum cost if no answer comes. Requests in flight when
-    a process is killed are not counted. charged: the value of `charged` at the end of the run's
-    earlier processes."""
+    currency of `budget` (0: unlimited). A request first reserves the maximum cost. It is then
+    charged the cost that the server reports, or the maximum cost if no answer comes. Requests in
+    flight when a process is killed are not counted. charged: the value of `charged` at the end of
+    the run's earlier processes."""
 
     def __init__(
         self, price_in: float, price_out: float, budget: float, charged: tuple[int, int, int]

@@ -1,5 +1,5 @@
-"""The control `--reward likelihood`: the score of a story is the likelihood under the frozen student.
-If likelier stories are better stories, the student learns as much as from a teacher."""
+"""The control `--reward likelihood`: the score of a story is the likelihood under the frozen
+student. If likelier stories are better stories, the student learns as much as from a teacher."""
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -26,8 +26,8 @@ Text = tuple[list[int], list[int]]  # token ids of an opening and of its story
 
 
 class Likelihood(LocalGrader):
-    """A grader with scores that are a linear function of the mean log-probability of a story's tokens,
-    clipped to 0..1. The end token counts if the story has one."""
+    """A grader with scores that are a linear function of the mean log-probability of a story's
+    tokens, clipped to 0..1. The end token counts if the story has one."""
 
     def __init__(
         self,

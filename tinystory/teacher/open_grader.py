@@ -24,8 +24,8 @@ from tinystory.teacher.prompt import Example, load_template
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
 OWN_FIELDS |= {"max_completion_tokens", "extra_body", "extra_headers", "extra_query"}
 FIELD_NAME = re.compile(r'"((?:[^"\\]|\\.)*)":')  # in JSON
-# Prefixes of API keys. SECRET_TEXT finds them at the beginning of a JSON string, and at the beginning
-# of a long word within a string.
+# Prefixes of API keys. SECRET_TEXT finds them at the beginning of a JSON string, and at the
+# beginning of a long word within a string.
 PREFIXES = (
     r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
     r"ya29\.|eyJ|SG\."
@@ -46,11 +46,11 @@ def open_grader(
     likelihood: Callable[[], Grader] | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
-    """Yields the grader that the options describe, ready to use. Raises UserError if the grader cannot
-    be opened. corpus: names of the corpora to which the built-in teacher is fitted; it is used if the
-    options name no grader. replies: cache file of a teacher. likelihood: constructs the grader of
-    --reward likelihood. examples: returns the worked examples for a --teacher-prompt that shows
-    examples."""
+    """Yields the grader that the options describe, ready to use. Raises UserError if the grader
+    cannot be opened. corpus: names of the corpora to which the built-in teacher is fitted; it is
+    used if the options name no grader. replies: cache file of a teacher. likelihood: constructs the
+    grader of --reward likelihood. examples: returns the worked examples for a --teacher-prompt that
+    shows examples."""
     extra = load_extra(config.teacher_extra)  # a secret in it is an error with every grader
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
@@ -107,8 +107,8 @@ def open_judge(
     replies: Path | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
-    """Yields the second judge, the grader that --judge names. Raises UserError if the judge cannot be
-    opened. The arguments are those of `open_grader`."""
+    """Yields the second judge, the grader that --judge names. Raises UserError if the judge cannot
+    be opened. The arguments are those of `open_grader`."""
     judge = config.judge
     options = InteractConfig(
         preset=config.preset,

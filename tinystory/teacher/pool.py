@@ -14,19 +14,20 @@ from tinystory.teacher.api import Failure, in_time
 from tinystory.teacher.endpoint import Endpoint
 
 T = TypeVar("T")
-# A story is given up after this number of failed requests. With the pauses below, this takes a minute
-# or more.
+# A story is given up after this number of failed requests. With the pauses below, this takes a
+# minute or more.
 FAILURES = 8
-# Seconds before the first retry; doubled for each further retry, up to LONGEST_PAUSE_S, with jitter.
+# Seconds before the first retry; doubled for each further retry, up to LONGEST_PAUSE_S, with
+# jitter.
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 60.0
 
 
 class ServerPool:
-    """Distributes requests over servers. If more requests wait than slots are free, each server gets a
-    new request for each answer; otherwise a request goes to the server with the fewest requests in
-    flight. A server that cannot be reached, refuses the key or fails FAILURES times in a row is left
-    out if another server is available."""
+    """Distributes requests over servers. If more requests wait than slots are free, each server
+    gets a new request for each answer; otherwise a request goes to the server with the fewest
+    requests in flight. A server that cannot be reached, refuses the key or fails FAILURES times in
+    a row is left out if another server is available."""
 
     def __init__(self, endpoints: Sequence[Endpoint]):
         self.endpoints = endpoints
@@ -64,8 +65,8 @@ class ServerPool:
                 turn.set_result(endpoint)
 
     async def ask(self, request: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """The answer to a request, which is repeated after transient failures. Raises Failure when the
-        request is given up, at the latest after the server's `deadline_s`."""
+        """The answer to a request, which is repeated after transient failures. Raises Failure when
+        the request is given up, at the latest after the server's `deadline_s`."""
         deadline: float | None = None  # on the monotonic clock
         failures = 0
         while True:
@@ -98,8 +99,8 @@ class ServerPool:
             await asyncio.sleep(pause)
 
     def _is_left_out(self, endpoint: Endpoint, failure: Failure) -> bool:
-        """Whether the server is left out. Leaves it out if the failure affects every story and another
-        server is open."""
+        """Whether the server is left out. Leaves it out if the failure affects every story and
+        another server is open."""
         refused = failure.fatal and failure.status is not None
         gone = refused or failure.unreachable or endpoint.failures >= FAILURES
         others = any(other.is_open for other in self.endpoints if other is not endpoint)

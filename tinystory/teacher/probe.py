@@ -34,8 +34,8 @@ OFF_TOPIC = [
 # Pattern of names of models that cannot chat.
 NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)
 # Fields that make a model reason less, tried in this order. The first is an argument of the chat
-# template (vLLM, SGLang, llama.cpp). The others are efforts (Ollama, and later versions of the three
-# servers). gpt-oss and Gemini have no "none"; GPT-5 has nothing below "minimal".
+# template (vLLM, SGLang, llama.cpp). The others are efforts (Ollama, and later versions of the
+# three servers). gpt-oss and Gemini have no "none"; GPT-5 has nothing below "minimal".
 QUIETER: tuple[dict[str, Any], ...] = (
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
@@ -87,9 +87,9 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
 
 
 def load_probe(text: str, url: str) -> Probe | None:
-    """The probe of the server at `url`, parsed from JSON. None for any other text, such as the probe of
-    another version. None also for a probe with values that no server can have caused, because fields
-    of the probe become part of all requests."""
+    """The probe of the server at `url`, parsed from JSON. None for any other text, such as the
+    probe of another version. None also for a probe with values that no server can have caused,
+    because fields of the probe become part of all requests."""
     try:
         record = parse_object(text, PROBE_FIELDS)
     except ValueError:
@@ -101,8 +101,8 @@ def load_probe(text: str, url: str) -> Probe | None:
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
-    """`form` with the change that the server's error message demands. Raises `failure` if no entry of
-    REMEDIES changes the form."""
+    """`form` with the change that the server's error message demands. Raises `failure` if no entry
+    of REMEDIES changes the form."""
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
@@ -129,9 +129,9 @@ class Prober:
         self.seconds: list[float] = []
 
     async def examine(self) -> Failure | None:
-        """None after the server's model and probe were set; else the failure to reach the server. If the
-        server cannot be reached, a cached probe is used if its model is the one that the user named.
-        Raises UserError for any other failure."""
+        """None after the server's model and probe were set; else the failure to reach the server.
+        If the server cannot be reached, a cached probe is used if its model is the one that the
+        user named. Raises UserError for any other failure."""
         server = self.server
         cached = self.cache.get(server.probe_key)
         probe = load_probe(cached.text, server.url) if cached else None
@@ -169,8 +169,8 @@ class Prober:
         return None
 
     async def choose_model(self) -> str:
-        """The name of the model: the one that the user named, else the first chat model that the server
-        lists."""
+        """The name of the model: the one that the user named, else the first chat model that the
+        server lists."""
         endpoint = self.endpoint
         try:
             models = await in_time(endpoint.client.models(), self.options.timeout_s)
@@ -256,7 +256,8 @@ class Prober:
         return CachedReply.of(reply).is_readable(self.options.template)
 
     async def _first_reply(self) -> Reply:
-        """The reply to the first story, after changing the form until the server accepts the request."""
+        """The reply to the first story, after changing the form until the server accepts the
+        request."""
         pool = ServerPool([self.endpoint])
         while True:
             try:
@@ -265,8 +266,8 @@ class Prober:
                 self.endpoint.probe = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
-        """The reply of a model that reasons: with the first entry of QUIETER that stops the reasoning,
-        else with a token limit of THINKING_TOKENS. Raises Failure if both fail."""
+        """The reply of a model that reasons: with the first entry of QUIETER that stops the
+        reasoning, else with a token limit of THINKING_TOKENS. Raises Failure if both fail."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
             self.change_form(quiet=quiet)

@@ -1,8 +1,8 @@
 """The teacher's prompt, in two forms: grades and questions.
 
-Grades: one request per story. The reply is a whole number from 0 to 3 per criterion. Criteria, order
-and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small Language
-Models" (arXiv 2509.15714); the wording is ours.
+Grades: one request per story. The reply is a whole number from 0 to 3 per criterion. Criteria,
+order and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small
+Language Models" (arXiv 2509.15714); the wording is ours.
 
 Questions: one request per story and question. The reply is yes or no. The question comes last, so
 that a server with a prefix cache processes the story once.
@@ -95,10 +95,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Template:
-    """The way of asking a teacher. criteria: all with levels, to be graded, or all yes-or-no questions.
-    preface: first sentences of our messages. system ("" for none), user: a user's own messages
-    instead of ours, in which {opening} and {story} are replaced. shows_examples: whether the messages
-    contain `examples`, which come from the student's corpus."""
+    """The way of asking a teacher. criteria: all with levels, to be graded, or all yes-or-no
+    questions. preface: first sentences of our messages. system ("" for none), user: a user's own
+    messages instead of ours, in which {opening} and {story} are replaced. shows_examples: whether
+    the messages contain `examples`, which come from the student's corpus."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
@@ -116,7 +116,8 @@ class Template:
         return not self.criteria[0].levels
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """Score of a story, 0..1: the weighted mean of the scores of the criteria, divided by TOP."""
+        """Score of a story, 0..1: the weighted mean of the scores of the criteria, divided by
+        TOP."""
         total = sum(criterion.weight * scores[criterion.name] for criterion in self.criteria)
         weights = sum(criterion.weight for criterion in self.criteria)
         return total / (TOP * weights)
@@ -144,8 +145,8 @@ TEMPLATES = {
 
 
 class Question(NamedTuple):
-    """A story to be graded. number: index of the story in the run. tokens: the tokens that the student
-    sampled; () if only the text is known."""
+    """A story to be graded. number: index of the story in the run. tokens: the tokens that the
+    student sampled; () if only the text is known."""
 
     opening: str
     story: str
@@ -229,8 +230,8 @@ FENCED = (
 
 
 def instructions(template: Template = DEFAULT) -> str:
-    """The system message: the rubric, or how to answer questions. It is the same for every story of a
-    run."""
+    """The system message: the rubric, or how to answer questions. It is the same for every story of
+    a run."""
     if template.asks_yes_or_no:
         fenced = FENCED.format(judge="judge", pleads="asks for an answer", judged="judged")
         return f"{template.preface} {fenced} Answer the question about the story with one word, yes or no."
@@ -268,10 +269,10 @@ def render(
     template: Template = DEFAULT,
     criterion: Criterion | None = None,
 ) -> list[dict]:
-    """Chat messages that ask for the grades of one story, or the question `criterion` about the story,
-    after the template's examples. Opening and story are cleaned. A user's own messages have no fence;
-    {opening} and {story} are replaced once, so braces in a story stay text. Raises ValueError if the
-    fence is not one line or occurs in a text."""
+    """Chat messages that ask for the grades of one story, or the question `criterion` about the
+    story, after the template's examples. Opening and story are cleaned. A user's own messages have
+    no fence; {opening} and {story} are replaced once, so braces in a story stay text. Raises
+    ValueError if the fence is not one line or occurs in a text."""
     opening = clean(opening)
     story = clean(story)
     if template.user:
@@ -305,9 +306,9 @@ def _user_message(opening: str, story: str, fence: str, end: str) -> str:
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The cleaned (opening, story) of rendered messages, the inverse of `render`; None unless the user
-    message is exactly a rendered one. The fence is the last line and occurs exactly twice, so no text
-    in a story can move the fence."""
+    """The cleaned (opening, story) of rendered messages, the inverse of `render`; None unless the
+    user message is exactly a rendered one. The fence is the last line and occurs exactly twice, so
+    no text in a story can move the fence."""
     match messages:
         case [*_, {"content": str(user)}]:
             body = user.removeprefix(BEFORE).removesuffix(AFTER)
@@ -340,11 +341,11 @@ def fence(seed: int, index: int, text: str) -> str:
         size *= 2
 
 
-# First characters of the control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST],
-# [gMASK], <<SYS>>, EXAONE's [|assistant|], MiniMax's [e~[ and ]~b]). Some servers also interpret
-# these tokens in the text of a message, where they would end the turn. A space after the bracket
-# makes them plain text. NFKC forms of brackets and bars are included, because some tokenizers
-# normalise text.
+# First characters of the control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>,
+# [INST], [gMASK], <<SYS>>, EXAONE's [|assistant|], MiniMax's [e~[ and ]~b]). Some servers also
+# interpret these tokens in the text of a message, where they would end the turn. A space after the
+# bracket makes them plain text. NFKC forms of brackets and bars are included, because some
+# tokenizers normalise text.
 _CONTROL_TOKEN = re.compile(
     r"[<\uff1c\ufe64](?=\S)"
     r"|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d]|[|\uff5c]|[a-z\uff41-\uff5a]?[~\uff5e])"
@@ -353,5 +354,6 @@ _CONTROL_TOKEN = re.compile(
 
 
 def clean(text: str) -> str:
-    """`printable(text)` in which control tokens of chat templates are made plain text. Idempotent."""
+    """`printable(text)` in which control tokens of chat templates are made plain text.
+    Idempotent."""
     return _CONTROL_TOKEN.sub(r"\g<0> ", printable(text))
