@@ -3,7 +3,12 @@
 // Python each of these calls would take 70 us.
 #include <ATen/core/TensorBody.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -127,6 +132,40 @@ struct Linear : Function<Linear> {
   }
 };
 
+// A GPU's linear layer: gelu(x weight^T + bias) by cuBLAS, from 16-bit copies of weight and bias. Their gradients are
+// float32: the weight's GEMM writes its sums, and needs no cast.
+struct LoweredLinear : Function<LoweredLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor&, const Tensor&, const Tensor& weight16,
+                        const Tensor& bias16, bool gelu) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor y = at::addmm(bias16, rows, weight16.t());
+    ctx->save_for_backward({rows, weight16, gelu ? y : Tensor()});
+    return gelu ? at::gelu(y, "tanh") : y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto gelu_backward = find_operator<Two(const Tensor&, const Tensor&)>("tinystory::gelu_backward");
+    if (!grads[0].defined()) return variable_list(6);
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &rows = saved[0], &weight16 = saved[1], &before_gelu = saved[2];
+    Tensor grad = grads[0].contiguous(), grad_bias;
+    if (before_gelu.defined()) std::tie(grad, grad_bias) = gelu_backward.call(grad, before_gelu);
+    else grad_bias = grad.sum(0, false, at::kFloat);
+    return {at::mm(grad, weight16), at::mm(grad.t(), rows, at::kFloat), grad_bias, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor lowered_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& weight16,
+                      const Tensor& bias16, bool gelu) {
+  const Tensor rows = x.to(weight16.scalar_type()).flatten(0, -2);
+  auto shape = x.sym_sizes().vec();
+  shape.back() = weight16.sym_size(0);
+  Tensor y;
+  if (at::GradMode::is_enabled()) y = LoweredLinear::apply(rows, weight, bias, weight16, bias16, gelu);
+  else if (gelu) y = at::_addmm_activation(bias16, rows, weight16.t(), 1, 1, true);  // before it rounds
+  else y = at::addmm(bias16, rows, weight16.t());
+  return y.view_symint(shape);
+}
+
 struct AddLayerNorm : Function<AddLayerNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& branch,
                                const Tensor& weight, const Tensor& bias, double dropout_p, const SymInt& seed,
@@ -168,6 +207,9 @@ Outputs apply(Arguments... arguments) {
 }
 
 }  // namespace
+
+// Made of other operators, each of which has its kernels and its place in a graph.
+TORCH_LIBRARY_IMPL(tinystory, CompositeImplicitAutograd, m) { m.impl("lowered_linear", lowered_linear); }
 
 TORCH_LIBRARY_IMPL(tinystory, Autograd, m) {
   m.impl("causal_attention", apply<CausalAttention, Two, const Tensor&, double, SymInt>);

@@ -1,5 +1,6 @@
 // The operators: their schemas (at the end), and the kernels of csrc/cpu that run them; cuda/ops.cpp has the kernels of
 // csrc/cuda. These two, arguments.h, autograd.cpp, with the gradients, and module.cpp know torch; no other file does.
+#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -335,6 +336,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   return {grad_x, grad_weight, sum_of_rows(l.bias_parts, bias_parts.size(0), l.N, weight.options())};
 }
 
+// On CUDA one kernel. A student on a CPU runs linear_backward in its place.
+std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_y, const Tensor& x) {
+  const Tensor grad = at::gelu_backward(grad_y, x, "tanh");
+  return {grad, grad.sum(0, false, at::kFloat)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const OptionalTensor& branch,
                                                           const Tensor& weight, const Tensor& bias, double dropout_p,
                                                           int64_t seed, at::ScalarType dtype) {
@@ -387,6 +394,8 @@ TORCH_LIBRARY(tinystory, m) {
   op("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, ScalarType dtype)"
      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
      linear_backward);
+  op("gelu_backward(Tensor grad_y, Tensor x) -> (Tensor grad, Tensor grad_bias)", gelu_backward);
+  m.def("lowered_linear(Tensor x, Tensor weight, Tensor bias, Tensor weight16, Tensor bias16, bool gelu) -> Tensor");
   op("add_layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float dropout_p, SymInt seed,"
      " ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor scale)",
      add_layer_norm);

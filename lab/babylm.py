@@ -2,12 +2,11 @@
 
 python lab/babylm.py runs/demo/pretrain --blimp blimp_filtered --reading reading_data.csv
 python lab/babylm.py chck_* --babylm full_eval --predictions results/small    files to submit
-python lab/babylm.py runs/demo/pretrain --coreference 300                     who is he, who is she
+python lab/babylm.py runs/demo/pretrain --coreference 300                     names and pronouns
 
-CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
-under runs/) or a folder that transformers wrote. Data files are BabyLM's own, gzipped or not, and
-measures are defined as in its pipeline.
-"""
+CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest
+run under runs/) or a folder saved by transformers. Data files are BabyLM's own, gzipped or not.
+Measures are defined as in BabyLM's pipeline."""
 
 import functools
 import json
@@ -56,7 +55,7 @@ TASKS = {
     "comps": Task(evaluate_pairs, "COMPS"),
     "reading": Task(evaluate_reading_times, "reading_data.csv"),
 }
-# Name, task, keys of the value and its interval in the task's record, decimals.
+# Name of the measure, task, keys of the value and of the interval in the task's record, decimals.
 ROWS = (
     ("BLiMP, %", "blimp", "accuracy", "ci", 1),
     ("supplement, %", "supplement", "accuracy", "ci", 1),
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         "--babylm",
         type=Path,
         metavar="FOLDER",
-        help="all of these in BabyLM's full_eval or fast_eval",
+        help="folder full_eval or fast_eval of BabyLM: evaluate all tasks in it",
     )
     add(
         "--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition"
@@ -94,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
         "--predictions",
         type=Path,
         metavar="RESULTS/MODEL",
-        help="where to write BabyLM's predictions",
+        help="folder for predictions in BabyLM's format",
     )
     add_number(
         parser,
         "--coreference",
         0,
         "[0, 100000]",
-        "unseen built-in stories to measure coreference on",
+        "number of unseen built-in stories on which coreference is measured",
     )
     add("--device", default="auto")
     add("--out", type=Path, help="report.json to write")
@@ -153,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             if record[name].get("too_long"):
                 left_out[name] = record[name]["too_long"]
         if left_out:
-            print(f"{record['name']}: items longer than its context, left out: {left_out}")
+            print(f"{record['name']}: left out items longer than the student's context: {left_out}")
     if options.out:
         report = {"tasks": paths, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")

@@ -4,8 +4,8 @@ with random weights.
 python lab/bench.py pretrain --shape small            a training step
 python lab/bench.py rollout --shape small --batch 64  stories from one opening, no teacher
 python lab/bench.py ppo --shape gpt2s --batch 16      rollout, reference, four epochs; reward constant
-python lab/bench.py kernels                           each operator and PyTorch's own, interleaved
-python lab/bench.py peers --nanogpt DIR --trl PYTHON  beside nanoGPT, transformers and TRL
+python lab/bench.py kernels                           our operators and PyTorch's, interleaved
+python lab/bench.py peers --nanogpt DIR --trl PYTHON  compared with nanoGPT, transformers and TRL
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     add("bench", choices=("kernels", *WORK, "peers"))
     add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
     add_number(
-        parser, "--batch", 0, "[0, 1e6]", "sequences or stories; 0: as in the published figures"
+        parser, "--batch", 0, "[0, 1e6]", "number of sequences or stories; 0: as in lab/results.md"
     )
     add_number(parser, "--new", 90, "[1, 1e6]", "tokens per story")
     add(
@@ -53,14 +53,19 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="dtype of the GEMMs",
     )
-    add("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
-    add_number(parser, "--runs", 5, "[1, 1e6]", "timed runs, after a warm-up run")
-    add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
-    add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
+    add("--device", default="auto", help="device: auto, cpu, cuda or cuda:N (default: auto)")
+    add_number(parser, "--runs", 5, "[1, 1e6]", "number of timed runs, after a warm-up run")
+    add("--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT (peers only)")
+    add(
+        "--trl",
+        type=Path,
+        metavar="PYTHON",
+        help="Python interpreter of an environment with trl 0.9.4 (peers only)",
+    )
     add(
         "--optimizer",
         choices=("muon", "adamw"),
-        help="of pretraining (default: muon; peers: adamw, as nanoGPT's)",
+        help="optimizer of pretraining (default: muon; for peers adamw, as in nanoGPT)",
     )
     args = parser.parse_args(argv)
     compute = resolve(args.device, args.dtype)
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.bench == "peers":
         require_peers(args, device)
     elif args.nanogpt or args.trl:
-        raise UserError("--nanogpt and --trl go with the bench peers")
+        raise UserError("--nanogpt and --trl are only for `lab/bench.py peers`")
     writes = args.bench in ("rollout", "ppo", "peers")
     if writes and PROMPT + args.new > config.context:
         raise UserError(
@@ -119,19 +124,19 @@ def conditions(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 
 def median_lap(run: timing.Run, runs: int) -> dict[str, float]:
-    """The median of each of a run's numbers."""
+    """The medians of the numbers that `run` returns, over `runs` runs after a warm-up."""
     run()  # warms up
     laps = [run() for _ in range(runs)]
     return {key: round(median(lap[key] for lap in laps), 4) for key in laps[0]}
 
 
-# ---- other programs, timed in turns with ours ----------------------------------------------------
+# ---- other programs, interleaved with ours ----------------------------------------------------
 
 
 @contextlib.contextmanager
 def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the seconds of a run in a process of lab/peer.py, or
-    raises UserError."""
+    """Yields a function that returns the seconds of one run in a process of lab/peer.py, or raises
+    UserError."""
     argv = [python, str(ROOT / "lab/peer.py"), name, json.dumps(settings)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
@@ -143,7 +148,7 @@ def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[
         line = process.stdout.readline()
         if not line:
             raise UserError(
-                f"the peer {name} ended with status {process.wait()}: its message is above"
+                f"the peer {name} ended with status {process.wait()}: see the peer's message above"
             )
         return float(line)
 
@@ -174,9 +179,10 @@ def require_peers(args: argparse.Namespace, device: torch.device) -> None:
 def compare_peers(
     setup: Setup, args: argparse.Namespace, optimizer: str
 ) -> dict[str, dict[str, Any]]:
-    """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so
-    that a machine's drift affects both; ratio: median over turns of the peer's seconds, in its
-    faster dtype, over ours (above 1: ours is faster)."""
+    """For each kind of work with a given peer: median seconds of our program and, by dtype, of the
+    peer; `ratio`: median over turns of the peer's seconds in its faster dtype, divided by ours
+    (above 1: ours is faster). The runs are interleaved, so that a drift of the machine affects both
+    programs."""
     results = {}
     if args.nanogpt:
         results["pretrain"] = compare_peer(
@@ -192,7 +198,7 @@ def compare_peers(
 def compare_peer(
     name: str, python: str, setup: Setup, args: argparse.Namespace, work: Work, **options: str
 ) -> dict[str, Any]:
-    """An entry of `compare_peers`. options: of work.make_run."""
+    """An entry of `compare_peers`. options: arguments of work.make_run."""
     setup = dataclasses.replace(setup, batch=work.batch[args.shape])
     ours = work.make_run(setup, **options)
     settings = {
@@ -219,7 +225,7 @@ def compare_peer(
             for dtype, run in runs.items():
                 peer_laps[dtype].append(run())
 
-    # The first turn warms up.
+    # The first turn is a warm-up.
     peer_s = {dtype: round(median(laps[1:]), 4) for dtype, laps in peer_laps.items()}
     best = min(dtypes, key=lambda dtype: peer_s[dtype])
     turns = zip(peer_laps[best][1:], our_laps[1:], strict=True)

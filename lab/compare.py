@@ -1,13 +1,13 @@
-"""Ask which of two stories to one opening is better, blindly and in both orders.
+"""Compare two stories for the same opening blindly and in both orders: which is better?
 
-python lab/compare.py runs/demo/interact --teacher-url URL   before or after interaction
+python lab/compare.py runs/demo/interact --teacher-url URL   before against after interaction
                                                              (default: the newest run)
-python lab/compare.py A B --teacher-url URL                  the stories of A or of B
+python lab/compare.py A B --teacher-url URL                  the stories of A against those of B
 
-A and B are checkpoints, runs, folders that transformers wrote, or .jsonl files of stories, whose
-lines have an `opening` and a `story`. URL is a language model's, or a person's: run scripts/teach.py
-with --teacher-prompt lab/comparison.json. What it finds about a run is kept in its folder.
-"""
+A and B are checkpoints, runs, folders saved by transformers, or .jsonl files with an `opening` and
+a `story` in each line. URL is the server of a language model. To compare the stories yourself, run
+scripts/teach.py with --teacher-prompt lab/comparison.json, and give the URL of its page. The result
+about a run is saved in the run's folder."""
 
 import sys
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from tinystory.student import checkpoint
 from tinystory.teacher.client import Teacher
 
 TITLE = "Stories before and after, compared blindly"
-COMPARED = 40  # stories by default
+COMPARED = 40  # default number of stories
 
 
 @command
@@ -45,13 +45,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="RUN|A B")
-    add_number(parser, "--stories", COMPARED, "[1, 1e6]", "stories that a checkpoint writes")
+    add_number(
+        parser, "--stories", COMPARED, "[1, 1e6]", "number of stories that each checkpoint writes"
+    )
     add_sampling(parser)
     options = parser.parse_args(argv)
     config = typed_config(options, TYPED)
     if not config.teacher_url:
         raise UserError(
-            "a comparison needs a judge that sees two stories: give --teacher-url, of a model or of scripts/teach.py "
+            "a comparison needs a judge that reads two stories: give --teacher-url, of a model or of scripts/teach.py "
             "--teacher-prompt lab/comparison.json"
         )
     paths = options.paths or [newest_run()]
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     print(line)
     if second_place is not None:
         print(
-            f"it preferred what came second in {second_place:.0%} of its answers (50 % without a bias)"
+            f"{judge} preferred the second story in {second_place:.0%} of the answers (50 % without position bias)"
         )
     if None in choices:
         print(f"{choices.count(None)} pairs without an answer")

@@ -1,6 +1,6 @@
-"""Controls that change what a run's grades are worth, named before the options of a run in
-lab/recipes.py: `shuffled: --grades 64`. Each is a context in which train_interact.py's runs differ
-in one thing from what the options say."""
+"""Controls for runs of lab/recipes.py. A control's name precedes the options of a run: `shuffled:
+--grades 64`. Each control is a context in which train_interact.py behaves differently in one
+point."""
 
 import contextlib
 import random
@@ -19,8 +19,8 @@ from tinystory.teacher.grade import Grade
 
 @contextlib.contextmanager
 def shuffled() -> Iterator[None]:
-    """A step's grades go to its graded stories in random order. What is still learned does not
-    come from the teacher (arXiv 2606.05932)."""
+    """The grades of a step are shuffled among the graded stories. Any remaining gain does not come
+    from the teacher (arXiv 2606.05932)."""
     collect = train_interact.collect_grades
 
     def collect_shuffled(run: train_interact.InteractionRun, sent: Sequence[int]) -> list[Grade]:
@@ -38,7 +38,7 @@ def shuffled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_choice() -> Iterator[None]:
-    """The stories to grade are drawn at random, instead of those that tell most."""
+    """The stories to grade are drawn at random, instead of the most informative ones."""
 
     def choose(model: ScoreModel, features: Tensor, count: int) -> list[int]:
         generator = random.Random(f"random choice {len(model.scores)} {float(features.sum())}")
@@ -50,7 +50,7 @@ def random_choice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_model() -> Iterator[None]:
-    """Nothing is predicted: PPO learns from the graded stories alone."""
+    """No scores are predicted: PPO learns only from the graded stories."""
 
     def without_predictions(
         model: object, features: object, stories: object, scores: list[float | None], sent: object
@@ -70,12 +70,12 @@ CONTROLS: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 def split(text: str) -> tuple[str, str]:
-    """The control and the options of `CONTROL: OPTIONS`; no control without a colon before the
-    options. Raises UserError for an unknown one."""
+    """The control and the options of `CONTROL: OPTIONS`. Without a colon before the options, the
+    control is "". Raises UserError for an unknown control."""
     before, colon, after = text.partition(":")
     if not colon or before.lstrip().startswith("-"):
         return "", text
     if before not in CONTROLS:
         known = ", ".join(filter(None, CONTROLS))
-        raise UserError(f"--options {text!r}: {before!r} is no control: take one of {known}")
+        raise UserError(f"--options {text!r}: {before!r} is not a control: give one of {known}")
     return before, after

@@ -1,5 +1,5 @@
-"""Measure how much of stories is copied: the longest phrase that a story shares with a document of
-the corpus, as a fraction of its words.
+"""Measure what fraction of stories is copied: the length of the longest phrase that a story shares
+with a document of the corpus, divided by the story's length in words.
 
 python scripts/sample.py runs/demo/interact --stories 200 --out ours.jsonl
 python lab/copied.py ours.jsonl people.jsonl --corpus builtin
@@ -36,15 +36,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def copied_fraction(texts: Sequence[str], corpus: Corpus) -> float:
-    """The mean over texts of the longest shared phrase divided by the text's words."""
+    """The mean over texts of the longest shared phrase, divided by the number of words of the
+    text."""
     shared = longest_shared(texts, corpus)
     words = [len(text.split()) for text in texts]
     return fmean(length / max(count, 1) for length, count in zip(shared, words, strict=True))
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
-    """Per text, the length in words of its longest phrase that also occurs in a document of the
-    corpus. Words are separated by whitespace; phrases are compared by 64-bit hashes of their
+    """For each text, the length in words of the longest phrase that also occurs in a document of
+    the corpus. Words are separated by whitespace. Phrases are compared by 64-bit hashes of their
     words."""
     vocabulary, corpus_words = _words(corpus)
     rows = []
@@ -57,7 +58,7 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     owner = np.concatenate(owners)
     keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 1, dtype=np.uint64)
 
-    # Where phrases of `length` words begin, and their hashes.
+    # The starts of phrases of `length` words, and the phrases' hashes.
     length = 1
     starts = np.flatnonzero(words)
     corpus_starts = np.flatnonzero(corpus_words)
@@ -65,9 +66,9 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     corpus_hashes = keys[corpus_words[corpus_starts]]
     longest = np.zeros(len(texts), dtype=int)
     while len(starts):
-        # A phrase can only grow where a shorter one matched, so few positions in the corpus remain
-        # soon. They are filtered by 22 bits of their hashes: false positives do no harm, and
-        # sorting the whole corpus takes seconds.
+        # A phrase can only grow where a shorter phrase matched, so soon few positions in the corpus
+        # remain. The positions are filtered by 22 bits of the hashes: false positives do no harm,
+        # and sorting the whole corpus would take seconds.
         sieve = np.zeros(2**22, dtype=bool)
         sieve[hashes >> np.uint64(42)] = True
         candidates = sieve[corpus_hashes >> np.uint64(42)]
@@ -88,8 +89,9 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
 def _extended(
     words: np.ndarray, starts: np.ndarray, hashes: np.ndarray, length: int, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and hashes of the phrases of `length` words that go on, extended by one word."""
-    next_words = words[starts + length]  # there is one: the last word is 0, and in no phrase
+    """Starts and hashes of the phrases of `length` words that can be extended, extended by one
+    word."""
+    next_words = words[starts + length]  # exists: the corpus ends with 0, which is in no phrase
     goes_on = next_words > 0
     extended = hashes[goes_on] * np.uint64(6364136223846793005) + keys[next_words[goes_on]]
     return starts[goes_on], extended
@@ -97,7 +99,8 @@ def _extended(
 
 @functools.lru_cache(maxsize=1)
 def _words(corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
-    """Word ids of a corpus, from 1, and its documents as ids, each followed by 0: (n,) int32."""
+    """The words of a corpus with their ids, from 1, and the documents as ids, (n,) int32, each
+    followed by 0."""
     vocabulary: dict[str, int] = {}
     documents = []
     for document in corpus.documents():

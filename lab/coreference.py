@@ -1,5 +1,5 @@
-"""Coreference: the probabilities of a name that the story has introduced, and of the right one of
-he and she."""
+"""Coreference accuracy: the probability of a name that the story has introduced, and of the right
+pronoun of he and she."""
 
 import re
 from collections.abc import Iterable
@@ -21,32 +21,32 @@ NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 BATCH = 16
 
 
-class Place(NamedTuple):
+class RepeatedName(NamedTuple):
     """The position of a repeated name, and the ids of all names introduced before it."""
 
     position: int
     introduced: list[int]
 
 
-class Text(NamedTuple):
-    """A story's tokens, and its repeated names."""
+class EncodedStory(NamedTuple):
+    """A story's tokens, and the positions of repeated names."""
 
     ids: list[int]
-    places: list[Place]
+    repeated: list[RepeatedName]
 
 
 @torch.no_grad()
 def coreference(
     student: Student, tokenizer: Tokenizer, stories: Iterable[str]
 ) -> dict[str, float | int | None]:
-    """Mean probability of the right candidate, and the numbers of places, `names` and `pronouns`.
-    None without a place.
+    """Mean probabilities of the right candidate (None without a position to measure), and the
+        numbers of measured positions, `names` and `pronouns`.
 
-    repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52).
-    introduced_name is, at the same places, the total probability of all names introduced so far,
-    since two of them would often do. he_or_she is the probability of the right one of the two
-    (chance is 1 / 2). A name counts if it is one token, including its space. Stories are read after
-    an end token, as in training, and truncated to the context."""
+    repeated_name: probability of a repeated name among all NAMES (chance is 1 / 52).
+    introduced_name: total probability, at the same positions, of all names introduced so far,
+    because another of these names would often be correct too. he_or_she: probability of the right
+    pronoun of he and she (chance is 1 / 2). A name counts if it is one token, including its space.
+    Stories are read after an end token, as in training, and truncated to the context."""
     device = student.wte.weight.device
     name_ids = {}
     for name in NAMES:
@@ -67,10 +67,10 @@ def coreference(
         rows = [torch.tensor(text.ids, device=device) for text in batch]
         tokens = pad_sequence(rows, batch_first=True)
         for hidden, text in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
-            for place in text.places:
-                probability = softmax_over(student, hidden[place.position - 1], names)
-                right = column[text.ids[place.position]]
-                candidates = [column[id] for id in place.introduced]
+            for mention in text.repeated:
+                probability = softmax_over(student, hidden[mention.position - 1], names)
+                right = column[text.ids[mention.position]]
+                candidates = [column[id] for id in mention.introduced]
                 repeated.append(float(probability[right]))
                 introduced.append(float(probability[candidates].sum()))
             for i, id in enumerate(text.ids):
@@ -87,8 +87,8 @@ def coreference(
 
 
 def softmax_over(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
-    """(len(ids),): the probabilities after a hidden state (C,), if the next token is one of
-    these."""
+    """(len(ids),): the probabilities of the tokens `ids` after a hidden state (C,), normalised over
+    `ids`."""
     return (hidden.float() @ student.unembedding[ids].float().T).softmax(-1)
 
 
@@ -105,7 +105,7 @@ def opposite_pronouns(tokenizer: Tokenizer) -> dict[int, int]:
 
 def repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
-) -> Text:
+) -> EncodedStory:
     ids = encode_opening(tokenizer, story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()  # the end token has no bytes
     name_by_end = {}
@@ -113,7 +113,7 @@ def repeated_names(
         end = len(story[: match.end()].encode())
         name_by_end[end] = match[1]
     introduced: list[str] = []
-    places = []
+    repeated = []
     for position, end in enumerate(ends):
         name = name_by_end.get(end)
         if name is None:
@@ -122,5 +122,5 @@ def repeated_names(
             introduced.append(name)
         elif name_ids.get(name) == ids[position]:
             known = [name_ids[other] for other in introduced if other in name_ids]
-            places.append(Place(position, known))
-    return Text(ids, places)
+            repeated.append(RepeatedName(position, known))
+    return EncodedStory(ids, repeated)

@@ -1,4 +1,4 @@
-"""Figures of the lab's results as files: bars, and charts of the report on a page of their own."""
+"""Figures of the lab's results as SVG files: bar charts, and charts of the report."""
 
 import html
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from tinystory.report.charts import STYLE, palette, svg
 
 
 class Bar(NamedTuple):
-    """value: positive; error: its standard error."""
+    """A bar of a chart. value: a positive number; error: the standard error of the value."""
 
     name: str
     value: float
@@ -16,7 +16,7 @@ class Bar(NamedTuple):
 
 
 def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
-    """An SVG of horizontal bars. highlighted: a name."""
+    """An SVG of horizontal bars. highlighted: name of the bar in colour."""
     left = 12 + 7 * max(len(bar.name) for bar in bars)
     largest = max(bar.value for bar in bars)
     parts = []
@@ -35,7 +35,8 @@ def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
 
 
 def standalone(drawing: str) -> str:
-    """A chart as the text of an .svg file, for a README; it also follows light and dark mode."""
+    """The text of an .svg file with a chart, for a README. The colours follow light and dark
+    mode."""
     with_namespace = drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     with_style = with_namespace.replace(">", f"><style>{palette()}{STYLE}</style>", 1)
     return with_style + "\n"

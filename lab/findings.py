@@ -1,4 +1,4 @@
-"""What a command found out about a run, for the run's report and model card."""
+"""Saves the result of a lab command about a run, for the run's report and model card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from tinystory.run.records import read_metrics
 def keep(
     run: Path, title: str, sentences: Sequence[str], table: Sequence[Sequence[str]] = ()
 ) -> None:
-    """Keep a finding about a run's last step, and rewrite the report. See `keep_finding`."""
+    """Save a finding about a run's last step, and rewrite the report. See `keep_finding`."""
     metrics = read_metrics(run)
     step = metrics[-1]["step"] if metrics else 0
     keep_finding(run, title, step, sentences, table)

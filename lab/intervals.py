@@ -1,4 +1,4 @@
-"""Bootstrap intervals of statistics that no formula has."""
+"""Bootstrap intervals for statistics without a formula for the interval."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,9 @@ RESAMPLES = 1000
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with
-    replacement (fixed seed). Resamples for which it is nan are left out; both ends are nan if it
-    always is."""
+    """Percentile bootstrap interval of statistic(rows), where rows are `size` row indices drawn
+    with replacement (fixed seed). Resamples with a statistic of nan are left out; if all are nan,
+    both ends are nan."""
     rng = np.random.default_rng(0)
     resamples = [rng.integers(size, size=size) for _ in range(RESAMPLES)]
     values = np.array([statistic(rows) for rows in resamples])

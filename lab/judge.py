@@ -1,10 +1,12 @@
-"""Show stories to a reader, a language model that was not their teacher: how much sense they make.
+"""Measure how coherent stories are ("sense") by a reader: a language model that was not their
+teacher.
 
-python lab/judge.py runs/a runs/b             how much of these runs' gains it sees (default: the
-                                              newest run's)
-python lab/judge.py ours.jsonl people.jsonl   anybody's stories, side by side; each line has an
+python lab/judge.py runs/a runs/b             gain of these runs by the reader (default: the newest
+                                              run)
+python lab/judge.py ours.jsonl people.jsonl   stories from any source, side by side; each line has an
                                               `opening` and a `story`
-python lab/judge.py --calibrate               whether it tells real stories from corruptions of them
+python lab/judge.py --calibrate               how well the reader distinguishes real stories from
+                                              corrupted ones
 """
 
 import argparse
@@ -41,12 +43,14 @@ from tinystory.teacher.open_grader import open_grader
 
 TITLE = "A judge that was not the teacher"
 NOTE = (
-    "Stories to the same openings, never trained on, and real ones, by the teacher and by a "
-    "language model that reads them (sense, in nats per token: lab/reader.py), with 95 % "
-    "intervals. A gain that only the teacher sees is a gain at pleasing the teacher; one that a "
-    "lower temperature gives too needs no training."
+    "Stories for the same held-out openings, and real stories, scored by the teacher and by a "
+    "language model that was not the teacher (sense, a coherence score in nats per token: "
+    "lab/reader.py), with 95 % intervals. If only the teacher's score rises, the student has "
+    "learned to please the teacher. If a lower temperature gives the same gain, no training was "
+    "needed."
 )
-# A run's teacher and openings, if they are files, addresses or models: a folder may not name them.
+# Options that name a run's teacher and openings. If they are files, URLs or models, they must be
+# given again, because a folder may not name them.
 AGAIN = ("teacher_url", "teacher_model", "teacher_extra", "teacher_prompt", "reward", "openings")
 
 
@@ -55,14 +59,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="RUN|FILE.jsonl")
-    add("--reader", default=PACKAGED, metavar="NAME", help=f"{PACKAGED} or a causal language model")
-    add("--calibrate", action="store_true", help="show it stories of known quality")
-    add_number(parser, "--per-kind", FULL, "[2, 1e6]", "of these, stories of each kind")
+    add(
+        "--reader",
+        default=PACKAGED,
+        metavar="NAME",
+        help=f"language model that judges: {PACKAGED}, or a causal model of the Hub or in a folder",
+    )
+    add("--calibrate", action="store_true", help="test the reader on texts of known quality")
+    add_number(
+        parser, "--per-kind", FULL, "[2, 1e6]", "number of texts of each kind for --calibrate"
+    )
     add(
         "--corpus",
         nargs="+",
         metavar="NAME|FILE",
-        help="of real stories, and of the built-in teacher (default: the student's)",
+        help="corpus of the real stories and of the built-in teacher (default: the student's)",
     )
     add_options(parser, InteractConfig, AGAIN)
     add("--device", default="auto")
@@ -91,7 +102,7 @@ def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
 
 
 def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
-    """A header, and a row per file of stories: its name, their number, their mean sense."""
+    """A header, and a row per file of stories: name, number of stories, mean sense."""
     rows = [["", "stories", "sense, nats per token"]]
     for name, stories in samples.items():
         senses = reader.sense([(story.opening, story.text) for story in stories])
@@ -101,8 +112,7 @@ def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[
 
 
 def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
-    """Show each run's stories and controls to the reader, and print how much of the gain it
-    sees."""
+    """Measure the sense of each run's stories and controls, and print the gain."""
     typed = {name: value for name, value in vars(options).items() if name in AGAIN}
     pooled: list[Record] = []
     for run in runs:
@@ -119,14 +129,14 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
-        first = len(pooled)  # so that no two runs' openings have one index
+        first = len(pooled)  # so that openings of different runs have different indices
         pooled += [record | {"index": first + record["index"]} for record in records]
     if len(runs) > 1:
         print_judged(f"{len(runs)} runs together", pooled)
 
 
 def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likelihood:
-    """The grader of a run with --reward likelihood."""
+    """The scorer of a run with --reward likelihood."""
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", device)
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     return Likelihood(student, tokenizer, openings.train, config)

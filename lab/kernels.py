@@ -1,5 +1,5 @@
-"""Our operators compared with PyTorch's: time and, on a GPU, peak memory and throughput relative to
-its limit."""
+"""Compares our operators with PyTorch's: time and, on a GPU, peak memory and throughput relative to
+the GPU's limit."""
 
 import statistics
 import time
@@ -14,12 +14,12 @@ from torch import Tensor
 from lab.timing import PROMPT, Setup
 from tinystory import ops
 
-ROWS = 64  # stories decoded at a time
+ROWS = 64  # number of stories decoded together
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A rate of work: its key in the results, and work per second of one such unit."""
+    """A unit of throughput: key in the results, and work per second of one unit."""
 
     key: str
     scale: float
@@ -31,8 +31,8 @@ GB_S = Unit("gb_s", 1e9)
 
 @dataclass(frozen=True)
 class Operator:
-    """One piece of work by our operator and by PyTorch's. amount: FLOPs, or bytes that must be
-    read; leaves: tensors that receive gradients."""
+    """The same work by our operator and by PyTorch's. amount: number of FLOPs, or of bytes that
+    must be read. leaves: tensors that receive gradients."""
 
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
@@ -124,7 +124,7 @@ def sample(setup: Setup) -> Operator:
 
 
 def decode_attention(setup: Setup) -> Operator:
-    """Stories of one opening, whose caches are filled to half of their room or more."""
+    """Decode attention for stories of one opening, with caches that are at least half full."""
     device = setup.compute.device
     T, H = setup.config.context, setup.config.n_head
     D = setup.config.n_embd // H
@@ -152,9 +152,9 @@ def decode_attention(setup: Setup) -> Operator:
 
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
-    """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their
-    ratio (above 1: ours is faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or
-    copy, and the peak memory beyond the inputs in MB."""
+    """For each operator: median milliseconds of ours and of PyTorch's (interleaved), and the ratio
+    (above 1: ours is faster). On a GPU also our TFLOP/s or GB/s, the rate of a GEMM or copy, and
+    the peak memory in MB beyond the inputs."""
     device = setup.compute.device
     flush = None
     limits: dict[Unit, float] = {}
@@ -185,7 +185,7 @@ def gpu_limits(setup: Setup, runs: int, flush: Tensor) -> dict[Unit, float]:
 
 
 def medians(operator: Operator, runs: int, flush: Tensor | None) -> tuple[float, float]:
-    """Median seconds of ours and of PyTorch's, in turns, after a turn that warms up."""
+    """Median seconds of our operator and of PyTorch's, interleaved, after a warm-up."""
     ours: list[float] = []
     theirs: list[float] = []
     for _ in range(runs + 1):
@@ -197,8 +197,8 @@ def medians(operator: Operator, runs: int, flush: Tensor | None) -> tuple[float,
 
 
 def seconds(f: Callable, flush: Tensor | None) -> float:
-    """Seconds of a call. On a GPU by events, once `flush`, larger than the L2 cache, is
-    overwritten; that also lets the host run ahead of the device."""
+    """Seconds of a call. On a GPU the time is measured by events, after overwriting `flush`, which
+    is larger than the L2 cache; the overwriting also lets the host run ahead of the device."""
     if flush is None:
         before = time.perf_counter()
         f()
@@ -213,7 +213,7 @@ def seconds(f: Callable, flush: Tensor | None) -> float:
 
 
 def peak_mb(f: Callable, device: torch.device) -> float:
-    """Peak memory of a call on a GPU beyond the memory in use before it, in MB."""
+    """Peak memory of a call on a GPU, in MB, minus the memory in use before the call."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     f()

@@ -1,5 +1,5 @@
-"""Accuracy of choosing the most probable of several texts: BLiMP and its supplement, EWoK, entity
-tracking, COMPS, wug.
+"""Accuracy on tasks of choosing the most probable of several texts: BLiMP and its supplement, EWoK,
+entity tracking, COMPS, wug.
 
 Accuracies agree with BabyLM's pipeline on every pair (babylm/evaluation-pipeline-2025,
 babylm-org/babylm-eval of 2026, evaluation_pipeline/sentence_zero_shot: read_files.py, dataset.py,
@@ -31,7 +31,7 @@ from tinystory.evaluate.intervals import Z, wilson
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
 
-# What reading a file that is not BabyLM's raises.
+# Exceptions that reading a file of another format can raise.
 BROKEN = (
     OSError,
     ValueError,
@@ -47,9 +47,9 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Item:
-    """Options (prefix, text), the correct one first; only the text is scored. Phenomena (`uid`) are
-    averaged within a `split` first. ratio: fraction of humans who chose the first option (wug).
-    whole: predictions include the prefix."""
+    """An item of a task. options: pairs (prefix, text), the correct one first; only the text is
+    scored. Phenomena (`uid`) are first averaged within a `split`. ratio: fraction of humans who
+    chose the first option (wug). whole: whether predictions include the prefix."""
 
     options: list[tuple[str, str]]
     uid: str
@@ -59,16 +59,16 @@ class Item:
 
 
 class Scored(NamedTuple):
-    """An item, and its options' log-probabilities after their common prefix: (options,) float64, in
-    nats."""
+    """An item with the log-probabilities of its options after their common prefix: (options,)
+    float64, in nats."""
 
     item: Item
     logprobs: Tensor
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The items of a .jsonl or .jsonl.gz file, or of all such in a folder. Raises UserError for an
-    unknown format."""
+    """The items of a .jsonl or .jsonl.gz file, or of all such files in a folder. Raises UserError
+    for an unknown format."""
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -85,7 +85,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 @contextlib.contextmanager
 def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
-    """Opens a text file of BabyLM's, gzipped or not. Errors in the block become a UserError."""
+    """Yields a text file of BabyLM, gzipped or not. Errors in the block become a UserError."""
     open_text: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
         with open_text(path, "rt", encoding="utf-8", newline="") as file:
@@ -98,7 +98,7 @@ def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
 
 
 def read_item(record: dict[str, Any], file: str) -> Item:
-    """An item of any of the tasks. file: the name of its file, without an ending."""
+    """An item of any task. file: name of the item's file, without an ending."""
     if "sentence_good" in record:  # BLiMP and its supplement
         options = [("", record["sentence_good"]), ("", record["sentence_bad"])]
         item = Item(options, record.get("UID", file))
@@ -124,12 +124,13 @@ def read_item(record: dict[str, Any], file: str) -> Item:
 
 
 def task_items(path: str | Path, *, wug: bool) -> list[Item]:
-    """The items of the wug test, or of any other task. Raises UserError for those of the other
-    kind."""
+    """The items of the wug test, if `wug`, or of any other task. Raises UserError if the file is of
+    the other kind."""
     items = read_items(path)
     if any((item.ratio is not None) != wug for item in items):
         raise UserError(
-            f"{path} is not of this task: --wug takes the wug test, and nothing else does"
+            f"{path} is of another task: give wug tests to --wug or --wug-past, and other tasks to their "
+            "own options"
         )
     return items
 
@@ -137,8 +138,8 @@ def task_items(path: str | Path, *, wug: bool) -> list[Item]:
 def score_items(
     student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int
 ) -> tuple[list[Scored], int]:
-    """The items that fit the student's context, and the number of the others. Raises UserError for
-    another task's items, or if fewer than `fewest` fit."""
+    """The scored items that fit the student's context, and the number of items that do not fit.
+    Raises UserError for items of another task, or if fewer than `fewest` fit."""
     context = student.config.context
     items = task_items(path, wug=wug)
     fitting = []
@@ -160,8 +161,8 @@ def score_items(
 
 def predictions(scored: Sequence[Scored], uid: str = "") -> dict[str, Any]:
     """The chosen options in BabyLM's format, {uid: {"predictions": [{"id", "pred"}, ...]}}. The wug
-    tests have the given `uid`, and "prob", the first option's probability, in float32 as in the
-    pipeline."""
+    tests have the given `uid` and also "prob", the probability of the first option (in float32, as
+    in the pipeline)."""
     table: dict[str, Any] = {}
     for item, logprobs in scored:
         name = uid or item.uid
@@ -176,8 +177,8 @@ def predictions(scored: Sequence[Scored], uid: str = "") -> dict[str, Any]:
 
 
 def first_probability(logprobs: Tensor) -> float:
-    """The first option's. In float32, as in the pipeline, where preferences near 0 and 1 become
-    ties."""
+    """The probability of the first option. It is computed in float32, as in the pipeline, so
+    preferences near 0 and 1 become ties."""
     return float(logprobs.float().softmax(0)[0])
 
 
@@ -185,9 +186,9 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     """Accuracy on BLiMP, its supplement, EWoK, COMPS or entity tracking.
 
     Returns accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the
-    pipeline; items (scored) and too_long (left out, since they exceed the context); phenomena {uid:
-    {accuracy, ci (Wilson), correct, total}}; predictions. Raises UserError if no item fits, or for
-    the files of the wug test."""
+    pipeline; items (number of scored items) and too_long (number of items left out because they
+    exceed the context); phenomena {uid: {accuracy, ci (Wilson), correct, total}}; predictions.
+    Raises UserError if no item fits, or for a file of the wug test."""
     scored, too_long = score_items(student, tokenizer, path, wug=False, fewest=1)
     answers: dict[tuple[str, str], list[bool]] = defaultdict(list)  # by split and phenomenon
     for item, logprobs in scored:
@@ -228,10 +229,10 @@ def percent(interval: tuple[float, float]) -> tuple[float, float]:
 def evaluate_wug(
     student: Student, tokenizer: Tokenizer, path: str | Path, name: str = "wug_adj"
 ) -> dict[str, Any]:
-    """Spearman's rank correlation (-1..1) of the student's preference for the first form (softmax
-    of the log-probabilities) with the fraction of humans who chose it; ci (bootstrap), items,
-    too_long and predictions under `name`. Raises UserError for files of another task, or if fewer
-    than three items fit."""
+    """Spearman's rank correlation (-1..1) between the student's preference for the first form
+    (softmax of the log-probabilities) and the fraction of humans who chose the first form; ci
+    (bootstrap), items, too_long, and predictions under `name`. Raises UserError for files of
+    another task, or if fewer than three items fit."""
     scored, too_long = score_items(student, tokenizer, path, wug=True, fewest=3)
     model = np.array([first_probability(logprobs) for _, logprobs in scored], dtype=np.float32)
     human = np.array([item.ratio for item, _ in scored])
@@ -247,9 +248,9 @@ def evaluate_wug(
 def weighted(
     counts: Sequence[tuple[int, int]], weights: Sequence[float]
 ) -> tuple[float, tuple[float, float]]:
-    """The sum of weight * correct / total over independent proportions (correct, total), and its
-    normal interval. The variance counts two more successes and failures each (Agresti and Coull),
-    so that no proportion is certain."""
+    """The sum of weight * correct / total over independent proportions (correct, total), and the
+    normal interval of this sum. The variance counts two more successes and two more failures
+    (Agresti and Coull), so that no proportion is certain."""
     correct, total = np.array(counts, dtype=float).T
     mean = float(weights @ (correct / total))
     p = (correct + 2) / (total + 4)
@@ -259,7 +260,8 @@ def weighted(
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,); nan if all values of either are equal."""
+    """Spearman's rank correlation of x (n,) and y (n,); nan if all values of x or of y are
+    equal."""
     a = centred_ranks(x)
     b = centred_ranks(y)
     scale = np.sqrt((a * a).sum() * (b * b).sum())
@@ -267,7 +269,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def centred_ranks(values: np.ndarray) -> np.ndarray:
-    """(n,): the values' ranks minus their mean. Ties get their mean rank."""
+    """(n,): ranks of the values minus the mean rank. Equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     mean_ranks = np.cumsum(counts) - (counts - 1) / 2
     ranks = mean_ranks[inverse]

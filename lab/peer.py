@@ -1,9 +1,9 @@
-"""One peer of `lab/bench.py peers`, run by a Python that has its packages. Prints the seconds of a
-run per line of input.
+"""Times another program ("peer") for `lab/bench.py peers`. It runs in a Python environment that has
+the peer's packages. For each line of input, it prints the seconds of one run.
 
 python lab/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, ...}'
 
-Made for trl 0.9.4 and transformers 4.53.
+Written for trl 0.9.4 and transformers 4.53.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import torch
 
 
 def nanogpt(a: SimpleNamespace) -> Callable:
-    """A training step of nanoGPT's compiled model with fused AdamW, as in its train.py."""
+    """A training step of nanoGPT's compiled model with fused AdamW, as in nanoGPT's train.py."""
     sys.path.insert(0, a.repo)
-    from model import GPT, GPTConfig  # nanoGPT's
+    from model import GPT, GPTConfig  # nanoGPT's model.py
 
     sizes = dict(a.model)
     context = sizes.pop("context")
@@ -52,7 +52,7 @@ def gpt2(model: dict) -> Any:  # a transformers model
 
 
 def transformers(a: SimpleNamespace) -> Callable:
-    """generate() by pure sampling, without an early end, so that the work is fixed."""
+    """generate() with pure sampling and without early ends, so that the amount of work is fixed."""
     model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
     ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
 
@@ -73,7 +73,7 @@ def transformers(a: SimpleNamespace) -> Callable:
 
 
 def trl(a: SimpleNamespace) -> Callable:
-    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities
+    """A PPO iteration of TRL 0.9.4, which the paper's code uses: generation, log-probabilities
     under student and reference, four epochs over one batch. The reward is constant, so that only
     the student's work is timed."""
     from tokenizers import Tokenizer, models
@@ -125,7 +125,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("settings", type=json.loads, help="JSON object: what lab/bench.py measures")
+    parser.add_argument(
+        "settings", type=json.loads, help="JSON object with the settings of lab/bench.py"
+    )
     options = parser.parse_args()
     a = SimpleNamespace(**options.settings)
     output = os.fdopen(os.dup(1), "w")  # libraries print to standard output too

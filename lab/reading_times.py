@@ -1,5 +1,5 @@
-"""BabyLM's reading task: how much of the variance in human reading times the student's surprisal
-explains.
+"""BabyLM's reading task: the percentage of the variance in human reading times that the student's
+surprisal explains.
 
 Data and regressions follow de Varda, Marelli & Amenta 2023 (Behavior Research Methods) as in
 BabyLM's pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/reading:
@@ -35,10 +35,10 @@ def evaluate_reading_times(
     """Scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one
     word of spillover).
 
-    A score is the percentage of the variance left by word length, frequency and position that
-    surprisal explains. There is no interval, since resampling words overstates a gain that cannot
-    be negative. items is the number of words; predictions holds their surprisals. Raises UserError
-    for another file, or if a text exceeds the context."""
+    A score is the percentage of the variance not explained by word length, frequency and position
+    that surprisal explains. There is no interval, because resampling words overstates a gain that
+    cannot be negative. items: number of words; predictions: surprisal of each word. Raises
+    UserError for another file, or if a text exceeds the context."""
     path = Path(path)
     rows, data = read_rows(path)
     current = [(row["item"] or "None", row["word"]) for row in rows]
@@ -62,12 +62,12 @@ def evaluate_reading_times(
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
-    """The rows, and their numeric columns as float64 (n,), nan where empty."""
+    """The rows, and the numeric columns as float64 (n,), with nan for empty cells."""
     data = {}
     with babylm_file(path, "BabyLM's reading_data.csv") as file:
         rows = list(csv.DictReader(file))
         if not rows or any(None in row.values() for row in rows):
-            raise ValueError("no rows, or one that is cut short")
+            raise ValueError("it has no rows, or a row that is cut short")
         for name in NUMERIC:
             data[name] = np.array([float(row[name] or "nan") for row in rows])
     return rows, data
@@ -76,8 +76,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
 def surprisals(
     student: Student, tokenizer: Tokenizer, words: Iterable[WordInContext], path: Path
 ) -> dict[WordInContext, float]:
-    """Each word's surprisal, in nats. Raises UserError, which names the file, if a text exceeds the
-    context."""
+    """The surprisal of each word, in nats. Raises UserError, with the file's name, if a text
+    exceeds the context."""
     surprisal = dict.fromkeys(words, 0.0)
     owners = []
     groups = []
@@ -90,7 +90,7 @@ def surprisals(
     if longest > context:
         raise UserError(
             f"{path} has a text of {longest} tokens, and the student's context is {context}: "
-            f"evaluate one that was trained with --context {longest} or more"
+            f"evaluate a student that was trained with --context {longest} or more"
         )
     sums = sum_logprobs(student, groups, "reading times")
     for owner, logprob in zip(owners, sums, strict=True):
@@ -99,12 +99,13 @@ def surprisals(
 
 
 def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
-    """One part per token of the word; their log-probabilities sum to the log-probability of `word`
-    after `sentence`."""
+    """One part per token of the word. The log-probabilities of the parts sum to the log-probability
+    of `word` after `sentence`."""
     parts: list[Part] = []
     for id in tokenizer.encode(word):
         text = tokenizer.decode([id])
-        # Decoded and encoded again as in the pipeline: a token with part of a character changes.
+        # The text is decoded and encoded again, as in the pipeline, which changes tokens with a
+        # part of a character.
         target = id if not parts else tokenizer.encode(text)[0]
         context = tokenizer.encode(sentence)
         parts.append(Part((*context, target), len(context)))
@@ -113,9 +114,9 @@ def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
 
 
 def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]) -> float:
-    """Percentage of the variance of `outcome` left by the baseline that data["pred"] explains, by
-    ordinary least squares on the baseline and its pairwise interactions. data: columns (n,); rows
-    with a nan are left out."""
+    """Percentage of the variance of `outcome` not explained by the baseline that data["pred"]
+    explains, by ordinary least squares on the baseline and its pairwise interactions. data: columns
+    (n,); rows with a nan are left out."""
     columns = np.array([data[name] for name in (outcome, *baseline, "pred")])
     complete = ~np.isnan(columns).any(axis=0)
     y, *x, surprisal = columns[:, complete]

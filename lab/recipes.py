@@ -1,21 +1,24 @@
-"""Compare recipes of interaction with controls that need no teacher or no training: the tables of
-lab/results.md.
+"""Compare interaction recipes with controls that need no teacher or no training. This gives the
+tables of lab/results.md.
 
 python lab/recipes.py --seeds 1 2 3
 python lab/recipes.py --seeds 1 2 3 --options "" "--lam 0.9" "shuffled: --grades 64 --steps 8"
 python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --reader smollm2
 
-Per seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain, then
-trained by train_interact.py once per text of --options (default: the demo, and with the student's
-likelihood or a constant as the score); a control of lab/controls.py can stand before a colon.
-Finished runs are not repeated. The untouched and the trained students then write a story to each
-held-out opening, which the built-in teacher grades; further controls are lower temperatures, and
-the likeliest or best-rewarded of four stories. --reader adds their sense to a language model
-(lab/reader.py). Who is who is measured on unseen stories of the grammar, or of a corpus without it.
-Prints Markdown: means over the seeds, and the reward's standard error over the openings. Writes
-OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and OUT/reward.svg,
-README's picture.
-"""
+For each seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain. Then
+train_interact.py trains it once for each text of --options (default: the demo, and the demo with
+the student's likelihood or a constant as the score). A control of lab/controls.py can precede the
+options, separated by a colon. Finished runs are not repeated.
+
+Each student, before and after interaction, then writes a story for each held-out opening, and the
+built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
+the best of four stories by log-likelihood or by reward. --reader adds the sense of the stories, a
+coherence score by a language model (lab/reader.py). Coreference is measured on unseen stories of
+the grammar or, for a student of another corpus, on its validation split.
+
+The command prints Markdown: means over the seeds, and the reward's standard error over the
+openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and
+OUT/reward.svg, README's picture."""
 
 import functools
 import json
@@ -70,30 +73,31 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.open_grader import open_grader
 
 CONFIG = InteractConfig()
-FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
-COREFERENCE = 300  # unseen stories
-# of a record, which the table leaves out
+FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these random numbers
+COREFERENCE = 300  # number of unseen stories for coreference
+# fields of a record that the table leaves out
 NOT_SHOWN = ("name", "seed", "rewards", "senses")
-# Measured on these; of a student itself, so not of a control.
+# Measures on the unseen stories. They are measured once per student, and not for controls.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
-CLUSTERED = 64  # stories for distinct_4 and clusters: means over groups of so many
-TEMPERATURES = (0.7, 0.6, 0.5, 0.4)  # of the untouched student, as controls
+CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
+TEMPERATURES = (0.7, 0.6, 0.5, 0.4)  # controls: temperatures of the student before interaction
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
 
 class Row(NamedTuple):
-    """A row of the table: how its stories are written and chosen."""
+    """A row of the table, with the settings by which its stories are sampled and chosen."""
 
     name: str
     folder: Path
     temperature: float = 1.0
     n: int = 1  # stories per opening
-    # one of the n: the first, the likeliest ("likelihood") or the best ("reward")
+    # which of the n stories is chosen: the first, the likeliest ("likelihood") or the best
+    # ("reward")
     chosen_by: str = "first"
 
 
 class Arm(NamedTuple):
-    """An interaction: a control of lab/controls.py, or "", and options."""
+    """An interaction. control: name of a control of lab/controls.py, or ""; words: options."""
 
     control: str
     words: list[str]
@@ -103,24 +107,24 @@ class Arm(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--out", default="runs/recipes", help="folder of the runs")
+    add("--out", default="runs/recipes", help="folder for the runs")
     add(
         "--seeds",
         nargs="+",
         type=int,
         default=[0],
         metavar="N",
-        help="of pretraining and interaction",
+        help="seeds of pretraining and interaction",
     )
     add(
         "--options",
         nargs="+",
         default=["", "--reward likelihood", "--reward constant"],
         metavar="TEXT",
-        help="of train_interact.py, per run; CONTROL: TEXT for a control",
+        help="options of train_interact.py, one text per run; CONTROL: TEXT for a control",
     )
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
-    add("--reader", default="", metavar="NAME", help="language model that reads the stories too")
+    add("--reader", default="", metavar="NAME", help="language model that judges the stories too")
     options = parser.parse_args(argv)
     out = folder_of(options.out)
     arms = {text: arm_of(text) for text in options.options}
@@ -146,8 +150,8 @@ def compare(
     arms: Mapping[str, Arm],
     reader: Reader | None,
 ) -> None:
-    """Train and measure the students, and print and write the tables. pretraining: options. arms:
-    each interaction, by its text."""
+    """Train and measure the students, and print and write the tables. pretraining: options of
+    pretraining. arms: interactions by their texts."""
     records: list[Record] = []
     for seed in seeds:
         rows = train_students(out, seed, pretraining, arms)
@@ -161,7 +165,7 @@ def compare(
                 with open(out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
     bars = print_table(records)
-    title = "Reward of stories to held-out openings, with the standard error over openings"
+    title = "Reward of stories for held-out openings, with the standard error over openings"
     figure = figures.bar_chart(title, bars, "the demo")
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
@@ -169,14 +173,15 @@ def compare(
 def train_students(
     out: Path, seed: int, pretraining: Sequence[str], arms: Mapping[str, Arm]
 ) -> list[Row]:
-    """Finish a seed's runs, and return its rows. The first is the untouched student's."""
+    """The rows of a seed, after finishing the seed's runs. The first row is the student before
+    interaction."""
     start = out / f"pretrain-{seed}"
     options = ["--seed", str(seed), *pretraining]
     pretrained = pretrain_config(options)
     train(start, options, words=pretrained.words)
     rows = [
-        Row("untouched", start, n=4),
-        Row("likeliest of 4", start, n=4, chosen_by="likelihood"),
+        Row("before interaction", start, n=4),
+        Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
         Row("best of 4 by reward", start, n=4, chosen_by="reward"),
     ]
     for temperature in TEMPERATURES:
@@ -193,7 +198,7 @@ def train_students(
 
 
 def print_table(records: Sequence[Record]) -> list[Bar]:
-    """Print Markdown, and return each row's mean reward."""
+    """A bar with the mean reward of each row, after printing the rows as Markdown."""
     columns = [column for column in records[-1] if column not in NOT_SHOWN]
     print(f"| | {' | '.join(columns)} | standard error |")
     print("|---|" + "---|" * (len(columns) + 1))
@@ -218,7 +223,7 @@ def print_table(records: Sequence[Record]) -> list[Bar]:
 
 
 def load_student(folder: Path, device: torch.device) -> tuple[Student, Tokenizer]:
-    """A run's newest student: `best` would be selected by score."""
+    """The newest student of a run. (`best` would be selected by its score.)"""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, device)
     return student, tokenizer
 
@@ -233,7 +238,7 @@ def written(
     device: str,
     grader: Grader,
 ) -> tuple[list[Story], list[float | None]]:
-    """A story to each opening, and their scores."""
+    """A story for each opening, and the stories' scores."""
     compute = resolve(device, "auto")
     student, tokenizer = load_student(folder, compute.device)
     with compute.autocast():
@@ -259,8 +264,9 @@ def measure(
     reader: Reader | None = None,
     unseen: Sequence[str] = (),
 ) -> Record:
-    """Measures of a row. A reward compares a story with the other chosen ones, one per opening.
-    reader: adds their mean `sense`. unseen: texts for UNSEEN (default: stories of the grammar)."""
+    """The measures of a row. A reward compares a story with the other chosen stories, one per
+    opening. reader: adds the mean `sense` of the stories. unseen: texts for UNSEEN (default:
+    stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(
         row.folder, row.temperature, prompts, config.max_new_tokens, config.device, grader
@@ -305,8 +311,8 @@ def measure(
 
 
 def unseen_texts(config: PretrainConfig) -> list[str]:
-    """COREFERENCE texts on which a student was not trained: of the grammar if it has read some, else
-    of its corpus's validation split."""
+    """COREFERENCE texts on which a student was not trained: new stories of the grammar if the
+    student was trained on the grammar, otherwise texts of the corpus's validation split."""
     if "builtin" in config.corpus:
         return unseen_stories(COREFERENCE)
     data = prepare(

@@ -1,22 +1,22 @@
-"""The paper's experiment as one command: does interaction replace pretraining on many times as many
+"""The paper's experiment as one command: can interaction replace pretraining on many times as many
 words?
 
-python lab/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, fewer stories
+python lab/reproduce.py --scale tiny             the demo's corpus, teacher and recipe
 python lab/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
 python lab/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
-One student is pretrained, with a checkpoint at every milestone of words. From some of these it
+One student is pretrained, with a checkpoint at every milestone of words. From some milestones it
 continues in three ways:
 
-interact  it writes stories and the teacher scores them, for several seeds
-random    the same with a control, here a random score (--controls: values of --reward)
-more      pretraining on as many further words as interaction took in and wrote, the learning rate
-          decaying to 0
+interact  interaction with the teacher, for several seeds
+random    interaction with a control, here a random score (--controls: values of --reward)
+more      pretraining on as many further words as interaction took in and wrote, with the learning
+          rate decaying to 0
 
-Every checkpoint then writes stories with the same random numbers, the teacher grades them, and
-OUT/report.html compares them. The reward of `small` and `paper` is the paper's, for a single
-opening, unless --interact has other options. Each run of a train command has its own folder. After
-Ctrl-C or a kill, the same command resumes interrupted runs and skips finished ones.
+Every checkpoint then writes stories with the same random numbers, the teacher grades the stories,
+and OUT/report.html compares the checkpoints. `small` and `paper` have the paper's reward and a
+single opening, unless --interact has other options. Each run of a train command has a separate
+folder. After Ctrl-C or a kill, the same command resumes interrupted runs and skips finished ones.
 """
 
 import argparse
@@ -70,17 +70,17 @@ from tinystory.teacher.open_grader import open_grader
 
 MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
-# columns for any corpus
+# columns of the table for any corpus
 OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")
-BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
+BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's name is its --reward
 COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # by arm
 
 
 @dataclass(frozen=True)
 class Scale:
-    """pretrain, interact: options of the train commands; starts: millions of pretraining words
-    before interaction; seeds: per arm and start; stories: graded per checkpoint; controls: values
-    of --reward."""
+    """Defaults of a --scale. pretrain, interact: options of the train commands; starts: millions of
+    pretraining words before interaction; seeds: number of seeds per arm and start; stories: number
+    of graded stories per checkpoint; controls: values of --reward."""
 
     pretrain: str
     interact: str
@@ -92,8 +92,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Student:
-    """A checkpoint to evaluate, the last of its run (the best would be selected by its score). start:
-    words of pretraining before its arm; words: of pretraining and taken in."""
+    """A checkpoint to evaluate: the last of its run, because `best` would be selected by its score.
+    start: words of pretraining before the arm; words: words of pretraining, plus words taken in."""
 
     arm: str
     start: int
@@ -104,9 +104,9 @@ class Student:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for, checked. settings: what must be the same when it is run
-    again; arms: options that name the scorer, by arm; starts: words of pretraining; seeds: their
-    number."""
+    """The checked settings of an experiment. settings: values that must be the same when the
+    command runs again; arms: options that name the scorer, by arm; starts: words of pretraining
+    before interaction; seeds: number of seeds."""
 
     out: Path
     settings: Record
@@ -120,8 +120,9 @@ class Plan:
     on_device: list[str]
 
 
-# `small`, the settings of lab/results.md whatever the demo's are, learned most in minutes on a CPU
-# (lab/LOG.md): one epoch over more stories, a weak KL penalty, and the paper's reward.
+# `small` has the settings of lab/results.md, independent of the demo's. They learned most in
+# minutes on a CPU (lab/LOG.md): one epoch over more stories, a weak KL penalty, and the paper's
+# reward.
 SCALES = {
     "tiny": Scale(
         pretrain="--words 3M",
@@ -163,42 +164,48 @@ def main(argv: list[str] | None = None) -> None:
         "--pretrain",
         default="",
         metavar="TEXT",
-        help="options of train_pretrain.py, over those of the scale",
+        help="options of train_pretrain.py, which override those of the scale",
     )
     add(
         "--interact",
         default="",
         metavar="TEXT",
-        help="options of train_interact.py, over those of the scale",
+        help="options of train_interact.py, which override those of the scale",
     )
     add(
         "--teacher",
         default="",
         metavar="TEXT",
-        help="further ones, that name the teacher (default: built in)",
+        help="options of train_interact.py that name the teacher (default: the built-in teacher)",
     )
     add(
         "--controls",
         nargs="*",
         metavar="REWARD",
-        help="interactions for these (default: as --scale has it)",
+        help="values of --reward for control interactions (default: those of the scale)",
     )
     add(
         "--milestones",
         nargs="+",
         type=int,
         metavar="M",
-        help="starts of interaction, million words",
+        help="milestones from which interaction starts, in million words",
     )
     add_number(
         parser,
         "--seeds",
         0,
         "[0, 1000]",
-        "interactions per milestone and arm; 0: as --scale has it",
+        "number of interactions per milestone and arm; 0: that of the scale",
     )
-    add_number(parser, "--stories", 0, "[0, 1e6]", "stories of an evaluation; 0: as --scale has it")
-    add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
+    add_number(
+        parser,
+        "--stories",
+        0,
+        "[0, 1e6]",
+        "number of stories of an evaluation; 0: that of the scale",
+    )
+    add("--blimp", default="", help="folder of BLiMP's .jsonl files, to evaluate BLiMP too")
     add("--device", default="auto")
     plan = make_plan(parser.parse_args(argv))
     with locked(plan.out):
@@ -211,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """The plan that these options ask for. Raises UserError as its runs would."""
+    """The plan of an experiment with these options. Raises UserError for options that its runs
+    would refuse."""
     scale = SCALES[options.scale]
     default = f"runs/reproduce-{options.scale}"
     out = folder_of(default if options.out is None else options.out)
@@ -234,8 +242,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     for start in starts:
         if start not in MILESTONES or start > pretrain.words:
             raise UserError(
-                f"pretraining on {pretrain.words:,} words leaves no checkpoint at {start // MILLION} M: choose "
-                "--milestones that it reaches, among 1 to 9, 10 to 90 by 10, 100 to 1000 by 100"
+                f"pretraining on {pretrain.words:,} words leaves no checkpoint at {start // MILLION} M: choose smaller "
+                "--milestones, among 1 to 9, 10 to 90 by 10, 100 to 1000 by 100"
             )
     if options.blimp and not task_items(options.blimp, wug=False):
         raise UserError(f"--blimp {options.blimp} holds no .jsonl or .jsonl.gz file")
@@ -255,7 +263,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 def require_same(path: Path, settings: Record) -> None:
     """Write the settings that all runs of an experiment share. Raises UserError if the file has
-    others."""
+    other settings."""
     before = read_object(path) if path.exists() else settings
     for name, new in settings.items():
         old = before.get(name)
@@ -267,7 +275,7 @@ def require_same(path: Path, settings: Record) -> None:
 
 
 def train_students(plan: Plan) -> list[Student]:
-    """Run what is not finished yet, and return all checkpoints to evaluate."""
+    """All checkpoints to evaluate, after running every run that is not finished yet."""
     pretraining = plan.out / "pretrain"
     train(pretraining, plan.pretrain_argv, plan.on_device, plan.pretrain.words)
     students = []
@@ -297,7 +305,7 @@ def train_students(plan: Plan) -> list[Student]:
 
 
 def evaluate(plan: Plan, students: Sequence[Student]) -> tuple[str, list[Record]]:
-    """The grader's name, and a record per student, kept in OUT/evaluation."""
+    """The grader's name, and a record per student, which is saved in OUT/evaluation."""
     records = []
     replies = plan.out / "replies.jsonl"
     corpus = plan.pretrain.corpus
@@ -327,14 +335,14 @@ def copy_milestone(milestone: Path, run: Path) -> None:
 def measure(
     folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
 ) -> Record:
-    """The page's columns for a checkpoint; random numbers, teacher and texts are the same for
-    all."""
+    """The values of a checkpoint in the page's table. Random numbers, teacher and texts are the
+    same for all checkpoints."""
     held_out = Openings(load_openings(config.openings), 0).held_out
     openings = list(itertools.islice(cycle(held_out), settings["stories"]))
     row = recipes.Row("", folder)
     columns = recipes.measure(row, grader, config, openings)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
-    if not has_dull_tellers(history):  # nor was it trained for the grammar's text
+    if not has_dull_tellers(history):  # such a student was not trained on the grammar's text either
         shards = prepare(
             open_corpus(pretrain.corpus),
             vocab_size=pretrain.vocab_size,
@@ -354,12 +362,12 @@ def measure(
 def write_page(
     out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]
 ) -> Path:
-    """Write OUT/report.html, and return its path. scorers: the arms of interaction."""
+    """The path of OUT/report.html, which is written here. scorers: the arms of interaction."""
     columns = dict.fromkeys(name for record in records for name in record["measures"])
     columns.pop("rewards", None)
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     lines = []
-    rows: dict[int, list[list[str]]] = defaultdict(list)  # of the table, by start
+    rows: dict[int, list[list[str]]] = defaultdict(list)  # rows of the table, by start
     for arm, colour in zip((BEFORE, INTERACT, MORE, *scorers[1:]), cycle(COLOURS), strict=False):
         name = names.get(arm, f"+ --reward {arm}")
         by_start: dict[int, list[Record]] = defaultdict(list)
@@ -385,18 +393,19 @@ def write_page(
         size=(640, 380),
     )
     note = (
-        "Mean and standard error over the seeds of interaction. Only the reward was learned from. Story, routine, list "
-        "...: the fraction that each kind of teller tells; distinct_4 and clusters: over 64 stories; bits_per_byte, "
-        "repeated_name and he_or_she: on unseen text, the latter two the probability of the right one."
+        "Means and standard errors over the seeds of interaction. Students were trained only on the reward. Story, "
+        "routine, list ...: fraction of the texts in each style. distinct_4 and clusters are over 64 stories. "
+        "bits_per_byte, repeated_name and he_or_she are measured on unseen text; the last two are "
+        "probabilities of the right word."
     )
     table_rows = [row for start in sorted(rows) for row in rows[start]]
     table = page.table(["Student", "Seeds", *columns], table_rows)
     sections = [
         f'<div style="max-width: 44rem">{figure}</div>',
-        page.section("What was rewarded and what was not", note, table),
-        page.details("How it was run", "", page.facts(settings.items())),
+        page.section("Trained measures and other measures", note, table),
+        page.details("Settings", "", page.facts(settings.items())),
     ]
-    title = "Does interaction replace pretraining?"
+    title = "Can interaction replace pretraining?"
     subtitle = escape(f"scored by {settings['scored by']}")
     return page.write(out / "report.html", title, subtitle, sections)
 

@@ -1,5 +1,5 @@
-"""An experiment of many runs of the two train commands: checks before the first one; finished runs
-are not run again, and stopped ones are resumed."""
+"""Experiments with many runs of the two train commands. Options are checked before the first run.
+Finished runs are not repeated, and stopped runs are resumed."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,46 +22,52 @@ from tinystory.student import checkpoint
 
 
 def folder_of(out: str) -> Path:
-    """The folder that --out names. Raises UserError for an empty name, which would be this one."""
+    """The folder that --out names. Raises UserError for an empty name, which would mean the current
+    folder."""
     if not out:
         raise UserError("--out must be given: it is empty")
     return Path(out)
 
 
 def words_of(flag: str, text: str) -> list[str]:
-    """The words of options in one text. Raises UserError if it is no command line."""
+    """The command-line arguments in one text. Raises UserError if the text cannot be split into
+    arguments."""
     try:
         return shlex.split(text)
     except ValueError as error:
         reason = str(error).lower()
-        raise UserError(f"{flag}: {reason}; write each text as on a command line") from None
+        raise UserError(
+            f"{flag} {text!r}: {reason}; write each text as on a command line"
+        ) from None
 
 
 def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
-    """The options of a pretraining run to come. Raises UserError as the run would."""
+    """The options of a future pretraining run. Raises UserError for options that the run would
+    refuse."""
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, list(argv))
     return config
 
 
 def interact_config(argv: Sequence[str]) -> InteractConfig:
-    """The same for an interaction, whose openings are read too."""
+    """The options of a future interaction. Raises UserError for options or openings that the run
+    would refuse."""
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, list(argv))
     load_openings(config.openings)
     return config
 
 
 def corpus_of_teacher(pretraining: PretrainConfig, interaction: InteractConfig) -> list[str]:
-    """The option that an interaction after this pretraining needs, if the built-in teacher is to
-    measure by files: no checkpoint may name them."""
+    """The option --corpus for an interaction after this pretraining, if the built-in teacher is
+    fitted to files, which no checkpoint may name."""
     if interaction.reward or interaction.teacher_url:
         return []
-    return given_again(pretraining)  # its --corpus, if there are files in it
+    return given_again(pretraining)  # --corpus, if it has files
 
 
 def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
-    """Finish a run, and return its last checkpoint. argv: options of a new run, of which a resume
-    gets those that no record may give; again: options given on a resume too; words: length of a
-    pretraining run, 0: an interaction. Raises UserError if the run is stopped."""
+    """The last checkpoint of a run, after finishing the run. argv: options of a new run; a resume
+    gets only the options that no record may give. again: options that a resume gets too. words:
+    length of a pretraining run; 0: an interaction. Raises UserError if the run is stopped."""
     if not is_finished(out, words):
         print(f"{out} ...", flush=True)
         arguments = ["--out", str(out), *argv, *again]
@@ -75,7 +81,7 @@ def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int 
             train_interact.main(arguments)
     last = checkpoint.newest(out)
     if last is None or not is_finished(out, words):
-        raise UserError(f"{out} was stopped before its end: the same command continues from there")
+        raise UserError(f"{out} was stopped before its end: run the same command again to continue")
     return last
 
 

@@ -1,6 +1,6 @@
-"""Log-probabilities of many texts, batched by length; logits are computed only where a
-log-probability is needed. As in BabyLM's pipeline, no token precedes a text, so its first token is
-context only."""
+"""Log-probabilities of many texts, batched by length. Logits are computed only where a
+log-probability is needed. As in BabyLM's pipeline, no token precedes a text, so the first token is
+not scored."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -20,14 +20,14 @@ BATCH = 4096  # tokens, including padding
 
 
 class Part(NamedTuple):
-    """Token ids, and the index (>= 1) of the first whose log-probability counts."""
+    """A text to score: token ids, and the index (>= 1) of the first scored token."""
 
     ids: tuple[int, ...]
     first: int
 
 
 def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
-    """`rest`, to be scored after `prefix`. A token that spans their boundary counts."""
+    """A Part that scores `rest` after `prefix`. A token that spans the boundary is scored."""
     ids = tokenizer.encode(prefix + rest)
     ends = np.cumsum(tokenizer.token_sizes[ids])
     first = int(np.searchsorted(ends, len(prefix.encode()), side="right"))
@@ -36,16 +36,16 @@ def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
 
 @torch.no_grad()
 def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) -> list[Tensor]:
-    """Per group (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in
-    nats. The common prefix of a group's parts, which cannot decide between them, is left out. Parts
-    must fit the student's context."""
+    """For each group, (parts,) float64: the sum over i >= first of log p(token i | tokens before
+    i), in nats. The common prefix of a group's parts is left out, because it cannot decide between
+    them. All parts must fit the student's context."""
     shortened = [after_common_prefix(group) for group in groups]
     distinct = dict.fromkeys(chain.from_iterable(shortened))
     waiting = sorted(distinct, key=lambda part: len(part.ids))
     sums: dict[Part, Tensor] = {}
     total = len(waiting)
     with tqdm(total=total, desc=desc, unit=" texts", leave=False, delay=2, disable=None) as bar:
-        while waiting:  # the longest first, so that a lack of memory shows at once
+        while waiting:  # longest first, so that a lack of memory is noticed at once
             longest = max(len(waiting[-1].ids), 1)
             size = max(BATCH // longest, 1)
             batch = waiting[-size:]
@@ -69,7 +69,7 @@ def batch_sums(student: Student, batch: Sequence[Part]) -> Tensor:
         return sums
 
     row_ids = [torch.tensor(part.ids, device=device) for part in batch]
-    tokens = pad_sequence(row_ids, batch_first=True)  # padding comes last: no token sees it
+    tokens = pad_sequence(row_ids, batch_first=True)  # padding is last: no token attends to it
     row_index = torch.tensor(rows, device=device)
     position = torch.tensor(positions, device=device)
     hidden = student.hidden(tokens)[row_index, position - 1]
@@ -78,7 +78,7 @@ def batch_sums(student: Student, batch: Sequence[Part]) -> Tensor:
 
 
 def after_common_prefix(group: Sequence[Part]) -> list[Part]:
-    """The same parts, in which the tokens that all of them begin with do not count."""
+    """The same parts, without scores for the tokens of the common prefix."""
     if len(group) == 1:
         return list(group)
     common = 0

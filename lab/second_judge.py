@@ -1,5 +1,5 @@
-"""A run's gain as seen by a second judge, which was not its teacher, beside controls that need no
-learning."""
+"""The gain of a run measured by a second judge, which was not the teacher, compared with controls
+that need no training."""
 
 import itertools
 import json
@@ -29,14 +29,14 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.grade import Grade, highest_score
 
-JUDGED = "judged.jsonl"  # in a run's folder: the stories that were judged, with both scores
+JUDGED = "judged.jsonl"  # file in a run's folder with the judged stories and both scores
 TEMPERATURES = (0.7, 0.5)
 BEST_OF = 4
 BEFORE, AFTER, BEST, REAL = "before", "after", "best checkpoint", "real stories"
 BEST_OF_N = f"before, best of {BEST_OF} by the teacher"
 COLDER = tuple(f"before, temperature {temperature}" for temperature in TEMPERATURES)
 GROUPS = (BEFORE, AFTER, BEST, *COLDER, BEST_OF_N, REAL)
-StoryAfter: TypeAlias = tuple[str, str]  # the opening, and the story after it
+StoryAfter: TypeAlias = tuple[str, str]  # opening and story
 
 
 def judge_run(
@@ -47,13 +47,13 @@ def judge_run(
     grade: Callable[[Sequence[StoryAfter]], list[Grade]],
     corpus: Sequence[str],
 ) -> list[Record]:
-    """Write and return judged.jsonl: for each of GROUPS, stories to the openings of the run's
-    evaluations, with the teacher's score, on the scale of `shown_scores`, and the reader's
-    sense.
+    """The records of judged.jsonl, which is written here: for each of GROUPS, stories for the
+    openings of the run's evaluations, with the teacher's score (on the scale of `shown_scores`) and
+    the reader's sense.
 
-    BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus`; the student at the run's
-    start writes the others. grade: the run's teacher. Raises UserError without evaluations at both
-    ends."""
+    BEFORE, AFTER and BEST are from the evaluations, and REAL from `corpus`. The student from before
+    interaction writes the other groups. grade: the run's teacher. Raises UserError without
+    evaluations at the start and the end."""
     groups = evaluated_stories(run)
     openings = [opening for opening, _ in groups[BEFORE]]
     student, tokenizer, _ = checkpoint.load(run / "checkpoints" / "start", compute.device)
@@ -101,8 +101,8 @@ def judge_run(
 
 
 def evaluated_stories(run: Path) -> dict[str, list[StoryAfter]]:
-    """The stories of a run's evaluations before its first step, after its last, and of `best`.
-    Raises UserError if there is none of these."""
+    """The stories of a run's evaluations before the first step, after the last step, and of `best`.
+    Raises UserError if an evaluation is missing."""
     by_step: dict[int, list[StoryAfter]] = {}
     evaluations = read_records(run / EVALUATIONS)
     for record in sorted(evaluations, key=lambda record: (record["step"], record["index"])):
@@ -110,22 +110,22 @@ def evaluated_stories(run: Path) -> dict[str, list[StoryAfter]]:
     best = best_step(run)
     if len(by_step) < 2 or 0 not in by_step or best not in by_step:
         raise UserError(
-            f"{run} was not evaluated before its first step and at its end: give a finished interaction"
+            f"{run} has no evaluations before the first step and at the end: give a finished interaction"
         )
     return {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
 
 
 def real_stories(documents: Iterable[str], count: int, seed: int) -> list[list[str]]:
-    """First sentences of `count` stories drawn from the documents; if too few are long enough, from
-    the grammar."""
+    """First sentences of `count` stories drawn from the documents, or from the grammar if too few
+    documents are long enough."""
     drawn = random.Random(seed).sample(usable_documents(documents, count), count)
     return [first_sentences(text, i) for i, text in enumerate(drawn)]
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
-    """Per group the mean "score" or "sense" over its stories, the bootstrap interval "ci", and
-    "gap", the fraction of the way from BEFORE to REAL, None unless BEFORE is below REAL's interval.
-    None for what was not measured."""
+    """For each group: "mean", the mean score or sense of the stories; "ci", its bootstrap interval;
+    and "gap", the fraction of the way from BEFORE to REAL (None unless BEFORE is below REAL's
+    interval). Values are None if they were not measured. measure: "score" or "sense"."""
     table: dict[str, dict[str, Any]] = {}
     for name in GROUPS:
         values = [record[measure] for record in records if record["group"] == name]
@@ -141,8 +141,8 @@ def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]
 
 
 def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:
-    """Mean difference in sense between two groups' stories to the same openings, and its bootstrap
-    interval."""
+    """The mean difference in sense between two groups' stories for the same openings, and its
+    bootstrap interval."""
     senses = sense_by_index(records, group)
     others = sense_by_index(records, over)
     differences = [senses[index] - others[index] for index in senses if index in others]
@@ -152,7 +152,7 @@ def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple
 
 
 def sense_by_index(records: Sequence[Record], group: str) -> dict[int, float]:
-    """The sense of a group's stories that have one."""
+    """The sense of a group's stories by index, without stories that have none."""
     senses = {}
     for record in records:
         if record["group"] == group and record["sense"] is not None:
@@ -161,11 +161,11 @@ def sense_by_index(records: Sequence[Record], group: str) -> dict[int, float]:
 
 
 def conclusion(records: Sequence[Record]) -> str:
-    """One sentence: the gain in sense, compared with the best control."""
+    """A sentence with the gain in sense, compared with the best control."""
     value, ci = gain(records, AFTER, BEFORE)
     text = f"{with_ci(value, ci, sign='+')} nats per token"
     if not ci[0] > 0:
-        return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
+        return f"The reader, which was not the teacher, measures no gain in sense from interaction: {text}."
     groups = summary(records, "sense")
     fraction = groups[AFTER]["gap"]
     if fraction is not None:
@@ -180,15 +180,15 @@ def conclusion(records: Sequence[Record]) -> str:
     elif high < 0:
         verdict = "less than"
     return (
-        f"The reader, which was not the teacher, sees a gain in sense of {text}; that is {verdict} the "
+        f"The reader, which was not the teacher, measures a gain in sense of {text}; that is {verdict} the "
         f"{control_gain:+.2f} for “{control}”, which needs no training "
         f"(difference {with_ci(beyond, (low, high), sign='+')})."
     )
 
 
 def judged_rows(records: Sequence[Record]) -> list[list[str]]:
-    """A header, and per group: size, mean by each judge, and the fraction of the way from before to
-    real stories."""
+    """A header, and a row per group: number of stories, mean by each judge, and the fraction of the
+    way from before interaction to real stories."""
     sense_title = "Sense, nats per token"
     rows = [["Stories", "Number", "Teacher’s score", "of the way", sense_title, "of the way"]]
     scores = summary(records, "score")
@@ -205,8 +205,8 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def best_of_n(values: Sequence[Any], count: int) -> list[int]:
-    """For each i < count, the index of the largest of values[i::count]. None (no score) is less
-    than any value."""
+    """For each i < count, the index of the largest value in values[i::count]. None (no score)
+    counts as less than any value."""
     best = []
     for first in range(count):
         group = range(first, len(values), count)

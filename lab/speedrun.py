@@ -1,14 +1,15 @@
-"""The speedrun: seconds from nothing but compiled kernels to a student that tells stories. The rules
-stand in lab/records.md, how to take part in lab/program.md.
+"""The speedrun: seconds to train a student from scratch until it tells stories, with compiled
+kernels. lab/records.md has the rules, and lab/program.md explains how to take part.
 
 python lab/speedrun.py                                       one seed of this checkout
-python lab/speedrun.py --seeds N N N --against COMMIT        in turns with a commit, as a ratio
+python lab/speedrun.py --seeds N N N --against COMMIT        ratio to a commit, interleaved
 python lab/speedrun.py --seeds N N N --against COMMIT --record "shorter contexts first"
 
-Each run has two threads, no GPU and an empty cache of corpora; its two commands are a user's,
+Each run has two threads, no GPU and an empty cache of corpora, and consists of the user's commands
 train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
-for each checkout but the first whose means keep the rules; of several commits, the oldest is first,
-and --record has a text for each checkout after it. One teacher grades all of them.
+for each checkout after the first with means that satisfy the rules. Give several commits with the
+oldest first, and a text of --record for each checkout after the oldest. The same teacher grades all
+checkouts.
 """
 
 import math
@@ -38,11 +39,11 @@ from tinystory.teacher.open_grader import open_grader
 
 RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2
-# The least mean over the seeds of each measure of lab/recipes.py.
+# The minimum mean over the seeds of each measure of lab/recipes.py.
 RULES = {"reward": 0.65, "clusters": 39, "repeated_name": 0.91, "he_or_she": 0.90}
-# The greatest mean fraction of stories among the texts of the student before interaction.
+# The maximum mean fraction of stories among the student's texts before interaction.
 MOST_STORIES_BEFORE = 0.6
-# Shown beside them: whether stories became simpler.
+# All printed measures; the others show whether stories became simpler.
 MEASURES = (*RULES, "stories_before", "story", "distinct_4", "words", "largest")
 STAGES = ("pretraining", "interaction")
 LOAD = "from tinystory import ops; ops.load()"
@@ -50,7 +51,7 @@ LOAD = "from tinystory import ops; ops.load()"
 
 @dataclass
 class Side:
-    """A checkout that is timed, and its runs, one per seed: seconds by stage, and measures."""
+    """A timed checkout with its runs, one per seed: seconds by stage, and measures."""
 
     commit: str
     checkout: Path
@@ -63,7 +64,7 @@ class Side:
     def means(self) -> dict[str, float]:
         return {name: fmean(run[name] for run in self.measures) for name in MEASURES}
 
-    def is_storyteller(self) -> bool:
+    def meets_the_rules(self) -> bool:
         means = self.means()
         needs_a_teacher = means["stories_before"] <= MOST_STORIES_BEFORE
         return needs_a_teacher and all(means[name] >= least for name, least in RULES.items())
@@ -79,19 +80,19 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="COMMIT",
-        help="records to beat, the oldest first, in turns",
+        help="commits of the records to beat, the oldest first",
     )
     add(
         "--record",
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="what changed after each of --against: add lines to lab/records.md",
+        help="text for each change after a commit of --against; adds lines to lab/records.md",
     )
     options = parser.parse_args(argv)
     if options.record and len(options.record) != len(options.against):
         raise UserError(
-            "--record needs a text for each --against COMMIT: what the next one changed"
+            "--record needs one text per --against COMMIT, which says what the next checkout changed"
         )
     with tempfile.TemporaryDirectory() as scratch:
         sides = []
@@ -112,9 +113,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def race(sides: Sequence[Side], seeds: Sequence[int], scratch: Path) -> None:
-    """Run and measure each side once per seed, in turns."""
+    """Run and measure each side once per seed, interleaved."""
     for side in sides:
-        start([sys.executable, "-c", LOAD], side.checkout)  # compiles its kernels
+        start([sys.executable, "-c", LOAD], side.checkout)  # compiles the checkout's kernels
     for seed in seeds:
         for number, side in enumerate(sides):
             folder = scratch / f"{number}-{seed}"
@@ -143,7 +144,7 @@ def timed_run(checkout: Path, folder: Path, seed: int) -> dict[str, float]:
 
 
 def start(words: list[str], checkout: Path, **variables: str) -> None:
-    """Run a command in a checkout. Raises UserError, with its last lines, if it fails."""
+    """Run a command in a checkout. Raises UserError, with the command's last lines, if it fails."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(THREADS),
         "CUDA_VISIBLE_DEVICES": "",
@@ -157,7 +158,7 @@ def start(words: list[str], checkout: Path, **variables: str) -> None:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """MEASURES of the newest students in a timed run's folder, by this checkout's code and
+    """MEASURES of the newest students in a timed run's folder, computed by this checkout's code and
     teacher."""
     by_stage = {}
     with open_grader(recipes.CONFIG, corpus=PretrainConfig().corpus) as grader:
@@ -169,7 +170,7 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def line(side: Side) -> str:
-    """The last run: seconds by stage, and measures."""
+    """A line on the last run of a side: seconds by stage, and measures."""
     seconds = side.seconds[-1]
     stages = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in STAGES)
     measures = ", ".join(f"{name} {value:.3f}" for name, value in side.measures[-1].items())
@@ -178,7 +179,7 @@ def line(side: Side) -> str:
 
 def print_result(sides: Sequence[Side]) -> None:
     for i, side in enumerate(sides):
-        verdict = "a storyteller" if side.is_storyteller() else "no storyteller by the rules"
+        verdict = "meets the rules" if side.meets_the_rules() else "does not meet the rules"
         means = ", ".join(f"{name} {mean:.3f}" for name, mean in side.means().items())
         print(f"{side.commit}: median {side.median_seconds():.1f} s, {verdict}: mean {means}")
         for other in sides[:i]:
@@ -190,8 +191,8 @@ def ratio(record: Side, challenger: Side) -> float:
 
 
 def p_value(values: Sequence[float], least: float) -> float | None:
-    """Of values as high as these if their expectation were `least`: a one-sided t-test. None for
-    fewer than two values, or equal ones."""
+    """The p-value of a one-sided t-test: the probability of values as high as these if their
+    expectation were `least`. None for fewer than two values, or if all are equal."""
     n = len(values)
     if n < 2 or stdev(values) == 0:
         return None
@@ -206,12 +207,12 @@ def p_value(values: Sequence[float], least: float) -> float | None:
 
 def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
     """Append a line to lab/records.md for each side after the first that meets the rules, with the
-    ratio to the record before it. changes: what the sides after the first changed. Raises UserError
-    at the end if one does not meet them."""
+    ratio to the previous record. changes: descriptions of the changes of the sides after the first.
+    Raises UserError at the end if a side does not meet the rules."""
     record = sides[0]
     failed = []
     for challenger, change in zip(sides[1:], changes, strict=True):
-        if challenger.is_storyteller():
+        if challenger.meets_the_rules():
             add_record(record, challenger, change)
             record = challenger
         else:

@@ -1,5 +1,5 @@
-"""The files of a BabyLM submission, as its pipeline of 2026 writes them (babylm-org/babylm-eval,
-strict/) and its collate_preds.py expects them:
+"""Writes the files of a BabyLM submission, in the format of the pipeline of 2026
+(babylm-org/babylm-eval, strict/), for its collate_preds.py:
 RESULTS/MODEL/REVISION/zero_shot/causal/TASK/DATASET/predictions.json."""
 
 import json
@@ -15,7 +15,8 @@ from tinystory.run.errors import UserError
 from tinystory.run.files import atomic_write
 from tinystory.student.model import Student
 
-# BabyLM's name of each of our tasks. Its data folder begins with our name; wug's, with its own.
+# BabyLM's name of each of our tasks. A task's data folder begins with our name, and a wug test's
+# with BabyLM's name.
 TASKS = {
     "blimp": "blimp",
     "ewok": "ewok",
@@ -29,8 +30,8 @@ TASKS = {
 
 
 def find_tasks(folder: Path) -> dict[str, str]:
-    """The path of each task's data in BabyLM's full_eval or fast_eval. Raises UserError if there is
-    none."""
+    """The path of each task's data in BabyLM's full_eval or fast_eval. Raises UserError if the
+    folder has no task."""
     tasks = {}
     for task in TASKS:
         begin = "wug_adj" if task == "wug" else task
@@ -48,12 +49,12 @@ def find_tasks(folder: Path) -> dict[str, str]:
 def save_predictions(
     model: Path, folder: Path, task: str, path: str, record: dict[str, Any]
 ) -> None:
-    """Write the predictions of checkpoint `folder` on a task: under its name for the fast sets, as
-    main for the full ones. model: RESULTS/MODEL; path: the task's data; record: its evaluation.
-    Raises UserError if items are missing."""
+    """Write the predictions of checkpoint `folder` on a task: under the checkpoint's name for the
+    fast sets, and under "main" for the full sets. model: RESULTS/MODEL; path: the task's data;
+    record: the evaluation of the task. Raises UserError if items are missing."""
     if record.get("too_long"):
         raise UserError(
-            f"{folder}: {record['too_long']} items of {path} are longer than its context, and BabyLM asks for all: "
+            f"{folder}: {record['too_long']} items of {path} exceed the student's context, and BabyLM requires all: "
             "evaluate a student that was trained with a longer --context"
         )
     place = Path(TASKS[task])
@@ -87,10 +88,10 @@ def write_json(path: Path, value: Any) -> None:
 def word_surprisals(
     student: Student, tokenizer: Tokenizer, path: str | Path
 ) -> list[dict[str, Any]]:
-    """Surprisal, in nats, of each word of cdi_childes.json in each of its contexts, for ages of
-    acquisition (Chang & Bergen 2022), as {"target_word", "context_id", "context", "surprisal"} in
-    the file's order. As in the pipeline, words of one letter are left out, and texts that are too
-    long get nan. Raises UserError for another file."""
+    """Surprisals, in nats, of each word of cdi_childes.json in each of its contexts, as
+    {"target_word", "context_id", "context", "surprisal"} in the file's order, for the age of
+    acquisition (Chang & Bergen 2022). As in the pipeline, words of one letter are left out, and
+    texts that exceed the context get nan. Raises UserError for another file."""
     rows: list[dict[str, Any]] = []
     parts = []
     with babylm_file(Path(path), "BabyLM's cdi_childes.json") as file:

@@ -1,5 +1,5 @@
-"""Timed work with random weights (pretraining step, rollout, PPO iteration), and the limit set by
-PyTorch's GEMMs."""
+"""Times work with random weights (pretraining step, rollout, PPO iteration), and computes the limit
+set by PyTorch's GEMMs."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -25,14 +25,15 @@ SHAPES = {
     "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
-PROMPT = 20  # tokens
+PROMPT = 20  # tokens of a prompt
 GEMM_RUNS = 5
-Run: TypeAlias = Callable[[], dict[str, float]]  # does the work once; returns seconds, and `tokens`
+# Function that does the work once and returns seconds and `tokens`.
+Run: TypeAlias = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """batch: sequences or stories; new: tokens per story."""
+    """Settings of a timed work. batch: number of sequences or stories; new: tokens per story."""
 
     config: StudentConfig
     batch: int
@@ -41,7 +42,8 @@ class Setup:
 
 
 class RandomTokenizer(Tokenizer):
-    """Encodes every opening as the same PROMPT - 1 random tokens; words are token ids."""
+    """A tokenizer that encodes every opening as the same PROMPT - 1 random tokens, and decodes
+    tokens to their ids."""
 
     eos, pad = 2, 1
 
@@ -83,7 +85,7 @@ def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer)
 
 
 def rollout(setup: Setup) -> Run:
-    """Stories from one opening, without the teacher."""
+    """Generation of stories for one opening, without the teacher."""
     config = setup.config
     device = setup.compute.device
     student = Student(config).to(device)
@@ -150,8 +152,8 @@ def ppo_iteration(setup: Setup) -> Run:
 
 @dataclass(frozen=True)
 class Work:
-    """make_run: sets the work up; seconds_key: of what its run returns; batch: default size by
-    shape."""
+    """A kind of work. make_run: function that sets up the work and returns a Run; seconds_key: key
+    of the seconds that the Run returns; batch: default batch size by shape."""
 
     make_run: Callable[..., Run]
     seconds_key: str
@@ -166,8 +168,7 @@ WORK = {
 
 
 def gemm_limit(work: str, setup: Setup) -> float:
-    """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took
-    time."""
+    """Tokens per second of pretraining or of a rollout if only PyTorch's GEMMs took time."""
     config = setup.config
     trains = work == "pretrain"
     rows = setup.batch * config.context if trains else setup.batch
@@ -180,8 +181,7 @@ def gemm_limit(work: str, setup: Setup) -> float:
 
 
 def gemm_seconds(setup: Setup, rows: int, k: int, n: int, trains: bool) -> float:
-    """Median seconds of a linear layer from k to n features, with both of its gradients if it
-    trains."""
+    """Median seconds of a linear layer from k to n features, with both gradients if `trains`."""
     products = [(rows, k, n)]
     if trains:
         products += [(rows, n, k), (n, rows, k)]

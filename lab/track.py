@@ -1,9 +1,9 @@
 """Send a run's records to TensorBoard, wandb or trackio, until the run ends.
 
-python lab/track.py runs/demo/interact tensorboard   beside the run, or after it
-python lab/track.py runs/demo/pretrain wandb         ... to wandb, offline unless WANDB_MODE is set
+python lab/track.py runs/demo/interact tensorboard   during the run, or after it
+python lab/track.py runs/demo/pretrain wandb         wandb is offline unless WANDB_MODE is set
 
-Each call sends all records, as a new run of the tracker's; TensorBoard shows the last call's alone.
+Each call sends all records, as a new run of the tracker. TensorBoard shows only the last call's.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_record
 from tinystory.run.text import printable
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-COLUMNS = ("index", "opening", "story", "scores", "score", "reward")  # of the table of stories
+COLUMNS = ("index", "opening", "story", "scores", "score", "reward")  # of the stories' table
 PAUSE_S = 5.0
 
 
@@ -38,7 +38,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
     def where(self) -> str:
-        """Where the records went, and the command that shows them."""
+        """A line that says where the records are, with the command that shows them."""
 
 
 @command
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     run, name = options.run, options.tracker
     if not holds_run(run):
-        raise UserError(f"{run} holds no run: give the folder that --out named")
+        raise UserError(f"{run} holds no run: give the --out folder of a train command")
     try:
         sink = open_sink(name, run)
     except ImportError as error:
         raise UserError(f"{name} needs its package ({error}): pip install {name}") from None
-    last = -1  # step of the last record that was sent
+    last = -1  # step of the last sent record
     running = True
     while running:
         running = in_use(run)
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def send(run: Path, sink: Sink, last: int) -> int:
-    """Send what was recorded after step `last`, and return the newest step. A resumed run repeats
-    steps to the same bits, so none is sent twice."""
+    """The newest step, after sending all records after step `last`. A resumed run repeats steps
+    with bit-identical results, so no step is sent twice."""
     tables: dict[int, list[list[str]]] = {}
     for record in read_records(run / EVALUATIONS):
         cells = [" ".join(printable(str(record.get(name))).split()) for name in COLUMNS]
@@ -98,7 +98,7 @@ def open_sink(name: str, run: Path) -> Sink:
 
 
 class TensorBoard:
-    """Event files in the run's folder: `tensorboard --logdir runs`."""
+    """Writes event files into the run's folder, for `tensorboard --logdir runs`."""
 
     def __init__(self, run: Path):
         tensorboard = importlib.import_module("torch.utils.tensorboard")
@@ -124,7 +124,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """wandb, or trackio, which has its interface."""
+    """Sends records to wandb, or to trackio, which has the same API."""
 
     def __init__(self, name: str, run: Path, options: Mapping[str, Any]):
         self.module = importlib.import_module(name)

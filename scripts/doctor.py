@@ -1,16 +1,17 @@
-"""Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
+"""Print the state of this machine's compiler, kernels, GPU and cache, and the reason if one is
+missing.
 
     python scripts/doctor.py                                          the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1  ... and what the teacher can do
-    python scripts/doctor.py --teacher-url URL --calibrate            ... and whether it can judge
-    python scripts/doctor.py --reward my_reward.py:score --calibrate  the same for a callable
-    python scripts/doctor.py --calibrate                              the same for the built-in teacher
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1  ... and the teacher's abilities
+    python scripts/doctor.py --teacher-url URL --calibrate            ... and how well it can judge
+    python scripts/doctor.py --reward my_reward.py:score --calibrate  how well a function can judge
+    python scripts/doctor.py --calibrate                              how well the built-in teacher can
 
-It builds nothing and changes nothing. Asking a teacher takes about eight short requests.
---calibrate compares the ways of asking it (or measures the one of --teacher-prompt) on texts of
-known quality, and with --init on texts by that student. That takes 200 requests or more for each
-way; --per-kind sets how many. A human is a teacher too: run scripts/teach.py, and give its URL.
-"""
+The command builds nothing and changes nothing. Probing a teacher takes about four short requests.
+--calibrate measures how well a teacher judges texts of known quality, and with --init texts by that
+student. Without --teacher-prompt it compares all ways of asking, each with about 200 requests or
+more (--per-kind sets the number). To test a human teacher, run scripts/teach.py and give the URL of
+its page."""
 
 import argparse
 import os
@@ -71,7 +72,7 @@ GRADER = (
     "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward"
 ).split()
 STUDENT = "init openings temperature max_new_tokens device".split()
-FIRST_INDEX = 4 * 10**9  # of the student's texts: no other texts draw these random numbers
+FIRST_INDEX = 4 * 10**9  # of the student's first text: no other texts use these random numbers
 
 
 @command
@@ -82,21 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--calibrate",
         action="store_true",
-        help="measure how well the teacher, or the built-in one, judges texts",
+        help="measure how well the teacher (default: the built-in one) judges texts",
     )
-    add_number(parser, "--per-kind", calibration.FULL, "[2, 1e6]", "texts of each kind")
+    add_number(parser, "--per-kind", calibration.FULL, "[2, 1e6]", "number of texts of each kind")
     add(
         "--corpus",
         nargs="+",
         default=["builtin"],
         metavar="NAME|FILE",
-        help="the corpus of the known texts (default: builtin)",
+        help="corpus of the texts of known quality (default: builtin)",
     )
     add(
         "--replies",
         type=Path,
         metavar="FILE",
-        help="keep the replies, so that the same command goes on where it was stopped",
+        help="file for the teacher's replies, so that the same command continues after a stop",
     )
     add_options(parser, InteractConfig, STUDENT)
     options = parser.parse_args(argv)
@@ -107,14 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.calibrate:
         calibrate(config, options)
     elif config.teacher_url or config.reward:
-        print(f"{'requests':10} about eight short ones", flush=True)
+        print(f"{'requests':10} about four short ones", flush=True)
         with open_grader(config):
             pass
 
 
 def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
-    """Print how the teacher scores texts of known quality: in each way of asking, if it is a
-    language model and none is chosen."""
+    """Print how the teacher scores texts of known quality. For a language model without
+    --teacher-prompt: by each way of asking."""
     kinds = (*KINDS, DULL) if set(options.corpus) <= set(BUILTIN) else KINDS
     known = known_stories(corpus_documents(options.corpus), options.per_kind, kinds)
     if config.init:
@@ -147,7 +148,7 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
 
 
 def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """The result of calibrating a grader, with its seconds per text."""
+    """The result of calibrating a grader, with the seconds per text."""
     forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} texts"
     print(f"{'forecast':10} {forecast}", flush=True)
     began = time.perf_counter()
@@ -158,7 +159,8 @@ def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 
 def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print which way of asking judges best: on the student's own texts, if there are any."""
+    """Print which way of asking judges best: on the student's own texts, if --init gives a
+    student."""
     known = {way: result for way, result in results.items() if result["judgement"] is not None}
     if not known:
         print(f"{'judgement':10} this teacher gave no scores: choose another model")
@@ -166,14 +168,14 @@ def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
     best = max(known, key=lambda way: calibration.value_as_teacher(known[way]))
     print(f"{'judgement':10} the teacher {calibration.verdict(known[best])}")
     if not calibration.can_judge(known[best]):
-        print(f"{'':10} choose another model, or ask about more texts (--per-kind)")
+        print(f"{'':10} choose another model, or test more texts (--per-kind)")
     elif len(results) > 1:
         print(f"{'':10} best way of asking: train_interact.py --teacher-prompt {best}")
 
 
 def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
-    """Texts by the student at --init: `count` of them, or twice as many if the built-in grammar
-    knows which are dull."""
+    """`count` texts by the student at --init; twice as many if the built-in grammar can classify
+    them as stories and dull text."""
     from tinystory.evaluate.held_out import has_dull_tellers
     from tinystory.ops.compute import pick_device
     from tinystory.student import checkpoint
@@ -205,8 +207,8 @@ def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """(component, state) in the order in which one needs them, each as soon as it is known: torch,
-    and what needs it, is imported late because that takes seconds."""
+    """Yields (component, state) in the order in which the components are needed, each as soon as it
+    is known. PyTorch is imported late, because the import takes seconds."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     import torch
@@ -220,7 +222,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{os.cpu_count()} processors, {torch.get_num_threads()} torch threads; {bf16}"
     yield "compiler", tried(compiler)
     yield "kernels", tried(kernels)
-    yield "gpu", gpus() or "none that this torch can use: see what nvidia-smi says"
+    yield "gpu", gpus() or "none that this torch can use: see the output of nvidia-smi"
     yield "nvcc", nvcc()
     yield "cache", tried(cache)
 
@@ -257,7 +259,7 @@ def kernels() -> str:
         return f"TINYSTORY_KERNELS=reference: {backend.REFERENCE}"
     library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     if not build.intact(library):
-        return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"
+        return "not built yet for this compiler, processor and torch, or damaged: the next run builds them"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -290,7 +292,7 @@ def cache() -> str:
     while not os.path.exists(existing):
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
+        return f"{folder} cannot be written: set TINYSTORY_CACHE to a writable folder"
     return f"{folder}, {shutil.disk_usage(existing).free / 2**30:.1f} GiB free"
 
 

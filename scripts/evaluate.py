@@ -1,12 +1,11 @@
-"""Measure checkpoints and stories by anybody: bits per byte, the teacher's score, diversity.
+"""Evaluate checkpoints and files of stories: bits per byte, the teacher's score, diversity.
 
     python scripts/evaluate.py runs/demo/pretrain runs/demo/interact --stories 200
-    python scripts/evaluate.py gpt4.jsonl people.jsonl      stories, side by side
+    python scripts/evaluate.py gpt4.jsonl people.jsonl      two files of stories, side by side
 
-CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; the default is the newest run
-under runs/) or a folder that transformers wrote. A .jsonl file of stories has an `opening` and a
-`story` in each line.
-"""
+CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest
+run under runs/) or a folder saved by transformers. Each line of a .jsonl file is an object with an
+`opening` and a `story`."""
 
 import argparse
 import contextlib
@@ -43,7 +42,7 @@ from tinystory.student import checkpoint
 from tinystory.student.model import Student
 from tinystory.teacher.open_grader import open_grader
 
-# Options of train_interact.py that are taken here too.
+# Options of train_interact.py that this script has too.
 TYPED = (
     "teacher_url",
     "teacher_model",
@@ -62,10 +61,15 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--corpus",
         nargs="+",
         metavar="NAME|FILE",
-        help="text for bits per byte, and for the built-in teacher",
+        help="corpus for bits per byte, to which the built-in teacher is fitted too",
     )
     add_number(
-        parser, "--stories", 0, "[0, 1e6]", "stories to write, and to measure of a file; 0: its all"
+        parser,
+        "--stories",
+        0,
+        "[0, 1e6]",
+        "number of stories to sample from each checkpoint, and to read from each file; 0: none from a "
+        "checkpoint, all of a file",
     )
     add_sampling(parser)
     add("--out", type=Path, help="report.json to write")
@@ -73,18 +77,19 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `samples_of` and `openings_of`, and those of the grader."""
+    """Add the options of `samples_of`, `openings_of` and the grader."""
     parser.add_argument(
         "--openings",
         metavar="FILE",
-        help="openings of the stories, a line each (default: the first file's, or eight built in)",
+        help="file with one opening per line (default: the openings of the first .jsonl file, or eight "
+        "built-in openings)",
     )
     add_number(
         parser,
         "--temperature",
         1.0,
         "[0, 100]",
-        "at which they are sampled; 1 is each student's own",
+        "sampling temperature; 1: each student's own distribution",
     )
     add_options(parser, InteractConfig, TYPED)
 
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         require_output(options.out)
     openings = openings_of(options.openings, list(samples.values()))
     paths = options.paths or [newest_run()]
-    # found before the teacher starts, which takes seconds
+    # checked before the teacher starts, which takes seconds
     folders = {path: checkpoint.find(path) for path in paths if path not in samples}
     corpus = open_corpus(options.corpus) if options.corpus else None
 
@@ -124,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
                 trained_on = set(options.corpus or []) & set(history.get("corpus", []))
                 if trained_on:
                     names = ", ".join(sorted(trained_on))
-                    print(f"{record['name']}: it was trained on {names}, so that is no test of it")
+                    print(
+                        f"{record['name']} was trained on {names}, so these are not held-out texts for it"
+                    )
                 if corpus:
                     record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
                 stories = []
@@ -144,13 +151,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def student_record(folder: Path, history: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a checkpoint in a report: its name, its path, and the words it has read."""
+    """The fields that identify a checkpoint in a report: name, path, and number of training
+    words."""
     words = history.get("words", 0) + history.get("interaction_words_in", 0)
     return {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
 
 
 def openings_of(file: str | None, samples: Sequence[Sequence[Sample]]) -> Sequence[str]:
-    """The openings in `file`; else those of the first samples; else OPENINGS."""
+    """The openings in `file`, or else the openings of the first samples, or else OPENINGS."""
     if file:
         return load_openings(file)
     if samples:
@@ -164,7 +172,7 @@ def samples_of(
     openings: Sequence[str],
     options: argparse.Namespace,
 ) -> list[Sample]:
-    """--stories by a student, with the same random numbers for every student."""
+    """--stories stories by a student, with the same random numbers for every student."""
     config = typed_config(options, TYPED)
     return sample_stories(
         student,
@@ -178,7 +186,8 @@ def samples_of(
 
 
 def name_of(folder: Path) -> str:
-    """RUN/chck_1M for RUN/checkpoints/chck_1M, else the folder's or file's own name."""
+    """The name shown for a path: RUN/chck_1M for RUN/checkpoints/chck_1M, otherwise the name of the
+    folder or file."""
     folder = folder.resolve()
     if folder.parent.name == "checkpoints":
         return f"{folder.parents[1].name}/{folder.name}"

@@ -1,10 +1,11 @@
-"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio.
+"""Export a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio.
 
-    python scripts/export_hf.py RUN exported                    its best or newest checkpoint
-    python scripts/export_hf.py RUN --gguf student.gguf         ... as a file of GGUF
+    python scripts/export_hf.py RUN exported                    a folder for transformers
+    python scripts/export_hf.py RUN --gguf student.gguf         a GGUF file for llama.cpp
 
-The folder has a model card, README.md, written from the records of the run. `hf upload NAME/REPO
-exported` puts it on the Hub, and `hf upload NAME/REPO exported --revision chck_1M` on a branch.
+Of a run, the checkpoint `best` is exported, or else the newest. The folder has a model card,
+README.md, written from the records of the run. `hf upload NAME/REPO exported` uploads the folder to
+the Hub, and `hf upload NAME/REPO exported --revision chck_1M` to a branch.
 """
 
 import sys
@@ -26,14 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add(
-        "checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)"
+        "checkpoint",
+        type=Path,
+        help="folder of a checkpoint, or of a run (its checkpoint `best`, or else the newest)",
     )
     add("folder", type=Path, nargs="?", help="new folder to write")
-    add("--gguf", type=Path, metavar="FILE", help="file of GGUF to write")
+    add("--gguf", type=Path, metavar="FILE", help="GGUF file to write")
     options = parser.parse_args(argv)
     outputs = [path for path in (options.gguf, options.folder) if path]
     if not outputs:
-        raise UserError("there is nothing to write: give a new folder, or --gguf FILE alone")
+        raise UserError("there is nothing to write: give a new folder, or --gguf FILE")
     source = checkpoint.find(options.checkpoint)
     for output in outputs:
         require_output(output)

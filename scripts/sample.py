@@ -1,10 +1,10 @@
-"""Print stories by a checkpoint's student.
+"""Print stories by the student of a checkpoint.
 
 python scripts/sample.py                   by the best checkpoint of the newest run under runs/
 python scripts/sample.py runs/demo/pretrain --opening "One day, a small dragon"
 python scripts/sample.py runs/demo/interact --stories 100 --out ours.jsonl   for scripts/evaluate.py
 
-In a terminal, without --opening, it then asks for openings of yours.
+In a terminal, without --opening, the command then asks for openings of your own.
 """
 
 import argparse
@@ -39,26 +39,45 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "checkpoint",
         nargs="?",
         type=Path,
-        help="folder of a checkpoint or a run (its best or newest)",
+        help="folder of a checkpoint or a run (its checkpoint `best`, or else the newest)",
     )
     add(
         "--opening",
-        help="beginning of every story, or a file of some (default: built-in, held out)",
+        help="beginning of every story, or a file with one opening per line (default: built-in held-out openings)",
     )
     add_number(parser, "--stories", 5, "[1, 1e6]", "number of stories")
-    add_number(parser, "--max-new-tokens", 0, "[0, 1e6]", "longest story; 0: up to the context")
+    add_number(
+        parser,
+        "--max-new-tokens",
+        0,
+        "[0, 1e6]",
+        "maximum tokens of a story; 0: up to the student's context",
+    )
     add_number(
         parser,
         "--temperature",
         1.0,
         "[0, 100]",
-        "1 is the student's own; 0 is greedy decoding",
+        "sampling temperature; 1: the student's own distribution; 0: greedy decoding",
     )
-    add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
-    add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
+    add_number(
+        parser, "--top-k", 0, "[0, 1e9]", "number of most probable tokens to sample from; 0: all"
+    )
+    add_number(
+        parser,
+        "--top-p",
+        1.0,
+        "(0, 1]",
+        "total probability of the tokens to sample from (nucleus sampling)",
+    )
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
     add("--device", default="auto")
-    add("--out", type=Path, metavar="FILE.jsonl", help="write the stories there, for evaluate.py")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file to write the stories to, for scripts/evaluate.py",
+    )
     return parser.parse_args(argv)
 
 
@@ -81,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(json.dumps(record) + "\n")
         atomic_write(options.out, "".join(lines))
         print(printable(f"{len(lines)} stories are in {options.out}"))
-        print(f"to measure them: {hint('scripts/evaluate.py', options.out)}")
+        print(f"to evaluate them: {hint('scripts/evaluate.py', options.out)}")
         return
     print_stories(stories)
     if not options.opening and sys.stdin.isatty() and sys.stdout.isatty():
@@ -95,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def typed_opening() -> str:
-    """What the user types; "" at Ctrl-D."""
+    """The opening that the user types; "" at Ctrl-D."""
     try:
-        return printable(input("Your opening (Enter alone ends): ")).strip()
+        return printable(input("Your opening (press Enter to end): ")).strip()
     except EOFError:
         print()  # the prompt's line has no end
         return ""
@@ -118,7 +137,7 @@ def continuations(
     first_index: int,
     options: argparse.Namespace,
 ) -> list[Story]:
-    """A story to each of --stories openings, for which the texts go round."""
+    """--stories stories; the texts are used as openings in turn."""
     openings = list(islice(cycle(texts), options.stories))
     longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
     room = max(student.config.context - longest, 1)

@@ -1,12 +1,12 @@
-"""The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat
-completions.
+"""Run the built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat
+completions API.
 
-    python scripts/serve_teacher.py                                    measure by the built-in corpus
-    python scripts/serve_teacher.py --corpus my_stories.txt            ... by your own stories
-    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
+    python scripts/serve_teacher.py                                    fitted to the built-in corpus
+    python scripts/serve_teacher.py --corpus my_stories.txt            fitted to your own stories
+    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    train with this teacher
 
-It is a rubric that stands in for a language model. Use a real one if you have one: the interface is
-the same.
+The built-in teacher is a rule-based scorer and not a language model. If you have a language model,
+use it instead: the API is the same.
 """
 
 import asyncio
@@ -34,18 +34,18 @@ NICENESS = 10
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0 takes a free one")
+    add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0: a free port")
     add(
         "--corpus",
         nargs="+",
         default=["builtin"],
         metavar="NAME|FILE",
-        help="corpus to measure by (default: builtin)",
+        help="corpus to which the teacher is fitted (default: builtin)",
     )
     add(
         "--die-with-parent",
         action="store_true",
-        help="exit when standard input closes; once fitted, yield cores",
+        help="whether to exit when standard input closes, and to run at low priority once fitted",
     )
     options = parser.parse_args(argv)
     names = " ".join(options.corpus)
@@ -56,20 +56,20 @@ def main(argv: list[str] | None = None) -> None:
         rubric = Rubric(documents, bar.update)
     seconds = time.monotonic() - start
     print(
-        f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {seconds:.1f} s",
+        f"this teacher is a rule-based scorer, not an LLM, fitted to {names} in {seconds:.1f} s",
         file=sys.stderr,
         flush=True,
     )
     if options.die_with_parent:
-        yield_cores()  # not before: the parent waits until the teacher is fitted
+        yield_cores()  # not earlier: the parent waits until the teacher is fitted
     asyncio.run(_serve(rubric, options.port, options.die_with_parent))
 
 
 def yield_cores() -> None:
-    """Let the parent run first: its threads wait for each other, so one without a core stops
-    all."""
+    """Give the parent process priority. Its threads wait for each other, so a single thread without
+    a core stops all of them."""
     os.nice(NICENESS)
-    # Linux divides cores among sessions first, and this one is no terminal's
+    # Linux divides cores among sessions first, and this process is in a session without a terminal
     if os.getsid(0) == os.getpid():
         with contextlib.suppress(OSError):
             Path("/proc/self/autogroup").write_text(str(NICENESS))

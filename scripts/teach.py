@@ -1,13 +1,12 @@
-"""Be the teacher: a page on which you read the student's stories and grade them, and an endpoint
-for the trainer.
+"""Be the teacher: a page on which you grade the student's stories, and a server for the trainer.
 
-    python scripts/teach.py                      then open the page that it names, and in another
-                                                 terminal
-    python train_interact.py --teacher-url ...   the command that it prints
+    python scripts/teach.py                      open the page at the printed URL
+    python train_interact.py --teacher-url ...   run the printed command in another terminal
 
-You grade 64 stories, and at the end compare 16 pairs, before and after: half an hour. Keys 0 to 3
-grade; B goes back, S skips, P pauses. Each answer is saved at once and never asked for again, so
-this script, the trainer and the page can be closed and started again at any time.
+You grade 64 stories, and at the end compare 16 pairs of stories from before and after. This takes
+about half an hour. Keys 0 to 3 grade, B goes back, S skips, P pauses. Each answer is saved at once
+and never asked for again, so you can close and restart this script, the trainer and the page at any
+time.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tinystory.human.desk import Desk
+from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.page_server import serve
 from tinystory.human.progress import COMPARED
@@ -29,7 +28,8 @@ from tinystory.teacher.chat_server import PORTS, until_stopped
 from tinystory.teacher.prompt import load_template
 
 RUN = Path("runs/teach/interact")
-# Evaluations are for the person, not graded: COMPARED openings for the end, and one for each step.
+# Evaluations are shown to the person and not graded: COMPARED openings for the comparisons at the
+# end, and one opening for each step.
 STEPS = 8
 EVALUATION = f"--no-eval-graded --eval-stories {COMPARED + STEPS}"
 LESSON = f"--grades 64 --steps {STEPS} {EVALUATION} --max-unscored 0.5"
@@ -39,30 +39,30 @@ LESSON = f"--grades 64 --steps {STEPS} {EVALUATION} --max-unscored 0.5"
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
+    add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0: a free port")
     add(
         "--grades",
         type=Path,
         default=Path("runs/teach/grades.jsonl"),
         metavar="FILE",
-        help="where grades are kept (default: %(default)s)",
+        help="file for the grades (default: %(default)s)",
     )
     add(
         "--teacher-prompt",
         default="",
         metavar="FILE",
-        help="JSON file of criteria, as for the trainer",
+        help="JSON file with criteria; give the same file to train_interact.py",
     )
     options = parser.parse_args(argv)
     template = load_template(options.teacher_prompt)
     if template.asks_yes_or_no:
         raise UserError(
-            f"--teacher-prompt {options.teacher_prompt} asks questions of yes or no, and the page grades "
-            "by levels: give a file whose criteria have levels"
+            f"--teacher-prompt {options.teacher_prompt} asks yes-or-no questions, and the page grades "
+            "by levels: give a file with levels for each criterion"
         )
     prompt = ["--teacher-prompt", options.teacher_prompt] if options.teacher_prompt else []
-    with contextlib.closing(Desk(options.grades, template)) as desk:
-        lesson = Lesson(desk, lesson_folder(RUN), LESSON.split(), prompt)
+    with contextlib.closing(GradingQueue(options.grades, template)) as queue:
+        lesson = Lesson(queue, lesson_folder(RUN), LESSON.split(), prompt)
         asyncio.run(_serve(lesson, options))
 
 
@@ -74,7 +74,7 @@ async def _serve(lesson: Lesson, options: argparse.Namespace) -> None:
         else:
             print(f"and start: {lesson.command(url)}", flush=True)
         if options.teacher_prompt:
-            print(f"or another command that asks by these criteria, with --teacher-url {url}/v1")
+            print(f"or another command with the same --teacher-prompt and --teacher-url {url}/v1")
         await until_stopped()
 
 

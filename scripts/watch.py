@@ -1,7 +1,9 @@
-"""Watch a run in the terminal until it ends: curves, warnings and the last stories.
+"""Show a run in the terminal until it ends: curves, warnings and the last stories.
 
 python scripts/watch.py                       the newest run under runs/
-python scripts/watch.py runs/demo/interact    a finished run, or output to a pipe, is printed once
+python scripts/watch.py runs/demo/interact    this run
+
+If the run is finished or the output is a pipe, the page is printed once.
 """
 
 import math
@@ -38,7 +40,7 @@ CURVES = {
 HEADING = 36  # characters
 CURVE = 43  # characters
 STORIES = 3
-STORY = 2000  # characters of a story, and of its opening
+STORY = 2000  # maximum characters of a story, and of an opening
 PAUSE_S = 5.0
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -47,11 +49,11 @@ CLEAR = "\x1b[H\x1b[2J"
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     parser.add_argument(
-        "run", type=Path, nargs="?", help="folder of a run (default: the newest under runs/)"
+        "run", type=Path, nargs="?", help="folder of a run (default: the newest run under runs/)"
     )
     run = parser.parse_args(argv).run or newest_run()
     if not holds_run(run):
-        raise UserError(f"{run} holds no run: give the folder that --out named")
+        raise UserError(f"{run} holds no run: give the --out folder of a train command")
     if not sys.stdout.isatty():
         columns = shutil.get_terminal_size((100, 0)).columns
         print("\n".join(page(run, columns, in_use(run))))
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def screen(run: Path, running: bool) -> str:
-    """The page, cut to the terminal's height: more would scroll the first lines away."""
+    """The page, cut to the terminal's height, so that the first lines do not scroll away."""
     size = shutil.get_terminal_size()
     lines = page(run, size.columns, running)
     rows = size.lines - 1
@@ -77,7 +79,7 @@ def screen(run: Path, running: bool) -> str:
 
 
 def page(run: Path, width: int, running: bool) -> list[str]:
-    """The lines to show."""
+    """The lines of the page."""
     metrics = read_metrics(run)
     config = read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"

@@ -93,7 +93,7 @@ def first_failure(binary: Path, *arguments: str, cpu_s: int = 600) -> str:
 # The kernels and sources of each test; an operator is a part of ops.
 KERNELS = {
     "attention": ["attention_forward.cu", "attention_backward.cu"],
-    "ops": ["attention_decode.cu", "layer_norm.cu", "sampling.cu", "token_logprob.cu"],
+    "ops": ["attention_decode.cu", "gelu.cu", "layer_norm.cu", "sampling.cu", "token_logprob.cu"],
 }
 KERNELS["races"] = KERNELS["attention"] + KERNELS["ops"]
 TESTS = {
@@ -176,6 +176,7 @@ PTX_ARGUMENTS = {
     "attention_decode": "decode",
     "sampling": "sample",
     "token_logprob": "logprob",
+    "gelu": "gelu",
     "layer_norm": "norm",
 }
 

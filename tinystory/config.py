@@ -29,8 +29,8 @@ from tinystory.run.options import (
 from tinystory.run.records import CONFIG
 from tinystory.run.text import printable
 
-OUT_HELP = "folder of the run; without --out, NAME-2, NAME-3, ... if it is taken"
-SAVE_HELP = "steps between the checkpoints that --resume starts from"
+OUT_HELP = "folder of the run; if this folder is taken and --out is not given: NAME-2, NAME-3, ..."
+SAVE_HELP = "steps between two checkpoints for --resume"
 # The options that --help lists; --help-all lists the others too.
 FIRST = set(
     "preset init out resume seed device corpus words n_layer n_head n_embd context vocab_size "
@@ -38,8 +38,8 @@ FIRST = set(
     "openings steps stories_per_step "
     "max_new_tokens budget_words diversity epochs learner kl_coef".split()
 )
-# Options that a resumed run keeps. Some act only at the start of a run. On the others rest the
-# tokenizer, the held-out texts, the order of the corpus and the evaluations so far.
+# Options that a resumed run keeps. Some act only at the start of a run. The others determine the
+# tokenizer, the held-out documents, the order of the corpus and the earlier evaluations.
 KEPT_ON_RESUME = (
     *("preset", "init", "seed"),
     *("n_layer", "n_head", "n_embd", "context", "vocab_size", "weights_init"),
@@ -49,32 +49,33 @@ KEPT_ON_RESUME = (
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
 LEAST_TEMPERATURE = 0.01
-# TRL's names that mean another option here, or could mean two.
+# Names of TRL's options that have another name here, or could mean two options.
 OTHER_NAMES = {
     "lr": "--learning-rate",
-    "batch-size": "--stories-per-step (stories that are written in a step, TRL's batch_size) or "
+    "batch-size": "--stories-per-step (stories sampled in a step, TRL's batch_size) or "
     "--minibatch-size (stories per gradient step)",
 }
 # the keys of the table in tinystory/rl/learners.py, which imports this file
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
 # the named ways to ask a teacher: tinystory/teacher/prompt.py, TEMPLATES
 PROMPTS = ("grades", "sense", "thread", "event", "examples")
-REWARDS = ("random", "constant", "likelihood")  # of --reward, beside functions in files
-# A run's folder may be somebody else's: no text from it is opened, executed or sent to. So an
-# option without choices takes from config.json only what its entry here admits. Whatever names a
-# file, a URL, a function or a model is given on the command line, again for a resume.
+REWARDS = ("random", "constant", "likelihood")  # controls of --reward; else a function in a file
+# A run's folder may come from somebody else, so no command opens, executes or sends requests to
+# anything that the folder names. An option without choices takes a value from config.json only if
+# its entry here admits the value. Files, URLs, functions and models must be given on the command
+# line, and given again for a resume.
 RECORDED: dict[str, Callable[[str], object]] = {
     "device": re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?").fullmatch,
     "corpus": corpus.NAMES.__contains__,
     "reward": REWARDS.__contains__,
     "openings": lambda text: not openings.names_file(text),
     "teacher_prompt": PROMPTS.__contains__,
-    "judge": ("rubric", *REWARDS).__contains__,
+    "judge": ("rubric",).__contains__,
     "judge_prompt": PROMPTS.__contains__,
 }
 
-# TinyStories within an hour on two CPU cores: docs/english.md. The unlikely tokens of so small a
-# student are noise, so a temperature is chosen.
+# TinyStories on two CPU cores: 16 minutes on a Zen 4, 86 on a Zen 3 (docs/english.md). The unlikely
+# tokens of so small a student are noise, so a temperature is chosen first.
 _ENGLISH_PRETRAIN = dict(
     n_layer=4,
     n_embd=256,
@@ -86,9 +87,9 @@ _ENGLISH_PRETRAIN = dict(
 _ENGLISH_INTERACT = dict(
     temperature=0.0, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
 )
-# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of
-# their libraries (gradient clipping in pretraining: transformers' Trainer; float32 in the
-# interaction: TRL). Where a default is the paper's figure it is not repeated.
+# Source of `paper`: arXiv 2509.15714 and its public code. If these set no value, the defaults of
+# the libraries apply (gradient clipping in pretraining: transformers' Trainer; float32 in
+# interaction: TRL). Values that are equal to our defaults are not repeated.
 _PAPER_PRETRAIN = dict(
     n_layer=12,
     n_head=12,
@@ -153,19 +154,19 @@ INTERACT_PRESETS = {name: options for name, (_, options) in PRESETS.items()}
 
 @dataclass
 class RunConfig:
-    """What both commands take."""
+    """Options of both commands."""
 
-    names_out = False  # whether --out was given; no run's record may set it
+    names_out = False  # whether --out was given; a run's record must not set this
 
-    preset: str = option("demo", "named set of options", tuple(PRESETS), group="run")
+    preset: str = option("demo", "named set of option values", tuple(PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
     resume: bool = option(
         False,
-        "continue the run in --out (without it, the newest that was begun without it) from its "
-        "newest checkpoint, with its recorded options",
+        "continue a run from its newest checkpoint with its recorded options: the run in --out, or "
+        "without --out the newest run that was started without --out",
     )
     seed: int = option(0, "seed of all random numbers", SEEDS)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", "device: auto, cpu, cuda or cuda:N")
     dtype: str = option(
         "auto",
         "precision of the matmuls; weights and optimiser states are float32",
@@ -178,22 +179,22 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Pretrain a student on a corpus."""
 
-    n_layer: int = option(3, "transformer blocks", "[1, 1000]", group="model")
-    n_head: int = option(0, "attention heads; 0: heads of size 64", "[0, 1000]")
+    n_layer: int = option(3, "number of transformer blocks", "[1, 1000]", group="model")
+    n_head: int = option(0, "number of attention heads; 0: --n-embd / 64", "[0, 1000]")
     n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
     vocab_size: int = option(
-        2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]"
+        2048, "vocabulary size of the tokenizer, five special tokens included", "[261, 1e6]"
     )
     weights_init: str = option(
-        "unit", "scale of the initial weights: by width, or as GPT-2's", ("unit", "gpt2")
+        "unit", "scale of the initial weights: by the width (unit), or GPT-2's", ("unit", "gpt2")
     )
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
     corpus: list[str] = option(
         ["builtin", "dull"],
-        "builtin, dull, tinystories, tinystories-valid, babylm-10m, babylm-100m, or .txt "
-        "and .jsonl files, gzipped or not",
+        "corpora to train on: builtin, dull, tinystories, tinystories-valid, babylm-10m, "
+        "babylm-100m, or .txt and .jsonl files, gzipped or not",
         group="data",
     )
     words: int = option(1_100_000, "total words to train on, counting repeats", "[1, 1e15]")
@@ -201,30 +202,36 @@ class PretrainConfig(RunConfig):
         0.05, "fraction of the documents held out for validation", "(0, 1)"
     )
     packing: str = option(
-        "whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream")
+        "whole",
+        "packing of documents into sequences: whole documents if they fit, or one stream",
+        ("whole", "stream"),
     )
 
     batch_size: int = option(4, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(
-        16, "sequences per forward pass; gradients accumulate over a step", "[1, 1e9]"
+        16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]"
     )
     optimizer: str = option(
-        "muon", "Muon for the blocks' matrices, or AdamW for all weights", ("muon", "adamw")
+        "muon",
+        "optimizer: Muon for the blocks' matrices and AdamW for the rest, or AdamW for all",
+        ("muon", "adamw"),
     )
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
     learning_rate: float = option(
-        0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]"
+        0.0, "peak learning rate of AdamW; 0: 0.024 with Muon, 0.0024 without", "[0, 100]"
     )
     warmup: float = option(
         0.1, "fraction of the words over which the learning rate rises linearly", "[0, 1)"
     )
     beta2: float = option(0.99, "beta2 of AdamW", "[0, 1)")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
-    grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
+    weight_decay: float = option(0.0, "weight decay of AdamW, on matrices only", "[0, 100]")
+    grad_clip: float = option(1.0, "maximum gradient norm; 0: no clipping", "[0, 1e9]")
 
     eval_every: int = option(200, "steps between validations", "[1, 1e9]", group="evaluation")
     eval_sequences: int = option(
-        32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]"
+        32,
+        "sequences per validation, evenly spread; the last validation uses all sequences",
+        "[1, 1e9]",
     )
 
     def __post_init__(self) -> None:
@@ -240,171 +247,212 @@ class InteractConfig(RunConfig):
     scores."""
 
     out: str = option("runs/interact", OUT_HELP)
-    init: str = option("", "checkpoint, or hub:NAME@REVISION (default: of the newest pretraining)")
+    init: str = option(
+        "",
+        "checkpoint to start from, or hub:NAME@REVISION (default: that of the newest pretraining "
+        "run)",
+    )
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     stop_on_collapse: bool = option(
-        False, "end the run, with everything saved, when the stories collapse"
+        False,
+        "whether to save and end the run when the stories collapse or the KL runs away",
     )
 
     teacher_url: list[str] = option(
         [],
-        "OpenAI-compatible endpoints, such as http://127.0.0.1:11434/v1 (default: built in)",
+        "URLs of OpenAI-compatible servers with the same model, such as http://127.0.0.1:11434/v1 "
+        "(default: the built-in teacher)",
         group="teacher",
     )
     teacher_model: list[str] = option(
-        [], "model name, or one per --teacher-url (default: the server's first one)"
+        [],
+        "model name of the teacher, or one name per --teacher-url (default: the server's first model)",
     )
     corpus: list[str] = option(
         [],
-        "corpora or files that the built-in teacher is fitted to, and from which a --teacher-url is "
-        "shown known texts (default: the student's corpus, unless it was a file)",
+        "corpora or files to which the built-in teacher is fitted, and from which --teacher-url's "
+        "calibration texts are taken (default: the student's corpus, unless that was a file)",
     )
     teacher_concurrency: int = option(
         16, "maximum number of requests in flight per server", "[1, 10000]"
     )
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_extra: str = option(
-        "", "JSON object whose fields are merged into each request, such as a service_tier"
+        "", "JSON object with fields to add to each request, such as service_tier"
     )
     teacher_max_tokens: int = option(
-        16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]"
+        16, "maximum tokens of a teacher's reply; three numbers need 6", "[1, 100000]"
     )
     teacher_timeout: float = option(
-        300.0, "time limit in seconds per reply, or per call of --reward", "(0, 86400]"
+        300.0,
+        "time limit in seconds for a teacher's reply, or for a call of --reward",
+        "(0, 86400]",
     )
     teacher_prompt: str = option(
         "",
-        "how the teacher is asked: grades (default); sense, thread, event or examples, which are "
-        "questions of yes or no; or a JSON file with other criteria or questions (docs/teachers.md). "
+        "way of asking the teacher: grades (default); sense, thread, event or examples, which are "
+        "yes-or-no questions; or a JSON file with other criteria or questions (docs/teachers.md). "
         "scripts/doctor.py --calibrate measures which way judges best",
     )
-    price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
-    price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
+    price_in: float = option(0.0, "price of a million prompt tokens, in any currency", "[0, 1e9]")
+    price_out: float = option(
+        0.0, "price of a million reply tokens, in the same currency", "[0, 1e9]"
+    )
     budget_cost: float = option(
-        0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]"
+        0.0, "maximum cost of the teacher, at --price-in and --price-out; 0: no limit", "[0, 1e12]"
     )
     reward: str = option(
         "",
-        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: "
-        "random, constant, likelihood (of the starting checkpoint)",
+        "function that replaces the teacher, FILE.py[:FUNCTION]: score(opening, stories) returns a "
+        "number from 0 to 1 or None per story; or a control: random, constant, or likelihood (the "
+        "story's log-likelihood under the starting checkpoint)",
     )
     calibrate: bool = option(
-        True, "before the run, measure whether --teacher-url scores stories above shuffled words"
+        True,
+        "whether to measure before the run how well --teacher-url distinguishes real stories from "
+        "bad texts",
     )
     require_judgement: float = option(
-        0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)"
+        0.0,
+        "minimum AUC of the teacher's calibration, for the kind of bad text that it recognises "
+        "best; 0.5 is chance",
+        "[0, 1)",
     )
     max_unscored: float = option(
-        0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)"
+        0.1,
+        "maximum fraction of a step's graded stories without a score; above it the run ends",
+        "[0, 1)",
     )
     grades: int = option(
         0,
-        "stories of the whole run that the teacher grades, those that tell a model most about the "
-        "others, whose scores it predicts; 0: all",
+        "total grades to request in the run; a regression model selects the most informative "
+        "stories and predicts the other scores; 0: grade every story",
         "[0, 1e9]",
     )
 
     openings: str = option(
         "builtin",
-        "builtin, a file of one opening per line, or the text of one",
+        "openings (prompts): builtin, a file with one opening per line, or the text of an opening",
         group="story",
         flags=("--opening",),
     )
-    stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(384, "stories per step", "[1, 1e6]")
+    stories_per_opening: int = option(1, "number of stories per opening within a step", "[1, 1e9]")
+    stories_per_step: int = option(
+        384, "number of stories that the student writes per step", "[1, 1e6]"
+    )
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(
         0.85,
-        "temperature at which the student begins; 0: the one of a few whose stories have the best "
-        "mean reward",
+        "temperature folded into the starting student; 0: try 1, 0.8, 0.65, 0.5 and 0.4, and use "
+        "the temperature with the highest mean reward",
         "[0, 100]",
     )
     budget_words: int = option(
-        1_000_000, "budget of words taken in: each opening once, and all replies", "[1, 1e15]"
+        1_000_000,
+        "maximum words that the student takes in: each opening once, and all replies",
+        "[1, 1e15]",
     )
     budget_words_out: int = option(
-        100_000_000, "budget of words written by the student", "[1, 1e15]"
+        100_000_000, "maximum words that the student writes", "[1, 1e15]"
     )
     length_weight: float = option(
-        0.4, "weight of the length term relative to the teacher's score", "[0, 100]"
+        0.4, "weight of the reward's length term, relative to the teacher's score", "[0, 100]"
     )
-    length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
+    length_words: int = option(
+        90, "number of words at which the length term reaches its maximum", "[1, 1e9]"
+    )
     diversity: float = option(
-        0.5, "fraction of the score multiplied by the difference from other stories", "[0, 1]"
+        0.5, "weight of the diversity factor in the score; 0: none, 1: full", "[0, 1]"
     )
     unfinished: float = option(
-        0.5, "fraction of the reward that an unfinished story keeps", "[0, 1]"
+        0.5, "fraction of the reward that a story without an end token keeps", "[0, 1]"
     )
 
     learning_rate: float = option(
         1.2e-3, "initial learning rate of Adam", "(0, 100]", group="optimiser"
     )
     lr_decay: bool = option(
-        True, "linear decay of the learning rates to 0 over all updates of --steps"
+        True, "linear decay of the learning rates to 0, over all updates of the run"
     )
     sharpness_rate: float = option(
-        0.03, "initial learning rate of a global logit scale; 0 disables it", "[0, 10]"
+        0.03,
+        "initial learning rate of the scale of all logits; 0: no separate learning rate",
+        "[0, 10]",
     )
-    minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
+    minibatch_size: int = option(
+        96, "stories per gradient step; 0: all stories of the step", "[0, 1e9]"
+    )
     micro_batch_size: int = option(
-        32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]"
+        32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
     )
-    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0: no clipping", "[0, 1e9]")
 
-    epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
+    epochs: int = option(1, "number of passes over a step's stories", "[1, 1000]", group="PPO")
     learner: str = option(
         "ridge",
-        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; dpo on the best "
-        "and the worst story to an opening (at --learning-rate 4e-4 --kl-coef 0.1); or "
-        "cross-entropy on a step's best quarter (sft-best)",
+        "learning algorithm: PPO with values by ridge regression (ridge) or by a value head (gae); "
+        "rloo; grpo; dr_grpo; dpo, on the best and the worst story for an opening (with "
+        "--learning-rate 4e-4 --kl-coef 0.1); or sft-best, cross-entropy on the best quarter of a "
+        "step's stories",
         LEARNER_NAMES,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(
-        0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]"
+        0.95,
+        "lambda of GAE; 1 is better with --learner gae, and with few stories per step",
+        "[0, 1]",
     )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "(0, 1000]")
-    kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
+    kl_in: str = option(
+        "reward", "place of the KL penalty; in the loss, the estimator is k3", ("reward", "loss")
+    )
     length_normalised: bool = option(
-        False, "--learner dpo: a story's mean log-ratio per token in place of the sum"
+        False, "whether --learner dpo uses the mean log-ratio per token instead of the sum"
     )
     kl_coef: float = option(
         0.01,
-        "initial coefficient of the KL penalty against the starting checkpoint; DPO's beta",
+        "initial coefficient of the KL penalty against the starting checkpoint; beta of --learner dpo",
         "[0, 1000]",
     )
-    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
+    kl_target: float = option(
+        6.0, "target KL per story, in nats, of the adaptive controller", "(0, 1e6]"
+    )
     kl_horizon: float = option(
-        2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]"
+        2_000.0, "horizon of the adaptive KL controller, in stories", "(0, 1e12]"
     )
     eval_every: int = option(
-        1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation"
+        1,
+        "steps between evaluations; 0: only at the start and the end",
+        "[0, 1e9]",
+        group="evaluation",
     )
     eval_stories: int = option(
         40,
-        "stories per evaluation; `best`: the latest within a standard error of the highest",
+        "stories per evaluation",
         "[1, 1e6]",
     )
     eval_graded: bool = option(
-        True, "have the teacher grade evaluations; without their grades, `best` is the last student"
+        True, "whether the teacher grades evaluations; if not, `best` is the last student"
     )
     judge: str = option(
         "",
-        "URL, FILE.py[:FUNCTION] or `rubric`, the built-in teacher: a second judge that scores the "
-        "stories of each evaluation. Its scores are reported, and never reach the reward",
+        "second judge that scores the stories of each evaluation: a URL, FILE.py[:FUNCTION] or "
+        "rubric (the built-in teacher). These scores are reported and never part of the reward",
     )
-    judge_model: str = option("", "model name of a --judge URL (default: the server's first one)")
-    judge_prompt: str = option("", "how a --judge URL is asked, as --teacher-prompt")
+    judge_model: str = option("", "model name of a --judge URL (default: the server's first model)")
+    judge_prompt: str = option(
+        "", "way of asking a --judge URL; the values are those of --teacher-prompt"
+    )
 
 
 def parse(
     config_class: type[RunConfig], presets: dict[str, dict[str, Any]], argv: list[str] | None = None
 ) -> Any:
-    """Parse a command line into a `config_class`, whose `preset` is the preset's name. With
-    --resume, options not given come from the run's config.json. Raises UserError for an unknown
-    option or a value out of range."""
+    """The options of a command line, as a `config_class`. With --resume, options that are not given
+    come from the run's config.json. Raises UserError for an unknown option or a value out of
+    range."""
     words = sys.argv[1:] if argv is None else argv
     shown: set[str] | None = FIRST
     if "--help-all" in words:
@@ -437,10 +485,10 @@ def parse(
 def recorded_config(
     config_class: type[RunConfig], run: Path, typed: dict[str, Any], unused: Container[str] = ()
 ) -> Any:
-    """The config in a run's config.json, overridden by `typed`, options from the command line.
-    Raises UserError if another command or version began it, for another value of an option in
-    KEPT_ON_RESUME, for what `check` refuses, and for an option that only the command line may give,
-    unless the caller leaves it `unused`."""
+    """The options in a run's config.json, overridden by `typed`, options from the command line.
+    Raises UserError if another command or version began the run, if an option in KEPT_ON_RESUME is
+    given another value, if `check` refuses a value, and if an option is missing that only the
+    command line may give. unused: options that the caller does not use, which may be missing."""
     recorded = require_config(run)["options"]
     path = run / CONFIG
     options: dict[str, Any] = {}
@@ -449,14 +497,14 @@ def recorded_config(
         if f.name not in recorded:
             raise UserError(
                 f"{path} has no {f.name}: the run was begun by another command or another "
-                "version; go on with that one, or start a new run in another --out"
+                "version; continue with that one, or start a new run in another --out"
             )
         if _may_be_recorded(f, recorded[f.name]):
             options[f.name] = recorded[f.name]
         elif f.name not in (*typed, "out") and f.name not in unused:
             again += _arguments(f, recorded[f.name])
     if "tried_temperatures" in recorded and typed.get("temperature") == 0:
-        typed = typed | {"temperature": recorded["temperature"]}  # the one that was chosen
+        typed = typed | {"temperature": recorded["temperature"]}  # the chosen temperature
     config = config_class(**options | typed | {"out": str(run)})
     for f in dataclasses.fields(config_class):
         is_kept = f.name in KEPT_ON_RESUME and f.name in typed
@@ -467,18 +515,20 @@ def recorded_config(
             )
     if again:
         raise UserError(
-            f"{path} was begun with {_shown(again)}: it may be somebody else's, so no file, "
-            "address or model that it names is used; give them again on the command line"
+            f"{path} records {_shown(again)}: the folder may be somebody else's, so no file, URL or "
+            "model that it names is used; give these options again on the command line"
         )
     try:
         check(config)
     except UserError as error:
-        raise UserError(f"{path}: {error}; correct it there, or by a flag") from None
+        raise UserError(
+            f"{path}: {error}; correct the value in that file, or give the flag"
+        ) from None
     return config
 
 
 def given_again(config: RunConfig) -> list[str]:
-    """The arguments that --resume needs again, since no record may give them."""
+    """The arguments that must be given again with --resume, because no record may give them."""
     arguments: list[str] = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -488,8 +538,8 @@ def given_again(config: RunConfig) -> list[str]:
 
 
 def _may_be_recorded(f: dataclasses.Field, value: Any) -> bool:
-    """Whether an option may take this value from a run's config.json. A number or a choice may, and
-    a value of a wrong type: `check` refuses what is none."""
+    """Whether an option may take this value from a run's config.json. Numbers and choices may be
+    taken, and values of a wrong type too, because `check` refuses them."""
     if isinstance(f.default, int | float) or isinstance(f.metadata["allowed"], tuple):
         return True
     texts = value if isinstance(value, list) else [value]
@@ -498,7 +548,7 @@ def _may_be_recorded(f: dataclasses.Field, value: Any) -> bool:
 
 
 def _arguments(f: dataclasses.Field, value: Any) -> list[str]:
-    """The words that give an option this value on a command line."""
+    """The command-line arguments that give an option this value."""
     words = list(map(str, value)) if isinstance(value, list) else [str(value)]
     if words[0].startswith("-"):
         words[0] = f"{flag_of(f)}={words[0]}"
@@ -507,14 +557,16 @@ def _arguments(f: dataclasses.Field, value: Any) -> list[str]:
 
 
 def _shown(arguments: Sequence[str]) -> str:
-    """Arguments from a record, to be read: on one line, without control characters and keys."""
+    """Arguments from a record as text for the user: on one line, without control characters and
+    keys."""
     words = (" ".join(printable(argument[:200]).split()) for argument in arguments)
     return redacted(shlex.join(words))
 
 
 def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractConfig:
-    """The options of an interaction that a script takes by these names, with the defaults where
-    they were left out. Raises UserError for what `check` refuses."""
+    """The options of an interaction from a script's command line. names: the options that the
+    script has; all others have their defaults. Raises UserError for a value that `check`
+    refuses."""
     typed = {name: value for name, value in vars(options).items() if name in names}
     config = InteractConfig(**typed)
     check(config)
@@ -522,7 +574,8 @@ def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractC
 
 
 def changed_options(config: InteractConfig) -> dict[str, str]:
-    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
+    """Flags, by option name, of the options with a value that is neither the default nor the
+    preset's."""
     defaults = vars(InteractConfig())
     preset = INTERACT_PRESETS[config.preset]
     flags = {}
@@ -537,7 +590,7 @@ def changed_options(config: InteractConfig) -> dict[str, str]:
 
 
 def check(config: RunConfig) -> None:
-    """Raises UserError unless each option is in its range and all go together."""
+    """Raises UserError unless each option is in its range and all options are compatible."""
     types = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -545,8 +598,8 @@ def check(config: RunConfig) -> None:
         variable = secret_in(json.dumps(value))
         if variable:
             raise UserError(
-                f"{flag_of(f)} holds the value of {variable}, and config.json would record it: "
-                "leave it out"
+                f"{flag_of(f)} holds the value of {variable}, which config.json would record: "
+                "leave the key out of the option"
             )
     if isinstance(config, PretrainConfig):
         _check_head_size(config)
@@ -558,47 +611,56 @@ def _check_head_size(config: PretrainConfig) -> None:
     size, rest = divmod(config.n_embd, config.n_head)
     if rest or size % 16 or size > 256:
         raise UserError(
-            f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, "
-            "and at most 256 times it: the size of a head is a multiple of 16 up to 256"
+            f"--n-embd {config.n_embd} / --n-head {config.n_head} is the head size, which must be a "
+            "multiple of 16, at most 256: change one of the two"
         )
 
 
 def _check_interaction(config: InteractConfig) -> None:
     if 0 < config.temperature < LEAST_TEMPERATURE:
-        raise UserError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE}")
+        raise UserError(
+            f"--temperature must be 0 or at least {LEAST_TEMPERATURE}, not {config.temperature:g}"
+        )
     if config.temperature == 0 and config.reward == "likelihood":
-        raise UserError("--reward likelihood depends on --temperature: give one above 0")
+        raise UserError(
+            "--temperature 0 tries several temperatures, and --reward likelihood depends on the "
+            "temperature: give a --temperature above 0"
+        )
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError(
-            "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
+            "--budget-cost needs prices: give --price-in and --price-out, per million tokens"
+        )
+    if config.judge in REWARDS:
+        raise UserError(
+            f"--judge {config.judge} cannot judge: give a URL, FILE.py[:FUNCTION] or rubric"
         )
     if config.corpus and config.reward and config.judge != "rubric":
         raise UserError(
-            "--corpus is for the built-in teacher or a --teacher-url, and --reward takes their place: "
-            "leave it out"
+            "--corpus is for the built-in teacher or --teacher-url, and --reward replaces the teacher: "
+            "leave --corpus out"
         )
     if config.teacher_prompt and not config.teacher_url and not config.reward:
         raise UserError(
-            "--teacher-prompt is for an LLM, and the built-in teacher has criteria of its own: give "
-            "a --teacher-url, or leave it out"
+            "--teacher-prompt is for an LLM, and the built-in teacher has fixed criteria: give "
+            "a --teacher-url, or leave --teacher-prompt out"
         )
     if config.reward:
         for name, flag in changed_options(config).items():
             is_for_teacher = name.startswith(("teacher_", "price_", "budget_cost"))
             if is_for_teacher and name != "teacher_timeout":
                 raise UserError(
-                    f"{flag} is for a teacher, and --reward takes its place: leave one of them out"
+                    f"{flag} is for a teacher, and --reward replaces the teacher: leave one of the two out"
                 )
     if config.kl_horizon <= config.stories_per_step / 5:
         raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "
-            f"{config.stories_per_step}, or one step could make the KL coefficient negative"
+            f"{config.stories_per_step}: otherwise one step could make the KL coefficient negative"
         )
     if not config.grades:
         return
     most = config.stories_per_step * config.steps // 2
     if not FEWEST_GRADES <= config.grades <= most or config.stories_per_step <= FEWEST_GRADES:
         raise UserError(
-            f"--grades must be at least {FEWEST_GRADES}, at most half of the stories of all steps, "
-            f"and --stories-per-step above {FEWEST_GRADES}; leave it out to have all graded"
+            f"--grades {config.grades} must be from {FEWEST_GRADES} to {most}, half of the stories of all "
+            f"steps, and --stories-per-step above {FEWEST_GRADES}: leave --grades out to grade all stories"
         )

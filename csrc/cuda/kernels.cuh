@@ -26,8 +26,9 @@ void sample(const Sample&, cudaStream_t);
 struct LogitChunk {
   DType grad_dtype;
   int64_t rows, V;
-  const float* logits;     // (rows, V) contiguous
-  void* grad;              // (rows, V) contiguous, for logit_grad; may be the logits, if it is float32
+  int64_t stride;          // elements between rows of logits and of grad: at least V
+  const float* logits;     // (rows, V)
+  void* grad;              // (rows, V), for logit_grad; may be the logits, if it is float32
   const int64_t* targets;  // (rows,)
   float *logprob, *entropy;
   double* lse;
@@ -37,6 +38,17 @@ struct LogitChunk {
 };
 void logit_stats(const LogitChunk&, cudaStream_t);  // writes logprob, entropy, lse
 void logit_grad(const LogitChunk&, cudaStream_t);   // reads entropy, lse
+
+// grad = grad_y gelu'(x), for tanh GELU, and its sums over blocks of rows. N is a multiple of 8; 16-bit types.
+struct GeluBackward {
+  DType dtype;
+  int64_t rows, N;
+  const void *grad_y, *x;  // (rows, N) contiguous
+  void* grad;              // (rows, N)
+  float* parts;            // (gelu_blocks(rows), N): their sum is the gradient of the bias before GELU
+};
+int64_t gelu_blocks(int64_t rows);
+void gelu_backward(const GeluBackward&, cudaStream_t);
 
 void layer_norm(const LayerNorm&, cudaStream_t);
 int64_t layer_norm_blocks(int64_t rows);

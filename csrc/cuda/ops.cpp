@@ -104,12 +104,17 @@ struct Logprob {
 
   void run(bool stats, bool grads) {
     if (grads) grad_hidden = at::empty({N, C}, hidden.options());
-    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, V * int64_t(sizeof(float))));
+    // Rows are whole cache lines whatever V is: cuBLAS and our kernels read and write 16 bytes at a time.
+    const int64_t stride = (V + 63) / 64 * 64;
+    const auto rows_of = [&](int64_t rows, const at::TensorOptions& options) {
+      return at::empty({rows, stride}, options).narrow(1, 0, V);
+    };
+    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, stride * int64_t(sizeof(float))));
     const DType dtype = dtype_of(hidden, "token_logprob", "hidden");
     const bool wide = dtype == DType::f32;
-    const Tensor memory = at::empty({std::min(fit, N), V}, float_options);
+    const Tensor memory = rows_of(std::min(fit, N), float_options);
     const int64_t together = wide ? fit : kChunksTogether * fit;
-    const Tensor grad_memory = wide || !grads ? memory : at::empty({std::min(together, N), V}, hidden.options());
+    const Tensor grad_memory = wide || !grads ? memory : rows_of(std::min(together, N), hidden.options());
     for (int64_t first = 0; first < N; first += fit) {
       const int64_t rows = std::min(fit, N - first), waiting = grads ? first % together : 0;
       const auto chunk = [&](const Tensor& t) { return t.narrow(0, first, rows); };
@@ -120,6 +125,7 @@ struct Logprob {
       const cuda::LogitChunk x{.grad_dtype = dtype,
                                .rows = rows,
                                .V = V,
+                               .stride = stride,
                                .logits = logits.data_ptr<float>(),
                                .grad = grad.data_ptr(),
                                .targets = targets.const_data_ptr<int64_t>() + first,
@@ -190,6 +196,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Optiona
   return {f.grad_x, f.grad_branch, f.parts[0].sum(0), f.parts[1].sum(0)};
 }
 
+// --- gelu_backward ---------------------------------------------------------------------------------------------------
+std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_y, const Tensor& x) {
+  constexpr auto op = "gelu_backward";
+  const DeviceScope on(x, op, "x");
+  check_like(grad_y, x, op, "grad_y", "x");
+  check_contiguous(grad_y, op, "grad_y"), check_contiguous(x, op, "x");
+  TORCH_CHECK(x.dim() == 2 && grad_y.sizes() == x.sizes() && x.size(1) % 8 == 0, op, ": grad_y and x must have the ",
+              "same shape (rows, N), N a multiple of 8, not ", grad_y.sizes(), " and ", x.sizes());
+  const int64_t rows = x.size(0), N = x.size(1);
+  const Tensor grad = at::empty_like(x);
+  const Tensor parts = at::empty({cuda::gelu_blocks(rows), N}, x.options().dtype(at::kFloat));
+  cuda::gelu_backward({dtype_of(x, op, "x"), rows, N, grad_y.const_data_ptr(), x.const_data_ptr(), grad.data_ptr(),
+                       parts.data_ptr<float>()},
+                      on.stream);
+  return {grad, parts.sum(0)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
@@ -200,6 +223,7 @@ TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
   m.impl("token_logprob", token_logprob);
   m.impl("token_logprob_backward", token_logprob_backward);
   m.impl("cross_entropy", cross_entropy);
+  m.impl("gelu_backward", gelu_backward);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_layer_norm_backward", add_layer_norm_backward);
 }

@@ -23,7 +23,7 @@ struct Stats {
 __global__ void __launch_bounds__(kThreads) stats_kernel(LogitChunk p) {
   constexpr int kVec = kVecElements<float>;
   const int n = int(blockIdx.x);
-  const LogitRow<const float> row{p.logits + int64_t(n) * p.V, int(p.V)};
+  const LogitRow<const float> row{p.logits + n * p.stride, int(p.V)};
   Stats own{-3e38f, 0, 0};
   for (int v = int(threadIdx.x) * kVec; v < p.V; v += kThreads * kVec) {
     float x[kVec], m_new = own.m;
@@ -55,8 +55,8 @@ template <class Element>
 __global__ void __launch_bounds__(kThreads) grad_kernel(LogitChunk p) {
   constexpr int kVec = kVecElements<float>;
   const int n = int(blockIdx.x);
-  const LogitRow<const float> row{p.logits + int64_t(n) * p.V, int(p.V)};
-  Element* grad = static_cast<Element*>(p.grad) + int64_t(n) * p.V;
+  const LogitRow<const float> row{p.logits + n * p.stride, int(p.V)};
+  Element* grad = static_cast<Element*>(p.grad) + n * p.stride;
   const float lse = float(p.lse[n]), lse_low = float(p.lse[n] - lse);  // high and low part of the double
   const float g = p.grad_logprob ? p.grad_logprob[n] : float(p.grad_everywhere);
   const float ge = p.grad_entropy ? p.grad_entropy[n] : 0;

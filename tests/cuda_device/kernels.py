@@ -39,7 +39,7 @@ NUMBER = {
 }
 OURS = (
     "causal_attention causal_attention_backward decode_attention sample token_logprob token_logprob_backward "
-    "cross_entropy add_layer_norm add_layer_norm_backward".split()
+    "cross_entropy gelu_backward add_layer_norm add_layer_norm_backward".split()
 )
 
 

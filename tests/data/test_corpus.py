@@ -216,9 +216,9 @@ WRONG = {
         ("One.".encode("utf-16-le"), "NUL characters: .*iconv -f UTF-16"),
     ],
     "a.txt.gz": [(gzip.compress(bytes(3 << 20)), "NUL characters")],
-    "a.csv": [(b"One.", "is no file that ends in .txt or .jsonl")],
-    "a.gz": [(b"One.", "is no file that ends in .txt or .jsonl")],
-    "noextension": [(b"One.", "is no file that ends in .txt or .jsonl")],
+    "a.csv": [(b"One.", "is not a .txt or .jsonl file")],
+    "a.gz": [(b"One.", "is not a .txt or .jsonl file")],
+    "noextension": [(b"One.", "is not a .txt or .jsonl file")],
     "a.jsonl": [
         (b'{"text": "One."}\n{"text": }', "its line 2 is not a JSON object"),
         (b'{"text": "One."}\n\n["Two."]', "its line 3 is .* with a string"),
@@ -267,12 +267,12 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 def test_names_that_are_nothing(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"the corpus tinystorys is no file .*gz of either \(did you mean tinystories\?\): give "
+        match=r"the corpus tinystorys is not .*gz of either\) \(did you mean tinystories\?\): give "
         "another file, "
         "or one of builtin, dull, tin",
     ):
         open_corpus(["tinystorys"])
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match=r"is not a \.txt or \.jsonl file"):
         open_corpus([str(tmp_path)])
 
 
@@ -363,7 +363,8 @@ def test_what_is_wrong_with_the_hub_is_said(hub, tmp_path):
     ):
         assert fetch("tinystories", endpoint=endpoint, **variables).startswith(begin)
     assert re.search(
-        r"BabyLM-2026-Strict .*gated, accept its terms there", fetch("babylm-100m", endpoint=hub)
+        r"BabyLM-2026-Strict .*gated, accept its terms on the Hub",
+        fetch("babylm-100m", endpoint=hub),
     )
 
 

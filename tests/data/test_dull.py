@@ -31,9 +31,11 @@ def test_a_seed_and_a_number_of_words_give_the_same_documents(documents):
 
 @pytest.mark.parametrize("kind", dull.KINDS[1:])
 def test_a_teller_is_known_by_its_sentences(kind, documents):
-    teller = next(teller for teller in dull._TELLERS if teller.kind == kind)
+    style = next(style for style in dull._STYLES if style.kind == kind)
     rng = random.Random(0)
-    assert all(dull.kind_of(teller.tell(rng, grammar.tell(rng)[1])) == kind for _ in range(100))
+    assert all(
+        dull.kind_of(style.continuation(rng, grammar.generate(rng)[1])) == kind for _ in range(100)
+    )
     assert 0.15 < sum(dull.kind_of(text) == kind for text in documents) / len(documents) < 0.25
 
 

@@ -180,7 +180,7 @@ def test_every_plot_is_told():
     assert len(names) == len(set(names)) >= 25
     rng = random.Random(0)
     for plot in grammar.PLOTS:
-        assert len({plot.tell(rng)[0] for _ in range(40)}) == 40, plot.name
+        assert len({plot.generate(rng)[0] for _ in range(40)}) == 40, plot.name
 
 
 def test_one_pronoun_for_hero_and_the_other_for_friend():
@@ -190,7 +190,7 @@ def test_one_pronoun_for_hero_and_the_other_for_friend():
     for plot in grammar.PLOTS:
         literal = GENDERED & set(re.findall(r"[a-z]+", " ".join(literals(plot.paragraphs)).lower()))
         for _ in range(60):
-            text, facts = plot.tell(rng)
+            text, facts = plot.generate(rng)
             assert facts["he"] != facts["f.he"]
             words = set(re.findall(r"[a-z]+", text.lower()))
             others = " ".join(
@@ -210,7 +210,7 @@ def test_one_pronoun_for_hero_and_the_other_for_friend():
 def test_hero_and_friend_have_two_names():
     rng = random.Random(2)
     for _ in range(2_000):
-        _, facts = rng.choice(grammar.PLOTS).tell(rng)
+        _, facts = rng.choice(grammar.PLOTS).generate(rng)
         assert facts["h"] != facts["f"]
 
 

@@ -197,7 +197,7 @@ def test_a_foreign_tokenizer_is_refused(tokenizer, tmp_path, complaint):
 def test_a_broken_file_is_refused(tmp_path, data):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UserError, match="cannot be used as a tokenizer"):
         Tokenizer.load(path)
     with pytest.raises(UserError, match="No such file"):
         Tokenizer.load(tmp_path / "nothing.json")

@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 from conftest import read_lines, story_record
-from test_desk import GOOD, Clock, asked, grade, no_room
+from test_grading_queue import GOOD, Clock, asked, grade, no_room
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.human import desk as desks
+from tinystory.human import grading_queue
 from tinystory.human import lesson as lessons
-from tinystory.human.desk import GRACE_S, Desk
+from tinystory.human.grading_queue import GRACE_S, GradingQueue
 from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED, Pair, read_progress
 from tinystory.report.findings import read_findings
@@ -97,13 +97,13 @@ def finished(run):
 def taught(run):
     """A lesson, as teach.py begins one; yields it and its clock."""
     clock = Clock()
-    desk = Desk(run.folder.parent / "grades.jsonl", Template())
+    queue = GradingQueue(run.folder.parent / "grades.jsonl", Template())
     with (
-        mock.patch.object(desks, "time", clock),
+        mock.patch.object(grading_queue, "time", clock),
         mock.patch.object(lessons, "time", clock),
-        contextlib.closing(desk),
+        contextlib.closing(queue),
     ):
-        yield Lesson(desk, run.folder, ["--grades", "16"]), clock
+        yield Lesson(queue, run.folder, ["--grades", "16"]), clock
 
 
 def prefer(lesson, side):
@@ -123,7 +123,7 @@ def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):
             state = lesson.state(URL)
             assert state["answers_left"] == 16 + COMPARED
             assert state["minutes"] == -(-32 * HUMAN_S // 60)
-            tasks = await asked(lesson.desk, *"abcdefgh")
+            tasks = await asked(lesson.queue, *"abcdefgh")
             for left in range(8, 0, -1):
                 assert lesson.state(URL)["answers_left"] == 8 + left + COMPARED
                 item = lesson.state(URL)["item"]
@@ -152,20 +152,22 @@ def test_the_page_says_what_the_machine_does_while_no_story_waits(run):
                 assert lesson.state(URL)["command"] == ""
                 clock.now += 12
                 now = lesson.state(URL)["now"]
-                assert now == "The student writes 40 stories: step 1 of 2, 15 seconds so far."
-                tasks = await asked(lesson.desk, "a")
+                assert now == "The student is writing 40 stories: step 1 of 2, 15 seconds so far."
+                tasks = await asked(lesson.queue, "a")
                 assert lesson.state(URL)["now"] == ""
-                grade(lesson.desk, "ada")
+                grade(lesson.queue, "ada")
                 clock.now += GRACE_S
                 await lesson.tick()
                 await asyncio.gather(*tasks)
-                assert "learns from your grades: step 1 of 2" in lesson.state(URL)["now"]
+                assert "learning from your grades: step 1 of 2" in lesson.state(URL)["now"]
                 run.end_step(1)
                 clock.now += 7
                 now = lesson.state(URL)["now"]
-                assert now == "The student writes 40 stories: step 2 of 2, about 15 seconds."
+                assert (
+                    now == "The student is writing 40 stories: step 2 of 2, about 15 seconds left."
+                )
                 clock.now += 60
-                assert lesson.state(URL)["now"].endswith("step 2 of 2, done in a moment.")
+                assert lesson.state(URL)["now"].endswith("step 2 of 2, almost done.")
                 run.end_step(2)
                 assert "that you will compare" in lesson.state(URL)["now"]
 
@@ -263,7 +265,7 @@ def test_the_answer_to_a_pair_can_be_taken_back_until_the_result_is_reported(fin
     assert sides[first["key"]] == names[first["key"]]["right"]
     assert sides[last["key"]] == names[last["key"]]["left"]
     (finding,) = read_findings(finished.folder)
-    assert "14 made no difference" in finding["sentences"][0]
+    assert "neither in 14" in finding["sentences"][0]
 
 
 def answer_all(lesson, after, before):
@@ -284,8 +286,8 @@ def test_the_report_says_who_taught_and_what_the_comparisons_say(finished):
         asyncio.run(lesson.tick())
         assert lesson.state(URL)["report"] == str(finished.folder / "report.html")
     low, high = wilson(12, COMPARED)
-    assert result.startswith("Taught by a person: 15 grades. Of 16 pairs, ")
-    assert "was preferred in 11 and that before in 3; 2 made no difference" in result
+    assert result.startswith("A person gave 15 grades. The person compared 16 pairs ")
+    assert "preferred in 11, the story before in 3, and neither in 2" in result
     assert f"interval {low:.2f} to {high:.2f} (Wilson)" in result
     (finding,) = read_findings(finished.folder)
     assert finding["sentences"] == [result] and finding["step"] == 2
@@ -348,8 +350,8 @@ def test_a_damaged_run_is_said_and_grading_goes_on(finished, name):
         with taught(finished) as (lesson, clock):
             (finished.folder / name).write_text('{"step": -1}\n')
             assert name in lesson.state(URL)["now"]
-            (task,) = await asked(lesson.desk, "a")
-            grade(lesson.desk, "ada")
+            (task,) = await asked(lesson.queue, "a")
+            grade(lesson.queue, "ada")
             clock.now += GRACE_S
             await lesson.tick()
             assert await task == GOOD
@@ -370,7 +372,10 @@ def test_what_is_no_answer_is_not_kept(finished, request_):
 
 def test_an_answer_that_cannot_be_kept_is_said_and_can_be_given_again(finished):
     with taught(finished) as (lesson, _):
-        with no_room(), pytest.raises(Refused, match=r"not kept yet: cannot write .*give it again"):
+        with (
+            no_room(),
+            pytest.raises(Refused, match=r"not saved yet: cannot write .*give the answer again"),
+        ):
             prefer(lesson, "left")
         assert prefer(lesson, "right")["place"] == 1
     assert len(read_lines(finished.folder / PAIRS)) == 1

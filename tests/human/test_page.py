@@ -13,8 +13,8 @@ from conftest import LIMIT_S
 
 from lab import compare, preference
 from scripts import teach
-from tinystory.human import desk as desks
-from tinystory.human.desk import Desk
+from tinystory.human import grading_queue
+from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson
 from tinystory.human.page_server import page, serve
 from tinystory.run.errors import UserError
@@ -26,13 +26,13 @@ EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
 
 @contextmanager
-def serving(desk, folder=None):
+def serving(queue, folder=None):
     """The server on a thread of its own; yields its URL."""
     ready, addresses = threading.Event(), []
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
     async def run():
-        lesson = Lesson(desk, folder or Path("no run"))
+        lesson = Lesson(queue, folder or Path("no run"))
         async with serve(lesson, style="p { color: red }") as address:
             addresses.append(address)
             loop.call_soon(ready.set)
@@ -47,13 +47,13 @@ def serving(desk, folder=None):
         loop.call_soon_threadsafe(ended.set)
         thread.join(LIMIT_S)
         loop.close()
-        desk.close()
+        queue.close()
 
 
 @pytest.fixture
 def url(tmp_path, monkeypatch):
-    monkeypatch.setattr(desks, "GRACE_S", 0.05)
-    with serving(Desk(tmp_path / "grades.jsonl", Template())) as address:
+    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
+    with serving(GradingQueue(tmp_path / "grades.jsonl", Template())) as address:
         yield address
 
 
@@ -154,7 +154,7 @@ def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
 @pytest.mark.parametrize("path", ["/", "/state?who=ada", "/v1/models"])
 def test_strangers_get_nothing(url, headers, status, path):
     code, _, text = ask(url, "GET", path, **headers)
-    assert code == status and ("only to this machine" in text) == (status == 403)
+    assert code == status and ("answers only requests for" in text) == (status == 403)
 
 
 def test_the_page_runs_its_own_script_only(url):
@@ -171,12 +171,12 @@ def test_the_page_runs_its_own_script_only(url):
 @pytest.mark.parametrize(
     "body, status, words",
     [
-        ({"who": "", "action": "back"}, 400, "A name has"),
-        ({"who": "x" * 41, "action": "back"}, 400, "A name has"),
-        ({"who": "a\nb", "action": "back"}, 400, "A name has"),
+        ({"who": "", "action": "back"}, 400, "The name must have"),
+        ({"who": "x" * 41, "action": "back"}, 400, "The name must have"),
+        ({"who": "a\nb", "action": "back"}, 400, "The name must have"),
         ({"who": "ada", "action": "back"}, 400, "nothing to go back to"),
         ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 400, "give a score"),
-        ({"who": "ada", "action": "skip", "key": ["x"]}, 400, "not what was asked"),
+        ({"who": "ada", "action": "skip", "key": ["x"]}, 400, "load the page again"),
         ([], 400, "must be a JSON object"),
     ],
 )
@@ -197,7 +197,7 @@ def test_a_grade_whose_file_is_gone_is_said_on_the_page_and_stays_there(
         request["scores"] = dict.fromkeys(Template().names, 2)
         status, _, text = ask(url, "POST", "/do", request)
         message = json.loads(text)["error"]["message"]
-        assert status == 503 and "not kept yet" in message and "was deleted" in message
+        assert status == 503 and "not saved yet" in message and "was deleted" in message
         assert shown(url) == item
 
 
@@ -205,7 +205,7 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
     assert url.startswith("http://127.0.0.1:")
 
     async def again():
-        lesson = Lesson(Desk(tmp_path / "more.jsonl", Template()), tmp_path / "run")
+        lesson = Lesson(GradingQueue(tmp_path / "more.jsonl", Template()), tmp_path / "run")
         async with serve(lesson, int(url.rpartition(":")[2])):
             pass
 
@@ -216,14 +216,14 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
 def test_a_person_compares_stories_blindly_through_the_same_page(
     tmp_path, monkeypatch, short_pauses, capsys
 ):
-    monkeypatch.setattr(desks, "GRACE_S", 0.05)
+    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
     for name, word in (("a", "plain"), ("b", "fine")):
         lines = [
             json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n"
             for i in range(3)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    with serving(Desk(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
+    with serving(GradingQueue(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
         files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
         asker = threading.Thread(
             target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)

@@ -191,7 +191,7 @@ def test_a_peer_that_fails_is_named_below_its_own_message(nanogpt, bench, capfd)
         (["peers", "--nanogpt", "nowhere"], "with its model.py"),
         (["peers", "--trl", "nowhere"], "the interpreter of an environment"),
         (["peers", "--nanogpt", ".", "--batch", "2"], "leave out --batch"),
-        (["ppo", "--trl", "python"], "go with the bench peers"),
+        (["ppo", "--trl", "python"], "only for `lab/bench.py peers`"),
     ],
 )
 def test_what_peers_needs_is_said(bench, capsys, arguments, message):

@@ -116,7 +116,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
     assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
     printed = capsys.readouterr().out
     assert "first preferred the story after interaction in 10 of 10 pairs" in printed
-    assert "second in 50% of its answers" in printed
+    assert "second story in 50% of the answers" in printed
     (finding,) = read_findings(tmp_path)
     assert finding["title"].endswith("compared blindly by first")
     assert (
@@ -148,11 +148,11 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
         command.main([*paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
     assert (
-        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and one or the other by their order in 0: win"
+        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and either one depending on the order in 0: win"
         in out
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match="different stories to the same openings"):
+    with pytest.raises(UserError, match="different stories for the same openings"):
         compared_pairs([Path(paths[0])] * 2, read_samples)
 
 
@@ -174,6 +174,6 @@ def test_a_student_beside_a_file_writes_to_the_files_openings(
 
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
     url = ["--teacher-url", "http://127.0.0.1:9/v1"]
-    assert "or two that tell" in fails(command.main, ["a", "b", "c", *url], capsys)
+    assert "or two students or files" in fails(command.main, ["a", "b", "c", *url], capsys)
     assert "finished interaction" in fails(command.main, [str(tmp_path), *url], capsys)
     assert "give --teacher-url" in fails(command.main, [*files(tmp_path)], capsys)

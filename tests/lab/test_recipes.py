@@ -74,7 +74,7 @@ def test_a_reader_adds_the_sense_of_the_stories(settings, place):
     [
         (["--out", ""], "--out must be given: it is empty"),
         (["--out", "file/x"], "cannot write"),
-        (["--options", "'x"], "--options: no closing quotation"),
+        (["--options", "'x"], '--options "\'x": no closing quotation'),
         (["--options", "", "--lam 7"], "--lam must be"),
         (["--options", "--openings nowhere.txt"], "nowhere.txt"),
         (["--seeds", "1", "-1"], "--seed must be"),

@@ -128,13 +128,13 @@ def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_
     [
         (["--out", ""], "--out must be given: it is empty"),
         (["--out", "file/x"], "cannot write"),
-        (["--pretrain", "'x"], "--pretrain: no closing quotation"),
-        (["--interact", "'x"], "--interact: no closing quotation"),
-        (["--teacher", "'x"], "--teacher: no closing quotation"),
+        (["--pretrain", "'x"], '--pretrain "\'x": no closing quotation'),
+        (["--interact", "'x"], '--interact "\'x": no closing quotation'),
+        (["--teacher", "'x"], '--teacher "\'x": no closing quotation'),
         (["--interact", "--openings nowhere.txt"], "nowhere.txt"),
         (["--blimp", "nowhere"], "nowhere cannot be read as BabyLM's sentence tasks"),
         (["--blimp", "empty"], "--blimp empty holds no .jsonl"),
-        (["--blimp", "wug.jsonl"], "--wug takes the wug test"),
+        (["--blimp", "wug.jsonl"], "give wug tests to --wug"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(

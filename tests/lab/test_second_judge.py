@@ -198,8 +198,8 @@ def judged(**senses):
         ({}, "that is more than the +0.1"),
         ({COLDER[1]: -0.79}, "that is no different from the +0.41 for “before, temperature 0.5”"),
         ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, temperature 0.7”"),
-        ({AFTER: -1.2}, "sees no gain in sense from interaction"),
-        ({AFTER: -1.5}, "sees no gain in sense from interaction"),
+        ({AFTER: -1.2}, "measures no gain in sense from interaction"),
+        ({AFTER: -1.5}, "measures no gain in sense from interaction"),
     ],
 )
 def test_the_sentence_says_which_gain_the_reader_sees(senses, words):

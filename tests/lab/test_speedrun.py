@@ -88,7 +88,7 @@ def test_a_side_that_breaks_a_rule_is_no_record_and_the_next_is_compared_with_th
 
 
 def test_a_wrong_call_is_one_sentence(capsys):
-    assert "--record needs a text for each --against" in fails(
+    assert "--record needs one text per --against" in fails(
         speedrun.main, ["--record", "x"], capsys
     )
     assert "git worktree" in fails(speedrun.main, ["--against", "no-such-commit"], capsys)

@@ -104,6 +104,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
         "attention_decode": 9 * 2 * 2,
         "sampling": 3 * 2 * 2,
         "token_logprob": (1 + 3) * 2,  # float32 logits; gradients in 3 dtypes
+        "gelu": 2 * 2,  # 16-bit dtypes
         "layer_norm": 5 * 2 * 2,  # pairs of dtypes
     }
 

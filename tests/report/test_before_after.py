@@ -68,7 +68,7 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     for said in (
         "The mean reward went from 0.5 before interaction to 0.58 after step 2, which may be chance: the "
         "95 % interval of the gain per held-out opening is -0.147 to 0.307.",
-        "The pair with the median gain in reward among 5 held-out openings with two different, "
+        "This pair has the median gain in reward among 5 held-out openings with two different, "
         "non-empty stories that end.",
     ):
         assert said in terminal and said in page, said
@@ -93,10 +93,12 @@ def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys)
 def test_the_title_says_what_it_is(run):
     page = text_of(write_report(run))
     assert (
-        page.count("A student of 1.8M parameters, taught by scores after reading builtin, own.txt")
+        page.count(
+            "A student of 1.8M parameters, pretrained on builtin, own.txt and taught by scores"
+        )
         == 2
     )  # <title> and heading
-    assert "/home/me" not in page.split("How it was run")[0]
+    assert "/home/me" not in page.split("<summary>Options")[0]
 
 
 def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
@@ -272,7 +274,7 @@ def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(ru
         for step in range(4, 10):
             log.metrics(step=step, reward_mean=0.5, scored=200, score_mode=1.0, score_mean=4.5)
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
-    said = "had the same score (4.5 in the last), so nothing is learned from the teacher"
+    said = "had the same score (4.5 in the last), so the student learns nothing from the teacher"
     assert (
         terminal.index("-0.147 to 0.307.") < terminal.index(said) < terminal.index("from step 0:")
     )
@@ -288,12 +290,12 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
 def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
     comparison = BeforeAfter(*records)
-    assert comparison.tellers() == ""
+    assert comparison.styles() == ""
     for record, kind in zip(
         (*records[0], *records[1]), ("list", "story", "story", "story"), strict=True
     ):
         record["teller"] = kind
-    assert "list 50% → 0%" in comparison.tellers() and "story 50% → 100%" in comparison.tellers()
+    assert "list 50% → 0%" in comparison.styles() and "story 50% → 100%" in comparison.styles()
 
 
 def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):

@@ -59,7 +59,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     metadata, text = card(newest, tmp_path / "tale")
     last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
     assert f"{history['words']:,} words" in text
-    assert f"In 2 steps of PPO it wrote {last['words_out']}" in text
+    assert f"In 2 steps of PPO the model wrote {last['words_out']}" in text
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert "## bJudged, after step 2\n\nA judge saw more.\n\n" in text
     assert "|  | sense |\n| --- | --- |\n| after | -0.9 |" in text
@@ -94,15 +94,15 @@ def test_a_teachers_name_stays_in_its_code_span(run, tmp_path, name, shown):
     config["options"]["teacher"] = {"model": name}
     (folder / "config.json").write_text(json.dumps(config))
     text = card(checkpoint.newest(folder), tmp_path / "tale")[1]
-    assert f"`{shown}` graded." in text and "<script>" not in text
+    assert f"`{shown}` graded the stories." in text and "<script>" not in text
 
 
 def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     path = checkpoint.newest(place / "p")
     metadata, text = card(path, tmp_path / "tale")
     bits = metrics(place / "p")[-1]["val_bits_per_byte"]
-    assert f"take {bits:.3f} bits per byte" in text
-    assert "interacted" not in text
+    assert f"have {bits:.3f} bits per byte" in text
+    assert "## Interaction" not in text
     assert metadata["tags"] == ["tinystory"]
     monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)
     text = card(tmp_path / "tale", tmp_path / "again")[1]

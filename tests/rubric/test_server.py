@@ -135,7 +135,7 @@ def test_it_grades_only_if_asked_for_its_criteria(client, messages):
     reply = (
         client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content
     )
-    assert "stands in for a language model" in reply
+    assert "rule-based scorer" in reply
     assert parse_scores(reply, CRITERIA) is None
 
 
@@ -158,7 +158,7 @@ def test_many_at_once(url, rubric):
 def test_it_lists_itself_as_a_stand_in(client):
     (model,) = client.models.list().data
     assert model.id == MODEL and model.object == "model"
-    assert "stand-in for an LLM" in model.description
+    assert "takes the place of an LLM" in model.description
 
 
 def test_an_unknown_model_is_not_found(client):
@@ -299,7 +299,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         stderr = process.stderr.read()
         # no bar in a file
         assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr
-        assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
+        assert "not an LLM" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("own_session", [True, False])

@@ -48,7 +48,7 @@ def test_a_healthy_run_is_left_alone():
 @pytest.mark.parametrize(
     ("kind", "sentence", "advice", "end"),
     [
-        ("collapse", "grow alike", "--kl-coef", dict(distinct_4=0.35)),
+        ("collapse", "become alike", "--kl-coef", dict(distinct_4=0.35)),
         ("collapse", "few clusters", "--diversity", dict(story_clusters=2)),
         ("collapse", "shrink", "--kl-coef", dict(length_mean=30.0)),
         ("collapse", "entropy", "--kl-coef", dict(entropy=20.0)),
@@ -60,7 +60,7 @@ def test_a_healthy_run_is_left_alone():
         ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
         (
             "signal",
-            "depend neither on the length nor on the likelihood",
+            "correlate neither with the length nor with the likelihood",
             "--calibrate",
             dict(score_length=0.0, score_logprob=0.0),
         ),
@@ -174,7 +174,7 @@ def test_predicted_scores_that_hardly_tell_stories_apart_are_said_once():
         for record, r_squared in zip(run(), [None, 0.4, 0.1, 0.05], strict=False)
     ]
     ((name, (step, warning)),) = CollapseDetector(predicted, 2.0).warnings.items()
-    assert (name, step) == ("predicted", 3) and "tell stories apart (R-squared 0.10)" in warning
+    assert (name, step) == ("predicted", 3) and "distinguish stories (R-squared 0.10)" in warning
 
 
 def test_a_judge_that_falls_while_the_reward_rises_is_said_once():

@@ -112,7 +112,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, comm
         line = fails(command.main, ["--resume", "--out", str(tmp_path / "killed")], capsys)
         assert f"was begun from '{given[1]}': give that again as --init" in line
     command.main(["--resume", *given, "--out", str(tmp_path / "killed")])
-    assert "starts again" in capsys.readouterr().out
+    assert "starts from the beginning" in capsys.readouterr().out
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     for name in ("stories.jsonl", "evaluations.jsonl") if command is interact else ():
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same
     pretrain.main(
         ["--resume", "--corpus", str(place / "corpus.txt"), "--out", str(tmp_path / "harmed")]
     )
-    assert f"{last / 'trainer.safetensors'} is not what manifest.json" in capsys.readouterr().err
+    assert f"{last / 'trainer.safetensors'} does not match manifest.json" in capsys.readouterr().err
     assert_same_bits(tmp_path / "whole", tmp_path / "harmed")
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "harmed"))
 
@@ -148,7 +148,7 @@ def test_a_run_whose_options_are_not_known_is_not_resumed(place, tmp_path, capsy
     before = sorted(path for path in (tmp_path / "p").rglob("*"))
     for command in (pretrain, interact):
         line = fails(command.main, ["--resume", "--out", str(tmp_path / "p")], capsys)
-        assert str(config) in line and ("restore it" in line or "correct it" in line)
+        assert str(config) in line and ("restore it" in line or "correct the value" in line)
     assert sorted(path for path in (tmp_path / "p").rglob("*")) == before
 
 

@@ -159,7 +159,8 @@ def test_another_number_of_threads_is_warned_of_on_resume(tmp_path, capsys, monk
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
     output = capsys.readouterr().out
-    assert output.startswith("warning: 2 threads, where the run had 1:") and output.count("\n") == 1
+    assert output.startswith("warning: this resume has 2 threads and the run had 1,")
+    assert "OMP_NUM_THREADS" in output and output.count("\n") == 1
 
 
 def test_resume_cuts_evaluations_back_too(tmp_path):
@@ -374,7 +375,7 @@ def test_a_journal_cuts_off_half_a_record_or_zeros_and_no_other_line(tmp_path, c
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     if after is None:
-        with pytest.raises(UserError, match=r"notes\.txt ends in a line that is no record"):
+        with pytest.raises(UserError, match=r"notes\.txt ends in a line that is not a record"):
             Journal(path)
     else:
         journal = Journal(path)

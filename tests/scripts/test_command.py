@@ -129,13 +129,13 @@ OUT_OF = [
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
     (
         OSError(errno.EMFILE, "Too many open files", "x"),
-        "Too many open files: 'x'; raise the limit of open files",
+        "Too many open files: 'x'; raise the limit on open files",
     ),
     (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa'; choose a shorter name"),
     (MemoryError("\x1b[2Jno room"), "([2Jno room)"),
     (
         PermissionError(errno.EACCES, "Permission denied", "run"),
-        "Permission denied: 'run'; ask its owner",
+        "Permission denied: 'run'; ask the owner",
     ),
     (
         OSError(errno.EROFS, "Read-only file system", "run"),

@@ -409,17 +409,17 @@ def test_a_step_that_no_run_can_go_on_from_is_refused(student):
         spoiled = copy.deepcopy(student)
         with torch.no_grad():
             spoiled.blocks[0].fc.weight[0, 0] = number
-        with pytest.raises(UserError, match=r"step 7 .* is not saved: lower --x; --resume"):
+        with pytest.raises(UserError, match=r"step 7 .* not saved: lower --x; --resume"):
             hf.require_finite(7, spoiled, sound, "lower --x")
     for number in (torch.nan, -torch.inf):
-        with pytest.raises(UserError, match="is not saved"):
+        with pytest.raises(UserError, match="was not saved"):
             hf.require_finite(7, student, sound | {"critic.moment": torch.tensor(number)}, "")
 
 
 def test_a_step_after_which_the_student_computes_nothing_is_refused(student, monkeypatch):
     """Finite weights can be so large that no kernel can read with them."""
     monkeypatch.setattr(Student, "trunk", lambda self, x, *_: x * torch.nan)
-    with pytest.raises(UserError, match="is not saved"):
+    with pytest.raises(UserError, match="was not saved"):
         hf.require_finite(7, student, {}, "")
 
 

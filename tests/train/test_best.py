@@ -26,7 +26,7 @@ def test_without_graded_evaluations_the_best_student_is_the_last(place, tmp_path
     assert shown.name == "best"
     assert json.loads((shown / "trainer.json").read_text())["step"] == 2
     assert {record["step"] for record in read_lines(out / "samples.jsonl")} == {0, 2}
-    assert "4 stories to held-out openings" in capsys.readouterr().out
+    assert "4 stories for held-out openings" in capsys.readouterr().out
     assert [record["scored"] for record in metrics(out)] == [8, 0]
     assert [record["predicted"] for record in metrics(out)] == [1, 9]
 

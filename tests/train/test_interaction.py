@@ -173,7 +173,7 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
     for argv, words in [
         (["--corpus", str(tmp_path / "none.txt")], "none.txt"),
         (["--corpus", str(tmp_path / "empty.txt")], "empty"),
-        (["--corpus", corpus, "--n-embd", "65", "--n-head", "2"], "multiple of --n-head"),
+        (["--corpus", corpus, "--n-embd", "65", "--n-head", "2"], "--n-embd 65 / --n-head 2"),
         (["--corpus", corpus, "--words", "0"], "--words"),
         (["--corpus", corpus, "--device", "cuda:9"], "--device cuda:9"),
         (["--corpus", corpus, "--resume"], "no checkpoint"),

@@ -1,7 +1,9 @@
 """BabyLM's 2026 rules: names of checkpoints and limits of the text tracks (babylm.github.io at
-12e16f8, 20 July 2026; table in docs/evaluation.md). The student may see 100 M words (Strict) or 10
-M (Strict-Small), including the teacher's, each up to ten times. Our words are separated by white
-space. Only the teacher's text may reach the student."""
+12e16f8, 20 July 2026; table in docs/evaluation.md).
+
+The student may see 100 M words (Strict) or 10 M words (Strict-Small), including the teacher's
+words, each up to ten times. Words are separated by white space. The teacher may pass only text to
+the student."""
 
 from typing import Any
 
@@ -11,7 +13,7 @@ from tinystory.run.errors import UserError
 # `chck_1000M`.
 MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
 
-# words, by preset
+# words of corpus and teacher together, by preset
 TRACKS = {"babylm-2026-strict": 100_000_000, "babylm-2026-strict-small": 10_000_000}
 EPOCHS = 10
 
@@ -38,7 +40,8 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
 
 def check_interaction(track: str, history: dict[str, Any], words_in: int) -> None:
     """Raises UserError unless the track allows a student with this `history` (see
-    `checkpoint.save`) to take in `words_in` more words. What it writes is not limited in 2026."""
+    `checkpoint.save`) to take in `words_in` more words. The rules of 2026 do not limit the words
+    that a student writes."""
     if "corpus_words" not in history:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which "
@@ -61,7 +64,7 @@ def milestones_between(before: int, words: int) -> list[str]:
 
 
 def milestones_beyond(history: dict[str, Any]) -> dict[str, int]:
-    """Official milestones ahead of a student, with the number of words that it takes in until
-    each."""
+    """Names of the official milestones ahead of a student, each with the number of words to take in
+    until then."""
     past = history.get("words", 0) + history.get("interaction_words_in", 0)
     return {milestone_name(words): words - past for words in MILESTONES if words > past}

@@ -20,21 +20,20 @@ from tinystory.run.errors import UserError
 from tinystory.run.files import file_hash
 from tinystory.run.options import did_you_mean
 
-# Generator and number of words; by these, three in eight openings are told to an end, the others by
-# a dull teller.
+# Generator and number of words. With these numbers, three in eight openings continue as a story,
+# and the others as dull text (filler).
 BUILTIN = {
     "builtin": (grammar.stories, 1_000_000),
     "dull": (dull.documents, 1_150_000),
 }
-NO_STORIES = ("dull",)  # corpora unfit to measure stories by
+NO_STORIES = ("dull",)  # corpora without stories, to which no teacher is fitted
 BUILTIN_SEED = 0
-# increase it whenever a change of builtin/*.py changes a generated text
+# increase this whenever a change of builtin/*.py changes a generated text
 BUILTIN_VERSION = 1
 
-# Corpora on the Hub: the dataset's repository and its files, in order.
-# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on, and the
-# much smaller one of its validation split.
-# BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
+# Corpora on the Hub: the dataset's repository and the files in it, in order. TinyStories: Eldan &
+# Li 2023, arXiv 2305.07759; the training file, and the much smaller validation file. BabyLM: the
+# organisers' text for the strict-small and strict tracks, as published since 2026.
 _BABYLM = tuple(
     f"{part}.train.txt"
     for part in "bnc_spoken childes gutenberg open_subtitles simple_wiki switchboard".split()
@@ -52,17 +51,18 @@ LICENCES |= {name: f"see https://huggingface.co/datasets/{HUB[name][0]}" for nam
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # characters read at a time
-# characters; longer documents are split at a line end, so that none has to fit in memory
+# characters; longer documents are split at a line end, so that no document has to fit in memory
 MAX_DOCUMENT = 1 << 18
 MAX_RUN = 1 << 9  # characters; longer runs of letters, other signs or white space are split
-# a run; every piece of the tokenizer's split lies within one
+# a run; every piece of the tokenizer's split lies within a single run
 UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
 class Part(NamedTuple):
-    """One corpus or file. identity: the file, or what determines a generated text. documents: opens
-    a stream. pauses: whether pretraining leaves it out for a while (windows.PAUSE)."""
+    """One corpus or file. identity: the file, or the parameters that determine a generated text.
+    documents: function that opens a stream of documents. pauses: whether pretraining leaves this
+    part out for a while (windows.PAUSE)."""
 
     identity: str | Path
     documents: Callable[[], Iterator[str]]
@@ -82,8 +82,8 @@ class Corpus:
             yield from part.documents()
 
     def mixed(self) -> Iterator[str]:
-        """The same documents interleaved: the next one comes from the part with the fewest words so
-        far, so that every prefix of the stream holds text of every part."""
+        """The same documents, interleaved: the next document is from the part with the fewest words
+        so far, so every prefix of the stream holds text of every part."""
         streams = [part.documents() for part in self.parts]
         heap = [(0, i) for i in range(len(streams))]  # words so far, index of the part
         while heap:
@@ -94,8 +94,8 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of each file's content and format, or of what determines a generated text.
-        Takes a second for 400 MB."""
+        """Hex digest of each file's content and format, or of the parameters that determine a
+        generated text. Takes a second for 400 MB."""
         key: list[object] = [MAX_DOCUMENT]
         for part in self.parts:
             if isinstance(part.identity, Path):
@@ -106,13 +106,13 @@ class Corpus:
 
 
 def open_corpus(names: Sequence[str]) -> Corpus:
-    """The concatenation of the named corpora and files, those that pause last. Raises UserError for
-    anything that cannot be opened.
+    """The concatenation of the named corpora and files, with the parts that pause at the end.
+    Raises UserError for anything that cannot be opened.
 
-    A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl
-    file, perhaps gzipped (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by
-    blank lines, else it is one document. In .jsonl, each line is an object with a document as
-    "text" or "story"."""
+    A name is one of NAMES (corpora on the Hub are downloaded here) or the path of a .txt or .jsonl
+    file, gzipped (.gz) or not. In a .txt file, documents are separated by `<|endoftext|>`, or else
+    by blank lines; a file without either is one document. In a .jsonl file, each line is an object
+    with a document as "text" or "story"."""
     parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
@@ -125,17 +125,17 @@ def open_corpus(names: Sequence[str]) -> Corpus:
 
 
 def recorded_corpus(names: Sequence[str] | None, folder: Path) -> Sequence[str]:
-    """`names`, the corpus that the checkpoint in `folder` records. Raises UserError for none, and
-    for a file: the checkpoint may be somebody else's, so only the user names files."""
+    """`names`, the corpus that the checkpoint in `folder` records. Raises UserError if no corpus is
+    recorded, or a file: the checkpoint may be somebody else's, so only the user may name files."""
     if not names:
         raise UserError(
-            f"{folder} does not say what the student was trained on: give its --corpus NAME|FILE"
+            f"{folder} does not record the corpus of the student: give --corpus NAME|FILE"
         )
     for name in names:
         if name not in NAMES:
             raise UserError(
-                f"{folder} says that the student was trained on {shlex.quote(name[:200])}: it may "
-                "be somebody else's, so no file that it names is read; give --corpus NAME|FILE"
+                f"{folder} records {shlex.quote(name[:200])} as the student's corpus: the folder may be "
+                "somebody else's, so no file that it names is read; give --corpus NAME|FILE"
             )
     return names
 
@@ -155,10 +155,10 @@ def _generated(name: str) -> Part:
 
 
 def _file(path: Path) -> Part:
-    """Raises UserError if it cannot be a corpus."""
+    """The corpus in a file. Raises UserError if the file cannot be a corpus."""
     if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
         raise UserError(
-            f"the corpus {path} is no file that ends in .txt or .jsonl, or .gz of either"
+            f"the corpus {path} is not a .txt or .jsonl file (or .gz of either)"
             f"{did_you_mean(str(path), NAMES)}: give another file, or one of {', '.join(NAMES)}"
         )
     split = _records if _kind(path) == ".jsonl" else _passages
@@ -187,7 +187,7 @@ def _file(path: Path) -> Part:
 
 
 def _kind(path: Path) -> str:
-    """The suffix before .gz: ".txt" or ".jsonl" for a corpus."""
+    """The suffix of a file's name, without .gz: ".txt" or ".jsonl" for a corpus."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -249,9 +249,9 @@ def _records(path: Path) -> Iterator[str]:
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """Pieces of at most MAX_DOCUMENT characters, whose runs stay below 2 * MAX_RUN characters: the
-    time to train BPE grows with the square of the longest word, and an endless line of one letter
-    is one word."""
+    """Pieces of at most MAX_DOCUMENT characters, with runs below 2 * MAX_RUN characters. Without
+    this limit an endless line of one letter would be one word, and the time to train BPE grows with
+    the square of the longest word."""
     for piece in _cut(document):
         start = 0
         for end in range(MAX_RUN, len(piece), MAX_RUN):
@@ -262,8 +262,8 @@ def _bounded(document: str) -> Iterator[str]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of at most MAX_DOCUMENT characters: each ends with its last line end, else with its
-    last space, else exactly there."""
+    """Pieces of at most MAX_DOCUMENT characters. Each ends at the last line end within that length,
+    or else at the last space, or else at exactly that length."""
     while len(text) > MAX_DOCUMENT:
         at = text.rfind("\n", 1, MAX_DOCUMENT) + 1
         if not at:

@@ -1,4 +1,5 @@
-"""The openings that stories continue: a single one, the built-in list, or a file."""
+"""Openings (prompts) that stories continue: a single text, the built-in list, or the lines of a
+file."""
 
 import functools
 import os
@@ -9,7 +10,7 @@ from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
 from tinystory.run.files import read_text
 
-HELD_OUT = 10  # every tenth opening of a file, and at least one, is never trained on
+HELD_OUT = 10  # every tenth opening of a file, and at least one, is held out from training
 BUILTIN = 180  # built-in openings that are trained on
 BUILTIN_HELD_OUT = 200
 LONGEST = 30  # words of a built-in opening
@@ -22,19 +23,20 @@ class Openings:
         self.seed = seed
         self.per_opening = per_opening
         self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
-        if texts == builtin_openings():  # every tenth would be too few to tell two students apart
+        if texts == builtin_openings():  # every tenth would be too few to distinguish two students
             self.held_out = texts[BUILTIN:]
         held_out = set(self.held_out)
         self.train = [text for text in texts if text not in held_out] or texts
 
     def __getitem__(self, index: int) -> str:
-        """The opening of story `index`, one per `per_opening` stories; each epoch shuffles all of
-        them by `seed`."""
-        epoch, place = divmod(index // self.per_opening, len(self.train))
-        return self.train[_order(len(self.train), self.seed, epoch)[place]]
+        """The opening of story `index`. `per_opening` stories in a row share an opening; each epoch
+        shuffles all openings by `seed`."""
+        epoch, index_in_epoch = divmod(index // self.per_opening, len(self.train))
+        return self.train[_order(len(self.train), self.seed, epoch)[index_in_epoch]]
 
     def new_words(self, first_index: int, count: int) -> int:
-        """Words in openings that these stories are the first to use."""
+        """The number of words in the openings that these stories use for the first time in the
+        run."""
         first_epoch = len(self.train) * self.per_opening
         words = 0
         for index in range(first_index, min(first_index + count, first_epoch)):
@@ -51,8 +53,8 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def names_file(name: str) -> bool:
-    """Whether `load_openings` would read a file of this name. Whether there is one does not matter:
-    what a run's config.json records as a text must never become a file."""
+    """Whether `load_openings` reads `name` as a file, no matter whether the file exists: a value
+    that a run's config.json records as a text must never become a file."""
     one_word = len(name.split()) == 1
     return (
         name.startswith(("/", "./", "../")) or name.endswith(".txt") or ("/" in name and one_word)
@@ -68,7 +70,7 @@ def load_openings(name: str) -> list[str]:
     if name.strip() and not names_file(name):
         if os.path.exists(name):
             raise UserError(
-                f"--openings {name} is a text, and a file has this name: give ./{name} to read the "
+                f"--openings {name} could be a text or the file of this name: give ./{name} to read the "
                 "file, or another opening"
             )
         return [name]
@@ -79,20 +81,20 @@ def load_openings(name: str) -> list[str]:
             raise UserError(f"{name} holds no opening")
     except UserError as error:
         raise UserError(
-            f"--openings {error}; give builtin, a text file of one per line, or an opening"
+            f"--openings {error}; give builtin, a text file with one opening per line, or an opening"
         ) from None
     return texts
 
 
 @functools.cache
 def builtin_openings() -> list[str]:
-    """First sentences of the grammar's stories, up to the hero's name: who, often where, and the
-    problem. Their seed is not the corpus's, so the student was not trained on their
-    continuations."""
+    """First sentences of the grammar's stories, up to the hero's name: they say who, often where,
+    and introduce the problem. They are drawn with another seed than the corpus, so the student was
+    not trained on the continuations."""
     rng = random.Random("openings")
     openings: list[str] = []
     while len(openings) < BUILTIN + BUILTIN_HELD_OUT:
-        opening = grammar.opening(*grammar.tell(rng))
+        opening = grammar.opening(*grammar.generate(rng))
         if len(opening.split()) <= LONGEST and opening not in openings:
             openings.append(opening)
     return openings

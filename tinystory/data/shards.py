@@ -1,11 +1,11 @@
-"""A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds
-tokenizer.json, manifest.json (hashes of the other files, checked at each opening), middle.txt (the
-number of train's documents before those of corpora that pause) and two little-endian arrays for
-train and for val:
+"""A tokenized corpus with exact word counts, in memory-mapped arrays that are built once. A folder
+holds tokenizer.json, manifest.json (hashes of the other files, checked at each opening), middle.txt
+(the number of training documents before the corpora that pause) and two little-endian arrays for
+each of train and val:
 
-    NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)   the tokens of every document,
-    each ending in `</s>`, which stands nowhere else
-    NAME.words    uint8   per token, the number of words that begin in it
+    NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)   the tokens of all documents;
+    `</s>` ends each document and occurs nowhere else
+    NAME.words    uint8   per token, the number of words that begin in the token
 """
 
 import functools
@@ -30,7 +30,7 @@ from tinystory.run.paths import cache_dir
 from tinystory.run.records import require_whole, write_manifest
 from tinystory.run.terminal import wrapped
 
-# increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+# increase this whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 FORMAT = 6
 ARRAYS = ("train.tokens", "train.words", "val.tokens", "val.words")
 MIDDLE = "middle.txt"
@@ -38,8 +38,8 @@ FILES = ("tokenizer.json", MIDDLE, *ARRAYS)
 
 LONG_DOCUMENT = 10  # sequences
 BATCH = 1 << 20  # characters that are encoded together
-SEPARATOR = "\n"  # put after each of them, so that its last word ends
-# str.split() splits at exactly the characters for which str.isspace() is true.
+SEPARATOR = "\n"  # put after each document, so that the last word ends
+# str.split() splits exactly at the characters for which str.isspace() is true.
 IS_SPACE = np.array([chr(code).isspace() for code in range(sys.maxunicode + 1)])
 
 
@@ -56,12 +56,12 @@ class TokenFile:
         return len(self.tokens)
 
     def first(self, documents: int) -> "TokenFile":
-        """A view of the first so many documents."""
+        """A view of the first `documents` documents."""
         end = self.offsets[documents]
         return TokenFile(self.tokens[:end], self.words[:end], self.offsets[: documents + 1])
 
     def document_words(self) -> ndarray:
-        """(documents,) int64: the words of each."""
+        """(documents,) int64: the number of words in each document."""
         return np.add.reduceat(self.words, self.offsets[:-1], dtype=np.int64)
 
     @functools.cached_property
@@ -71,8 +71,8 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a tokenized corpus. middle: train without the corpora that pause, which the
-    middle of pretraining reads. path: its folder."""
+    """Both splits of a tokenized corpus. middle: the training split without the corpora that pause,
+    for the middle of pretraining. path: the folder of the arrays."""
 
     tokenizer: Tokenizer
     train: TokenFile
@@ -88,11 +88,11 @@ def prepare(
     val_fraction: float = 0.05,
     seed: int = 0,
 ) -> Dataset:
-    """The tokenized corpus, from cache_dir()/shards or built there. About `val_fraction` of the
-    documents are held out for validation: at least one, never the first, chosen by `seed` and index
-    alone. The tokenizer, of up to `vocab_size` tokens, is trained on the training split. Several
-    processes may build at once. Raises UserError for a damaged or unwritable cache, and for a
-    single document."""
+    """The tokenized corpus, from cache_dir()/shards, where it is built if necessary. About
+    `val_fraction` of the documents are held out for validation: at least one, never the first,
+    chosen only by `seed` and index. The tokenizer has up to `vocab_size` tokens and is trained on
+    the training split. Several processes may build at once. Raises UserError for a damaged or
+    unwritable cache, and for a corpus of a single document."""
     root = cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), vocab_size, val_fraction, seed]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
@@ -139,7 +139,7 @@ def print_documents(train: TokenFile, context: int) -> None:
 
 def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int) -> None:
     """Write a folder of shards in two passes over the corpus: train the tokenizer, then encode."""
-    draws = array("d")  # of the documents
+    draws = array("d")  # one draw per document
     not_pausing = 0  # the number of documents before those that pause
 
     def training_documents() -> Iterator[str]:
@@ -156,7 +156,7 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
     tokenizer = Tokenizer.train(reading, vocab_size)
     if len(draws) < 2:
         raise UserError(
-            "the corpus is a single document, where one is needed to train on and one for validation: separate its "
+            "the corpus has one document, and at least two are needed (training and validation): separate "
             f"stories by blank lines or {MARKER}"
         )
     tokenizer.save(folder / "tokenizer.json")
@@ -175,8 +175,8 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
 
 
 def _uniform(seed: int, index: int) -> float:
-    """A draw from [0, 1), a function of (seed, index); 2 for the first document, which is never
-    held out."""
+    """A number in [0, 1) that depends only on (seed, index); 2 for the first document, which is
+    never held out."""
     if index == 0:
         return 2.0
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
@@ -184,8 +184,8 @@ def _uniform(seed: int, index: int) -> float:
 
 
 def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield a split's name and its next documents, in order, about BATCH characters at a time.
-    documents: each with whether it is in the training split."""
+    """Yields the name of a split and the split's next documents, in order, about BATCH characters
+    at a time. documents: pairs of a document and whether it is in the training split."""
     batches: dict[str, list[str]] = {"train": [], "val": []}
     sizes = dict.fromkeys(batches, 0)
     for document, is_in_train in documents:
@@ -201,8 +201,8 @@ def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, list[
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[ndarray, ndarray]:
-    """Documents, each followed by `</s>`: tokens (n,) uint32, and words (n,) uint8, the number of
-    str.split() words whose first byte is in each token."""
+    """tokens (n,) uint32 of all documents, each followed by `</s>`, and words (n,) uint8, the
+    number of str.split() words that begin in each token."""
     ids: list[int] = []
     for document in documents:
         ids += tokenizer.encode(document)
@@ -216,7 +216,7 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[ndarray, nda
     first_bytes = np.cumsum(sizes) - sizes
     token_sizes = tokenizer.token_sizes[tokens]
     token_sizes[tokens == tokenizer.eos] = len(SEPARATOR)
-    ends = np.cumsum(token_sizes)  # of the tokens, in bytes
+    ends = np.cumsum(token_sizes)  # end of each token, in bytes
     words = np.diff(np.searchsorted(first_bytes[begins], ends), prepend=0)
     return tokens, words.astype(np.uint8)
 

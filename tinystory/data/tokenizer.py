@@ -1,7 +1,9 @@
-"""Byte-level BPE, trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`. Both
-give the same ids: `tokenizers` applies the learned merges in order, `tiktoken` merges the
-neighbours whose union has the lowest rank. For ranks from BPE training these agree: bytes merge
-alike everywhere, so only a token's own merge can produce it."""
+"""Byte-level BPE, trained by `tokenizers`, saved in that library's tokenizer.json, and applied by
+`tiktoken`.
+
+Both libraries give the same ids. `tokenizers` applies the learned merges in order, and `tiktoken`
+merges the neighbours with the lowest rank of their union. For ranks from BPE training the two
+agree, because bytes merge in the same way everywhere, so a token can only come from one merge."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +20,7 @@ from tinystory.run.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
-# so that the number of words that begin in a token fits in a byte (shards.py)
+# a limit, so that the number of words that begin in a token fits in a byte (shards.py)
 MAX_TOKEN_BYTES = 128
 
 # GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2":
@@ -37,13 +39,13 @@ BYTE_OF_CHAR |= {chr(256 + i): byte for i, byte in enumerate(OTHER)}
 
 class Tokenizer:
     """Encodes any Unicode text and decodes ids. Text like "</s>" in a document is encoded as
-    ordinary bytes. `vocab_size` includes special tokens; `bos` and `pad` are `eos` in a foreign
-    vocabulary without them. token_bytes[i]: bytes of id i, empty for special tokens; token_sizes:
-    (vocab_size,) int64, their lengths."""
+    ordinary bytes. `vocab_size` includes special tokens. `bos` and `pad` are `eos` if a foreign
+    vocabulary has no such tokens. token_bytes[i]: bytes of id i, empty for special tokens.
+    token_sizes: (vocab_size,) int64, number of bytes of each id."""
 
     def __init__(self, json_text: str):
-        """json_text: byte-level BPE with GPT-2's split. Raises ValueError, KeyError or TypeError
-        for any other."""
+        """json_text: a tokenizer.json of byte-level BPE with GPT-2's split. Raises ValueError,
+        KeyError or TypeError for any other text."""
         self.json = json_text
         self.token_bytes, self.specials = _token_bytes(json.loads(json_text))
         end_names = [name for name in END_NAMES if name in self.specials]
@@ -61,8 +63,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A
-        corpus with too few repeated pairs yields fewer tokens."""
+        """A tokenizer of up to `vocab_size` tokens, trained on a stream. Memory grows only with the
+        number of distinct words. A corpus with too few repeated pairs yields fewer tokens."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -83,21 +85,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Raises UserError if the tokenizer.json is missing, malformed or of another kind."""
+        """The tokenizer in a tokenizer.json. Raises UserError if the file is missing, malformed or
+        of another kind."""
         try:
             return cls(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
-                "train_pretrain.py wrote, or GPT-2's or one made like it"
+                f"{path} cannot be used as a tokenizer ({error}): give a tokenizer.json written by "
+                "train_pretrain.py, GPT-2's, or another of byte-level BPE with GPT-2's split"
             ) from None
 
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character)
-        become U+FFFD."""
+        """The text of the ids. Special tokens are dropped. Bytes that are not UTF-8 (part of a
+        character) become U+FFFD."""
         return b"".join(self.token_bytes[id] for id in ids).decode("utf-8", errors="replace")
 
 

@@ -1,5 +1,6 @@
-"""A person's half hour: the run that is taught at the desk, how much of it is left, and at its end
-blind comparisons of stories before and after interaction, which its report then holds."""
+"""A lesson of a human teacher, about half an hour: the run that the human's grades train, the
+number of answers left, and at the end blind comparisons of stories from before and after
+interaction. The run's report shows the result."""
 
 import asyncio
 import contextlib
@@ -11,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.human.desk import GRACE_S, NOTHING_BEFORE, UNASKED, Desk, refused_unless_kept
+from tinystory.human.grading_queue import (
+    GRACE_S,
+    NOTHING_BEFORE,
+    UNASKED,
+    GradingQueue,
+    refused_unless_kept,
+)
 from tinystory.human.progress import COMPARED, NEITHER, Pair, RunProgress, read_progress
 from tinystory.report.findings import keep_finding, read_findings
 from tinystory.report.page import count
@@ -28,8 +35,8 @@ TITLE = "Taught by a person"  # of the finding
 
 
 def lesson_folder(folder: Path) -> Path:
-    """The first of `folder`, `folder`-2, ... that holds no run, or one that goes on: all pairs of a
-    finished one have been compared."""
+    """The first of `folder`, `folder`-2, ... without a finished lesson. A lesson is finished when
+    all pairs of the run have been compared."""
     return next(path for path in numbered(folder) if not _has_result(path))
 
 
@@ -38,25 +45,25 @@ def _has_result(folder: Path) -> bool:
 
 
 class Lesson:
-    """The run in `folder`, taught at `desk`. arguments: of train_interact.py, to begin it;
-    always: to begin and to resume it. Raises UserError for records that cannot be
+    """A run in `folder`, graded through `queue`. arguments: options of train_interact.py that begin
+    the run; always: options that also resume the run. Raises UserError for records that cannot be
     read."""
 
     def __init__(
         self,
-        desk: Desk,
+        queue: GradingQueue,
         folder: Path,
         arguments: Sequence[str] = (),
         always: Sequence[str] = (),
     ):
-        self.desk = desk
+        self.queue = queue
         self.folder = folder
         self._arguments = arguments
         self._always = always
         answers = read_records(folder / PAIRS)
         # before, after or neither, by the pair's key
         self._answers = {record["key"]: record["preferred"] for record in answers}
-        self._back_at: Pair | None = None  # whose answer was taken back
+        self._back_at: Pair | None = None  # the pair to answer again
         self._answered = -math.inf  # when the last pair was answered
         self._is_reported = _has_result(folder)
         self._progress = RunProgress()
@@ -78,9 +85,9 @@ class Lesson:
         return hint("train_interact.py", *arguments)
 
     async def tick(self) -> None:
-        """Hand in grades, and report the comparisons, as soon as each is ready; to be called
+        """Hand in grades and report the comparisons as soon as they are ready. To be called
         regularly."""
-        handed_in = self.desk.tick()
+        handed_in = self.queue.tick()
         self._look()
         if handed_in:
             self._handed_in[self._progress.step] += handed_in
@@ -115,18 +122,19 @@ class Lesson:
         return self._progress.finished and not self._running
 
     def result(self) -> str:
-        """What the comparisons say, in sentences."""
+        """Sentences with the number of grades and the result of the comparisons."""
         progress = self._progress
-        sentences = f"Taught by a person: {count(progress.graded, 'grade')}."
+        sentences = f"A person gave {count(progress.graded, 'grade')}."
         if progress.pairs:
             answers = Counter(self._answers[pair.key] for pair in progress.pairs)
             pairs = len(progress.pairs)
             low, high = wilson(answers["after"] + answers[NEITHER] / 2, pairs)
             sentences += (
-                f" Of {count(pairs, 'pair')}, unnamed and in random order, the story after "
-                f"interaction was preferred in {answers['after']} and that before in "
-                f"{answers['before']}; {answers[NEITHER]} made no difference. The fraction won, a "
-                f"tie counting one half, has the 95 % interval {low:.2f} to {high:.2f} (Wilson)."
+                f" The person compared {count(pairs, 'pair')} of stories without labels, in random "
+                f"order. The story after interaction was preferred in {answers['after']}, the "
+                f"story before in {answers['before']}, and neither in {answers[NEITHER]}. The "
+                "fraction of pairs won by the story after interaction, with a tie as one half, "
+                f"has the 95 % interval {low:.2f} to {high:.2f} (Wilson)."
             )
         if progress.left_out:
             pairs_left_out = count(progress.left_out, "pair")
@@ -136,10 +144,11 @@ class Lesson:
     # ---- for the page ----------------------------------------------------------------------------
 
     def state(self, url: str) -> dict[str, Any]:
-        """What the page shows: the desk's state; answers left, and about how many minutes; what
-        the machine does, or the command that makes it; what the student learned; a pair to compare;
-        the result, and the report that holds it."""
-        state = self.desk.state()
+        """The state that the page shows, as JSON: the queue's state; the number of answers left,
+        with an estimate in minutes; what the machine is doing, or the command to start; a pair that
+        shows what the student learned; a pair to compare; the result, and the path of the
+        report."""
+        state = self.queue.state()
         self._look()
         progress = self._progress
         answers_left = self._answers_left(state)
@@ -172,7 +181,7 @@ class Lesson:
         return state
 
     def _answers_left(self, state: Mapping[str, Any]) -> int | None:
-        """Grades and comparisons; None if the run is not taught by a number of grades."""
+        """The number of grades and comparisons left; None for a run without --grades."""
         progress = self._progress
         if self.is_over():
             return len(self._unanswered())
@@ -184,41 +193,43 @@ class Lesson:
         return max(progress.grades - grades_given, 0) + min(progress.evaluated, COMPARED)
 
     def _now(self, state: Mapping[str, Any]) -> str:
-        """What the machine does while no story waits, in a sentence."""
+        """A sentence on what the machine is doing while no story waits."""
         progress = self._progress
         if self._problem or state["item"] or self.is_over():
             return self._problem
         if not self._running and progress.steps:
-            return f"The trainer stopped after step {progress.step}. Go on with:"
+            return f"The trainer stopped after step {progress.step}. Continue with:"
         if not self._running:
             return "Start the trainer in another terminal:"
         if not progress.steps:
             return "The trainer is starting."
         if progress.step >= progress.steps:
-            return "The student writes the stories that you will compare."
+            return "The student is writing the stories that you will compare."
 
-        doing = f"The student writes {progress.stories} stories"
+        doing = f"The student is writing {progress.stories} stories"
         if self._handed_in[progress.step]:
-            doing = "The student learns from your grades"
+            doing = "The student is learning from your grades"
         elapsed = time.monotonic() - self._since
         wait = f"{_in_fives(elapsed)} seconds so far"
         if progress.step_s:
             left = progress.step_s - elapsed
-            wait = f"about {_in_fives(left)} seconds" if left > 0 else "done in a moment"
+            wait = f"about {_in_fives(left)} seconds left" if left > 0 else "almost done"
         return f"{doing}: step {progress.step + 1} of {progress.steps}, {wait}."
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
-        """As the desk's, and `prefer`: the story of a pair on the `side` left or right, or
-        neither; `back` then leads to the pair before, until the result is reported."""
+        """Perform an action of the human called `who`: an action of GradingQueue.do, or `prefer`
+        with a `side` (left, right or neither) of a pair. During comparisons, `back` returns to the
+        previous pair, until the result is reported. Raises Refused if the action is not
+        possible."""
         if action == "prefer":
             self._prefer(who, request)
-        elif action == "back" and self.is_over() and not self.desk.state()["item"]:
+        elif action == "back" and self.is_over() and not self.queue.state()["item"]:
             before = self._pair_before()
             if before is None:
                 raise Refused(NOTHING_BEFORE)
             self._back_at = before
         else:
-            self.desk.do(who, action, request)
+            self.queue.do(who, action, request)
 
     # ---- pairs -----------------------------------------------------------------------------------
 
@@ -230,14 +241,15 @@ class Lesson:
         return self._back_at or next(iter(self._unanswered()), None)
 
     def _pair_before(self) -> Pair | None:
-        """The answered pair before the one that is shown, unless the result is reported."""
+        """The answered pair before the shown one; None if there is none, or once the result is
+        reported."""
         pairs = self._progress.pairs
         shown = self._shown_pair()
-        place = pairs.index(shown) if shown in pairs else len(pairs)
-        return pairs[place - 1] if place and not self._is_reported else None
+        index = pairs.index(shown) if shown in pairs else len(pairs)
+        return pairs[index - 1] if index and not self._is_reported else None
 
     def _unnamed(self, pair: Pair) -> dict[str, Any]:
-        """The pair without the names of its stories."""
+        """The pair for the page, without the labels `before` and `after`."""
         pairs = self._progress.pairs
         return {
             "key": pair.key,
@@ -283,5 +295,5 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _in_fives(seconds: float) -> int:
-    """Rounded up to 5 seconds: a page that counted each would distract."""
+    """Seconds, rounded up to a multiple of 5: a page that counts single seconds would distract."""
     return 5 * math.ceil(seconds / 5)

@@ -1,6 +1,6 @@
-"""Server for a human teacher: a page for the human, OpenAI's chat completions for the trainer.
-Stories are shown as text, not markup. A foreign Host or Origin, which any page in the human's
-browser can send, is refused."""
+"""Server for a human teacher: a page for the human, and OpenAI's chat completions API for the
+trainer. Stories are shown as text, not as markup. Requests with a foreign Host or Origin are
+refused, because any other page in the human's browser could send them."""
 
 import asyncio
 import base64
@@ -13,16 +13,16 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tinystory.human.desk import Desk
+from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson
 from tinystory.teacher.chat_server import HOST, Refused, application, listening, parse_body
 from tinystory.teacher.probe import FIRST_STORY, HUMAN
 from tinystory.teacher.prompt import TOP, instructions, read_back
 
-DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
-NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
+DESCRIPTION = "A human who grades stories on a page. This server answers no other requests."
+NO_STORY = "This server has a human grade stories. The request holds no story, so nobody was asked."
 SKIPPED = "The human skipped this story."
-# each score of the client's first story, which only tests whether replies can be read
+# every score of the client's test story, which only checks whether replies can be read
 EXAMPLE = "1"
 NAMES = (HOST, "localhost", "[::1]")  # accepted host names
 TICK_S = 0.25
@@ -31,11 +31,12 @@ LONGEST_NAME = 40  # characters of a human's name
 
 @contextlib.asynccontextmanager
 async def serve(lesson: Lesson, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
-    """Serve the page, with this CSS, and /v1 during the block; yields the URL. See `listening`."""
-    desk = lesson.desk
+    """Yields the URL of the page and of /v1, served during the block. style: the page's CSS. See
+    `listening`."""
+    queue = lesson.queue
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
-    # no other script runs
+    # the browser runs no other script
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -56,7 +57,7 @@ async def serve(lesson: Lesson, port: int = 0, *, style: str = "") -> AsyncItera
         lesson.do(_name(body.get("who")), str(body.get("action")), body)
         return web.json_response({})
 
-    routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
+    routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(queue, messages))
     routes.middlewares.append(_from_this_machine)
     routes.router.add_get("/", get_page)
     routes.router.add_get("/state", get_state)
@@ -75,41 +76,43 @@ async def serve(lesson: Lesson, port: int = 0, *, style: str = "") -> AsyncItera
             ticking.cancel()
 
 
-async def _respond(desk: Desk, messages: list[dict]) -> str:
-    """Reply to one request of a trainer; the human is asked only about a story."""
+async def _respond(queue: GradingQueue, messages: list[dict]) -> str:
+    """The reply to one request of a trainer. The human is asked only if the request holds a
+    story."""
     question = read_back(messages)
     if question is None:
         return NO_STORY
-    if messages[0]["content"] != instructions(desk.template):
+    if messages[0]["content"] != instructions(queue.template):
         raise Refused(
-            f"The human here grades {', '.join(desk.template.names)} in other words than these: "
-            "give the same --teacher-prompt to the trainer and to teach.py.",
+            f"The human grades {', '.join(queue.template.names)}, by other criteria or instructions than "
+            "the request's: give the same --teacher-prompt to train_interact.py and to teach.py.",
             "messages",
         )
     if question == FIRST_STORY:
-        return " ".join([EXAMPLE] * len(desk.template.names))
+        return " ".join([EXAMPLE] * len(queue.template.names))
     opening, story = question
-    scores = await desk.ask(opening, story)
+    scores = await queue.ask(opening, story)
     if scores is None:
         return SKIPPED
-    return " ".join(str(scores[name]) for name in desk.template.names)
+    return " ".join(str(scores[name]) for name in queue.template.names)
 
 
 @web.middleware
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse requests of foreign pages: DNS rebinding (their own Host name) and other origins."""
+    """The handler's response. Raises Refused for requests of foreign pages: a foreign Host (DNS
+    rebinding) or a foreign Origin."""
     own = f"http://{request.host}"
     origin = request.headers.get("Origin", own)
     name = re.sub(r":[0-9]+$", "", request.host)
     if name not in NAMES or origin != own:
-        raise Refused("This server answers only to this machine.", status=403)
+        raise Refused(f"This server answers only requests for {', '.join(NAMES)}.", status=403)
     return await handler(request)
 
 
 def _name(who: object) -> str:
     if isinstance(who, str) and who.strip() and who.isprintable() and len(who) <= LONGEST_NAME:
         return who.strip()
-    raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
+    raise Refused(f"The name must have 1 to {LONGEST_NAME} printable characters.", "who")
 
 
 def page(style: str) -> str:

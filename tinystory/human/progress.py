@@ -1,5 +1,6 @@
-"""How far the run of a human's student is, from the records in its folder, and the stories of it
-that the human is shown: pairs to the same held-out opening, before interaction and after it."""
+"""Progress of a run with a human teacher, from the records in the run's folder, and the pairs of
+stories that the human is shown: stories for the same held-out opening, from before and after
+interaction."""
 
 import hashlib
 import json
@@ -17,17 +18,17 @@ from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, r
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import NOT_ASKED
 
-# Openings that are compared at the end: the first ones. Stories to the others are shown before, so
-# that no story of a pair has been seen with its name.
+# Number of openings compared at the end, the first ones. During the run only stories for the other
+# openings are shown, so that no compared story was seen with a label.
 COMPARED = 16
 NEITHER = "neither"
-# Parts of a step in which nobody waits for the human.
+# Parts of a step that do not wait for the human.
 MACHINE_PARTS = ("rollout_s", "reference_s", "update_s")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stories to one opening. index: of the opening in evaluations."""
+    """Two stories for one opening. index: index of the opening in evaluations."""
 
     index: int
     opening: str
@@ -40,8 +41,8 @@ class Pair:
 
     @property
     def names(self) -> dict[str, str]:
-        """What each answer says: the name, `before` or `after`, of the story on the `left` or the
-        `right`, in random order; `neither`."""
+        """The story preferred by each answer: `left` and `right` map to `before` and `after` in
+        random order; `neither` maps to `neither`."""
         names = {"left": "before", "right": "after", NEITHER: NEITHER}
         if int(self.key, 16) % 2:
             names |= {"left": "after", "right": "before"}
@@ -50,11 +51,15 @@ class Pair:
 
 @dataclass
 class RunProgress:
-    """steps, stories, grades, evaluated: as planned, 0 if not recorded; stories: per step; grades:
-    of the whole run. step: finished ones; asked, graded: their stories that the teacher was asked
-    about, and that it graded. step_s: a step's typical seconds without the teacher's, 0 before the
-    first one. learned: the pair to show after the last evaluation, and its step. left_out: pairs of
-    equal or empty stories."""
+    """Progress of a run.
+
+    steps, stories, grades, evaluated: planned numbers of steps, of stories per step, of grades in
+    the run and of stories per evaluation; 0 if not recorded. step: number of finished steps. asked,
+    graded: number of stories in finished steps that were sent to the teacher, and that were graded.
+    step_s: median seconds of a step without waiting for the teacher; 0 before the first step.
+    learned: the pair to show after the last evaluation, and the step of that evaluation. pairs:
+    pairs to compare. left_out: number of pairs with equal or empty stories, which are not
+    compared."""
 
     steps: int = 0
     stories: int = 0
@@ -71,7 +76,7 @@ class RunProgress:
 
 
 def read_progress(folder: Path) -> RunProgress:
-    """Raises UserError for records that cannot be read."""
+    """The progress of the run in `folder`. Raises UserError for records that cannot be read."""
     options = read_config(folder).get("options", {})
     progress = RunProgress(
         steps=_count(options, "steps"),
@@ -95,7 +100,7 @@ def read_progress(folder: Path) -> RunProgress:
     step = max(evaluations, default=0)
     to_show = _pairs(evaluations.get(0, ()), evaluations.get(step, ()))[COMPARED:]
     if step and to_show:
-        pair = to_show[(step - 1) % len(to_show)]  # another one after each evaluation
+        pair = to_show[(step - 1) % len(to_show)]  # a different pair after each evaluation
         progress.learned = {"opening": pair.opening, "before": pair.before, "after": pair.after}
         progress.learned["step"] = step
 
@@ -112,7 +117,7 @@ def read_progress(folder: Path) -> RunProgress:
 
 
 def key_of(*parts: Any) -> str:
-    """What names a question to the human: a hash of its parts."""
+    """A hash of a question's parts, which identifies the question on the page and in files."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -122,7 +127,7 @@ def _count(options: Mapping[str, Any], name: str) -> int:
 
 
 def _pairs(before: Iterable[Record], after: Iterable[Record]) -> list[Pair]:
-    """By index. The texts are what a page can show."""
+    """Pairs of the records with the same index. Texts are cut and cleaned for a page."""
     after_by_index = {record["index"]: record for record in after}
     pairs = []
     for record in before:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from tinystory.ops import reference
 from tinystory.ops.autograd import chunked_token_logprob
-from tinystory.ops.autograd import lowered_linear as lowered_linear
 from tinystory.ops.backend import implementation
 from tinystory.ops.backend import load as load
 from tinystory.ops.fake import LOGIT_GROUP, LOGIT_STRIDE
@@ -139,6 +138,14 @@ def linear(
         out_dtype = torch.float32 if wide else dtype
         return torch.ops.tinystory.linear(x.contiguous(), weight, bias, gelu, dtype, out_dtype)[0]
     return reference.linear(x, weight, bias, gelu)
+
+
+def lowered_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool
+) -> Tensor:
+    """`linear` by cuBLAS, with 16-bit copies of weight and bias in autocast's type; PyTorch would
+    cast both at each use. The gradients are those of weight and bias. Sizes are multiples of 8."""
+    return torch.ops.tinystory.lowered_linear(x, weight, bias, *copies, gelu)
 
 
 def wide_matmul(x: Tensor, weight: Tensor) -> Tensor:

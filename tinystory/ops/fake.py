@@ -93,6 +93,10 @@ FAKE_KERNELS: dict[str, Callable] = {
         torch.empty_like(weight),
         weight.new_empty(len(weight)),
     ),
+    "gelu_backward": lambda grad_y, x: (
+        torch.empty_like(x),
+        x.new_empty(x.shape[1], dtype=torch.float32),
+    ),
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_backward": add_layer_norm_backward,
 }

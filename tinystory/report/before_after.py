@@ -1,5 +1,5 @@
-"""Before and after interaction, on held-out openings: numbers and pairs of stories for terminal,
-report, model card."""
+"""Comparison of stories for held-out openings before and after interaction: means, and a pair of
+stories, for the terminal, the report and the model card."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,9 +33,9 @@ COLUMNS = {
 NO_PAIR = "There is no pair to show: no held-out opening has two different, non-empty stories with rewards."
 NO_HELP = (
     "The run did not help: no later evaluation reached the mean reward before interaction, so "
-    "checkpoints/best is the student before interaction; try more --steps or --stories-per-step, or "
-    "another teacher if scripts/doctor.py --calibrate finds that this one cannot tell good stories "
-    "from bad ones."
+    "checkpoints/best is the student before interaction. Try more --steps or --stories-per-step. If "
+    "scripts/doctor.py --calibrate finds that this teacher cannot distinguish good stories from bad "
+    "ones, choose another teacher."
 )
 
 
@@ -44,17 +44,18 @@ class BeforeAfter:
     """The evaluation before the first step, and a later one."""
 
     before: list[Record]
-    after: list[Record]  # by the checkpoint `best`, or the latest if that is the one before
-    best: int | None = None  # step of the checkpoint `best` of a finished run
+    after: list[Record]  # of the checkpoint `best`; the latest if `best` is the start
+    best: int | None = None  # step of the checkpoint `best`; None for an unfinished run
 
     @property
     def names(self) -> tuple[str, str]:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
     def typical(self) -> tuple[str, Sequence[Record]]:
-        """A sentence on how the pair was chosen, or why there is none, and the pair with the median
-        gain in reward: stories to one opening, before and after, from the same random numbers. Both
-        end, if any pair does; they are never one text twice, and never empty."""
+        """A sentence on how the pair was chosen, and the pair: two stories for one opening, before
+        and after, from the same random numbers, with the median gain in reward. The two stories are
+        different and not empty. If any pair has two stories that end, only such pairs count.
+        Without a pair: a sentence that says why, and ()."""
         after_by_index = {record["index"]: record for record in self.after}
         pairs: list[tuple[Record, Record]] = []
         for before in self.before:
@@ -73,17 +74,18 @@ class BeforeAfter:
         pairs.sort(key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
         ends = " that end" if ended else ""
         rule = (
-            f"The pair with the median gain in reward among {len(pairs)} held-out openings with two "
+            f"This pair has the median gain in reward among {len(pairs)} held-out openings with two "
             f"different, non-empty stories{ends}."
         )
         return rule, pairs[(len(pairs) - 1) // 2]
 
     def table(self, coloured: bool = False) -> list[list[str]]:
-        """A header, and a row per group of stories: means, those of reward and score with their
-        standard errors. coloured: for a terminal, whether these two `changed`."""
+        """A header, and a row of means for before and for after; the means in COMPARED have
+        standard errors. coloured: colour the cells of these means for a terminal, if they
+        `changed`."""
         before_means, before_errors = evaluation_means(self.before), group_errors(self.before)
         after_means, after_errors = evaluation_means(self.after), group_errors(self.after)
-        header = [f"{len(self.before)} stories to held-out openings"]
+        header = [f"{len(self.before)} stories for held-out openings"]
         before_row, after_row = ([name] for name in self.names)
         for key, title in COLUMNS.items():
             before = before_means.get(key)
@@ -103,9 +105,9 @@ class BeforeAfter:
             after_row.append(cell)
         return [header, before_row, after_row]
 
-    def tellers(self) -> str:
-        """A sentence on the kinds of teller that the student imitates; "" if stories are not told
-        apart by kind."""
+    def styles(self) -> str:
+        """A sentence on the styles of the texts before and after; "" if the run does not record
+        styles."""
         before = evaluation_means(self.before)
         after = evaluation_means(self.after)
         shifts = []
@@ -116,13 +118,13 @@ class BeforeAfter:
         if not shifts:
             return ""
         return (
-            f"Kinds of teller: {', '.join(shifts)}. The dull kinds are known by their sentences; "
-            "whatever is none of them counts as a story, however well it is told."
+            f"Styles of the texts: {', '.join(shifts)}. Dull text (filler) is recognised by its "
+            "sentence templates; every other text counts as a story, however good or bad."
         )
 
     def gains(self, value: Callable[[Record], float | None]) -> list[float]:
-        """Per story to a held-out opening, how much the value is higher afterwards; without the
-        stories that lack one of the two."""
+        """The gain in a value, after minus before, for each held-out opening that has both
+        values."""
         values_before = {record["index"]: value(record) for record in self.before}
         gains = []
         for record in self.after:
@@ -132,7 +134,8 @@ class BeforeAfter:
         return gains
 
     def conclusion(self) -> str:
-        """What can be said of the change in mean reward; "" if no story has a reward."""
+        """A sentence on the change in mean reward, with the interval of the gain; "" if no story
+        has a reward."""
         first, last = reward_mean(self.before), reward_mean(self.after)
         if first is None or last is None:
             return ""
@@ -151,7 +154,7 @@ class BeforeAfter:
         return f"{means}: {interval}."
 
     def best_student(self) -> str:
-        """A sentence on the checkpoint `best`, and on what to try if interaction did not help; ""
+        """A sentence on the checkpoint `best`, or on what to try if interaction did not help; ""
         for an unfinished run."""
         if self.best is None:
             return ""
@@ -159,8 +162,8 @@ class BeforeAfter:
             return f"checkpoints/best is the last student, {self.names[1]}: its evaluations have no rewards."
         if self.best > 0:
             return (
-                f"checkpoints/best is the student {self.names[1]}: its evaluation is the latest "
-                "whose mean reward is within a standard error of the highest and not below that "
+                f"checkpoints/best is the student {self.names[1]}: the latest evaluation with a mean "
+                "reward within one standard error of the highest, and not below the mean reward "
                 "before interaction."
             )
         if reward_mean(self.before) is None:
@@ -179,8 +182,8 @@ def changed(gains: Sequence[float]) -> str:
 
 
 def doubt(config: Record) -> str:
-    """A sentence to stand beside the conclusion if the teacher could not judge known stories before
-    the run; "" if it could, or if that was not measured."""
+    """A sentence to show beside the conclusion if the calibration before the run found that the
+    teacher cannot judge; "" otherwise, or without a calibration."""
     match config.get("options", {}).get("calibration"):
         case {"judgement_ci": [float(low), _], "verdict": str(verdict)} if low <= 0.5:
             return f"But this teacher {printable(verdict)}."
@@ -190,9 +193,9 @@ def doubt(config: Record) -> str:
 
 
 def read_before_after(run: Path, step: float = math.inf) -> BeforeAfter | None:
-    """Compare with the last evaluation up to `step`; by default with the checkpoint `best`, or with
-    the latest evaluation if that is step 0's or the run is unfinished. None without two
-    evaluations."""
+    """The comparison of step 0 with the last evaluation up to `step`. Default: with the evaluation
+    of `best`, or with the latest if `best` is step 0 or the run is unfinished. None if there are
+    fewer than two evaluations."""
     evaluations = evaluations_by_step(run)
     latest = max((at for at in evaluations if at <= step), default=0)
     best = best_step(run) if step == math.inf else None
@@ -212,8 +215,8 @@ def best_step(run: Path) -> int | None:
 
 
 def followed(run: Path) -> Sequence[Record]:
-    """One story per evaluation, to the same opening: the last whose stories are never empty. (A
-    human compares stories to the first ones unnamed.)"""
+    """One story per evaluation, all for the last opening without an empty story. (A human teacher
+    compares stories for the first openings without labels, so these are not shown.)"""
     chosen: Sequence[Record] = ()
     for stories in zip(*evaluations_by_step(run).values(), strict=False):
         if not any(is_blank(record["story"]) for record in stories):
@@ -221,7 +224,7 @@ def followed(run: Path) -> Sequence[Record]:
     return chosen
 
 
-# The values of a story whose means are compared, by the mean's key.
+# Values of a story by the key of their mean. Reports compare these means with standard errors.
 COMPARED: dict[str, Callable[[Record], float | None]] = {
     "reward": lambda record: record["reward"],
     "score_mean": shown_score,
@@ -230,13 +233,13 @@ COMPARED: dict[str, Callable[[Record], float | None]] = {
 
 
 def group_errors(records: list[Record]) -> dict[str, float | None]:
-    """Standard errors of those means that are compared."""
+    """Standard errors of the means in COMPARED, by key."""
     return {key: standard_error(map(value, records)) for key, value in COMPARED.items()}
 
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
-    """metrics.jsonl's records, after one of step 0 with the means of the evaluation before
-    training, if there is one."""
+    """The records of metrics.jsonl. If there was an evaluation before training, a record of step 0
+    with its means comes first."""
     start = evaluations_by_step(run).get(0)
     if not start:
         return metrics
@@ -245,7 +248,8 @@ def from_start(run: Path, metrics: list[Record]) -> list[Record]:
 
 
 def summary(run: Path) -> str:
-    """What the terminal shows at the end of a run; "" if its evaluations are not on record."""
+    """The text that the terminal shows at the end of a run; "" if no two evaluations are
+    recorded."""
     comparison = read_before_after(run)
     if comparison is None:
         return ""
@@ -258,7 +262,7 @@ def summary(run: Path) -> str:
     without_signal = CollapseDetector(metrics).warnings.get("signal")
     held_out = [record.get("held_out_reward") for record in from_start(run, metrics)]
     sentences = [
-        comparison.tellers(),
+        comparison.styles(),
         comparison.conclusion(),
         doubt(read_config(run)),
         f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",
@@ -270,7 +274,8 @@ def summary(run: Path) -> str:
 
 
 def grade_line(record: Record) -> str:
-    """reward 0.61, score 5 of 9 (readability 2, coherence 2, creativity 1), difference 0.8."""
+    """A story's grades on one line: reward 0.61, score 5 of 9 (readability 2, coherence 2,
+    creativity 1), difference 0.8."""
     if record["reward"] is None:
         return "no score"
     line = f"reward {number(record['reward'])}"

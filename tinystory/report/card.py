@@ -25,22 +25,24 @@ tokenizer, model = AutoTokenizer.from_pretrained({at}), AutoModelForCausalLM.fro
 ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("Once upon a time,").input_ids]])  # as each document began
 print(tokenizer.decode(model.generate(ids, do_sample=True, max_length=model.config.n_positions)[0]))
 ```"""
-LIMITS = """It is a small model of stories: it follows no instructions, knows no facts, and nothing filters its stories.
-What its corpus says of people, it may say too. A score that it was trained on says how well it learned, not how good
-its stories are, and scores by different graders cannot be compared."""
+LIMITS = """This is a small model that writes stories. It follows no instructions and knows no facts. Nothing filters
+the stories, and they may repeat what the corpus says about people. A score that the model was trained on shows how well
+it learned, not how good the stories are. Scores by different graders cannot be compared."""
 
 
 def model_card(name: str, source: Path, student: Student, history: Record) -> str:
-    """The text of the card, with the Hub's metadata. name: the folder to load from; source: the
-    checkpoint; history: loaded with it, {} for a folder that transformers wrote."""
+    """The text of the card, with the Hub's metadata. name: the exported folder; source: the
+    checkpoint; history: the record loaded with the checkpoint, {} for a folder saved by
+    transformers."""
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
     corpora = [Path(key).name for key in history.get("corpus", [])]  # no private paths
     paragraphs = [
         f"# {name}",
-        f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
+        f"A language model of {number(size)} parameters that writes stories, trained from scratch with tinystory. "
+        f"It has GPT-2's layout: {sizes}.",
         USE.format(at=json.dumps(name)),
-        f"## What it read\n\n{number(history.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
+        f"## Training data\n\n{number(history.get('words'))} words of {_code(', '.join(corpora))}, counting repeats.",
     ]
     if history:
         paragraphs += _run(source, history)
@@ -68,27 +70,29 @@ def _metadata(corpora: Sequence[str]) -> str:
 
 
 def _run(source: Path, history: Record) -> Iterable[str]:
-    """Paragraphs about the run that one of our checkpoints belongs to."""
+    """Paragraphs about the run of a checkpoint: validation, interaction, scores, a pair of stories,
+    findings."""
     run = source.resolve().parents[1]
     step = checkpoint.read_counters(source)["step"]
     config = read_config(run)
     metrics = [record for record in read_metrics(run) if record["step"] <= step]
     bits = [record["val_bits_per_byte"] for record in metrics if record.get("val_bits_per_byte")]
     if bits:
-        yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
+        yield f"Held-out documents have {bits[-1]:.3f} bits per byte."
     if not is_interaction(metrics):
         return
     yield (
-        f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
-        f"{number(history.get('interaction_words_out'))} words, took in "
-        f"{number(history.get('interaction_words_in'))} of openings and replies, and moved "
-        f"{number(metrics[-1].get('kl'))} nats per story from the student before. "
-        f"{_code(scorer(config))} graded. On stories of known order, it {_plain(verdict(config))}."
+        f"## Interaction, and the grader\n\nIn {step} steps of PPO the model wrote "
+        f"{number(history.get('interaction_words_out'))} words and took in "
+        f"{number(history.get('interaction_words_in'))} words of openings and replies. The KL from the "
+        f"model before interaction is {number(metrics[-1].get('kl'))} nats per story. "
+        f"{_code(scorer(config))} graded the stories. On texts of known quality, this grader "
+        f"{_plain(verdict(config))}."
     )
     comparison = read_before_after(run, step)
     if comparison is None:
         return
-    yield "## What it scores"
+    yield "## Scores"
     yield _table(comparison.table())
     rule, pair = comparison.typical()
     yield rule
@@ -104,7 +108,7 @@ def _run(source: Path, history: Record) -> Iterable[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. rows: the header, then the others."""
+    """A Markdown table. rows: the header, then the other rows."""
     lines = []
     for row in rows:
         cells = " | ".join(_plain(cell) for cell in row)
@@ -119,7 +123,7 @@ def _plain(text: object) -> str:
 
 
 def _code(text: str) -> str:
-    """Recorded text as inline code on one line, without backticks that would end it, and without
-    signs that a lenient renderer takes for HTML."""
+    """Recorded text as inline code on one line, without backticks, which would end the code, and
+    without characters that a lenient renderer takes for HTML."""
     plain = re.sub("[`<>]", "", printable(text))
     return f"`{' '.join(plain.split()) or 'not recorded'}`"

@@ -1,5 +1,5 @@
-"""Charts as inline SVG, whose colours are CSS variables of the page (light and dark), and a
-sparkline for terminals."""
+"""Charts as inline SVG, and a sparkline for terminals. The colours are CSS variables of the page,
+for light and dark mode."""
 
 import html
 import math
@@ -55,8 +55,8 @@ def palette() -> str:
 
 @dataclass
 class Line:
-    """A curve, averaged over neighbours beyond POINTS values. errors: half the length of each error
-    bar, or None."""
+    """A curve. More than POINTS values are averaged over neighbours. errors: half the length of
+    each value's error bar, or None."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
@@ -72,8 +72,8 @@ class Line:
         return np.nan_to_num(table[:, has_both])
 
     def extent(self) -> np.ndarray:
-        """y values that the axis must show: the central 98 % and hardly more, since a single outlier
-        would flatten the rest."""
+        """The y values that the axis must show: the central 98 % and little more, because a single
+        outlier would flatten the rest."""
         _, y, error = self.points()
         low, high = np.quantile(y, [0.01, 0.99])
         ends = np.concatenate([thin(y - error), thin(y + error)])
@@ -124,8 +124,8 @@ def chart(
     x_name: str = "step",
     size: Size = SIZE,
 ) -> str:
-    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the
-    curves."""
+    """An SVG of the lines that have points; "" if none has. y_range: range of the axis (default:
+    fitted to the lines)."""
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
@@ -176,8 +176,8 @@ def chart(
 
 
 def text(x: float, y: float, anchor: str, words: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f"<text {place}>{html.escape(words)}</text>"
+    attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {attributes}>{html.escape(words)}</text>"
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:
@@ -197,8 +197,8 @@ def padded_range(values: np.ndarray) -> Span:
 
 
 def text_curve(values: Sequence[float | None], width: int = 60) -> str:
-    """Block characters, ▁ for the lowest value to █ for the highest, at most `width`; "" without
-    values."""
+    """A sparkline of at most `width` block characters, from ▁ for the lowest value to █ for the
+    highest; "" without values."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return ""

@@ -1,11 +1,11 @@
-"""A table for the terminal of the evaluations of checkpoints, side by side."""
+"""The table that scripts/evaluate.py prints: evaluations of checkpoints and files, side by side."""
 
 from collections.abc import Sequence
 
 from tinystory.evaluate.intervals import with_ci
 from tinystory.run.records import Record
 
-# Name, task, keys of the value and its interval in the task's record, decimals.
+# Name of the measure, task, keys of the value and of the interval in the task's record, decimals.
 Row = tuple[str, str, str, str | None, int]
 ROWS: tuple[Row, ...] = (
     ("stories", "stories", "stories", None, 0),
@@ -19,19 +19,19 @@ ROWS: tuple[Row, ...] = (
 
 
 def unequal_counts(records: Sequence[Record]) -> str:
-    """A sentence for the reader if the records are of different numbers of stories, else ""."""
+    """A warning if the records have different numbers of stories, else ""."""
     counts = {record["stories"]["stories"] for record in records if "stories" in record}
     if len(counts) < 2:
         return ""
     return (
-        "distinct_4 falls and clusters rise with the number of stories, which differs here: compare "
-        f"these two at equal numbers, with --stories {min(counts)}"
+        "the numbers of stories differ, and distinct_4 falls and clusters rise with that number: compare "
+        f"both at equal numbers, with --stories {min(counts)}"
     )
 
 
 def comparison(records: Sequence[Record], rows: Sequence[Row]) -> list[list[str]]:
-    """A header with the names of the records, and per measure that was taken its name, and each
-    record's value and 95 % interval."""
+    """A header with the records' names, and a row for each recorded measure: the measure's name,
+    and each record's value with its 95 % interval."""
     table = [["", *(record["name"] for record in records)]]
     for name, task, value, interval, decimals in rows:
         measured = [record.get(task) or {} for record in records]

@@ -1,5 +1,5 @@
-"""What other programs found out about a run: titled sentences and tables of text, one object per
-line of the run's findings.jsonl."""
+"""Findings about a run from other programs (findings.jsonl): sentences and a table of text under a
+title, one object per line."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,17 @@ def keep_finding(
     sentences: Sequence[str],
     table: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Append a finding, which replaces an earlier one of this title. table: the header, then the
-    other rows."""
+    """Append a finding to the run's findings.jsonl. It replaces an earlier finding with the same
+    title. table: the header, then the other rows."""
     finding = {"title": title, "step": step, "sentences": sentences, "table": table}
     with contextlib.closing(Journal(run / FINDINGS)) as journal:
         journal.append(finding)
 
 
 def read_findings(run: Path) -> list[Record]:
-    """The last finding of each title: `title`, `step` of the run, `sentences`, and `table`, the
-    header and the other rows ([]: none). Raises UserError for a finding that is not of text."""
+    """The last finding of each title, with the keys `title`, `step` (of the run), `sentences`, and
+    `table` (the header, then the other rows; [] without a table). Raises UserError for a finding
+    with anything but text."""
     by_title = {}
     for record in read_records(run / FINDINGS, check=_check):
         by_title[record["title"]] = record
@@ -42,9 +43,9 @@ def findings_sections(run: Path) -> Iterator[str]:
 
 
 def _check(finding: Record) -> None:
-    """Raises ValueError for sentences or a table that are not of text."""
+    """Raises ValueError if the sentences or the table are not lists of text."""
     for row in [finding["sentences"], *finding["table"]]:
         if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
-            raise ValueError("it is not rows of text")
+            raise ValueError("its sentences or table are not lists of text")
     if [] in finding["table"]:
         raise ValueError("a row of its table is empty")

@@ -1,4 +1,4 @@
-"""Building blocks of the pages: HTML fragments, the template and its style. Text from models is
+"""Building blocks of HTML pages: fragments, the template and the style sheet. Text from models is
 escaped here."""
 
 import json
@@ -20,8 +20,8 @@ LONGEST = 3000  # characters of a story that are shown
 def write(
     path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0
 ) -> Path:
-    """Write a self-contained page of the non-empty sections, and return its path. Text is HTML.
-    reload_s: 0 means never."""
+    """The path of the self-contained page that is written from the non-empty sections. All text
+    arguments are HTML. reload_s: seconds after which the page reloads itself; 0: never."""
     reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
     text = PAGE.format(
         name=title,
@@ -57,8 +57,8 @@ def count(n: int, one: str, many: str = "") -> str:
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
-    """A list of names and values. Text is shown unchanged, an empty value as a dash, anything else
-    as JSON."""
+    """An HTML list of names and values. Text is shown unchanged, an empty value as a dash, and any
+    other value as JSON."""
     entries = ""
     for name, value in rows:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -68,7 +68,8 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, escaped here; the first column holds the row headers."""
+    """An HTML table of plain text, which is escaped here. The first column holds the row
+    headers."""
     if not rows:
         return ""
     head = "".join(f"<th>{clip(name)}</th>" for name in header)
@@ -80,7 +81,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def story_card(record: Record, title: str) -> str:
-    """A story after its opening. record: a line of stories.jsonl."""
+    """An HTML card of a story with its opening and grades. record: a line of stories.jsonl."""
     opening, story = record["opening"], record["story"]
     gap = "" if re.match(r"[\s.,!?;:]", story) else " "
     text = gap + (clip(story) if story.strip() else "<i>nothing</i>")
@@ -97,7 +98,7 @@ def story_card(record: Record, title: str) -> str:
 
 
 def clip(text: str) -> str:
-    """Foreign text without invisible characters, escaped, cut to LONGEST characters."""
+    """Foreign text as HTML: escaped, without invisible characters, cut to LONGEST characters."""
     return escape(printable(text[:LONGEST])) + (" …" if len(text) > LONGEST else "")
 
 

@@ -1,6 +1,7 @@
 """report.html: a self-contained page about one run, without network access, scripts or other files.
-It is written from the records in the run's folder alone, so it can be rewritten at any time; during
-its run it is, and reloads itself."""
+
+The page is written only from the records in the run's folder, so it can be rewritten at any time.
+During the run it is rewritten regularly and reloads itself."""
 
 import contextlib
 import math
@@ -28,19 +29,19 @@ from tinystory.run.text import printable
 from tinystory.teacher.prompt import TOP
 
 RANDOM = 6  # stories shown
-HARDLY = 1.25  # ratio of the highest to the lowest value of a curve that needs no chart
+HARDLY = 1.25  # a curve needs no chart up to this ratio of its highest to its lowest value
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # while the run goes on
 
 SAMENESS_CURVES = {
     "story_clusters": "Clusters of similar stories in a step",
-    "diversity_mean": "Difference from the other stories, 0 to 1",
+    "diversity_mean": "Difference from the step’s other stories, 0 to 1",
     "distinct_4": "Distinct 4-grams in a step’s stories",
     "ended": "Fraction of stories that end",
     "held_out_story_clusters": "Clusters in an evaluation",
 }
 STUDENT_CURVES = {
-    "objective": "Objective: reward less the KL penalty",
+    "objective": "Objective: reward minus the KL penalty",
     "kl": "KL to the initial student per story, nats",
     "kl_coef": "KL coefficient",
     "entropy": "Entropy per story, nats",
@@ -48,28 +49,32 @@ STUDENT_CURVES = {
     "reward_std": "Standard deviation of the reward in a step",
 }
 SAMPLES_NOTE = (
-    "Drawn at random, whatever their reward. That is (score × (1 - diversity + diversity × difference) + "
-    "length_weight × min(words / length_words, 1)) / (1 + length_weight), with the score as a fraction of "
-    "its highest and the options as in “How it was run”; a story that is cut off keeps the fraction unfinished."
+    "These stories are drawn at random, whatever their reward. The reward is (score × (1 - diversity + diversity × "
+    "difference) + length_weight × min(words / length_words, 1)) / (1 + length_weight), where the score is divided "
+    "by its maximum, and the options have the values under “Options”. A story that is cut off keeps the fraction "
+    "“unfinished” of the reward."
 )
 FOLLOWED_NOTE = (
-    "The last held-out opening whose stories are never empty, not chosen by its stories. Each time the "
-    "student draws from the same random numbers."
+    "These stories are for the last held-out opening without an empty story; the opening was not chosen by how good "
+    "the stories are. At every evaluation the student samples with the same random numbers."
 )
 REWARD_NOTE = (
-    "Bars: one standard error over an evaluation’s stories. Held-out rewards are often the higher ones: the "
-    "difference of a story from the others is larger among the few of an evaluation than among a step’s many."
+    "Bars are one standard error over an evaluation’s stories. Do not compare the two curves: the diversity term of "
+    "the reward is larger in an evaluation, which has few stories, than in a training step, which has many."
 )
 NEXT_NOTE = (
-    "Every story is in stories.jsonl beside this page, every evaluation in evaluations.jsonl."
+    "All stories are in stories.jsonl beside this page, and all evaluations in evaluations.jsonl."
 )
-NEXT_PRETRAINING_NOTE = "A stopped run goes on with --resume, as its last line says."
+NEXT_PRETRAINING_NOTE = (
+    "To continue a stopped run, use the command with --resume that it printed last."
+)
 PAUSE_NOTE = (
-    "The middle of pretraining leaves out the corpus’s dull text (“dull”), and the end reads it again. Validation "
-    "holds it throughout, so its loss stays high in the middle and falls steeply where the dull text comes back."
+    "In the middle of pretraining, the student does not read the corpus “dull” (filler text), and at the end it reads "
+    "it again. The validation set always contains this text, so the validation loss stays high in the middle and falls "
+    "steeply when the text comes back."
 )
-TOTALS_NOTE = "Keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
-# shown by their last value; the others by their sum
+TOTALS_NOTE = "These are keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
+# keys of which the last value is shown; of the others, the sum
 LATEST = ("words_in", "words_out", "teacher_cost", "kl_coef")
 SUMMED = (
     "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "
@@ -85,9 +90,9 @@ PRETRAINING_CURVES = {
 
 @contextlib.contextmanager
 def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after every step, which keeps a run's report up to date. However
-    the block ends, the page is written once more and no longer reloads itself. writes: False in all
-    processes but one."""
+    """Yields a function that updates a run's report; call it after every step. When the block ends,
+    in whatever way, the page is written once more and no longer reloads itself. writes: False in
+    all processes except one."""
     due = 0.0
 
     def update() -> None:
@@ -106,8 +111,8 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
 
 
 def write_report(run: Path, live: bool = False) -> Path:
-    """Write report.html into a run's folder, finished or not, and return its path. live: the page
-    reloads itself."""
+    """The path of report.html, which is written into the folder of a finished or unfinished run.
+    live: the page reloads itself."""
     metrics = read_metrics(run)
     config = read_config(run)
     target = number_option(config, "kl_target") or math.inf
@@ -127,7 +132,7 @@ def write_report(run: Path, live: bool = False) -> Path:
     if config:
         rest = [(name, value) for name, value in config.items() if name != "options"]
         facts = page.facts([*config["options"].items(), *rest])
-        sections.append(details("How it was run", "", facts))
+        sections.append(details("Options", "", facts))
         minute = config["started"][:16].replace("T", " ")
         notes += [config["device"], f"{minute} UTC"]
     if live:
@@ -142,7 +147,7 @@ def is_interaction(metrics: list[Record]) -> bool:
 
 
 def heading(metrics: list[Record], config: Record) -> str:
-    """The page's title: student, teacher, corpus."""
+    """The page's title, with student, teacher and corpus."""
     match config.get("options", {}).get("student"):
         case {"parameters": int(size), "corpus": list(corpus)}:
             name = f"A student of {number(size)} parameters"
@@ -151,8 +156,8 @@ def heading(metrics: list[Record], config: Record) -> str:
             name = "A student"
             read = "a corpus"
     if is_interaction(metrics):
-        return f"{name}, taught by {scorer(config) or 'scores'} after reading {read}"
-    return f"{name}, reading {read}"
+        return f"{name}, pretrained on {read} and taught by {scorer(config) or 'scores'}"
+    return f"{name}, pretrained on {read}"
 
 
 def number_option(config: Record, name: str) -> float | None:
@@ -174,7 +179,7 @@ def scorer(config: Record) -> str:
 
 
 def verdict(config: Record) -> str:
-    """The result of calibrating the scorer before the run, as a clause."""
+    """The result of calibrating the scorer before the run, as a clause without a subject."""
     calibration = config.get("options", {}).get("calibration")
     if not isinstance(calibration, dict):
         return "was not calibrated before the run"
@@ -189,7 +194,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
         for name in record["scores"] or ():
             criteria[f"{name}_mean"] = printable(name.replace("_", " ").capitalize())
     name = scorer(config)
-    scored_by = f"Scored by {name}. It {verdict(config)}." if name else ""
+    scored_by = f"The scores are by {name}. This scorer {verdict(config)}." if name else ""
     return [
         first_screen(run, metrics, curves),
         section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
@@ -204,7 +209,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
 
 
 def student_curves(metrics: list[Record]) -> dict[str, str]:
-    """STUDENT_CURVES, without a KL coefficient that hardly changed: its last value stands among the
+    """STUDENT_CURVES, without the KL coefficient if it hardly changed; its last value is among the
     totals."""
     values = [value for value in column(metrics, "kl_coef") if value is not None]
     if values and max(values) <= HARDLY * min(values):
@@ -216,9 +221,9 @@ def next_commands(run: Path, *, interact: bool = False) -> str:
     folder = shlex.quote(str(run))
     commands = {"interaction": f"python train_interact.py --init {folder}"} if interact else {}
     commands |= {
-        "more of its stories": f"python scripts/sample.py {folder}",
-        "measured beside others": f"python scripts/evaluate.py {folder} --stories 200",
-        "for transformers, llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
+        "more stories": f"python scripts/sample.py {folder}",
+        "evaluation": f"python scripts/evaluate.py {folder} --stories 200",
+        "export to transformers and llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
     }
     return page.facts(commands.items())
 
@@ -254,8 +259,8 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     stories += block("pair", "".join(map(story_card, pair, titles)))
     header, *rows = comparison.table()
     means = page.table(header, rows)
-    tellers = f'<p class="note">{escape(comparison.tellers())}</p>'
-    return block("hero", f"<div>{stories}</div><div>{figure}{means}{tellers}</div>")
+    styles = f'<p class="note">{escape(comparison.styles())}</p>'
+    return block("hero", f"<div>{stories}</div><div>{figure}{means}{styles}</div>")
 
 
 def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
@@ -270,17 +275,18 @@ def sameness(metrics: list[Record], steps: Sequence[list[Record]]) -> str:
         blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
         bars += block("clusters", f"<small>{caption}</small>{block('parts', blocks)}")
     return section(
-        "Better stories, or one story again?",
-        "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
-        "the clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide "
-        "as it has stories; two stories are similar if they share more than 12 % of their phrases of three words, "
-        "names aside.",
+        "Diversity and mode collapse",
+        "A student can raise its score by telling one good story over and over (mode collapse). Then the difference "
+        "falls while the score rises, and there are few clusters with wide blocks. Each block of a bar is a cluster of "
+        "similar stories, and its width is the number of stories. Two stories are similar if they share more than 12 % "
+        "of their three-word phrases, ignoring names.",
         bars + curve_charts(metrics, SAMENESS_CURVES),
     )
 
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
-    """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
+    """Names and values of LATEST (the last value) and SUMMED (the sum), without values that are 0
+    or not recorded."""
     rows = []
     for key in (*LATEST, *SUMMED):
         values = column(metrics, key)
@@ -291,8 +297,8 @@ def totals(metrics: list[Record]) -> list[tuple[str, str]]:
 
 
 def first_and_last(stories: Iterable[Record]) -> list[list[Record]]:
-    """The stories of the first and of the last step; those of a whole run are too many for
-    memory."""
+    """The stories of the first step and of the last. (The stories of a whole run would need too
+    much memory.)"""
     steps: list[list[Record]] = []
     for _, records in groupby(stories, lambda record: record["step"]):
         del steps[1:]
@@ -301,7 +307,7 @@ def first_and_last(stories: Iterable[Record]) -> list[list[Record]]:
 
 
 def drawn(steps: Sequence[list[Record]]) -> list[Record]:
-    """RANDOM stories of the last step, the same ones at each call."""
+    """RANDOM stories of the last step, drawn at random but the same at each call."""
     if not steps:
         return []
     stories = steps[-1]
@@ -325,9 +331,9 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
     return [
         block("hero", f"<div>{figure}</div><div>{newest}{page.facts(rows)}</div>"),
         section(
-            "How it learned to tell the story",
-            "At every validation the student continues the same opening, from the same random "
-            "numbers. Each of these is from at least twice the step of the one before.",
+            "The same story during pretraining",
+            "At every validation the student continues the same opening, with the same random "
+            "numbers. Each story shown is from at least twice the step of the story before it.",
             cards(stories[:-1]),
         ),
         section(
@@ -338,7 +344,7 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
 
 
 def pauses(config: Record) -> bool:
-    """Whether the middle of a pretraining leaves a part of its corpus out."""
+    """Whether pretraining leaves a part of the corpus out for a while."""
     match config.get("options", {}).get("corpus"):
         case [*names]:
             paused = [name for name in names if name in NO_STORIES]
@@ -347,8 +353,8 @@ def pauses(config: Record) -> bool:
 
 
 def spread(stories: Iterable[Record]) -> list[Record]:
-    """The first story, each at twice the step of the one before or later, and the last; without
-    their rewards, since nothing scores them."""
+    """The first story, then stories from at least twice the step of the one before, and the last
+    story. Rewards are removed, because nothing scores these stories."""
     shown: list[Record] = []
     for story in stories:
         del story["reward"]
@@ -362,7 +368,8 @@ def spread(stories: Iterable[Record]) -> list[Record]:
 
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
-    """The numbers of a key; None for anything else, as a server may have sent."""
+    """The values of a key; None for each value that is not a number, such as a server may have
+    sent."""
     values = [record.get(key) for record in metrics]
     return [value if type(value) in (int, float) else None for value in values]
 

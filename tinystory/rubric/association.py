@@ -1,5 +1,5 @@
-"""Word association: which content words occur in the same story ("carrot" with "rabbit", not with
-"rocket")."""
+"""Word association: how often content words occur in the same story ("carrot" with "rabbit", but
+not with "rocket")."""
 
 import functools
 from itertools import pairwise
@@ -11,14 +11,14 @@ from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, lookup
 
 CORPUS_WINDOW = 200  # tokens; words further apart are not counted as a pair
-WINDOW = 90  # tokens of a text whose words are paired; pairs in longer windows are less related
-FEWEST_WORDS = 4  # distinct content words that a text must have to be measured
+WINDOW = 90  # tokens of a text in which words are paired; pairs in longer windows are less related
+FEWEST_WORDS = 4  # minimum number of distinct content words in a measured text
 
 _triu_indices = functools.cache(np.triu_indices)
 
 
 class WordAssociation:
-    """Counts of the corpus windows that hold each pair of content words."""
+    """Counts of corpus windows for each pair of content words."""
 
     def __init__(self, lexicon: Lexicon):
         ids = lexicon.ids

@@ -1,7 +1,9 @@
-"""Coreference in a story: whether names are introduced before they are used, and pronouns agree
-with their characters. Both are learned by counting. Known names occur in other contexts ("said
-Pip") than new ones ("a mouse named Pip", "his friend Pip"). The cases of "he" and "she" are counted
-in the corpus, and in a copy with half of its pronouns flipped."""
+"""Coreference in a story: whether names are introduced before they are used, and whether pronouns
+agree with their characters.
+
+Both are learned by counting. Known names occur in other contexts ("said Pip") than new names ("a
+mouse named Pip", "his friend Pip"). The contexts of "he" and "she" are counted in the corpus, and
+in a copy of the corpus with half of the pronouns flipped."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,8 +15,8 @@ from numpy import ndarray
 from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, first_occurrences, lookup
 
-# Sex 0 is he, 1 is she. The forms of a pronoun: subject, object, possessive (0, 1, 2); "her" (3) is
-# either of the last two.
+# Sex 0 is he, 1 is she. The forms of a pronoun are subject (0), object (1) and possessive (2);
+# "her" (3) is object or possessive.
 PRONOUNS = (
     {"he": 0, "him": 1, "his": 2, "himself": 1},
     {"she": 0, "her": 3, "hers": 2, "herself": 1},
@@ -33,16 +35,17 @@ FLIPPED = {
     "herself": "himself",
 }
 STORIES = 1500  # stories from which agreement is learned
-PRIOR = 4  # pseudo-observations from the coarser estimate
-MAX_EVIDENCE = 3.0  # nats, limit for one mention
+PRIOR = 4  # number of pseudo-observations from the coarser estimate
+MAX_EVIDENCE = 3.0  # nats, limit of the evidence of one mention
 # kinds of mentions of a character
 NAME, PRONOUN, NOUN, NOBODY = range(4)
-# who has the pronoun's sex: last character, earlier one, nobody in the story
+# the character with the pronoun's sex: the last one, an earlier one, none in the story
 LAST, EARLIER, ABSENT = range(3)
 
 
 class Mention(NamedTuple):
-    """How a character was mentioned, the character's sex, and the number of the sentence."""
+    """A mention of a character: the kind of mention, the character's sex, and the number of the
+    sentence."""
 
     kind: int
     sex: int
@@ -78,8 +81,9 @@ class Characters:
         self._learn_agreement(lexicon.ids)
 
     def introduction(self, ids: ndarray, start: int = 0) -> float | None:
-        """Mean nats per name mentioned from `start` on by which the words around it fit its status,
-        known or new; None without a name. ids: (T,) opening and story, which begins at `start`."""
+        """Mean nats per mentioned name by which the words around the name fit its status, known or
+        new; None without a name. ids: (T,) opening and story; the story begins at `start`, and only
+        its names are measured."""
         at = np.flatnonzero(self.name[ids])
         in_story = at >= start
         if not in_story.any():
@@ -98,13 +102,13 @@ class Characters:
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[in_story].mean())
 
     def agreement(self, ids: ndarray, start: int = 0) -> float | None:
-        """Mean nats per he or she from `start` on by which the text resembles the corpus more than
-        the flipped copy; None without he or she."""
+        """Mean nats per he or she, from `start` on, by which the text resembles the corpus more
+        than the copy with flipped pronouns; None without he or she."""
         evidence = [self._agreement[case] for case in self._cases(ids, start)]
         return float(np.mean(evidence)) if evidence else None
 
     def flipped(self, ids: ndarray, rng: np.random.Generator) -> ndarray:
-        """`ids` with half of their he and she exchanged at random."""
+        """`ids` with a random half of he and she exchanged."""
         return np.where(rng.random(len(ids)) < 0.5, self._flipped[ids], ids)
 
     def renamed(self, ids: ndarray, rng: np.random.Generator) -> ndarray:
@@ -115,8 +119,8 @@ class Characters:
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids)
 
     def _contexts(self, ids: ndarray, at: ndarray) -> list[list[ndarray]]:
-        """Keys, (n,) int64, of what stands before each of n positions and what stands after it: of
-        the nearest token, and of the nearest two."""
+        """Keys, (n,) int64, of the contexts before and after each of n positions: of the nearest
+        token, and of the nearest two tokens."""
         padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
         size = len(self._masked) + 1
         sides = []
@@ -126,7 +130,7 @@ class Characters:
         return sides
 
     def _learn_introductions(self, ids: ndarray) -> None:
-        """Count known and new names, columns 0 and 1, in each context."""
+        """Count known names (column 0) and new names (column 1) in each context."""
         at = np.flatnonzero(self.name[ids])
         story = np.cumsum(ids == BOUNDARY)[at]
         new = first_occurrences(story * len(self._masked) + ids[at])
@@ -153,13 +157,13 @@ class Characters:
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
     def _cases(self, ids: ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
-        """A tuple for each he and she from `start` on: its form, the kind of the last mention of a
-        character, the distance from that mention in sentences (0, 1, or 2 for more), and who has
-        the pronoun's sex."""
+        """A tuple for each he and she from `start` on: the form of the pronoun, the kind of the
+        last mention of a character, the distance from that mention in sentences (0, 1, or 2 for
+        more), and the character with the pronoun's sex (LAST, EARLIER or ABSENT)."""
         sexes: dict[int, int] = {}  # of the names in this story
         present: set[int] = set()  # sexes of the characters so far
         last = Mention(NOBODY, sex=-1, sentence=0)
-        unsexed: int | None = None  # the last name, while its sex is not known
+        unsexed: int | None = None  # the last name, as long as its sex is unknown
         sentence = 0
         for at in np.flatnonzero(self._relevant[ids]).tolist():
             word = int(ids[at])
@@ -169,7 +173,7 @@ class Characters:
 
             sex = int(self._sex[word])
             if self._form[word] >= 0:
-                if unsexed is not None:  # the pronoun's sex is the name's
+                if unsexed is not None:  # the name gets the pronoun's sex
                     sexes[unsexed] = sex
                     unsexed = None
                     present.add(sex)
@@ -195,7 +199,7 @@ class Characters:
 
 
 def _owner(sex: int, last: Mention, present: set[int]) -> int:
-    """Who has the pronoun's sex: LAST, EARLIER or ABSENT."""
+    """The character with the pronoun's sex: LAST, EARLIER or ABSENT."""
     if sex == last.sex:
         return LAST
     return EARLIER if sex in present else ABSENT

@@ -1,6 +1,6 @@
-"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story
-words occur. There is no parser: classes come from counts over a million words, and are used only in
-sums over a story."""
+"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and the positions in a
+story at which words occur. There is no parser: word classes come from counts over a million words,
+and are used only in sums over a story."""
 
 from array import array
 from collections import Counter, defaultdict
@@ -33,7 +33,7 @@ NEAR = 20  # tokens between a noun or name and a pronoun that may refer to it
 
 class Lexicon:
     """Vocabulary and word classes of tokenized documents. Ids 0 and 1 are UNKNOWN and BOUNDARY.
-    `ids` (T,) is the text, `spelling_ids` (T,) the same as indices into `spellings`; all other
+    `ids` (T,) is the text; `spelling_ids` (T,) is the text as indices into `spellings`; all other
     arrays have one row per id."""
 
     def __init__(self, documents: Iterable[list[str]]):
@@ -63,7 +63,7 @@ class Lexicon:
         self._learn_classes(is_capital[self.spelling_ids])
         self._learn_patterns()
         self._learn_pronouns()
-        self._learn_places()
+        self._learn_positions()
         self._learn_introductions()
 
     def __len__(self) -> int:
@@ -75,13 +75,14 @@ class Lexicon:
         return np.array(ids, dtype=np.int64)
 
     def members(self, words: Iterable[str]) -> ndarray:
-        """(V,) bool, True for the ids of these words."""
+        """(V,) bool, True for the ids of `words`."""
         flags = np.zeros(len(self), bool)
         flags[[self.index[word] for word in words if word in self.index]] = True
         return flags
 
     def _learn_classes(self, capital: ndarray) -> None:
-        """capital: (T,) bool, whether the token is spelled with a capital."""
+        """Learn names, nouns, verbs and other classes by counting. capital: (T,) bool, whether the
+        token is spelled with a capital."""
         ids = self.ids
         size = len(self)
         total = np.maximum(np.bincount(ids, minlength=size), 1)
@@ -93,7 +94,7 @@ class Lexicon:
         after = np.roll(ids, -1)
 
         def fraction(where: ndarray) -> ndarray:
-            """(V,) fraction of a word's tokens that are there."""
+            """(V,) fraction of each word's tokens at which `where` is True."""
             return np.bincount(ids[where], minlength=size) / total
 
         # A name has a capital within sentences.
@@ -120,8 +121,9 @@ class Lexicon:
         self.entity = self.noun | self.name
 
     def _learn_patterns(self) -> None:
-        """pattern: (V,) ids of what a word is in a pattern: itself for function words and
-        punctuation, else its class and ending ("-ing" of a verb), but all names are one."""
+        """Set pattern: (V,) id of each word in sentence patterns. Function words and punctuation
+        stay themselves, all names have the same id, and other words have an id by class and ending
+        ("-ing" of a verb)."""
         word_class = np.select([self.name, self.noun, self.verb], [0, 1, 2], 3)
         endings = np.array([_ending(word) for word in self.words])
         endings[self.name] = 0
@@ -131,8 +133,8 @@ class Lexicon:
         _, self.pattern = np.unique(patterns, return_inverse=True)
 
     def _learn_pronouns(self) -> None:
-        """pronoun: (V,) 0..3 for he, she, it, they, else -1. pronoun_given: (V, 4) p(next pronoun |
-        noun or name)."""
+        """Set pronoun: (V,) 0..3 for he, she, it, they, else -1. Set pronoun_given: (V, 4) p(next
+        pronoun | noun or name)."""
         ids = self.ids
         size = len(self)
         self.pronoun = np.full(size, -1)
@@ -150,12 +152,13 @@ class Lexicon:
         prior = counts.sum(0) / max(counts.sum(), 1)
         self.pronoun_given = (counts + 4 * prior) / (counts.sum(1, keepdims=True) + 4)
 
-    def _learn_places(self) -> None:
-        """Mean place of each word pair in a story, shrunk towards the middle if rare."""
+    def _learn_positions(self) -> None:
+        """Learn the mean position in a story of each word pair, shrunk towards the middle for rare
+        pairs."""
         starts = np.flatnonzero(self.ids == BOUNDARY)
         lengths = np.diff(starts, append=len(self.ids))
-        place = np.arange(len(self.ids)) - np.repeat(starts, lengths)
-        relative = place / np.repeat(lengths, lengths)
+        position = np.arange(len(self.ids)) - np.repeat(starts, lengths)
+        relative = position / np.repeat(lengths, lengths)
         pairs = hashes(self.ids, 2)
         keys, pair, count = np.unique(pairs, return_inverse=True, return_counts=True)
         mean = np.bincount(pair, weights=relative[:-1] - 0.5) / (count + 20)
@@ -163,7 +166,7 @@ class Lexicon:
         self._place = mean[count > 4]
 
     def _learn_introductions(self) -> None:
-        """introduction: (V, 2, 5), log p(kind of introduction | word, known or new)."""
+        """Set introduction: (V, 2, 5), log p(kind of introduction | word, known or new)."""
         ids = self.ids
         size = len(self)
         self._kind = np.zeros(size, np.int64)
@@ -182,13 +185,13 @@ class Lexicon:
         prior = np.where(self.name[:, None, None], name_prior, noun_prior)
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
-    def place(self, ids: ndarray) -> ndarray:
-        """(T,) ids -> (T - 1,) usual place of each pair of tokens in a story, -0.5 (beginning) to
-        0.5 (end)."""
+    def position(self, ids: ndarray) -> ndarray:
+        """(T - 1,): mean position in a story of each pair of tokens in ids (T,), from -0.5
+        (beginning) to 0.5 (end)."""
         return lookup(self._place_keys, self._place, hashes(ids, 2))
 
     def introductions(self, ids: ndarray) -> ndarray:
-        """(T,) ids -> (T,) the kind of word that introduces each token, looking back over at most
+        """(T,): the kind of word that introduces each token of ids (T,), looking back over at most
         two adjectives."""
         kind = np.zeros(len(ids), np.int64)
         only_adjectives = np.ones(len(ids), bool)  # between a token and the word `back` before it
@@ -201,7 +204,7 @@ class Lexicon:
 
 
 def _folded(spelling: str) -> str:
-    """Lower case; repeated end marks become the first: "?!" is "?"."""
+    """The spelling in lower case. Repeated end marks become the first mark: "?!" is "?"."""
     if spelling[0] in ".!?" and spelling != "...":
         return spelling[0]
     return spelling.lower()

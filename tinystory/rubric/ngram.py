@@ -1,5 +1,5 @@
-"""An interpolated n-gram model in sorted numpy arrays: a million words in seconds, a lookup in
-microseconds."""
+"""An interpolated n-gram model in sorted numpy arrays. Fitting a million words takes seconds, and a
+lookup microseconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ UNKNOWN = 0  # token id of every word that is not in the vocabulary
 BOUNDARY = 1  # token id that separates documents
 ORDER = 5
 DISCOUNT = 0.75
-ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
+ODD = 0.1  # an n-gram is odd below this ratio of observed to expected count (see NgramModel.read)
 
 
 def rolling_hashes(ids: ndarray, longest: int) -> Iterator[ndarray]:
-    """(T,) ids -> for n = 1 to `longest`, (T - n + 1,) uint64 hashes of the n-grams, by first
-    token."""
+    """For n = 1 to `longest`: (T - n + 1,) uint64 hashes of the n-grams in ids (T,), in the order
+    of their first tokens."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashed = mixed
@@ -27,7 +27,7 @@ def rolling_hashes(ids: ndarray, longest: int) -> Iterator[ndarray]:
 
 
 def hashes(ids: ndarray, n: int) -> ndarray:
-    """(T,) ids -> (T - n + 1,) uint64 hashes of the n-grams, by first token."""
+    """(T - n + 1,) uint64 hashes of the n-grams in ids (T,), in the order of their first tokens."""
     *_, hashed = rolling_hashes(ids, n)
     return hashed
 
@@ -37,13 +37,13 @@ def find(table: ndarray, keys: ndarray) -> tuple[ndarray, ndarray]:
     index = np.zeros(len(keys), np.int64)
     if not len(table):
         return index, np.zeros(len(keys), bool)
-    order = np.argsort(keys)  # sorted: each search starts where the last one ended
+    order = np.argsort(keys)  # sorted keys: each search starts where the last search ended
     index[order] = np.minimum(np.searchsorted(table, keys[order]), len(table) - 1)
     return index, table[index] == keys
 
 
 def lookup(table: ndarray, values: ndarray, keys: ndarray) -> ndarray:
-    """float64 row of `values` for each key in the sorted table, zeros for absent keys."""
+    """float64: the row of `values` for each key in the sorted table; zeros for absent keys."""
     index, present = find(table, keys)
     out = np.zeros((len(keys), *values.shape[1:]))
     out[present] = values[index[present]]
@@ -52,14 +52,14 @@ def lookup(table: ndarray, values: ndarray, keys: ndarray) -> ndarray:
 
 def first_occurrences(keys: ndarray) -> ndarray:
     """(n,) bool: True at the first occurrence of each key."""
-    _, places = np.unique(keys, return_index=True)
+    _, first_indices = np.unique(keys, return_index=True)
     first = np.zeros(len(keys), bool)
-    first[places] = True
+    first[first_indices] = True
     return first
 
 
 def covered(starts: ndarray, n: int, length: int) -> ndarray:
-    """(length,) bool: the tokens of n-grams that begin where `starts` is True."""
+    """(length,) bool: True for the tokens of n-grams that begin where `starts` is True."""
     out = np.zeros(length, bool)
     for offset in range(n):
         out[offset : offset + len(starts)] |= starts
@@ -84,8 +84,8 @@ class NgramModel:
                 probability = self._unigram[ids[first]]
             else:
                 lower = self._orders[-1]
-                context, _ = find(lower.keys, shorter[first])  # the n-gram without its last token
-                suffix, _ = find(lower.keys, shorter[first + 1])  # without its first
+                context, _ = find(lower.keys, shorter[first])  # the n-gram without the last token
+                suffix, _ = find(lower.keys, shorter[first + 1])  # without the first token
                 total = np.bincount(context, weights=count, minlength=len(lower.keys))
                 types = np.bincount(context, minlength=len(lower.keys))
                 seen = total > 0
@@ -98,10 +98,10 @@ class NgramModel:
             shorter = hashed
 
     def read(self, ids: ndarray) -> tuple[ndarray, ndarray]:
-        """(T,) ids of a document from its beginning -> (ORDER, T) natural-log probabilities (row n:
-        given n tokens before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens
-        that the corpus hardly has although its two overlapping parts are common, observed + 0.5 <
-        ODD * (expected + 0.5)."""
+        """(ORDER, T) natural-log probabilities, where row n is given n tokens before, and (T,)
+        bool, True where an odd n-gram ends. ids (T,): a document from its beginning. An n-gram of 2
+        to 4 tokens is odd if it is rare in the corpus although its two overlapping parts are
+        common: observed + 0.5 < ODD * (expected + 0.5)."""
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         counts = [np.full(len(padded) + 1, self._length)]  # of the n-grams in `padded`, from n = 0
         rows = []
@@ -118,7 +118,7 @@ class NgramModel:
         odd = np.zeros(len(ids), bool)
         for n in range(2, ORDER):
             part = counts[n - 1]
-            shared = counts[n - 2][1:-1]  # what the n-gram's two parts have in common
+            shared = counts[n - 2][1:-1]  # counts of the overlap of the n-gram's two parts
             expected = part[:-1] * part[1:] / np.maximum(shared, 1)
             is_odd = counts[n] + 0.5 < ODD * (expected + 0.5)
             odd |= is_odd[ORDER - n :]
@@ -127,8 +127,8 @@ class NgramModel:
 
 @dataclass
 class _Order:
-    """N-grams of one length, sorted by hash. left_over: probability mass of a context's unseen next
-    tokens."""
+    """N-grams of one length, sorted by hash. left_over: probability mass of the unseen next tokens
+    of a context."""
 
     keys: ndarray
     count: ndarray
@@ -137,8 +137,8 @@ class _Order:
 
 
 def _unique(hashed: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """np.unique with return_index and return_counts, but several times faster: any index of a key
-    will do."""
+    """Unique values, an index of each, and counts: np.unique, but several times faster, because any
+    index of a value may be returned."""
     order = np.argsort(hashed)
     ranked = hashed[order]
     is_new = np.concatenate([[True], ranked[1:] != ranked[:-1]])
@@ -147,8 +147,8 @@ def _unique(hashed: ndarray) -> tuple[ndarray, ndarray, ndarray]:
 
 
 class Phrases:
-    """N-grams of a corpus, with the least n at which held-out stories share few: only longer
-    overlaps are copies."""
+    """N-grams of a corpus that count as copied. n is the smallest length at which held-out stories
+    share few n-grams with the corpus."""
 
     def __init__(self, ids: ndarray, examples: list[ndarray]):
         for n in (8, 12, 16, 24):
@@ -158,14 +158,14 @@ class Phrases:
                 break
 
     def copied(self, ids: ndarray) -> float:
-        """Fraction of the tokens in such n-grams."""
+        """Fraction of the tokens that are in n-grams of the corpus."""
         _, present = find(self._keys, hashes(ids, self._n))
         return float(covered(present, self._n, len(ids)).mean())
 
 
 def sample(ids: ndarray) -> list[ndarray]:
-    """A hundred texts of about a hundred ids from an unsmoothed trigram model of `ids`: each token
-    is drawn from those that follow the same two. 0 separates documents."""
+    """A hundred texts of about a hundred ids, sampled from an unsmoothed trigram model of `ids`:
+    each token is drawn from the tokens that follow the same two tokens. 0 separates documents."""
     hashed = hashes(ids[:-1], 2)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]

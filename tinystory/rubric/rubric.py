@@ -1,6 +1,6 @@
-"""The built-in teacher's rubric, a stand-in for an LLM: three criteria measured on the text without
-a neural network. `measure` combines parts in 0..1 into each criterion; the score is three times the
-criterion, rounded.
+"""The rubric of the built-in teacher, which takes the place of an LLM: three criteria, measured on
+the text without a neural network. `measure` combines parts from 0 to 1 into each criterion. The
+score is three times the criterion, rounded.
 
     readability
         known       fraction of tokens in the corpus's vocabulary
@@ -9,10 +9,10 @@ criterion, rounded.
         clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed
         quotation marks
         fluent      probability of each sentence under a 5-gram model of the corpus
-        grammatical the same for its pattern: function words, and only class and ending of all other
-        words
+        grammatical probability of each sentence's pattern: function words themselves, and only the
+        class and ending of all other words
         smooth      few n-grams of 2 to 4 common words that hardly ever occur together in the corpus
-        reach       how much likelier words are given four words before them than given two
+        reach       how much likelier words are given the four words before them than given two
     coherence
         focus       fraction of mentions whose thing or character is mentioned more than once
         introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
@@ -31,13 +31,18 @@ criterion, rounded.
         rhythm      sentences are not all tiny and do not all begin alike
         uncopied    fraction of the story outside long phrases of the corpus
 
-Most scales are learned, so fit the rubric to the student's corpus. Most of its held-out stories
-reach 1 in each part. These set 0: their shuffled words for fluent, grammatical and smooth; samples
-of a trigram model or, if lower, shuffled sentences for reach and coherence; and for names,
-agreement and association, random names, half of he and she exchanged, and joined halves of two
-stories. A story without names, or without he and she, gets 0.5 for that part. Words in phrases that
-came before, in story or opening, are not fresh: padding, echoes and loops score nothing.
-"""
+Most scales are learned, so fit the rubric to the student's corpus. Each scale is set so that most
+held-out stories of the corpus reach 1. Corrupted texts set the 0 of each scale:
+
+    fluent, grammatical, smooth   the held-out stories with shuffled words
+    reach and coherence           samples of a trigram model or, if lower, shuffled sentences
+    names                         random names
+    agreement                     half of he and she exchanged
+    association                   joined halves of two stories
+
+A story without names gets 0.5 for names, and a story without he and she 0.5 for agreement. Words in
+phrases that occurred earlier in the story or the opening are not fresh, so padding, echoes and
+loops do not raise the score."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -78,8 +83,8 @@ MAX_CORPUS_TOKENS = 1_700_000  # about 1.5 M words and their punctuation
 MIN_CORPUS_TOKENS = 200
 MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
-EXCERPT = 90  # tokens per story that sets the scales: about as many as the student writes
-HELD_OUT = 200  # stories held out to set the scales, one in sixteen
+EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
+HELD_OUT = 200  # number of stories held out to set the scales, one in sixteen
 PARTS = 4  # steps of fitting, for a progress bar
 
 TROUBLE = frozenset(
@@ -89,9 +94,9 @@ TROUBLE = frozenset(
         "mean lonely missing difficult hard help careful sorry"
     ).split()
 )
-# Ids beyond those of words, for classes that count as one word when phrases are compared.
+# Ids above the ids of words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
-# Weights of the parts that make the thread of a story.
+# Weights of the parts of coherence that measure the thread of a story.
 THREAD = {
     "focus": 0.15,
     "introduced": 0.1,
@@ -104,20 +109,21 @@ THREAD = {
 
 
 def ramp(x: float | ndarray, zero: float, one: float) -> float:
-    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. The mean for an
-    array."""
+    """0 up to `zero`, 1 from `one` on, and linear between them; `zero` may be the greater one. For
+    an array: the mean."""
     fraction = (x - zero) / (one - zero)
     return float(np.clip(fraction, 0.0, 1.0).mean())
 
 
 @dataclass(frozen=True)
 class TokenizedStory:
-    """A story of T tokens, its opening, and what several parts are measured on.
+    """A story of T tokens with its opening, and values on which several parts are measured.
 
-    opening, tokens: the tokens of each. ids (T,): the story's; all_ids: those of opening and story.
-    words: the number of words in the story. spans: first token and one past the last of each
-    sentence with a word. logprob (ORDER, T): nats, one row per length of n-gram. Bool (T,): is_word;
-    odd, at the end of an odd n-gram; repeated, in a phrase that came before."""
+    opening, tokens: tokens of the opening and of the story. ids (T,): ids of the story; all_ids:
+    ids of opening and story. words: number of words in the story. spans: first token and one past
+    the last token of each sentence with a word. logprob (ORDER, T): nats, one row per length of
+    n-gram. is_word, odd, repeated: (T,) bool; odd is True at the end of an odd n-gram, and repeated
+    in a phrase that occurred before."""
 
     opening: list[str]
     tokens: list[str]
@@ -133,11 +139,11 @@ class TokenizedStory:
 
 
 class Rubric:
-    """Measures stories against a corpus, deterministically: equal texts get equal scores."""
+    """Scores stories by statistics of a corpus. Deterministic: equal texts get equal scores."""
 
     def __init__(self, documents: Iterable[str], done: Callable[[], object] = lambda: None):
-        """Fit to about 1.5 M words of the documents. done: called after each of the PARTS of
-        fitting. Raises UserError if there are too few words."""
+        """Fit the rubric to about 1.5 M words of the documents. done: called after each of the
+        PARTS of fitting. Raises UserError if there are too few words."""
         stories, examples = _stories_and_examples(documents)
         done()
         lexicon = Lexicon(stories)
@@ -162,7 +168,7 @@ class Rubric:
         self._skeleton[lexicon.noun] = THING
         for classes in (self._frame, self._skeleton):
             classes[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
-        # Values of each part, as measured, that become 0 and 1.
+        # For each part: the measured values that become 0 and 1.
         self._scale: dict[str, tuple[float, float]] = {
             "known": (0.75, 0.97),
             "formed": (0.2, 0.95),
@@ -178,8 +184,9 @@ class Rubric:
         return {name: int(3 * measured[name] + 0.5) for name in CRITERIA}
 
     def measure(self, opening: str, story: str) -> dict[str, float]:
-        """Parts and criteria, each 0..1, `total`, the sum of the criteria, and `fresh`, the number
-        of fresh words. Zeros for less than a sentence: no end mark, or fewer than three words."""
+        """Parts and criteria from 0 to 1, by name, `total` (the sum of the criteria) and `fresh`
+        (the number of fresh words). All are 0 for less than a sentence: no end mark, or fewer than
+        three words."""
         raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
         if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
@@ -196,9 +203,9 @@ class Rubric:
         return part | criteria | {"total": sum(criteria.values())}
 
     def _set_scales(self, examples: list[list[str]], excerpts: list[ndarray]) -> None:
-        """Set the value of each part that becomes 0, and the one that becomes 1. examples,
-        excerpts: the held-out stories, as tokens and as ids. They set 1; corrupted copies of them
-        and n-gram samples set 0."""
+        """Set the scale of each part: the values that become 0 and 1. examples, excerpts: the
+        held-out stories, as tokens and as ids, which set 1. Corrupted copies of these stories and
+        n-gram samples set 0."""
         rng = np.random.default_rng(0)
         real = self._parts_of(examples)
         shuffled = self._parts_of([_shuffled(text, rng) for text in examples])
@@ -240,17 +247,18 @@ class Rubric:
             self._set_scale(name, real, _percentile(corrupted_parts, name, 50), least)
 
     def _set_scale(self, name: str, real: list[dict], zero: float, least: float) -> None:
-        """The scale on which most held-out stories reach 1. least: its smallest length."""
+        """Set the scale of a part so that most held-out stories reach 1. least: minimum length of
+        the scale."""
         one = _percentile(real, name, 40)
         self._scale[name] = (min(zero, one - least), one)
 
     def _parts_of(self, texts: list[list[str]]) -> list[dict]:
-        """Unscaled parts of the texts that are a sentence or more."""
+        """Unscaled parts of each text that has at least one sentence."""
         parts = [self._raw_parts([], text) for text in texts]
         return [raw for raw in parts if raw is not None]
 
     def _raw_parts(self, opening: list[str], story: list[str]) -> dict | None:
-        """Unscaled parts of a story, in tokens as its opening; None for less than a sentence."""
+        """Unscaled parts of a story; None for less than a sentence. opening, story: tokens."""
         is_word = np.array([token[0].isalpha() for token in story], bool)
         words = int(is_word.sum())
         if words < 3 or not any(token[0] in END_MARKS for token in story):
@@ -307,16 +315,16 @@ class Rubric:
         """The unscaled parts of coherence."""
         start = len(text.opening)
         focus, introduced = self._entities(text.all_ids, start)
-        pair_places = self.lexicon.place(text.ids)
-        places = [float(pair_places[first : end - 1].sum()) for first, end in text.spans]
+        pair_positions = self.lexicon.position(text.ids)
+        positions = [float(pair_positions[first : end - 1].sum()) for first, end in text.spans]
         trouble = any(token.lower() in TROUBLE for token in text.tokens)
         ended = ends_sentence(text.tokens[-1]) and not text.sentences.unpaired
-        ending = ended and places[-1] > 0
+        ending = ended and positions[-1] > 0
         return self._coreference(text.all_ids, start) | {
             "focus": focus,
             "introduced": introduced,
             "referred": self._referred(text.all_ids, start),
-            "order": _order(places),
+            "order": _order(positions),
             "joined": _joined(text.logprob, text.spans),
             "shape": 0.4 * trouble + 0.3 * ended + 0.3 * ending,
             "unlooped": 1 - text.repeated.mean(),
@@ -337,7 +345,8 @@ class Rubric:
         }
 
     def _coreference(self, ids: ndarray, start: int = 0) -> dict[str, float | None]:
-        """ids: (T,) of opening and story, which begins at `start`."""
+        """Unscaled parts of coherence about coreference. ids: (T,) ids of opening and story; the
+        story begins at `start`."""
         return {
             "names": self.characters.introduction(ids, start),
             "agreement": self.characters.agreement(ids, start),
@@ -345,8 +354,9 @@ class Rubric:
         }
 
     def _entities(self, ids: ndarray, start: int) -> tuple[float, float]:
-        """focus: fraction of the story's mentions whose entity is mentioned more than once;
-        introduced: mean nats per mention by which its introduction fits its status."""
+        """Two parts: focus, the fraction of the story's mentions of an entity that is mentioned
+        more than once, and introduced, the mean nats per mention by which the introduction fits the
+        entity's status, known or new."""
         lexicon = self.lexicon
         at = np.flatnonzero(lexicon.entity[ids])
         mentions = np.bincount(ids[at])
@@ -360,8 +370,8 @@ class Rubric:
         return float(focus), float(np.clip(evidence, -3, 3).mean())
 
     def _referred(self, ids: ndarray, start: int) -> float:
-        """Mean over he, she, it, they of their best probability after one of the last five
-        entities."""
+        """Mean probability of he, she, it and they from `start` on, each given the best of the last
+        five entities; 0 without such pronouns."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
@@ -380,7 +390,8 @@ class Rubric:
 
 
 def _floored(x: float, floor: float) -> float:
-    """`floor` for 0 and 1 for 1, so that an improvement raises the total even of the worst text."""
+    """x from 0..1 mapped linearly to `floor`..1, so that an improvement raises the total of even
+    the worst text."""
     return floor + (1 - floor) * x
 
 
@@ -409,13 +420,13 @@ def _creativity(part: dict[str, float], readability: float, coherence: float) ->
 
 
 def _percentile(group: list[dict], name: str, percent: float) -> float:
-    """Of this raw part over a group of texts, 0 if none has it."""
+    """The percentile of a raw part over a group of texts; 0 if no text has the part."""
     values = [np.atleast_1d(raw[name]) for raw in group if raw[name] is not None]
     return float(np.percentile(np.concatenate(values or [np.zeros(1)]), percent))
 
 
 def _stories_and_examples(documents: Iterable[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Tokenized stories to count in, and excerpts of held-out ones, which set the scales."""
+    """Tokenized stories for counting, and excerpts of held-out stories, which set the scales."""
     stories: list[list[str]] = []
     held_out: list[list[str]] = []
     count = 0
@@ -430,15 +441,16 @@ def _stories_and_examples(documents: Iterable[str]) -> tuple[list[list[str]], li
             break
     if count < MIN_CORPUS_TOKENS:
         raise UserError(
-            f"the corpus has only {count} words and stops: give the teacher more stories to measure by"
+            f"the corpus has only {count} words and punctuation marks, and the built-in teacher needs at least "
+            f"{MIN_CORPUS_TOKENS}: give a larger --corpus"
         )
     examples = held_out or stories[:HELD_OUT]
     return stories, [next(_passages(example, EXCERPT)) for example in examples]
 
 
 def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
-    """Split into passages of whole sentences, of at most `longest` tokens unless a single sentence
-    is longer."""
+    """Passages of whole sentences with at most `longest` tokens each, unless a single sentence is
+    longer."""
     start = 0
     if len(tokens) > longest:
         for first, end in find_sentences(tokens).bounds:
@@ -469,31 +481,33 @@ def _with_halves_of_others(texts: list[ndarray]) -> list[ndarray]:
 
 
 def _repeated(ids: ndarray, n: int) -> ndarray:
-    """(T,) bool: tokens of n-grams that have occurred before."""
+    """(T,) bool: True for the tokens of n-grams that occurred before."""
     return covered(~first_occurrences(hashes(ids, n)), n, len(ids))
 
 
 def _by_sentence(logprob: ndarray, bounds: list[tuple[int, int]]) -> ndarray:
-    """Each token's sentence mean, so that one easy sentence does not compensate for another."""
+    """For each token, the mean of its sentence, so that one easy sentence does not compensate for
+    another."""
     starts, ends = np.array(bounds).T
     lengths = ends - starts
     means = np.add.reduceat(logprob, starts) / lengths
     return np.repeat(means, lengths)
 
 
-def _order(places: list[float]) -> float:
-    """-1..1: whether sentences are in the order in which their words usually come in a story."""
-    differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
+def _order(positions: list[float]) -> float:
+    """From -1 to 1: how well the order of the sentences matches the order in which their words
+    usually come in a story."""
+    differences = np.subtract.outer(positions, positions)[np.tril_indices(len(positions), -1)]
     total = float(np.abs(differences).sum())
     if total == 0:
         return 0.0
-    return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4)
+    return float(differences.sum()) / total * min(1.0, (len(positions) - 1) / 4)
 
 
 def _joined(logprob: ndarray, spans: list[tuple[int, int]]) -> float:
-    """Nats per word by which sentence beginnings are likelier given the sentence before than its
-    end mark only."""
-    # row n: given 4 tokens minus given n (n - 1 words and an end mark)
+    """Nats per word by which sentence beginnings are likelier given the previous sentence than
+    given only its end mark."""
+    # row n: log-probability given 4 tokens, minus given n tokens (n - 1 words and an end mark)
     gain = logprob[-1] - logprob[: ORDER - 1]
     gains: list[float] = []
     for first, end in spans[1:]:
@@ -502,7 +516,8 @@ def _joined(logprob: ndarray, spans: list[tuple[int, int]]) -> float:
 
 
 def _rhythm(tokens: list[str], spans: list[tuple[int, int]], words: int) -> float:
-    """0..1: sentences are not all tiny and, if there are several, do not all begin alike."""
+    """From 0 to 1, higher if sentences are not all tiny and, if there are several, do not all begin
+    alike."""
     rhythm = ramp(words / len(spans), 3, 6)
     if len(spans) <= 3:
         return rhythm

@@ -1,5 +1,5 @@
-"""The rubric behind OpenAI's HTTP interface: replies "2 1 3" to our prompt for its criteria, else
-without numbers."""
+"""The rubric as a server with OpenAI's chat completions API. It replies "2 1 3" to our prompt for
+its criteria, and without numbers to any other request."""
 
 from contextlib import AbstractAsyncContextManager
 
@@ -8,19 +8,21 @@ from tinystory.teacher.chat_server import application, listening
 from tinystory.teacher.prompt import CRITERIA, read_back
 
 MODEL = "tinystory-rubric"
-DESCRIPTION = "A rubric measured on the text: a stand-in for an LLM, so that a run needs none. It only grades stories."
+DESCRIPTION = (
+    "A rule-based scorer of stories that takes the place of an LLM. It only grades stories."
+)
 REFUSAL = (
-    "I am a rubric that stands in for a language model. I can only grade a story for "
-    f"{', '.join(CRITERIA)}, asked for in tinystory's own words; I find no such question here, so I give no grades."
+    "This server is a rule-based scorer, not a language model. It grades a story only for "
+    f"{', '.join(CRITERIA)}, and only by tinystory's own prompt. This request has another form, so there are no grades."
 )
 
 
 def serve(rubric: Rubric, port: int = 0) -> AbstractAsyncContextManager[str]:
-    """Serve the rubric during the block; see `listening`."""
+    """Yields the URL of the rubric, served during the block; see `listening`."""
 
     async def reply(messages: list[dict]) -> str:
         question = read_back(messages)
-        # it asks for other criteria
+        # the request asks for other criteria
         if question is None or ", ".join(CRITERIA) not in messages[0]["content"]:
             return REFUSAL
         scores = rubric.score(*question)

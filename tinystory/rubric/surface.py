@@ -23,24 +23,24 @@ DISAGREEMENTS = frozenset(
 
 
 def tokenize(text: str) -> list[str]:
-    """Words ('s apart), numbers, end marks and single other characters. Typographic marks become
-    plain, but quotation marks that open (after a space, before none) stay distinct from those that
-    close."""
+    """Tokens of a text: words ('s is separate), numbers, end marks and single other characters.
+    Typographic marks become plain, but opening quotation marks (after a space and not before one)
+    stay distinct from closing ones."""
     plain = text.translate(_PLAIN).replace("\u2026", "...")
     opened = _OPENING.sub(OPEN, plain)
     return TOKEN.findall(opened.replace('"', CLOSE))
 
 
 class Sentences(NamedTuple):
-    bounds: list[tuple[int, int]]  # first token and one past the last
+    bounds: list[tuple[int, int]]  # first token and one past the last token of each sentence
     # for each token: within quotation marks (the opening mark counts, the closing one does not)
     quoted: list[bool]
     unpaired: int  # quotation marks that close nothing, open within a quotation, or stay open
 
 
 def find_sentences(tokens: list[str]) -> Sentences:
-    """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before
-    "asked the fish"."""
+    """The sentences of a text. A sentence ends at . ! ? and includes a closing quotation mark after
+    that. It continues before words such as "asked the fish"."""
     bounds: list[tuple[int, int]] = []
     quoted: list[bool] = []
     unpaired = 0
@@ -73,9 +73,9 @@ def find_sentences(tokens: list[str]) -> Sentences:
 def well_formed_words(
     tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool
 ) -> int:
-    """Words in sentences with a capital, an end mark, a verb and 3 to LONGEST_SENTENCE words, or in
-    short quotations ("Oh, no!"). The last sentence may be cut short. continues: the first one
-    continues the opening."""
+    """The number of words in sentences with a capital, an end mark, a verb and 3 to
+    LONGEST_SENTENCE words, or in short quotations ("Oh, no!"). The last sentence may be cut short.
+    continues: whether the first sentence continues the opening."""
     count = 0
     for first, end in sentences.bounds:
         words = [at for at in range(first, end) if tokens[at][0].isalpha()]
@@ -95,13 +95,13 @@ def well_formed_words(
 
 
 def ends_sentence(token: str) -> bool:
-    """Whether it is an end mark or a closing quotation mark."""
+    """Whether the token is an end mark or a closing quotation mark."""
     return token[0] in END_MARKS or token == CLOSE
 
 
 def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bool]) -> float:
-    """Count a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed
-    quotations."""
+    """The number of slips: a/an, "they was", doubled words, odd capitals, stray punctuation,
+    unclosed quotations."""
     count = 2.0 * sentences.unpaired
     last = ""
     last_is_word = False

@@ -1,5 +1,5 @@
-"""Warnings from metrics.jsonl, once per kind: stories collapse, KL runs away, loss explodes, scores
-have no signal, a second judge disagrees."""
+"""Warnings from metrics.jsonl, once per kind: the stories collapse, the KL runs away, the loss
+explodes, the scores have no signal, or a second judge disagrees."""
 
 import math
 from collections import deque
@@ -8,20 +8,22 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-# Averages are over WINDOW steps, or over fewer that have STORIES stories; of the loss of pretraining
-# over LOSS_STEPS, since a small batch holds dull text or stories.
+# Moving averages are over WINDOW steps, or over as many of the last steps as hold STORIES stories.
+# The pretraining loss is averaged over LOSS_STEPS, because a small batch holds either dull text or
+# stories.
 WINDOW = 5
 STORIES = 768
 LOSS_STEPS = 50
-# Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest
-# one. The factors are coarse on purpose: noise changes a mean over WINDOW steps far less.
+# Kind, metric, text and factor. A factor below 1 is relative to the metric's first average, and a
+# factor above 1 to the lowest average. The factors are coarse on purpose: noise changes an average
+# over WINDOW steps far less.
 SIGNS = (
-    ("collapse", "distinct_4", "the stories grow alike", 0.6),
+    ("collapse", "distinct_4", "the stories become alike", 0.6),
     ("collapse", "story_clusters", "few clusters of stories are left", 0.4),
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
-    # it rises to 1.7 times its lowest mean where dull text pauses (demo, 3 seeds)
+    # where dull text pauses, the loss rises to 1.7 times its lowest average (demo, 3 seeds)
     ("loss", "loss", "the loss explodes", 2.2),
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
@@ -32,18 +34,18 @@ ADVICE = {
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "predicted": "more --grades",
     "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
-    "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), or a "
-    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that "
+    "signal": "another --teacher-model, more discriminating criteria (--teacher-prompt), or a "
+    "student that was pretrained longer (scripts/doctor.py --calibrate distinguishes a teacher that "
     "cannot judge)",
 }
-SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
-LEAST_R_SQUARED = 0.2  # of predicted scores
-FEW = 160  # scores in a window below which no correlation is significant
+SAME = 0.9  # scores carry no signal if this fraction of a step's stories has the same score
+LEAST_R_SQUARED = 0.2  # minimum R-squared of predicted scores
+FEW = 160  # with fewer scores in a window, no correlation is significant
 
 
 class CollapseDetector:
-    """Reads a run's records one at a time. warnings: per kind, the step and the sentence of the
-    first warning."""
+    """Finds warnings in a run's records, one record at a time. warnings: step and sentence of the
+    first warning of each kind."""
 
     def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
         self.kl_target = kl_target
@@ -57,7 +59,7 @@ class CollapseDetector:
             self.add(record)
 
     def add(self, record: dict) -> dict[str, str]:
-        """Add a step's record. Returns the sentences of new warnings, by kind."""
+        """The sentences of new warnings, by kind, that the record of a further step causes."""
         self._last.append(record)
         self._losses.append(record.get("loss"))
         while self._stories() - graded_stories(self._last[0]) >= STORIES:
@@ -83,7 +85,7 @@ class CollapseDetector:
         r_squared = record.get("score_r_squared")
         if r_squared is not None and r_squared < LEAST_R_SQUARED:
             signs["predicted"].append(
-                f"the scores predicted in step {record['step']} hardly tell stories apart "
+                f"the scores predicted in step {record['step']} hardly distinguish stories "
                 f"(R-squared {r_squared:.2f})"
             )
         disagreement = self._disagreement(record)
@@ -107,7 +109,7 @@ class CollapseDetector:
         return len(self._last) == WINDOW or self._stories() >= STORIES
 
     def _mean(self, metric: str) -> float | None:
-        """Mean over the window; None if the window is too short or one of its records lacks the
+        """Mean of a metric over the window; None if the window is too short or a record lacks the
         metric."""
         if metric == "loss":
             values = list(self._losses)
@@ -120,8 +122,8 @@ class CollapseDetector:
         return fmean(values)
 
     def _disagreement(self, record: dict) -> str:
-        """A sentence if, over the last two evaluations, the reward rose and the second judge's score
-        fell each time; else ""."""
+        """A sentence if, in each of the last two evaluations, the reward rose and the second
+        judge's score fell; else ""."""
         reward = record.get("held_out_reward")
         score = record.get("held_out_judge")
         if reward is None or score is None:
@@ -135,12 +137,11 @@ class CollapseDetector:
         return (
             f"over two evaluations the held-out reward rose ({first[0]:.3g} to {last[0]:.3g}) and the "
             f"second judge's score fell ({first[1]:.3g} to {last[1]:.3g}): the student may be learning "
-            "to please its teacher instead of writing better stories"
+            "to please the teacher instead of writing better stories"
         )
 
     def _without_signal(self) -> str:
-        """A sentence on scores in the window that are almost all equal, or look random;
-        "" if they are neither."""
+        """A sentence if the scores in the window are almost all equal, or look random; else ""."""
         if not self._is_full():
             return ""
         last = self._last
@@ -151,7 +152,7 @@ class CollapseDetector:
             level = last[-1].get("score_mean") or 0
             return (
                 f"{stories} stories of the last {steps} had the same score ({level:g} in the last), "
-                "so nothing is learned from the teacher"
+                "so the student learns nothing from the teacher"
             )
 
         scored = sum(record.get("scored") or 0 for record in last)
@@ -160,8 +161,8 @@ class CollapseDetector:
         # two standard errors
         if scored >= FEW and known and max(known) <= 2 / math.sqrt(scored):
             return (
-                f"the scores of the last {steps} depend neither on the length nor on the likelihood "
-                "of a story, as if they were random"
+                f"the scores of the last {steps} correlate neither with the length nor with the likelihood "
+                "of a story, as random scores would"
             )
         return ""
 

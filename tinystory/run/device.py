@@ -1,4 +1,4 @@
-"""Copies between host and device, and what a device is: bfloat16, timing, memory, name."""
+"""Copies between host and device, and properties of a device: bfloat16, timing, memory, name."""
 
 import contextlib
 import platform
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def cpu_has_bf16() -> bool:
-    """Whether bf16 matmuls run in hardware, if ATEN_CPU_CAPABILITY permits; emulated ones are
-    slower than float32."""
+    """Whether bf16 matmuls run in hardware and ATEN_CPU_CAPABILITY permits that. Emulated bf16
+    matmuls are slower than float32."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
-    # private, and not in every version of torch
+    # a private function, which some versions of torch do not have
     has_avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
     return has_avx512_bf16() or has_amx()
 
 
 def upload(x: Tensor | ndarray, device: torch.device) -> Tensor:
-    """Copy x from the CPU to the device, without waiting for the GPU."""
+    """A copy of x on the device, made without waiting for the GPU."""
     x = torch.as_tensor(x, device="cpu")
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
@@ -33,7 +33,8 @@ def upload(x: Tensor | ndarray, device: torch.device) -> Tensor:
 
 
 class Download:
-    """An asynchronous copy of x to the CPU; kernels launched after it do not delay it."""
+    """An asynchronous copy of x to the CPU. Kernels that are launched later do not delay the
+    copy."""
 
     def __init__(self, x: Tensor):
         pinned = x.is_cuda
@@ -51,14 +52,14 @@ class Download:
 
 
 def now(device: torch.device) -> float:
-    """time.perf_counter() once the device has finished all launched work."""
+    """time.perf_counter() in seconds, after the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory in MiB of torch's tensors on a GPU, otherwise of this process."""
+    """Peak memory in MiB: of PyTorch's tensors on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -66,8 +67,8 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 def device_name(device: str) -> str:
-    """The device's own name, such as "NVIDIA H100 80GB HBM3"; for a CPU its model and the threads
-    in use."""
+    """The device's name, such as "NVIDIA H100 80GB HBM3"; for a CPU, the model and the number of
+    threads in use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     names: list[str] = []

@@ -1,9 +1,9 @@
-"""Data parallelism under torchrun: a handful of collectives, and no wrapper around the model.
+"""Data parallelism under torchrun: a few collectives, without a wrapper around the model.
 
-Every process holds the whole student and optimiser and computes its shard of a step's rows.
-Gradients are summed and all take the same optimiser step, so the result equals that of one process,
-up to the order of sums. Only rank 0 talks to the teacher, prints and writes. Without torchrun there
-is one process, and everything here is a no-op."""
+Every process holds the whole student and optimiser and computes a shard of a step's rows. Gradients
+are summed and all processes take the same optimiser step, so the result equals the result of one
+process, up to the order of sums. Only rank 0 sends requests to the teacher, prints and writes.
+Without torchrun there is one process, and all functions here are no-ops."""
 
 import atexit
 import contextlib
@@ -25,13 +25,13 @@ from tinystory.run.log import RunLog
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
-# per collective: other ranks wait while rank 0 waits for the teacher
+# timeout of a collective: other ranks wait while rank 0 waits for the teacher
 TIMEOUT = datetime.timedelta(hours=6)
 
 
 def start(device: str) -> None:
-    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes the GPU of
-    its local rank. Raises UserError unless there is one GPU per process."""
+    """Join torchrun's process group. On GPUs ("auto" or "cuda") each process takes the GPU of its
+    local rank. Raises UserError unless there is one GPU per process."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -40,7 +40,7 @@ def start(device: str) -> None:
         gpus = torch.cuda.device_count()
         if processes > gpus or device not in ("auto", "cuda"):
             raise UserError(
-                f"{processes} processes need {processes} GPUs, one each, and this machine has "
+                f"{processes} processes need one GPU each, and this machine has "
                 f"{gpus}: set --nproc-per-node to {gpus} and leave --device out, or give --device "
                 "cpu"
             )
@@ -75,14 +75,14 @@ def shard_strided(rows: Rows) -> Rows:
 
 
 def shard_contiguous(count: int) -> range:
-    """This process's contiguous part of range(count), in the order of the ranks."""
+    """This process's contiguous part of range(count); the parts are in the order of the ranks."""
     start = count * rank() // world_size()
     stop = count * (rank() + 1) // world_size()
     return range(start, stop)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over the processes, in place; returns x."""
+    """x, summed in place over the processes."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -97,8 +97,8 @@ def all_reduce_max(x: float) -> float:
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum every parameter's gradient over the processes, in one message; a missing gradient is
-    zero."""
+    """Sum every parameter's gradient over the processes, in one message. A missing gradient counts
+    as zero."""
     if world_size() == 1:
         return
     grads = []
@@ -120,8 +120,8 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
 
 
 def rank0_value(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 only, and return its value (or raise its UserError or Interrupted) on
-    every rank."""
+    """The value of `make()`, which runs only on rank 0, on every rank. A UserError or Interrupted
+    from `make` is raised on every rank."""
     if world_size() == 1:
         return make()
     message: list[Any] = [None, None]  # the value, and the error
@@ -138,16 +138,18 @@ def rank0_value(make: Callable[[], T]) -> T:
 
 
 def rank0_first(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0, then on the other ranks; an error of rank 0 is raised on every rank."""
-    values: list[T] = []  # not broadcast: it may be something that no other process could use
+    """The value of `make()` on this rank. `make` runs on rank 0 first, then on the other ranks. An
+    error on rank 0 is raised on every rank."""
+    values: list[T] = []  # not broadcast: other processes may be unable to use rank 0's value
     rank0_value(lambda: values.append(make()))
     return values[0] if values else make()
 
 
 @contextlib.contextmanager
 def run_folder(config: Any) -> Iterator[None]:
-    """`locked_run` on rank 0, whose options every rank takes: another command may have changed which
-    folder is free, or which run is the newest, between the looks of two ranks."""
+    """Context of `locked_run` on rank 0; every rank takes rank 0's options. If each rank looked for
+    itself, another command could change between two looks which folder is free, or which run is the
+    newest."""
     with contextlib.ExitStack() as stack:
 
         def choose() -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""UserError for problems that the user can fix, signals that end a run, and `command`, the
-decorator of each main().
+"""UserError for problems that the user can fix, signals that end a run, and the decorator `command`
+of each main().
 
-Commands print an error as one sentence and exit with code 2. When the reader of their output has
-gone (`| head -1`), a training run saves and ends, as when its terminal closes; other commands run
-to their end, quietly."""
+Commands print an error as one sentence and exit with code 2. If the output is a pipe and its reader
+ends (`| head -1`), a training run saves and ends, as it does when its terminal closes. Other
+commands run to the end without further output."""
 
 import contextlib
 import errno
@@ -30,35 +30,37 @@ from tinystory.run.text import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
-READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
-# The environment variables that torchrun sets.
+READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell reports it
+# Environment variables that torchrun sets.
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-# Messages of Python, torch and the C++ library.
+# Error messages of Python, PyTorch and the C++ library that mean a lack of memory or threads.
 NO_MEMORY = re.compile(
     "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily "
     "unavailable",
     re.I,
 )
 ADVICE = {
-    errno.EACCES: "ask its owner for the right to it, or choose another folder",
+    errno.EACCES: "ask the owner for permission, or choose another folder",
     errno.EROFS: "choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --teacher-concurrency",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower --teacher-concurrency",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "free some space or choose another folder",
 }
 
 
 class UserError(Exception):
-    """A problem that the user can fix; the message is one clear sentence that says what to do."""
+    """A problem that the user can fix. The message is one sentence: what failed, why, and what to
+    do."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))  # it may quote a server, a file or the user's code
+        # the message may quote a server, a file or the user's code
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
-    """The user asked the run to end; the finished steps are to be saved."""
+    """The user asked the run to end. The caller saves the finished steps."""
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
@@ -68,8 +70,8 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def shortage(error: Exception) -> str:
-    """A sentence on exhausted memory, threads, files or disk space, too long a name, or missing
-    rights; else ""."""
+    """A sentence if the error means exhausted memory, threads, files or disk space, too long a
+    name, or missing permissions; else ""."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
@@ -82,7 +84,7 @@ def shortage(error: Exception) -> str:
 
 
 class Output(io.FileIO):
-    """stdout or stderr. When its reader has gone, further output is dropped."""
+    """stdout or stderr. After the reader of a pipe has ended, further output is dropped."""
 
     reader_gone = False  # set on the class, for stdout and stderr alike
 
@@ -92,7 +94,7 @@ class Output(io.FileIO):
         except OSError as error:
             with open(os.devnull, "wb") as null:
                 os.dup2(null.fileno(), self.fileno())  # so that no later write fails
-            # EIO: the terminal has closed, with a SIGHUP
+            # EIO: the terminal was closed, which also sends SIGHUP
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             Output.reader_gone |= error.errno == errno.EPIPE
@@ -100,9 +102,9 @@ class Output(io.FileIO):
 
 
 class Stop:
-    """`requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores
-    it), or when the reader of the output has gone; the loop then ends after the step. A later
-    Ctrl-C or SIGTERM ends it at once."""
+    """Request to end a run. `requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed
+    terminal; ignored under nohup), or after the reader of the output has ended. The training loop
+    then ends after the current step. A later Ctrl-C or SIGTERM ends the process at once."""
 
     def __init__(self) -> None:
         self.signalled = False
@@ -112,14 +114,14 @@ class Stop:
         return self.signalled or Output.reader_gone
 
     def check(self) -> None:
-        """Raises Interrupted if an end was requested; for long waits that can be abandoned."""
+        """Raises Interrupted if an end was requested. For long waits that can be abandoned."""
         if self.requested:
             raise Interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def handle(signum: int, frame: FrameType | None) -> None:
-            # a terminal that closes may send several
+            # a closing terminal may send several signals
             if self.signalled and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.signalled = True
@@ -136,8 +138,9 @@ class Stop:
 
 
 def open_outputs() -> None:
-    """Replace stdout and stderr by `Output`s. A stream closed before the start becomes /dev/null:
-    otherwise the next opened file would get its descriptor, and its output."""
+    """Replace stdout and stderr by `Output`s. A stream that was closed before the start becomes
+    /dev/null: otherwise the next opened file would get the stream's descriptor, and all output
+    would go to this file."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (until the process ends)
@@ -148,7 +151,7 @@ def open_outputs() -> None:
             stream.flush()
             buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
             by_line = stream.line_buffering or stream.write_through
-            # characters that the encoding lacks are escaped
+            # characters that the encoding cannot represent are escaped
             output = io.TextIOWrapper(
                 buffer, stream.encoding, "backslashreplace", line_buffering=by_line
             )
@@ -156,8 +159,8 @@ def open_outputs() -> None:
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorates main(): an error that the user can fix is printed as one line on stderr, with exit
-    code 2."""
+    """Decorator of main(): an error that the user can fix is printed as one line on stderr, with
+    exit code 2."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -166,13 +169,13 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             if signal.getsignal(signal.SIGINT) is end_at_once:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             if not gc.isenabled():
-                gc.freeze()  # what was imported stays
+                gc.freeze()  # imported modules stay until the end
                 gc.enable()
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
             under_torchrun = all(name in os.environ for name in TORCHRUN)
-            if not under_torchrun or os.environ["RANK"] == "0":  # which speaks for all
+            if not under_torchrun or os.environ["RANK"] == "0":  # only rank 0 prints
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:
@@ -185,7 +188,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(130)
         finally:
             with contextlib.suppress(OSError):
-                sys.stdout.flush()  # otherwise the interpreter prints its error at exit
+                sys.stdout.flush()  # otherwise the interpreter reports a failed flush at exit
         if Output.reader_gone:
             sys.exit(READER_GONE)
         return result

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and foreign files that are read with care."""
+"""Writes files completely or not at all, and reads foreign files with checks."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from typing import IO
 
 from tinystory.run.errors import UserError, cannot_write
 
-LONGEST = 1 << 26  # bytes of a file of text or JSON, or of a line of records
+LONGEST = 1 << 26  # maximum bytes of a file of text or JSON, or of a line of records
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -21,9 +21,9 @@ LONGEST = 1 << 26  # bytes of a file of text or JSON, or of a line of records
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that durably replaces `path` when the block ends without an error; else `path`
-    is untouched. Raises UserError if it cannot be written (disk full, read-only, no such
-    folder)."""
+    """Yields a binary file that durably replaces `path` when the block ends without an error. After
+    an error `path` is unchanged. Raises UserError if the file cannot be written (disk full,
+    read-only, no such folder)."""
     with new_file(path) as partial:
         with open(partial, "r+b") as file:
             yield file
@@ -35,12 +35,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A new, empty file beside `path`, to be moved there in the block; what is left of it is
-    removed. Nobody can have put a link to another file in its place, since its name is random and
-    it did not exist. In the block, OSError becomes a UserError."""
+    """Yields the path of a new, empty file beside `path`, which the block fills and moves to
+    `path`; if it is not moved, it is removed. The name is random and the file is new, so nobody can
+    have put a link to another file in its place. In the block, OSError becomes a UserError."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # 0o666 less the umask, as for any new file; mkstemp would take all rights from others
+        # 0o666 minus the umask, as for any new file; mkstemp would give others no permissions
         descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         os.close(descriptor)
         yield partial
@@ -53,8 +53,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write content (str as UTF-8) so that a kill at any instant leaves either the old content or
-    the new."""
+    """Write content (str as UTF-8) to a file. A kill at any instant leaves either the old content
+    or the new."""
     if isinstance(content, str):
         content = content.encode()
     with atomic_file(path) as file:
@@ -63,9 +63,9 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A path at which the block makes a folder, which becomes `folder`, a new one, when the block
-    ends without an error. What a killed process left half-written there is removed first. Raises
-    UserError if it cannot be written."""
+    """Yields a temporary path at which the block makes a folder. When the block ends without an
+    error, the folder is renamed to `folder`, which must not exist. Half-written folders of killed
+    processes are removed first. Raises UserError if the folder cannot be written."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -90,8 +90,8 @@ def sync(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Create the folder of a file to be written after long work. Raises UserError if it cannot be
-    written there."""
+    """Create the folder of a file that is written later, after long work. Raises UserError if the
+    file cannot be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -106,8 +106,9 @@ def require_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to read. In the block, OSError and ValueError become a UserError that offers no
-    remedy; callers may add one. A pipe or a device is refused: reading it could block."""
+    """Yields a file opened for reading. In the block, OSError and ValueError become a UserError
+    without advice, which callers may add. A pipe or a device is refused, because reading could
+    block."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is not a regular file")
@@ -119,8 +120,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file, without a byte order mark. Raises UserError if it is over LONGEST
-    bytes, has NUL characters or is not UTF-8."""
+    """The text of a regular file, without a byte order mark. Raises UserError if the file has more
+    than LONGEST bytes or NUL characters, or is not UTF-8."""
     with open_bytes(path) as file:
         content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
@@ -131,7 +132,7 @@ def read_text(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
+    """SHA-256 of a file, in hexadecimal. Raises UserError if the file cannot be read."""
     digest = hashlib.sha256()
     with open_bytes(path) as file:
         while data := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""A run's folder: whether it holds a run, which process writes to it, and its config.json."""
+"""Run folders: whether a folder holds a run, which process writes to it, and config.json."""
 
 import contextlib
 import datetime
@@ -24,7 +24,7 @@ LOCK = ".lock"
 
 
 class Taken(UserError):
-    """A new run cannot have the folder: it holds another one, or a process has locked it."""
+    """A new run cannot use the folder, because it holds another run or a process has locked it."""
 
 
 def holds_run(folder: Path) -> bool:
@@ -33,8 +33,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def newest_run() -> Path:
-    """The run under runs/ that was written to last, the default of commands. Raises UserError if
-    there is none."""
+    """The run under runs/ that was written to last, which is the default of commands. Raises
+    UserError if there is no run."""
     runs = []
     for config in Path("runs").glob(f"**/{CONFIG}"):
         run = config.parent
@@ -42,7 +42,7 @@ def newest_run() -> Path:
             runs.append(run)
     if not runs:
         raise UserError(
-            "there is no run under runs/: give the folder of one, or begin one: "
+            "there is no run under runs/: give the folder of a run, or begin one: "
             f"{hint('train_pretrain.py')}"
         )
     newest = max(runs, key=last_written)
@@ -51,8 +51,8 @@ def newest_run() -> Path:
 
 
 def newest_first(*folders: Path) -> list[Path]:
-    """The runs in these folders and in those that `numbered` names for them, the one that was
-    written to last first."""
+    """The runs in these folders and in the further folders that `numbered` gives for each, newest
+    first, by the time of the last write."""
     runs = []
     for folder in folders:
         for path in sorted(folder.parent.glob(f"{folder.name}*")):
@@ -63,12 +63,13 @@ def newest_first(*folders: Path) -> list[Path]:
 
 
 def last_written(run: Path) -> float:
-    """The time, in seconds since the epoch. Hidden files come and go while a run is written."""
+    """The time at which a run was last written to, in seconds since the epoch. Hidden files do not
+    count, because they come and go while a run is written."""
     return max(path.stat().st_mtime for path in run.glob("[!.]*"))
 
 
 def numbered(folder: Path) -> Iterator[Path]:
-    """FOLDER, FOLDER-2, FOLDER-3, ..."""
+    """Yields FOLDER, FOLDER-2, FOLDER-3, ..."""
     yield folder
     for number in itertools.count(2):
         yield folder.with_name(f"{folder.name}-{number}")
@@ -76,7 +77,7 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 def require_output(path: Path) -> None:
     """`require_writable` for a file or a new folder that the user names. Also raises UserError for
-    what a run keeps under that name, and for anything among a run's checkpoints."""
+    a file that a run keeps, and for any path among a run's checkpoints."""
     folder = path.parent.resolve()
     names = (*FIELDS, "report.html", LOCK, "checkpoints")
     is_of_run = path.name in names or path.name.endswith("replies.jsonl")
@@ -84,7 +85,7 @@ def require_output(path: Path) -> None:
     for parent in (folder, *folder.parents):
         refused |= parent.name == "checkpoints" and holds_run(parent.parent)
     if refused:
-        raise UserError(f"{path} is among the files of a run: choose another place")
+        raise UserError(f"{path} is among the files of a run: choose another path")
     require_writable(path)
 
 
@@ -100,17 +101,18 @@ def write_config(folder: Path, record: Record) -> None:
 
 
 def read_config(folder: Path) -> Record:
-    """The object in config.json; {} if there is no such file. Raises UserError unless it has
-    RunLog.config's fields."""
+    """The object in config.json; {} if there is no such file. Raises UserError unless the object
+    has the fields that RunLog.config writes."""
     path = folder / CONFIG
     return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
 
 def require_config(folder: Path) -> Record:
-    """The object in config.json of a run to be resumed. Raises UserError if it cannot be read."""
+    """The object in config.json of a run to be resumed. Raises UserError if the file is missing or
+    cannot be read."""
     if not holds_run(folder):
         raise UserError(
-            f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume"
+            f"--resume: {folder} holds no run and no checkpoint; start without --resume"
         )
     try:
         return read_object(folder / CONFIG, FIELDS[CONFIG])
@@ -125,9 +127,10 @@ def require_config(folder: Path) -> Record:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Lock a run's folder, created if missing, for the block. The operating system releases the
-    lock however the process ends; new folders that stay empty are removed. Raises Taken, naming the
-    holder, if another process has the lock, or if `new` and the folder already holds a run."""
+    """Lock a run's folder for the block; a missing folder is created. The operating system releases
+    the lock when the process ends, in whatever way. New folders that stay empty are removed. Raises
+    Taken, with the name of the holder, if another process has the lock, or if `new` and the folder
+    already holds a run."""
     path = folder / LOCK
     lock = FileLock(path, blocking=False)
     try:
@@ -139,7 +142,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     except Timeout:
         holder = lock_holder(folder) or "another process"
         raise Taken(
-            f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose "
+            f"{folder} is in use by {holder}: wait until that process ends, stop it, or choose "
             "another --out"
         ) from None
     except OSError as error:
@@ -165,13 +168,13 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_run(config: Any) -> Iterator[None]:
-    """Lock the folder of a run with these options, config.out, for the block. A new run without
-    --out takes the first of `numbered` that is free, and says so: config.out becomes that."""
+    """Lock the folder config.out of a run for the block. A new run without --out takes the first
+    free folder of `numbered`, sets config.out to it, and prints this."""
     folder = Path(config.out)
     takes_free = not (config.resume or config.names_out)
     with contextlib.ExitStack() as stack:
         for candidate in numbered(folder):
-            if takes_free and holds_run(candidate):  # its lock is for those who resume it
+            if takes_free and holds_run(candidate):  # only a resume may lock it
                 continue
             try:
                 stack.enter_context(locked(candidate, new=not config.resume))
@@ -188,7 +191,8 @@ def locked_run(config: Any) -> Iterator[None]:
 
 
 def lock_holder(folder: Path) -> str:
-    """The process that has locked a folder, as `locked` describes it; "" if none has."""
+    """The description, from the lock file, of the process that has locked a folder; "" if no
+    process has."""
     try:
         with open_bytes(folder / LOCK) as file:
             return file.read(200).decode(errors="replace").strip()
@@ -197,8 +201,9 @@ def lock_holder(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process writes to a run's folder, from its lock file alone: taking the lock could
-    get in the way. A process on another machine cannot be checked, and counts as running."""
+    """Whether a process writes to a run's folder, judged only from the lock file, because taking
+    the lock could block a command. A process on another machine cannot be checked and counts as
+    running."""
     holder = re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", lock_holder(folder))
     if holder is None:
         return False
@@ -208,5 +213,5 @@ def in_use(folder: Path) -> bool:
     try:
         os.kill(int(process), 0)  # signal 0: does it exist?
     except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
+        return isinstance(error, PermissionError)  # a process of another user
     return True

@@ -1,4 +1,4 @@
-"""Files on the Hugging Face Hub."""
+"""Downloads files from the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from tinystory.run.errors import UserError
 def download(
     repo: str, files: Sequence[str], repo_type: str = "dataset", revision: str | None = None
 ) -> list[Path]:
-    """Local paths of a repository's files, downloaded unless in huggingface_hub's cache; its own
-    variables (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises UserError
-    on failure."""
+    """Local paths of a repository's files, which are downloaded unless they are in
+    huggingface_hub's cache. The environment variables of huggingface_hub apply (HF_HOME,
+    HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). Raises UserError on failure."""
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError:
@@ -27,5 +27,5 @@ def download(
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot download {repo} from the Hugging Face Hub ({reason}): check the name, the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE; if it is gated, accept its terms there, then hf auth login"
+            "and HF_HUB_OFFLINE; if the repository is gated, accept its terms on the Hub, then run hf auth login"
         ) from None

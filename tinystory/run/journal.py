@@ -9,19 +9,19 @@ from typing import Any
 
 from tinystory.run.errors import UserError, cannot_write
 
-TAIL = 1 << 26  # bytes; every record is shorter
+TAIL = 1 << 26  # bytes at the end of a file to search; every record is shorter
 RECORD_START = b'{"'
 
 
 class Journal:
-    """Appends records to `path`, creating its folder; `run.records.read_records` reads them. Raises
-    UserError if it cannot.
+    """Appends records to `path` and creates the folder; `run.records.read_records` reads the
+        records. Raises UserError if the file cannot be written.
 
     `append` hands records to the operating system, so killing the process loses none. A power cut
-    loses those not yet written back: none after `close`, or if `durable`. An incomplete last
-    record, left by a killed process, or zeros, left by a power cut, are cut off; a file that ends
-    in anything else is refused, and so is a symbolic link, which could lead to a file that is not
-    ours."""
+    loses records that are not yet on the disk; after `close`, or if `durable`, all records are on
+    the disk. An incomplete last record, left by a killed process, is cut off, and so are zeros,
+    left by a power cut. A file that ends in anything else is refused. A symbolic link is refused,
+    because it could lead to another file."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path = path
@@ -30,7 +30,7 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
                 raise UserError(
-                    f"{self.path} is a symbolic link: records are not written through one; put "
+                    f"{self.path} is a symbolic link, and records are not written through links: put "
                     "the file itself there, or choose another"
                 )
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
@@ -39,7 +39,7 @@ class Journal:
             raise cannot_write(self.path, error) from error
 
     def _mend_last_line(self) -> None:
-        """Complete or cut off a last line that a killed process left without its end."""
+        """Complete or cut off a last line that a killed process left incomplete."""
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(max(size - TAIL, 0))
         tail = self._file.read(min(size, TAIL))
@@ -55,8 +55,8 @@ class Journal:
         else:
             self._file.close()
             raise UserError(
-                f"{self.path} ends in a line that is no record: it is another file; choose "
-                "another name, or move it away"
+                f"{self.path} ends in a line that is not a record, so this is some other file: choose "
+                "another name, or move the file away"
             )
 
     def append(self, *records: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Journal:
         size = self._file.seek(0, os.SEEK_END)
         if not os.fstat(self._file.fileno()).st_nlink:
             raise UserError(
-                f"{self.path} was deleted while it was written to, and its records with it: start "
+                f"{self.path} was deleted while it was written to, and the records are lost: start "
                 "again"
             )
         try:
@@ -87,7 +87,7 @@ class Journal:
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether it is a whole JSON object."""
+    """Whether the line is a complete JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

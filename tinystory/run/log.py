@@ -1,5 +1,5 @@
-"""What a run writes about itself: config.json, metrics.jsonl (one object per step), stories.jsonl
-and evaluations.jsonl (one object per story)."""
+"""Writes the records of a run: config.json, metrics.jsonl (one object per step), stories.jsonl and
+evaluations.jsonl (one object per story)."""
 
 import contextlib
 import json
@@ -30,10 +30,10 @@ from tinystory.run.records import (
 
 
 class RunLog(contextlib.ExitStack):
-    """Writes the records of a run; as a context manager it closes its files. resume_step: step to
-    continue from, whose later records are dropped (0: from the start); None: a new run.
-    last_evaluation: step of the last evaluation to keep then (default: resume_step's). writes:
-    False in all processes but one.
+    """Writes the records of a run. The context manager closes the files. resume_step: step to
+    continue from (0: from the start); records of later steps are dropped. None: a new run.
+    last_evaluation: step of the last evaluation to keep on a resume (default: resume_step). writes:
+    False in all processes except one.
 
     A killed run leaves at most an incomplete last line, which readers skip."""
 
@@ -63,8 +63,8 @@ class RunLog(contextlib.ExitStack):
 
     def config(self, options: dict[str, Any]) -> None:
         """Write config.json: options, versions, device, git commit, and the times of the start and
-        of each resume. The device recorded by name is options["device"] ("cpu", "cuda:0", ...;
-        default "cpu")."""
+        of each resume. options["device"] ("cpu", "cuda:0", ...; default "cpu") is recorded by the
+        device's name."""
         if not self.writes:
             return
         import torch  # imported here because reports do not need it
@@ -77,15 +77,16 @@ class RunLog(contextlib.ExitStack):
         threads_before = before.get("threads", threads)
         if device == "cpu" and threads_before != threads:
             print(
-                f"warning: {threads} threads, where the run had {threads_before!r:.20}: its bits "
-                "will not be those of a run never stopped; OMP_NUM_THREADS set to that would keep them"
+                f"warning: this resume has {threads} threads and the run had {threads_before!r:.20}, so the results "
+                "are not bit-identical to an uninterrupted run: set OMP_NUM_THREADS to the run's number"
             )
         now = timestamp()
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": now})
         record = {
-            "options": before.get("options", {}) | options,  # some facts only the start finds out
+            "options": before.get("options", {})
+            | options,  # some values are only known at the start
             "versions": versions(),
             "device": device_name(device),
             "threads": threads,
@@ -97,23 +98,24 @@ class RunLog(contextlib.ExitStack):
         write_config(self.folder, json.loads(redacted(without_passwords(text))))
 
     def metrics(self, *, step: int, **values: Any) -> Record:
-        """Append and return the record of a step: floats keep 7 digits, NaN and infinity become
-        null."""
+        """The record of a step, which is appended to metrics.jsonl. Floats keep 7 digits; NaN and
+        infinity become null."""
         record = plain({"step": step} | values)
         self.append(METRICS, [record])
         return record
 
     def add_metrics(self, step: int, values: Record, costs: Record) -> None:
-        """Add an evaluation's values to the record of a step. Its costs, a teacher's, are added to
-        the step's, but for the cost of the whole run."""
+        """Add an evaluation's values to the record of a step. The evaluation's costs of the teacher
+        are added to the step's costs; only `teacher_cost`, the cost of the whole run, is
+        replaced."""
         path = self.folder / METRICS
         if self.writes and path.exists():
             add_to_record(path, step, plain(values), plain(costs))
-            self._journals.pop(METRICS, None)  # it appends to the file that was replaced
+            self._journals.pop(METRICS, None)  # this journal would append to the replaced file
 
     def append(self, name: str, records: Sequence[Record]) -> None:
-        """Append to the file `name`: METRICS; STORIES, a record per story (`story_records`);
-        EVALUATIONS, the same for stories that are not trained on."""
+        """Append records to the file `name`: METRICS (one record per step), STORIES (one record per
+        story, see `story_records`) or EVALUATIONS (one record per story of an evaluation)."""
         if not self.writes:
             return
         if name not in self._journals:
@@ -128,7 +130,7 @@ def versions() -> dict[str, str]:
 
     return {
         "python": platform.python_version(),
-        # it names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not
+        # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels omit
         "torch": torch.__version__,
         "tinystory": __version__,
         "numpy": metadata.version("numpy"),
@@ -137,8 +139,8 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the clone that this code runs from, with "-dirty" if it has changes; None
-    outside a clone."""
+    """The commit of the clone that this code runs from, with "-dirty" if the clone has changes;
+    None outside a clone."""
     if not (ROOT / ".git").exists():
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -152,5 +154,6 @@ def git_commit() -> str | None:
 
 
 def without_passwords(text: str) -> str:
-    """The text with https://user:password@host shortened to https://host, to be recorded."""
+    """The text, with https://user:password@host shortened to https://host, so that no password is
+    recorded."""
     return re.sub(r'(?<=://)[^/@\s"]+@', "", text)

@@ -1,4 +1,4 @@
-"""Dataclass fields that are also command-line flags, and the values that each may have."""
+"""Dataclass fields that are also command-line flags, and the allowed values of each."""
 
 import argparse
 import dataclasses
@@ -19,9 +19,9 @@ def option(
     group: str = "",
     flags: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. allowed: an
-    interval such as "[0, 1)", or choices. group: heading in --help, on its first option. flags:
-    further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. allowed: an interval such as
+    "[0, 1)", or choices. group: heading in --help, given with the group's first option. flags:
+    further names of the flag."""
     metadata: dict[str, Any] = {"help": help, "allowed": allowed, "group": group, "flags": flags}
     if isinstance(allowed, str) and allowed:
         metadata["allowed"] = Interval(allowed)
@@ -31,8 +31,8 @@ def option(
 
 
 class Interval:
-    """The numbers between two bounds, as in "[0, 1)": a square bracket includes its bound. NaN is
-    in no interval."""
+    """The numbers between two bounds, as in "[0, 1)", where a square bracket includes the bound.
+    NaN is in no interval."""
 
     def __init__(self, text: str):
         low, high = text[1:-1].split(",")
@@ -61,9 +61,9 @@ def flag_of(f: dataclasses.Field) -> str:
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """A parser that raises UserError for an unknown option, with the one that was meant."""
+    """A parser that raises UserError for an unknown option and suggests a similar one."""
 
-    other_names: Mapping[str, str] = {}  # what is meant by names from elsewhere
+    other_names: Mapping[str, str] = {}  # our options, by names from other libraries
 
     def parse_args(self, words: Sequence[str] | None = None) -> Any:  # type: ignore[override]
         options, unknown = self.parse_known_args(words)
@@ -83,8 +83,8 @@ class ScriptParser(argparse.ArgumentParser):
 
 
 def script_parser(text: str | None) -> ScriptParser:
-    """A parser whose --help begins with a script's docstring, its commands as the user can type
-    them."""
+    """A parser with a script's docstring at the beginning of --help. Commands in the docstring are
+    shown as the user can type them."""
     return ScriptParser(
         description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,8 +97,8 @@ def add_number(
     allowed: str,
     help: str,
 ) -> None:
-    """Add a numeric option, an integer if its default is one. default: None if `help` says it.
-    Parsing raises UserError outside the interval."""
+    """Add a numeric option, which is an integer if its default is an integer. default: None if
+    `help` states the default. Parsing raises UserError for a number outside the interval."""
     interval = Interval(allowed)
     kind = float if default is None else type(default)
     reader = _READERS[kind]
@@ -125,9 +125,9 @@ def add_options(
     names: Sequence[str] = (),
     shown: Container[str] | None = None,
 ) -> None:
-    """Add the fields of a config class (or only `names`) as flags in their groups. A flag left out
-    is not in the namespace, so presets override defaults but not flags. shown: the fields that
-    --help lists (default: all)."""
+    """Add the fields of a config class (or only `names`) as flags in their groups. A flag that the
+    user does not give is missing from the namespace, so presets override defaults but not flags.
+    shown: the fields that --help lists (default: all)."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in dataclasses.fields(config_class):
@@ -142,7 +142,7 @@ def add_options(
 
 
 def _settings(f: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    """Arguments of add_argument."""
+    """Keyword arguments of add_argument for a field."""
     allowed = f.metadata["allowed"]
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     help = f.metadata["help"] + _note(default, allowed)
@@ -158,7 +158,7 @@ def _settings(f: dataclasses.Field, kind: Any) -> dict[str, Any]:
 
 
 def _note(default: Any, allowed: object) -> str:
-    """The end of a line of help, as in " (default: 0.5; at least 0 and at most 1)"."""
+    """The end of a help text, such as " (default: 0.5; at least 0 and at most 1)"."""
     text = "" if default is None else str(default)
     if isinstance(default, list):
         text = " ".join(default)
@@ -173,7 +173,8 @@ def _note(default: Any, allowed: object) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """The nearest of the names, as in " (did you mean demo?)"; "" if none is near."""
+    """A suggestion of the most similar name, such as " (did you mean demo?)"; "" if no name is
+    similar."""
     near = difflib.get_close_matches(word, names, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -201,8 +202,8 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def require_valid(f: dataclasses.Field, kind: Any, value: Any) -> None:
-    """Raises UserError unless the value of an option is of its type and among those allowed. A list
-    is one of texts."""
+    """Raises UserError unless an option's value has the right type and is allowed. The items of a
+    list must be texts."""
     must_be = f"{flag_of(f)} must be"
     allowed = f.metadata["allowed"]
     items = [value]
@@ -220,7 +221,7 @@ def require_valid(f: dataclasses.Field, kind: Any, value: Any) -> None:
         if isinstance(allowed, tuple) and item not in allowed:
             choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             raise UserError(f"{must_be} {choices}, not {item!r:.80}{did_you_mean(item, allowed)}")
-        if item == "" and f.default != "":  # as from an unset shell variable
+        if item == "" and f.default != "":  # for example from an unset shell variable
             raise UserError(f"{must_be} given: it is empty")
         if kind is str and ("\0" in item or item != item.encode(errors="replace").decode()):
             raise UserError(f"{must_be} Unicode text without NUL characters, not {item!r:.80}")

@@ -1,4 +1,4 @@
-"""The cache folder, for compiled kernels and tokenized corpora, and commands as the user types
+"""The cache folder for compiled kernels and tokenized corpora, and commands as the user can type
 them."""
 
 import os
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a
 
 
 def cache_dir() -> Path:
-    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory. Raises UserError if
-    there is no home."""
+    """The cache folder: TINYSTORY_CACHE, or else XDG_CACHE_HOME/tinystory, or else
+    ~/.cache/tinystory. Raises UserError if there is no home folder."""
     if folder := os.environ.get("TINYSTORY_CACHE"):
         return Path(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):
@@ -44,7 +44,8 @@ def usage(text: str | None) -> str:
 
 
 def hint(script: str, *arguments: object) -> str:
-    """The command that runs a script from this folder; in a clone, with the current interpreter."""
+    """The command that runs a script from the current folder; in a clone, with the current
+    interpreter."""
     words = usage(f"python {script}").split()
     if words[0] == "python":
         words = [_interpreter(), _from_here(ROOT / script)]

@@ -1,8 +1,8 @@
-"""Files of JSON: one object each, such as config.json, or one object per line, such as
+"""JSON files with one object, such as config.json, or with one object per line, such as
 metrics.jsonl.
 
-A run's folder may have been cut, edited or written by something else, so each kind of file has one
-reader here, which checks names, types and sizes for its callers."""
+A run's folder may have been cut, edited or written by another program. So each kind of file has one
+reader here, which checks names, types and sizes for all callers."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from tinystory.run.errors import UserError
 from tinystory.run.files import LONGEST, atomic_file, file_hash, open_bytes, read_text, sync
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
-# allowed types by field; None: it may be missing
+# allowed types by field; None among them: the field may be missing
 Fields: TypeAlias = dict[str, tuple[type | None, ...]]
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"  # one object per step
 STORIES = "stories.jsonl"  # one object per story
 SAMPLES = "samples.jsonl"
-EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-FINDINGS = "findings.jsonl"  # what other programs found out about the run, for its report
+EVALUATIONS = "evaluations.jsonl"  # stories for held-out openings
+FINDINGS = "findings.jsonl"  # findings of other programs about the run, for the report
 PAIRS = "pairs.jsonl"  # a human's comparisons of stories before and after interaction
 MANIFEST = "manifest.json"
 LARGEST = 1e100  # bound on the absolute value of a number in a record
@@ -39,12 +39,12 @@ STORY_FIELDS: Fields = {
     "reward": NUMBER,
     "words": (int,),
     "ended": (str,),
-    "score": (*NUMBER, None),  # older versions recorded neither this nor the difference
+    "score": (*NUMBER, None),  # older versions did not record `score` and `difference`
     "difference": (*NUMBER, None),
     "predicted": (*NUMBER, None),
     "judge": (*NUMBER, None),
 }
-FIELDS: dict[str, Fields] = {  # required in each record
+FIELDS: dict[str, Fields] = {  # required fields of each record, by file
     METRICS: {"step": (int,)},
     STORIES: STORY_FIELDS,
     EVALUATIONS: STORY_FIELDS,
@@ -66,7 +66,8 @@ FIELDS: dict[str, Fields] = {  # required in each record
 
 
 def read_object(path: Path, fields: Fields = NO_FIELDS) -> Record:
-    """The JSON object in a file. Raises UserError unless it is one with these fields."""
+    """The JSON object in a file. Raises UserError unless the file is a JSON object with these
+    fields."""
     text = read_text(path)
     try:
         return parse_object(text, fields)
@@ -75,8 +76,8 @@ def read_object(path: Path, fields: Fields = NO_FIELDS) -> Record:
 
 
 def parse_object(text: bytes | str, fields: Fields) -> Record:
-    """The JSON object in a text. Raises ValueError unless it is one, with these fields and without
-    NaN or Infinity."""
+    """The JSON object in a text. Raises ValueError unless the text is a JSON object with these
+    fields and without NaN or Infinity."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}")
@@ -84,7 +85,7 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
     try:
         record = json.loads(text, parse_constant=refuse)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
     check_fields(record, fields)
@@ -92,7 +93,7 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
 
 
 def check_fields(record: Record, fields: Fields) -> None:
-    """Raises ValueError for a field that is missing, of another type, or out of its range."""
+    """Raises ValueError for a field that is missing, has the wrong type, or is out of range."""
     for name, kinds in fields.items():
         if name not in record:
             if None in kinds:
@@ -106,7 +107,8 @@ def check_fields(record: Record, fields: Fields) -> None:
         if float in kinds:
             check_size(name, value)
     if fields is FIELDS[METRICS]:
-        # each is a number, true, false or null, except what a teacher says of itself
+        # every other value is a number, true, false or null, except what a teacher reports about
+        # itself
         for name, value in record.items():
             if type(value) not in (*NUMBER, bool) and not name.startswith("teacher_"):
                 raise ValueError(f"its {name!r} is {value!r:.40}")
@@ -128,10 +130,10 @@ def check_size(name: str, value: Any) -> None:
 def read_records(
     path: Path, fields: Fields | None = None, check: Callable[[Record], None] | None = None
 ) -> Iterator[Record]:
-    """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of
-    its name). check: raises ValueError for a record that is refused all the same. A last line left
-    incomplete by a killed process is skipped. Raises UserError for any other line that is no such
-    record."""
+    """Yields the records of a JSON Lines file; none if the file is missing. fields: required fields
+    (default: FIELDS of the file's name). check: function that raises ValueError for a record to be
+    refused for other reasons. A last line that a killed process left incomplete is skipped. Raises
+    UserError for any other line that is not such a record."""
     if not path.exists():
         return
     if fields is None:
@@ -153,7 +155,7 @@ def read_records(
                 if is_incomplete and not line.endswith(b"\n"):
                     return
                 raise UserError(
-                    f"line {number} of {path} does not belong there ({error}): fix or delete that "
+                    f"line {number} of {path} is not a record of this file ({error}): fix or delete that "
                     "line, or choose another file"
                 ) from None
             yield record
@@ -164,12 +166,13 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def read_stories(folder: Path) -> Iterator[Record]:
-    """The records of stories.jsonl, one at a time: a long run's file is too large for memory."""
+    """Yields the records of stories.jsonl one at a time, because a long run's file is too large for
+    memory."""
     return read_records(folder / STORIES)
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the records of later steps."""
+    """Remove the records of steps after `step` from a file."""
     if not path.exists():
         return
     with atomic_file(path) as file:
@@ -179,8 +182,8 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def add_to_record(path: Path, step: int, values: Record, costs: Record) -> None:
-    """Add values to the record of a step, and add costs to those in it; `teacher_cost` is that of
-    the whole run, and replaces the earlier one."""
+    """Add values to the record of a step, and add costs to the costs in the record. `teacher_cost`
+    is the cost of the whole run and replaces the earlier value."""
     with atomic_file(path) as file:
         for record in read_records(path):
             if record["step"] == step:
@@ -192,8 +195,8 @@ def add_to_record(path: Path, step: int, values: Record, costs: Record) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits,
-    non-finite ones are None."""
+    """The value as JSON types: tensor and NumPy scalars become numbers, floats keep 7 digits, and
+    floats that are not finite become None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -209,8 +212,8 @@ def plain(value: Any) -> Any:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the size and the SHA-256 of each file in a folder to its MANIFEST, and sync them
-    all."""
+    """Write the size and the SHA-256 of each file in a folder to the folder's MANIFEST, and sync
+    all files."""
     manifest = {path.name: size_and_hash(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in folder.iterdir():
@@ -226,7 +229,7 @@ def require_whole(folder: Path, names: Iterable[str]) -> None:
             raise UserError(f"{path} is missing")
         if not path.is_file() or manifest.get(name) != size_and_hash(path):
             raise UserError(
-                f"{path} is not what {MANIFEST} beside it says was saved: one of them is damaged"
+                f"{path} does not match {MANIFEST} beside it: one of the two files is damaged"
             )
 
 

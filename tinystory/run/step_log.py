@@ -1,5 +1,5 @@
-"""A run's progress bar, metrics of steps that a GPU may still be computing, and the seconds of a
-step's stages."""
+"""A run's progress bar, the log of metrics of steps that a GPU may still be computing, and a timer
+of a step's stages."""
 
 import math
 import sys
@@ -19,13 +19,13 @@ from tinystory.run.records import Record
 from tinystory.run.terminal import WIDEST
 
 LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
-LINE_S = 10.0  # seconds
-BAR = 20  # least columns of a bar
+LINE_S = 10.0  # minimum seconds between two lines without a terminal
+BAR = 20  # minimum columns of a bar
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]
-    """A progress bar on a terminal; elsewhere a line when a step ends, at most one in LINE_S. Rank 0
-    alone shows it."""
+    """A progress bar on a terminal; without a terminal, a line when a step ends, at most one line
+    in LINE_S. Only rank 0 shows it."""
 
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
@@ -38,8 +38,8 @@ class ProgressBar(tqdm):  # type: ignore[misc]
         )
 
     def __str__(self) -> str:
-        """The last fields that would leave a terminal fewer than BAR columns for the bar are
-        dropped."""
+        """The bar's text. The last fields are dropped if they would leave fewer than BAR columns
+        for the bar."""
         if self.lines:
             return str(super().__str__())
         facts = self.format_dict
@@ -70,7 +70,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
         # on a terminal `update` shows it, a few times a second
         self.set_postfix(numbers, refresh=False)
         if advance:
-            # a last step's words may go beyond the total, of which tqdm would then know nothing
+            # the last step's words may exceed the total, which tqdm would then no longer show
             self.update(min(advance, self.total - self.n))
         else:
             self.refresh()
@@ -84,8 +84,8 @@ class ProgressBar(tqdm):  # type: ignore[misc]
 
 class StepLog:
     """Writes the metrics of pretraining steps in order, while a GPU may still be computing later
-    ones. step_tokens: tokens per step. watch: returns the warnings that a record causes, by
-    kind."""
+    steps. step_tokens: tokens per step. watch: function that returns the warnings caused by a
+    record, by kind."""
 
     def __init__(
         self,
@@ -100,15 +100,16 @@ class StepLog:
         self.watch = watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
         self.last_end = 0.0  # when the last written step ended
-        self.metrics: dict[str, Any] = {}  # those written last
+        self.metrics: dict[str, Any] = {}  # the last written metrics
 
     def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
-        """statistics: (2,) float32, the step's loss and gradient norm."""
+        """Add a launched step to the queue. statistics: (2,) float32, the step's loss and gradient
+        norm. metrics: the step's other metrics."""
         self.launched.append((began, statistics, metrics))
 
     def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Wait for all launched steps but the last `ahead` and write their metrics, the very last
-        with a validation. Raises UserError for a loss that is not finite."""
+        """Wait for all launched steps except the last `ahead` and write their metrics; the last
+        written step includes `validate()`. Raises UserError for a loss that is not finite."""
         while len(self.launched) > ahead:
             began, statistics, metrics = self.launched.popleft()
             loss, grad_norm = statistics.wait().tolist()
@@ -135,7 +136,8 @@ class StepLog:
 
 
 class Stages:
-    """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of the finished ones."""
+    """Timer of the consecutive stages of a step. seconds: {NAME_s: seconds} of the finished
+    stages."""
 
     def __init__(self, bar: ProgressBar, device: torch.device):
         self.bar = bar
@@ -145,9 +147,10 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
-        """End the present stage and begin the next, which the bar names; "": begin none."""
+        """End the present stage and begin the stage `name`, which the progress bar shows. "": begin
+        no stage."""
         if self.name:
-            # a GPU's time counts where it was launched
+            # a GPU's time counts for the stage that launched the work
             self.seconds[f"{self.name}_s"] = now(self.device) - self.began
         if name:
             self.bar.set_description(name)

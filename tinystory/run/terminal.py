@@ -1,4 +1,4 @@
-"""Tables and stories as wide as the terminal, and colours where they help."""
+"""Tables, stories and colours for the terminal, wrapped to its width."""
 
 import os
 import re
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from tinystory.run.text import printable
 
-WIDEST = 100  # columns of prose, and of lines that no terminal shows
+WIDEST = 100  # maximum columns of prose, and columns without a terminal
 COLOURS = {"opening": "36", "better": "32", "worse": "31"}  # cyan, green, red
 
 
 def width() -> int:
-    """Columns for prose and tables: the terminal's, at most WIDEST; WIDEST without a terminal."""
+    """Number of columns for prose and tables: the terminal's, at most WIDEST; without a terminal,
+    WIDEST."""
     return min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
 
 
@@ -36,10 +37,10 @@ def wrapped(text: str) -> str:
 
 
 def story_text(opening: str, story: str) -> str:
-    """An opening and its story as printable text, wrapped; the opening has its colour."""
+    """An opening and its story as printable, wrapped text, with the opening in colour."""
     opening = printable(opening)
     text = wrapped(printable(f"{opening} {story}"))
-    # Wrapping moves white space alone.
+    # Wrapping changes only white space.
     characters = len("".join(opening.split()))
     beginning = re.match(rf"(\s*\S){{{characters}}}", text)
     assert beginning is not None, "the text begins with its opening"
@@ -48,8 +49,8 @@ def story_text(opening: str, story: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, with columns as wide as their longest cell. Columns that do not fit the
-    width stand below, after the first column again."""
+    """The lines of a table, with columns as wide as their longest cells. Columns that exceed the
+    terminal's width follow below, with the first column repeated."""
     columns: list[list[str]] = []
     for cells in zip(*rows, strict=True):
         longest = max(map(visible, cells))
@@ -71,5 +72,5 @@ def beside(left: Sequence[str], right: Sequence[str]) -> list[str]:
 
 
 def visible(text: str) -> int:
-    """Characters of a text that may have a `colour`."""
+    """The number of visible characters of a text, without the codes of `colour`."""
     return len(re.sub(r"\033\[\d+m", "", text))

@@ -1,9 +1,9 @@
-"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle,
-written atomically.
+"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer's state, without
+pickle, written atomically.
 
-They are renamed when complete, so that a kill leaves all earlier ones intact. `chck_3M` is a
-milestone in words, `step_0001200` is for resuming, and `best`, which alone is replaced, is the
-result."""
+A checkpoint is renamed when it is complete, so a kill leaves all earlier checkpoints intact.
+`chck_3M` is a milestone in words, `step_0001200` is for resuming, and `best` is the result. Only
+`best` is ever replaced."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ T = TypeVar("T")
 BEST = "best"
 STEP = re.compile(r"step_\d{7,}")
 # Types of a `history`. They are checked, because a student may come from somebody else, who counted
-# otherwise, or lies.
+# in another way, or lies.
 HISTORY: Fields = {
     "words": (int, None),
     "tokens": (int, None),
@@ -48,12 +48,12 @@ HISTORY: Fields = {
     "interaction_words_out": (int, None),
     "corpus": (list, None),
 }
-# Types of a trainer's counters, and bounds on what else its files hold. They may come from somebody
-# else too: within these bounds no sum of squares overflows.
+# Types of a trainer's counters, and bounds on the other values in the trainer's files, which may
+# come from somebody else too. Within these bounds no sum of squares overflows.
 KINDS: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 LARGEST_COEFFICIENT = 1e9
 LARGEST_STATE = 1e15
-UNREADABLE = 1 << 63  # in place of a step
+UNREADABLE = 1 << 63  # the step of a checkpoint with unreadable counters
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 
 
@@ -67,10 +67,10 @@ def save(
     counters: dict[str, Any],
     replace: bool = False,
 ) -> Path:
-    """Write one checkpoint and return its folder. A whole one that exists is kept, unless
-    `replace`. history goes to model.json; state and counters are what a bit-exact resume needs.
-    Raises UserError if it cannot be written."""
-    if folder.exists() and not replace:  # the same step of the same run, before a resume
+    """The folder of the checkpoint that is written here. An undamaged checkpoint in `folder` is
+    kept, unless `replace`. history is saved in model.json; state and counters are the trainer's,
+    for a bit-identical resume. Raises UserError if the checkpoint cannot be written."""
+    if folder.exists() and not replace:  # the same step of this run, from before a resume
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
             return folder
@@ -85,7 +85,8 @@ def save(
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
         tokenizer.save(partial / "tokenizer.json")
         write_manifest(partial)
-        # a kill between the two renames leaves the run without `best`, not with half of one
+        # a kill between the two renames leaves the run without `best`, but never with an incomplete
+        # one
         if folder.exists():
             folder.rename(replaced)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -95,8 +96,9 @@ def save(
 def load(
     folder: Path, device: torch.device | str = "cpu"
 ) -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and history ({} for a folder that transformers wrote). Raises UserError if
-    the checkpoint is incomplete or malformed, before more is allocated than its weights fill."""
+    """Student, tokenizer and history ({} for a folder saved by transformers). Raises UserError if
+    the checkpoint is incomplete or malformed, before more memory is allocated than the weights
+    fill."""
     history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
@@ -104,19 +106,17 @@ def load(
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
         history = _history(folder, record.pop("history", {}))
-        record.setdefault("tied", True)  # an older one does not say
+        record.setdefault("tied", True)  # older checkpoints do not record it
         wrong = wrong_shape(record)
         if wrong:
-            raise UserError(
-                f"{folder / 'model.json'} describes a student that there cannot be: {wrong}"
-            )
+            raise UserError(f"{folder / 'model.json'} describes an impossible student: {wrong}")
         student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return to_device(student, device), tokenizer, history
 
 
 def _history(folder: Path, history: object) -> dict[str, Any]:
-    """The history, as given to `save`. Raises UserError if it cannot be one."""
+    """The `history` given to `save`. Raises UserError if the object cannot be a history."""
     try:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
@@ -127,7 +127,7 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         return history
     except ValueError as error:
         raise UserError(
-            f"{folder / 'model.json'} holds no history that a student can have: {error}"
+            f"{folder / 'model.json'} has an impossible history of the student: {error}"
         ) from None
 
 
@@ -139,8 +139,8 @@ def restore(student: Student, folder: Path) -> None:
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, whose numbers are finite, and its `counters` as a `run_state`.
-    Raises UserError for any others."""
+    """The `state` and the `counters` (as a `run_state`) given to `save`. Raises UserError unless
+    all numbers are finite and in range."""
     counters = read_counters(folder)
     kinds = get_type_hints(run_state)
     try:
@@ -152,7 +152,7 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
                 raise ValueError(f"its {name!r} is {value!r:.40}")
     except ValueError as error:
         raise UserError(
-            f"{folder / 'trainer.json'} is not what this command saves ({error}): it must hold "
+            f"{folder / 'trainer.json'} was not saved by this command ({error}): it must hold "
             f"{', '.join(kinds)}"
         ) from None
 
@@ -173,27 +173,29 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """The `counters` given to `save`, at least `step`. Raises UserError if they cannot be read."""
+    """The `counters` given to `save`, which have at least `step`. Raises UserError if they cannot
+    be read."""
     return read_object(folder / "trainer.json", {"step": (int,)})
 
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """In the block, which restores what `load_trainer` returned, ValueError, KeyError and the
-    RuntimeError of load_state_dict become a UserError that names the file."""
+    """Context for restoring the state of `load_trainer`: ValueError, KeyError and the RuntimeError
+    of load_state_dict become a UserError that names the file."""
     try:
         yield
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder / 'trainer.safetensors'} does not fit ({reason}): give the options that it "
-            "was saved with, or start from another checkpoint"
+            f"{folder / 'trainer.safetensors'} does not fit this run ({reason}): give the options of "
+            "the run that saved it, or start from another checkpoint"
         ) from error
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """A run's checkpoints with their steps, newest first; those whose step is unreadable come
-    before, with UNREADABLE. Without `best`, which is saved before its step is logged."""
+    """A run's checkpoints as pairs (step, folder), newest first. Checkpoints with an unreadable
+    step come before the others, with UNREADABLE. `best` is not included, because it is saved before
+    its step is logged."""
     folders = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
@@ -205,7 +207,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def newest(run: Path) -> Path | None:
-    """A run's checkpoint with the most steps, or None."""
+    """The checkpoint of a run with the most steps, or None."""
     for step, folder in checkpoints(run):
         if step < UNREADABLE:
             return folder
@@ -213,28 +215,30 @@ def newest(run: Path) -> Path | None:
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest undamaged checkpoint, to resume from, or None if the run never reached one.
-    Damaged ones are named on stderr. Raises UserError if all are damaged."""
+    """The newest undamaged checkpoint, to resume from; None if the run never saved one. Damaged
+    checkpoints are named on stderr. Raises UserError if all are damaged."""
     folders = checkpoints(run)
     for _, folder in folders:
         try:
             require_whole(folder, FILES)
             return folder
         except UserError as error:
-            print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
+            print(f"tinystory: {error}; trying the previous checkpoint", file=sys.stderr)
     if folders:
         raise UserError(
             f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a "
             "new run"
         )
-    print(printable(f"{run} was stopped before its first checkpoint: it starts again"))
+    print(
+        printable(f"{run} was stopped before its first checkpoint, so it starts from the beginning")
+    )
     return None
 
 
 def find(path: Path) -> Path:
-    """`path` if it is a checkpoint or a folder that transformers wrote, else its run's best
-    checkpoint, or the newest; hub:NAME@REVISION is downloaded. Raises UserError if there is
-    none."""
+    """The checkpoint that `path` names: `path` itself if it is a checkpoint or a folder saved by
+    transformers; of a run, `best` or else the newest checkpoint; for hub:NAME@REVISION, the
+    downloaded folder. Raises UserError if there is no checkpoint."""
     if str(path).startswith("hub:"):
         return hf.download(str(path))
     if (path / "model.json").exists() or hf.is_folder(path):
@@ -246,18 +250,19 @@ def find(path: Path) -> Path:
     if folder:
         return folder
     raise UserError(
-        f"{path} is neither a checkpoint nor a run that has one: give the folder of either"
+        f"{path} is neither a checkpoint nor a run with a checkpoint: give the folder of one of these"
     )
 
 
 def drop_older(folder: Path) -> None:
-    """Remove all `step_*` checkpoints before `folder` but the last, in case `folder` is damaged
-    later, and those that a killed process left half-written or half-removed. Only for the process
-    that writes them. (All other names sort before `step_`.)"""
+    """Remove all `step_*` checkpoints older than `folder`, except the last of them, which is kept
+    in case `folder` is damaged later. Also remove checkpoints that a killed process left
+    half-written or half-removed. Only the process that writes the checkpoints may call this. (All
+    other names sort before `step_`.)"""
     steps = [path for path in folder.parent.iterdir() if STEP.fullmatch(path.name)]
     try:
         for path in sorted(path for path in steps if path.name < folder.name)[:-1]:
-            # so that a kill leaves none that is half removed
+            # renamed first, so that a kill never leaves a half-removed checkpoint
             path.rename(path.with_name("." + path.name))
         for path in folder.parent.glob(".step_*"):
             shutil.rmtree(path, ignore_errors=True)  # what is left, the next call removes
@@ -266,7 +271,7 @@ def drop_older(folder: Path) -> None:
 
 
 def pack_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The state of AdamW or MuonAdamW, made from named parameters, as named tensors."""
+    """The state of AdamW or MuonAdamW (constructed with named parameters) as named tensors."""
     names: list[str] = []
     for group in optimizer.param_groups:
         names += group["param_names"]
@@ -278,21 +283,21 @@ def pack_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises ValueError if one
-    does not fit, as another optimizer's, or another student's."""
+    """Load the result of `pack_optimizer` into an optimizer. Other tensors in `state` are ignored.
+    Raises ValueError if a tensor does not fit, for example from another optimizer or student."""
     entries: dict[int, dict[str, Tensor]] = {}
-    i = 0  # a parameter's number in the optimizer's state
+    i = 0  # number of the parameter in the optimizer's state
     for group in optimizer.param_groups:
         keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            if f"step.{name}" in state:  # there is none before the first step
+            if f"step.{name}" in state:  # missing before the first step
                 entries[i] = {key: _entry(state, key, name, p.shape) for key in keys}
             i += 1
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
 def _entry(state: dict[str, Tensor], key: str, parameter: str, shape: torch.Size) -> Tensor:
-    """Raises ValueError if the state's KEY.PARAMETER cannot be the optimizer's."""
+    """The tensor KEY.PARAMETER of the state. Raises ValueError if it cannot be the optimizer's."""
     name = f"{key}.{parameter}"
     value = state.get(name)
     if value is None or value.shape != (() if key == "step" else shape):

@@ -1,8 +1,8 @@
-"""`generate`: the student continues many prompts, sampled token by token with a KV cache.
+"""`generate`: stories that the student samples for many prompts, token by token, with a KV cache.
 
-On a CPU the C++ engine runs the token steps where it can; otherwise `TokenStep` does, on a GPU as a
-CUDA graph. A draw depends on (seed, story index, position) and the logits alone, so a story does
-not depend on the rest of its batch."""
+On a CPU the C++ engine runs the token steps if it supports the dtype; otherwise `TokenStep` runs
+them, on a GPU as a CUDA graph. A sampled token depends only on (seed, story index, position) and
+the logits, so a story does not depend on the other stories of the batch."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from tinystory.run.errors import UserError
 from tinystory.student.model import Student, ValueHead
 from tinystory.student.token_step import Sampling, token_step
 
-# Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else
+# Decoding batch size on a CPU: ROWS per thread if the weights have at most CACHE bytes. Otherwise
 # LARGE_ROWS in all, so that a token step reads the weights once for many stories.
 ROWS = 32
 LARGE_ROWS = 128
@@ -32,10 +32,10 @@ STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to rea
 class Story:
     """A continuation of an opening, on the CPU.
 
-    prompt_ids (P,) int64: an end token, as before every document of the corpus, and the opening.
-    tokens (n,) int64: with the end token, if one was drawn. logprobs, entropies (n,) float32: nats,
-    under softmax(logits / temperature) before top-k and top-p. values (n,) float32: the value
-    head's; 0 without one. ended: "eos" or "length"."""
+    prompt_ids (P,) int64: an end token, as before every document of the corpus, then the opening.
+    tokens (n,) int64: the story, with the end token if one was drawn. logprobs, entropies (n,)
+    float32: nats, under softmax(logits / temperature) before top-k and top-p. values (n,) float32:
+    output of the value head; 0 without a value head. ended: "eos" or "length"."""
 
     index: int
     opening: str
@@ -69,10 +69,10 @@ def generate(
 ) -> list[Story]:
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
-    The stories to an opening that are decoded together share one pass over it. `on_story` gets each
-    story as soon as it ends; without it, a terminal shows a progress bar. A temperature below 1e-6
-    is greedy decoding. Matmuls and the KV cache have autocast's
-    dtype. Raises UserError if a story may not fit the context."""
+    Stories for the same opening that are decoded together share one pass over the opening.
+    `on_story` is called with each story as soon as the story ends; without `on_story`, a terminal
+    shows a progress bar. A temperature below 1e-6 means greedy decoding. Matmuls and the KV cache
+    have autocast's dtype. Raises UserError if a story may not fit the context."""
     if temperature < 1e-6:
         temperature = 1.0
         top_k = 1
@@ -87,11 +87,11 @@ def generate(
     dtype = ops.matmul_dtype(student.wte.weight)
     weights = sum(p.numel() for p in student.parameters()) * dtype.itemsize
     rows = rows_at_once(len(openings), weights, device)
-    # A decoder is given a batch of stories at a time; no parameter may change meanwhile.
+    # A decoder gets one batch of stories at a time; no parameter may change during the batch.
     decoder: EngineDecoder | StudentDecoder
     if engine_runs(device, dtype):
         decoder = EngineDecoder(student, value_head, sampling, rows)
-        batch_size = len(openings)  # the engine itself begins a story whenever a row is free
+        batch_size = len(openings)  # the engine begins the next story whenever a row is free
     else:
         decoder = StudentDecoder(student, value_head, sampling)
         batch_size = rows
@@ -105,11 +105,11 @@ def generate(
         for begin in range(0, len(openings), batch_size):
             batch = openings[begin : begin + batch_size]
             unique = list(dict.fromkeys(batch))
-            place = {opening: i for i, opening in enumerate(unique)}
+            prompt_index = {opening: i for i, opening in enumerate(unique)}
             offset = first_index + begin  # index of the batch's first story
             decoder.start(
                 [prompts[opening] for opening in unique],
-                [place[opening] for opening in batch],
+                [prompt_index[opening] for opening in batch],
                 offset,
             )
             while len(stories) < begin + len(batch):
@@ -133,9 +133,9 @@ def rows_at_once(count: int, weights: int, device: torch.device) -> int:
 
 
 def columns_of(outputs: Sequence[Tensor], row: int, length: int) -> list[Tensor]:
-    """A story's tokens (n,) int64, logprobs, values and entropies (n,) float32: a row's first
-    `length` entries, from four tensors (rows, max_new_tokens). Copies, not views, because pickle
-    would write the whole tensor of a view."""
+    """A story's tokens (n,) int64, and logprobs, values and entropies (n,) float32: the first
+    `length` entries of a row of four tensors (rows, max_new_tokens). They are copies, because
+    pickle would write the whole tensor of a view."""
     columns = [column[row, :length].clone() for column in outputs]
     columns[0] = columns[0].long()
     return columns
@@ -162,9 +162,9 @@ def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class EngineDecoder:
-    """The C++ engine (csrc/cpu/engine.cpp), with float32 sums, norms, softmax and logits. It
-    decodes at most `size` stories at a time; neither this nor the number of threads changes a bit
-    of a story."""
+    """Decoder that uses the C++ engine (csrc/cpu/engine.cpp), with float32 sums, norms, softmax and
+    logits. It decodes at most `size` stories at a time. Stories are bit-identical for any `size`
+    and any number of threads."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling, size: int):
         named = dict(student.named_parameters())
@@ -180,7 +180,7 @@ class EngineDecoder:
         self.size = size
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row
+        """Begin a batch. Story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row
         id offset + i."""
         sampling = self.sampling
         self.outputs = self.engine.start(
@@ -197,13 +197,15 @@ class EngineDecoder:
         )
 
     def step(self) -> list[tuple[int, list[Tensor]]]:
-        """Decode a token of each story. Returns pairs (i, columns) for the stories that end."""
+        """Pairs (i, columns) of the stories that end in this step, which decodes one token of each
+        story."""
         return [(row, columns_of(self.outputs, row, length)) for row, length in self.engine.step()]
 
 
 class StudentDecoder:
-    """PyTorch and our kernels on any device, inside `Student.lowered`; on CUDA as captured graphs,
-    of which the host launches STEPS_AHEAD before it reads the tokens of one."""
+    """Decoder that uses PyTorch and our kernels on any device, inside `Student.lowered`. On CUDA
+    the steps are captured graphs, and the host launches STEPS_AHEAD graphs before it reads the
+    tokens of the first."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
         self.student = student
@@ -211,19 +213,19 @@ class StudentDecoder:
         self.sampling = sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """As EngineDecoder's."""
+        """Begin a batch: see EngineDecoder.start."""
         count = len(prompt_of)
         prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.token_step = token_step(self.student, self.head, count, prompt_tokens, self.sampling)
         self.token_step.start(prompts, prompt_of, offset)
         self.offset = offset
-        self.t = 0  # tokens that the host has read of each story
+        self.t = 0  # number of tokens of each story that the host has read
         self.batch = torch.arange(count, device="cpu")  # the story in each row of the batch
         self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
         self.launched = deque([(self.batch, Download(self.token_step.drawn))])
 
     def step(self) -> list[tuple[int, list[Tensor]]]:
-        """As EngineDecoder's."""
+        """Pairs (i, columns) of the stories that end in this step: see EngineDecoder.step."""
         last_step = self.sampling.max_new_tokens - 1
         ahead = STEPS_AHEAD if self.token_step.on_graph else 0
         while len(self.launched) <= min(ahead, last_step - self.t):
@@ -245,8 +247,7 @@ class StudentDecoder:
         return [(story, columns_of(outputs, i, self.t)) for i, story in enumerate(ended.tolist())]
 
     def shrink(self) -> None:
-        """Drop rows that have ended, if a smaller batch pays. Some of them may stay, to fill it up
-        to its size."""
+        """Drop ended rows if a smaller batch pays. Some ended rows may stay, to fill the batch."""
         remaining = int(self.alive.sum())
         if not remaining:
             return
@@ -261,28 +262,28 @@ class StudentDecoder:
 def next_batch_size(alive: int, rows: int) -> int:
     """Batch size for the next step, when `alive` of the rows are still generating.
 
-    Capturing a graph for a new size takes milliseconds, so the batch is halved when half of its
-    rows have ended, down to 64, which take about as long as one, because a step reads the weights
-    once for all rows."""
+    Capturing a graph for a new size takes milliseconds, so the batch is only halved, when half of
+    the rows have ended. The smallest size is 64: a step reads the weights once for all rows, so 64
+    rows take about as long as one row."""
     while rows > 64 and alive <= (rows + 1) // 2:
         rows = (rows + 1) // 2
     return rows
 
 
 def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> None:
-    """Raises UserError if opening and story exceed the context."""
+    """Raises UserError if opening and story exceed the student's context."""
     room = student.config.context - opening_tokens
     if max_new_tokens > room:
         advice = "shorten the opening"
         if room > 0:
             advice = f"lower --max-new-tokens to {room}, or {advice}"
         raise UserError(
-            f"the opening ({opening_tokens} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
-            f"student's context of {student.config.context}: {advice}"
+            f"the opening ({opening_tokens} tokens) and the story (--max-new-tokens {max_new_tokens}) exceed the "
+            f"student's context of {student.config.context} tokens: {advice}"
         )
 
 
 def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
-    """The tokens of a prompt: an end token, as before every document of the corpus, and the
+    """The tokens of a prompt: an end token, as before every document of the corpus, then the
     opening."""
     return [tokenizer.eos, *tokenizer.encode(opening)]

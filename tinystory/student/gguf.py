@@ -1,8 +1,8 @@
-"""GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its
-tokenizer.
+"""Writes GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with
+the tokenizer.
 
-llama.cpp begins a prompt with the file's `bos`, here the end token, which stands before every
-document in training, so that it reads a prompt as `encode_opening` encodes it."""
+llama.cpp begins a prompt with the file's `bos`. Here `bos` is the end token, which precedes every
+document in training, so llama.cpp encodes a prompt as `encode_opening` does."""
 
 import json
 from pathlib import Path
@@ -28,10 +28,11 @@ NAMES = {
     "ln_f": "output_norm",
     "lm_head": "output",
 }
-# What llama.cpp samples with unless it is told otherwise (its pull request 17120), the
-# student's whole distribution. Its own defaults cut it and penalise repeated names.
+# Default sampling settings for llama.cpp (see its pull request 17120): the student's whole
+# distribution. llama.cpp's own defaults truncate the distribution and penalise repeated names.
 SAMPLING = {"temp": 1.0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0}
-# A message is an opening: without a template, llama.cpp's chat writes markup that no student has read.
+# A message is an opening. Without a template, llama.cpp's chat adds markup that was not in the
+# student's training data.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 

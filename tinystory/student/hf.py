@@ -1,6 +1,6 @@
 """Reads and writes folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
 
-transformers' Auto classes load what is written here without code of ours. Folders to read are
+transformers' Auto classes load the written folders without our code. Folders that are read are
 untrusted: only JSON and safetensors are opened, sizes are checked before anything is allocated, and
 only GPT-2's exact layout is accepted."""
 
@@ -30,7 +30,7 @@ NAMES = {
     "fc": "mlp.c_fc",
     "mlp_proj": "mlp.c_proj",
 }
-# Options that the layout fixes, with the accepted values; the first is transformers' default.
+# Options that must have one of these values; the first value is transformers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
@@ -48,11 +48,11 @@ FILES = {
 }
 # the largest number of float16; below it no forward pass overflows float32
 LARGEST_WEIGHT = 65504.0
-PROBE = 64  # tokens of the sequence with which `require_finite` tries a student
+PROBE = 64  # tokens of the sequence on which `require_finite` runs a student
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder in transformers' format, and not a checkpoint of ours."""
+    """Whether a folder is in transformers' format and not one of our checkpoints."""
     config = path / "config.json"
     return (
         config.is_file()
@@ -62,8 +62,8 @@ def is_folder(path: Path) -> bool:
 
 
 def download(address: str) -> Path:
-    """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging
-    Face Hub."""
+    """The local folder with the downloaded files of hub:NAME@REVISION on the Hugging Face Hub.
+    REVISION is a branch, tag or commit (default: main)."""
     name, _, revision = address.removeprefix("hub:").partition("@")
     files = ("config.json", *FILES)
     paths = hub.download(name, files, repo_type="model", revision=revision or None)
@@ -71,16 +71,17 @@ def download(address: str) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """With the default permissions; safetensors' save_file would give the file 0600."""
+    """Write a safetensors file with the default permissions; safetensors' save_file would give the
+    file 0600."""
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def require_finite(
     step: int, student: Student, state: Mapping[str, torch.Tensor], advice: str
 ) -> None:
-    """Raises UserError if the step made weights that `read_student` would refuse or that give no
-    finite logits, or a trainer's state that is not finite, so that no checkpoint holds what no run
-    can go on from. advice: which options to change."""
+    """Raises UserError if a step diverged: the weights are so large that `read_student` would
+    refuse them, the logits are not finite, or the trainer's state is not finite. So no checkpoint
+    holds values from which no run can continue. advice: options to change."""
     largest_weight = torch.nn.utils.get_total_norm(student.parameters(), math.inf)
     largest_state = torch.nn.utils.get_total_norm(state.values(), math.inf)
     length = min(student.config.context, student.config.vocab_size, PROBE)
@@ -90,14 +91,14 @@ def require_finite(
     if weights_fit and largest_state.isfinite() and logits.isfinite().all():
         return
     raise UserError(
-        f"step {step} made weights that are not finite, or too large, and is not saved: {advice}; "
-        "--resume goes on from the last checkpoint, with such flags"
+        f"step {step} diverged (NaN, infinite or huge weights) and was not saved: {advice}; "
+        "--resume continues from the last checkpoint, with such flags"
     )
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a new folder that transformers can load, and that then samples by itself from the
-    student's whole distribution. Raises OSError if it exists or cannot be written."""
+    """Write a new folder that transformers can load. Its generation settings sample from the
+    student's whole distribution. Raises OSError if the folder exists or cannot be written."""
     names = {id: name for name, id in tokenizer.specials.items()}
     ids = {}
     tokens = {}
@@ -146,24 +147,26 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """A parameter's name, with the parts that `names` has replaced."""
+    """A parameter's name, with the parts in `names` replaced."""
     return ".".join(names.get(part, part) for part in name.split("."))
 
 
 def their_name(name: str, prefix: str) -> str:
-    """transformers' name of a parameter of ours. prefix: of all but the output head's."""
+    """transformers' name of one of our parameters. prefix: prepended to all names except the output
+    head's."""
     return name if name.startswith("lm_head.") else prefix + renamed(name, NAMES)
 
 
 def is_transposed(name: str, shape: Sequence[int]) -> bool:
-    """transformers' Conv1D stores weights as (in, out), our Linear as (out, in)."""
+    """Whether transformers stores this parameter transposed: its Conv1D has weights (in, out), our
+    Linear (out, in)."""
     return name.startswith("blocks.") and len(shape) == 2
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
     """Student (float32, on the CPU) and tokenizer of a folder in transformers' format. Raises
-    UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in
-    safetensors."""
+    UserError unless the folder has GPT-2's layout, byte-level BPE with GPT-2's split, and weights
+    in safetensors."""
     for name, advice in FILES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: {advice}")
@@ -201,15 +204,15 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
-    """A student (float32, on the CPU) from a weights file, ours or transformers', whose prefix
-    `transformer.` is optional. Raises UserError if a tensor is missing, has another shape than
-    `shape` says, or could overflow."""
+    """A student (float32, on the CPU) from a weights file, ours or transformers' (where the prefix
+    `transformer.` is optional). Raises UserError if a tensor is missing, does not have the shape
+    that follows from `shape`, or could overflow."""
     state = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             prefix = "transformer." if "transformer.wte.weight" in names else ""
-            if shape.n_layer > len(names):  # before so many layers are made
+            if shape.n_layer > len(names):  # before so many layers are allocated
                 raise ValueError(f"it has too few tensors for {shape.n_layer} layers")
             with torch.device("meta"):
                 student = Student(shape)
@@ -238,7 +241,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with the end token that config.json names."""
+    """The tokenizer in tokenizer.json, with the end token that config.json names."""
     file = folder / "tokenizer.json"
     spec = read_object(file)
     try:
@@ -247,8 +250,8 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
-        # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the
-        # vocabulary, as padding.
+        # Add special tokens that GPT2TokenizerFast does not know, and padding tokens for embedding
+        # rows beyond the vocabulary.
         known = {token["content"] for token in added}
         unknown = [name for name in SPECIALS if name in vocab and name not in known]
         missing = [_special(vocab[name], name) for name in unknown]

@@ -1,5 +1,5 @@
-"""Checks that pretraining fits memory before anything is allocated. Only what is certain counts:
-weights, gradients, optimizer state, and the largest tensors that the options multiply."""
+"""Checks that pretraining fits in memory, before anything is allocated. The estimate is a lower
+bound: weights, gradients, optimizer state, and the largest tensors."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ ACTIVATIONS = 10
 
 
 def total(device: torch.device) -> int:
-    """Bytes of the device's memory; for the CPU, what the machine and its control group allow."""
+    """The device's memory in bytes; for the CPU, the limit of the machine and its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,7 +29,7 @@ def total(device: torch.device) -> int:
 
 
 def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
-    """Raises UserError if the run does not fit."""
+    """Raises UserError if the run does not fit in the device's memory."""
     shape = student_config(config, config.vocab_size)
     tokens = min(config.micro_batch_size, config.batch_size) * config.context
     activations = tokens * config.n_layer * config.n_embd * ACTIVATIONS * 2

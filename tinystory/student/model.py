@@ -1,13 +1,14 @@
-"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, an output
-head that is the token embedding or its own.
+"""The student: a model of any size in GPT-2's layout, with pre-norm, biases, tanh GELU, and a table
+of position embeddings. The positions start as GPT-2's or as sinusoids that do not learn in
+pretraining. The output head is tied to the token embedding or separate.
 
-`Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden`
+`Student.trunk` is the only forward pass in Python. Each caller supplies the attention: `hidden`
 attends within whole sequences (training, evaluation), `prefill` and `step` over a KV cache
 (decoding). The output head is applied to the final hidden states in `ops.token_logprob` or in
 `logits`.
 
 csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: change both together.
-The engine takes parameters by name and refuses unknown ones."""
+The engine takes parameters by name and refuses unknown names."""
 
 import contextlib
 import math
@@ -28,15 +29,15 @@ from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 
 CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
-POSITION_STD = 1.5  # of the sinusoids with which positions start, where tokens' embeddings have 1
-# Scales of the initial queries and keys, by the channels that they read: attention starts by position
-# more than by content.
+POSITION_STD = 1.5  # standard deviation of the initial sinusoids; token embeddings have 1
+# Scales of the initial queries and keys for the channels that they read: attention starts more by
+# position than by content.
 QK_OF_POSITIONS, QK_OF_OTHERS = 1.4, 0.4
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """tied: whether the output head is the token embedding, as GPT-2's is."""
+    """The shape of a student. tied: whether the output head is the token embedding, as in GPT-2."""
 
     n_layer: int
     n_head: int
@@ -47,7 +48,8 @@ class StudentConfig:
 
 
 def student_config(config: PretrainConfig, vocab_size: int) -> StudentConfig:
-    """The shape of a student to pretrain, with GPT-2's tied embedding if it begins as GPT-2."""
+    """The shape of a student to pretrain. The output head is tied if the initial weights are
+    GPT-2's."""
     return StudentConfig(
         config.n_layer,
         config.n_head,
@@ -59,7 +61,7 @@ def student_config(config: PretrainConfig, vocab_size: int) -> StudentConfig:
 
 
 def wrong_shape(sizes: Mapping[str, Any]) -> str:
-    """Why these sizes, from an untrusted file, make no StudentConfig, or ""."""
+    """The reason why sizes from an untrusted file cannot be a StudentConfig; "" if they can."""
     names = [field.name for field in fields(StudentConfig)]
     if sizes.keys() != set(names):
         return f"it must have {', '.join(names)}, and nothing else"
@@ -76,13 +78,13 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
 
 
 def to_device(student: "Student", device: torch.device | str) -> "Student":
-    """Raises UserError if no CUDA kernel has the student's head size."""
+    """The student on the device. Raises UserError if no CUDA kernel has the student's head size."""
     head = student.config.n_embd // student.config.n_head
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
         raise UserError(
-            f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEAD_SIZES}: choose --n-head "
-            "so that --n-embd divided by it is one of them, or use --device cpu"
+            f"this student's heads have size {head}, and the CUDA kernels support {CUDA_HEAD_SIZES}: choose --n-head "
+            "so that --n-embd / --n-head is one of these sizes, or use --device cpu"
         )
     return student.to(device)
 
@@ -90,9 +92,10 @@ def to_device(student: "Student", device: torch.device | str) -> "Student":
 class KVCache:
     """Keys and values of the tokens read so far.
 
-    prefix (n_layer, P, 2, H, D): the prompts', each once. spans (B, 2) int64: begin and end of each
-    row's prompt in it. own (n_layer, B, capacity, 2, H, D): each row's after its prompt, of which
-    lengths (B,) int64 are filled."""
+    prefix (n_layer, P, 2, H, D): keys and values of the prompts, each prompt once. spans (B, 2)
+    int64: begin and end of each row's prompt in `prefix`. own (n_layer, B, capacity, 2, H, D): keys
+    and values of each row after the prompt. lengths (B,) int64: number of filled positions of each
+    row in `own`."""
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class KVCache:
         dtype: torch.dtype,
         prefix: int,
     ):
-        """prefix: room for this many tokens of prompts."""
+        """prefix: maximum number of prompt tokens."""
         L = config.n_layer
         B = len(spans)
         H = config.n_head
@@ -114,30 +117,30 @@ class KVCache:
         self.use(B)
 
     def use(self, rows: int) -> None:
-        """Make this many rows of the memory the batch."""
+        """Use the first `rows` rows of the memory as the batch."""
         own, lengths, spans = self.memory
         self.own = own[:, :rows]
         self.lengths = lengths[:rows]
         self.spans = spans[:rows]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these, (R,) int64, which move to the front of the same memory."""
+        """Drop all rows except `rows`, (R,) int64, which move to the front of the same memory."""
         self.own[:, : len(rows)] = self.own[:, rows]
         self.lengths[: len(rows)] = self.lengths[rows]
         self.spans[: len(rows)] = self.spans[rows]
         self.use(len(rows))
 
     def restart(self, spans: Tensor) -> None:
-        """Empty the cache, for as many rows as spans, (B, 2) int64, in the same memory."""
+        """Empty the cache for the B rows of spans, (B, 2) int64, in the same memory."""
         self.use(len(spans))
         self.spans.copy_(spans)
         self.lengths.zero_()
 
 
 class Linear(nn.Linear):
-    """A linear layer, followed by tanh GELU if `gelu`. wide: the output, for the residual stream,
-    stays float32 where the kernel has it at hand (see `ops.linear`). copies: weight and bias inside
-    `Student.lowered`."""
+    """A linear layer, followed by tanh GELU if `gelu`. wide: the output is for the residual stream
+    and stays float32 if the kernel has float32 accumulators (see `ops.linear`). copies: weight and
+    bias in autocast's dtype, inside `Student.lowered`."""
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
@@ -176,10 +179,11 @@ class Block(nn.Module):
         dropout: float,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """(x, branch) after this block, both (..., C): the residual stream, and the last sublayer's
-        output, yet to be added. branch: the previous block's, or None. attend: packed q, k, v (...,
-        3, H, D) -> (..., H, D). seed: the layer's, for dropout of the two branches that it adds."""
-        # Each branch's mask has its own seed, which no other layer's masks have.
+        """(x, branch) after this block, both (..., C): the residual stream, and the output of the
+        last sublayer, which the next block adds to x. branch: the branch of the previous block, or
+        None. attend: packed q, k, v (..., 3, H, D) -> (..., H, D). seed: the layer's dropout seed,
+        for the two branches that this block adds."""
+        # Every branch of every layer has a different seed for the dropout mask.
         first_seed = 2 * seed
         second_seed = 2 * seed + 1
         # x += branch; ln_1(x)
@@ -191,12 +195,15 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit", for a
-    student that is not tied, scales with the width: deviations of 1 for embeddings and about 1 /
-    sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp
-    enough to be trained: a small student learns to copy a name hundreds of steps sooner. Positions
-    are sinusoids, of which a head can learn to look so many tokens back; they do not learn until
-    the student is loaded again, for interaction. See `separate_channels` too."""
+    """The model.
+
+    init "gpt2" is GPT-2's initialisation, with a standard deviation of 0.02, which suits a width of
+    768. init "unit" is for an untied student and scales with the width: standard deviations of 1
+    for embeddings and about 1 / sqrt(C) for matrices, and a gain of 1 / sqrt(C) in the final norm.
+    Attention then starts sharp enough to be trained, and a small student learns to copy a name
+    hundreds of steps sooner. Positions are sinusoids, from which a head can learn to look a fixed
+    number of tokens back. The positions do not learn until the student is loaded again, for
+    interaction. See also `separate_channels`."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -215,18 +222,19 @@ class Student(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, Linear):
                 nn.init.zeros_(module.bias)
-        # GPT-2: residual projections start smaller, so that depth does not grow the stream.
+        # As in GPT-2, residual projections start smaller, so that depth does not grow the stream.
         for weight in self.weights("proj"):
             nn.init.normal_(weight, std=std / math.sqrt(2 * config.n_layer))
         if init != "gpt2":
             self.separate_channels()
-            nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
+            nn.init.constant_(self.ln_f.weight, std)  # logits start with standard deviation 1
 
     @torch.no_grad()
     def separate_channels(self) -> None:
-        """Start positions in the first eighth of the residual stream's channels, token embeddings
-        in its second half, and what the layers add between them. Nothing then hides anything else
-        before it is learned: a student is as good after a fifth fewer words (lab/LOG.md)."""
+        """Initialise positions in the first eighth of the residual stream's channels, token
+        embeddings in the second half, and the outputs of the layers in the channels between them.
+        At first no part then overlaps another: a student is as good after a fifth fewer words
+        (lab/LOG.md)."""
         C = self.config.n_embd
         position_channels = C // 8
         token_channels = C // 2
@@ -255,16 +263,16 @@ class Student(nn.Module):
 
         tokens = self.wte.weight
         nn.init.normal_(tokens)
-        # Where embeddings are, the output head starts as their copy, so that a token which attention
-        # copies from afar is the one that is predicted.
+        # In the embeddings' channels, the output head starts as a copy of the embeddings. So if
+        # attention copies an earlier token, that token is predicted.
         self.unembedding.copy_(tokens)
         self.unembedding[:, for_positions] = 0
         tokens[:, for_positions] = 0
         tokens[:, for_layers] = 0
 
     def weights(self, ending: str) -> list[Tensor]:
-        """The weights of the linear layers whose names end so: "proj" is all that write to the
-        residual stream."""
+        """The weights of all linear layers with names that end in `ending`. "proj" gives the layers
+        that write to the residual stream."""
         return [p for name, p in self.named_parameters() if name.endswith(f"{ending}.weight")]
 
     @property
@@ -279,9 +287,9 @@ class Student(nn.Module):
         dropout: float = 0.0,
         seed: int = 0,
     ) -> Tensor:
-        """Embedded tokens (..., C) -> final hidden states (..., C). attend(i, qkv): layer i's
-        attention, see `Block.forward`. dropout: torch's generator draws it for the embedding and
-        the last branch, `seed` elsewhere."""
+        """Final hidden states (..., C) of embedded tokens (..., C). attend(i, qkv): layer i's
+        attention, see `Block.forward`. dropout: rate; PyTorch's generator draws the masks of the
+        embedding and the last branch, and `seed` determines all other masks."""
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
@@ -289,12 +297,13 @@ class Student(nn.Module):
         return self.ln_f(x + F.dropout(branch, dropout))
 
     def layer_seed(self, seed: int, layer: int) -> int:
-        """A forward pass's dropout seed for one layer, another one for every layer of every pass."""
+        """The dropout seed of a layer in a forward pass, different for every layer and pass."""
         return seed * len(self.blocks) + layer
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
-        dropout: as in `trunk`, and on the attention weights, from `seed`."""
+        """Final hidden states (B, T, C) of whole sequences, tokens (B, T) int64 with T <= context.
+        dropout: rate, for the places of `trunk` and for the attention weights, where `seed`
+        determines the mask."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, self.layer_seed(seed, i))
@@ -304,10 +313,12 @@ class Student(nn.Module):
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
-        """On a GPU, linear layers read copies of their weights in autocast's dtype, made by one
-        kernel; autocast would cast each weight in every forward pass. No parameter may change
-        meanwhile. The copies keep their addresses."""
-        if not ops.on_gpu(self.wte.weight) or dtype == self.wte.weight.dtype:
+        """Context in which linear layers on a GPU read copies of the weights in autocast's dtype.
+        One kernel makes all copies; autocast would cast each weight in every forward pass. No
+        parameter may change inside the context. The copies keep their addresses. Without our
+        kernels no copies are made."""
+        has_kernels = ops.on_gpu(self.wte.weight) and backend.current() != "reference"
+        if not has_kernels or dtype == self.wte.weight.dtype:
             yield
             return
         layers = [module for module in self.modules() if isinstance(module, Linear)]
@@ -336,21 +347,21 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def divide_logits(self, temperature: float) -> None:
-        """Make softmax(logits / temperature) the student's own distribution. The final norm holds the
-        factor."""
+        """Make softmax(logits / temperature) the student's distribution, by dividing the weights of
+        the final norm."""
         self.ln_f.weight.div_(temperature)
         self.ln_f.bias.div_(temperature)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the
-        cache's prefix."""
+        """Hidden states (len(prompts), C) after the last token of each prompt, (P,) int64 on the
+        CPU. The prompts fill the cache's prefix."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
         padded = pad_sequence(list(prompts), batch_first=True)
         T = padded.shape[1]
         is_token = torch.arange(T, device="cpu") < lengths[:, None]
-        # Where the flattened table has tokens that are not padding, and where each prompt's last:
-        # indices instead of a mask, so that the host waits for nothing.
+        # Indices of the tokens that are not padding in the flattened table, and of each prompt's
+        # last token. With a mask instead of indices, the host would have to wait for the GPU.
         device = self.wte.weight.device
         inside = is_token.flatten().nonzero().squeeze(1)
         last = upload(inside[lengths.cumsum(0) - 1], device)
@@ -367,8 +378,8 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the
-        cache."""
+        """Hidden states (B, C) after one more token per row, tokens (B,) int64, which are appended
+        to the cache."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.decode_attention(
@@ -383,8 +394,9 @@ class Student(nn.Module):
 
 
 def sinusoids(length: int, channels: int, std: float) -> Tensor:
-    """(length, channels): per position, sines and cosines of wavelengths from 2 pi to 4 pi *
-    length, with this standard deviation (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+    """(length, channels): sines and cosines of each position, with wavelengths from 2 pi to 4 pi *
+    length, scaled to the standard deviation `std` (Vaswani et al. 2017, arXiv 1706.03762, section
+    3.5)."""
     exponents = torch.arange(0, channels, 2) / channels
     frequencies = (2 * length) ** -exponents
     angles = torch.arange(length)[:, None] * frequencies
@@ -393,8 +405,8 @@ def sinusoids(length: int, channels: int, std: float) -> Tensor:
 
 
 class ValueHead(nn.Module):
-    """One value per position from the final hidden state; 0 at first, so that the first advantages
-    are the rewards."""
+    """Value head: one value per position from the final hidden state. Values start at 0, so the
+    first advantages are the rewards."""
 
     def __init__(self, n_embd: int):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Muon for the blocks' matrices, AdamW for everything else: what pretraining uses.
+"""The optimizer of pretraining: Muon for the blocks' matrices, AdamW for all other parameters.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps along the orthogonalised
-momentum, so that directions with a small gradient, such as copying a name, move as fast as those
-with a large one. torch.optim.Muon works matrix by matrix in bfloat16, which takes longer than the
-rest of the step on a processor without bfloat16."""
+momentum. So directions with a small gradient, such as copying a name, move as fast as directions
+with a large one. We do not use torch.optim.Muon, which works matrix by matrix in bfloat16: on a
+processor without bfloat16 this takes longer than the rest of the step."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.9  # 0.95: more bits per byte after the demo (lab/LOG.md)
-# Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the
-# minimax approximation of 1 on the interval that the one before it maps to (Polar Express, Amsel et
-# al. 2025, arXiv 2505.16932).
+# Composed, these odd quintics map singular values from 0.01 to 1 to within 0.27 of 1. Each quintic
+# is the minimax approximation of 1 on the interval to which the previous quintic maps (Polar
+# Express, Amsel et al. 2025, arXiv 2505.16932).
 COEFFICIENTS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 LARGE = 2**20  # elements above which a matrix and its intermediates fill a CPU's L2 cache
@@ -23,8 +23,9 @@ LARGE = 2**20  # elements above which a matrix and its intermediates fill a CPU'
 
 @dataclass
 class Update:
-    """weights (n, rows, columns): a view of a parameter as its n matrices. direction: the momentum
-    in this shape, not yet orthogonal, in the dtype of the matmuls. rate: the learning rate."""
+    """A step for one parameter. weights (n, rows, columns): view of the parameter as n matrices.
+    direction: momentum in this shape and in the dtype of the matmuls, not yet orthogonal. rate:
+    learning rate."""
 
     weights: Tensor
     direction: Tensor
@@ -32,9 +33,9 @@ class Update:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, except that the matrices of the first group take Muon's steps, at their own rate and
-    without weight decay. heads: each has its own matrices of queries, keys, values and projection.
-    dtype: for Muon's matmuls."""
+    """AdamW, but Muon for the matrices of the first parameter group, with that group's learning
+    rate and without weight decay. heads: number of attention heads; the queries, keys, values and
+    projection of each head are separate matrices. dtype: dtype of Muon's matmuls."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__([muon, *others], **options)
         self.heads = heads
         self.dtype = dtype
-        # the gradient is divided by it, as AdamW's fused step does
+        # the gradient is divided by this, as in AdamW's fused step
         self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
@@ -63,10 +64,10 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()
 
     def batches(self) -> list[list[Update]]:
-        """The updates of all parameters with a gradient, in the batches that are orthogonalised
-        together: those whose matrices have one shape, or its transpose. On a CPU a large matrix is
-        a batch by itself, which stays in the caches. Takes the gradients away, so that AdamW leaves
-        these parameters alone."""
+        """The updates of all parameters with a gradient, in batches that are orthogonalised
+        together. The matrices of a batch have the same shape or its transpose. On a CPU a large
+        matrix is a batch by itself, which stays in the caches. The gradients are removed, so that
+        AdamW does not update these parameters."""
         alone: list[list[Update]] = []
         by_shape: dict[torch.Size, list[Update]] = {}
         for p, momentum in self.momentum().items():
@@ -109,9 +110,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def matrices(x: Tensor, heads: int) -> Tensor:
-    """A view of (rows, columns) as the matrices to orthogonalise, (n, ...): each head's rows for
-    queries, keys and values; each head's columns for the attention's projection, which is square;
-    else one."""
+    """A view of a parameter (rows, columns) as the matrices to orthogonalise, (n, ...). Queries,
+    keys and values: the rows of each head. The attention's projection, which is square: the columns
+    of each head. Others: one matrix."""
     rows, columns = x.shape
     if rows == 3 * columns:
         return x.view(3 * heads, -1, columns)
@@ -121,17 +122,17 @@ def matrices(x: Tensor, heads: int) -> Tensor:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by
-    Newton-Schulz.
+    """Approximately U V^T, from each matrix's singular value decomposition U S V^T, (n, rows,
+        columns), by Newton-Schulz iterations.
 
-    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p
-    g p. So it is enough to follow g and the product of all p, which are smaller than x. A fourth
-    iteration would need g computed from x again: rounded to bfloat16, g can have small negative
-    eigenvalues, which each iteration multiplies."""
+    An iteration is x <- p x, with p = a + b g + c g^2 and the Gram matrix g = x x^T. The new Gram
+    matrix is p g p. So it is enough to iterate g and the product of all p, which are smaller than
+    x. A fourth iteration would have to compute g from x again: rounded to bfloat16, g can have
+    small negative eigenvalues, which each iteration multiplies."""
     tall = x.shape[-2] > x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # matmul would copy x.mT
-    # Its norm is at least its largest eigenvalue, and much nearer to it than the squared norm of x,
-    # its trace.
+    # The norm of the Gram matrix is an upper bound of the largest eigenvalue, and a much tighter
+    # one than the trace, which is the squared norm of x.
     bound = 1.02 * gram.norm(dim=(-2, -1), keepdim=True) + 1e-30
     gram = gram / bound
     product = bound.rsqrt()

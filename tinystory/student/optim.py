@@ -1,4 +1,4 @@
-"""Pretraining's optimizer and its learning-rate schedule."""
+"""The optimizer of pretraining and its learning-rate schedule."""
 
 from typing import Any
 
@@ -9,12 +9,13 @@ from tinystory.config import PretrainConfig
 from tinystory.student.model import Student
 from tinystory.student.muon import MuonAdamW
 
-EPS = 1e-8  # AdamW's, as in PyTorch and transformers
+EPS = 1e-8  # AdamW's eps, the default of PyTorch and transformers
 
 
 def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> Optimizer:
-    """AdamW on the named parameters that learn: matrices, which have weight decay, then vectors.
-    With --optimizer muon, MuonAdamW with the blocks' matrices first. dtype: for Muon's matmuls."""
+    """AdamW on the named parameters that learn: a group of matrices, with weight decay, then a
+    group of vectors. With --optimizer muon: MuonAdamW, with the blocks' matrices as the first
+    group. dtype: dtype of Muon's matmuls."""
     blocks = []
     matrices = []
     vectors = []
@@ -39,12 +40,12 @@ def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype)
 
 
 def set_learning_rate(optimizer: Optimizer, config: PretrainConfig, words: int) -> float:
-    """Set and return AdamW's rate: linear warm-up, then linear decay to 0 at config.words. Muon's
-    is proportional."""
+    """AdamW's learning rate after `words` words, which is also set in the optimizer: linear
+    warm-up, then linear decay to 0 at config.words. Muon's learning rate is set in proportion."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
-        # No words have been read before the first step: it takes the rate at 1 % of the warm-up
-        # rather than 0.
+        # Before the first step no words have been read. This step has the rate at 1 % of the
+        # warm-up instead of 0.
         rate = config.learning_rate * max(progress / config.warmup, 0.01)
     else:
         rate = config.learning_rate * ((1 - progress) / (1 - config.warmup))

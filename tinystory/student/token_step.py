@@ -1,5 +1,5 @@
-"""The token step of `StudentDecoder`: PyTorch and our kernels, on CUDA captured as graphs that
-serve a whole run."""
+"""The token step of `StudentDecoder`, by PyTorch and our kernels. On CUDA it is captured as graphs,
+which are reused for a whole run."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from tinystory.student.model import KVCache, Student, ValueHead
 
 @dataclass(frozen=True)
 class Sampling:
-    """eos is the end token; temperature, top_k and top_p are `ops.sample`'s."""
+    """Sampling settings. eos: the end token. temperature, top_k, top_p: see `ops.sample`."""
 
     max_new_tokens: int
     eos: int
@@ -29,16 +29,16 @@ class Sampling:
     top_p: float = 1.0
 
 
-# kept between rollouts on a GPU
+# the last rollout's TokenStep of each student, kept on a GPU
 TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()
 
 
 def token_step(
     student: Student, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
 ) -> "TokenStep":
-    """A TokenStep with room for `count` stories and `prompt_tokens` tokens of prompts: on a GPU the
-    last rollout's, with its KV cache and captured graphs, if it fits; otherwise a new one, with
-    room for the last rollout too."""
+    """A TokenStep with room for `count` stories and `prompt_tokens` prompt tokens. On a GPU, the
+    last rollout's TokenStep is reused if it fits, with its KV cache and captured graphs. Otherwise
+    the TokenStep is new, and has room for the last rollout too."""
     step = TOKEN_STEPS.pop(student, None)
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
         if step:
@@ -52,15 +52,15 @@ def token_step(
 
 
 class TokenStep:
-    """One decoding step of R rows: read each row's last token, draw the next, write it to the
-    outputs.
+    """One decoding step of R rows: read each row's last token, draw the next token, and write it to
+        the outputs.
 
-    On CUDA the step is captured as a graph, once for each R: a replay is one launch instead of one
-    per kernel. So nothing in a step waits for the device, and all that a step reads and writes keeps
-    its address for a whole run: the parameters, the cache, the outputs, and the state (3, rows), of
-    which a batch uses the first R columns.
+    On CUDA the step is captured as a graph, once for each R. A replay is one launch instead of one
+    launch per kernel. So no part of a step may wait for the device, and all tensors of a step keep
+    their addresses for a whole run: the parameters, the cache, the outputs, and the state (3,
+    rows). A batch uses the first R columns of the state.
 
-    outputs (4, rows + 1, max_new_tokens) float32: tokens, exact in float32, logprobs, values,
+    outputs (4, rows + 1, max_new_tokens) float32: tokens (exact in float32), logprobs, values,
     entropies. Ended rows write to the extra last row."""
 
     def __init__(
@@ -71,22 +71,23 @@ class TokenStep:
         prompt_tokens: int,
         sampling: Sampling,
     ):
-        """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
+        """rows: maximum number of stories. prompt_tokens: maximum number of tokens of all prompts
+        together."""
         weight = student.unembedding
         device = weight.device
-        # a capture cannot wait for the device, as the reference does
+        # the reference kernels wait for the device, which a capture must not do
         self.on_graph = device.type == "cuda" and bool(ops.load())
         if self.on_graph:
             prompt_tokens = round_up(prompt_tokens, 1024)  # so that the next prompts fit too
         self.rows = rows
         self.prompt_tokens = prompt_tokens
-        self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
+        self.student = cast(Student, weakref.proxy(student))  # the key of this entry in TOKEN_STEPS
         self.head = head
         self.sampling = sampling
         self.dtype = ops.matmul_dtype(weight)
 
-        # A padded copy, for logits alone: rows of logits that are not whole cache lines slow cuBLAS
-        # down.
+        # A padded copy, only for logits: cuBLAS is slow if rows of logits are not whole cache
+        # lines.
         V, C = weight.shape
         if self.on_graph:
             V = round_up(V, 64)
@@ -98,20 +99,20 @@ class TokenStep:
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.batch_size = rows
         self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
-        # Numbers of rows for which the step has run once, and then its graph for each. All graphs
-        # share the memory pool of the first.
+        # warmed_up: numbers of rows with which the step has run once. graphs: the captured graph
+        # for each number of rows. All graphs share the memory pool of the first.
         self.warmed_up: set[int] = set()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.addresses = self.parameter_addresses()
 
     @property
     def output_rows(self) -> Tensor:
-        """(R,) int64, a view of the state: the row of the outputs that each row writes."""
+        """(R,) int64, a view of the state: the row of `outputs` to which each row writes."""
         return self.state[0, : self.batch_size]
 
     @property
     def row_ids(self) -> Tensor:
-        """(R,) int64, a view of the state: the row ids of the draws."""
+        """(R,) int64, a view of the state: the row ids, which determine the random numbers."""
         return self.state[1, : self.batch_size]
 
     @property
@@ -128,18 +129,18 @@ class TokenStep:
     def fits(
         self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
     ) -> bool:
-        """Whether a rollout of `count` stories has room here, and this step computes what it needs,
-        in autocast's dtype."""
+        """Whether this step can serve a rollout: it has room for `count` stories and
+        `prompt_tokens`, and has the same value head, sampling settings and dtype."""
         has_room = count <= self.rows and prompt_tokens <= self.prompt_tokens
         is_same_draw = head is self.head and sampling == self.sampling
         is_same_dtype = self.dtype == ops.matmul_dtype(self.student.wte.weight)
-        # A captured graph reads the parameters where they were.
+        # A captured graph reads the parameters at their old addresses.
         parameters_stay = self.addresses == self.parameter_addresses()
         return has_room and is_same_draw and is_same_dtype and parameters_stay
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a story for each entry of prompt_of, an index into prompts, and draw its first
-        token."""
+        """Begin a story for each entry of prompt_of, an index into prompts, and draw the first
+        token of each story."""
         device = self.state.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
         ends = lengths.cumsum(0)
@@ -157,7 +158,7 @@ class TokenStep:
 
     def draw(self, hidden: Tensor) -> None:
         """Draw each row's next token from its final hidden state, (R, C)."""
-        steps = self.cache.lengths  # (R,): the cache has read all tokens drawn before
+        steps = self.cache.lengths  # (R,): the cache holds all tokens drawn before
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
         logits[:, self.student.config.vocab_size :] = -math.inf
         tokens, logprobs, entropies = ops.sample(
@@ -178,15 +179,15 @@ class TokenStep:
 
     def run(self) -> None:
         """Draw a token for each row, without a graph."""
-        # A negative token marks a failed draw. In a row that is alive it raises an error when the
-        # host reads it.
+        # A negative token marks a failed draw. If the row is still alive, the host raises an error
+        # when it reads the token.
         tokens = self.drawn.clamp_min(0)
         hidden = self.student.step(tokens, self.cache)
         self.draw(hidden)
 
     def advance(self) -> None:
-        """Draw a token for each row: on CUDA by a graph, except for the first time with this number
-        of rows."""
+        """Draw a token for each row. On CUDA this replays a graph, except the first time with this
+        number of rows."""
         if not self.on_graph:
             self.run()
             return
@@ -199,8 +200,8 @@ class TokenStep:
         self.graphs[self.batch_size].replay()
 
     def warm_up(self) -> None:
-        """Run the step on the capture's stream first: a capture forbids cuBLAS's set-up and the
-        loading of kernels."""
+        """Run the step once on the capture's stream, because cuBLAS cannot be set up and kernels
+        cannot be loaded during a capture."""
         device = self.state.device
         main = torch.cuda.current_stream(device)
         side = side_stream(device, "capture")
@@ -210,8 +211,9 @@ class TokenStep:
         main.wait_stream(side)
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """Record the step without running it. Other threads may use the device meanwhile. Unlike
-        this, torch.cuda.graph waits for the device and empties the allocator's cache."""
+        """A graph of the step, which is recorded without running it. Other threads may use the
+        device during the capture. (torch.cuda.graph would wait for the device and empty the
+        allocator's cache.)"""
         graph = torch.cuda.CUDAGraph()
         pools = [other.pool() for other in self.graphs.values()]
         with torch.cuda.stream(side_stream(self.state.device, "capture")):
@@ -223,18 +225,18 @@ class TokenStep:
         return graph
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, (n,) int64 on the CPU, indices into the present rows."""
+        """Drop all rows except `rows`, (n,) int64 on the CPU, indices into the present rows."""
         rows = upload(rows, self.state.device)
         self.cache.keep(rows)
         self.state[:, : len(rows)] = self.state[:, rows]
         self.batch_size = len(rows)
 
     def read(self, rows: Tensor, length: int) -> Tensor:
-        """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the
-        CPU, that no later step writes. Does not wait for steps that are launched."""
+        """(4, n, length) float32 on the CPU: the first `length` entries of `rows`, (n,) int64 on
+        the CPU. No later step may write to these entries. Launched steps are not waited for."""
         device = self.outputs.device
         stream = side_stream(device, "reading") if device.type == "cuda" else None
-        with torch.cuda.stream(stream):  # None: nothing happens
+        with torch.cuda.stream(stream):  # None has no effect
             stories = self.outputs[:, :, :length].index_select(1, upload(rows, device))
             return Download(stories).wait()
 
@@ -245,6 +247,6 @@ def round_up(n: int, multiple: int) -> int:
 
 @functools.cache
 def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """One stream per purpose, "capture" or "reading": cuBLAS keeps a workspace for every stream
-    that it has seen."""
+    """The stream for a purpose, "capture" or "reading". There is only one per purpose, because
+    cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""Starts the built-in teacher as a server process on 127.0.0.1 and ends it with the run."""
+"""Runs the built-in teacher in a server process on 127.0.0.1, as long as a run lasts."""
 
 import contextlib
 import os
@@ -17,15 +17,14 @@ READY = "listening on "
 
 @contextlib.contextmanager
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
-    """Yields the URL of a rubric that is fitted to `corpus`. The server process ends with the
-    block, or with this process."""
-    # "./" so that a name with a leading "-" is not taken for an option
-    names = [f"./{name}" if name.startswith("-") else name for name in corpus]
+    """Yields the URL of a rubric fitted to `corpus`. The server process ends with the block, or
+    with this process."""
+    names = [f"./{name}" if name.startswith("-") else name for name in corpus]  # not an option
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *names]
     environment = dict(os.environ)
     environment.pop("OPENAI_API_KEY", None)
-    # The server gets a session of its own, so that Ctrl-C reaches only the trainer, which still
-    # needs scores to finish the step.
+    # In a separate session, so that Ctrl-C reaches only the trainer, which still needs scores to
+    # end the step.
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -40,7 +39,7 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
             if not line.startswith(READY):
                 code = process.wait(10)
                 raise UserError(
-                    f"the built-in teacher did not start (exit code {code}); the reason is printed above"
+                    f"the built-in teacher did not start (exit code {code}): see the server's message above"
                 )
             yield line.removeprefix(READY)
         finally:

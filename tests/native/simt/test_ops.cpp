@@ -120,7 +120,7 @@ void test_assertions() {
     expect_assertion("an entry of targets is not in 0 .. V - 1", [&] {
       const simt::Buffer<int64_t> targets(std::vector<int64_t>{target});
       const simt::Buffer<double> lse(1);
-      cuda::logit_stats({DType::f32, 1, 32, numbers.data(), nullptr, targets.data(), results.data(), results.data(),
+      cuda::logit_stats({DType::f32, 1, 32, 32, numbers.data(), nullptr, targets.data(), results.data(), results.data(),
                          lse.data(), nullptr, nullptr, 0},
                         nullptr);
     });
@@ -237,8 +237,18 @@ void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_
   }
   simt::set_seed(seed);
   run(name, [&] {
-    const simt::Buffer<float> in(logits);
-    simt::Buffer<Element> out_grad(logits.size());
+    const int64_t stride = seed % 2 ? V : (V + 7) / 8 * 8;  // rows one after another, or from multiples of 16 bytes on
+    const auto of_rows = [&](const auto& padded) {
+      std::vector<double> r;
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t v = 0; v < V; ++v) r.push_back(cuda::to_float(padded[n * stride + v]));
+      return r;
+    };
+    std::vector<float> padded(N * stride, NAN);
+    for (int64_t n = 0; n < N; ++n) std::copy_n(&logits[n * V], V, &padded[n * stride]);
+    const simt::Buffer<float> in(padded);
+    simt::Buffer<Element> out_grad(N * stride);
+    const auto untouched = out_grad.read();
     const simt::Buffer<int64_t> target_ids(targets);
     const simt::Buffer<float> dg(g), dge(ge);
     simt::Buffer<float> out_logprob(N), out_entropy(N);
@@ -246,6 +256,7 @@ void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_
     cuda::LogitChunk s{Type<Element>::dtype,
                        N,
                        V,
+                       stride,
                        in.data(),
                        out_grad.data(),
                        target_ids.data(),
@@ -266,7 +277,12 @@ void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_
     check_close(to_doubles(out_entropy.read()), entropy, near(entropy), name + " entropy");
     check_close(out_lse.read(), lse, near(lse), name + " lse");
     cuda::logit_grad(s, nullptr);
-    check_close(to_doubles(out_grad.read()), grad, bound, name + " grad");
+    const auto found = out_grad.read();
+    check_close(of_rows(found), grad, bound, name + " grad");
+    for (int64_t n = 0; n < N; ++n)
+      check(std::memcmp(&found[n * stride + V - 1] + 1, &untouched[n * stride + V - 1] + 1,
+                        (stride - V) * sizeof(Element)) == 0,
+            name + ": what lies after a row of gradients");
   });
 }
 
@@ -275,6 +291,45 @@ void test_logprob() {
   uint64_t seed = 0;
   for (const int64_t V : {1, 2, 9, 255, 256, 2048, 5001})
     for (const double scale : {0.5, 8.0}) test_logprob<Element>(3, V, scale, V % 2 == 0, ++seed);
+}
+
+// --- gelu_backward --------------------------------------------------------------------------------------------------
+template <class Element>
+void test_gelu(int64_t rows, int64_t N, double scale, uint64_t seed) {
+  const std::string name = std::string("gelu ") + Type<Element>::name + " rows=" + std::to_string(rows) +
+                           " N=" + std::to_string(N) + " scale=" + std::to_string(scale);
+  std::mt19937_64 random(seed);
+  const auto x = normal<Element>(random, rows * N, scale), grad_y = normal<Element>(random, rows * N);
+  const auto v = to_doubles(x), dy = to_doubles(grad_y);
+  std::vector<double> grad(rows * N), bound(rows * N), sums(N), sums_bound(N, 1e-30);
+  for (int64_t i = 0; i < rows * N; ++i) {
+    const double k = std::sqrt(2 / M_PI), t = std::tanh(k * (v[i] + 0.044715 * v[i] * v[i] * v[i]));
+    const double tail = v[i] * (1 - t * t) * k * (1 + 3 * 0.044715 * v[i] * v[i]);
+    grad[i] = dy[i] * 0.5 * (1 + t + tail);
+    const double error = 4e-6 * std::fabs(dy[i]) * (1 + std::fabs(t) + std::fabs(tail));
+    bound[i] = Type<Element>::unit * 1.05 * std::fabs(grad[i]) + error + (sizeof(Element) == 2 ? 6e-8 : 0);
+    sums[i % N] += grad[i], sums_bound[i % N] += error + 1e-6 * std::fabs(grad[i]);
+  }
+  simt::set_seed(seed);
+  run(name, [&] {
+    const simt::Buffer<Element> in(x), dout(grad_y);
+    simt::Buffer<Element> out(rows * N);
+    const int64_t blocks = cuda::gelu_blocks(rows);
+    simt::Buffer<float> parts(blocks * N);
+    cuda::gelu_backward({Type<Element>::dtype, rows, N, dout.data(), in.data(), out.data(), parts.data()}, nullptr);
+    check_close(to_doubles(out.read()), grad, bound, name + " grad");
+    const auto found = parts.read();
+    std::vector<double> total(N);
+    for (int64_t i = 0; i < blocks * N; ++i) total[i % N] += found[i];
+    check_close(total, sums, sums_bound, name + " grad_bias");
+  });
+}
+
+template <class Element>
+void test_gelu() {
+  uint64_t seed = 0;
+  for (const int64_t rows : {1, 63, 64, 150})
+    for (const int64_t N : {8, 248, 256, 520}) test_gelu<Element>(rows, N, rows == 63 ? 8 : 1.5, ++seed);
 }
 
 // --- layer_norm -----------------------------------------------------------------------------------------------------
@@ -396,6 +451,7 @@ int main(int argc, char** argv) {  // names of ops to test, default all
   };
   if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>();
   if (wanted("logprob")) test_logprob<float>(), test_logprob<bf16>(), test_logprob<f16>();
+  if (wanted("gelu")) test_gelu<bf16>(), test_gelu<f16>();
   if (wanted("norm")) {
     test_norm<float, float>(), test_norm<bf16, bf16>(), test_norm<bf16, float>();
     test_norm<f16, f16>(), test_norm<f16, float>();

@@ -244,8 +244,9 @@ void sample(int64_t B, int64_t V, int64_t top_k, double top_p) {
 template <class Element>
 void logprob(int64_t N, int64_t V) {
   std::mt19937_64 random(1);
-  const simt::Buffer<float> logits(normal<float>(random, N * V, 3));
-  simt::Buffer<Element> grad(N * V);
+  const int64_t stride = (V + 63) / 64 * 64;  // as in cuda/ops.cpp
+  const simt::Buffer<float> logits(normal<float>(random, N * stride, 3));
+  simt::Buffer<Element> grad(N * stride);
   const simt::Buffer<int64_t> targets(std::vector<int64_t>(N, V / 2));
   const simt::Buffer<float> grad_logprob(normal<float>(random, N)), grad_entropy(normal<float>(random, N));
   simt::Buffer<float> out(N), entropy(N);
@@ -253,6 +254,7 @@ void logprob(int64_t N, int64_t V) {
   const cuda::LogitChunk x{Type<Element>::dtype,
                            N,
                            V,
+                           stride,
                            logits.data(),
                            grad.data(),
                            targets.data(),
@@ -264,6 +266,15 @@ void logprob(int64_t N, int64_t V) {
                            0};
   cuda::logit_stats(x, nullptr);
   cuda::logit_grad(x, nullptr);
+}
+
+template <class Element>
+void gelu(int64_t rows, int64_t N) {
+  std::mt19937_64 random(1);
+  const simt::Buffer<Element> x(normal<Element>(random, rows * N)), grad_y(normal<Element>(random, rows * N));
+  simt::Buffer<Element> grad(rows * N);
+  simt::Buffer<float> parts(cuda::gelu_blocks(rows) * N);
+  cuda::gelu_backward({Type<Element>::dtype, rows, N, grad_y.data(), x.data(), grad.data(), parts.data()}, nullptr);
 }
 
 template <class Branch, class Out>
@@ -311,6 +322,8 @@ const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
     {"sample", [] { sample<cuda::bf16>(2, 16000, 0, 1); }},
     {"sample-top-p", [] { sample<cuda::bf16>(2, 16000, 0, 0.9); }},
     {"logprob", [] { logprob<cuda::bf16>(2, 16000); }},
+    {"logprob-odd", [] { logprob<cuda::bf16>(4, 16001); }},
+    {"gelu", [] { gelu<cuda::bf16>(128, 768); }},
     {"layer-norm", [] { norm<cuda::bf16, cuda::bf16>(40, 768, true, 0.1); }},
 };
 const std::vector<std::pair<std::string, std::function<void()>>> kForRaces{
@@ -325,6 +338,7 @@ const std::vector<std::pair<std::string, std::function<void()>>> kForRaces{
     {"sample bf16 top-k", [] { sample<cuda::bf16>(1, 1000, 5, 1); }},
     {"logprob f32, odd V", [] { logprob<float>(2, 5001); }},
     {"logprob f16", [] { logprob<cuda::f16>(1, 2048); }},
+    {"gelu f16, odd sizes", [] { gelu<cuda::f16>(37, 264); }},
     {"layer_norm f32, odd rows", [] { norm<float, float>(37, 260, false, 0); }},
     {"layer_norm f16 to f32", [] { norm<cuda::f16, float>(3, 4400, true, 0.1); }},
 };

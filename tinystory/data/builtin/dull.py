@@ -1,13 +1,13 @@
-"""Dull tellers: they open as the plots do, and then no story comes of it.
+"""The corpus `dull`: deliberately monotonous filler text, which opens as the stories do and then
+tells no story.
 
-Most text that a child hears, or that a BabyLM reads, is no story: talk and errands, lists, the same
-thing again, a picture book that is looked at and not read. These tellers are in dull.txt: one tells
-a routine, one lists what there was, one has two characters talk about nothing, one repeats a
-sentence, and one looks at a picture with a child, in the child-directed speech that CHILDES
-records. Each is grammatical, in the plots' own names, places and food, and more predictable than a
-story. So a student of both (`--corpus builtin dull`) finds the dull continuation of an
-opening the likelier one, and only a teacher can tell it which of its tellers is worth listening to.
-"""
+Most text that a child hears, or that a BabyLM reads, is not a story: talk and errands, lists,
+repetitions, picture books. The templates in dull.txt generate five styles ("tellers"): a routine, a
+list of objects, two characters who talk about nothing, a repeated sentence, and a picture described
+to a child, in the child-directed speech that CHILDES records. All dull text is grammatical, uses
+the names, settings and food of the stories, and is more predictable than a story. So for a student
+of both corpora (`--corpus builtin dull`), the dull continuation of an opening is the likelier one,
+and only a teacher's score shows that stories are better."""
 
 import random
 import re
@@ -16,12 +16,13 @@ from collections.abc import Iterator
 
 from tinystory.data.builtin import grammar
 
-TOLD = 0.85  # probability of a sentence between a teller's first and last, which are always told
-STORY = "story"  # the kind of teller whose sentences are not in dull.txt
+KEPT = 0.85  # probability of each sentence; the first and the last sentence always occur
+STORY = "story"  # the style of texts without the sentences of dull.txt
 
 
-class _Teller:
-    """Source: the kind, one "name = values" per fact of its own, then a sentence per line."""
+class _Style:
+    """A style of dull text. Source: the name of the style, one "name = values" per additional fact,
+    then a sentence per line."""
 
     def __init__(self, source: str):
         self.kind, *lines = source.strip().split("\n")
@@ -35,22 +36,23 @@ class _Teller:
                 self.sentences.append(grammar.parse(line))
         self.pattern = re.compile("|".join(map(self._pattern, self.sentences)))
 
-    def tell(self, rng: random.Random, facts: dict[str, str]) -> str:
-        """What follows an opening with these facts."""
-        telling = grammar.Telling(rng, 0.0)
-        telling.facts.update(facts)
+    def continuation(self, rng: random.Random, facts: dict[str, str]) -> str:
+        """The continuation of an opening with these facts."""
+        expander = grammar.Expander(rng, 0.0)
+        expander.facts.update(facts)
         for name, values in self.facts.items():
-            telling.facts[name] = telling.expand(telling.pick(values))
+            expander.facts[name] = expander.expand(expander.pick(values))
         sentences = []
         for i, sentence in enumerate(self.sentences):
             is_end = i in (0, len(self.sentences) - 1)
-            if is_end or rng.random() < TOLD:
+            if is_end or rng.random() < KEPT:
                 sentences.append(sentence)
-        text = " ".join(map(telling.expand, sentences))
+        text = " ".join(map(expander.expand, sentences))
         return grammar.ARTICLE.sub(r"\1n ", text)
 
     def _pattern(self, parts: list[grammar.Part]) -> str:
-        """A regular expression of a sentence, in which a fact is one word or several."""
+        """A regular expression that matches a sentence with any facts; a fact is one word or
+        several."""
         pattern = ""
         for kind, content in parts:
             if kind == "text":
@@ -64,33 +66,33 @@ class _Teller:
         return pattern
 
 
-_TELLERS = [_Teller(source) for source in grammar.source("dull").split("\n== ")[1:]]
-KINDS = (STORY, *(teller.kind for teller in _TELLERS))
+_STYLES = [_Style(source) for source in grammar.source("dull").split("\n== ")[1:]]
+KINDS = (STORY, *(style.kind for style in _STYLES))
 
 
 def documents(words: int, seed: int) -> Iterator[str]:
-    """Dull documents, until they have at least `words` whitespace-separated words. Same seed, same
-    bytes."""
+    """Dull documents with at least `words` whitespace-separated words in all. The same seed gives
+    the same bytes."""
     rng = random.Random(f"dull {seed}")
     while words > 0:
-        story, facts = grammar.tell(rng)
-        teller = _TELLERS[int(rng.random() * len(_TELLERS))]
+        story, facts = grammar.generate(rng)
+        style = _STYLES[int(rng.random() * len(_STYLES))]
         opening = grammar.opening(story, facts)
         if opening.count('"') % 2 == 0:  # nobody is still speaking
-            document = f"{opening} {teller.tell(rng, facts)}"
+            document = f"{opening} {style.continuation(rng, facts)}"
             words -= len(document.split())
             yield document
 
 
 def kind_of(story: str) -> str:
-    """Which of KINDS tells a story that goes on from its opening: the one with the most of its
-    sentences, a dull one only if it has more than the story has of its own."""
+    """The style, one of KINDS, of a continuation of an opening. A dull style must match more of the
+    sentences than the number of sentences that match no style; otherwise the text is a STORY."""
     kinds = Counter(map(_kind_of_sentence, grammar.segments(story)))
     return max(KINDS, key=kinds.__getitem__)
 
 
 def _kind_of_sentence(sentence: str) -> str:
-    for teller in _TELLERS:
-        if teller.pattern.fullmatch(sentence):
-            return teller.kind
+    for style in _STYLES:
+        if style.pattern.fullmatch(sentence):
+            return style.kind
     return STORY

@@ -1,10 +1,10 @@
 """The built-in corpus: a story grammar in the style of TinyStories (Eldan and Li, arXiv
 2305.07759).
 
-A plot is a chain of cause and effect in several paragraphs. A story first draws its facts
-(characters, places, things), then expands each paragraph, choosing among alternative wordings, so
-that facts, names and pronouns agree throughout. The plots stand in the text files beside this one.
-The markup of plots and phrases:
+A plot is a chain of cause and effect in several paragraphs. For each story, facts (characters,
+places, things) are drawn first. Then each paragraph is expanded, with a choice among alternative
+wordings, so that facts, names and pronouns agree throughout. The plots are in the text files of
+this folder. The markup of plots and phrases:
 
     [a|b]                    one of the options, drawn uniformly
     <a>                      an optional detail: likely in a long story, rare in a short one
@@ -43,9 +43,9 @@ SEGMENT = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
 SHORTEST_OPENING = 12  # words
 
 
-class Telling:
-    """The state of one story: facts, random numbers, probability of details. It uses only
-    random.random(), the one method whose sequence Python guarantees across versions."""
+class Expander:
+    """The state of one story: facts, random numbers, probability of details. Only random.random()
+    is used, because Python guarantees the sequence of no other method across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
         self.random = rng.random
@@ -77,12 +77,12 @@ class Telling:
 
 
 def parse(text: str) -> list[Part]:
-    """Markup, whose brackets are balanced, as a list of parts."""
+    """The parts of a text with markup. Brackets must be balanced."""
     one_line = re.sub(r"\s*\n\s*", " ", text.strip())
     tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", one_line))
 
     def sequence() -> tuple[list[Part], str]:
-        """The parts up to the end of an option or a bracket, and what ends them."""
+        """The parts up to the end of an option or a bracket, and the character that ends them."""
         parts: list[Part] = []
         for token in tokens:
             if token == "[":
@@ -112,8 +112,8 @@ def table(text: str) -> list[list[list[Part]]]:
 
 
 class _Plot:
-    """Source: "name: classes of heroes", then one "names = rows" per group of facts, a blank line,
-    then paragraphs."""
+    """A plot. Source: "name: classes of heroes", then one "names = rows" per group of facts, a
+    blank line, then paragraphs."""
 
     def __init__(self, source: str):
         head, *paragraphs = re.split(r"\n\s*\n", source.strip())
@@ -127,57 +127,57 @@ class _Plot:
             self.facts.append((names.split(" & "), table(rows)))
         self.paragraphs = list(map(parse, paragraphs))
 
-    def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
-        """One story and its facts."""
+    def generate(self, rng: random.Random) -> tuple[str, dict[str, str]]:
+        """A story of this plot, and the facts of the story."""
         length = rng.random()  # cubed below, so that most stories are short
-        tell = Telling(rng, 0.8 * length * length * length)
-        _cast(tell, self.heroes)
+        expander = Expander(rng, 0.8 * length * length * length)
+        _cast(expander, self.heroes)
         for names, rows in self.facts:
-            for name, cell in zip(names, tell.pick(rows), strict=True):
-                tell.facts[name] = tell.expand(cell)
-        paragraphs = [tell.expand(paragraph).strip() for paragraph in self.paragraphs]
+            for name, cell in zip(names, expander.pick(rows), strict=True):
+                expander.facts[name] = expander.expand(cell)
+        paragraphs = [expander.expand(paragraph).strip() for paragraph in self.paragraphs]
         text = "\n".join(filter(None, paragraphs))
         single_spaced = re.sub("  +", " ", text)
-        return ARTICLE.sub(r"\1n ", single_spaced), tell.facts
+        return ARTICLE.sub(r"\1n ", single_spaced), expander.facts
 
 
-def _cast(tell: Telling, classes: list[str]) -> None:
+def _cast(expander: Expander, classes: list[str]) -> None:
     """Draw the hero, friend, parent and helper, and add them to the facts of the story."""
-    facts = tell.facts
-    role = tell.pick(classes)
+    facts = expander.facts
+    role = expander.pick(classes)
     world = "child" if role == "child" else "wild"
-    she = int(tell.random() * 2)
-    hero = tell.pick(_HEROES[role])
-    kind, home, lived, hand, food = map(tell.expand, hero)
+    she = int(expander.random() * 2)
+    hero = expander.pick(_HEROES[role])
+    kind, home, lived, hand, food = map(expander.expand, hero)
     kind = kind.split("~")[she - 1]
-    name = tell.pick(_NAMES[world][she])
+    name = expander.pick(_NAMES[world][she])
     facts.update(PRONOUNS[she], kind=kind, home=home, lived=lived, food=food, h=name)
     facts.update(hand=hand, hands=f"{hand}s")
-    facts["h.a"] = f"a {tell.expand(_RULES['little'])} {kind} named {name}"
+    facts["h.a"] = f"a {expander.expand(_RULES['little'])} {kind} named {name}"
     facts["h.full"] = name if world == "child" else f"{name} the {kind}"
 
     world_of_friend = "child"
     friends = _HEROES["child"]
     if role not in _WITH_CHILDREN:
         world_of_friend = "wild"
-        friends = [row for row in _HEROES[tell.pick(("paw", "paw", "bird"))] if row is not hero]
-    kind_cell, _, _, hand_cell, _ = tell.pick(friends)
-    kind = tell.expand(kind_cell).split("~")[-she]
-    friend = tell.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
+        friends = [row for row in _HEROES[expander.pick(("paw", "paw", "bird"))] if row is not hero]
+    kind_cell, _, _, hand_cell, _ = expander.pick(friends)
+    kind = expander.expand(kind_cell).split("~")[-she]
+    friend = expander.pick([other for other in _NAMES[world_of_friend][1 - she] if other != name])
     for key, word in PRONOUNS[1 - she].items():
         facts[f"f.{key}"] = word
     facts["f"] = friend
     facts["f.kind"] = kind
     facts["f.a"] = f"a {kind} named {friend}"
     facts["f.full"] = friend if world_of_friend == "child" else f"{friend} the {kind}"
-    facts["f.hands"] = f"{tell.expand(hand_cell)}s"
+    facts["f.hands"] = f"{expander.expand(hand_cell)}s"
 
-    (parent,) = tell.pick(_PARENTS[world])
-    facts["mom"] = tell.expand(parent)
-    helper, introduction, interjection = tell.pick(_HELPERS[world])
-    facts["g"] = tell.expand(helper)
-    facts["g.a"] = tell.expand(introduction)
-    facts["g.hm"] = tell.expand(interjection)
+    (parent,) = expander.pick(_PARENTS[world])
+    facts["mom"] = expander.expand(parent)
+    helper, introduction, interjection = expander.pick(_HELPERS[world])
+    facts["g"] = expander.expand(helper)
+    facts["g.a"] = expander.expand(introduction)
+    facts["g.hm"] = expander.expand(interjection)
 
 
 _RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}
@@ -201,32 +201,32 @@ PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
 
 
 def stories(words: int, seed: int) -> Iterator[str]:
-    """Distinct stories, until they have at least `words` whitespace-separated words. Same seed,
-    same bytes."""
+    """Distinct stories with at least `words` whitespace-separated words in all. The same seed gives
+    the same bytes."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while words > 0:
-        story, _ = tell(rng)
+        story, _ = generate(rng)
         if story not in seen:
             seen.add(story)
             words -= len(story.split())
             yield story
 
 
-def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A story of a random plot, and its facts."""
-    return PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
+def generate(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A story of a random plot, and the facts of the story."""
+    return PLOTS[int(rng.random() * len(PLOTS))].generate(rng)
 
 
 def segments(story: str) -> list[str]:
-    """The segments of a story, each up to an end mark and the quotation mark after it: '"Look!" said
-    Pip.' has two."""
+    """The segments of a story, each up to an end mark and a quotation mark after that: '"Look!" said
+    Pip.' has two segments."""
     return SEGMENT.findall(story.replace("\n", " "))
 
 
 def opening(story: str, facts: dict[str, str]) -> str:
-    """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and
-    the problem."""
+    """The first sentences of a story, up to the hero's name and at least SHORTEST_OPENING words:
+    who, where, and the problem."""
     text, *rest = segments(story)
     for sentence in rest:
         if len(text.split()) >= SHORTEST_OPENING and facts["h"] in text:

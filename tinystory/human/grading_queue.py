@@ -1,7 +1,8 @@
-"""The desk at which a human grades: the waiting stories, the one on the page, and every grade
-given. A trainer sends a story and waits; the page shows it; its grade is recorded at once. The
-waiting stories are handed in together, GRACE_S after the last grade, so that until then the human
-can go back. A story that was graded before gets its kept grade."""
+"""Queue of stories that wait for a human's grade, and the store of all grades given so far.
+
+A trainer sends a story and waits. The page shows the story, and the human's grade is recorded at
+once. The grades of all waiting stories are handed in together, GRACE_S after the last grade, so
+that the human can go back until then. A story that was graded before gets the kept grade."""
 
 import asyncio
 import contextlib
@@ -19,7 +20,7 @@ from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.prompt import TOP, Template, instructions
 
-UNASKED = "this is not what was asked about: load the page again"
+UNASKED = "this answer belongs to no question that is open here: load the page again"
 NOTHING_BEFORE = "there is nothing to go back to"
 GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
 # Required fields of each record in a file of grades; a skipped story has no scores.
@@ -40,15 +41,15 @@ class _Story:
     handed_in: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Desk:
-    """Grades by `template`, kept in the file `path`. Raises UserError for a file of something
-    else."""
+class GradingQueue:
+    """Stories and grades by the criteria of `template`. The grades are kept in the file `path`.
+    Raises UserError if the file holds anything else."""
 
     def __init__(self, path: Path, template: Template):
         self.template = template
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
-        # key of the story on the page; its grade, if any, was taken back
+        # key of the story on the page; a grade that this story had was taken back
         self._current: str | None = None
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE, self._check):
@@ -62,14 +63,15 @@ class Desk:
         return key_of(instructions(self.template), opening, story)
 
     def _check(self, record: Record) -> None:
-        """Raises ValueError for a grade of a story by these criteria that lacks one of them."""
+        """Raises ValueError if a recorded grade by this queue's criteria lacks a criterion."""
         is_ours = record["key"] == self.key(record["opening"], record["story"])
         scores = record["scores"]
         if is_ours and scores is not None and scores.keys() != set(self.template.names):
-            raise ValueError(f"its scores are not those of {', '.join(self.template.names)}")
+            raise ValueError(f"the criteria of its scores are not {', '.join(self.template.names)}")
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
-        """Wait, without limit, for the human's scores; None if the story was skipped."""
+        """The human's score for each criterion, or None if the human skipped the story. Waits
+        without a time limit."""
         key = self.key(opening, story)
         if key not in self._grades or key in self._waiting:
             waiting = self._waiting.setdefault(key, _Story(opening, story))
@@ -83,8 +85,8 @@ class Desk:
         return self._grades[key]["scores"]
 
     def tick(self) -> int:
-        """Hand in the waiting stories if they are ready, and return their number; to be called
-        regularly."""
+        """The number of stories whose grades were handed in by this call, to be made regularly.
+        Grades are handed in once all waiting stories are graded and GRACE_S has passed."""
         if self._ungraded() or time.monotonic() - self._graded < GRACE_S:
             return 0
         handed_in = len(self._waiting)
@@ -94,15 +96,17 @@ class Desk:
         return handed_in
 
     def _ungraded(self) -> list[str]:
+        """Keys of the waiting stories without a grade; a grade that was taken back does not
+        count."""
         return [key for key in self._waiting if key not in self._grades or key == self._current]
 
     # ---- for the page ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: a story that a trainer waits for, the next one or the one that the
-        human went back to."""
+        """The state that the page shows, as JSON. `item` is a story that a trainer waits for: the
+        next one, or the one that the human went back to."""
         ungraded = self._ungraded()
-        if self._current not in self._waiting:  # there is none, or its trainer has stopped
+        if self._current not in self._waiting:  # no story is shown, or its trainer has stopped
             self._current = next(iter(ungraded), None)
         item = None
         if self._current:
@@ -125,8 +129,8 @@ class Desk:
         }
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
-        """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is
-        not possible, or if the grade cannot be kept; the story then still waits for one."""
+        """Perform an action of the human called `who`: grade, skip, back or pause. Raises Refused
+        if the action is not possible or the grade cannot be saved; the story then still waits."""
         match action:
             case "grade":
                 self._grade(who, request, self._scores(request))
@@ -148,8 +152,8 @@ class Desk:
     def _story_before(self) -> str | None:
         """The key of the graded story before the one on the page."""
         graded = [key for key in self._waiting if key in self._grades]
-        place = graded.index(self._current) if self._current in graded else len(graded)
-        return graded[place - 1] if place else None
+        index = graded.index(self._current) if self._current in graded else len(graded)
+        return graded[index - 1] if index else None
 
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
         names = self.template.names
@@ -164,8 +168,8 @@ class Desk:
         return {name: scores[name] for name in names}
 
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
-        # The page says what it shows: after a restart a grade may come before the trainer has asked
-        # again.
+        # The page sends the story that it shows, because after a restart a grade may arrive before
+        # the trainer has asked again.
         match request:
             case {"key": key, "opening": str(opening), "story": str(story)} if key == self.key(
                 opening, story
@@ -189,5 +193,5 @@ def refused_unless_kept() -> Iterator[None]:
         yield
     except UserError as error:
         raise Refused(
-            f"This answer is not kept yet: {error}. Then give it again.", status=503
+            f"This answer is not saved yet: {error}. Then give the answer again.", status=503
         ) from error
