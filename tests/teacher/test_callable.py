@@ -100,11 +100,11 @@ F = "def f(o, s):\n    "
         (F + "exit()\n", "line 2: SystemExit"),
         (
             "import os\ndef f(o, s):\n    os._exit(3)\n",
-            "r.py: the function ended the process (exit code 3)",
+            "r.py: the function must return, but it ended the process (exit code 3)",
         ),
         (
             "import os\ndef f(o, s):\n    os.kill(os.getpid(), 9)\n",
-            "r.py: the function ended the process (exit code -9)",
+            "r.py: the function must return, but it ended the process (exit code -9)",
         ),
         ("def g(o, s):\n    return [1]\n", "r.py has no function 'f'; it has g: write "),
     ],

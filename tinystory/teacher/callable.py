@@ -130,7 +130,7 @@ class RemoteFunction:
                 self.process.wait(5)
             code = self.process.returncode
             raise UserError(
-                f"{self.option}: {self.file}: the function ended the process (exit code {code}); it must return"
+                f"{self.option}: {self.file}: the function must return, but it ended the process (exit code {code})"
             ) from None
         if error:
             raise UserError(f"{self.option}: {error}")
