@@ -80,7 +80,7 @@ F = "def f(o, s):\n    "
         (F + "raise KeyError\n", "r.py, line 2: KeyError"),
         (F + "yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
         ("def f(o):\n    return [1]\n", "r.py: TypeError"),
-        (F + "return '0'\n", "returned '0'; it must give a list"),
+        (F + "return '0'\n", "returned '0'; it must return a list"),
         (F + "return None\n", "returned None; it must return a list"),
         (F + "return 0.5\n", "TypeError"),
         (F + "return ['0.5']\n", "returned '0.5'; a score must be a number from 0 to 1, or None"),
@@ -140,7 +140,9 @@ def test_scores_of_any_library_are_numbers(tmp_path):
 )
 def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
     (tmp_path / "r.py").write_text(body)
-    with pytest.raises(UserError, match=r"r\.py.*: took more than 0\.05 s \(--teacher-timeout\)"):
+    with pytest.raises(
+        UserError, match=r"r\.py.*: the function took more than 0\.05 s \(--teacher-timeout\)"
+    ):
         scores(f"{tmp_path / 'r.py'}:f", timeout_s=0.05)
 
 
