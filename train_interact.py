@@ -1,10 +1,10 @@
 """Learn by interaction: the student writes stories, a teacher scores them over HTTP, and PPO learns
 from the scores.
 
-One step: write stories (each is sent to the teacher as soon as it ends), compute their
-log-probabilities under the frozen starting checkpoint while the teacher grades, turn scores into
-rewards, update the policy. Every --eval-every steps it is evaluated on held-out openings, and the
-best student is kept."""
+One step: sample stories and send each to the teacher as soon as it ends; compute the stories'
+log-probabilities under the frozen starting checkpoint while the teacher grades; turn scores into
+rewards; update the policy. Every --eval-every steps the student is evaluated on held-out openings,
+and the best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
@@ -62,9 +62,10 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass
 class InteractionRun:
-    """What a run holds while it is open. reference: the starting checkpoint, frozen, for the KL
-    penalty. grader: idle on all ranks but 0. judge: the second judge, None without --judge and on
-    all ranks but 0. update_report: rewrites report.html if it is due."""
+    """An open run: students, teacher, limits and logs. reference: the starting checkpoint, frozen,
+    for the KL penalty. grader: the teacher on rank 0, idle on other ranks. judge: the second judge
+    on rank 0; None on other ranks and without --judge. update_report: rewrites report.html if the
+    last version is old enough."""
 
     config: InteractConfig
     compute: Compute
@@ -84,7 +85,7 @@ class InteractionRun:
 
 
 def interact(run: InteractionRun) -> None:
-    """Train until the last step, a signal, the end of the budget, or a collapse."""
+    """Run steps until the last step, a signal, the end of the budget, or a collapse."""
     config, policy, state, stages = run.config, run.policy, run.state, run.stages
     with contextlib.suppress(Interrupted), run.bar:
         if held_out.is_evaluated(config, state.step):
@@ -109,7 +110,8 @@ def interact(run: InteractionRun) -> None:
 
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
-            torch.manual_seed(config.seed * 1_000_003 + state.step)  # as in a run never stopped
+            # a function of the step, so that a resumed run repeats an uninterrupted one
+            torch.manual_seed(config.seed * 1_000_003 + state.step)
             statistics = ppo.step(policy, batch, reference, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 
@@ -137,22 +139,24 @@ def interact(run: InteractionRun) -> None:
 
 
 def goes_on(run: InteractionRun) -> bool:
-    """Whether there is another step, and the budget holds it."""
+    """Whether another step remains and fits in the budget. Prints the limit that it would
+    exceed."""
     if run.state.step >= run.config.steps or stopped(run):
         return False
     limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state))
     if limit:
-        run.bar.write(f"{limit} does not hold another step")
+        run.bar.write(f"{limit} does not suffice for another step: the run ends")
     return not limit
 
 
 def stopped(run: InteractionRun) -> bool:
-    """Whether a signal reached any process, which stops all of them."""
+    """Whether any process has received a signal to stop, which stops all processes."""
     return bool(distributed.all_reduce_max(run.stop.requested))
 
 
 def on_story(run: InteractionRun, story: Story) -> None:
-    """A story that ends goes to the teacher at once, unless --grades are to be chosen."""
+    """Send a finished story to the teacher at once. With --grades the stories to grade are chosen
+    later."""
     if not run.config.grades:
         send(run.grader, story)
     run.bar.update()
@@ -161,8 +165,8 @@ def on_story(run: InteractionRun, story: Story) -> None:
 def grade_stories(
     run: InteractionRun, stories: Sequence[Story], batch: Batch, reference: Reference
 ) -> tuple[list[Grade], list[float | None], dict[str, Any]]:
-    """A grade per story, NOT_ASKED for those that --grades leaves out; their scores, predicted for
-    these; and the metrics of the prediction."""
+    """Grades (NOT_ASKED for stories that --grades leaves out), scores (predicted for the stories
+    left out), and the metrics of the prediction."""
     if not run.config.grades:
         grades = collect_grades(run, range(len(stories)))
         return grades, [grade.score for grade in grades], {}
@@ -180,11 +184,11 @@ def grade_stories(
 
 
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
-    """The step's grades, NOT_ASKED outside the rows `sent`. Raises UserError if too many have no
-    score."""
+    """The step's grades, one per story; NOT_ASKED for rows that are not in `sent`. Raises UserError
+    if too many grades have no score."""
     received = collect(run.grader, run.stop)
     tolerated = run.config.max_unscored
-    if run.config.grades:  # of a few grades, one that is refused stops no run
+    if run.config.grades:  # one grade without a score must not stop a run that asks for a few
         tolerated = max(tolerated, 1 / max(len(received), 1))
     require_scores(received, tolerated)
     grades = [NOT_ASKED] * run.config.stories_per_step
@@ -201,8 +205,8 @@ def log_step(
     rewards: list[float | None],
     statistics: dict[str, Any],
 ) -> Record:
-    """Record the step's stories and metrics, and return the metrics. scores: the teacher's and the
-    predicted."""
+    """The step's metrics, after writing them and the stories to the log. scores: the teacher's
+    scores and the predicted ones."""
     state = run.state
     records = held_out.story_records(state.step, stories, grades, rewards, run.policy.history)
     if run.config.grades:
@@ -220,7 +224,7 @@ def log_step(
 
 
 def warn(run: InteractionRun, record: Record) -> bool:
-    """Show new warnings in the terminal. Returns whether they end the run."""
+    """Whether a new warning ends the run. Prints new warnings."""
     warnings = distributed.rank0_value(lambda: run.detector.add(record))
     for warning in warnings.values():
         run.bar.write(warning)
@@ -229,9 +233,9 @@ def warn(run: InteractionRun, record: Record) -> bool:
 
 
 def evaluate(run: InteractionRun) -> dict[str, Any]:
-    """Metrics of stories to the held-out openings, which are added to the record of the last step;
-    {} if the state counts this evaluation. The best student is kept as the checkpoint `best`. Raises
-    Interrupted."""
+    """Metrics of stories that continue the held-out openings; {} if this step was evaluated before.
+    Adds the metrics to the record of the last step, and saves the student as the checkpoint `best`
+    if it is the best so far. Raises Interrupted."""
     config, state, log = run.config, run.state, run.log
     if state.evaluated == state.step:
         return {}
@@ -253,21 +257,22 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
         f"held_out_{name}": mean for name, mean in held_out.evaluation_means(records).items()
     }
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
-    if state.step:  # what grading cost before the first step is in its record
+    if state.step:  # the costs of grading before the first step go to the record of that step
         log.add_metrics(state.step, metrics, run.grader.stats())
     return metrics
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
-    """Write the state after the last step: every --save-every steps, before an evaluation, when the
-    teacher fails, and at the end. So a teacher that fails costs no finished step, and a kill fewer
-    than --save-every. A resumed run repeats an evaluation that its state does not count."""
+    """Write a checkpoint of the last step. Called every --save-every steps, before an evaluation,
+    when the teacher fails, and at the end. So a failing teacher loses no finished step, and a
+    killed process loses fewer than --save-every steps. A resumed run repeats an evaluation that the
+    checkpoint does not include."""
     folder = run.log.folder / "checkpoints" / (name or f"step_{run.state.step:07d}")
     run.policy.save(folder, run.state, replace=replace)
 
 
 def save_milestones(run: InteractionRun, words_before: int) -> None:
-    """Keep a checkpoint for each milestone that the words taken in have passed."""
+    """Write a checkpoint for each milestone between `words_before` and the present words in."""
     for name in run.budget.passed(words_before, run.state.words_in):
         save(run, name)
 
@@ -277,10 +282,11 @@ def save_milestones(run: InteractionRun, words_before: int) -> None:
 
 @contextlib.contextmanager
 def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
-    """A run, ready for its next step. In this order: the students and openings; the teacher; the
-    budget, with a forecast of what it will take; the run's folder, so that it is written only once
-    whatever the user can fix was found; and a new run's temperature and first checkpoint. Leaving
-    the block closes teacher and records."""
+    """Yields a run that is ready for the next step; leaving the block closes teacher and records.
+
+    The order: students and openings; the teacher; the budget, with a forecast of the cost; the
+    run's folder, last, so that no error that the user can fix leaves files behind; for a new run,
+    the temperature and the first checkpoint."""
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
@@ -325,7 +331,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         options = asdict(config) | compute.recorded | facts
         options["init"] = config.init or str(start)
         if newest:
-            del options["init"]  # config.json has it
+            del options["init"]  # config.json already has the option
         log.config(options)
         if not newest:
             save(run, "start")
@@ -333,7 +339,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 
 def finish(run: InteractionRun) -> None:
-    """Print how to resume a run that was asked to stop, or what a finished one learned."""
+    """Print how to resume a stopped run, or the results of a finished run."""
     is_stopped = stopped(run)
     if not distributed.is_rank0():
         return

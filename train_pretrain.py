@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass
 class PretrainingRun:
-    """What a run holds: the student with its optimizer and state, the corpus in tokens, and the
+    """An open run: student, optimizer and state, the tokenized corpus, and the log. windows: the
     sequences of each step. steps: metrics of steps that a GPU may still be computing."""
 
     config: PretrainConfig
@@ -62,7 +62,7 @@ class PretrainingRun:
 
 
 def pretrain(run: PretrainingRun) -> None:
-    """Train until the last word or a signal."""
+    """Run steps until the student has read --words words, or until a signal."""
     config, state, steps = run.config, run.state, run.steps
     device = run.compute.device
     folder = run.log.folder
@@ -71,7 +71,7 @@ def pretrain(run: PretrainingRun) -> None:
     with run.log, Stop().listening() as stop, live_report(folder, writes) as update_report, run.bar:
         if state.step == 0:
             tell_story(run)
-        # A signal to any process stops all of them.
+        # a signal to any process stops all processes
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began = time.perf_counter()
             batch, words = next_batch
@@ -116,13 +116,14 @@ def pretrain(run: PretrainingRun) -> None:
 
 
 def load_batch(run: PretrainingRun, number: int) -> tuple[Tensor, int]:
-    """A step's sequences, (B, T + 1) int64 on the device, and the words in them."""
+    """The sequences of a step, (B, T + 1) int64 on the device, and the number of words in them."""
     tokens, words = run.windows.batch(number)
     return upload(tokens, run.compute.device), words
 
 
 def steps_ahead(device: torch.device) -> int:
-    """Steps launched before waiting for the loss of one, so that a GPU always has work."""
+    """Number of steps to launch before waiting for the loss of an earlier one, so that a GPU always
+    has work."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -134,15 +135,14 @@ def train_step(
     dtype: torch.dtype,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """One update on a batch, (B, T + 1) int64, sharded over processes. dtype: for the matmuls.
-    Returns the mean loss in nats per token, over all processes, and the gradient norm. Randomness
-    is a function of (seed, step), so a resumed run repeats an unbroken one.
+    """Mean loss (nats per token, over all processes) and gradient norm of one update on a batch.
 
-    A row's gradient is scaled here alone: by 1 / B, whatever its micro-batch and process, and by
-    the clipping of the sum."""
+    batch: (B, T + 1) int64, sharded over processes. dtype: for the matmuls. Randomness is a
+    function of (seed, step), so a resumed run repeats an uninterrupted one. The gradient of each
+    row is scaled by 1 / B in every micro-batch and process; then the summed gradient is clipped."""
     rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
-    # torch's draws would wait for a GPU
+    # drawn by Python: a draw by PyTorch would wait for the GPU
     seeds = random.Random(f"{config.seed} {step} {rank}")
     loss = torch.zeros((), device=batch.device)
     autocast = torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -152,15 +152,15 @@ def train_step(
             with autocast:
                 hidden = student.hidden(rows[:, :-1], config.dropout, seeds.getrandbits(48))
                 nats = ops.cross_entropy(hidden.flatten(0, 1), student.unembedding, targets)
-            rows_loss = nats * (len(rows) / len(batch))  # so that sums are the batch's mean
+            rows_loss = nats * (len(rows) / len(batch))  # the sum over micro-batches is the mean
             rows_loss.backward()
             loss += rows_loss.detach()
     loss = distributed.all_reduce_sum(loss)
     distributed.all_reduce_gradients(student.parameters())
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(gradients)
-    # The optimizer divides by it as it reads the gradient, so clipping takes no extra pass over
-    # memory.
+    # The optimizer divides by the scale when it reads the gradient, so clipping takes no extra pass
+    # over memory.
     scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
@@ -169,7 +169,8 @@ def train_step(
 
 
 def validation(run: PretrainingRun) -> dict[str, float]:
-    """On all held-out sequences at the end of the run, on some of them before."""
+    """Validation loss and bits per byte: on all held-out sequences at the end of the run, on
+    --eval-sequences of them before."""
     config, data = run.config, run.data
     sequences = config.eval_sequences if run.state.words < config.words else None
     sizes = data.tokenizer.token_sizes
@@ -181,8 +182,8 @@ def validation(run: PretrainingRun) -> dict[str, float]:
 
 
 def tell_story(run: PretrainingRun) -> None:
-    """Print and record the student's continuation of one opening, the same at every step. It is not
-    trained on and changes no bit of the training."""
+    """Print and record a story by the student to a fixed opening. The story is not used for
+    training, and sampling it changes no bit of the training."""
     if not distributed.is_rank0():
         return
     step = run.state.step
@@ -199,7 +200,8 @@ def tell_story(run: PretrainingRun) -> None:
 
 
 def save(run: PretrainingRun, name: str) -> None:
-    if not distributed.is_rank0():  # it would delete, as incomplete, what rank 0 is writing
+    # another rank would take rank 0's unfinished checkpoint for an incomplete one and delete it
+    if not distributed.is_rank0():
         return
     folder = run.log.folder / "checkpoints" / name
     history = {"corpus": run.config.corpus, "corpus_words": run.data.train.word_count}
@@ -210,9 +212,9 @@ def save(run: PretrainingRun, name: str) -> None:
 
 
 def open_run(config: PretrainConfig) -> PretrainingRun:
-    """A run, ready for its next step. In this order: the corpus in tokens; the student and its
-    optimizer; what a resumed run had of both; and the folder, so that it is written only once
-    whatever the user can fix was found."""
+    """A run that is ready for the next step. The order: the tokenized corpus; student and
+    optimizer; their saved state if the run is resumed; the run's folder, last, so that no error
+    that the user can fix leaves files behind."""
     distributed.require_one_each("--batch-size", config.batch_size)
     folder = Path(config.out)
     compute = resolve(config.device, config.dtype)
@@ -270,7 +272,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
 
 
 def finish(run: PretrainingRun) -> None:
-    """Print how to resume a run that was asked to stop, or a finished student's validation."""
+    """Print how to resume a stopped run, or the validation results of a finished run."""
     if not distributed.is_rank0():
         return
     if run.state.words < run.config.words:

@@ -1,5 +1,5 @@
-// From tensors to the structs of kernels.h: checks the arguments and allocates the results. ops.cpp and cuda/ops.cpp
-// share it, so that both devices raise the same errors.
+// Converts tensors to the structs of kernels.h: checks the arguments and allocates the results. ops.cpp and
+// cuda/ops.cpp share this header, so that both devices raise the same errors.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -212,7 +212,7 @@ inline void check_logprob(const Tensor& hidden, const Tensor& weight, const Tens
 // --- add_layer_norm --------------------------------------------------------------------------------------------------
 using OptionalTensor = std::optional<Tensor>;
 
-// check_float, on x's device
+// Checks a tensor by check_float and check_contiguous, and that it is on the device of x.
 inline void check_part(const Tensor& t, const Tensor& x, at::IntArrayRef shape, const char* op, const char* name) {
   check_float(t, shape, op, name);
   check_contiguous(t, op, name);

@@ -1,6 +1,6 @@
-// The operators' gradients, on every device: what runs where an argument requires one. A struct has the operator's name;
-// `forward` saves what `backward` needs, which returns a gradient per argument, undefined where there is none. Through
-// Python each of these calls would take 70 us.
+// The gradients of the operators, on every device. Autograd calls them if an argument requires a gradient. A struct has
+// the name of the operator. `forward` saves the tensors that `backward` needs; `backward` returns one gradient per
+// argument, undefined for an argument without a gradient. Through Python, each of these calls would take 70 us.
 #include <ATen/core/TensorBody.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_addmm_activation.h>
@@ -27,20 +27,21 @@ using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The operator of this name; the device of its arguments will choose the kernel.
+// The operator with this name. A call chooses the kernel by the device of the arguments.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The operator's results, from a forward pass: the call has no gradient of its own.
+// The results of an operator, called from a forward pass below autograd, so that the call records no gradient.
 template <class Signature, class... Arguments>
 auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(std::forward<Arguments>(arguments)...);
 }
 
-// Declares outputs that have no gradient. Those of the others may be undefined: zeros would be written for nothing.
+// Declares outputs without a gradient. The gradients of other outputs may be undefined, so that autograd does not write
+// zeros that no code needs.
 void mark_non_differentiable(AutogradContext* ctx, const variable_list& outputs) {
   ctx->mark_non_differentiable(outputs);
   ctx->set_materialize_grads(false);
@@ -132,8 +133,8 @@ struct Linear : Function<Linear> {
   }
 };
 
-// A GPU's linear layer: gelu(x weight^T + bias) by cuBLAS, from 16-bit copies of weight and bias. Their gradients are
-// float32: the weight's GEMM writes its sums, and needs no cast.
+// The linear layer on a GPU: gelu(x weight^T + bias) by cuBLAS, with 16-bit copies of weight and bias. The gradients of
+// weight and bias are float32: the GEMM writes float32 sums, so no cast is needed.
 struct LoweredLinear : Function<LoweredLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor&, const Tensor&, const Tensor& weight16,
                         const Tensor& bias16, bool gelu) {
@@ -161,7 +162,7 @@ Tensor lowered_linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
   shape.back() = weight16.sym_size(0);
   Tensor y;
   if (at::GradMode::is_enabled()) y = LoweredLinear::apply(rows, weight, bias, weight16, bias16, gelu);
-  else if (gelu) y = at::_addmm_activation(bias16, rows, weight16.t(), 1, 1, true);  // before it rounds
+  else if (gelu) y = at::_addmm_activation(bias16, rows, weight16.t(), 1, 1, true);  // GELU before rounding
   else y = at::addmm(bias16, rows, weight16.t());
   return y.view_symint(shape);
 }
@@ -197,7 +198,7 @@ struct AddLayerNorm : Function<AddLayerNorm> {
   }
 };
 
-// A Function under an operator's signature, which has a tuple for the outputs.
+// Calls a Function with the signature of the operator, which returns a tuple.
 template <class Differentiable, class Outputs, class... Arguments>
 Outputs apply(Arguments... arguments) {
   const variable_list outputs = Differentiable::apply(arguments...);
@@ -208,7 +209,7 @@ Outputs apply(Arguments... arguments) {
 
 }  // namespace
 
-// Made of other operators, each of which has its kernels and its place in a graph.
+// lowered_linear is composed of other operators, which have kernels and are recorded in graphs.
 TORCH_LIBRARY_IMPL(tinystory, CompositeImplicitAutograd, m) { m.impl("lowered_linear", lowered_linear); }
 
 TORCH_LIBRARY_IMPL(tinystory, Autograd, m) {

@@ -1,4 +1,4 @@
-// Memory from the system: huge pages, and a heap that keeps what is freed.
+// Settings of system memory: huge pages, and a heap that keeps freed memory.
 #pragma once
 #if defined(__linux__)
 #include <malloc.h>
@@ -10,7 +10,7 @@
 
 namespace tinystory {
 
-// Asks for huge pages in [p, p + bytes): walking the tables of small ones costs 4 % of a pretraining step.
+// Requests huge pages in [p, p + bytes). With small pages, page-table walks cost 4 % of a pretraining step.
 inline void use_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
@@ -20,10 +20,10 @@ inline void use_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t byt
 #endif
 }
 
-// Changes glibc's malloc for the whole process, so that memory which is freed stays with it; elsewhere it does nothing.
-// A step's activations are freed, and allocated again in the next step: returning the memory to the system in between
-// costs page faults each time (8 % of a pretraining step). 32 MiB is glibc's maximum for the first threshold. The heap
-// grows once, by what it may keep: until it is used, that takes no memory.
+// Makes glibc's malloc keep freed memory in the process. Does nothing without glibc. The activations of a step are
+// freed, and allocated again in the next step. If malloc returned the memory to the system in between, page faults
+// would cost 8 % of a pretraining step. 32 MiB is glibc's maximum for M_MMAP_THRESHOLD. The heap grows once, to the
+// size that it may keep; pages that are never touched take no memory.
 inline void keep_freed_memory() {
 #if defined(__GLIBC__)
   constexpr size_t kKept = 1 << 30, kHeap = kKept / 8 * 7;

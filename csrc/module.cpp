@@ -1,6 +1,7 @@
-// The Python module. Importing it registers the operators of ops.cpp; it has the one object that keeps state between
-// calls, the decoding engine. Operators go in TORCH_LIBRARY, because autograd, torch.compile and opcheck must
-// understand them. An object that only our own Python drives needs none of that: it is bound by pybind11.
+// The Python module. Importing the module registers the operators of ops.cpp. The module also has the class of the
+// decoding engine, the only object with state between calls. Operators are registered with TORCH_LIBRARY, because
+// autograd, torch.compile and opcheck must understand them. The engine is used only by our Python code, so pybind11
+// binds it.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -15,7 +16,7 @@
 namespace tinystory {
 namespace {
 
-// cpu::Engine with the tensors that it reads and writes.
+// cpu::Engine, and the tensors that the engine reads and writes.
 class Engine {
  public:
   using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -80,7 +81,7 @@ class Engine {
     return {tokens_, logprobs_, values_, entropies_};
   }
 
-  // (row of the outputs, its tokens) of each story that ends.
+  // (row of the outputs, number of tokens) of each story that ends in this step.
   std::vector<std::pair<int64_t, int64_t>> step() {
     TORCH_CHECK(tokens_.defined(), "Engine.step: call start first");
     std::vector<std::pair<int64_t, int64_t>> ended;
@@ -100,7 +101,7 @@ class Engine {
     return elements;
   }
 
-  std::map<std::string, Tensor> parameters_;  // keeps alive what the engine points to
+  std::map<std::string, Tensor> parameters_;  // keeps the memory alive to which the engine has pointers
   int64_t vocabulary_, context_;
   std::unique_ptr<cpu::Engine> engine_;
   Tensor tokens_, logprobs_, values_, entropies_;
@@ -112,7 +113,7 @@ class Engine {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using tinystory::Engine;
-  // Arguments and results are converted with the GIL held; it is released while the engine computes.
+  // pybind11 converts arguments and results with the GIL held. The GIL is released while the engine computes.
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.doc() = "tinystory's compiled kernels; tinystory/ops/ is their documented face.";
   m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);

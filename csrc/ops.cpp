@@ -1,5 +1,6 @@
-// The operators: their schemas (at the end), and the kernels of csrc/cpu that run them; cuda/ops.cpp has the kernels of
-// csrc/cuda. These two, arguments.h, autograd.cpp, with the gradients, and module.cpp know torch; no other file does.
+// The operators: the schemas (at the end), and the CPU implementations, which call the kernels of csrc/cpu.
+// cuda/ops.cpp has the CUDA implementations. Only these two files, arguments.h, autograd.cpp (the gradients),
+// parallel.h and module.cpp include headers of PyTorch.
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -14,9 +15,9 @@
 namespace tinystory {
 namespace {
 
-// Memory of this thread, at least so many bytes, kept between calls: a new 50 MB would cost its page faults each time.
-// Another piece, if a tensor that an earlier call returned still lies in this one. What is in use at the same time has
-// numbers of its own.
+// A buffer of this thread with at least `bytes` bytes. The buffer is kept between calls, because page faults of a new
+// buffer of 50 MB would cost time in each call. Allocates a new buffer if a returned tensor still uses the old one.
+// Buffers that are in use at the same time need different kNumber.
 template <int kNumber = 0>
 const Tensor& workspace(int64_t bytes) {
   thread_local Tensor memory;
@@ -27,7 +28,7 @@ const Tensor& workspace(int64_t bytes) {
   return memory;
 }
 
-// The sum over the n rows of parts (n, C), formed in f64. at::sum would take 80 us, for a few thousand numbers.
+// The sum over the n rows of parts, (n, C), computed in f64. For a few thousand elements, at::sum would take 80 us.
 Tensor sum_of_rows(const float* parts, int64_t n, int64_t C, const at::TensorOptions& options) {
   std::vector<double> total(C);
   for (int64_t i = 0; i < n; ++i)
@@ -81,7 +82,7 @@ struct Logprob {
   const at::TensorOptions wide;  // f32, or f64 for f64
   TokenLogprob x{};
   Tensor logprob, entropy, lse, grad_hidden, grad_weight;
-  Tensor sums;  // grad_weight of the chunk's columns
+  Tensor sums;  // sums of grad_weight for the columns of the chunk
 
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : hidden(check(h, w, t, op).contiguous()), weight(w.contiguous()), targets(t.contiguous()),
@@ -118,7 +119,7 @@ struct Logprob {
     use(entropy, lse);
   }
 
-  // Log-probabilities and entropies.
+  // Computes log-probabilities and entropies.
   void compute_results() {
     const int64_t rows = std::min(x.N, kRows);
     prepare(rows, all_groups());
@@ -128,8 +129,8 @@ struct Logprob {
     });
   }
 
-  // Gradients from given entropies and lse. A chunk of about `bytes` bytes of logits has columns for every thread, so
-  // that the weight is packed rarely.
+  // Computes gradients from given entropies and lse. A chunk has as many rows as possible, so that the weight is packed
+  // rarely, about `bytes` bytes of logits, and some columns for every thread.
   void compute_grads(int64_t bytes) {
     const int64_t rows = std::min(x.N, kRows), threads = at::get_num_threads();
     const int64_t fit = elements(bytes) / std::max<int64_t>(1, rows) / kLogprobGroup;
@@ -138,7 +139,7 @@ struct Logprob {
     prepare(rows, std::min(groups, all_groups()));
     for (x.first_group = 0; x.first_group < all_groups(); x.first_group += groups) {
       x.groups = std::min(groups, all_groups() - x.first_group);
-      const bool packed = rows == x.N && x.first_group > 0 && x.groups == groups;  // by the chunk before
+      const bool packed = rows == x.N && x.first_group > 0 && x.groups == groups;  // hidden is already packed
       each_chunk(rows, [&] {
         if (!packed) pack_hidden();
         grads_of_chunk();
@@ -147,7 +148,8 @@ struct Logprob {
     }
   }
 
-  // Both: a chunk of about `bytes` bytes of logits has all columns, so that its gradients can follow its statistics.
+  // Computes results and gradients. A chunk of about `bytes` bytes of logits spans all columns, so that the gradients
+  // can be computed right after the row sums.
   void compute_results_and_grads(int64_t bytes) {
     const int64_t fit = elements(bytes) / std::max<int64_t>(1, x.V);
     const int64_t rows = std::min(x.N, std::max<int64_t>(2, fit / 2 * 2));
@@ -161,11 +163,11 @@ struct Logprob {
     finish_grad_weight();
   }
 
-  static constexpr int64_t kRows = 4096;  // of a chunk, if its logits need not all exist at the same time
+  static constexpr int64_t kRows = 4096;  // rows of a chunk if the logits of the chunk are not stored as a whole
   int64_t elements(int64_t bytes) const { return bytes / int64_t(wide.dtype().itemsize()); }
   int64_t all_groups() const { return blocks(x.V, kLogprobGroup); }
 
-  // Allocates the workspace for chunks of so many rows and groups.
+  // Allocates the workspace for chunks with these numbers of rows and groups.
   void prepare(int64_t rows, int64_t groups) {
     x.rows = rows, x.groups = groups;
     x.workspace = workspace(cpu::logprob_workspace(x)).data_ptr();
@@ -235,8 +237,8 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   return p.grads();
 }
 
-// The mean of -logprob and its gradients, which need nothing from the backward pass but a factor: the logits are
-// computed once.
+// The mean of -logprob, and the gradients. The backward pass only multiplies the gradients by a factor, so the logits
+// are computed once, in the forward pass.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "cross_entropy");
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
@@ -247,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }
 
-// --- linear, add_layer_norm -------------------------------------------------------------------------------------------
-constexpr int64_t kChunkRows = 2048;  // per chunk of a linear layer: the packed rows stay in the L3 cache
+// --- linear, add_layer_norm ------------------------------------------------------------------------------------------
+constexpr int64_t kChunkRows = 2048;  // rows per chunk of a linear layer, so that the packed rows stay in the L3 cache
 
 DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
   const DType type = dtype_of(t, op, name);
@@ -258,7 +260,7 @@ DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
   return type;
 }
 
-// The type of a layer's matmuls.
+// The type of the GEMMs of a layer.
 DType gemm_type(at::ScalarType dtype, const char* op) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, op, ": dtype must be float32 or bfloat16, not ", dtype);
   return dtype == at::kBFloat16 ? DType::bf16 : DType::f32;
@@ -321,7 +323,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   constexpr auto op = "linear_backward";
   Linear l = linear_args(x, weight, gelu, dtype, op);
   const Tensor g = grad_y.contiguous();
-  TORCH_CHECK(g.numel() == l.M * l.N && (!gelu || slope.numel() == l.M * l.N), op, ": grad_y or slope do not fit");
+  TORCH_CHECK(g.numel() == l.M * l.N && (!gelu || slope.numel() == l.M * l.N), op,
+              ": grad_y or slope do not fit x and weight: ", g.sizes(), " and ", slope.sizes());
   l.y_type = float_or_bf16(g, op, "grad_y");
   Tensor grad_x = at::empty_like(x), grad_weight = at::empty_like(weight);
   Tensor bias_parts = at::empty({blocks(l.M, kLinearRows), l.N}, weight.options());
@@ -336,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   return {grad_x, grad_weight, sum_of_rows(l.bias_parts, bias_parts.size(0), l.N, weight.options())};
 }
 
-// On CUDA one kernel. A student on a CPU runs linear_backward in its place.
+// On CUDA this operator is one kernel. On the CPU only tests call it; training uses linear_backward instead.
 std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_y, const Tensor& x) {
   const Tensor grad = at::gelu_backward(grad_y, x, "tanh");
   return {grad, grad.sum(0, false, at::kFloat)};
@@ -365,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Optiona
 
 }  // namespace
 
-// One entry per operator: its schema, and its CPU kernel.
+// One entry per operator: the schema, and the CPU implementation.
 TORCH_LIBRARY(tinystory, m) {
   const auto op = [&](const char* schema, auto* kernel) {
     m.def(schema, torch::dispatch(c10::DispatchKey::CPU, kernel));

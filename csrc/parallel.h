@@ -1,4 +1,4 @@
-// Splits the kernels' ranges of items over torch's threads, or, without OpenMP, over as many of our own.
+// Divides a kernel's range of items among PyTorch's threads, or, without OpenMP, among as many threads of our own.
 #pragma once
 #include <ATen/Parallel.h>
 
@@ -14,12 +14,12 @@ namespace tinystory {
 
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// While it lives, this thread takes subnormal floats for zero: an x86 core needs some hundred cycles for an instruction
-// that meets one, and sharp attention has subnormal gradients.
+// RAII guard: flush-to-zero and denormals-are-zero (FTZ and DAZ) on this thread. An x86 core needs some hundred cycles
+// for an instruction with a subnormal operand or result, and sharp attention has subnormal gradients.
 class SubnormalsAsZero {
 #if defined(__x86_64__)
  public:
-  SubnormalsAsZero() { _mm_setcsr(before_ | 0x8040); }  // results, and operands
+  SubnormalsAsZero() { _mm_setcsr(before_ | 0x8040); }  // FTZ 0x8000, DAZ 0x0040
   ~SubnormalsAsZero() { _mm_setcsr(before_); }
 
  private:
@@ -27,9 +27,9 @@ class SubnormalsAsZero {
 #endif
 };
 
-// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next: half of an equal share
-// of what is left, so that the threads end together, even if a core is slower or busy with other programs. An item's
-// result depends on neither part nor thread.
+// Calls f(begin, end) on parts that cover [0, items). A thread that becomes free takes the next part: half of an equal
+// share of the remaining items. So all threads finish at about the same time, even if a core is slower or busy with
+// other programs. The result of an item must not depend on the part or the thread.
 template <class F>
 void parallel(int64_t items, const F& f) {
   const int64_t threads = at::get_num_threads();
@@ -38,7 +38,7 @@ void parallel(int64_t items, const F& f) {
     [[maybe_unused]] const SubnormalsAsZero mode;
     for (int64_t begin = next; begin < items;) {
       const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * threads));
-      if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now what another thread has left
+      if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now the first item that no thread has taken
       f(begin, end);
       begin = next;
     }

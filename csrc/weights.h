@@ -1,9 +1,9 @@
 // Fixed-point sampling weights, one definition for CPU and CUDA.
 //
-// A token's weight is floor(2^40 * 2^t) with t = (logit - maximum logit) * log2(e) / temperature. The float steps are
-// single IEEE operations that are never fused, and the rest is integer arithmetic, so every device computes the same
-// weights. Integer sums do not depend on their order, so every device draws the same token. A token less likely than
-// 2^-40 times the most likely one has weight 0 and is never drawn.
+// The weight of a token is floor(2^40 * 2^t) with t = (logit - maximum logit) * log2(e) / temperature. The float steps
+// are single IEEE operations that are never fused, and the other steps are integer arithmetic, so every device computes
+// the same weights. Integer sums do not depend on the order of the terms, so every device draws the same token. A token
+// with a probability below 2^-40 times that of the most likely token has weight 0 and is never drawn.
 #pragma once
 #include <cstdint>
 
@@ -15,13 +15,13 @@ namespace tinystory {
 constexpr float kExp2[7] = {1.0f,           0.69314718246f, 0.24022647738f, 0.05550332367f,
                             0.00961843692f, 0.00133988750f, 0.00015353362f};
 constexpr int kWeightBits = 40;
-constexpr float kLowest = -60.0f;        // t is clamped to this, where the weight is 0 already
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum
+constexpr float kLowest = -60.0f;        // lower bound of t, at which the weight is already 0
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: x + kRounder has x, rounded to an integer, in the low bits
 constexpr int32_t kRounderBits = 0x4B400000;
 
 inline float weight_scale(double temperature) { return float(1.4426950408889634 / temperature); }
 
-// Order-preserving: greater logits have greater keys; -0 and +0 have the same key.
+// An integer key with the order of the logits: a greater logit has a greater key; -0 and +0 have the same key.
 TINYSTORY_HD uint32_t order_key(uint32_t float_bits) {
   if (float_bits == 0x80000000u) float_bits = 0;
   return float_bits >> 31 ? ~float_bits : float_bits | 0x80000000u;
@@ -36,7 +36,8 @@ TINYSTORY_HD uint64_t below(uint64_t bits, uint64_t total) {
 #endif
 }
 
-// Top-p in integers: p becomes a multiple of 2^-30, and the kept tokens weigh at least p * total, rounded up.
+// Top-p in integers: p is rounded to a multiple of 2^-30. The kept tokens have a total weight of at least p * total,
+// rounded up.
 inline uint64_t top_p_fixed(double p) {
   const uint64_t fixed = uint64_t(p * 0x1p30 + 0.5);
   return fixed ? fixed : 1;

@@ -1,7 +1,7 @@
-// AMX: tiles of 16 x 16 sums of products of bf16 pairs. Its instructions are in this header and nowhere else. With
-// TINYSTORY_AMX_TWIN a scalar twin of them takes their place, so that every path is tested on machines without AMX.
+// AMX: tiles of 16 x 16 sums of products of bf16 pairs. No other header uses AMX instructions. With TINYSTORY_AMX_TWIN,
+// a scalar emulation replaces the instructions, so that every path is tested on machines without AMX.
 #pragma once
-// clang 14 spells the macro without its second underscore.
+// clang 14 spells the macro __AMXBF16__
 #if defined(TINYSTORY_AMX_TWIN) || \
     (defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(TINYSTORY_ARM_BF16_TWIN))
 #define TINYSTORY_AMX
@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-// Macros, because a tile's number is part of the instruction.
+// macros, because the number of a tile is an immediate operand of the instruction
 #define TILE_CONFIG(c) _tile_loadconfig(&(c))
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(t) _tile_zero(t)
@@ -23,22 +23,24 @@
 
 namespace tinystory::cpu::amx {
 
-constexpr int64_t kRows = 16, kPacks = 16;  // a tile's rows; its 32-bit columns: sums, or pairs of bf16
+constexpr int64_t kRows = 16, kPacks = 16;  // rows of a tile; 32-bit columns of a tile, which are sums or pairs of bf16
 
-// The operand of LDTILECFG. Tiles 0 to 3 are sums, two by two; 4 and 5 rows of the left operand; 6 and 7 the right one.
+// The operand of LDTILECFG. Tiles 0 to 3 hold 2 x 2 tiles of sums, tiles 4 and 5 rows of the left operand, and tiles 6
+// and 7 columns of the right operand.
 struct alignas(64) Config {
   uint8_t palette = 1, start_row = 0, reserved[14]{};
   uint16_t column_bytes[16]{};
   uint8_t rows[16]{};
 
-  // The upper tiles have `above` rows, the lower ones `below`; none of 0 rows may be used.
+  // The upper tiles have `above` rows, the lower tiles have `below` rows. A tile with 0 rows must not be used.
   Config(int64_t above, int64_t below) {
     const int64_t of[8] = {above, above, below, below, above, below, kPacks, kPacks};
     for (int t = 0; t < 8; ++t) rows[t] = uint8_t(of[t]), column_bytes[t] = of[t] ? 4 * kPacks : 0;
   }
 };
 
-// Asks Linux for the tiles' 8 KiB of state, once per process. Threads get theirs at their first tile instruction.
+// Whether Linux permits AMX. The first call in a process requests permission for the 8 KiB of tile state. A thread gets
+// its state with the first tile instruction.
 inline bool permitted() {
 #if defined(TINYSTORY_AMX_TWIN)
   return true;
@@ -49,9 +51,10 @@ inline bool permitted() {
 #endif
 }
 
-// c (rows, columns) = a b, or with `add` c += a b, of 1 to 32 rows and 16 or 32 columns, reducing over n_k pairs, a
-// multiple of 16. Strides in elements of 4 bytes; element (row, k) of a tile's corner in a lies at row am + k ak, and its
-// rows are am apart, or ak where that is 16. The tiles are configured for these rows.
+// c (rows, columns) = a b, or with `add` c += a b, for 1 to 32 rows and 16 or 32 columns. The reduction is over n_k
+// pairs, a multiple of 16. Strides are in elements of 4 bytes. The corner (row, k) of a tile of a lies at row am + k
+// ak. The rows of the tile are am apart if ak is 1, else ak apart (ak is then 16). The tiles must be configured for
+// these rows.
 template <bool kBelow, bool kRight>
 inline void block(int64_t n_k, const uint32_t* a, int64_t am, int64_t ak, const uint32_t* b, int64_t bk, float* c,
                   int64_t cm, bool add, const char* next, int64_t lines) {
@@ -89,20 +92,20 @@ inline void block(int64_t n_k, const uint32_t* a, int64_t am, int64_t ak, const 
   if constexpr (kBelow && kRight) TILE_STORE(3, below + kPacks, 4 * cm);
 }
 
-// The same for any rows, and columns in multiples of 16; calls done(row, n) after each n rows. The thread's tiles are
-// configured and released here.
+// The same for any number of rows, and columns in multiples of 16. Calls done(row, n) after each n rows. Configures and
+// releases the thread's tiles.
 template <class Done>
 void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_t am, int64_t ak, const uint32_t* b,
            int64_t bk, float* c, int64_t cm, bool add, const Done& done) {
   int64_t configured = 0;
-  // What follows a whole panel's rows comes next, and lies beyond the L2 cache: it is prefetched evenly.
+  // The memory after a whole panel is read next and is not in the L2 cache, so it is prefetched, evenly over the rows.
   const auto* next = reinterpret_cast<const char*>(b + n_k * bk);
   const int64_t lines = bk == 2 * kPacks ? (2 * kPacks + (rows + 31) / 32 - 1) / ((rows + 31) / 32) : 0;
   for (int64_t r = 0; r < rows; r += 2 * kRows) {
     const int64_t n = rows - r < 2 * kRows ? rows - r : 2 * kRows;
     if (n != configured) {
       const Config config(n < kRows ? n : kRows, n < kRows ? 0 : n - kRows);
-      asm volatile("" : : "r"(&config) : "memory");  // the intrinsics do not say all that they read
+      asm volatile("" : : "r"(&config) : "memory");  // the intrinsics do not declare all memory that they read
       TILE_CONFIG(config);
       configured = n;
     }

@@ -1,11 +1,11 @@
-// ARM's bf16 instructions (FEAT_BF16). BFDOT adds to each of 4 sums the products of a pair of bf16; BFMMLA adds to 2 x 2
-// sums those of two rows of 4 bf16 and two columns of 4: twice as many products as BFDOT. They are in this header and
-// nowhere else. With TINYSTORY_ARM_BF16_TWIN a scalar twin of them takes their place, so that every path is tested on
-// machines without them.
+// ARM's bf16 instructions (FEAT_BF16). BFDOT adds the products of a pair of bf16 to each of 4 sums. BFMMLA adds the
+// products of two rows of 4 bf16 and two columns of 4 bf16 to 2 x 2 sums: twice as many products as BFDOT. No other
+// header uses these instructions. With TINYSTORY_ARM_BF16_TWIN, a scalar emulation replaces them, so that every path is
+// tested on machines without them.
 //
-// Their rounding, where Linux and macOS leave it (FPCR.EBF = 0): the products of a pair are summed, then added to the
-// sum, each rounded to odd, subnormals flushed to zero; BFMMLA is two such steps, one after the other (Arm Architecture
-// Reference Manual, DDI 0487, BFDOT and BFMMLA). So both give the same sums, bit for bit.
+// Rounding, with the default of Linux and macOS (FPCR.EBF = 0): the products of a pair are summed, then added to the
+// sum. Both results are rounded to odd, and subnormals are flushed to zero. BFMMLA is two such steps in sequence (Arm
+// Architecture Reference Manual, DDI 0487, BFDOT and BFMMLA). So both instructions give bit-identical sums.
 #pragma once
 #if defined(TINYSTORY_ARM_BF16_TWIN) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define TINYSTORY_ARM_BF16
@@ -17,7 +17,7 @@
 namespace tinystory::cpu::arm {
 
 typedef float Sums __attribute__((vector_size(16)));
-typedef uint32_t Pairs __attribute__((vector_size(16)));  // of bf16, the first in the low half
+typedef uint32_t Pairs __attribute__((vector_size(16)));  // pairs of bf16, the first element in the low half
 typedef uint64_t Halves __attribute__((vector_size(16)));
 
 #if defined(TINYSTORY_ARM_BF16_TWIN)
@@ -39,10 +39,11 @@ inline Sums bfmmla(Sums c, Pairs a, Pairs b) {
 }
 #endif
 
-constexpr int64_t kPacks = 4;     // pairs of a row that are read at once
-constexpr int64_t kColumns = 16;  // columns whose right operand is interleaved, and stays in the L1 cache
+constexpr int64_t kPacks = 4;  // number of pairs of a row that are read at once
+constexpr int64_t kColumns =
+    16;  // number of columns of the right operand that are interleaved and stay in the L1 cache
 
-// BFDOT on vectors of any whole number of 4 sums.
+// BFDOT on vectors of 4 sums, or of a multiple of 4.
 template <class Vec>
 Vec dot(Vec a, Vec b, Vec sum) {
   Sums s[sizeof(Vec) / 16];
@@ -53,13 +54,13 @@ Vec dot(Vec a, Vec b, Vec sum) {
   return sum;
 }
 
-// The lower halves of a and b, side by side, or the upper ones.
+// The lower halves of a and b side by side, or with kUpper the upper halves.
 template <bool kUpper, class Vec>
 Vec halves(Vec a, Vec b) {
   return (Vec)zip<kUpper>((Halves)a, (Halves)b);
 }
 
-// Right operands of BFMMLA from two rows of a panel: to[column][2].
+// Rearranges each two rows of a panel into right operands of BFMMLA: to[column][2].
 inline void interleave(uint32_t* to, const uint32_t* b, int64_t bk, int64_t n_k, int64_t columns) {
   for (int64_t k = 0; k < n_k; k += 2, b += 2 * bk)
     for (int64_t j = 0; j < columns; j += 4, to += 8) {
@@ -68,9 +69,9 @@ inline void interleave(uint32_t* to, const uint32_t* b, int64_t bk, int64_t n_k,
     }
 }
 
-// The micro-kernel: c (R rows, 4 C columns) = a b, or with `add` c += a b, of an interleaved b. Strides in elements of 4
-// bytes. 4 x 16 sums, not 6 x 16 as in gemm.h: GCC reads 8 columns ahead, and of more sums spills some in the loop. Of an
-// odd R the last row is multiplied twice and stored once.
+// The micro-kernel: c (R rows, 4 C columns) = a b, or with `add` c += a b, for an interleaved b. Strides are in
+// elements of 4 bytes. A tile has 4 x 16 sums, not 6 x 16 as in gemm.h, because GCC reads 8 columns ahead and would
+// spill some of more sums in the loop. With an odd R, the last row is multiplied twice and stored once.
 template <int R, int C>
 void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, float* c, int64_t cm, bool add) {
   constexpr int kHeight = (R + 1) / 2;
@@ -91,7 +92,7 @@ void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, float*
       }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) {  // added last, as by gemm.h's micro-kernel
+    for (int j = 0; j < C; ++j) {  // c is added last, as in the micro-kernel of gemm.h
       const Sums left = acc[r / 2][2 * j], right = acc[r / 2][2 * j + 1];
       const Sums sums = r % 2 ? halves<true>(left, right) : halves<false>(left, right);
       float* to = c + r * cm + 4 * j;
@@ -99,7 +100,7 @@ void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, float*
     }
 }
 
-// The same for any number of rows; calls done(row, R) after each R of them.
+// The same for any number of rows. Calls done(row, R) after each R rows.
 template <int C, class Done>
 void column(int64_t rows, int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, float* c, int64_t cm, bool add,
             const Done& done) {
@@ -114,7 +115,7 @@ void column(int64_t rows, int64_t n_k, const uint32_t* a, int64_t am, const uint
   if (rows > row) take(std::integral_constant<int, 1>());
 }
 
-// The same for columns in multiples of 4; n_k is a multiple of kPacks, at most kDepth.
+// The same for columns in multiples of 4. n_k is a multiple of kPacks and at most kDepth.
 template <int64_t kDepth, class Done>
 void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, int64_t bk,
            float* c, int64_t cm, bool add, const Done& done) {

@@ -1,10 +1,10 @@
 // Causal attention, forward and backward, one (batch, head) at a time.
 //
-// Queries are taken in strips of 48 or 64 rows. A strip's scores against all earlier keys fit in the L2 cache, so each
-// strip computes its whole softmax at once: the blocked passes of FlashAttention-2 (Dao 2023, arXiv 2307.08691), whose
-// names m, l, S, P, dP and dS are used here, without the rescaling that a GPU's small shared memory forces. Nothing of
-// size (T, T) is stored: the backward pass recomputes P from the log-sum-exp, and each row's delta = sum of P * dP from
-// the strip itself, so it does not need the output. All seven matmuls use gemm.h.
+// Queries are processed in strips of 48 or 64 rows. The scores of a strip against all earlier keys fit in the L2 cache,
+// so each strip computes the whole softmax at once. The passes and the names m, l, S, P, dP and dS are those of
+// FlashAttention-2 (Dao 2023, arXiv 2307.08691), without the rescaling that the small shared memory of a GPU requires.
+// No (T, T) matrix is stored. The backward pass recomputes P from the log-sum-exp, and computes delta, the sum of P *
+// dP of each row, from the strip, so the backward pass does not need the output. All seven matmuls use gemm.h.
 #include <algorithm>
 
 #include "../philox.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// 1 where dropout keeps an element of the tile, 0 where it drops it.
+// Sets `keep` to 1 for each element of the tile that dropout keeps, and to 0 for the others.
 void dropout_tile(float (&keep)[32][32], const Attention& x, int64_t head, int64_t i, int64_t j) {
   const uint32_t threshold = dropout_threshold(x.dropout);
   const DropoutKeys keys = dropout_keys(x.seed);
@@ -37,30 +37,32 @@ struct Head {
   using Vec = VecOf<Acc>;
   static constexpr int L = lanes<Vec>;
   static constexpr int64_t kWidth = kPanel<Policy>;
-  // Query rows per strip: pairs of rows, and micro-kernels (6 rows) or AMX's tiles (16 pairs of rows).
+  // Query rows per strip: a multiple of 6, the rows of the micro-kernel, or for bf16 of 16 pairs, the rows of an AMX
+  // tile.
   static constexpr int64_t kStrip = Policy::kPack == 2 ? 64 : 48;
-  static constexpr int64_t kKeys = Policy::kPack * kPadding<Policy>;  // a strip's keys are padded to them, in zeros
+  static constexpr int64_t kKeys = Policy::kPack * kPadding<Policy>;  // keys of a strip are zero-padded to a multiple
 
-  // A (T, D) matrix in the forms in which the GEMMs read it.
+  // A (T, D) matrix in the layouts of the GEMMs' operands.
   struct Matrix {
-    Pack* rows;    // by rows: a left operand
-    Pack* panels;  // a right operand of sums over D, or null
-    Pack* pairs;   // a right operand of sums over rows, or null; with one element per Pack these are the rows
+    Pack* rows;    // left operand, by rows
+    Pack* panels;  // right operand for a reduction over D, or null
+    Pack* pairs;   // right operand for a reduction over rows, or null; with one element per Pack equal to `rows`
   };
-  // A strip's rows of S, which become P, or of dP, which become dS: (kStrip, padded).
+  // The rows of a strip, (kStrip, padded): S, overwritten by P; or dP, overwritten by dS.
   struct Scores {
-    Acc* rows;    // as sums, then as a left operand of sums over keys
-    Pack* pairs;  // as a left operand of sums over queries; with one element per Pack these are the rows
+    Acc* rows;    // sums, then left operand for a reduction over keys
+    Pack* pairs;  // left operand for a reduction over queries; with one element per Pack equal to `rows`
   };
 
   const Attention& x;
-  const int64_t T, D, padded, packs, row_stride;  // padded: T up to whole panels; the row stride of a strip
+  const int64_t T, D, padded, packs,
+      row_stride;  // padded: T rounded up to whole panels; also the row stride of a strip
   const Acc scale, drop_scale;
   const bool tiles = on_tiles<Policy>();
   Matrix Q, K, V, dO;
   Scores S, dS;
-  Pack* columns;  // P or dS by columns, for AMX's tiles
-  Acc* mixed;     // (kStrip, D): O l, or dQ
+  Pack* columns;  // P or dS by columns, for AMX tiles
+  Acc* mixed;     // (kStrip, D): l times O, or dQ
   Acc *dK, *dV;   // (padded, D)
 
   Head(const Attention& x, bool backward)
@@ -99,7 +101,7 @@ struct Head {
     return to;
   }
 
-  // Packs a matrix whose rows are `stride` elements apart.
+  // Packs a matrix. stride: distance between rows in `from`, in elements.
   void load_matrix(const Matrix& to, const void* from, int64_t stride) const {
     pack_rows<Policy>(to.rows, from, x.dtype, stride, T, padded, D, D);
     if (to.panels) transpose_rows<Policy>(to.panels, to.rows, padded, D);
@@ -118,7 +120,7 @@ struct Head {
 
   // to[rows of the strip][keys up to the diagonal] = left right^T: S = Q K^T, or dP = dO V^T.
   void scores(const Scores& to, const Matrix& left, const Matrix& right, int64_t i0, int64_t rows) const {
-    constexpr int64_t kDiagonal = std::min<int64_t>(kWidth, 16);  // keys that are left out or not, together
+    constexpr int64_t kDiagonal = std::min<int64_t>(kWidth, 16);  // columns per GEMM on the diagonal
     for (int64_t j = 0, width; j < i0 + rows; j += width) {
       width = j + kWidth <= i0 ? kWidth : kDiagonal;
       const int64_t r = std::max<int64_t>(0, j - i0) / 6 * 6;
@@ -128,7 +130,7 @@ struct Head {
     }
   }
 
-  // mixed[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
+  // mixed[rows of the strip][D] = left[strip][keys] * right, with kPack keys per Pack: l times O = P V, or dQ = dS K.
   void mix(const Scores& left, const Matrix& right, int64_t i0, int64_t rows) const {
     const Pack* weights = reinterpret_cast<const Pack*>(left.rows);
     const int64_t stride = padded * sizeof(Acc) / sizeof(Pack), together = tiles ? 32 : 6;
@@ -139,8 +141,8 @@ struct Head {
     }
   }
 
-  // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q. Keys
-  // on the diagonal begin with different rows, so few are taken together.
+  // to[keys up to the diagonal][D] += left^T * right, reduced over the rows of the strip: dV = P^T dO, or dK = dS^T Q.
+  // On the diagonal, the first row with a nonzero element differs between keys, so each GEMM takes only few keys there.
   void scatter(Acc* to, const Scores& scores, const Matrix& matrix, int64_t i0, int64_t rows) const {
     Pack* left = scores.pairs;
     const Pack* right = matrix.pairs + i0 / Policy::kPack * D;
@@ -188,7 +190,8 @@ struct Head {
     }
   }
 
-  // From S to P = exp(S - m), whose rows sum to l. With dropout, elements as they are, else Packs.
+  // Overwrites S by P = exp(S - m), and sets l to the sum of each row. With dropout, P is stored as elements, which
+  // `drop` then packs; else as Packs.
   void softmax(Acc (&l)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
       Acc* row = S.rows + r * padded;
@@ -210,7 +213,7 @@ struct Head {
     }
   }
 
-  // Zeroes the elements beyond the diagonal that are read with those of the longest row.
+  // Zeroes the elements of a row beyond the diagonal, up to the padded end of the longest row of the strip.
   static void zero_rest(Acc* row, int64_t j, int64_t end, bool unpacked) {
     for (; j < end; j += L) {
       if (unpacked) store(row + j, Vec{});
@@ -263,8 +266,9 @@ struct Head {
                  load<Vec>(from + r * D + d));
   }
 
-  // From S to P, before dropout; a weight that dropout zeroes is stored negated. P sums to 1 except for the rounding of
-  // lse, which `norm` corrects. `delta`: each row's sum of P * dP. Beyond the diagonal P and dP become zero.
+  // Overwrites S by P before dropout; an element that dropout zeroes is stored negated. The rows of P sum to 1 except
+  // for the rounding of lse, which the factor `norm` corrects. delta: the sum of P * dP of each row. P and dP are set
+  // to zero beyond the diagonal.
   void recompute_weights(Acc (&norm)[kStrip], Acc (&delta)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
     Vec index, sums[kStrip]{}, deltas[kStrip]{};
     for (int l = 0; l < L; ++l) index[l] = Acc(l);
@@ -278,7 +282,7 @@ struct Head {
             const int64_t valid = i0 + r + 1 - j;
             Vec p{};
             if (valid > 0) {
-              // The difference in one rounding, so that the change of base costs no accuracy where p is large.
+              // fma rounds the difference once, so that the change of base loses no accuracy if p is large.
               const Vec log_p =
                   fma(load<Vec>(S.rows + r * padded + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
               p = exp2(log_p * Acc(kLog2e));
@@ -308,8 +312,8 @@ struct Head {
     }
   }
 
-  // From dP to dS = P * (dP - delta) * scale, and to P after dropout. Two rows at a time, so that pairs of bf16 can be
-  // written; a missing last row is all zeros.
+  // Overwrites dP by dS = P * (dP - delta) * scale, and P by P after dropout. Processes two rows at a time, so that
+  // pairs of bf16 can be written; if the last row has no partner, zeros replace the partner.
   void score_grads(const Acc (&norm)[kStrip], const Acc (&delta)[kStrip], int64_t i0, int64_t rows) const {
     const int64_t end = round_up(i0 + rows, kKeys);
     for (int64_t r = 0; r < rows; r += 2)

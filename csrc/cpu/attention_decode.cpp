@@ -1,5 +1,6 @@
-// Decode-step attention: one new token per row over its KV cache, bound by the memory bandwidth of one read of the
-// cache. Keys and values are read in memory order, all heads of a position together, for the hardware prefetcher.
+// Decode-step attention: one new token per row attends to the row's KV cache. The time is bound by the memory bandwidth
+// of one read of the cache. Keys and values are read in memory order, all heads of a position together, so that the
+// hardware prefetcher works.
 #include <algorithm>
 
 #include "vec.h"
@@ -17,7 +18,7 @@ void decode(const DecodeAttention& x, int64_t b, int64_t first, int64_t last) {
   Acc* q = reinterpret_cast<Acc*>(scratch(heads * (2 * D + n + 1) * sizeof(Acc)));
   Acc *out = q + heads * D, *weights = out + heads * D, *total = weights + heads * n;
   const void *query = at(x.qkv, type, b * 3 * row + first * D), *own = at(query, type, row);
-  const auto position = [&](int64_t j) {  // the keys of position j; its values follow after `row` elements
+  const auto position = [&](int64_t j) {  // the keys of position j; the values follow after `row` elements
     return j < P       ? at(x.prefix, type, (span + j) * 2 * row + first * D)
            : j + 1 < n ? at(x.cache, type, (b * x.T + j - P) * 2 * row + first * D)
                        : own;

@@ -1,10 +1,11 @@
 // The forward pass of `Student.trunk` (tinystory/student/model.py) for decoding. If you change one, change the other.
 //
-// The rows of a token step are the last tokens of the stories that are being written and the prompts of those that begin.
-// If the weights stay in the caches, each thread takes its own rows through all layers. Else the weights are read once
-// for all rows: a step is a few phases per layer, each split over the threads, norms by rows, matmuls by panels of 64
-// columns, attention by rows and heads. A story's keys and values stay in its slot until it ends, so nothing moves when
-// stories end; a prompt's are stored once for all stories that continue it.
+// One token step processes one row per active story (the story's last token), plus all prompt tokens of the stories
+// that start now. If the weights stay in the caches, each thread takes a part of the rows through all layers. Otherwise
+// the weights are read once for all rows: each layer is a few phases, and each phase is split over the threads. Norms
+// are split by rows, matmuls by panels of 64 columns, attention by rows and heads. The keys and values of a story stay
+// in one slot until the story ends, so no memory is moved when stories end. The keys and values of a prompt are stored
+// once for all stories that continue the prompt.
 #include "engine.h"
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 namespace tinystory::cpu {
 namespace {
 
-// Uninitialised memory, in huge pages where the system has them: each step reads all weights and caches.
+// Uninitialised memory, in huge pages if the system has them, because each step reads all weights and caches.
 template <class T>
 class Buffer {
  public:
@@ -48,9 +49,9 @@ class EngineOf final : public Engine {
   using Pack = typename Policy::Pack;
 
   struct Linear {
-    const Pack* panels;  // the weight as a right operand of gemm.h, padded to whole 64 rows and columns
+    const Pack* panels;  // the weight as a right operand of gemm.h, rows and columns padded to multiples of 64
     const float* bias;
-    int64_t in, out;  // elements
+    int64_t in, out;  // number of input and output elements
     int64_t k_packs() const { return round_up(in, kColumns) / Policy::kPack; }
     int64_t packs() const { return round_up(out, kColumns) * k_packs(); }
   };
@@ -65,20 +66,20 @@ class EngineOf final : public Engine {
   std::vector<Block> blocks_;
   Linear head_;
   Buffer<Pack> packed_;
-  bool by_rows_;  // whether each thread takes its own rows
+  bool by_rows_;  // whether each thread takes a part of the rows through all layers
 
   struct Prompt {                 // a slot of the prompts' cache
-    int64_t id, length, stories;  // which prompt, -1 for none; the stories being written that continue it
+    int64_t id, length, stories;  // id: prompt, -1 for none; stories: number of active stories that continue the prompt
   };
-  struct Story {                       // one that is being written
-    int64_t id, slot, prompt, tokens;  // its row of the outputs, its slots of both caches, the tokens drawn so far
+  struct Story {                       // an active story
+    int64_t id, slot, prompt, tokens;  // row of the outputs; slots in both caches; number of tokens drawn so far
   };
   struct Token {                          // a row of the forward pass
-    int64_t id, position, prompt, story;  // prompt: its slot; story: an index into active_, -1 for a prompt's token
+    int64_t id, position, prompt, story;  // prompt: slot; story: index into active_, -1 for a token of a prompt
   };
 
   Stories stories_{};
-  int64_t next_ = 0;  // the first story that has not begun
+  int64_t next_ = 0;  // the first story that has not started
   std::vector<Story> active_;
   std::vector<Prompt> prompts_;
   std::vector<int64_t> free_slots_;  // slots of the stories' cache
@@ -86,10 +87,10 @@ class EngineOf final : public Engine {
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
   Buffer<Pack> keys_, values_cache_;          // [layer][slot][head][head_packs(room_)]
-  Buffer<Pack> prompt_keys_, prompt_values_;  // the same of the prompts' slots and room
+  Buffer<Pack> prompt_keys_, prompt_values_;  // the same for the prompts, with prompt_room_
   int64_t room_ = 0, prompt_room_ = 0;
   Buffer<float> x_, qkv_, logits_;          // (rows, C), (rows, 3 C), (stories, V)
-  Buffer<float> prompt_states_;             // (prompts' slots, C): x after the last token, from which stories begin
+  Buffer<float> prompt_hidden_;             // (prompts' slots, C): x of the prompt's last token, for stories that start
   Buffer<Pack> normed_, attended_, inner_;  // (rows, C), (rows, C), (rows, 4 C)
 
  public:
@@ -134,7 +135,7 @@ class EngineOf final : public Engine {
     const int64_t heads = slots * H * blocks_.size();
     for (auto* cache : {&keys_, &values_cache_}) cache->resize(heads * head_packs(room_));
     for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(heads * head_packs(prompt_room_));
-    prompt_states_.resize(slots * C), logits_.resize(slots * student_.V);
+    prompt_hidden_.resize(slots * C), logits_.resize(slots * student_.V);
     active_.clear(), prompts_.assign(slots, {-1, 0, 0}), free_slots_.resize(slots);
     for (int64_t i = 0; i < slots; ++i) free_slots_[i] = slots - 1 - i;
   }
@@ -150,17 +151,17 @@ class EngineOf final : public Engine {
     const int64_t n = active_.size(), rows = tokens_.size();
     if (!n) return {};
     reserve(std::max(n, rows));
-    // The tokens of a prompt, which attend to each other, stay together.
+    // the tokens of a prompt stay in one part, because they attend to each other
     split(
         rows, [&](int64_t i) { return tokens_[i].story >= 0 || tokens_[i].position == 0; },
         [&](const Threads& threads, int64_t first, int64_t last) { run_layers(threads, first, last); });
     for (int64_t i = running; i < rows; ++i) {
       const Token& t = tokens_[i];
       if (t.position + 1 == prompts_[t.prompt].length)
-        std::memcpy(prompt_states_.data + t.prompt * C, x_.data + i * C, C * sizeof(float));
+        std::memcpy(prompt_hidden_.data + t.prompt * C, x_.data + i * C, C * sizeof(float));
     }
     for (int64_t i = running; i < n; ++i)
-      std::memcpy(x_.data + i * C, prompt_states_.data + active_[i].prompt * C, C * sizeof(float));
+      std::memcpy(x_.data + i * C, prompt_hidden_.data + active_[i].prompt * C, C * sizeof(float));
     prepare_draw(n);
     split(
         n, [](int64_t) { return true; },
@@ -192,7 +193,8 @@ class EngineOf final : public Engine {
   }
 
  private:
-  // Calls f on all rows, or on a part of them per thread, which begins at a row that `may_begin`.
+  // Calls f on all rows, or with by_rows_ on one part per thread. A part begins only at a row for which may_begin is
+  // true.
   template <class P, class F>
   void split(int64_t rows, const P& may_begin, const F& f) const {
     if (!by_rows_) {
@@ -213,7 +215,7 @@ class EngineOf final : public Engine {
     normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
   }
 
-  // Gives the next story its slots. If its prompt is in none, adds the prompt's tokens to those of this step.
+  // Assigns slots to the next story. If no slot has the story's prompt, adds the tokens of the prompt to this step.
   void begin_story() {
     const int64_t id = stories_.prompt_of[next_];
     auto slot = std::find_if(prompts_.begin(), prompts_.end(), [&](const Prompt& p) { return p.id == id; });
@@ -244,8 +246,8 @@ class EngineOf final : public Engine {
     });
   }
 
-  // Rows first to last - 1 of a (rows, in) times the weight: calls finish(row, column, sum), a vector at a time. The
-  // last one may reach beyond the matrix's last column.
+  // Multiplies rows first to last - 1 of a, (rows, in), with the weight. Calls finish(row, column, sum) for each vector
+  // of sums. The last vector of a row may reach beyond the last column of the matrix.
   template <class F>
   void matmul(const Threads& threads, const char* phase, const Linear& l, const Pack* a, int64_t first, int64_t last,
               const F& finish) const {
@@ -261,7 +263,7 @@ class EngineOf final : public Engine {
       }
     });
   }
-  // The same for sum + bias; `out` is whole vectors.
+  // The same for sum + bias. `out` must be a multiple of the vector length.
   template <class F>
   void linear(const Threads& threads, const char* phase, const Linear& l, const Pack* a, int64_t first, int64_t last,
               const F& finish) const {
@@ -313,8 +315,8 @@ class EngineOf final : public Engine {
     }
   }
 
-  // --- the cache, in Packs: keys [position / W][D / kPack][W], so that a vector holds W scores, and values
-  // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
+  // --- the cache, in Packs: keys [position / W][D / kPack][W], so that a vector holds W scores; values
+  // [position / kPack][D]. A Pack of values may hold a written and a not yet written position; the latter is zero. ---
   int64_t head_packs(int64_t room) const { return packs(room * D); }
   Pack* of_story(const Buffer<Pack>& cache, int64_t layer, const Token& t, int64_t head) const {
     return cache.data + ((layer * prompts_.size() + active_[t.story].slot) * H + head) * head_packs(room_);
@@ -344,13 +346,14 @@ class EngineOf final : public Engine {
     }
   }
 
-  // The row's query attends to the prompt up to its own position, or to the whole prompt and its story.
+  // The query of a prompt token attends to the prompt up to this token. The query of a story token attends to the whole
+  // prompt and to the story up to this token.
   void attend(int64_t layer, const Token& token, int64_t row, int64_t head) {
     const int64_t shared = std::min(token.position + 1, prompts_[token.prompt].length);
     const int64_t own = token.position + 1 - shared;
     const int64_t first = round_up(shared, W), positions = first + round_up(own, W);
     float* scores = reinterpret_cast<float*>(scratch((positions + D) * sizeof(float)));
-    Pack* weights = reinterpret_cast<Pack*>(scores);  // written in place: they take no more memory
+    Pack* weights = reinterpret_cast<Pack*>(scores);  // in place, because a weight is not larger than a score
     Pack* q = reinterpret_cast<Pack*>(scores + positions);
     for (int64_t d = 0; d < D; d += W) store_elements<Policy>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
     const Pack *k0 = of_prompt(prompt_keys_, layer, token, head), *v0 = of_prompt(prompt_values_, layer, token, head);
@@ -375,7 +378,7 @@ class EngineOf final : public Engine {
     for (; d < D; d += W) mix<1>(v0 + d, shared, weights, v1 + d, own, w1, total, out, head * D + d);
   }
 
-  // Scores times log2(e), for exp2.
+  // Computes scores times log2(e), for exp2, and updates `tops`, the lane-wise maximum.
   void score(const Pack* q, const Pack* k, int64_t n, float* scores, vf& tops) const {
     const float scale = float(1.4426950408889634 / std::sqrt(double(D)));
     for (int64_t j = 0; j < n; j += W, k += head_packs(W)) {

@@ -1,4 +1,4 @@
-// From a student's parameters by name to what engine.cpp computes with.
+// Finds the parameters that engine.cpp uses, by name, among those of a student.
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -13,8 +13,9 @@ template <class... Words>
   std::ostringstream message;
   message << "Engine: ";
   (message << ... << words);
-  message << "; csrc/cpu/engine.cpp must be taught what tinystory/student/model.py has changed"
-             " (TINYSTORY_KERNELS=reference decodes in plain PyTorch)";
+  message
+      << "; change csrc/cpu/engine.cpp as tinystory/student/model.py was changed, or set TINYSTORY_KERNELS=reference"
+         " to decode in plain PyTorch";
   throw std::invalid_argument(message.str());
 }
 

@@ -1,7 +1,7 @@
-// GEMM on the CPU: one driver, `gemm`, that blocks for the caches around a micro-kernel, which keeps a small tile of
-// the result in registers; `gemm_tile`, which hands each finished vector of sums to its caller's epilogue; and the
-// packed layouts that they read. A Policy chooses the instructions. An element's sum is formed in the same order
-// whatever rows, columns and threads surround it.
+// GEMM on the CPU. The driver `gemm` blocks for the caches. The micro-kernel keeps a small tile of the result in
+// registers. The driver `gemm_tile` passes each finished vector of sums to an epilogue of the caller. The last part has
+// the packed layouts of the operands. A Policy chooses the instructions. The order of the terms in a sum does not
+// depend on the other rows and columns or on threads.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -15,20 +15,21 @@ namespace tinystory::cpu {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-constexpr int64_t kColumns = 64;                   // columns per item of work; callers pad to them
+constexpr int64_t kColumns = 64;                   // columns per item of work; callers pad columns to a multiple
 constexpr int64_t kMicroRows = 6;                  // rows of the micro-kernel's tile
-constexpr int64_t kTileRows = W == 16 ? 48 : 132;  // rows that share a panel in the L1 cache with their sums
+constexpr int64_t kTileRows = W == 16 ? 48 : 132;  // rows multiplied with a panel while panel and sums stay in L1
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMicroVectors = 4;  // vectors per row of the tile: 6 * 4 sums and 4 columns fit 32 registers
 #else
 constexpr int kMicroVectors = 2;
 #endif
 
-// A Policy says how to multiply and add. A Pack is the unit along the reduced dimension: one element, or two bf16 for
-// the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs that
-// are reduced at a time: a panel of them takes up to half of the L1 cache; kSum, the number per partial sum: a sum of
-// short sums rounds less than one long sum, and bf16 has rounded far more already.
-constexpr int64_t kSumWide = W == 16 ? 128 : 192, kReduceWide = W == 16 ? 128 : 384;  // of 4 and 8 bytes
+// A Policy defines how to multiply and add. A Pack is the unit along the reduced dimension: one element, or two bf16
+// for the processor's dot-product instruction. kPack: number of elements in a Pack. kReduce: number of Packs that are
+// reduced at a time; a panel of this depth takes up to half of the L1 cache. kSum: number of Packs per partial sum. A
+// sum of short sums has a smaller rounding error than one long sum; for bf16 this matters less, because the operands
+// are rounded more.
+constexpr int64_t kSumWide = W == 16 ? 128 : 192, kReduceWide = W == 16 ? 128 : 384;  // for elements of 4 and 8 bytes
 struct F32 {
   using Acc = float;
   using Pack = float;
@@ -57,23 +58,24 @@ struct BF16 {
   static vf dot(vf a, vf b, vf sum) { return arm::dot(a, b, sum); }
 #elif defined(__AVX512BF16__)
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-#else  // AMX without AVX-512: where tests run it
+#else  // AMX without AVX-512, which occurs only in tests
   static vf dot(vf a, vf b, vf sum) {
     sum = fma((vf)((vu)a & 0xffff0000), (vf)((vu)b & 0xffff0000), sum);
     return fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
   }
 #endif
 };
-// The same by instructions that multiply small matrices, AMX's tiles or ARM's BFMMLA, where there are any: for a left
-// operand whose k_stride is 1. Whether they run depends on the machine and n_k, not on the rows, whose results it changes.
+// The same with instructions that multiply small matrices (AMX tiles or ARM's BFMMLA) if the machine has them, for a
+// left operand with k_stride 1 or in LeftLayout. The choice depends only on machine and n_k, never on the number of
+// rows, because the choice changes the results.
 struct BF16Tiles : BF16 {
 #if defined(TINYSTORY_AMX)
-  static constexpr int64_t kReduce = 128;  // 32 columns of them take a third of the L1 cache; sums go on from the last
+  static constexpr int64_t kReduce = 128;  // 32 columns of this depth take a third of the L1 cache; tiles continue sums
 #endif
 };
 #endif
 
-// Whether AMX's tiles may run a GEMM of this policy; the machine decides.
+// Whether a GEMM of this policy uses AMX tiles if the machine has them.
 #if defined(TINYSTORY_AMX)
 template <class Policy>
 constexpr bool kForAmx = std::is_same_v<Policy, BF16Tiles>;
@@ -82,19 +84,21 @@ template <class Policy>
 constexpr bool kForAmx = false;
 #endif
 
-// Packs that a right operand's rows, and with them k, are padded to, in zeros.
+// The rows of a right operand, and so k, are zero-padded to a multiple of this number of Packs.
 template <class Policy>
 constexpr int64_t kPadding = Policy::kPack == 2 ? 16 : 1;
 
-// Columns per panel of a packed right operand: what the micro-kernel takes at once, so that it reads memory in order.
+// Columns per panel of a packed right operand: as many as the micro-kernel reads at once, so that it reads memory in
+// order.
 template <class Policy>
 constexpr int64_t kPanel = kForAmx<Policy>      ? 32
                            : Policy::kPack == 2 ? kColumns
                                                 : kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
 
-// Operands, in Packs. Element (row, k) of the left one lies at at[row * row_stride + k * k_stride]; the right one has
-// panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column]. For AMX the left one
-// may lie in tiles (LeftLayout): this is then true of the first element of a tile, and k_stride is 16.
+// Operands, in Packs. Element (row, k) of the left operand is at[row * row_stride + k * k_stride]. The right operand
+// consists of panels of kPanel columns; element (k, column) of a panel is at[k * k_stride + column]. For AMX, the left
+// operand may be stored in tiles (LeftLayout). Then k_stride is 16, and the formula holds for the first element of a
+// tile.
 template <class Policy>
 struct Left {
   const typename Policy::Pack* at;
@@ -107,14 +111,14 @@ struct Right {
   int64_t k_stride, panel_stride;
 };
 
-// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers. It takes
-// no structs: one would be passed on the stack, and loading it would wait for the stores before the call.
+// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile in registers. No argument
+// is a struct: a struct would be passed on the stack, and loading it would wait for the stores before the call.
 template <class Policy, int R, int C>
 void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak, const typename Policy::Pack* b,
                   int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int L = lanes<Vec>;
-  for (int r = 0; r < R; ++r)  // arrives while the sums are formed
+  for (int r = 0; r < R; ++r)  // c arrives while the sums are computed
     for (int j = 0; j < C; ++j) __builtin_prefetch(c + r * cm + j * L, 1);
   Vec acc[R][C];
   for (int r = 0; r < R; ++r)
@@ -128,13 +132,13 @@ void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) {  // added last: sums of short sums round less than one long sum
+    for (int j = 0; j < C; ++j) {  // c is added last: a sum of short sums has a smaller rounding error than a long sum
       typename Policy::Acc* to = c + r * cm + j * L;
       store(to, add ? load<Vec>(to) + acc[r][j] : acc[r][j]);
     }
 }
 
-// The same for any number of rows; calls done(row, R) after each R of them.
+// The same for any number of rows. Calls done(row, R) after each R rows.
 template <class Policy, int C, class Done>
 void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
                   typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
@@ -160,7 +164,7 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
   if (rows > row) take(std::integral_constant<int, 1>());
 }
 
-// Whether AMX's tiles or BFMMLA run a GEMM of this policy whose n_k is a multiple of kPadding.
+// Whether AMX tiles or BFMMLA run a GEMM of this policy, provided that n_k is a multiple of kPadding.
 template <class Policy>
 bool on_tiles() {
 #if defined(TINYSTORY_AMX)
@@ -172,7 +176,8 @@ bool on_tiles() {
 #endif
 }
 
-// One panel and one partial sum. Calls done(row, n) when n more rows are complete.
+// Multiplies rows with one panel, over one part of the reduced dimension. Calls done(row, n) when n more rows are
+// complete.
 template <class Policy, class Done>
 void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
                 typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
@@ -199,8 +204,8 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
   if (vectors == 1) run(std::integral_constant<int, 1>());
 }
 
-// The rows of a left operand that are multiplied with one panel after another. On AMX, whose panels come from beyond the
-// L2 cache, they are as many as fill half of it, and whole pairs of tiles.
+// Number of rows of a left operand per block; a block is multiplied with one panel after another. With AMX, the panels
+// are not in the L2 cache, so a block fills half of the L2 cache, rounded to whole pairs of tiles.
 template <class Policy>
 constexpr int64_t kMostRows = kForAmx<Policy> ? 256 : kTileRows;
 template <class Policy>
@@ -211,7 +216,7 @@ int64_t block_rows(int64_t rows, int64_t n_k) {
   return (pairs + blocks - 1) / blocks * 32;
 }
 
-// Memory that is read after a panel, prefetched into L2 meanwhile: a share with each of the panel's rows.
+// Prefetches into L2 the memory that is read after a panel: an equal share with each row of the panel.
 template <class Pack>
 struct Prefetch {
   const Pack* at;
@@ -224,9 +229,9 @@ struct Prefetch {
   }
 };
 
-// The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
-// columns [column, end) of a b, as soon as the sum is complete, so that the next sums hide what `finish` waits for.
-// `column` is the first of a panel. The caller reads `packs` Packs at `later` next.
+// The driver for sums that are not stored. Calls finish(row, column, sum) for each vector of rows [first, last) and
+// columns [column, end) of a b as soon as the sum is complete, so that computing the next sums hides the latency of
+// `finish`. column: the first column of a panel. later, packs: memory that the caller reads next, which is prefetched.
 template <class Policy, class Finish>
 void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t n_k, Left<Policy> a, Right<Policy> b,
                const Finish& finish, const typename Policy::Pack* later = nullptr, int64_t packs = 0) {
@@ -241,7 +246,8 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
         const int64_t rows = std::min(together, last - first), width = std::min(kWidth, end - j);
         const int64_t depth = std::min(Policy::kReduce, n_k - k);
         const auto* part = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
-        const Prefetch next(part + depth * b.k_stride, depth * b.k_stride, rows);  // of this panel or the one after it
+        const Prefetch next(part + depth * b.k_stride, depth * b.k_stride,
+                            rows);  // the next part of this panel, or panel
         const Prefetch after(later, packs / parts, rows);
         later += packs / parts;
         gemm_panel<Policy>(rows, width / L, depth, a.part(first, k), part, b.k_stride, sums, kWidth, k > 0,
@@ -255,11 +261,11 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
       }
 }
 
-// Copies `rows` rows that lie by columns into blocks [rows / kMicroRows][depth][kMicroRows], which the micro-kernel reads
-// in order.
+// Copies `rows` rows of a left operand stored by columns into blocks [rows / kMicroRows][depth][kMicroRows], which the
+// micro-kernel reads in order.
 template <class Pack>
 void copy_columns(Pack* to, const Pack* from, int64_t k_stride, int64_t rows, int64_t depth) {
-  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(Pack);  // each column may lie in a page of its own
+  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(Pack);  // prefetched, because each column may be in another page
   for (int64_t k = 0; k < depth; ++k, from += k_stride, to += kMicroRows) {
     for (int64_t row = 0; row < rows; row += kLine) __builtin_prefetch(from + kAhead * k_stride + row);
     int64_t row = 0;
@@ -269,15 +275,16 @@ void copy_columns(Pack* to, const Pack* from, int64_t k_stride, int64_t rows, in
   }
 }
 
-// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
-// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
+// The driver: c (rows, columns) = a b, or with `add` c += a b, reduced over n_k Packs. The number of columns is a
+// multiple of the vector length. A left operand that is stored by columns and covers more pages than the first-level
+// TLB maps is copied, a part at a time.
 template <class Policy>
 void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
           int64_t cm, bool add = false) {
   using Pack = typename Policy::Pack;
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
   const int64_t together = block_rows<Policy>(rows, n_k);
-  if (kForAmx<Policy> && on_tiles<Policy>() && n_k > Policy::kReduce) {  // tiles of sums are read and written often
+  if (kForAmx<Policy> && on_tiles<Policy>() && n_k > Policy::kReduce) {  // keeps sums out of c until they are complete
     gemm_tile<Policy>(0, rows, 0, columns, n_k, a, b, [&](int64_t row, int64_t j, auto sum) {
       auto* to = c + row * cm + j;
       __builtin_prefetch(to + 32 * cm, 1, 2);
@@ -313,17 +320,18 @@ inline void store_elements(void* row, int64_t j, VecOf<typename Policy::Acc> v) 
   else store(static_cast<typename Policy::Acc*>(row) + j, v);
 }
 
-// Two bf16 in each Pack, the first in the low half.
+// Packs of two bf16: a in the low halves, b in the high halves.
 inline vu pair(vh a, vh b) { return __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu) << 16; }
 
 // --- layouts ---------------------------------------------------------------------------------------------------------
-// Packs rows of D elements into rows of padded_D / kPack Packs; the padding, and the rows up to padded_rows, are zero.
+// Packs rows of D elements into rows of padded_D / kPack Packs. The padding and the rows up to padded_rows are zeros.
 template <class Policy>
 void pack_rows(typename Policy::Pack* to, const void* from, DType type, int64_t stride, int64_t rows,
                int64_t padded_rows, int64_t D, int64_t padded_D) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int64_t L = lanes<Vec>;
-  constexpr int64_t kAhead = 12;  // rows: a head's rows lie too far apart for the hardware's prefetcher
+  constexpr int64_t kAhead =
+      12;  // rows to prefetch ahead; rows of a head are too far apart for the hardware prefetcher
   const int64_t packs = padded_D / Policy::kPack;
   for (int64_t i = 0; i < rows; ++i, to += packs) {
     const char* row = static_cast<const char*>(at(from, type, i * stride));
@@ -338,8 +346,8 @@ void pack_rows(typename Policy::Pack* to, const void* from, DType type, int64_t 
   std::memset(to, 0, (padded_rows - rows) * packs * sizeof *to);
 }
 
-// Packs rows as the right operand of a GEMM that reduces over rows: kPack rows side by side in each Pack, in panels of
-// `width` columns [D / width][panel_rows][width]. The number of rows is a multiple of kPack.
+// Packs rows as the right operand of a GEMM that reduces over rows. A Pack holds the same column of kPack rows. Panels
+// have `width` columns: [D / width][panel_rows][width]. The number of rows is a multiple of kPack.
 template <class Policy>
 void pair_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int64_t n, int64_t D, int64_t width,
                int64_t panel_rows) {
@@ -373,7 +381,7 @@ void transpose(Vec (&r)[lanes<Vec>]) {
   }
 }
 
-// to[column * to_stride + row] = from[row * from_stride + column], for rows and columns in whole vectors.
+// to[column * to_stride + row] = from[row * from_stride + column]. Rows and columns are multiples of the vector length.
 template <class Pack>
 void transpose_packs(Pack* to, int64_t to_stride, const Pack* from, int64_t from_stride, int64_t rows,
                      int64_t columns) {
@@ -388,20 +396,20 @@ void transpose_packs(Pack* to, int64_t to_stride, const Pack* from, int64_t from
     }
 }
 
-// Where a left operand's rows of `packs` Packs lie: in tiles for AMX, [rows / 16][packs / 16][16][16], which its loads
-// find in 16 consecutive cache lines, else one after another.
+// Layout of a left operand with rows of `packs` Packs. For AMX, tiles [rows / 16][packs / 16][16][16], so that a tile
+// is loaded from 16 consecutive cache lines; else one row after another.
 template <class Policy>
 struct LeftLayout {
   int64_t packs;
-  int64_t apart = kForAmx<Policy> && on_tiles<Policy>() ? 16 : 1;  // k_stride, and rows of a tile
-  int64_t stride() const { return apart == 1 ? packs : apart; }    // from row to row
+  int64_t apart = kForAmx<Policy> && on_tiles<Policy>() ? 16 : 1;  // k_stride, and number of rows of a tile
+  int64_t stride() const { return apart == 1 ? packs : apart; }    // distance between two rows of a tile
   int64_t at(int64_t row, int64_t k) const {
     return row / apart * apart * packs + k / apart * apart * apart + row % apart * apart + k % apart;
   }
   Left<Policy> operator()(const typename Policy::Pack* p) const { return {p, packs, apart}; }
 };
 
-// Transposes rows into panels [padded / kPanel][D / kPack][kPanel], the right operand of a GEMM that reduces over D.
+// Transposes rows into panels [padded / kPanel][D / kPack][kPanel]: the right operand of a GEMM that reduces over D.
 template <class Policy>
 void transpose_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int64_t padded, int64_t D) {
   constexpr int64_t kWidth = kPanel<Policy>;
@@ -410,7 +418,8 @@ void transpose_rows(typename Policy::Pack* to, const typename Policy::Pack* rows
     transpose_packs(to + j * packs, kWidth, rows + j * packs, packs, std::min(kWidth, padded - j), packs);
 }
 
-// Hands out memory in 64-byte aligned pieces. Run twice: first to count the bytes, then over memory of that size.
+// Allocator of 64-byte aligned pieces. Use it twice: first with base null, to count the bytes, then with memory of this
+// size.
 struct Arena {
   char* base = nullptr;
   size_t used = 0;

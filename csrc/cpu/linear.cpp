@@ -1,10 +1,10 @@
-// Linear layers, forward and backward, fused with bias, tanh GELU and its derivative. And layer norm, fused with the sum
-// of the residual stream and a branch.
+// Linear layers, forward and backward, fused with bias, tanh GELU and the derivative of GELU. Layer norm, fused with
+// the sum of the residual stream and a branch.
 //
-// All three GEMMs use gemm.h: the right operand is first packed in panels (the weight takes 1 to 2 % of a GEMM's time,
-// so it is not kept between calls), and each panel is multiplied with blocks of rows that stay in the L2 cache. A row's
-// result depends on that row alone, and sums over rows are taken in blocks of fixed size: neither the number of threads
-// nor the rest of the batch changes a bit of a row.
+// All three GEMMs use gemm.h. The right operand is first packed in panels; packing the weight takes 1 to 2 % of the
+// time of a GEMM, so packed weights are not kept between calls. Each panel is multiplied with blocks of rows that stay
+// in the L2 cache. The result of a row depends only on this row, and sums over rows are computed in blocks of fixed
+// size. So neither the number of threads nor the rest of the batch changes a bit of a row.
 #include <algorithm>
 #include <tuple>
 
@@ -18,12 +18,13 @@ template <class Policy>
 struct Layer {
   using Pack = typename Policy::Pack;
   static constexpr int64_t kWidth = kPanel<Policy>;
-  // The left operand of grad_weight is the gradient as it lies; for bf16, pairs of its rows, transposed as AMX wants.
+  // Whether the left operand of grad_weight is the transposed gradient, in pairs of rows, as AMX needs it (bf16). For
+  // f32 the operand is the gradient in place.
   static constexpr bool kTransposed = Policy::kPack == 2;
   static constexpr DType kStored = Policy::kPack == 2 ? DType::bf16 : DType::f32;
 
   const Linear& l;
-  const int64_t in, out, pairs;  // Packs per row of x and of y; per column of the chunk, padded
+  const int64_t in, out, pairs;  // number of Packs per row of x, per row of y, and per column of the chunk (padded)
   const LeftLayout<Policy> x_rows{in}, y_rows{out}, columns{pairs};
   const bool tiled = x_rows.apart > 1;
   Pack *panels, *rows, *grad_rows, *x_pairs, *grad_columns;
@@ -43,16 +44,16 @@ struct Layer {
   }
 
   const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
-  // The left operand of the forward pass is x itself, or rows.
-  bool x_tiled() const { return tiled && l.N > 512; }  // else too few columns share the copy
+  // x_stored: whether the left operand of the forward pass is x in place; otherwise it is a copy, `rows`.
+  bool x_tiled() const { return tiled && l.N > 512; }  // with fewer columns, the copy costs more than it gains
   bool x_stored() const { return !x_tiled() && l.x_type == kStored; }
-  // The gradient before the bias is grad_y itself, or grad_rows.
+  // Whether the gradient with respect to x weight^T + bias is grad_y in place; otherwise it is stored in grad_rows.
   bool grad_stored() const { return !tiled && !l.gelu && l.y_type == kStored; }
   const Pack* grads() const {
     return grad_stored() ? static_cast<const Pack*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
   }
 
-  // items: blocks of 64 of the weight's rows, or (backward) of 32
+  // items: blocks of 64 rows of the weight, or of 32 rows in the backward pass
   void pack_weight(int64_t begin, int64_t end) {
     const int64_t height = l.grad_y ? kWeightRows : kColumns;
     Pack* w = reinterpret_cast<Pack*>(scratch(height * in * sizeof(Pack)));
@@ -75,19 +76,20 @@ struct Layer {
     }
   }
 
-  // Items of matmul are blocks of rows, as many as share a panel, times 64 columns.
+  // Number of items of `matmul`. An item is a block of rows that share a panel, times 64 columns.
   static int64_t tiles(int64_t rows, int64_t packs, int64_t columns) {
     const int64_t together = block_rows<Policy>(rows, packs);
     return (rows + together - 1) / together * ((columns + kColumns - 1) / kColumns);
   }
-  // Calls finish(row, column, sum), a vector at a time, for each item of a (rows, packs).
+  // Multiplies the rows of a, (rows, packs), with the panels. Calls finish(row, column, sum) for each vector of the
+  // items.
   template <class F>
   void matmul(int64_t begin, int64_t end, Left<Policy> a, int64_t packs, int64_t columns, const F& finish) const {
     const int64_t across = (columns + kColumns - 1) / kColumns, together = block_rows<Policy>(l.rows, packs);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / across * together, column = item % across * kColumns;
       const int64_t last = std::min(l.rows, first + together);
-      const int64_t share = std::min(l.rows - last, together) * packs / across;  // of the next block of a
+      const int64_t share = std::min(l.rows - last, together) * packs / across;  // part of a's next block to prefetch
       gemm_tile<Policy>(first, last, column, std::min(columns, column + kColumns), packs, a,
                         {panels, kWidth, packs * kWidth}, finish, a.part(last, 0).at + item % across * share, share);
     }
@@ -109,9 +111,10 @@ struct Layer {
     end_streams();
   }
 
-  // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows, for bf16 by columns too; x by pairs.
+  // items: blocks of kLinearRows rows. Packs the gradient with respect to x weight^T + bias by rows, and for bf16 also
+  // by columns. Packs x by pairs of rows.
   void pack_grad(int64_t begin, int64_t end) {
-    constexpr int64_t kStrip = 128;  // columns at a time: their pairs of rows stay in the L1 cache
+    constexpr int64_t kStrip = 128;  // columns at a time, so that their pairs of rows stay in the L1 cache
     Pack* copy = reinterpret_cast<Pack*>(scratch(std::max(kLinearRows * in, kLinearRows / 2 * kStrip) * sizeof(Pack)));
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first),
@@ -134,7 +137,7 @@ struct Layer {
               }
               sums[j / W] += g[e];
               if (!grad_stored()) {
-                const int64_t k = (j0 + j) / Policy::kPack;  // of a Pack, or half of a vector of them
+                const int64_t k = (j0 + j) / Policy::kPack;  // index of the first Pack that is stored
                 store_elements<Policy>(grad_rows + y_rows.at(row, k), 0, g[e]);
               }
             }
@@ -147,7 +150,7 @@ struct Layer {
               transpose_packs(grad_columns + columns.at(j0 + j, pair0 + k), columns.stride(), copy + k * kStrip + j,
                               kStrip, kPadding<Policy>, 16);
       }
-      // The rows of x are read in place if they are stored as Packs and need no padding, else from `copy`.
+      // x is read in place if the rows are already Packs and need no padding, else from `copy`
       const void* x = x_at(first);
       if (l.x_type != kStored || padded > n) {
         pack_rows<Policy>(copy, x, l.x_type, l.K, n, padded, l.K, l.K);
@@ -165,7 +168,8 @@ struct Layer {
     });
   }
 
-  // Rows and columns per item of grad_weight: few, since each reads its operands anew, but equal shares for the threads.
+  // Rows and columns per item of grad_weight. Items are large, because each item reads its operands again, but small
+  // enough for equal shares of the threads.
   std::pair<int64_t, int64_t> weight_tile() const {
     if (kForAmx<Policy> && on_tiles<Policy>()) return {block_rows<Policy>(l.N, pairs), kColumns};
     if (kTransposed) return {kColumns, kColumns};
@@ -192,7 +196,8 @@ struct Layer {
 
  private:
   static constexpr int64_t kWeightRows = 32;
-  // Results are prefetched so many rows ahead, into this cache: they lie too far apart otherwise.
+  // Rows of the result are prefetched kAhead rows ahead into the cache of locality kCache, because they are too far
+  // apart for the hardware prefetcher.
   static constexpr int64_t kAhead = Policy::kPack == 1 ? kMicroRows : 32;
   static constexpr int kCache = Policy::kPack == 1 ? 3 : 2;
 };
@@ -259,7 +264,7 @@ void linear_grad_weight(const Linear& l, int64_t begin, int64_t end) {
 // --- layer norm ------------------------------------------------------------------------------------------------------
 namespace {
 
-// The factors that dropout multiplies a row of the branch with, 0 or the scale; null without dropout.
+// Dropout factors of a row of the branch: 0 or the scale. row() returns null without dropout.
 class BranchMask {
  public:
   explicit BranchMask(const LayerNorm& n)
@@ -270,7 +275,7 @@ class BranchMask {
     if (!threshold_) return nullptr;
     const float scale = float(dropout_scale(threshold_));
     Words4 w{};
-    for (int64_t lane = 0; lane < 32; ++lane)  // a call of Philox serves groups that lie 32 groups apart
+    for (int64_t lane = 0; lane < 32; ++lane)  // one call of Philox is for groups that are 32 groups apart
       for (int64_t group = lane, call = 0; 4 * group < C_; group += 32, ++call) {
         if (call % 4 == 0) w = branch_words(keys_, uint64_t(row), uint32_t(group));
         const uint32_t word = call % 4 == 0 ? w.x : call % 4 == 1 ? w.y : call % 4 == 2 ? w.z : w.w;

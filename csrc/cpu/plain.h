@@ -1,6 +1,6 @@
-// The CPU kernels as plain loops, to be read before the fast ones beside them; the native tests compare the two. Each
-// takes its kernel's arguments (kernels.h), whole: no range of items, no chunk, no workspace. Every tensor is f32,
-// whatever the dtypes say, and every sum is formed in double.
+// The CPU kernels as plain loops. Read these before the fast kernels; the native tests compare the two. Each function
+// takes the arguments of the kernel (kernels.h) and computes the whole result: there are no ranges of items, chunks or
+// workspaces. Every tensor is f32, regardless of the dtypes, and every sum is double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -25,7 +25,7 @@ inline double dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// From scores to their softmax, in place. Returns the log-sum-exp.
+// Replaces scores by the softmax of the scores. Returns the log-sum-exp.
 inline double softmax(Row& scores) {
   const double top = *std::max_element(scores.begin(), scores.end());
   double total = 0;
@@ -42,7 +42,8 @@ inline bool dropout_keeps(const Attention& x, int64_t head, int64_t i, int64_t j
   return (words[i % 32 / 8] >> (j % 32 / 8 * 8) & 0xff) >= dropout_threshold(x.dropout);
 }
 
-// One query of one head: where its vectors lie, and its row of P and of Z, the dropout mask times its scale.
+// One query of one head: the offsets of vectors, and the query's rows of P and of Z, the dropout mask times the dropout
+// scale.
 struct Query {
   const Attention& x;
   int64_t b, h, i, head;
@@ -58,7 +59,7 @@ struct Query {
     }
     lse = softmax(P);
   }
-  // Where position t's query (0), key (1) or value (2) begins in qkv.
+  // Offset in qkv of the query (which = 0), key (1) or value (2) of position t.
   int64_t at(int which, int64_t t) const { return (((b * x.T + t) * 3 + which) * x.H + h) * x.D; }
   int64_t at_out() const { return ((b * x.T + i) * x.H + h) * x.D; }
 };
@@ -109,7 +110,7 @@ inline void attention_backward(const Attention& x) {
 inline void decode_attention(const DecodeAttention& x) {
   const int64_t row = x.H * x.D;
   for (int64_t b = 0; b < x.B; ++b) {
-    const float* own = f32(x.qkv) + (3 * b + 1) * row;  // the new token's key, and `row` elements on its value
+    const float* own = f32(x.qkv) + (3 * b + 1) * row;  // the new token's key; the value follows after `row` elements
     float* cache = f32(x.cache) + b * x.T * 2 * row;
     std::copy(own, own + 2 * row, cache + x.lengths[b] * 2 * row);
     std::vector<const float*> keys;
@@ -128,7 +129,7 @@ inline void decode_attention(const DecodeAttention& x) {
 }
 
 // --- sampling.cpp ----------------------------------------------------------------------------------------------------
-// A token's weight in fixed point (weights.h): floor(2^40 * 2^t), computed as every device computes it.
+// The fixed-point weight of a token (weights.h): floor(2^40 * 2^t), with the float operations that every device uses.
 inline uint64_t sampling_weight(float logit, float top, float scale) {
   const float t = std::max((logit - top) * scale, kLowest);
   const float shifted = t + kRounder, fraction = t - (shifted - kRounder);
@@ -153,7 +154,7 @@ inline void sample_row(const Sample& x, int64_t b) {
     return;
   }
   std::vector<uint64_t> weights(x.V);
-  std::vector<int64_t> order(x.V);  // the most likely first; ties by index
+  std::vector<int64_t> order(x.V);  // the most likely token first; ties by index
   for (int64_t v = 0; v < x.V; ++v) weights[v] = sampling_weight(logits[v], top, weight_scale(x.temperature));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return logits[i] > logits[j]; });
@@ -171,7 +172,7 @@ inline void sample_row(const Sample& x, int64_t b) {
   uint64_t draw = below(sample_bits(x.seed, uint64_t(x.rows[b]), uint32_t(x.steps[b])), total);
   int64_t token = 0;
   while (draw >= weights[token]) draw -= weights[token++];
-  Row log_p(logits, logits + x.V), p(x.V);  // before truncation
+  Row log_p(logits, logits + x.V), p(x.V);  // log-probability and entropy ignore top-k and top-p
   for (int64_t v = 0; v < x.V; ++v) p[v] = log_p[v] /= x.temperature;
   const double lse = softmax(p);
   double entropy = 0;
@@ -205,7 +206,7 @@ inline void token_logprob(const TokenLogprob& x) {
   }
 }
 
-// The gradients' rows are C' elements apart.
+// The rows of grad_hidden and grad_weight are C' elements apart.
 inline void token_logprob_backward(const TokenLogprob& x) {
   const int64_t stride = (x.C + 63) / 64 * 64;
   Row grad_weight(x.V * x.C);
@@ -230,7 +231,7 @@ inline void token_logprob_backward(const TokenLogprob& x) {
 }
 
 // --- linear.cpp ------------------------------------------------------------------------------------------------------
-// tanh GELU, and its derivative.
+// tanh GELU. Sets `slope` to the derivative.
 inline double gelu(double x, double& slope) {
   constexpr double k = 0.7978845608028654;  // sqrt(2 / pi)
   const double t = std::tanh(k * (x + 0.044715 * x * x * x));
@@ -270,7 +271,7 @@ inline void linear_backward(const Linear& l) {
   std::copy(bias_parts.begin(), bias_parts.end(), l.bias_parts);
 }
 
-// What dropout multiplies an element of the branch with.
+// Dropout factor of an element of the branch: 0 or the scale; 1 without dropout.
 inline double branch_factor(const LayerNorm& n, int64_t row, int64_t c) {
   if (n.dropout <= 0) return 1;
   const int64_t group = c / 4;
@@ -286,7 +287,7 @@ inline void layer_norm(const LayerNorm& n) {
     if (n.branch) {
       float* sum = n.sum + i * n.C;
       for (int64_t c = 0; c < n.C; ++c)
-        sum[c] = x[c] + f32(n.branch)[i * n.C + c] * float(branch_factor(n, i, c));  // rounded as it is kept
+        sum[c] = x[c] + f32(n.branch)[i * n.C + c] * float(branch_factor(n, i, c));  // rounded to f32, as it is stored
       x = sum;
     }
     double mean = 0, variance = 0;
@@ -298,7 +299,7 @@ inline void layer_norm(const LayerNorm& n) {
   }
 }
 
-// With h the row before weight and bias: grad_x = scale (g - mean(g) - h mean(g h)), where g = grad_y weight.
+// grad_x = scale (g - mean(g) - h mean(g h)), where g = grad_y weight, and h is the normalised row.
 inline void layer_norm_backward(const LayerNorm& n) {
   const int64_t blocks = (n.rows + kLinearRows - 1) / kLinearRows;
   Row parts(2 * blocks * n.C);
@@ -368,7 +369,7 @@ inline void add(Matrix& to, const Matrix& x) {
 struct Reading {
   Matrix logits, values;  // (T, V), (T,)
 };
-// The student's forward pass over a story of T tokens.
+// Logits and values of the student's forward pass over a story of T tokens.
 inline Reading read(const cpu::StudentWeights& w, const std::vector<int64_t>& tokens) {
   const int64_t T = int64_t(tokens.size()), C = w.C;
   Matrix x(T * C);

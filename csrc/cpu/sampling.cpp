@@ -1,8 +1,8 @@
 // Sampling by inverse CDF over fixed-point weights (weights.h), with log-probability and entropy in the same pass.
 //
-// Without top-k and top-p a row is read once for its maximum, then again for block sums; only the block that contains
-// the draw is read a third time. Top-k and top-p find their threshold by a radix search over order-preserving keys with
-// three histograms of at most 2048 buckets: nothing is sorted.
+// Without top-k and top-p, a row is read once for the maximum and once for block sums; only the block that contains the
+// draw is read a third time. Top-k and top-p find a threshold by a radix search over order-preserving keys, with three
+// histograms of at most 2048 buckets, so no sort is needed.
 #include <algorithm>
 
 #include "../weights.h"
@@ -15,7 +15,7 @@ constexpr int64_t kBlock = 1024;
 constexpr double kLn2 = 0.6931471805599453;
 
 struct Weights {
-  vu64 low, high;  // the weights of the first and of the second half of the lanes
+  vu64 low, high;  // weights of the lower and of the upper half of the lanes
   vf product;      // t * 2^t, for the entropy
 };
 
@@ -47,7 +47,7 @@ struct Row {
     return v + W <= x.V ? load_as<vf>(p, x.dtype) : load_tail<vf>(p, x.dtype, x.V - v, -INFINITY);
   }
 
-  // Finds the maximum, `top`. Returns 0, or what is wrong with the row.
+  // Sets `top` to the maximum of the row. Returns 0, or kNotANumber or kNoToken if no draw is possible.
   int64_t find_top() {
     vf highs = splat<vf>(-INFINITY);
     vi wrong{};
@@ -73,8 +73,8 @@ struct Row {
   }
 };
 
-// The threshold such that the keys above it measure less than `need`, and with those equal to it at least `need`.
-// `need` becomes the part that the keys equal to the threshold must contribute.
+// The threshold for which the keys above it have a total measure below `need`, and the keys above or equal to it at
+// least `need`. Reduces `need` to the part that the keys equal to the threshold must contribute.
 template <class Measure>
 uint32_t find_threshold(const uint32_t* keys, int64_t n, uint64_t& need, Measure measure) {
   uint32_t prefix = 0, mask = 0;
@@ -91,7 +91,8 @@ uint32_t find_threshold(const uint32_t* keys, int64_t n, uint64_t& need, Measure
   return prefix;
 }
 
-// Zeroes all weights but those of keys above the threshold and of the first `ties` nonzero ones equal to it.
+// Zeroes all weights except those of keys above the threshold, and the first `ties` nonzero weights of keys equal to
+// it.
 void truncate(const uint32_t* keys, uint64_t* weights, int64_t n, uint32_t threshold, uint64_t ties) {
   for (int64_t i = 0; i < n; ++i) {
     if (keys[i] > threshold) continue;

@@ -1,4 +1,5 @@
-// Threads where the compiler has no OpenMP, or has another than torch's: Apple's clang, and clang on Linux.
+// A thread pool for compilers without OpenMP, or with another OpenMP runtime than PyTorch's: Apple's clang, and clang
+// on Linux.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -10,12 +11,13 @@
 
 namespace tinystory::cpu {
 
-// Its threads wait between calls and end with the process. A worker that wakes too late to help is not waited for, so a
-// process that was forked, which has none of the workers, does all the work itself.
+// Workers wait between calls and end with the process. A call does not wait for workers that have not started on the
+// job. So a forked process, which has no workers, does all the work on the calling thread.
 class ThreadPool {
  public:
-  // Calls f on up to `threads` threads at once, the calling one among them, and returns when none of them runs it any
-  // more. A call from inside f, or while another thread's call runs, is f() alone. Rethrows one of f's exceptions.
+  // Calls f on up to `threads` threads at once, the calling thread included. Returns when no thread runs f any more. A
+  // call from inside f, or during a call by another thread, runs f once, on the calling thread. Rethrows one exception
+  // of f.
   void run(int64_t threads, const std::function<void()>& f) {
     if (threads <= 1 || busy_.test_and_set()) return f();
     {
@@ -35,7 +37,7 @@ class ThreadPool {
   }
 
   static ThreadPool& shared() {
-    static ThreadPool& pool = *new ThreadPool;  // never destroyed: its threads may outlive main
+    static ThreadPool& pool = *new ThreadPool;  // never destroyed, because the workers may outlive main
     return pool;
   }
 
@@ -63,11 +65,12 @@ class ThreadPool {
   }
 
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable wake_, done_;
   const std::function<void()>* job_ = nullptr;
   std::exception_ptr error_;
-  int64_t workers_ = 0, wanted_ = 0, running_ = 0;  // threads; those that may still join the job; those in it
+  // number of workers; of workers that may still join the job; of workers that run the job
+  int64_t workers_ = 0, wanted_ = 0, running_ = 0;
 };
 
 }  // namespace tinystory::cpu

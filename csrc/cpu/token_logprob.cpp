@@ -1,9 +1,10 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
-// Logits are computed with gemm.h in groups of kGroup columns, in f32 (f64). One block of rows exists at a time: first
-// for a few sums, then again for the gradients, unless the caller keeps them. Where the gradients need nothing but these
-// sums, they follow them chunk by chunk, and a chunk's logits are kept until then, [group][row][kStride]. For bf16 the
-// logits' gradients are stored twice as bf16: by rows and, while they are in use, as pairs of rows.
+// Logits are computed with gemm.h in groups of kGroup columns, in f32 (f64 for f64). The logits of one block of rows
+// are in memory at a time: once for the row sums, and again for the gradients, unless the caller keeps the logits. If
+// the upstream gradient is a constant (cross_entropy), the gradients are computed right after the row sums of each
+// chunk, and the logits of the chunk are kept until then, [group][row][kStride]. For bf16, the gradients of the logits
+// are stored twice as bf16: by rows, and temporarily as pairs of rows.
 #include <algorithm>
 #include <limits>
 
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int64_t kGroup = kLogprobGroup;
 constexpr int64_t kStride = kLogprobStride;
-constexpr int64_t kBlock = 96;  // rows per block that is multiplied with a panel: with their logits they fit in L2
+constexpr int64_t kBlock = 96;  // rows per block; a block and its logits fit in the L2 cache
 constexpr double kLog2e = 1.4426950408889634;
 
 template <class Policy>
@@ -25,17 +26,18 @@ struct Chunk {
   static constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
 
   const TokenLogprob& x;
-  const bool fused;                      // whether the gradients follow the sums, chunk by chunk
-  const int64_t rows, C, packs, stride;  // rows and C padded for gemm.h; row stride of grads
+  const bool fused;                      // whether the gradients of a chunk are computed right after its row sums
+  const int64_t rows, C, packs, stride;  // rows and C are padded for gemm.h; stride: distance between rows of grads
   Pack *weight_pairs, *hidden, *hidden_panels, *grads;
-  Acc *sums, *logits;  // sums (groups, rows, 3), see sum_group; logits share the memory of grads
+  Acc *sums, *logits;  // sums: (groups, rows, 3), see sum_group; logits shares memory with grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
       : x(x), fused(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
         C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(fused ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
-    weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
+    // weight_pairs is first, so that its address is the same for all chunks of rows
+    weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);
     hidden = m.take<Pack>(rows * packs);
     hidden_panels = m.take<Pack>(x.grad_hidden ? rows * packs : 0);
     sums = m.take<Acc>(x.logprob ? x.groups * rows * 3 : 0);
@@ -44,8 +46,8 @@ struct Chunk {
     bytes = m.used;
   }
 
-  // One thread's memory: a group's rows of the weight and their panels; a block's logits; and for bf16 a block's
-  // gradients in pairs of rows, and those of the whole chunk by columns.
+  // Memory of one thread: the group's rows of the weight, and the same as panels; the logits of a block; for bf16, the
+  // gradients of a block in pairs of rows, and the gradients of the whole chunk by columns.
   struct Own {
     Pack *weight, *panels, *pairs, *columns;
     Acc* logits;
@@ -67,13 +69,13 @@ struct Chunk {
   int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first column
   int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
   Pack* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
-  // The kept logits of a group, from this row on; null if they are not kept.
+  // The kept logits of a group, starting with this row; null if the logits of this group are not kept.
   Acc* kept_logits(int64_t group, int64_t row) const {
     if (fused) return logits + (group * rows + row) * kStride;
     if (x.first_group + group >= x.kept_groups) return nullptr;
     return static_cast<Acc*>(x.kept_logits) + ((x.first_group + group) * x.N + x.first + row) * kStride;
   }
-  // Packs the group's rows of the weight; zero up to a whole panel.
+  // Packs the group's rows of the weight, zero-padded to a whole panel.
   void weight_rows(Pack* to, int64_t group) const {
     pack_rows<Policy>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
                       round_up(width(group), kColumns), x.C, C);
@@ -89,7 +91,8 @@ struct Chunk {
                       rows / Policy::kPack);
   }
 
-  // Packs the group's rows of the weight: for the logits, and for grad_hidden, which needs them once for all row chunks.
+  // Packs the group's rows of the weight: for the logits, and, with the first chunk of rows, for grad_hidden of all
+  // chunks.
   void pack_weight(int64_t g, const Own& own) {
     weight_rows(own.weight, g);
     const int64_t n = round_up(width(g), kColumns);
@@ -98,14 +101,14 @@ struct Chunk {
       pair_rows<Policy>(weight_pairs + g * kGroup * packs, own.weight, n, C, kWidth, n / Policy::kPack);
   }
 
-  // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride], which
-  // are computed first, or are there already.
+  // Calls use(first, end, logits) for each block of rows of the chunk, with the logits of this group,
+  // [row - first][kStride]. compute: computes the logits first; otherwise they must have been kept.
   template <class F>
   void each_block(int64_t g, const Own& own, bool compute, const F& use) {
     if (compute || (x.first == 0 && !fused)) pack_weight(g, own);
     for (int64_t first = 0; first < x.rows; first += kBlock) {
       const int64_t end = std::min(first + kBlock, x.rows);
-      Acc *place = kept_logits(g, first), *to = place ? place : own.logits;
+      Acc *kept = kept_logits(g, first), *to = kept ? kept : own.logits;
       if (compute)
         gemm<Policy>(end - first, round_up(width(g), kColumns), packs, {hidden + first * packs, packs, 1},
                      {own.panels, kWidth, packs * kWidth}, to, kStride);
@@ -119,7 +122,8 @@ struct Chunk {
     });
   }
 
-  // Stores m, the maximum of the row's logits in the group, and with z = log2(e) (logit - m) the sums of 2^z and z 2^z.
+  // Stores three values of a row for this group: m, the maximum logit; the sum of 2^z; and the sum of z 2^z, where
+  // z = log2(e) (logit - m).
   void sum_group(int64_t g, int64_t row, const Acc* logits) {
     const auto each_vector = [&](const auto& f) {
       int64_t v = 0;
@@ -153,7 +157,7 @@ struct Chunk {
     }
     const int64_t i = x.first + row;
     const double log_total = std::log(total);
-    auto& logprob = static_cast<Acc*>(x.logprob)[i];  // the target's logit until now
+    auto& logprob = static_cast<Acc*>(x.logprob)[i];  // holds the target's logit until now
     logprob = Acc(double(logprob) - top - log_total);
     static_cast<Acc*>(x.entropy)[i] = Acc(log_total - weighted / total / kLog2e);
     x.lse[i] = top + log_total;
@@ -184,7 +188,8 @@ struct Chunk {
     return r;
   }
 
-  // The gradients of the logits of rows [first, end), first even; if they follow the sums, they overwrite the logits.
+  // Computes the gradients of the logits of rows [first, end); `first` is even. With `fused`, they overwrite the
+  // logits.
   void differentiate(int64_t g, int64_t first, int64_t end, const Acc* logits, Pack* pairs) {
     const int64_t n = width(g);
     Vec index{};
@@ -239,7 +244,7 @@ struct Chunk {
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
-    constexpr int64_t kTogether = 2;  // groups whose weights share the cache
+    constexpr int64_t kTogether = 2;  // number of groups with weights in the cache at the same time
     for (int64_t first = begin * kLogprobRows; first < std::min(x.rows, end * kLogprobRows); first += kLogprobRows)
       for (int64_t g0 = 0; g0 < x.groups; g0 += kTogether)
         for (int64_t c = 0; c < C; c += kColumns)

@@ -1,5 +1,5 @@
-// Vectors of W floats through the compiler's own vector types; intrinsics only for what those cannot express.
-// The build passes -ffp-contract=off: a multiply and an add fuse only where fma() is written.
+// Vectors of W floats, by the compiler's vector types, and by intrinsics only for operations that these types lack.
+// The build passes -ffp-contract=off, so a multiplication and an addition are fused only by an explicit fma().
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -52,7 +52,7 @@ template <class Vec>
 inline Vec min(Vec a, Vec b) {
   return a < b ? a : b;
 }
-#if defined(__AVX512F__)  // one instruction each, where GCC makes a comparison and a choice of those
+#if defined(__AVX512F__)  // one instruction each; for the templates above, GCC emits a comparison and a blend
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX__)
@@ -81,10 +81,10 @@ constexpr int lanes = sizeof(Vec) / sizeof(std::declval<Vec>()[0]);
 
 template <class Vec, class T>
 inline Vec splat(T x) {
-  return x - Vec{};  // not Vec{} + x: -0 + 0 is +0, so the compiler would have to add
+  return x - Vec{};  // x - 0 is always x; x + 0 is not (-0 + 0 is +0), so the compiler could not remove the addition
 }
 
-// Interleaves the elements of a and b: those of their lower halves, or those of their upper halves.
+// Interleaves the elements of the lower halves of a and b, or with kUpper of the upper halves.
 template <bool kUpper, class Vec, int... I>
 Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
   constexpr int L = sizeof...(I), first = kUpper ? L / 2 : 0;
@@ -141,7 +141,7 @@ inline float highest(vf v) {
 }
 #endif
 
-// 2^x for x <= 127; 0 below the smallest normal number.
+// 2^x for x <= 127; 0 if 2^x is below the smallest normal number.
 inline vf exp2(vf x) {
   const vf magic = splat<vf>(kRounder);
   const vf shifted = max(x, splat<vf>(-126.0f)) + magic;
@@ -156,7 +156,7 @@ inline vd exp2(vd x) {
   return x;
 }
 
-// tanh GELU: x s with s = sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3); and its derivative s + x s (1 - s) u'.
+// tanh GELU, x s with s = sigmoid(u) and u = 2 sqrt(2 / pi) (x + 0.044715 x^3), and the derivative s + x s (1 - s) u'.
 inline std::pair<vf, vf> gelu_and_slope(vf x) {
   constexpr float k = 2 * 0.7978845608028654;
   const vf xx = x * x, u = x * fma(xx, splat<vf>(0.044715f), splat<vf>(1.0f)) * (k * -1.4426950408889634f);
@@ -164,7 +164,7 @@ inline std::pair<vf, vf> gelu_and_slope(vf x) {
   return {y, fma(y * (1.0f - s), fma(xx, splat<vf>(3 * 0.044715f * k), splat<vf>(k)), s)};
 }
 
-// Layer norm of a row of C elements: calls finish(c, y), a vector at a time. Returns the mean and 1 / deviation.
+// Layer norm of a row of C elements. Calls finish(c, y) for each vector. Returns the mean and 1 / standard deviation.
 template <class F>
 inline std::pair<float, float> layer_norm_row(const float* x, int64_t C, const float* weight, const float* bias,
                                               const F& finish) {
@@ -200,9 +200,9 @@ inline float from_f16(uint16_t h) {
   if (rest >= 0x7c00) {
     bits |= 0x7f800000;
   } else if (rest >= 0x400) {
-    bits += 112 << 23;  // the exponent's bias from 15 to 127
+    bits += 112 << 23;  // changes the bias of the exponent from 15 to 127
   } else {
-    const float subnormal = float(rest) * 0x1p-24f;  // normal in f32, and so kept by a thread that flushes subnormals
+    const float subnormal = float(rest) * 0x1p-24f;  // a normal f32 number, so FTZ and DAZ do not change it
     std::memcpy(&bits, &subnormal, 4);
   }
   bits |= sign;
@@ -217,9 +217,9 @@ inline uint16_t to_f16(float f) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
   if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds beyond 65504: infinity
-  if (bits < 0x38800000) {                       // subnormal: the FPU rounds it for us
+  if (bits < 0x38800000) {                       // subnormal in f16: the FPU rounds
     std::memcpy(&f, &bits, 4);
-    f += 0.5f;  // ulp of [0.5, 1) is 2^-24, f16's smallest step
+    f += 0.5f;  // the ulp in [0.5, 1) is 2^-24, the smallest step of f16
     std::memcpy(&bits, &f, 4);
     return sign | uint16_t(bits - 0x3f000000);
   }
@@ -253,7 +253,7 @@ inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ?
 inline const void* at(const void* p, DType t, int64_t i) { return static_cast<const char*>(p) + i * size_of(t); }
 inline void* at(void* p, DType t, int64_t i) { return static_cast<char*>(p) + i * size_of(t); }
 
-// Loads lanes<Vec> elements of the stored type t as Vec, and stores them.
+// load_as, store_as: load and store lanes<Vec> elements of type t, converted to and from Vec.
 template <class Vec>
 inline Vec load_as(const void* p, DType t);
 template <>
@@ -271,8 +271,9 @@ inline void store_as(void* p, DType t, vf x) {
 }
 inline void store_as(void* p, DType, vd x) { store(p, x); }
 
-// As store_as, but past the caches, for what is read much later: an ordinary store reads the line from memory first. The
-// type is f32 or bf16, and p is aligned to the stored vector. Before another thread reads it, call end_streams.
+// Stores like store_as, but bypasses the caches (non-temporal store). For data that is read much later: an ordinary
+// store would first read the cache line from memory. The type is f32 or bf16, and p is aligned to the stored vector.
+// Call end_streams before another thread reads the data.
 inline void stream_as(void* p, DType t, vf x) {
 #if defined(__AVX512F__)
   if (t == DType::f32) _mm512_stream_ps(static_cast<float*>(p), (__m512)x);
@@ -290,7 +291,8 @@ inline void end_streams() {
 #endif
 }
 
-// The first n <= lanes elements at p; the other lanes hold `fill`. Bytes beyond the n elements are never touched.
+// load_tail: the first n <= lanes elements at p; the other lanes are `fill`. store_tail: stores the first n lanes.
+// Bytes beyond the n elements are never touched.
 template <class Vec>
 inline Vec load_tail(const void* p, DType t, int64_t n, float fill) {
   char bytes[sizeof(Vec)] = {};
@@ -306,8 +308,8 @@ inline void store_tail(void* p, DType t, int64_t n, Vec x) {
   std::memcpy(p, bytes, n * size_of(t));
 }
 
-// This thread's scratch memory, 64-byte aligned and kept between calls: a new mmap per call would cost page faults. What
-// is in use at the same time has numbers of its own.
+// Scratch memory of this thread, 64-byte aligned. The memory is kept between calls, because a new mmap per call would
+// cost page faults. Buffers that are in use at the same time need different kNumber.
 template <int kNumber = 0>
 inline char* scratch(size_t bytes) {
   thread_local std::vector<char> memory;

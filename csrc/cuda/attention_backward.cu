@@ -1,21 +1,23 @@
-// Causal attention, backward (FlashAttention-2), in one pass of five GEMMs: a block owns a tile of keys, of whose dK and
-// dV it holds the sums, and takes the tiles of queries that see them, one after another. It recomputes P from the
-// log-sum-exp. dQ of a tile of queries is a sum over the blocks of a head; they add to it one after another, the block
-// of the first keys first and that of the diagonal last, so that the order, and the gradient's bits, never change.
-// Blocks start in that order too, which is also that of their length, and all begin with the last queries: a block that
-// starts with the one before it waits for a fifth of a tile, once, and one that starts later does not wait.
+// Causal attention, backward (FlashAttention-2), in one pass of five GEMMs. Each block owns one tile of keys and
+// accumulates its dK and dV while it loops over the query tiles that attend to these keys. P is recomputed from the
+// log-sum-exp. dQ of a query tile is a sum over the blocks of a head. The blocks add to dQ in a fixed order, the block
+// of the first keys first and the block of the diagonal last, so the bits of the gradient never change. Blocks also
+// start in this order, which is the order of decreasing length, and all blocks begin with the last queries. A block
+// that starts together with the previous block waits once, for a fifth of a tile; a block that starts later does not
+// wait.
 //
-// With Z the dropout mask times its scale:
+// With Z the dropout mask times the dropout scale:
 //   delta = rowsum(O * dO),  dP = Z * (dO V^T),  dS = P * (dP - delta),
 //   dQ = scale dS K,  dK = scale dS^T Q,  dV = (Z * P)^T dO.
-// The dropout's scale is left out of the loop: it works on dP / scale and delta / scale, and the sums are scaled.
+// The loop leaves out the dropout scale: it computes dP and delta divided by the dropout scale, and the final sums are
+// multiplied by the dropout scale.
 #include "tiles.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-// A block owns kKeys keys, 16 * kMmaM per warp; tiles of kQueries queries stream past. There is one stage: the next
-// tile is copied while dQ is computed, which needs neither queries nor grads.
+// A block owns kKeys keys, 16 * kMmaM per warp, and loops over tiles of kQueries queries. There is one stage: the next
+// tile is copied while dQ is computed, because dQ needs neither queries nor grads.
 template <class Element, int D>
 struct BackwardPolicy {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
@@ -24,9 +26,9 @@ struct BackwardPolicy {
   // A warp computes 16 rows of dQ and kColumns columns.
   static constexpr int kRowGroups = kQueries / 16, kColumns = D * kRowGroups / kWarps;
   static constexpr int kStats = 3 * kQueries;     // floats per tile of queries
-  static constexpr int kPartials = kQueries * D;  // floats of a tile's dQ
+  static constexpr int kPartials = kQueries * D;  // floats of dQ per tile of queries
   static constexpr int kKeyBytes = kKeys * D * int(sizeof(Element)), kQueryBytes = kQueries * D * int(sizeof(Element));
-  // In shared memory: keys, values, queries, grads (dO), dS, stats, the ticket.
+  // Offsets in shared memory, in the order: keys, values, queries, grads (dO), dS, stats, ticket.
   static constexpr int kGradScores = 2 * (kKeyBytes + kQueryBytes);
   static constexpr int kStatsAt = kGradScores + kKeys * kQueries * int(sizeof(Element));
   static constexpr int kTicketAt = kStatsAt + kStats * 4, kShared = kTicketAt + 16;
@@ -37,15 +39,15 @@ template <class Element>
 struct BackwardParams : AttentionParams<Element> {
   int query_tiles, key_blocks;
   // Per (head, tile of queries): log-sum-exp * log2(e) of each query; then for each pair of queries
-  // {-delta0, -delta1, -delta0, -delta1} / dropout scale, from which fragments of dP start.
+  // {-delta0, -delta1, -delta0, -delta1} / dropout scale, the initial values of the fragments of dP.
   float* stats;
-  float* partials;  // dQ so far, per (head, tile), as the warps' fragments
-  int* turns;       // per (head, tile): how many blocks have added to dQ; that of the diagonal does not count
+  float* partials;  // partial sums of dQ per (head, tile), stored as the fragments of the warps
+  int* turns;  // per (head, tile): number of blocks that have added to dQ; the block of the diagonal does not count
   int* ticket;
 };
 
-// Writes stats, and no block has taken a ticket or had its turn yet. Each row of a tile takes as many threads as it has
-// 16-byte chunks; rows past the end get zeros, with which they contribute nothing.
+// Writes stats, and sets turns and ticket to zero. A row of a tile is processed by as many threads as it has 16-byte
+// chunks. Rows past the end get zeros, so that they contribute nothing.
 template <class Element, int D>
 __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads)
     backward_stats_kernel(BackwardParams<Element> p) {
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads)
   if (index == 0) *p.ticket = 0;
 }
 
-// What a column's fragments of dP / dropout scale start from: -delta / dropout scale.
+// Loads the initial values of the fragments of dP / dropout scale: -delta / dropout scale of each column.
 template <int kMmaN>
 __device__ __forceinline__ void load_deltas(float (&start)[kMmaN][4], const float* stats) {
   const float* deltas = stats + 8 * kMmaN + lane_id() % 4 * 4;
@@ -82,7 +84,8 @@ __device__ __forceinline__ void load_deltas(float (&start)[kMmaN][4], const floa
   for (int ni = 0; ni < kMmaN; ++ni) unpack(start[ni], load16_shared(deltas + 16 * ni), 0.0f);
 }
 
-// From S to P, and from dP - delta to dS = P (dP - delta), both over the dropout's scale. A dropped weight has dP = 0.
+// Overwrites S by P, and dP - delta by dS = P (dP - delta); dP, delta and dS are divided by the dropout scale. A
+// dropped weight has dP = 0.
 template <bool kDropout, int kMmaM, int kMmaN>
 __device__ __forceinline__ void differentiate(float (&S)[kMmaM][kMmaN][4], float (&dP)[kMmaM][kMmaN][4],
                                               const float* stats, const KeepMask<true, kMmaM, kMmaN>& keep, int t,
@@ -103,7 +106,8 @@ __device__ __forceinline__ void differentiate(float (&S)[kMmaM][kMmaN][4], float
   }
 }
 
-// A thread's fragments of a tile's dQ so far; those of all kThreads threads lie side by side.
+// load_partials, store_partials: load and store a thread's fragments of the partial sums of dQ of a tile. The fragments
+// of all kThreads threads are interleaved.
 template <int kThreads, int kMmaN>
 __device__ __forceinline__ void load_partials(Vec16 (&to)[kMmaN], const float* partials, unsigned thread) {
 #pragma unroll
@@ -122,7 +126,7 @@ __device__ __forceinline__ void add(float (&dQ)[kMmaN][4], const Vec16 (&partial
     for (int i = 0; i < 4; ++i) dQ[ni][i] += bits_float(partials[ni].word[i]);
 }
 
-// Writes 16 rows of dQ to the gradient, `first` being the first row and `to` the first of its columns.
+// Writes 16 rows of dQ to the gradient. first: the first row. to: the first column, in row 0.
 template <class Element, int kMmaN>
 __device__ __forceinline__ void store_queries(Element* to, int stride, const float (&dQ)[kMmaN][4], int first, int rows,
                                               float scale) {
@@ -159,9 +163,10 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
       grads{2 * Policy::kKeyBytes + Policy::kQueryBytes};
   const Tile<Element, kQueries> grad_scores{Policy::kGradScores};
   const auto stats = reinterpret_cast<float*>(shared_memory() + Policy::kStatsAt);
-  // A block begins with the last tile of queries: its first row, and its index among those of all heads.
+  // A block begins with the last tile of queries: first row of this tile, and index of this tile among all heads'
+  // tiles.
   const int last_row = (p.query_tiles - 1) * kQueries, last_tile = (head + 1) * p.query_tiles - 1;
-  // What the next tile's rows are copied from, by this thread.
+  // Source addresses of this thread's part of the next tile.
   const Element* next_queries = thread_part<Element, D>(q + int64_t(last_row) * stride, stride);
   const Element* next_grads = thread_part<Element, D>(grad_out + int64_t(last_row) * out_stride, out_stride);
   const auto load = [&](int row, int tile) {
@@ -185,7 +190,8 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
   float dK[kMmaM][D / 8][4], dV[kMmaM][D / 8][4];
   clear(dK);
   clear(dV);
-  // left: tiles to come after this one. The last kTiles are the diagonal's, to whose dQ this block is the last to add.
+  // left: number of tiles after this one. The last kTiles tiles contain the diagonal. This block is the last to add to
+  // dQ of these tiles.
   for (int left = p.query_tiles - 1 - block * kTiles, tile = last_tile; left >= 0; --left, --tile) {
     const int q0 = k0 + left * kQueries;
     KeepMask<true, kMmaM, kMmaN> keep;
@@ -200,7 +206,7 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
     // S and dP are transposed here: rows are keys, columns are queries.
     float S[kMmaM][kMmaN][4], dP[kMmaM][kMmaN][4];
     Packed<Element, kMmaM, kMmaN> P, dS;
-    if (q0 + kQueries - 1 < first) {  // causality: none of this warp's keys is visible to these queries
+    if (q0 + kQueries - 1 < first) {  // causality: these queries attend to none of this warp's keys
       clear(dP);
       pack_fragments<Element>(dS, dP);
       store_fragments(dS, grad_scores, row0);
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
       gemm_rs(dK, dS, queries);
     }
     if (threadIdx.x == kWarpSize && block > 0) wait_for(turn, block, seen);
-    sync_block();  // dS is complete, queries and grads have been read, and it is this block's turn
+    sync_block();  // dS is complete, all threads have read queries and grads, and it is this block's turn
 
     const unsigned thread = recomputed(threadIdx.x);
     float* partials = p.partials + int64_t(tile) * Policy::kPartials;
@@ -234,12 +240,12 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
     if (left >= kTiles) {
       store_partials<Policy::kThreads>(partials, dQ, thread);
     } else {
-      // Few tiles come here: what only they need is not held in registers.
+      // Only few tiles take this branch, so values that only this branch needs are recomputed, not kept in registers.
       Element* to = p.grad_qkv + p.template head_offset<D>(recomputed(head), 3) + recomputed(dq_column);
       store_queries(to, stride, dQ, q0 + recomputed(dq_row), p.T, p.scale * p.dropout.scale);
     }
   }
-  sync_block();  // all have read keys, in whose place dK is staged
+  sync_block();  // all have read keys; dK is staged in the same memory
 
   multiply(dK, p.scale * p.dropout.scale);
   multiply(dV, p.dropout.scale);
@@ -248,7 +254,7 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
   store_rows<Element, D, kMmaM>(dV, values, row0, grad_keys + out_stride, stride, p.T - k0);
 }
 
-// The workspace's parts, in floats: partials and stats first, which need alignment.
+// Sizes of the parts of the workspace, in floats. partials and stats come first, because they need alignment.
 struct Workspace {
   int64_t tiles, partials, stats;
   template <class Policy>

@@ -1,18 +1,18 @@
-// Decode-step attention: one new token per row against its KV cache; its key and value are appended to the cache. The
-// kernel is bound by reading the cache once. The shared prefix is stored once and is small, so every row but the first
-// finds it in the L2 cache.
+// Decode-step attention: one new token per row attends to the row's KV cache, and the key and the value of the new
+// token are appended to the cache. The time is bound by reading the cache once. The shared prefix is stored once and is
+// small, so every row except the first reads the prefix from the L2 cache.
 //
-// A group of lanes reads one key, 16 bytes per lane; the block's groups take the keys in turn, kUnroll at a time, and
-// each group keeps its own running maximum m, sum l and output O. The groups' partial results are merged at the end.
-// When there are too few rows to fill the device, several blocks split a row's keys (as in flash-decoding), and a
-// second kernel merges their partial results.
+// A group of lanes reads one key, 16 bytes per lane. The groups of a block take the keys in turn, kUnroll at a time.
+// Each group has its own running maximum m, sum l and output O; the partial results of the groups are merged at the
+// end. If there are too few rows to fill the device, several blocks split the keys of a row (as in flash-decoding), and
+// a second kernel merges their partial results.
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
 constexpr int kThreads = 128, kUnroll = 4;
-constexpr int64_t kMinKeysPerSplit = 128;  // fewer keys per block do not pay for the merge
+constexpr int64_t kMinKeysPerSplit = 128;  // with fewer keys per block, the merge costs more than the split gains
 
 struct DecodeParams {
   const void *qkv, *prefix;
@@ -25,15 +25,16 @@ struct DecodeParams {
   float scale_log2;
 };
 
-// Number of blocks that split each row's keys; one number for all rows, because the lengths are on the device.
+// Number of blocks that split the keys of a row. It is the same for all rows, because the host does not know the
+// lengths.
 int split_count(const DecodeAttention& x) {
   const int64_t rows = x.B * x.H, wanted = (int64_t(4) * multiprocessors() + rows - 1) / rows;
   const int64_t most = (x.P + x.T + kMinKeysPerSplit - 1) / kMinKeysPerSplit;
   return int(wanted < most ? wanted : most < 1 ? 1 : most);
 }
 
-// Merges `count` partial results (O, m, l), D + 2 floats each. Thread d returns element d of the merged, unnormalised
-// O.
+// Merges `count` partial results (O, m, l), D + 2 floats each, and sets m and l. Thread d returns element d of the
+// merged, unnormalised O.
 template <int D>
 __device__ __forceinline__ float merge_partials(const float* partials, int count, int d, float& m, float& l) {
   m = -INFINITY;
@@ -42,7 +43,7 @@ __device__ __forceinline__ float merge_partials(const float* partials, int count
   l = 0;
   for (int i = 0; i < count; ++i) {
     const float* part = partials + i * (D + 2);
-    const float weight = m == -INFINITY ? 0 : exp2_fast(part[D] - m);  // a partial result may have had no keys
+    const float weight = m == -INFINITY ? 0 : exp2_fast(part[D] - m);  // -inf if no partial result has a key
     O = fmaf(part[d], weight, O);
     l = fmaf(part[D + 1], weight, l);
   }
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
   const int64_t length = p.lengths[b], span = p.spans[2 * b], prefix_end = p.spans[2 * b + 1];
   require(length >= 0 && length < p.T, "decode_attention: an entry of lengths is not in 0 .. T_max - 1");
   require(span >= 0 && span <= prefix_end && prefix_end <= p.P, "decode_attention: an entry of spans is not in 0 .. P");
-  const int P = int(prefix_end - span), cached = P + int(length), keys = cached + 1;  // the last is the new token's
+  const int P = int(prefix_end - span), cached = P + int(length), keys = cached + 1;  // the last key is the new token's
   const int keys_per_split = (keys + p.splits - 1) / p.splits;
   const int begin = split * keys_per_split,
             end = (split + 1) * keys_per_split < keys ? (split + 1) * keys_per_split : keys;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) q[i] *= p.scale_log2, O[i] = 0;
   float m = -INFINITY, l = 0;
-  // Every group makes the same number of iterations, so that all lanes of a warp reach the shuffles.
+  // All groups make the same number of iterations, so that all lanes of a warp reach the shuffles.
   for (int j0 = begin; j0 < end; j0 += kGroups * kUnroll) {
     Vec16 key[kUnroll], value[kUnroll];
     float s[kUnroll], m_new = m;

@@ -1,10 +1,11 @@
 // Causal attention, forward: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 //
-// A block computes one tile of queries of one head, each warp 16 * kMmaM rows of it. Tiles of keys and values stream
-// through shared memory in two stages: the next tile is copied while the current one is used. Names follow the paper:
-// S = Q K^T, P = exp(S - m), O = P V, with m and l the running row maximum and row sum. Exponents are in units of log2,
-// so that exp is the hardware's ex2. m need not be the maximum, only near it: not before a row exceeds it by kSlack are
-// O and l rescaled by exp(m_old - m_new), as in FlashAttention-4. P is then at most 2^kSlack, which no dtype minds.
+// A block computes one tile of queries of one head; each warp computes 16 * kMmaM rows of the tile. Tiles of keys and
+// values stream through shared memory in two stages: the next tile is copied while the current tile is used. Names
+// follow the paper: S = Q K^T, P = exp(S - m), O = P V, with m and l the running row maximum and row sum. Exponents are
+// in units of log2, so that exp is the hardware's ex2. m may lag behind the true row maximum: O and l are rescaled by
+// exp(m_old - m_new) only when a score exceeds m by more than kSlack, as in FlashAttention-4. So P is at most 2^kSlack,
+// which every dtype can represent.
 #include "tiles.cuh"
 
 namespace tinystory::cuda {
@@ -25,18 +26,18 @@ struct ForwardPolicy {
   static_assert(kShared <= kMaxSharedBytes);
 };
 
-// The softmax of a warp's rows, whose scores arrive a tile of keys at a time.
+// The running softmax of a warp's rows. The scores arrive one tile of keys at a time.
 template <int kMmaM>
 struct OnlineSoftmax {
-  float scale_log2;  // of the scores
-  // Per row, in units of log2: m, and of l the part of this lane's columns. They are summed at the end.
+  float scale_log2;  // scale of the scores times log2(e)
+  // Per row: m, in units of log2, and l over this lane's columns. The lanes' values of l are summed at the end.
   float m[kMmaM][2], l[kMmaM][2];
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale_log2(scale) {
     each_row<kMmaM>([&](int mi, int half) { m[mi][half] = -INFINITY, l[mi][half] = 0; });
   }
 
-  // Moves m to the rows' maxima if a score exceeds it by kSlack; O and l follow.
+  // Raises m to the row maxima, and rescales O and l, if any score of the warp exceeds m by more than kSlack.
   template <int kMmaN, int kMmaD>
   __device__ __forceinline__ void raise_maximum(const float (&S)[kMmaM][kMmaN][4], float (&O)[kMmaM][kMmaD][4]) {
     float highest[kMmaM][2];
@@ -55,7 +56,7 @@ struct OnlineSoftmax {
     });
   }
 
-  // From S to P = exp(S - m), which l sums.
+  // Overwrites S by P = exp(S - m), and adds P to l.
   template <int kMmaN>
   __device__ __forceinline__ void exponentiate(float (&S)[kMmaM][kMmaN][4]) {
     each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) {
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
     attention_forward_kernel(AttentionParams<Element> p) {
   using Policy = ForwardPolicy<Element, D>;
   constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kKeys / 8, kMaskN = kMmaN < 4 ? kMmaN : 4;
-  // A head's last tile attends to the most keys.
+  // The last tile of a head attends to the most keys, so it has rank 0.
   const int query_tiles = int(gridDim.x) / p.heads;
   const auto [head, rank] = longest_first(int(blockIdx.x), p.heads, query_tiles, p.group);
   const int q0 = (query_tiles - 1 - rank) * Policy::kQueries;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
   const Tile<Element, D> queries{0};
   const auto keys = [&](int stage) { return Tile<Element, D>{Policy::kQueryBytes + 2 * stage * Policy::kStageBytes}; };
   const auto values = [&](int stage) { return Tile<Element, D>{keys(stage).offset + Policy::kStageBytes}; };
-  const Element* next_keys = thread_part<Element, D>(q + p.H * D, stride);  // of the next tile to load
+  const Element* next_keys = thread_part<Element, D>(q + p.H * D, stride);  // source address for the next tile
   const auto load = [&](int tile) {
     const int valid = p.T - tile * Policy::kKeys;
     load_rows<Policy::kKeys, Policy::kThreads>(keys(tile % 2), next_keys, stride, valid);
@@ -109,12 +110,12 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
       for (int i = 0; i < kMmaN / kMaskN; ++i) keep[i].draw(p.dropout, head, first, k0 + 8 * kMaskN * i);
     }
     copy_wait<0>();
-    sync_block();  // all threads see this tile, and all have finished the previous one, whose stage is reused next
+    sync_block();  // all threads see this tile, and all have finished the previous one, so its stage can be reused
     if (tile == 0) Q.preload();
     if (tile + 1 < n_tiles) load(tile + 1);
     copy_commit();
 
-    if (k0 > first + 16 * kMmaM - 1) continue;  // causality: none of these keys is visible to this warp's queries
+    if (k0 > first + 16 * kMmaM - 1) continue;  // causality: this warp's queries attend to none of these keys
     float S[kMmaM][kMmaN][4];
     const float zeros[kMmaN][4] = {};
     gemm_ss(S, Q, keys(tile % 2), zeros);

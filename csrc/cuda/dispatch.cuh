@@ -4,7 +4,7 @@
 
 namespace tinystory::cuda {
 
-// Calls f with a value of the dtype's C++ type.
+// Calls f with a value of the C++ type of the dtype.
 template <class F>
 void dispatch_dtype(DType dtype, const char* op, const F& f) {
   if (dtype == DType::f32) f(float{});

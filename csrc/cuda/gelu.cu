@@ -1,19 +1,21 @@
-// The backward pass of tanh GELU, and the gradient of the bias before it, in one pass over memory: grad = grad_y gelu'(x),
-// and one row of partial sums of grad per block. A warp goes through rows; a lane owns 8 columns, whose sums stay in
-// registers, and has kAhead rows under way before it uses the first.
+// The backward pass of tanh GELU and of the addition of a bias before GELU, in one pass over memory: grad = grad_y
+// gelu'(x), and one row of partial sums of grad per block. A warp loops over rows. A lane owns 8 columns and keeps
+// their sums in registers. A lane loads kAhead rows before it uses the first one.
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-constexpr int kWarps = 8, kAhead = 4, kRows = 2 * kWarps * kAhead;  // of a block
+constexpr int kWarps = 8, kAhead = 4, kRows = 2 * kWarps * kAhead;  // kRows: rows per block
 constexpr int kVec = 8, kColumns = kVec * kWarpSize;
-// Floats between a lane's sums in shared memory, and of a warp: no banks conflict, whether lanes write or columns read.
+// kApart: distance in floats between the sums of a lane in shared memory. kShared: floats per warp. With this distance
+// there are no bank conflicts, neither when lanes write nor when threads read columns.
 constexpr int kApart = kWarpSize + 4, kShared = kVec * kApart;
 
 int64_t strips(const GeluBackward& x) { return (x.N + kColumns - 1) / kColumns; }
 
-// gelu(x) = x s with s = 1 / (1 + e^-u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3): s + x s (1 - s) u'.
+// The derivative of gelu(x) = x s with s = 1 / (1 + e^-u) and u = 2 sqrt(2 / pi) (x + 0.044715 x^3): s + x s (1 - s)
+// u'.
 __device__ __forceinline__ float gelu_slope(float x) {
   constexpr float k = 2 * 0.7978845608f, cubic = 0.044715f;
   const float xx = x * x, s = 1 / (1 + exp2_fast(-kLog2e * k * x * fmaf(cubic, xx, 1)));
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gelu_backward_kernel(GeluBa
 #pragma unroll
   for (int j = 0; j < kVec; ++j) all[warp * kShared + j * kApart + lane_id()] = sum[j];
   sync_block();
-  static_assert(kColumns == kWarps * kWarpSize);  // a column per thread
+  static_assert(kColumns == kWarps * kWarpSize);  // each thread sums one column
   const int own = int(threadIdx.x);
   if (strip * kColumns + own >= N) return;
   float total = 0;

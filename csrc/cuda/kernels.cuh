@@ -1,8 +1,9 @@
-// The ops of ../kernels.h on a CUDA device: the same structs with device pointers, and a stream.
+// The ops of ../kernels.h on a CUDA device: functions of the same structs, with device pointers, and of a stream.
 //
 // Every pointer except those to row ids, lengths and per-row results must be 16-byte aligned. float64, and head sizes
-// other than 32, 64 and 128, are not implemented: std::invalid_argument. A failed launch throws std::runtime_error. A
-// length or target out of range, which only the device can see, fails a device-side assertion.
+// other than 32, 64 and 128, are not implemented and throw std::invalid_argument. A failed launch throws
+// std::runtime_error. The host does not check lengths and targets: one that is out of range fails a device-side
+// assertion.
 #pragma once
 #include "../kernels.h"
 
@@ -22,30 +23,32 @@ void decode_attention(const DecodeAttention&, float* workspace, cudaStream_t);
 
 void sample(const Sample&, cudaStream_t);
 
-// The steps of TokenLogprob between its GEMMs, on a chunk of rows; all pointers point into the chunk.
+// The steps of TokenLogprob between the GEMMs, for a chunk of rows. All pointers point to the first row of the chunk.
 struct LogitChunk {
   DType grad_dtype;
   int64_t rows, V;
-  int64_t stride;          // elements between rows of logits and of grad: at least V
+  int64_t stride;          // distance between rows of logits and of grad, in elements; at least V
   const float* logits;     // (rows, V)
-  void* grad;              // (rows, V), for logit_grad; may be the logits, if it is float32
+  void* grad;              // (rows, V), written by logit_grad; float32 gradients may overwrite the logits
   const int64_t* targets;  // (rows,)
   float *logprob, *entropy;
   double* lse;
-  // logit_grad only, as in TokenLogprob: if both are null, every logprob's gradient is grad_everywhere.
+  // For logit_grad, as in TokenLogprob: if both are null, grad_everywhere is the gradient with respect to every
+  // logprob.
   const float *grad_logprob, *grad_entropy;
   double grad_everywhere;
 };
 void logit_stats(const LogitChunk&, cudaStream_t);  // writes logprob, entropy, lse
 void logit_grad(const LogitChunk&, cudaStream_t);   // reads entropy, lse
 
-// grad = grad_y gelu'(x), for tanh GELU, and its sums over blocks of rows. N is a multiple of 8; 16-bit types.
+// grad = grad_y gelu'(x) for tanh GELU, and the sums of grad over blocks of rows. N is a multiple of 8. dtype is a
+// 16-bit type.
 struct GeluBackward {
   DType dtype;
   int64_t rows, N;
   const void *grad_y, *x;  // (rows, N) contiguous
   void* grad;              // (rows, N)
-  float* parts;            // (gelu_blocks(rows), N): their sum is the gradient of the bias before GELU
+  float* parts;            // (gelu_blocks(rows), N), to be summed to the gradient of the bias before GELU
 };
 int64_t gelu_blocks(int64_t rows);
 void gelu_backward(const GeluBackward&, cudaStream_t);

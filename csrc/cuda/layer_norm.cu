@@ -1,17 +1,18 @@
 // The residual stream between two layers, in one pass: sum = x + dropout(branch), y = layer norm of sum, in the type of
-// the GEMM that reads it; without a branch y = layer norm of x. The backward kernel leaves one row of partial sums per
+// the GEMM that reads y. Without a branch, y = layer norm of x. The backward kernel writes one row of partial sums per
 // block for the gradients of weight and bias.
 //
-// One warp per row. A lane owns groups of 4 columns, 128 columns apart, so that every access of a warp to global memory
-// is contiguous. It loads kAhead of them before it uses the first, since a store or a sum between two loads would make
-// them wait for each other. A row of up to kAhead * 128 columns then stays in registers; a longer one is read again.
+// Each warp processes one row. A lane owns groups of 4 columns that are 128 columns apart, so that every access of a
+// warp to global memory is contiguous. A lane loads kAhead groups before it uses the first one, because a store or a
+// sum between two loads would serialise the loads. So a row of up to kAhead * 128 columns stays in registers; a longer
+// row is read again.
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
 constexpr int kWarps = 4, kAhead = 8;
-constexpr int kBlocksPerProcessor = 3;  // of the backward kernel: for so many registers suffice
+constexpr int kBlocksPerProcessor = 3;  // resident blocks of the backward kernel per SM, limited by registers
 constexpr float kEpsilon = 1e-5f;
 
 struct NormParams {
@@ -23,8 +24,8 @@ struct NormParams {
 
 __device__ __forceinline__ int own_row() { return int(threadIdx.x) / kWarpSize; }
 
-// The factors on a lane's groups of a row of the branch: 0 or the scale. A call of Philox serves four groups: i counts
-// those of a lane, from any multiple of four on.
+// Dropout on a lane's groups of a row of the branch: multiplies by 0 or the scale. One call of Philox provides the bits
+// of four groups. i: index of the group among those of the lane; a call needs i = 0, 1, 2, 3 (mod 4) in this order.
 static_assert(kAhead % 4 == 0);
 struct BranchDropout {
   const NormParams& p;
@@ -40,7 +41,7 @@ struct BranchDropout {
   }
 };
 
-// What a lane holds of a row: kAhead groups, of which `first` is the first.
+// kAhead groups of a row, held by a lane; `first` is the index of the first group.
 using Groups = float[kAhead][4];
 template <class F>
 __device__ __forceinline__ void each_group(int first, int groups, const F& f) {
@@ -52,12 +53,12 @@ template <class Element>
 __device__ __forceinline__ void load_groups(Groups& x, const Element* row, int first, int groups) {
   each_group(first, groups, [&](int i, int g) { load4(x[i], row + 4 * g); });
 }
-// Calls f(first) as often as a row of so many groups takes.
+// Calls f(first) for each batch of kAhead groups of this lane in a row of `groups` groups.
 template <class F>
 __device__ __forceinline__ void each_batch(int groups, const F& f) {
   for (int first = lane_id(); first < groups; first += kAhead * kWarpSize) f(first);
 }
-// Adds x(j) to the sum j of a group, all of which are read before the first is written.
+// Adds x(j) to sum j of a group, j < 4. All four sums are read before the first is written.
 template <class F>
 __device__ __forceinline__ void add_to(float* sums, int groups, const F& x) {
   float sum[4];
@@ -121,9 +122,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) layer_norm_kernel(NormPa
   if (lane_id() == 0) p.x.mean[row] = mean, p.x.scale[row] = scale;
 }
 
-// n = (x - mean) scale, g = grad_y weight: grad_x = scale (g - mean of g - n mean of g n) + grad_sum. A warp sums the
-// gradients of weight and bias over its rows in shared memory, where each lane has its own places, and those of its
-// groups lie C / 4 floats apart, so that no banks conflict.
+// With n = (x - mean) scale and g = grad_y weight: grad_x = scale (g - mean of g - n mean of g n) + grad_sum. A warp
+// sums the gradients of weight and bias over its rows in shared memory. Until the final sum, no lane uses another
+// lane's elements, so no barrier is needed. The four sums of a group are C / 4 floats apart, to avoid bank conflicts.
 template <class Branch, class Out>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksPerProcessor) layer_norm_backward_kernel(NormParams p) {
   const int warps = int(blockDim.x) / kWarpSize, C = int(p.x.C), groups = C / 4;
@@ -194,12 +195,13 @@ NormParams params(const LayerNorm& x) {
   return {x, dropout_keys(x.seed), threshold, float(dropout_scale(threshold))};
 }
 
-// Calls f with values of the branch's and y's types.
+// Calls f with values of the C++ types of branch and y.
 template <class F>
 void dispatch_norm(const LayerNorm& x, const F& f) {
   dispatch_dtype(x.branch_type, "layer_norm", [&](auto branch) {
     if (x.y_type == x.branch_type) return f(branch, branch);
-    if (x.y_type != DType::f32) throw std::invalid_argument("layer_norm on CUDA: y has the branch's type, or float32");
+    if (x.y_type != DType::f32)
+      throw std::invalid_argument("layer_norm on CUDA: y must have the branch's type, or float32");
     f(branch, float{});
   });
 }
@@ -214,7 +216,7 @@ void layer_norm(const LayerNorm& x, cudaStream_t stream) {
   });
 }
 
-// All blocks are resident at the same time.
+// Number of blocks of the backward kernel: at most as many as are resident at the same time.
 int64_t layer_norm_blocks(int64_t rows) {
   const int64_t most = kBlocksPerProcessor * multiprocessors(), enough = (rows + kWarps - 1) / kWarps;
   return enough < most ? enough : most;
@@ -222,9 +224,11 @@ int64_t layer_norm_blocks(int64_t rows) {
 
 void layer_norm_backward(const LayerNorm& x, cudaStream_t stream) {
   if (x.rows == 0) return;
-  // As many warps as shared memory has room for.
+  // as many warps as fit in shared memory, at most kWarps
   const int64_t bytes = 2 * x.C * 4, fit = kMaxSharedBytes / bytes, warps = fit < kWarps ? fit : kWarps;
-  if (warps < 1) throw std::invalid_argument("layer_norm on CUDA: rows this long are not implemented");
+  if (warps < 1)
+    throw std::invalid_argument("layer_norm on CUDA: rows of more than " + std::to_string(kMaxSharedBytes / 8) +
+                                " columns are not implemented");
   dispatch_norm(x, [&](auto branch, auto y) {
     launch(layer_norm_backward_kernel<decltype(branch), decltype(y)>, layer_norm_blocks(x.rows), int(warps) * kWarpSize,
            size_t(warps * bytes), stream, params(x));

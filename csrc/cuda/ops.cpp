@@ -1,8 +1,8 @@
-// The CUDA implementations of the op schemas in ../ops.cpp. Of torch's CUDA headers this includes only c10/cuda, so
-// that nvcc alone is enough to compile it; GEMMs go through ATen to cuBLAS.
+// The CUDA implementations of the op schemas in ../ops.cpp. The only CUDA headers of PyTorch in this file are those of
+// c10/cuda, so the file needs no library of the CUDA toolkit besides nvcc. GEMMs go through ATen to cuBLAS.
 //
-// Nothing here synchronizes with the device. Errors that only the device can see surface later: `sample` draws a
-// negative token (see tinystory.ops.require_drawn); a length or target out of range fails a device-side assertion.
+// No function here synchronizes with the device. Errors that only the device can see are reported later: `sample` draws
+// a negative token (see tinystory.ops.require_drawn); a length or target out of range fails a device-side assertion.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -18,7 +18,7 @@
 namespace tinystory {
 namespace {
 
-// Makes the device of an op's first tensor current for its lifetime, and holds that device's current stream.
+// RAII guard: makes the device of an op's first tensor the current device, and has the current stream of this device.
 struct DeviceScope {
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
@@ -63,13 +63,15 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, co
 }
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
-// The operands of GEMMs are in hidden's dtype; logits, which are their sums, sums over chunks and results in float32.
-#ifndef TINYSTORY_CHUNK_BYTES  // which a test makes small
+// The operands of GEMMs have the dtype of hidden. Logits, sums over chunks and results are float32.
+#ifndef TINYSTORY_CHUNK_BYTES  // tests define a small value
 #define TINYSTORY_CHUNK_BYTES (128 << 20)
 #endif
 struct Logprob {
-  static constexpr int64_t kChunkBytes = TINYSTORY_CHUNK_BYTES;  // of logits per chunk: enough rows to fill the device
-  static constexpr int64_t kChunksTogether = 4;  // in 16 bits: chunks whose gradients take part in the same GEMMs
+  // Bytes of logits per chunk, enough rows to fill the device; and, for 16-bit types, the number of chunks with
+  // gradients in the same GEMMs.
+  static constexpr int64_t kChunkBytes = TINYSTORY_CHUNK_BYTES;
+  static constexpr int64_t kChunksTogether = 4;
 
   const DeviceScope on;
   const Tensor hidden, weight, targets;
@@ -89,9 +91,9 @@ struct Logprob {
     lse = at::empty({N}, float_options.dtype(at::kDouble));
   }
 
-  // What these gradients of logits, from row `first` on, give to hidden and add to weight. PyTorch cannot add a product
-  // of 16-bit matrices to float32 sums in place, so each writes (V, C) sums of its own, and the fewer there are the
-  // better.
+  // Computes the gradient of hidden, and adds to that of weight, from these gradients of logits, which begin at row
+  // `first`. PyTorch cannot add a product of 16-bit matrices to float32 sums in place, so each product writes (V, C)
+  // sums to new memory. So fewer, larger products are faster.
   void multiply(const Tensor& grad, int64_t first) {
     const Tensor rows = hidden.narrow(0, first, grad.size(0));
     Tensor to = grad_hidden.narrow(0, first, grad.size(0));
@@ -104,7 +106,7 @@ struct Logprob {
 
   void run(bool stats, bool grads) {
     if (grads) grad_hidden = at::empty({N, C}, hidden.options());
-    // Rows are whole cache lines whatever V is: cuBLAS and our kernels read and write 16 bytes at a time.
+    // A row is a whole number of cache lines for every V, because cuBLAS and our kernels access 16 bytes at a time.
     const int64_t stride = (V + 63) / 64 * 64;
     const auto rows_of = [&](int64_t rows, const at::TensorOptions& options) {
       return at::empty({rows, stride}, options).narrow(1, 0, V);
@@ -164,7 +166,8 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   return {p.grad_hidden, p.grad_weight};
 }
 
-// Mean of -logprob and its gradients. The upstream gradient is known in advance (-1 / N), so logits are computed once.
+// Mean of -logprob, and the gradients. The gradient with respect to each logprob is known in advance (-1 / N), so the
+// logits are computed once.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "cross_entropy");
   TORCH_CHECK(p.N > 0, "cross_entropy: hidden has no rows");
@@ -230,5 +233,5 @@ TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
 
 }  // namespace tinystory
 
-// Python imports the library as a module, which registers the kernels above and has nothing else to say.
+// Python imports the library as a module. The import registers the kernels above; the module has no functions.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "tinystory's CUDA kernels, registered with torch."; }

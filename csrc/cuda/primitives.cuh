@@ -1,5 +1,5 @@
-// Everything the kernels use that is not plain C++. Under nvcc these are PTX instructions and intrinsics (sm_80 and
-// later); under a C++ compiler tests/native/simt provides them, so the same kernel sources run where there is no GPU.
+// All operations of the kernels that are not plain C++. With nvcc they are PTX instructions and intrinsics (sm_80 and
+// later). With a C++ compiler, tests/native/simt provides them, so the same kernel sources run without a GPU.
 #pragma once
 #include <cassert>
 #include <cmath>
@@ -52,13 +52,14 @@ __device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
-// A device-side assertion, as in PyTorch's own kernels: an invalid value that only the kernel can see fails the stream.
+// A device-side assertion, as in PyTorch's kernels. It is for invalid values that only the kernel can see; a failure is
+// an error of the stream.
 __device__ __forceinline__ void require(bool ok, const char* what) {
   if (!ok) __assert_fail(what, __FILE__, __LINE__, __func__);
 }
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(int(x)) - 1; }
-// As two additions of 32 bits and the carry between them: one of 64 bits is a loop of compare and swap, which threads that
-// add to the same sum repeat for each other. The sum is whole after a barrier.
+// Adds x to *p by two 32-bit additions with a carry. A 64-bit addition in shared memory would be a compare-and-swap
+// loop, which repeats when several threads add to the same sum. The sum is valid only after a barrier.
 __device__ __forceinline__ void atomic_add_shared(uint64_t* p, uint64_t x) {
   unsigned* const half = reinterpret_cast<unsigned*>(p);
   const unsigned low = unsigned(x), before = atomicAdd(half, low);
@@ -77,21 +78,21 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Addition and multiplication that the compiler may not contract into an FMA.
+// Addition and multiplication that the compiler must not contract into an FMA.
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t u) { return __uint_as_float(u); }
 
-// Returns x, opaquely: the compiler cannot hoist what is computed from it out of a loop. Recomputing an address in each
-// iteration is cheaper than holding it in a register that the loop is short of.
+// Returns x, but the compiler does not know that. So the compiler cannot hoist computations on x out of a loop.
+// Recomputing an address in each iteration is cheaper than keeping the address in one of the loop's scarce registers.
 template <class Int>
 __device__ __forceinline__ Int recomputed(Int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// 0xffff or 0 in the low half for the top bit of byte `byte` of `low`, and in the high half for that of `high`.
+// The top bit of byte `byte` of `low`, spread over the low half (0xffff or 0), and that of `high` over the high half.
 __device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(0xcc88u + 0x1111u * uint32_t(byte)));
@@ -140,8 +141,9 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
 // --- memory ----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ size_t global_address(const void* p) { return __cvta_generic_to_global(p); }
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-// 16 bytes, aligned to 16, or 8, aligned to 8. As PTX, because the compiler splits an access whose alignment it cannot
-// prove. Reads clobber memory too, or the compiler might move them past its own stores.
+// Loads and stores of 16 bytes, aligned to 16, or 8 bytes, aligned to 8. They are PTX, because the compiler splits an
+// access if it cannot prove the alignment. Loads have a memory clobber too; otherwise the compiler could move them past
+// its own stores.
 __device__ __forceinline__ Vec16 load16(const void* p) {
   Vec16 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -174,8 +176,8 @@ __device__ __forceinline__ Vec16 load16_shared(const void* p) {
                : "memory");
   return v;
 }
-// cp.async: global to shared memory without passing through registers; writes zeros if not valid. The result is visible
-// to the issuing thread after copy_wait, and to the other threads after a barrier that follows it.
+// cp.async: copies 16 bytes from global to shared memory, bypassing registers; writes zeros if `valid` is false. The
+// issuing thread sees the result after copy_wait; other threads see the result after a barrier that follows copy_wait.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(global_address(from)),
                "r"(valid ? 16 : 0)
@@ -188,28 +190,29 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // --- order between blocks --------------------------------------------------------------------------------------------
-// The number of earlier calls on this counter. Tickets rise in the order in which blocks start, so a block may wait for
-// one with a lower ticket: that one is running or has ended.
+// The number of earlier calls with this counter. Tickets increase in the order in which blocks start, so a block may
+// wait for a block with a lower ticket, which is running or has ended.
 __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
-// Sets the flag for other blocks: a thread that sees its value in wait_for also sees what this thread wrote before, and
-// what the block wrote before its last sync_block.
+// Sets the flag for other blocks (release). A thread that sees the value in wait_for also sees everything that this
+// thread wrote before, and everything that this block wrote before its last sync_block.
 __device__ __forceinline__ void post(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(global_address(flag)), "r"(value) : "memory");
 }
-// The flag's value some time ago, which orders nothing.
+// A recent value of the flag, by a relaxed load, which orders no other accesses.
 __device__ __forceinline__ int peek(const int* flag) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(global_address(flag)) : "memory");
   return value;
 }
-// Returns once the flag has the value; `seen` is what it had at a peek, so that the load's latency can be overlapped.
+// Waits until the flag has the value (acquire). seen: result of an earlier peek, so that the latency of the first load
+// is hidden.
 __device__ __forceinline__ void wait_for(const int* flag, int value, int seen) {
   while (seen != value) seen = peek(flag);
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + j passes the address of row j of matrix i.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j passes the address of row j of matrix i.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -223,8 +226,8 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
                : "memory");
 }
 
-// d = c + a b: a is 16 x 16, b 16 x 8; d may be c. Volatile, or the compiler might sink one whose result is used in a
-// branch into that branch, which not all lanes take.
+// d = c + a b, where a is 16 x 16 and b is 16 x 8; d may be c. The asm is volatile; otherwise the compiler could sink
+// an mma into a branch that uses the result but that not all lanes take.
 template <class Element>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     const float (&c)[4]);
@@ -276,7 +279,8 @@ inline int multiprocessors() {
 namespace tinystory::cuda {
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x % kWarpSize); }
-// Broadcast from lane 0, so that the compiler knows it is uniform over the warp and keeps branches on it convergent.
+// The shuffle broadcasts the value of lane 0, so that the compiler knows that the warp id is uniform over the warp, and
+// keeps branches on it convergent.
 __device__ __forceinline__ int warp_id() { return shuffle(int(threadIdx.x) / kWarpSize, 0); }
 
 // Sum or maximum over the aligned group of kLanes lanes that contains this lane.
@@ -305,7 +309,7 @@ __device__ __forceinline__ Value warp_prefix_sum(Value x) {
   return x;
 }
 
-// A 16-byte vector's elements as floats, and back.
+// unpack, pack: convert the elements of a 16-byte vector to floats, and back.
 template <class Element>
 constexpr int kVecElements = 16 / int(sizeof(Element));
 __device__ __forceinline__ void unpack(float (&x)[4], Vec16 v, float) {
@@ -326,7 +330,7 @@ __device__ __forceinline__ Vec16 pack(const float (&x)[8], Element) {
       {pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]), pack2<Element>(x[6], x[7])}};
 }
 
-// Four elements in one access.
+// load4, store4: access four elements at once.
 __device__ __forceinline__ void load4(float (&x)[4], const float* p) { unpack(x, load16(p), float{}); }
 template <class Element>
 __device__ __forceinline__ void load4(float (&x)[4], const Element* p) {

@@ -1,4 +1,4 @@
-// One block per row of logits: 16-byte accesses per lane, and reductions over the block.
+// Helpers for kernels with one block per row of logits: 16-byte accesses per lane, and reductions over the block.
 #pragma once
 #include <type_traits>
 
@@ -6,7 +6,7 @@
 
 namespace tinystory::cuda {
 
-// A row of V elements, read kVec at a time; one 16-byte access where the row's alignment allows it.
+// A row of V elements, read kVec at a time, with one 16-byte access if the alignment of the row allows it.
 template <class Element>
 struct LogitRow {
   using Value = std::remove_const_t<Element>;
@@ -27,8 +27,8 @@ struct LogitRow {
   }
 };
 
-// Block-wide reduction, first within each warp, then over the warps' results in `shared` (one element per warp). The
-// order is fixed, so floating-point sums are deterministic.
+// Reduction over the block: first within each warp, then over the results of the warps in `shared` (one element per
+// warp). The order is fixed, so floating-point sums are deterministic. All threads get the result.
 template <class Value, class Combine>
 __device__ __forceinline__ Value block_combine(Value x, Value* shared, const Combine& combine) {
   const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id(), warps = int(blockDim.x) / kWarpSize;

@@ -1,10 +1,10 @@
-// Sampling by inverse transform over fixed-point weights (../weights.h), one block per row; draws the same token as
+// Sampling by inverse CDF over fixed-point weights (../weights.h), one block per row. Draws the same token as
 // ../cpu/sampling.cpp.
 //
 // Each warp owns a segment of the row. The row is read once for the maximum logit and once for the sum of weights; then
-// one warp reads its segment again to find the token. Top-k and top-p find their threshold by a radix search over
-// order-preserving keys (three histograms of at most 2048 buckets), without sorting, and all warps read once more for
-// what is left of the sum. All reads but the first hit cache.
+// one warp reads its segment again to find the token. Top-k and top-p find a threshold by a radix search over
+// order-preserving keys (three histograms of at most 2048 buckets), without sorting. Then all warps read the row once
+// more for the total weight of the kept tokens. All reads except the first hit the cache.
 #include "../weights.h"
 #include "rows.cuh"
 
@@ -12,10 +12,11 @@ namespace tinystory::cuda {
 namespace {
 
 constexpr int kMaxWarps = 32, kBuckets = 2048;
-// 16-byte loads of a thread that are under way before the first is used. With cuts a block has four times as many threads.
+// Number of 16-byte loads of a thread in flight before the first is used. With cuts (top-k or top-p), a block has four
+// times as many threads, so one load is enough.
 template <bool kCuts>
 constexpr int kAhead = kCuts ? 1 : 4;
-// Without cuts few registers are needed, so that five rows fit an SM, with fewer warps each.
+// Threads per block. Without cuts, a thread needs few registers, so five blocks of fewer warps fit on an SM.
 template <bool kCuts>
 constexpr int kThreads = kCuts ? kMaxWarps * kWarpSize : 256;  // block_combine needs a power of two
 constexpr double kLn2Double = 0.6931471805599453;
@@ -36,7 +37,7 @@ struct Weight {
   uint64_t fixed;
   float t_weight;  // t * 2^t, for the entropy
 };
-// The same sequence of IEEE operations as the vectorised loop of ../cpu/sampling.cpp.
+// The weight of a logit, by the same sequence of IEEE operations as in ../cpu/sampling.cpp.
 __device__ __forceinline__ Weight weigh(float logit, float top, float scale) {
   const float t = fmaxf(mul_rn(add_rn(logit, -top), scale), kLowest);
   const float shifted = add_rn(t, kRounder), f = add_rn(t, -add_rn(shifted, -kRounder));
@@ -50,7 +51,7 @@ __device__ __forceinline__ Weight weigh(float logit, float top, float scale) {
 }
 __device__ __forceinline__ float logit_of_key(uint32_t key) { return bits_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// The truncated vocabulary: all tokens with a key above `key`, and the first `ties` of those whose key equals it.
+// The truncated vocabulary: all tokens with a key above `key`, and the first `ties` tokens with a key equal to `key`.
 struct Cut {
   uint32_t key;
   uint64_t ties;
@@ -69,7 +70,7 @@ struct RowSampler {
   SharedState& shared;
   int warp_begin, warp_end;  // this warp's segment
 
-  // Calls visit(x) for each of this thread's logits, in order.
+  // Calls visit(x) for each logit of this thread, in order.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
     constexpr int kStep = kWarpSize * kVec, kLast = (kAhead<kCuts> - 1) * kStep;
@@ -107,8 +108,9 @@ struct RowSampler {
     return weigh(logit_of_key(key), top, scale).fixed;
   }
 
-  // The highest bucket such that it and the buckets above it hold at least `need` in total; on return `need` is what
-  // remains to be taken from this bucket. Every warp finds it redundantly: first the 64 buckets, then the one of them.
+  // The highest bucket for which this bucket and the buckets above it have a total of at least `need`. Reduces `need`
+  // to the part that must come from this bucket. Every warp computes the result redundantly: first the group of 64
+  // buckets, then the bucket in this group.
   __device__ __forceinline__ uint32_t find_bucket(uint64_t& need) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
     const uint64_t* mine = shared.histogram + warp * 64 + 2 * lane;
@@ -130,8 +132,9 @@ struct RowSampler {
     return uint32_t(shuffle(high, second)) - in_lower;
   }
 
-  // The key such that the keys above it have a total measure below `need`, and the keys at or above it at least `need`.
-  // `extra` is added to the measure of key `extra_key`.
+  // The threshold key: the keys above it have a total measure below `need`, and the keys above or equal to it at least
+  // `need`. Reduces `need` to the part that the keys equal to the threshold must contribute. `extra` is added to the
+  // measure of key `extra_key`.
   template <class Measure>
   __device__ __forceinline__ uint32_t find_threshold(uint64_t& need, const Measure& measure, uint32_t extra_key,
                                                      uint64_t extra) const {
@@ -166,15 +169,17 @@ struct RowSampler {
     return block_sum(sum) + cut.ties * weight_of_key(cut.key);
   }
 
-  // Adds a token of the truncated vocabulary, or one whose key equals the threshold.
+  // Counts a token with logit x: adds the weight to `above` if the key is above the threshold, and 1 to `equal` if the
+  // key equals the threshold.
   __device__ __forceinline__ void count(float x, const Cut& cut, uint64_t& above, uint32_t& equal) const {
     const uint32_t key = order_key(float_bits(x));
     if (!kCuts || key > cut.key) above += weigh(x, top, scale).fixed;
     if (kCuts) equal += key == cut.key;
   }
 
-  // The first token whose cumulative weight within the truncated vocabulary exceeds `draw`. One lane of the block
-  // returns it, all others return -1. above: the weight of this thread's tokens, which only a cut changes.
+  // The first token at which the cumulative weight within the truncated vocabulary exceeds `draw`. One lane of the
+  // block returns the token; all other lanes return -1. above: total weight of this thread's tokens; with a cut, it is
+  // computed again.
   __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw, uint64_t above) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
     const uint64_t cut_weight = kCuts ? weight_of_key(cut.key) : 0;
@@ -188,7 +193,7 @@ struct RowSampler {
     if (lane == 0) shared.sums[warp] = above;
     sync_block();
 
-    // Find the warp whose segment holds it, and how many ties precede that segment.
+    // Find the warp with the token in its segment, and the number of ties that are left for this segment.
     uint64_t ties = cut.ties;
     const auto select = [&](uint64_t weight, uint32_t equal) {  // over the lanes in order
       const uint32_t equals = kCuts ? warp_prefix_sum(equal) : 0, before = equals - equal;
@@ -204,7 +209,7 @@ struct RowSampler {
       }
       return found ? lane : -1;
     };
-    // Lanes beyond the last warp hold anything: one before them is found.
+    // lanes beyond the last warp have arbitrary values, but the search ends before them
     if (select(shared.sums[lane], kCuts ? shared.equal[lane] : 0) != warp) return -1;
     for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kVec) {
       const int v = v0 + lane * kVec;

@@ -1,9 +1,9 @@
 // Building blocks of the attention kernels: tiles in shared memory, warp-level GEMMs on register fragments, dropout.
 //
-// A 16 x 8 accumulator fragment has the layout of mma.m16n8k16: with g = lane / 4 and t = lane % 4, c[0] and c[1] hold
-// row g, columns 2t and 2t + 1, and c[2] and c[3] the same columns of row g + 8. Two adjacent fragments are exactly the
-// A operand of the next mma, so P and dS pass from one GEMM to the next in registers. kMmaM, kMmaN and kMmaK count the
-// 16-row, 8-column and 8-deep fragments of a warp's GEMM, indexed by mi, ni and ki.
+// A 16 x 8 accumulator fragment has the layout of mma.m16n8k16. With g = lane / 4 and t = lane % 4, c[0] and c[1] hold
+// columns 2t and 2t + 1 of row g, and c[2] and c[3] hold the same columns of row g + 8. Two adjacent fragments are
+// exactly the A operand of the next mma, so P and dS stay in registers between two GEMMs. kMmaM, kMmaN and kMmaK are
+// the numbers of 16-row, 8-column and 8-deep fragments of a warp's GEMM, indexed by mi, ni and ki.
 #pragma once
 #include <type_traits>
 
@@ -11,13 +11,14 @@
 
 namespace tinystory::cuda {
 
-// Rows of D elements in shared memory, swizzled: the 16-byte chunks of a row are permuted by the row index, so that the
-// eight rows that ldmatrix (or a quarter-warp's 16-byte access) reads at one column touch each of the 32 banks once.
+// Rows of D elements in shared memory, swizzled: the 16-byte chunks of a row are permuted depending on the row index.
+// So the eight rows that ldmatrix (or a 16-byte access of a quarter-warp) reads at one column use each of the 32 banks
+// once.
 template <class Element, int D>
 struct Tile {
   static constexpr int kRowBytes = D * int(sizeof(Element)), kChunks = kRowBytes / 16;
-  static constexpr int kSwizzled = kChunks < 8 ? kChunks : 8;  // chunks are permuted within groups of this many
-  int offset;                                                  // in shared memory
+  static constexpr int kSwizzled = kChunks < 8 ? kChunks : 8;  // chunks are permuted within groups of this size
+  int offset;                                                  // byte offset in shared memory
 
   static __device__ __forceinline__ int chunk_offset(int row, int c) {
     const int key = kChunks >= 8 ? row % 8 : row / (8 / kChunks) % kChunks;
@@ -26,29 +27,29 @@ struct Tile {
   __device__ __forceinline__ char* chunk(int row, int c) const {
     return shared_memory() + offset + chunk_offset(row, c);
   }
-  // For ldmatrix: the offset of this lane's row of the 16 x 16 elements at `row` and chunk c, both even multiples of
-  // eight elements. The second of the four 8 x 8 matrices is the one below the first (down) or beside it (across).
+  // For ldmatrix: the offset of this lane's row in the 16 x 16 elements at `row` and chunk c, which are multiples of 16
+  // elements. The second of the four 8 x 8 matrices is below the first (down) or beside the first (across).
   __device__ __forceinline__ int down(int row, int c) const {
     return offset + chunk_offset(row + lane_id() % 16, c + lane_id() / 16);
   }
   __device__ __forceinline__ int across(int row, int c) const {
     return offset + chunk_offset(row + lane_id() / 16 * 8 + lane_id() % 8, c + lane_id() / 8 % 2);
   }
-  // From an offset in chunk c to that in chunk c + `chunks` of the same row, where c and `chunks` have no bit in common.
+  // The offset in chunk c + `chunks` of a row, given the offset in chunk c. c and `chunks` must have no bit in common.
   static __device__ __forceinline__ int advance(int chunk_offset, int chunks) {
     return (chunk_offset ^ chunks % kSwizzled * 16) + chunks / kSwizzled * kSwizzled * 16;
   }
 };
 
-// Of `from`, rows that are `stride` elements apart: where the thread's part of load_rows begins.
+// The address of this thread's part for load_rows. from: the first row. stride: distance between rows, in elements.
 template <class Element, int D>
 __device__ __forceinline__ const Element* thread_part(const Element* from, int stride) {
   constexpr unsigned kChunks = Tile<Element, D>::kChunks;
   return from + int64_t(threadIdx.x / kChunks) * stride + threadIdx.x % kChunks * kVecElements<Element>;
 }
 
-// Starts copying kRows rows that are `stride` elements apart, of which `from` is this thread's part; rows at or beyond
-// `valid` are filled with zeros.
+// Starts copying kRows rows to a tile. from: this thread's part, see thread_part. stride: distance between rows, in
+// elements. Rows at or beyond `valid` are filled with zeros.
 template <int kRows, int kThreads, class Element, int D>
 __device__ __forceinline__ void load_rows(Tile<Element, D> to, const Element* from, int stride, int valid) {
   constexpr int kChunks = Tile<Element, D>::kChunks, kStep = kThreads / kChunks;
@@ -60,12 +61,12 @@ __device__ __forceinline__ void load_rows(Tile<Element, D> to, const Element* fr
   for (int r = 0; r < kRows; r += kStep) {
     char* const chunk = kStep % 8 ? to.chunk(row + r, c) : first + r * Tile<Element, D>::kRowBytes;
     copy_async16(chunk, from, row + r < valid);
-    from += kStep * stride;  // incremented: precomputed offsets for all steps would fill the registers
+    from += kStep * stride;  // incremented, because precomputed offsets for all steps would need too many registers
   }
 }
 
 // --- fragments -------------------------------------------------------------------------------------------------------
-// Calls f(mi, half) for each row that this lane holds a part of: row 16 mi + 8 half + g.
+// Calls f(mi, half) for each row in this lane's fragments: row 16 mi + 8 half + g.
 template <int kMmaM, class F>
 __device__ __forceinline__ void each_row(const F& f) {
 #pragma unroll
@@ -74,7 +75,7 @@ __device__ __forceinline__ void each_row(const F& f) {
     for (int half = 0; half < 2; ++half) f(mi, half);
 }
 
-// Calls f(mi, ni, i) for each element c[mi][ni][i] that this lane holds of 16 kMmaM x 8 kMmaN.
+// Calls f(mi, ni, i) for each element c[mi][ni][i] that this lane holds of a 16 kMmaM x 8 kMmaN matrix.
 template <int kMmaM, int kMmaN, class F>
 __device__ __forceinline__ void each_element(const F& f) {
 #pragma unroll
@@ -95,7 +96,8 @@ __device__ __forceinline__ void multiply(float (&c)[kMmaM][kMmaN][4], float fact
   each_element<kMmaM, kMmaN>([&](int mi, int ni, int i) { c[mi][ni][i] *= factor; });
 }
 
-// This lane's part of a row, columns 2t and 2t + 1 of each fragment: its largest element, and the row times a factor.
+// row_max, multiply_row: the maximum of this lane's part of a row (columns 2t and 2t + 1 of each fragment), and the
+// multiplication of this part by a factor.
 template <int kMmaN>
 __device__ __forceinline__ float row_max(const float (&c)[kMmaN][4], int half) {
   float highest = c[0][2 * half];
@@ -111,7 +113,7 @@ __device__ __forceinline__ void multiply_row(float (&c)[kMmaN][4], int half, flo
     for (int i = 2 * half; i < 2 * half + 2; ++i) c[ni][i] *= factor;
 }
 
-// Sets the elements to -infinity whose row and column, counted from the first of the fragments, are `hidden`.
+// Sets an element to -infinity if hidden(row, column) is true, with row and column relative to the first fragment.
 template <int kMmaM, int kMmaN, class F>
 __device__ __forceinline__ void mask(float (&c)[kMmaM][kMmaN][4], unsigned lane, const F& hidden) {
   const int g = int(lane / 4), t = int(lane % 4);
@@ -121,7 +123,7 @@ __device__ __forceinline__ void mask(float (&c)[kMmaM][kMmaN][4], unsigned lane,
 }
 
 // --- GEMMs -----------------------------------------------------------------------------------------------------------
-// 16 * kMmaM rows of a tile as the A operand of a GEMM; with kInRegisters they are loaded once, by preload().
+// 16 * kMmaM rows of a tile as the A operand of a GEMM. With kInRegisters, preload() loads them once.
 template <class Element, int D, int kMmaM, bool kInRegisters>
 struct LeftOperand {
   Tile<Element, D> tile;
@@ -142,14 +144,14 @@ struct LeftOperand {
   }
 };
 
-// c (16 kMmaM x 8 kMmaN) = start + A B^T: A the left operand, B the first 8 kMmaN rows of `right`, both in shared
-// memory (SS). All fragments of a column of fragments start alike.
+// c (16 kMmaM x 8 kMmaN) = start + A B^T, where A is the left operand and B the first 8 kMmaN rows of `right`, both in
+// shared memory (SS). start: initial values, the same for all fragments in a column of fragments.
 template <class Element, int D, int kMmaM, int kMmaN, bool kInRegisters>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
                                         const LeftOperand<Element, D, kMmaM, kInRegisters>& left,
                                         Tile<Element, D> right, const float (&start)[kMmaN][4]) {
   const float (&sums)[kMmaM][kMmaN][4] = c;
-  // One register each in a caller's loop; those of the other chunks follow by an exclusive or.
+  // In a loop of the caller, these two offsets take one register each. Offsets of other chunks are derived by XOR.
   const int a_lane = recomputed(left.tile.down(left.row, 0)), b_lane = recomputed(right.across(0, 0));
 #pragma unroll
   for (int ki = 0; ki < D / 16; ++ki) {
@@ -177,7 +179,7 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
   }
 }
 
-// The same in float32 with FMAs instead of tensor cores (TF32): accuracy matters more here than speed.
+// The same in float32, with FMAs instead of tensor cores (TF32), because accuracy matters more than speed here.
 template <int D, int kMmaM, int kMmaN>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftOperand<float, D, kMmaM, false>& left,
                                         Tile<float, D> right, const float (&start)[kMmaN][4]) {
@@ -208,7 +210,8 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftO
   }
 }
 
-// Fragments as the left operand of the next GEMM: of a 16-bit type, the pair of row g and that of row g + 8.
+// Fragments as the left operand of the next GEMM. For a 16-bit type: the pair of elements in row g, then that in row g
+// + 8.
 template <class Element, int kMmaM, int kMmaN>
 using Packed = std::conditional_t<sizeof(Element) == 2, uint32_t[kMmaM][kMmaN][2], float[kMmaM][kMmaN][4]>;
 
@@ -225,8 +228,8 @@ __device__ __forceinline__ void pack_fragments(auto (&to)[kMmaM][kMmaN][kParts],
       }
 }
 
-// c (16 kMmaM x D) += A B: A (16 kMmaM x 8 kMmaK) in registers, B the first 8 kMmaK rows of `right` in shared memory
-// (RS).
+// c (16 kMmaM x D) += A B, where A (16 kMmaM x 8 kMmaK) is in registers and B is the first 8 kMmaK rows of `right`, in
+// shared memory (RS).
 template <class Element, int D, int kMmaM, int kMmaK>
 __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const uint32_t (&A)[kMmaM][kMmaK][2],
                                         Tile<Element, D> right) {
@@ -258,7 +261,7 @@ __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float
   const int lane = recomputed(lane_id()), t = lane % 4;
 #pragma unroll
   for (int ki = 0; ki < 8 * kMmaK; ++ki) {
-    const int owner = lane / 4 * 4 + ki % 8 / 2;  // of column ki of A in this lane's rows
+    const int owner = lane / 4 * 4 + ki % 8 / 2;  // the lane with column ki of A, for this lane's rows
     float a[kMmaM][2];
 #pragma unroll
     for (int mi = 0; mi < kMmaM; ++mi)
@@ -266,7 +269,7 @@ __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float
       for (int half = 0; half < 2; ++half) a[mi][half] = shuffle(A[mi][ki / 8][2 * half + ki % 2], owner);
 #pragma unroll
     for (int ni = 0; ni < D / 8; ++ni) {
-      // Chunk 2 ni + t / 2, derived from chunk 2 ni so that all but two offsets are compile-time constants.
+      // chunk 2 ni + t / 2, derived from chunk 2 ni, so that all offsets except two are compile-time constants
       const float* b =
           reinterpret_cast<const float*>(right.chunk(ki, 2 * ni)) + (ki % 2 ? -(t / 2) : t / 2) * 4 + t % 2 * 2;
 #pragma unroll
@@ -277,8 +280,8 @@ __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float
   }
 }
 
-// c (16 x 8 kMmaN) += A^T B: A kDepth rows of `left`, its columns from `row` on; B as many rows of `right`, from
-// `column` on. Both in shared memory.
+// c (16 x 8 kMmaN) += A^T B, where A is 16 columns of kDepth rows of `left`, beginning with column `row`, and B is
+// 8 kMmaN columns of kDepth rows of `right`, beginning with `column`. Both are in shared memory.
 template <int kDepth, class Element, int M, int D, int kMmaN>
 __device__ __forceinline__ void gemm_transposed(float (&c)[kMmaN][4], Tile<Element, M> left, int row,
                                                 Tile<Element, D> right, int column) {
@@ -317,7 +320,7 @@ __device__ __forceinline__ void gemm_transposed(float (&c)[kMmaN][4], Tile<float
   }
 }
 
-// Writes two adjacent elements; `to` is aligned to both.
+// Writes two adjacent elements. `to` is aligned to the pair.
 __device__ __forceinline__ void store2(float* to, float x, float y) {
   to[0] = x;
   to[1] = y;
@@ -327,7 +330,7 @@ __device__ __forceinline__ void store2(Element* to, float x, float y) {
   *reinterpret_cast<uint32_t*>(to) = pack2<Element>(x, y);
 }
 
-// Writes a warp's fragments to a tile in shared memory, its first row to `row`.
+// Writes the fragments of a warp to a tile in shared memory, beginning with row `row` of the tile.
 template <class Element, int D, int kMmaM, int kMmaN, int kParts>
 __device__ __forceinline__ void store_fragments(const auto (&c)[kMmaM][kMmaN][kParts], Tile<Element, D> to, int row) {
   using T = Tile<Element, D>;
@@ -347,8 +350,8 @@ __device__ __forceinline__ void store_fragments(const auto (&c)[kMmaM][kMmaN][kP
       }
 }
 
-// Writes a warp's 16 kMmaM rows to global memory, 16 bytes per lane, staged through the warp's own rows of a tile that
-// only this warp still reads.
+// Writes 16 kMmaM rows of a warp to global memory, 16 bytes per lane. They are staged through rows of a tile that only
+// this warp still reads.
 template <class Element, int D, int kMmaM>
 __device__ __forceinline__ void store_rows(const float (&c)[kMmaM][D / 8][4], Tile<Element, D> staging, int row,
                                            Element* to, int stride, int valid) {
@@ -373,14 +376,14 @@ struct Dropout {
   float scale;
 };
 
-// Which weights of 16 kMmaM x 8 kMmaN fragments, at most 32 x 32, dropout keeps. Rows are keys if kTransposed, else
-// queries; the first row and column are multiples of 16, and of 32 where there are as many.
+// Dropout mask of 16 kMmaM x 8 kMmaN weights, at most 32 x 32, held as fragments. Rows are keys if kTransposed, else
+// queries. The first row and the first column are multiples of 16, and of 32 in a dimension of size 32.
 template <bool kTransposed, int kMmaM, int kMmaN>
 struct KeepMask {
   static constexpr int kQueryBlocks = kTransposed ? kMmaN : 2 * kMmaM, kKeyBlocks = kTransposed ? 2 * kMmaM : kMmaN;
   static_assert(kQueryBlocks <= 4 && kKeyBlocks <= 4);
-  // For each block of eight queries: byte j is of the weights of key block j, its top bit set if that of this lane's even
-  // column is kept, the next bit if that of the odd column is.
+  // One word per block of eight queries. Byte j has the bits of key block j: the top bit is set if the weight in this
+  // lane's even column is kept, and the next bit if the weight in this lane's odd column is kept.
   uint32_t words[kQueryBlocks];
 
   __device__ __forceinline__ void draw(const Dropout& d, int head, int row, int column) {
@@ -397,21 +400,21 @@ struct KeepMask {
 #pragma unroll
       for (int i = 0; i < kQueryBlocks; ++i) {
         if constexpr (kKeyBlocks < 4) word[i] >>= key % 32;
-        // The mean of each byte and 256 - threshold, which is >= 128 if the byte is >= threshold.
+        // for each byte, the mean of the byte and 256 - threshold, which is >= 128 if the byte is >= threshold
         mean[odd][i] = (word[i] & complement) + ((word[i] ^ complement) >> 1 & 0x7f7f7f7fu);
       }
     }
-    // Opaque, or the compiler postpones a part of the rounds to where it has no registers.
+    // `recomputed` keeps the compiler from postponing a part of the rounds to code that is short of registers
 #pragma unroll
     for (int i = 0; i < kQueryBlocks; ++i)
       words[i] = recomputed((mean[0][i] & 0x80808080u) | (mean[1][i] >> 1 & 0x7f7f7f7fu));
   }
-  // Element i of fragment (mi, ni).
+  // Whether element i of fragment (mi, ni) is kept.
   __device__ __forceinline__ bool kept(int mi, int ni, int i) const {
     const int row = 2 * mi + i / 2;
     return words[kTransposed ? ni : row] >> (8 * (kTransposed ? row : ni) + 7 - i % 2) & 1;
   }
-  // Zeroes what is dropped of a fragment that the next GEMM multiplies.
+  // Zeroes the dropped elements of a fragment.
   __device__ __forceinline__ void apply(uint32_t (&c)[2], int mi, int ni) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -425,7 +428,7 @@ struct KeepMask {
     for (int i = 0; i < 4; ++i)
       if (!kept(mi, ni, i)) c[i] = 0;
   }
-  // The same of all fragments; the mask's first column is that of c[mi][column].
+  // The same for all fragments. The first column of the mask is that of c[mi][column].
   __device__ __forceinline__ void apply(auto& c, int column = 0) const {
 #pragma unroll
     for (int mi = 0; mi < kMmaM; ++mi)
@@ -443,11 +446,11 @@ struct AttentionParams {
   float* lse;
   const Element* grad_out;
   Element* grad_qkv;
-  int T, H, heads, group;   // group: of heads, see longest_first
-  float scale, scale_log2;  // of the scores, without and with a factor log2(e)
+  int T, H, heads, group;   // heads: B * H; group: heads per group, see longest_first
+  float scale, scale_log2;  // scale of the scores, without and with the factor log2(e)
   Dropout dropout;
 
-  // Offset of a head's first row in a tensor whose rows hold per_row * H vectors of D.
+  // Offset of a head's first row in a tensor with per_row * H vectors of D elements per row.
   template <int D>
   __device__ __forceinline__ int64_t head_offset(int head, int per_row) const {
     return (int64_t(head / H) * T * per_row * H + head % H) * D;
@@ -456,16 +459,17 @@ struct AttentionParams {
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Blocks start in the order of their indices. If the longest start first, the last to end are short, and the SMs end
-// almost together. Heads are taken in groups of equal size, of which the L2 cache of an A100 or H100 holds what the
-// blocks of a head share.
+// Heads per group. Blocks start in the order of their indices. If the longest blocks start first, the last blocks are
+// short, and all SMs finish at almost the same time. Heads are processed in groups of equal size, so that the data
+// shared by the blocks of a head, for all heads of a group, fits in the L2 cache of an A100 or H100. shared_bytes:
+// shared data per head.
 constexpr int64_t kCacheBytes = 32 << 20;
 inline int heads_per_group(int64_t heads, int64_t shared_bytes) {
   const int64_t fit = shared_bytes < kCacheBytes ? kCacheBytes / shared_bytes : 1;
   return ceil_div(heads, ceil_div(heads, fit));
 }
 
-// What a block computes: one of a head's tiles, of which that of rank 0 is the longest.
+// The tile that a block computes: one tile of one head. The tile of rank 0 is the longest.
 struct Share {
   int head, rank;
 };
@@ -475,7 +479,8 @@ __device__ __forceinline__ Share longest_first(int block, int heads, int tiles, 
   return {first + within % size, within / size};
 }
 
-// bytes_per_element: that a head's blocks share, per element of one of its matrices.
+// The parameters of an attention kernel. bytes_per_element: bytes that the blocks of a head share, per element of one
+// (T, D) matrix.
 template <class Element>
 AttentionParams<Element> attention_params(const Attention& x, int bytes_per_element) {
   const double scale = 1 / std::sqrt(double(x.D));

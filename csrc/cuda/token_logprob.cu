@@ -1,14 +1,15 @@
-// Per row of float32 logits: log-probability of the target and entropy in a single pass (online softmax), and the
-// gradient of both with respect to the logits, in the dtype of the GEMMs that read it. One block per row.
+// For each row of float32 logits: the log-probability of the target and the entropy, in a single pass (online softmax),
+// and the gradient of both with respect to the logits, in the dtype of the GEMMs that read the gradient. One block per
+// row.
 #include "rows.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kMinLog = -1000;  // replaces log 0 where it is multiplied by 0
+constexpr float kMinLog = -1000;  // replaces log 0 in products with 0
 
-// Running statistics of logits x, with z = log2(e) (x - m): m = max x, l = sum of 2^z, z_sum = sum of z 2^z.
+// Running statistics of logits x: m = max x, l = sum of 2^z, z_sum = sum of z 2^z, where z = log2(e) (x - m).
 struct Stats {
   float m, l, z_sum;
 

@@ -148,10 +148,13 @@ def test_a_teacher_that_knows_gets_every_pair_right():
 @pytest.mark.parametrize(
     "teacher, says",
     [
-        (lots, "cannot tell a story"),
-        (length, "cannot tell a story"),
-        (lambda told: [2 / 3] * len(told), "cannot tell a story"),
-        (lambda told: [0.4 + 0.1 * (len(story) % 3) for _, story in told], "cannot tell a story"),
+        (lots, "cannot distinguish a story"),
+        (length, "cannot distinguish a story"),
+        (lambda told: [2 / 3] * len(told), "cannot distinguish a story"),
+        (
+            lambda told: [0.4 + 0.1 * (len(story) % 3) for _, story in told],
+            "cannot distinguish a story",
+        ),
         (lambda told: [None] * len(told), "gave no scores"),
     ],
 )
@@ -186,7 +189,7 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--teacher-prompt", "grades", "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert "judgement  the teacher cannot tell a story" in printed
+    assert "judgement  the teacher cannot distinguish a story" in printed
     assert "generic sentences" in printed
     known = known_stories(unseen_stories(1500), 12, (*KINDS, DULL))
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
@@ -220,12 +223,12 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
             assert calibrated(config, grader, ["builtin"])["calibration"] == result
             assert len(server.requests) == asked
             config.require_judgement = 0.7
-            with pytest.raises(UserError, match="cannot tell a story"):
+            with pytest.raises(UserError, match="cannot distinguish a story"):
                 calibrated(config, grader, ["builtin"])
             config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader, ["builtin"]) == {}
-    assert "calibration: the teacher cannot tell a story" in capsys.readouterr().out
-    assert result["verdict"].startswith("cannot tell a story")
+    assert "calibration: the teacher cannot distinguish a story" in capsys.readouterr().out
+    assert result["verdict"].startswith("cannot distinguish a story")
     assert result["stories"] == CHEAP * len(CHEAP_KINDS)
 
 

@@ -152,7 +152,7 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
 )
 def test_a_file_without_stories_is_one_sentence(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+    with pytest.raises(UserError, match='line 1 must be a JSON object with "opening" and "story"'):
         read_samples(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+    with pytest.raises(UserError, match='line 1 must be a JSON object with "opening" and "story"'):
         read_samples(tmp_path / "nothing.jsonl")

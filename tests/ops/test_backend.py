@@ -103,7 +103,7 @@ def test_the_environment_chooses_the_back_end(monkeypatch):
     monkeypatch.setenv("TINYSTORY_KERNELS", "theirs")
     with pytest.raises(
         UserError,
-        match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'",
+        match="TINYSTORY_KERNELS='theirs' is not a known value: unset it, or set it to 'reference'",
     ):
         backend.from_environment()
 

@@ -201,7 +201,7 @@ def test_a_damaged_library_is_built_again_and_not_loaded(place):
     for damaged in (sound[:5000], sound[:-1] + b"x", b"no machine code"):
         library.write_bytes(damaged)
         out, err = run(place)
-        assert out == "42" and "(again, since they are damaged, " in err and err.count("\n") == 2
+        assert out == "42" and "(again, because they are damaged, " in err and err.count("\n") == 2
     assert run(place) == ("42", "")
 
 
@@ -336,7 +336,7 @@ def test_a_library_that_does_not_load_is_built_again(place):
     library.write_text("no machine code")
     library.with_name("built").write_text(build.file_hash(library))
     out, err = run(place)
-    assert out == "42" and "(again, since they are damaged, " in err
+    assert out == "42" and "(again, because they are damaged, " in err
     assert run(place) == ("42", "")
 
 

@@ -82,7 +82,7 @@ BAD = {
         dict(gpus=((7, 5),)),
         "GPU has compute capability 7.5, .* 8.0 or more .*bfloat16.*TINYSTORY_KERNELS=reference",
     ),
-    "a GPU that is not NVIDIA's": (dict(torch_cuda=None), "torch is built without CUDA"),
+    "a GPU that is not NVIDIA's": (dict(torch_cuda=None), "PyTorch is built without CUDA"),
 }
 
 

@@ -325,7 +325,7 @@ def test_a_student_whose_block_has_changed_is_refused(change):
     """By name, not by position: nothing is decoded with the wrong forward pass."""
     student, head = make()
     change(student)
-    with pytest.raises(ValueError, match=r"^Engine: .*; csrc/cpu/engine\.cpp must be taught"):
+    with pytest.raises(ValueError, match=r"^Engine: .*; change csrc/cpu/engine\.cpp"):
         write(EngineDecoder, student, head)
 
 

@@ -85,7 +85,9 @@ def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
     for learner in ("rloo", "grpo", "dr_grpo"):
         config = dataclasses.replace(CONFIG, epochs=1, learner=learner, max_new_tokens=16)
         for row in (0, 1):
-            advantages = batch.packed(torch.tensor([[1.0], [0.0]] if row == 0 else [[0.0], [1.0]]))
+            advantages = batch.unpadded(
+                torch.tensor([[1.0], [0.0]] if row == 0 else [[0.0], [1.0]])
+            )
             parts = gradient(student, config, batch, advantages)
             norms[learner, row] = float(torch.stack([g.norm() for g in parts]).norm())
     for row, length in ((0, 8), (1, 2)):
@@ -171,7 +173,7 @@ def test_dpos_loss_and_metrics_by_hand(student):
     batch = random_batch([2, 4, 4, 2], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
-    gains = batch.packed(torch.tensor([[3.0 / 2], [1.0 / 4], [-2.0 / 4], [2.0 / 2]]))
+    gains = batch.unpadded(torch.tensor([[3.0 / 2], [1.0 / 4], [-2.0 / 4], [2.0 / 2]]))
     for length_normalised, margins in ((False, (2.0, -4.0)), (True, (1.25, -1.5))):
         config = dataclasses.replace(DPO, length_normalised=length_normalised, kl_coef=0.5)
         rewards = [0.9, 0.1, 0.6, 0.2]
@@ -206,7 +208,7 @@ def test_dpos_gradient_is_the_sum_over_two_processes(student, monkeypatch):
     """Each takes whole pairs, in micro-batches of one pair, of a minibatch of three pairs."""
     config = dataclasses.replace(DPO, micro_batch_size=2)
     batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 4])
-    advantages = batch.packed(torch.tensor([[1.0], [-1.0]] * 3))
+    advantages = batch.unpadded(torch.tensor([[1.0], [-1.0]] * 3))
     zeros = torch.zeros_like(references)
     targets = Targets(advantages, references, zeros, zeros)
     parts = policy(student, torch.nn.Module(), None, config)

@@ -34,7 +34,7 @@ def estimate(critic, states, logprobs, returns, mask):
         tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
         logprobs=logprobs[mask],
         values=logprobs[mask],
-        places=torch.arange(int(mask.sum())),
+        token_indices=torch.arange(int(mask.sum())),
         lengths=mask.sum(1).numpy(),
         longest=longest,
         **sizes,

@@ -23,8 +23,8 @@ def test_each_opening_and_each_token_of_a_story_stands_once():
     batch = random_batch([3, 1, 2, 2], 50, openings=[A, B, A, B])
     inputs, packing = batch.inputs.numpy(), packing_of(batch)
     T = inputs.shape[1]
-    assert packing.places.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
-    own = inputs.flatten()[packing.places]
+    assert packing.positions.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
+    own = inputs.flatten()[packing.positions]
     for row, length in enumerate(batch.input_lengths.tolist()):
         assert (
             own[packing.source[row * T : row * T + length]].tolist()
@@ -57,12 +57,12 @@ def test_any_rows_are_read_from_the_sequence_and_nothing_stands_in_it_twice(
         rows.append([*shared, *own, *[None] * (max(lengths) - length)])
     held = [token for row in rows for token in row]
 
-    sequence = [held[place] for place in packing.places]
+    sequence = [held[place] for place in packing.positions]
     assert sequence == list(dict.fromkeys(token for token in held if token))  # in the rows' order
     for token, source in zip(held, packing.source.tolist(), strict=True):
         assert sequence[source] == token if token else source == 0
 
-    not_computed = set(range(len(held))) - set(packing.places.tolist())
+    not_computed = set(range(len(held))) - set(packing.positions.tolist())
     assert packing.copies.tolist() == sorted(place for place in not_computed if held[place])
     originals = [sequence[token] for token in packing.shared[packing.owners]]
     assert originals == [held[copy] for copy in packing.copies]
@@ -101,7 +101,7 @@ def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openin
 def test_gradients_of_copies_are_added_in_float32():
     batch = random_batch([1] * 400, 50, openings=[B] * 400)
     packing = packing_of(batch)
-    x = torch.zeros(len(packing.places), 3, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.zeros(len(packing.positions), 3, dtype=torch.bfloat16, requires_grad=True)
     Unpack.apply(x, packing).sum().backward()
     # in bfloat16: 256
-    assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.places, [0, 1])
+    assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.positions, [0, 1])

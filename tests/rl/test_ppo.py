@@ -337,7 +337,7 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
         copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
         learner = policy(copied, head, SharpAdam(copied, head, CONFIG), CONFIG)
         part = batch.rows(rows)
-        stats.append(ppo.step(learner, part, reference.at(part.places), rewards, 0.2))
+        stats.append(ppo.step(learner, part, reference.at(part.token_indices), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == pytest.approx(stats[1] | {"unscored": 1}, rel=0, abs=0, nan_ok=True)
@@ -422,5 +422,5 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
         assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]
         assert torch.equal(part.values, story.values) and torch.equal(part.logprobs, story.logprobs)
         assert torch.equal(whole.padded(whole.logprobs)[b, :n], story.logprobs)
-    assert torch.equal(whole.packed(whole.padded(whole.values)), whole.values)
+    assert torch.equal(whole.unpadded(whole.padded(whole.values)), whole.values)
     assert whole.story_sums(whole.values).tolist() == [float(story.values.sum()) for story in told]

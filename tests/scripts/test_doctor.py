@@ -89,7 +89,9 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
 def test_it_shows_what_a_teacher_obeys(capsys):
     with FaultServer(other=lambda asked: "0 1 2" if "grammar" in asked else "A fox.") as server:
         line = told(capsys, "--teacher-url", server.url, "--teacher-model", "second")["teacher:"]
-    assert line.startswith(f"second at {server.url}: scored a story, max_tokens, obeys numbers")
+    assert line.startswith(
+        f"second at {server.url}: scored a story, max_tokens, reply constraint: numbers"
+    )
 
 
 @pytest.mark.parametrize(

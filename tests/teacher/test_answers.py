@@ -167,7 +167,7 @@ def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses):
         (probe,) = teacher.probes()
         drawn.clear()
         (grade,) = teacher.grade("Once", ["A dog ran."])
-    assert probe.top_logprobs == 0 and any("share of yes" in note for note in probe.notes)
+    assert probe.top_logprobs == 0 and any("fraction of yes" in note for note in probe.notes)
     assert len(set(drawn)) == len(drawn) == DRAWS and grade.attempts == DRAWS
     yes = sum(seed % 4 > 0 for seed in drawn)
     assert grade.log_odds["first"] == pytest.approx(math.log((yes + 0.5) / (DRAWS - yes + 0.5)))
@@ -275,7 +275,7 @@ def test_a_plea_has_the_words_of_a_shuffled_story():
 def test_a_template_that_cannot_be_asked_is_one_sentence(tmp_path, value):
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"nor a file with a template: .*"):
+    with pytest.raises(UserError, match=r"nor a valid template file: .*"):
         load_template(path)
 
 

@@ -21,8 +21,8 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
     )
     assert scores(f"{file}:ok", ["o", "o"], ["a", ""]) == [0.5, None]
     for name, words in (
-        ("short", "gave 0 scores for 1"),
-        ("wild", "gave 2;"),
+        ("short", "returned 0 scores for 1"),
+        ("wild", "returned 2;"),
         ("none", "no function 'none'"),
     ):
         with pytest.raises(UserError, match=words):
@@ -80,16 +80,16 @@ F = "def f(o, s):\n    "
         (F + "raise KeyError\n", "r.py, line 2: KeyError"),
         (F + "yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
         ("def f(o):\n    return [1]\n", "r.py: TypeError"),
-        (F + "return '0'\n", "gave '0'; it must give a list"),
-        (F + "return None\n", "gave None; it must give a list"),
+        (F + "return '0'\n", "returned '0'; it must return a list"),
+        (F + "return None\n", "returned None; it must return a list"),
         (F + "return 0.5\n", "TypeError"),
-        (F + "return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
-        (F + "return [float('nan')]\n", "gave nan; a score is a number"),
-        (F + "return [{}]\n", "gave {}; a score is a number"),
-        (F + "return [10**400]\n", "gave 1000"),
+        (F + "return ['0.5']\n", "returned '0.5'; a score must be a number from 0 to 1, or None"),
+        (F + "return [float('nan')]\n", "returned nan; a score must be a number"),
+        (F + "return [{}]\n", "returned {}; a score must be a number"),
+        (F + "return [10**400]\n", "returned 1000"),
         (
             "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
-            "gave <A instance at",
+            "returned <A instance at",
         ),
         (
             "class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n",
@@ -98,10 +98,13 @@ F = "def f(o, s):\n    "
         (F + "raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
         ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
         (F + "exit()\n", "line 2: SystemExit"),
-        ("import os\ndef f(o, s):\n    os._exit(3)\n", "r.py: it ended its process (exit code 3)"),
+        (
+            "import os\ndef f(o, s):\n    os._exit(3)\n",
+            "r.py: the function must return, but it ended the process (exit code 3)",
+        ),
         (
             "import os\ndef f(o, s):\n    os.kill(os.getpid(), 9)\n",
-            "r.py: it ended its process (exit code -9)",
+            "r.py: the function must return, but it ended the process (exit code -9)",
         ),
         ("def g(o, s):\n    return [1]\n", "r.py has no function 'f'; it has g: write "),
     ],
@@ -138,7 +141,7 @@ def test_scores_of_any_library_are_numbers(tmp_path):
 def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(
-        UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"
+        UserError, match=r"r\.py.*: the function took more than 0\.05 s \(--teacher-timeout\)"
     ):
         scores(f"{tmp_path / 'r.py'}:f", timeout_s=0.05)
 
@@ -155,7 +158,7 @@ def test_a_file_alone_means_its_function_score(tmp_path):
         UserError, match=r"r\.py has no function 'score'; it has mine: write .*r\.py:mine$"
     ):
         scores(str(tmp_path / "r.py"))
-    with pytest.raises(UserError, match=r"write it as FILE\.py or FILE\.py:FUNCTION"):
+    with pytest.raises(UserError, match=r"write --reward as FILE\.py or FILE\.py:FUNCTION"):
         scores("score")
 
 

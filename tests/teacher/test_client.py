@@ -70,7 +70,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
-    assert grade.error == "the teacher is in trouble (HTTP 500: oops)"
+    assert grade.error == "the teacher is overloaded or failing (HTTP 500: oops)"
     assert server.seen["A dog ran."] == pool.FAILURES
 
 

@@ -27,7 +27,7 @@ FATAL = {
     "no quota left": lambda: error(
         429, "You exceeded your current quota.", code="insufficient_quota"
     ),
-    "does not have what was asked for": lambda: error(
+    "has no such page or model": lambda: error(
         404, "The model `first` does not exist", code="model_not_found"
     ),
     "too short a context": lambda: error(
@@ -108,7 +108,7 @@ def test_not_http_at_all():
             pytest.raises(UserError) as caught,
         ):
             teacher.probes()[0]
-    assert_one_clean_sentence(caught, "broke off")
+    assert_one_clean_sentence(caught, "lost the connection")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeyp
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with Teacher("http://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
         teacher.probes()
-    assert_one_clean_sentence(caught, "a proxy (HTTP_PROXY")
+    assert_one_clean_sentence(caught, "the proxies (HTTP_PROXY")
 
 
 @pytest.mark.parametrize("name", ["OPENAI_API_KEY", "OPENAI_PROJECT_ID", "OPENAI_ORG_ID"])
@@ -190,7 +190,7 @@ def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(
     with FaultServer() as server, Teacher(server.url) as teacher:
         with pytest.raises(UserError) as caught:
             teacher.probes()
-        assert_one_clean_sentence(caught, "OPENAI_API_KEY or another variable")
+        assert_one_clean_sentence(caught, "OPENAI_API_KEY and other variables")
         assert not server.requests
 
 

@@ -65,7 +65,7 @@ SECRETS = (
             (json.dumps({"x": f"{prefix}0123456789abcdef"}), "must hold no secret")
             for prefix in SECRETS
         ),
-        ('{"extra_headers": {"a": "b"}}', "headers are OPENAI_CUSTOM_HEADERS"),
+        ('{"extra_headers": {"a": "b"}}', "for headers, set OPENAI_CUSTOM_HEADERS"),
     ],
 )
 def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):

@@ -360,7 +360,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(
     output = capsys.readouterr()
     assert "forecast: 132 stories" in output.out
     assert "with --grades 64 --steps 8 --eval-every 0: 72 stories" in output.out
-    assert "--budget-cost 0.7 does not hold another step" in output.out + output.err
+    assert "--budget-cost 0.7 does not suffice for another step" in output.out + output.err
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
     assert KEY not in output.out + output.err

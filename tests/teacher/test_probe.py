@@ -35,7 +35,7 @@ def test_the_probe_says_what_it_found():
         line = str(probe)
         assert line.isprintable()
         assert f"first at {server.url}: scored a story" in line
-        assert "obeys nothing" in line
+        assert "reply constraint: nothing" in line
 
 
 def test_a_server_is_probed_once_per_run(tmp_path):
@@ -144,7 +144,7 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
 
     with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
         teacher.probes()[0]
-    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "4096 tokens")
+    assert_one_clean_sentence(caught, server.url, "reasons before it answers", "4096 tokens")
     assert len(server.requests) == 1 + 4 + 1  # as it is, told four times, and with more tokens
 
 
@@ -158,7 +158,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
 
     with Qwen() as server, Teacher(server.url) as teacher:
         probe = teacher.probes()[0]
-        assert probe.thinks and probe.scored and "told not to think" in str(probe)
+        assert probe.thinks and probe.scored and "reasoning reduced by" in str(probe)
         assert probe.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
         assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(
             zip(CRITERIA, (2, 1, 3), strict=True)

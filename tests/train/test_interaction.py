@@ -103,7 +103,7 @@ def test_a_step_without_any_score_or_prediction_is_one_sentence(
     # The teacher's one score in eight is not enough to predict the second step's.
     few = ["--grades", "8", "--max-unscored", "0.99", "--reward", str(tmp_path / "r.py")]
     line = fails(interact.main, [*flags, *few, "--out", str(tmp_path / "few")], capsys)
-    assert "no story of step 2 has a score" in line and "--resume and more --grades" in line
+    assert "no story of step 2 has a score" in line and "--resume and --grades above 8" in line
     assert len(metrics(tmp_path / "few")) == 1
 
     # A run that had all stories graded keeps none to predict from.

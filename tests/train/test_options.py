@@ -349,7 +349,7 @@ def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys)
     # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
     for words in ("50", "223"):
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
-        assert "does not hold a single step" in line and not (tmp_path / "i").exists()
+        assert "does not suffice for one step" in line and not (tmp_path / "i").exists()
 
 
 @pytest.mark.parametrize(

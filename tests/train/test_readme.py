@@ -223,5 +223,8 @@ def test_a_pretraining_that_was_stopped_is_said_with_the_command_that_goes_on(cl
     for out, init in (("by-default", ""), ("named", f"--init {newest.absolute()}")):
         run(f"python train_interact.py --reward my_reward.py --out {out} {init}")
         (line,) = re.findall("^this student has read .*$", capsys.readouterr().out, re.M)
-        assert f"read {words // 30} % of the words of its pretraining; the rest: " in line
+        assert (
+            f"read {words // 30} % of the words of its pretraining; to continue the pretraining: "
+            in line
+        )
         assert line.endswith("train_pretrain.py --out runs/pretrain --resume")

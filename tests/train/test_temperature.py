@@ -81,7 +81,7 @@ def test_the_trial_counts_against_the_budget(place, tmp_path, capsys, monkeypatc
     flags = [*SHORT, "--init", str(place / "p"), "--reward", "constant", "--temperature", "0"]
     flags += ["--out", str(tmp_path / "i"), "--budget-words-out"]
     line = fails(interact.main, [*flags, str(needed - 1)], capsys)
-    assert "does not hold the trial of --temperature 0 (160 stories), a single step" in line
+    assert "does not suffice for the trial of --temperature 0 (160 stories), one step" in line
     interact.main([*flags, str(needed)])
     assert [record["words_out"] for record in read_metrics(tmp_path / "i")] == [needed]
     counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))

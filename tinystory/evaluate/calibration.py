@@ -1,10 +1,10 @@
-"""Calibration: tests a judge on texts of known quality before time and money go into learning from
-it.
+"""Calibration: tests a judge on texts of known quality, before a run spends time and money on the
+judge's scores.
 
-A kind's AUC is the probability that the judge scores a good text above one of this kind (the area
-under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the highest AUC of a kind
-that is not TOO_EASY: a judge that is at chance for every kind teaches noise, while one that knows one kind can teach a
-student to avoid it."""
+The AUC of a kind of text is the probability that the judge scores a good text above a text of this
+kind (the area under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the
+highest AUC over all kinds that are not TOO_EASY. A judge at chance for every kind teaches noise. A
+judge that recognises one kind can teach a student to avoid that kind."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -31,33 +31,34 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.probe import HUMAN
 
-# stories of each kind
+# Texts per kind: scripts/doctor.py --calibrate, and the calibration before a run.
 FULL = 24
 CHEAP = 16
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
-# Texts by the student. Where it was pretrained on dull text too, these are known apart; else all of
-# them are compared with real stories.
+# Kinds of texts by the student. If the student was also pretrained on dull text, the student's
+# stories are compared with the student's dull texts; else all the student's texts are compared with
+# real stories.
 STUDENT = "the student's texts"
 STUDENT_STORY = "the student's stories"
 STUDENT_DULL = "the student's dull texts"
-# Not evidence of judgement: their lengths differ from a story's.
+# Kinds that are no evidence of judgement, because the length of the text differs from a story's.
 TOO_EASY = (GENERIC, ESSAY, PLEA)
-# The better kind with which a kind is compared, if that is not REAL; None: with none.
+# The better kind to which a kind is compared, if it is not REAL. None: the kind is not compared.
 BETTER = {REAL: None, STUDENT_STORY: None, STUDENT_DULL: STUDENT_STORY}
 
-# (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None
-# without a score.
+# Function from (opening, story) pairs to scores. A teacher's scores are fractions of the highest
+# possible score; None is a missing score.
 GradeKnown = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """Scores `known` (see known_stories) and summarises the scores; None stands for what could not
-    be measured.
+    """Calibration results of a judge on `known`, from `known_stories`: {"stories", "unscored",
+    "judgement", "judgement_ci", "mean_auc", "kinds": {kind: {"mean", "auc", "ci"}}}. A value that
+    could not be measured is None.
 
-    Returns {"stories", "unscored", "judgement", "judgement_ci", "mean_auc", "kinds": {kind: {"mean",
-    "auc", "ci"}}}. Intervals are Wilson's with as many trials as the smaller kind has stories, which
-    is conservative. judgement_ci is wider than the interval of one kind, since that kind is the best
-    of several."""
+    Intervals are Wilson's. The number of trials is the number of stories of the smaller kind, which
+    is conservative. judgement_ci is wider than the interval of a single kind, because the judgement
+    is the best of several kinds."""
     scores = grade([(story.opening, story.story) for story in known])
     by_kind: dict[str, list[float]] = {story.kind: [] for story in known}
     for story, score in zip(known, scores, strict=True):
@@ -65,7 +66,7 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
             by_kind[story.kind].append(score)
 
     kinds: dict[str, dict[str, Any]] = {}
-    trials = {}  # of the kinds that count
+    trials = {}  # number of trials per kind that counts for the judgement
     for kind, values in by_kind.items():
         kinds[kind] = {"mean": mean_of(values)}
         better = BETTER.get(kind, REAL)
@@ -90,8 +91,8 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 
 def area_and_interval(better: Sequence[float], worse: Sequence[float]) -> dict[str, Any]:
-    """{"auc", "ci"}: the area under the ROC curve (Mann and Whitney 1947), in which a tie counts
-    1/2; None for both if either side has no scores."""
+    """{"auc", "ci"}: the area under the ROC curve, where a tie counts 1/2 (Mann and Whitney 1947),
+    and a 95 % interval; None for both if either side has no scores."""
     trials = min(len(better), len(worse))
     if trials == 0:
         return {"auc": None, "ci": None}
@@ -104,7 +105,7 @@ def area_and_interval(better: Sequence[float], worse: Sequence[float]) -> dict[s
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """One clause that continues "the teacher ..."."""
+    """The result as a clause that completes the sentence "the teacher ..."."""
     if result["judgement"] is None:
         return (
             f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
@@ -119,14 +120,14 @@ def verdict(result: Mapping[str, Any]) -> str:
         best = max(areas, key=areas.__getitem__)
         return f"scores a story above {best} with probability {judgement} (all: {listed}; 0.5 is chance)"
     return (
-        f"cannot tell a story from a bad text: probability {judgement} at best ({listed}), where 0.5 is chance; "
-        "learning from it is learning from noise"
+        f"cannot distinguish a story from a bad text: it scores the story higher with probability {judgement} at "
+        f"best ({listed}), where 0.5 is chance; the student would learn from noise"
     )
 
 
 def value_as_teacher(result: Mapping[str, Any]) -> float:
-    """The AUC by which judges are compared: on the student's own texts, which are what a teacher
-    will score, or the mean over all kinds if there are none by the student."""
+    """The AUC by which judges are compared: the AUC for the student's texts, because a teacher
+    scores such texts; without texts by the student, the mean AUC over all kinds."""
     for kind in (STUDENT_DULL, STUDENT):
         auc = result["kinds"].get(kind, {}).get("auc")
         if auc is not None:
@@ -135,13 +136,13 @@ def value_as_teacher(result: Mapping[str, Any]) -> float:
 
 
 def can_judge(result: Mapping[str, Any]) -> bool:
-    """Whether the judgement is better than chance, by its interval."""
+    """Whether the judgement is significantly better than chance: the interval lies above 0.5."""
     return result["judgement"] is not None and result["judgement_ci"][0] > 0.5
 
 
 def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of two cells: the judge's name, then per kind the mean score and the AUC with its 95 %
-    interval (0.5 is chance), then the number of unscored stories."""
+    """The result as rows of two cells: the judge's name; for each kind, the mean score and the AUC
+    with a 95 % interval (0.5 is chance); the mean AUC; the number of stories without a score."""
     rows = [["", judge]]
     for kind, value in result["kinds"].items():
         cell = with_ci(value["mean"], None)
@@ -160,15 +161,15 @@ def require(result: Mapping[str, Any], least: float) -> None:
     judgement = result["judgement"]
     if least and (judgement is None or judgement < least):
         raise UserError(
-            f"--require-judgement {least:g}: the teacher {verdict(result)}; choose another teacher"
+            f"--require-judgement {least:g} is not reached: the teacher {verdict(result)}; choose another teacher"
         )
 
 
 def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) -> dict[str, Any]:
-    """{"calibration": ...}, a brief calibration before a run, whose verdict is printed. {} where it
-    is not needed: the built-in teacher is known, and a human's time is expensive. Fits the scale of
-    a teacher's answers to questions. corpus: the student's. Raises UserError below
-    --require-judgement."""
+    """{"calibration": ...}, the result of a brief calibration before a run, for config.json. Prints
+    the verdict, and fits the scale of a teacher's answers to questions. {} without a calibration:
+    the built-in teacher needs none, and a human's time is expensive. corpus: the student's corpus.
+    Raises UserError if the judgement is below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
     human = isinstance(grader, Teacher) and grader.model == HUMAN
     if not needed or human:
@@ -190,8 +191,8 @@ def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) ->
 
 
 def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
-    """Fit the scale of a teacher's answers to its answers on known texts. The replies are kept, so
-    whoever grades these texts next asks for none again."""
+    """Fit the scale of a teacher's answers to the answers on known texts. Does nothing for other
+    graders. The replies are cached, so grading the same texts later sends no request."""
     if not isinstance(grader, Teacher) or not grader.options.template.asks_yes_or_no:
         return
     grades = grader.grade_each([(story.opening, story.story) for story in known])
@@ -201,4 +202,5 @@ def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
 
 
 def of_grader(grader: Grader) -> GradeKnown:
+    """The function for `calibrate` that grades with this grader."""
     return lambda stories: [grade.score for grade in grader.grade_each(stories)]

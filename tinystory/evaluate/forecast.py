@@ -1,4 +1,4 @@
-"""What the grades of a run will take, before it begins, and the budget that must hold them."""
+"""Forecast of the cost of a run's grades, before the run begins, and the budget of the run."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +13,8 @@ from tinystory.rl.policy import RunState
 from tinystory.run import distributed
 from tinystory.teacher.grade import Grader
 
-# Options of a run with few grades, which the forecast of one with all names: docs/teachers.md, "Few
-# grades".
+# Options of a run with few grades (docs/teachers.md, "Few grades"), which the forecast of a run
+# with all grades suggests.
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
 
 
@@ -25,8 +25,8 @@ def open_budget(
     milestones: Mapping[str, int],
     grader: Grader,
 ) -> Budget:
-    """The run's limits. Prints what its grades will take, and raises UserError if a new run cannot
-    afford a step."""
+    """The budget of a run. Prints a forecast of the cost of the grades. Raises UserError if the
+    budget does not suffice for the first step."""
     print_forecast(config, state, grader, openings)
     budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
     trial = trial_stories(config, state)
@@ -37,9 +37,9 @@ def open_budget(
 def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
-    """What the grades of the run and its evaluations will take, if the grader knows; then what they
-    would without --grades, or, of a teacher at --teacher-url that is asked for all, with
-    FEW_GRADES."""
+    """Print a forecast of the cost of all grades in the run and the evaluations, if the grader can
+    make one. For comparison, also print the forecast without --grades; or, for a teacher at
+    --teacher-url and a run without --grades, the forecast with FEW_GRADES."""
     opening = openings[0]
     count = stories_to_grade(config, state)
     forecast = grader.forecast(count, opening)
@@ -57,8 +57,8 @@ def print_forecast(
 
 
 def stories_to_grade(config: InteractConfig, state: RunState) -> int:
-    """Stories that the teacher will grade: of the steps left, of evaluations, and of the trial of
-    temperatures."""
+    """Number of stories that the teacher will grade in the remaining steps, the evaluations and the
+    trial of temperatures."""
     count = (config.steps - state.step) * config.stories_per_step
     if config.grades:
         count = config.grades - state.asked

@@ -26,9 +26,9 @@ from tinystory.teacher.prompt import Example
 def open_graders(
     config: InteractConfig, start: Path, policy: Policy, reference: Student, openings: Openings
 ) -> Iterator[tuple[Grader, Grader | None, dict[str, Any]]]:
-    """Yield the teacher, the second judge (None without --judge), and what config.json records of
-    the teacher. On all ranks but 0 the teacher is idle and there is no judge. Raises UserError for
-    whatever keeps them from grading."""
+    """Yields the teacher, the second judge (None without --judge), and facts about the teacher for
+    config.json. On ranks other than 0, the teacher is idle and the judge is None. Raises UserError
+    if the teacher or the judge cannot grade."""
     folder = Path(config.out)
     corpus = known_corpus(config, policy.history)
 
@@ -68,19 +68,19 @@ def open_graders(
 
 
 def send(grader: Grader, story: Story) -> None:
-    """Hand a story to the teacher, which rank 0 alone talks to."""
+    """Send a story to the teacher. Does nothing on ranks other than 0."""
     if distributed.is_rank0():
         grader.send(story.index, story.opening, story.text, story.tokens.tolist())
 
 
 def collect(grader: Grader, stop: Stop) -> list[Grade]:
-    """Grades of all stories sent, by index, on every rank. Raises Interrupted on `stop`, UserError
-    if the teacher fails."""
+    """Grades of all stories sent, in the order of their indices, on every rank. Raises Interrupted
+    on `stop`, and UserError if the teacher fails."""
     return distributed.rank0_value(lambda: grader.collect(stop))
 
 
 def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:
-    """The corpus of the known texts by which a teacher is calibrated: --corpus, else the built-in
-    ones that the student has read, else the built-in stories."""
+    """Names of the corpora for the calibration of a teacher: --corpus; else the built-in corpora on
+    which the student was trained; else the built-in stories."""
     read = history.get("corpus") or []
     return config.corpus or [name for name in BUILTIN if name in read] or ["builtin"]

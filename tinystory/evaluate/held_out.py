@@ -23,7 +23,9 @@ from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, highest_score, score_means
 
-FIRST_INDEX = 10**9  # evaluations draw the same random numbers each time, and none of training's
+# Index of the first story of an evaluation. All evaluations use the same random numbers, and no
+# training step uses them.
+FIRST_INDEX = 10**9
 
 
 def is_evaluated(config: InteractConfig, step: int) -> bool:
@@ -32,8 +34,8 @@ def is_evaluated(config: InteractConfig, step: int) -> bool:
 
 
 def has_dull_tellers(history: Mapping[str, Any]) -> bool:
-    """Whether a student with this history was trained on the built-in dull tellers, whose sentences
-    are known."""
+    """Whether a student with this history was trained on the built-in dull text, so that the style
+    (teller) of a story can be recognised."""
     return "dull" in (history.get("corpus") or ())
 
 
@@ -44,7 +46,8 @@ def story_records(
     rewards: Sequence[float | None],
     history: Mapping[str, Any],
 ) -> list[Record]:
-    """Lines of stories.jsonl and evaluations.jsonl. history: the student's."""
+    """Records of stories for stories.jsonl and evaluations.jsonl. history: the student's training
+    history."""
     records = []
     rows = zip(
         stories, grades, rewards, differences([story.text for story in stories]), strict=True
@@ -70,13 +73,13 @@ def story_records(
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Means of length, endings and diversity; distinct_4 and clusters over all stories; the
-    fraction of each teller."""
+    """Measures of recorded stories: mean length, fraction ended, mean diversity; distinct_4 and
+    number of clusters over all stories; the fraction of the stories in each style (teller)."""
     texts = [record["story"] for record in records]
     means: dict[str, float | None] = {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
-        # older versions recorded no differences
+        # records of older versions have no differences
         "diversity_mean": mean_of(record.get("difference") for record in records),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
@@ -96,9 +99,10 @@ def evaluate(
     judge: Grader | None,
     stop: Stop,
 ) -> tuple[list[Story], list[Grade], list[Record]]:
-    """--eval-stories stories to the held-out openings, their grades (NOT_ASKED with
-    --no-eval-graded), and their records, with the second judge's scores. judge: None without
-    --judge and on all ranks but 0. Raises Interrupted on `stop`."""
+    """Stories, grades and records of an evaluation: --eval-stories stories that continue the
+    held-out openings. Grades are NOT_ASKED with --no-eval-graded. The records include the second
+    judge's scores. judge: None without --judge, and on ranks other than 0. Raises Interrupted on
+    `stop`."""
     config = policy.config
     prompts = [openings[i % len(openings)] for i in range(config.eval_stories)]
 
@@ -116,15 +120,15 @@ def evaluate(
         pairs = [(story.opening, story.text) for story in stories]
         judged = distributed.rank0_value(lambda: judge.grade_each(pairs) if judge else [])
         for record, grade in zip(records, judged, strict=True):
-            record["judge"] = grade.score  # 0..1, reported, and never a reward
+            record["judge"] = grade.score  # 0..1, only reported, never part of a reward
     return stories, grades, records
 
 
 def step_means(
     stories: Sequence[Story], grades: list[Grade], records: Sequence[Record]
 ) -> dict[str, float | None]:
-    """Means of a step's stories: `score_means`, `story_means` and `rollout_means`. unscored: those
-    that the teacher was asked about in vain."""
+    """Metrics of a step's stories: `score_means`, `story_means`, `rollout_means`, and unscored, the
+    number of stories that were sent to the teacher and have no score."""
     scores = [grade.score for grade in grades]
     unscored = scores.count(None) - grades.count(NOT_ASKED)
     means = score_means(grades) | story_means(records)
@@ -132,8 +136,8 @@ def step_means(
 
 
 def evaluation_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Means of an evaluation's stories: of rewards, scores as they are shown, the second judge's
-    scores if there is one, and `story_means`."""
+    """Metrics of an evaluation's stories: mean reward, mean score as shown, mean score of the
+    second judge if there is one, and `story_means`."""
     means = {"reward": reward_mean(records), "score_mean": mean_of(map(shown_score, records))}
     means |= story_means(records)
     if any("judge" in record for record in records):
@@ -142,8 +146,8 @@ def evaluation_means(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def shown_score(record: Record) -> float | None:
-    """A story's score as it is shown, from 0 to `highest_score`. Older versions recorded only those
-    of the criteria."""
+    """The score of a story as shown to users, from 0 to `highest_score`; None without a score.
+    Records of older versions contain only the scores of the criteria."""
     scores = record["scores"] or {}
     score = record.get("score")
     if score is not None:
@@ -152,23 +156,24 @@ def shown_score(record: Record) -> float | None:
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:
-    """None if no story has a reward."""
+    """Mean reward of the stories that have a reward; None if no story has one."""
     return mean_of(record["reward"] for record in records)
 
 
 def becomes_best(config: InteractConfig, folder: Path, step: int) -> bool:
-    """Whether the student evaluated at `step` becomes the checkpoint `best` of the run: if it
-    `is_best`, or without grades, as each later student does."""
+    """Whether the student evaluated at `step` becomes the checkpoint `best` of the run. With graded
+    evaluations, `is_best` decides. With --no-eval-graded, every later student becomes `best`."""
     if not config.eval_graded:
         return True
     return distributed.rank0_value(lambda: is_best(read_records(folder / EVALUATIONS), step))
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:
-    """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far,
-    within one standard error, and none below that of step 0: a smaller difference is noise, and the
-    later student is preferred, as it has learned from more stories."""
-    by_step: dict[int, dict[int, float]] = defaultdict(dict)  # rewards by the story's index
+    """Whether the mean reward of the evaluation at `step` is within one standard error of the
+    highest mean reward so far (paired by story), and not below the mean reward of step 0. A smaller
+    difference is noise, so the later student is preferred: it has learned from more stories."""
+    # step -> {index of the story: reward}
+    by_step: dict[int, dict[int, float]] = defaultdict(dict)
     for record in records:
         if record["reward"] is not None:
             by_step[record["step"]][record["index"]] = record["reward"]
@@ -185,7 +190,7 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 
 
 def write_samples(folder: Path, best_step: int) -> None:
-    """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
+    """Write samples.jsonl: the stories of two evaluations, before training and at `best_step`."""
     evaluations = evaluations_by_step(folder)
     lines = ""
     for when, step in (("before", 0), ("after", best_step)):
@@ -195,6 +200,7 @@ def write_samples(folder: Path, best_step: int) -> None:
 
 
 def evaluations_by_step(run: Path) -> dict[int, list[Record]]:
+    """The records of evaluations.jsonl, grouped by step."""
     evaluations = defaultdict(list)
     for record in read_records(run / EVALUATIONS):
         evaluations[record["step"]].append(record)

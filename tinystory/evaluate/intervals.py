@@ -1,5 +1,4 @@
-"""Means, 95 % confidence intervals of proportions and means, their printing, and standard
-errors."""
+"""Means, standard errors, and 95 % confidence intervals of proportions and means."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,15 +8,15 @@ Z = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are not None; None if there are none."""
+    """The mean of the values that are not None; None if there is no such value."""
     present = [value for value in values if value is not None]
     return fmean(present) if present else None
 
 
 def wilson(correct: float, total: float, intervals: int = 1) -> tuple[float, float]:
-    """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one
-    half. With several intervals, all of them together are right with a probability of 95 %
-    (Bonferroni)."""
+    """Wilson's 95 % score interval of the proportion correct / total (Wilson 1927). correct: may
+    count a tie as one half. intervals: number of intervals that hold simultaneously with a
+    probability of 95 % (Bonferroni)."""
     z = NormalDist().inv_cdf(1 - 0.025 / intervals)
     p = correct / total
     square = z * z / total
@@ -27,7 +26,7 @@ def wilson(correct: float, total: float, intervals: int = 1) -> tuple[float, flo
 
 
 def mean_ci(values: Sequence[float]) -> tuple[float, float]:
-    """The normal interval of the mean; the value alone if there is only one."""
+    """The 95 % normal interval of the mean. For a single value, both bounds are the value."""
     middle = fmean(values)
     half = Z * (standard_error(values) or 0.0)
     return middle - half, middle + half
@@ -36,8 +35,8 @@ def mean_ci(values: Sequence[float]) -> tuple[float, float]:
 def with_ci(
     value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = ""
 ) -> str:
-    """Formats 0.52 [0.40, 0.63], the value alone without an interval, a dash for None. sign="+"
-    prints every sign."""
+    """The value and the interval as text, such as "0.52 [0.40, 0.63]"; the value alone if ci is
+    None; a dash if the value is None. sign="+" also prints plus signs."""
     if value is None:
         return "\N{EN DASH}"
     text = f"{value:{sign}.{decimals}f}"
@@ -47,7 +46,8 @@ def with_ci(
 
 
 def standard_error(values: Iterable[float | None]) -> float | None:
-    """Of the mean of the values that are not None; None for fewer than two."""
+    """Standard error of the mean of the values that are not None; None for fewer than two
+    values."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return None
@@ -55,8 +55,9 @@ def standard_error(values: Iterable[float | None]) -> float | None:
 
 
 def is_within_error(values: Sequence[float | None], best: Sequence[float | None]) -> bool:
-    """Whether the mean of the values is at most a standard error below that of the best ones, pair
-    by pair. Pairs with None are left out; False without any other."""
+    """Whether the mean of `values` is at most one standard error below the mean of `best`. The
+    standard error is that of the paired differences. Pairs with None are left out; False if no pair
+    is left."""
     deficits: list[float] = []
     for value, high in zip(values, best, strict=True):
         if value is not None and high is not None:

@@ -1,4 +1,4 @@
-"""Stories by a student, another model or humans, and their measures: scores, diversity, length
+"""Stories by a student, another model or humans, and measures of stories: scores, diversity, length
 and endings."""
 
 from collections import Counter
@@ -16,7 +16,7 @@ from tinystory.student.generate import generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader, score_means, shown_scores
 
-# Overlap of two stories' word 3-grams (Jaccard) above which they are in one cluster.
+# Two stories are in one cluster if the Jaccard overlap of their word 3-grams exceeds this value.
 CLUSTER_OVERLAP = 0.12
 OPENINGS = (
     "Once upon a time, in a faraway land,",
@@ -31,7 +31,7 @@ OPENINGS = (
 
 
 class Sample(NamedTuple):
-    """A story; `text` goes on from the opening."""
+    """A story. text: the continuation of the opening."""
 
     opening: str
     text: str
@@ -39,10 +39,11 @@ class Sample(NamedTuple):
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The stories of a .jsonl file of objects with `opening`, `story`, which goes on from it (a
-    repeated opening is removed), and, where known, `ended`. Raises UserError for any other file."""
+    """The stories of a .jsonl file. Each line is an object with `opening`, `story` and, optionally,
+    `ended`. `story` continues the opening; if it begins with the opening, the opening is removed.
+    Raises UserError for any other file."""
     stories = []
-    records = list(read_records(path)) or [{}]  # an empty file lacks its first line
+    records = list(read_records(path)) or [{}]  # so that an empty file is an error in line 1
     for number, record in enumerate(records, 1):
         match record:
             case {"opening": str(opening), "story": str(story)}:
@@ -51,15 +52,16 @@ def read_samples(path: Path) -> list[Sample]:
                 stories.append(Sample(opening, text, ended if isinstance(ended, str) else None))
             case _:
                 raise UserError(
-                    f"{path} line {number} lacks an opening and a story: each line is an object "
-                    "with both"
+                    f'{path} line {number} must be a JSON object with "opening" and "story", both '
+                    "text"
                 )
     return stories
 
 
 def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
-    """Distinct word n-grams divided by all word n-grams of the texts (Li et al. 2016, arXiv
-    1510.03055): close to 0 if all texts are the same, None without n-grams."""
+    """Number of distinct word n-grams divided by the number of all word n-grams of the texts (Li et
+    al. 2016, arXiv 1510.03055). Close to 0 if all texts are the same; None if there are no
+    n-grams."""
     grams: list[tuple[str, ...]] = []
     for text in texts:
         words = text.split()
@@ -75,8 +77,8 @@ def sample_stories(
     n_stories: int,
     **sampling: Any,
 ) -> list[Sample]:
-    """Sample stories, spread evenly over the openings. sampling: max_new_tokens, temperature and
-    seed of `generate`."""
+    """`n_stories` stories sampled from a student, spread evenly over the openings. sampling:
+    max_new_tokens, temperature and seed of `generate`."""
     indices = sorted(i % len(openings) for i in range(n_stories))
     prompts = [openings[index] for index in indices]
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
@@ -86,9 +88,9 @@ def sample_stories(
 def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -> dict[str, Any]:
     """Measures of stories, with 95 % intervals over stories.
 
-    length_mean is in words; distinct_4 and story_clusters are over all stories. ended_eos_share,
-    with Wilson's interval, needs `ended` of every story. `grader` adds `score_means`, score_ci and
-    unscored."""
+    length_mean is in words. distinct_4 and story_clusters are over all stories. ended_eos_share is
+    present if `ended` of every story is known, and has Wilson's interval. With a grader, there are
+    also `score_means`, score_ci and unscored."""
     texts = [story.text for story in stories]
     lengths = [len(text.split()) for text in texts]
     measures: dict[str, Any] = {
@@ -112,17 +114,18 @@ def story_measures(stories: Sequence[Sample], *, grader: Grader | None = None) -
 
 
 def cluster_sizes(texts: Sequence[str]) -> list[int]:
-    """Texts per cluster (see `cluster_ids`), the largest first."""
+    """Number of texts in each cluster of `cluster_ids`, in descending order."""
     return sorted(Counter(cluster_ids(texts)).values(), reverse=True)
 
 
 def cluster_ids(texts: Sequence[str]) -> list[int]:
-    """The cluster of each text, numbered by first appearance. A text joins the first cluster whose
-    founder's word 3-grams overlap its own by more than CLUSTER_OVERLAP (capitalised words count as
-    one word), or founds one."""
+    """The cluster of each text, numbered by first appearance. The first text of a cluster is the
+    founder. A text joins the first cluster in which the word 3-grams of founder and text overlap by
+    more than CLUSTER_OVERLAP; otherwise the text founds a new cluster. All capitalised
+    words count as one word."""
     ids: list[int] = []
     sizes: list[int] = []  # number of 3-grams of each founder
-    founders: dict[tuple[str, ...], list[int]] = {}  # clusters whose founder has the 3-gram
+    founders: dict[tuple[str, ...], list[int]] = {}  # 3-gram -> clusters with it in the founder
     for text in texts:
         grams = phrases(text, 3)
         shared: Counter[int] = Counter()  # number of 3-grams shared with each founder

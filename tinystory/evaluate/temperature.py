@@ -1,5 +1,5 @@
-"""--temperature 0: the temperature at which a student begins to interact, chosen by the rewards of a
-few stories to training openings, which the teacher grades."""
+"""--temperature 0: choice of the temperature at which a student starts the interaction. The teacher
+grades a few stories at each temperature, and the highest mean reward wins."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,18 @@ from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4)
-STORIES = 32  # at most, at each
-FIRST_INDEX = 3 * 10**9  # of these stories: no other stories draw these random numbers
+STORIES = 32  # maximum number of stories per temperature
+FIRST_INDEX = 3 * 10**9  # index of the first story; no other stories use these random numbers
 
 
 def stories_per_temperature(config: InteractConfig) -> int:
+    """Number of stories per temperature: with --grades, an eighth of them; at most STORIES."""
     eighth = config.grades // 8
     return min(eighth or STORIES, STORIES)
 
 
 def trial_stories(config: InteractConfig, state: RunState) -> int:
-    """Stories of the trial of temperatures that is still to come."""
+    """Number of stories in the trial of temperatures; 0 if the run has no trial, or has begun."""
     if config.temperature or state.step:
         return 0
     return stories_per_temperature(config) * len(TEMPERATURES)
@@ -34,8 +35,8 @@ def trial_stories(config: InteractConfig, state: RunState) -> int:
 def choose_temperature(
     policy: Policy, reference: Student, openings: Openings, grader: Grader, state: RunState
 ) -> dict[str, float]:
-    """Have policy and reference begin at the `best_temperature` of TEMPERATURES, which becomes
-    --temperature. Returns the mean reward at each. The words count in state."""
+    """The mean reward at each of TEMPERATURES. Folds the best temperature into policy and
+    reference, and sets config.temperature to it. The words of the trial are counted in `state`."""
     config = policy.config
     count = stories_per_temperature(config)
     texts = [openings[index] for index in range(count)]
@@ -50,11 +51,14 @@ def choose_temperature(
     config.temperature = best_temperature(rewards)
     begin_at(config.temperature, reference, policy)
     means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
-    print(f"temperature {config.temperature}; mean reward of {count} stories at each: {means}")
+    print(
+        f"temperature {config.temperature}; mean reward of {count} stories at each temperature: "
+        f"{means}"
+    )
     return means
 
 
 def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:
-    """The temperature with the highest mean reward; of equal ones, the first. rewards: of stories to
-    the same openings at each temperature."""
+    """The temperature with the highest mean reward; the first one if several are equal. rewards:
+    temperature -> rewards of stories that continue the same openings."""
     return max(rewards, key=lambda temperature: mean_of(rewards[temperature]) or 0.0)

@@ -1,4 +1,4 @@
-"""Validation during pretraining, a loss and a story, and bits per byte of any corpus."""
+"""Validation during pretraining (a loss and a story), and bits per byte on any corpus."""
 
 import math
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ from tinystory.run.records import Record
 from tinystory.student.generate import Story, encode_opening, generate
 from tinystory.student.model import Student
 
-MAX_TOKENS = 500_000  # read of a corpus for its bits per byte
-OPENING = "Once upon a time,"  # of the story that the student tells at each validation
+MAX_TOKENS = 500_000  # maximum number of tokens of a corpus for bits per byte
+OPENING = "Once upon a time,"  # opening of the story at each validation
 STORY_TOKENS = 80
 
 
@@ -31,8 +31,9 @@ def validate(
     batch: int,
     packing: str,
 ) -> tuple[float, float]:
-    """Nats per token and bits per byte on `sequences` (None: all), spread evenly over the file and
-    sharded over processes. token_sizes: (V,) int, bytes per token; packing: as for `Windows`."""
+    """Validation loss in nats per token and in bits per byte. sequences: number of sequences,
+    spread evenly over the file and sharded over processes (None: all). token_sizes: (V,) int, bytes
+    per token. packing: the option --packing, which says how the file is cut into sequences."""
     device = student.wte.weight.device
     context = student.config.context
     cuts = pieces(file, context, packing)
@@ -41,7 +42,8 @@ def validate(
     spread = [packed[i * len(packed) // count] for i in range(count)]
     shard = distributed.shard_strided(spread)
 
-    # Nats, tokens and bytes. Read once, at the end: no synchronisation per batch.
+    # Sums of nats, tokens and bytes. The host reads them once, at the end, so that a GPU is not
+    # synchronised per batch.
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with student.lowered(ops.matmul_dtype(student.wte.weight)):
         for first in range(0, len(shard), batch):
@@ -49,9 +51,9 @@ def validate(
             rows = [torch.from_numpy(row.astype(np.int64)) for row in rows]
             inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
             targets = torch.cat([row[1:] for row in rows])
-            hidden = student.hidden(upload(inputs, device))
-            states = torch.cat([hidden[i, : len(row) - 1] for i, row in enumerate(rows)])
-            logprobs, _ = ops.token_logprob(states, student.unembedding, upload(targets, device))
+            padded_hidden = student.hidden(upload(inputs, device))
+            hidden = torch.cat([padded_hidden[i, : len(row) - 1] for i, row in enumerate(rows)])
+            logprobs, _ = ops.token_logprob(hidden, student.unembedding, upload(targets, device))
             sums[0] -= logprobs.double().sum()
             sums[1] += len(targets)
             sums[2] += int(token_sizes[targets].sum())
@@ -60,8 +62,8 @@ def validate(
 
 
 def story_to_opening(student: Student, tokenizer: Tokenizer, seed: int) -> Story | None:
-    """The student's continuation of OPENING, from the same random numbers each time; None if its
-    context has no room for one."""
+    """A story by the student that continues OPENING; None if the context has no room for a story.
+    Every call with the same seed uses the same random numbers."""
     context = student.config.context
     room = context - len(encode_opening(tokenizer, OPENING))
     if room < 1:
@@ -74,7 +76,7 @@ def story_to_opening(student: Student, tokenizer: Tokenizer, seed: int) -> Story
 
 
 def story_record(step: int, story: Story) -> Record:
-    """The line of evaluations.jsonl for a story that nobody grades."""
+    """The record of a story without a grade, for evaluations.jsonl."""
     record: Record = dict(step=step, index=0, opening=story.opening, story=story.text)
     record |= dict.fromkeys(("reply", "scores", "score", "reward"))
     return record | dict(words=story.words, ended=story.ended)
@@ -83,8 +85,8 @@ def story_record(step: int, story: Story) -> Record:
 def bits_per_byte(
     student: Student, tokenizer: Tokenizer, documents: Iterable[str]
 ) -> dict[str, float]:
-    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of the documents, joined into one stream
-    with end tokens."""
+    """{"bits_per_byte", "tokens"}: bits per byte on the documents, joined into one stream with end
+    tokens and cut after MAX_TOKENS, and the number of tokens."""
     parts: list[np.ndarray] = []
     size = 0
     for document in documents:

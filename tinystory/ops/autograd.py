@@ -1,4 +1,5 @@
-"""The gradient implemented in Python: token_logprob on a Mac. csrc/autograd.cpp has the others."""
+"""The only gradient implemented in Python: token_logprob on a Mac. csrc/autograd.cpp has the other
+gradients."""
 
 import torch
 from torch import Tensor
@@ -6,13 +7,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tinystory.ops import reference
 
-CHUNK = 1 << 24  # logits that exist at a time in `chunked_token_logprob`
+CHUNK = 1 << 24  # maximum number of logits per chunk in `chunked_token_logprob`
 
 
 def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.token_logprob` with PyTorch's matmul, on a Mac Accelerate, which is faster than our
+    """`ops.token_logprob` with PyTorch's matmul, which on a Mac is Accelerate and faster than our
     kernel. Rows are computed in chunks, and again in the backward pass, so that the (N, V) logits
-    never exist at once."""
+    are never in memory as a whole."""
     rows = max(1, CHUNK // len(weight))
     parts = []
     for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True):

@@ -1,5 +1,5 @@
-"""The back-end: what runs each operator. It is a compiled kernel (csrc/), on a Mac PyTorch's matmul
-for three operators (MATMULS), or the operator's definition in plain PyTorch (reference.py)."""
+"""Choice of the implementation of each operator: a compiled kernel (csrc/); on a Mac, PyTorch's
+matmul for the three operators in MATMULS; or the definition in plain PyTorch (reference.py)."""
 
 import os
 import sys
@@ -13,19 +13,19 @@ from tinystory.run.errors import UserError
 
 REFERENCE = "plain PyTorch runs in place of the kernels"
 
-# Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's
-# matrix units.
+# Operators that spend nearly all time in a matmul. On a Mac, PyTorch's float32 matmul is
+# Accelerate, which uses Apple's matrix units.
 MATMULS = ("cross_entropy", "linear", "token_logprob")
 ACCELERATE = sys.platform == "darwin"
 
 
 def from_environment() -> str:
-    """TINYSTORY_KERNELS: "auto", "ours" (also on a Mac) or "reference". Raises UserError for
-    another value."""
+    """The value of TINYSTORY_KERNELS: "auto" (default), "ours" (our kernels, even on a Mac) or
+    "reference". Raises UserError for any other value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
         advice = "unset it, or set it to 'reference' or 'ours'"
-        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; {advice}")
+        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not a known value: {advice}")
     return kernels
 
 
@@ -33,8 +33,8 @@ _current: str | None = None
 
 
 def current() -> str:
-    """The value of TINYSTORY_KERNELS at the first call, which says on stderr if that is the
-    reference."""
+    """The value of TINYSTORY_KERNELS at the first call. The first call prints a note on stderr if
+    the value is "reference"."""
     global _current
     if _current is None:
         _current = from_environment()
@@ -44,7 +44,7 @@ def current() -> str:
 
 
 def implementation(op: str, x: Tensor) -> str:
-    """What runs an operator on x: "kernel", "pytorch" or "reference"."""
+    """The implementation that runs an operator on x: "kernel", "pytorch" or "reference"."""
     return _implementation(op, x.device.type, x.dtype)
 
 
@@ -63,6 +63,6 @@ def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def load() -> ModuleType | None:
-    """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the
-    reference runs."""
+    """The module of the CPU kernels (csrc/module.cpp), which is built first if necessary; None with
+    TINYSTORY_KERNELS=reference."""
     return None if current() == "reference" else build.load()

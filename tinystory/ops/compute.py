@@ -1,4 +1,4 @@
-"""Where a run computes: the device and the dtype of its matmuls, from --device and --dtype."""
+"""The device and the dtype of the matmuls of a run, from --device and --dtype."""
 
 import sys
 from dataclasses import dataclass
@@ -12,25 +12,26 @@ from tinystory.run.errors import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """recorded: device and dtype for config.json, with auto resolved, so that a resumed run
-    computes as before."""
+    """Device and matmul dtype of a run. recorded: both for config.json, with auto resolved, so that
+    a resumed run uses the same."""
 
     device: torch.device
     dtype: torch.dtype
     recorded: dict[str, str]
 
     def autocast(self) -> torch.autocast:
+        """Context in which matmuls have `dtype`."""
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
 
 def resolve(device_name: str, dtype_name: str) -> Compute:
-    """Resolves --device and --dtype, and lets the process keep freed memory. Raises UserError if
-    one cannot be used or the kernels cannot be built."""
+    """The device and dtype that --device and --dtype name. Also lets the process keep freed memory.
+    Raises UserError if the device or the dtype cannot be used, or the kernels cannot be built."""
     device = pick_device(device_name)
     module = backend.load()
-    if module:  # the next training step allocates the same again (csrc/memory.h)
+    if module:  # because the next training step allocates the same memory again (csrc/memory.h)
         module.keep_freed_memory()
     dtype = pick_dtype(dtype_name, device)
     if dtype_name == "auto":
@@ -39,9 +40,9 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device. auto: a GPU if torch sees one and the kernels can be compiled for it,
-    else the CPU; if it is the CPU despite a GPU, stderr says why. Raises UserError for an unusable
-    device."""
+    """The device that --device names. auto: a GPU if PyTorch sees one and the kernels can be
+    compiled for it, else the CPU; if the CPU is chosen despite a GPU, the reason is printed on
+    stderr. Raises UserError for an unusable device."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -49,7 +50,7 @@ def pick_device(name: str) -> torch.device:
             return pick_device("cuda")
         except UserError as error:
             problem = str(error).splitlines()[0]
-        print(f"tinystory: --device auto is the CPU here, not the GPU: {problem}", file=sys.stderr)
+        print(f"tinystory: --device auto uses the CPU, not the GPU: {problem}", file=sys.stderr)
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -66,7 +67,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
+    """The dtype of the matmuls. auto: bfloat16 if the hardware supports it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     has_bf16 = cpu_has_bf16()

@@ -1,4 +1,5 @@
-"""The CUDA kernels: for which GPUs they can be compiled here, and if for none, why not."""
+"""Loads the CUDA kernels, and finds the GPUs for which they can be compiled here, or the reason if
+they cannot."""
 
 import functools
 import os
@@ -11,14 +12,14 @@ import torch
 from tinystory.ops import build
 from tinystory.run.errors import UserError
 
-OLDEST = (8, 0)  # compute capability: mma of bfloat16, cp.async
+OLDEST = (8, 0)  # minimum compute capability, for mma of bfloat16 and cp.async
 INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 
 @functools.cache
 def load() -> None:
-    """Register the CUDA kernels of the operators, built first if need be. Raises UserError if they
-    cannot be."""
+    """Register the CUDA kernels of the operators, which are built first if necessary. Raises
+    UserError if they cannot be built."""
     build.load()
     problem = why_not()
     if problem:
@@ -32,14 +33,14 @@ def load() -> None:
 
 
 def why_not() -> str:
-    """Why the CUDA kernels cannot be compiled here, with advice, or ""."""
+    """The reason why the CUDA kernels cannot be compiled here, with advice; "" if they can."""
     if torch.version.cuda is None:
-        return "this torch is built without CUDA: install one with it to use a GPU"
+        return "this PyTorch is built without CUDA: to use a GPU, install PyTorch with CUDA"
     if not architectures():
         major, minor = torch.cuda.get_device_capability()
         return (
             f"this GPU has compute capability {major}.{minor}, and the CUDA kernels need 8.0 or more "
-            "(Ampere, for tensor cores in bfloat16 and asynchronous copies): use another"
+            "(Ampere, for tensor cores in bfloat16 and asynchronous copies): use another GPU"
         )
     release_needed = torch.version.cuda.split(".")[0]
     home = toolkit()
@@ -54,14 +55,14 @@ def why_not() -> str:
 def toolkit() -> Path:
     """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be
     missing."""
-    # here, because it takes half a second to import
+    # here, because the import takes half a second
     from torch.utils.cpp_extension import CUDA_HOME
 
     return Path(CUDA_HOME or os.devnull)
 
 
 def version() -> str:
-    """What nvcc says; "" without one."""
+    """The output of `nvcc --version`; "" without nvcc."""
     nvcc = toolkit() / "bin/nvcc"
     if not nvcc.exists():
         return ""
@@ -69,9 +70,9 @@ def version() -> str:
 
 
 def architectures() -> list[str]:
-    """Compute capabilities to compile for: the GPUs' here, if not too old; without a GPU 8.0 and
-    9.0, so that the kernels can be compiled. TORCH_CUDA_ARCH_LIST, which containers set for all
-    GPUs, is not read."""
+    """Compute capabilities to compile for: those of this machine's GPUs that are not too old;
+    without a GPU, 8.0 and 9.0, so that the kernels can be compiled. TORCH_CUDA_ARCH_LIST is
+    ignored, because containers set it for all GPUs."""
     if not torch.cuda.is_available():
         return ["8.0", "9.0"]
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

@@ -1,4 +1,4 @@
-"""Fake kernels for torch.compile and torch.library.opcheck: they return empty tensors of the right
+"""Fake kernels for torch.compile and torch.library.opcheck. They return empty tensors of the right
 shape and dtype. Arguments and results are those of the schemas in csrc/ops.cpp."""
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
-# columns of kept logits, as in csrc/kernels.h
+# columns per group of kept logits, and the padded row length, as in csrc/kernels.h
 LOGIT_GROUP = 256
 LOGIT_STRIDE = 272
 
@@ -103,6 +103,6 @@ FAKE_KERNELS: dict[str, Callable] = {
 
 
 def register() -> None:
-    """Register them with torch, once, after the operators are loaded."""
+    """Register the fake kernels with PyTorch. Call it once, after the operators are loaded."""
     for name, fake in FAKE_KERNELS.items():
         torch.library.register_fake(f"tinystory::{name}", fake)

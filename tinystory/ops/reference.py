@@ -1,9 +1,9 @@
-"""The definition of each operator in plain PyTorch: any device, any float type, differentiable,
-slow, memory-hungry.
+"""The definition of each operator in plain PyTorch. The definitions work on any device and with any
+float type and are differentiable, but they are slow and need much memory.
 
 `ops` documents arguments and results. The kernels are tested against these definitions. Random bits
-come from the same Philox counters as in csrc/philox.h, so that dropout masks and sampled tokens are
-the same bit for bit."""
+come from the same Philox counters as in csrc/philox.h, so dropout masks and sampled tokens are
+bit-identical."""
 
 import math
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """softmax(Q K^T / sqrt(D), over keys up to the query) V: packed (B, T, 3, H, D) -> (B, T, H,
-    D)."""
+    """softmax(Q K^T / sqrt(D)) V, (B, T, H, D), where the softmax is over the keys up to the query.
+    qkv: (B, T, 3, H, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     S = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     causal = torch.ones(S.shape[-2:], dtype=torch.bool, device=qkv.device).tril()
@@ -31,7 +31,8 @@ def decode_attention(
     batch = len(cache)
     cache[torch.arange(batch, device=cache.device), lengths] = qkv[:, 1:]  # the new key and value
 
-    # Each row gets all prompts and its own cache; the mask hides what is not its own or not filled.
+    # Each row gets all prompts and the cache of the row. The mask hides prompts of other rows and
+    # unfilled positions.
     kv = torch.cat([prefix.expand(batch, *prefix.shape), cache], dim=1)  # (B, P + T_max, 2, H, D)
     position = torch.arange(kv.size(1), device=kv.device)
     begin, end = spans[:, :, None].unbind(1)
@@ -87,7 +88,7 @@ def sample(
     refuse_rows(~(logits < math.inf).all(1), "holds NaN or +inf")
     refuse_rows((logits == -math.inf).all(1), "is -inf throughout")
     weights = sampling_weights(logits, temperature)
-    # The most likely first; among equals the lowest index first. -0.0 + 0.0 is 0.0.
+    # The most likely token first; among equal logits, the lowest index first. -0.0 + 0.0 is 0.0.
     order = (logits.float() + 0.0).sort(dim=1, descending=True, stable=True).indices
     ranked = weights.gather(1, order)
     if 0 < top_k < logits.size(1):
@@ -101,12 +102,12 @@ def sample(
 
     log_p = (logits.double() / temperature).log_softmax(-1)
     logprobs = log_p.gather(1, tokens).squeeze(1)
-    entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)  # not 0 * -inf
+    entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)  # avoids 0 * -inf
     return tokens.squeeze(1), logprobs.float(), entropy.float()
 
 
 def refuse_rows(invalid: Tensor, problem: str) -> None:
-    """Raise RuntimeError for the first of these rows, (B,) bool, if any."""
+    """Raises RuntimeError for the first invalid row, if any. invalid: (B,) bool."""
     if bool(invalid.any()):
         raise RuntimeError(f"sample: logits row {int(invalid.nonzero()[0])} {problem}")
 
@@ -116,13 +117,14 @@ LOW32 = 0xFFFFFFFF
 
 
 def upper(x: Tensor) -> Tensor:
-    """The upper 32 bits of int64s that hold a uint64: products wrap to the same 64 bits."""
+    """The upper 32 bits of 64-bit integers. int64 tensors hold uint64 values here, because products
+    wrap around to the same 64 bits."""
     return x >> 32 & LOW32
 
 
 def philox(seed: int, counter: list[Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word
-    counter."""
+    """Random bits of Philox4x32 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, for
+    each counter of four words."""
     x, y, z, w = counter
     key0 = seed & LOW32
     key1 = seed >> 32 & LOW32
@@ -141,8 +143,8 @@ def philox(seed: int, counter: list[Tensor], rounds: int = 10) -> list[Tensor]:
 def dropout_mask(
     batch: int, heads: int, length: int, p: float, seed: int, device: torch.device | None = None
 ) -> Tensor:
-    """A mask (batch, heads, length, length), 0 or the scale 1 / (1 - p), p rounded to a multiple of
-    1/256 below 1."""
+    """Dropout factors of attention weights, (batch, heads, length, length): 0 or the scale 1 / (1 -
+    p), where p is rounded to a multiple of 1/256 below 1."""
     head = torch.arange(batch * heads, device=device)[:, None, None]
     i = torch.arange(length, device=device)[:, None]
     j = torch.arange(length, device=device)
@@ -153,8 +155,8 @@ def dropout_mask(
 
 
 def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
-    """A float32 mask of the branch's shape (..., C), 0 or the scale, p rounded as in
-    `dropout_mask`."""
+    """Dropout factors of a branch, float32 with the shape of the branch, (..., C): 0 or the scale,
+    with p rounded as in `dropout_mask`."""
     C = branch.shape[-1]
     row = torch.arange(branch.numel() // C, device=branch.device)[:, None]
     column = torch.arange(C, device=branch.device)
@@ -167,7 +169,8 @@ def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
 
 
 def scales(words: list[Tensor], word: Tensor, byte: Tensor, p: float) -> Tensor:
-    """0 or 1 / (1 - p) per element, decided by byte `byte` of word `word` of its random bits."""
+    """Dropout factors, 0 or 1 / (1 - p): byte `byte` of word `word` of an element's random bits
+    decides."""
     threshold = min(int(p * 256 + 0.5), 255)
     stacked = torch.stack(words)
     chosen = stacked.gather(0, word.expand(stacked.shape[1:])[None]).squeeze(0)
@@ -176,7 +179,7 @@ def scales(words: list[Tensor], word: Tensor, byte: Tensor, p: float) -> Tensor:
 
 
 def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """64 random bits for each (row id, step): high and low 32-bit words."""
+    """64 random bits for each (row id, step), as high and low 32-bit words."""
     counter = [rows & LOW32, upper(rows), steps & LOW32, torch.ones_like(steps)]
     low, high, _, _ = philox(seed, counter)
     return high, low
@@ -196,8 +199,8 @@ EXP2 = (
 
 
 def sampling_weights(logits: Tensor, temperature: float) -> Tensor:
-    """floor(2^40 * 2^t), t = (logit - highest) * log2(e) / temperature, each operation rounded to
-    float32 by itself."""
+    """Fixed-point weights floor(2^40 * 2^t) with t = (logit - highest logit) * log2(e) /
+    temperature. Each operation is rounded to float32."""
     logits = logits.float()
     below_highest = logits - logits.amax(1, keepdim=True)
     log2_e = 1.4426950408889634
@@ -212,7 +215,8 @@ def sampling_weights(logits: Tensor, temperature: float) -> Tensor:
 
 
 def top_p_need(top_p: float, weights: Tensor) -> Tensor:
-    """top_p, in units of 2^-30, times each row's total weight, rounded up: (B, V) -> (B, 1)."""
+    """The minimum weight of the kept tokens, (B, 1): top_p, in units of 2^-30, times the total
+    weight of each row, rounded up. weights: (B, V)."""
     low30 = 2**30 - 1
     fixed = max(1, int(top_p * 2**30 + 0.5))
     total = weights.sum(1, keepdim=True)
@@ -221,7 +225,8 @@ def top_p_need(top_p: float, weights: Tensor) -> Tensor:
 
 
 def below(bits: tuple[Tensor, Tensor], total: Tensor) -> Tensor:
-    """floor(bits * total / 2^64) for 64 bits given as high and low words, total < 2^62."""
+    """floor(bits * total / 2^64), where bits are 64 bits given as high and low words, and total <
+    2^62."""
     high, low = bits
     total_high = total >> 32
     total_low = total & LOW32

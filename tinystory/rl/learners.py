@@ -1,8 +1,9 @@
-"""The learners in one table: how each turns rewards into advantages, and its loss.
+"""The table of learners: how each learner turns rewards into advantages, and the loss of each.
 
-Formulas follow TRL: the PPOTrainer of 0.9.4, which the paper used (arXiv 2509.15714), after Ziegler
-et al. 2019 (arXiv 1909.08593), and the trainers of 1.16.0 for RLOO, GRPO, Dr. GRPO, DPO and
-fine-tuning.
+Formulas follow TRL. PPO follows the PPOTrainer of TRL 0.9.4, which the paper used (arXiv
+2509.15714), after Ziegler et al. 2019 (arXiv 1909.08593). RLOO, GRPO, Dr. GRPO, DPO and fine-tuning
+follow the trainers of TRL 1.16.0.
+
 Tensors are (n,), one entry per story token of a batch, or padded tables (B, N), one row per story,
 with a mask that is True at tokens."""
 
@@ -27,25 +28,27 @@ from tinystory.student.model import ValueHead
 def policy_loss(
     config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor, kl_coef: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(n,): each token's loss, and whether it is clipped. logprob: (n,), the policy's. kl_coef:
-    DPO's beta.
+    """Loss of each token, (n,), and whether the loss is clipped, (n,) bool.
 
-    -min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio: PPO (Schulman et al. 2017,
-    arXiv 1707.06347, eq. 7), also for GRPO and Dr. GRPO. For RLOO the whole story is one action
-    (Ahmadian et al. 2024, arXiv 2402.14740). RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1)
-    fine-tunes on the best stories: -log p. DPO: -log sigmoid(beta margin) of the pair, for every
-    token of its two stories (Rafailov et al. 2023, arXiv 2305.18290, eq. 7)."""
+    logprob: (n,), log-probabilities under the policy. kl_coef: beta of DPO.
+
+    PPO, GRPO and Dr. GRPO: -min(r A, clip(r, 1 - c, 1 + c) A), where r is the probability ratio of
+    the token (Schulman et al. 2017, arXiv 1707.06347, eq. 7). RLOO: the same with the ratio of the
+    whole story, which is one action (Ahmadian et al. 2024, arXiv 2402.14740). sft-best: -log p of
+    the best stories, as in RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1). DPO: -log
+    sigmoid(beta margin), for every token of both stories of a pair (Rafailov et al. 2023, arXiv
+    2305.18290, eq. 7)."""
     not_clipped = torch.zeros_like(logprob, dtype=torch.bool)
     if config.learner == "sft-best":
         return -logprob, not_clipped
     if config.learner == "dpo":
         pair_losses = -nn.functional.logsigmoid(kl_coef * margins(config, batch, targets, logprob))
         story_losses = pair_losses[:, None].expand(-1, 2).flatten()
-        return batch.packed(story_losses[:, None]), not_clipped
+        return batch.unpadded(story_losses[:, None]), not_clipped
     log_ratio = logprob - batch.logprobs
     if config.learner == "rloo":
         story_ratios = torch.exp(batch.story_sums(log_ratio))
-        ratio = batch.packed(story_ratios[:, None])
+        ratio = batch.unpadded(story_ratios[:, None])
     else:
         ratio = torch.exp(log_ratio)
     clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
@@ -56,10 +59,12 @@ def policy_loss(
 
 
 def margins(config: InteractConfig, batch: Batch, targets: Targets, logprob: Tensor) -> Tensor:
-    """(B / 2,): of each pair, two neighbours in the batch, the winner's log-ratio of policy and
-    reference less the loser's. Sums over the tokens, or with --length-normalised means, as in SimPO
-    (Meng et al. 2024, arXiv 2405.14734, eq. 4), which has no reference. logprob: (n,), the
-    policy's."""
+    """Margins of the pairs, (B / 2,): log-ratio of policy and reference of the winner minus that of
+    the loser. The two stories of a pair are neighbours in the batch.
+
+    A log-ratio is summed over the tokens of a story. With --length-normalised it is averaged
+    instead, as in SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 4), which has no reference.
+    logprob: (n,), log-probabilities under the policy."""
     signed_log_ratios = targets.advantages * (logprob - targets.ref_logprobs)
     stories = batch.story_sums(signed_log_ratios)
     if config.length_normalised:
@@ -68,17 +73,17 @@ def margins(config: InteractConfig, batch: Batch, targets: Targets, logprob: Ten
 
 
 def story_weights(config: InteractConfig, batch: Batch, tokens: int, stories: int) -> Tensor:
-    """(n,): weights of the tokens in the mean over a minibatch of this size, for learners that
-    compare stories.
+    """Weights of the tokens, (n,), in the mean over a minibatch of `tokens` tokens and `stories`
+    stories, for learners that compare stories.
 
-    1/G sum_i 1/|o_i| sum_t: the mean of stories' token means, GRPO (Shao et al. 2024, arXiv
-    2402.03300, eq. 3), and for DPO of pairs' losses; for Dr. GRPO (Liu et al. 2025, arXiv
-    2503.20783, figure 1) with the most tokens of a story in place of |o_i|."""
+    The loss is a mean over stories of the mean over a story's tokens, 1/G sum_i 1/|o_i| sum_t, as
+    in GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3). For DPO this is the mean over pairs. Dr.
+    GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1) replaces |o_i| by --max-new-tokens."""
     lengths = batch.lengths
     if config.learner == "dr_grpo":
         lengths = np.full_like(lengths, config.max_new_tokens)
     weights = (tokens / (stories * lengths)).astype(np.float32)
-    return batch.packed(upload(weights, batch.inputs.device)[:, None])
+    return batch.unpadded(upload(weights, batch.inputs.device)[:, None])
 
 
 # ---- targets -------------------------------------------------------------------------------------
@@ -87,9 +92,11 @@ def story_weights(config: InteractConfig, batch: Batch, tokens: int, stories: in
 def targets_of(
     config: InteractConfig, critic: nn.Module, batch: Batch, reference: Reference, rewards: Tensor
 ) -> Targets:
-    """From token rewards (n,), see `ppo.token_rewards`: whitened advantage estimates from the
-    values of the rollout or of the ridge critic, and the returns that a value head learns;
-    advantages by the learner's baseline, the same for all tokens of a story; or 1 everywhere."""
+    """Targets of the learner's loss, from token rewards (n,) of `ppo.token_rewards`.
+
+    With a critic, the advantages are whitened generalised advantage estimates, from the values of
+    the rollout (value head) or of the ridge critic. With a baseline, all tokens of a story have the
+    story's advantage. Otherwise all advantages are 1."""
     learner = LEARNERS[config.learner]
     if learner.critic is None:
         zeros = torch.zeros_like(rewards)
@@ -97,26 +104,26 @@ def targets_of(
         if learner.baseline:
             groups = upload(batch.indices // config.stories_per_opening, rewards.device)
             story_advantages = learner.baseline(batch.story_sums(rewards), groups)
-            advantages = batch.packed(story_advantages[:, None])
+            advantages = batch.unpadded(story_advantages[:, None])
         return Targets(advantages, reference.logprobs, zeros, zeros)
 
     values = batch.values
     reward_table = batch.padded(rewards)
     if isinstance(critic, RidgeCritic):
-        observed_returns = batch.packed(discounted(reward_table, config.gamma))
+        observed_returns = batch.unpadded(discounted(reward_table, config.gamma))
         values = critic.estimate(batch, reference, observed_returns)
     mask = batch.padded(torch.ones_like(rewards)).bool()
     table, returns = advantages_and_returns(
         reward_table, batch.padded(values), config.gamma, config.lam
     )
-    advantages = batch.packed(whiten(table, mask))
-    return Targets(advantages, reference.logprobs, values, batch.packed(returns))
+    advantages = batch.unpadded(whiten(table, mask))
+    return Targets(advantages, reference.logprobs, values, batch.unpadded(returns))
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): each story's return minus the mean of the others in its group; 0 if it is alone. RLOO
-    (Ahmadian et al. 2024, arXiv 2402.14740). returns: (B,), reward and KL penalty; groups: (B,)
-    int64, equal within a group."""
+    """Advantages of RLOO, (B,): each story's return minus the mean return of the other stories in
+    the group; 0 for a group of one (Ahmadian et al. 2024, arXiv 2402.14740). returns: (B,), reward
+    minus KL penalty. groups: (B,) int64, equal within a group."""
     count = _group_sums(torch.ones_like(returns), groups)
     sum_of_others = _group_sums(returns, groups) - returns
     mean_of_others = sum_of_others / (count - 1).clamp(min=1)
@@ -124,15 +131,16 @@ def rloo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def dr_grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): each story's return minus the mean of its group. Dr. GRPO (Liu et al. 2025, arXiv
-    2503.20783, figure 1)."""
+    """Advantages of Dr. GRPO, (B,): each story's return minus the mean return of the group (Liu et
+    al. 2025, arXiv 2503.20783, figure 1)."""
     count = _group_sums(torch.ones_like(returns), groups)
     return returns - _group_sums(returns, groups) / count
 
 
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): `dr_grpo` over the group's standard deviation. GRPO (Shao et al. 2024, arXiv
-    2402.03300, section 4.1.2); Bessel's correction and 1e-4 added, as in TRL."""
+    """Advantages of GRPO, (B,): those of `dr_grpo` divided by the standard deviation of the group
+    (Shao et al. 2024, arXiv 2402.03300, section 4.1.2). As in TRL, the standard deviation has
+    Bessel's correction, and 1e-4 is added."""
     centred = dr_grpo(returns, groups)
     count = _group_sums(torch.ones_like(returns), groups)
     variance = _group_sums(centred**2, groups) / (count - 1).clamp(min=1)
@@ -140,36 +148,37 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def best_against_worst(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): 1 for the story with the highest return of its group, -1 for the one with the lowest, 0
-    for the others, and in a group without two different returns.
+    """Signs for DPO, (B,): in each group 1 for the story with the highest return, -1 for the story
+    with the lowest, and 0 for the others; 0 for all stories of a group if their returns are equal.
 
-    One pair per opening, as in SimPO (arXiv 2405.14734, section 3). Its returns differ most, so
-    noise in the scores swaps it least often, and no story is in two pairs."""
+    There is one pair per opening, as in SimPO (arXiv 2405.14734, section 3). The returns of this
+    pair differ most, so noise in the scores swaps winner and loser least often, and no story is in
+    two pairs."""
     same_group = groups[:, None] == groups
     row = torch.arange(len(returns), device=returns.device)
-    best = torch.where(same_group, returns, -math.inf).argmax(1)  # the first of equal ones
+    best = torch.where(same_group, returns, -math.inf).argmax(1)  # the first of equal returns
     worst = torch.where(same_group, returns, math.inf).argmin(1)
     return (best == row).to(returns.dtype) - (worst == row).to(returns.dtype)
 
 
 def _group_sums(x: Tensor, groups: Tensor) -> Tensor:
-    """(B,): the sum over each entry's group, as a matrix product, which a GPU adds up in a fixed
-    order."""
+    """Sum of x over the group of each entry, (B,). Computed as a matrix product, because a GPU adds
+    the terms of a matrix product in a fixed order."""
     same_group = groups[:, None] == groups
     return (same_group.double() @ x.double()).to(x.dtype)
 
 
 def best_quarter(returns: Tensor) -> Tensor:
-    """Indices, in order, of the highest quarter of returns, (B,), rounded up. RAFT takes the best
-    of each opening."""
+    """Indices, in order, of the quarter of the stories with the highest returns, rounded up.
+    returns: (B,). RAFT instead takes the best story of each opening."""
     count = math.ceil(len(returns) / 4)
     best_first = returns.argsort(descending=True, stable=True)
     return best_first[:count].sort().values
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and variance 1 over the masked entries (Bessel's correction,
-    epsilon 1e-8)."""
+    """x shifted and scaled to mean 0 and variance 1 over the entries where mask is True (Bessel's
+    correction, epsilon 1e-8)."""
     count = mask.sum()
     mean = (x * mask).sum() / count
     variance = ((x - mean) ** 2 * mask).sum() / count
@@ -178,8 +187,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def discounted(x: Tensor, factor: float) -> Tensor:
-    """(B, N): for each token t, the sum of factor^(u - t) x[u] over u >= t. One product with a
-    triangular matrix instead of a loop."""
+    """Discounted sums, (B, N): for each token t, the sum of factor^(u - t) x[u] over u >= t.
+    Computed as one product with a triangular matrix instead of a loop."""
     token = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
     steps_ahead = token[:, None] - token  # [u, t] is u - t
     weights = factor ** steps_ahead.clamp(min=0)
@@ -189,8 +198,8 @@ def discounted(x: Tensor, factor: float) -> Tensor:
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16) and returns
-    = advantages + values, all (B, N) and 0 after a story's end."""
+    """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16), and returns
+    = advantages + values. All tables are (B, N) and 0 after the end of a story."""
     next_values = nn.functional.pad(values[:, 1:], (0, 1))
     errors = rewards + gamma * next_values - values  # the temporal differences, delta in eq. 12
     advantages = discounted(errors, gamma * lam)
@@ -202,10 +211,11 @@ def advantages_and_returns(
 
 @dataclass(frozen=True)
 class Learner:
-    """critic: its class, made from the student's width, or None. baseline: (returns (B,), groups
-    (B,)) -> advantages (B,), for learners that compare the stories of a step to the same opening.
-    reads: the options that it reads and some other learner does not. together: neighbours in the
-    batch that its loss compares, so that they stay in one micro-batch."""
+    """Properties of a learner. critic: class of the critic, constructed with the student's width;
+    None without a critic. baseline: function from returns (B,) and groups (B,) to advantages (B,),
+    for learners that compare the stories of a step with the same opening. reads: options that this
+    learner uses and some other learner does not. together: number of neighbouring stories that the
+    loss compares, which therefore stay in one micro-batch."""
 
     critic: type[RidgeCritic] | type[ValueHead] | None = None
     baseline: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -232,23 +242,27 @@ def check(config: InteractConfig) -> None:
         readers = [name for name, learner in LEARNERS.items() if option in learner.reads]
         if readers and name not in readers:
             raise UserError(
-                f"{flag} is read by --learner {' or '.join(readers)} only: leave it out"
+                f"{flag} has no effect with --learner {name}, only with "
+                f"{' or '.join(readers)}: leave {flag} out, or change --learner"
             )
     if LEARNERS[name].baseline and (group < 2 or config.stories_per_step % group):
         raise UserError(
-            f"--learner {name} compares the stories to an opening: give --stories-per-opening 2 or more, and "
-            "--stories-per-step a multiple of it"
+            f"--learner {name} compares stories with the same opening, but --stories-per-opening is "
+            f"{group} and --stories-per-step {config.stories_per_step}: give --stories-per-opening 2 or "
+            "more, and --stories-per-step a multiple of --stories-per-opening"
         )
     if name == "dpo" and not config.kl_coef:
         raise UserError(
-            "--learner dpo has no gradient with --kl-coef 0, its beta: give one above 0, such as 0.1"
+            "--learner dpo has no gradient with --kl-coef 0, which is beta of DPO: give --kl-coef above "
+            "0, such as 0.1"
         )
     if name == "dpo" and (config.minibatch_size % 2 or config.micro_batch_size % 2):
         raise UserError(
-            "--learner dpo compares two stories at a time: give an even --minibatch-size and an even "
-            "--micro-batch-size"
+            "--learner dpo compares two stories at a time, but --minibatch-size is "
+            f"{config.minibatch_size} and --micro-batch-size {config.micro_batch_size}: make both even"
         )
     if name == "ridge" and config.stories_per_step < 2:
         raise UserError(
-            "--learner ridge learns from the other stories of a step: give --stories-per-step 2 or more"
+            "--learner ridge estimates the value of a story from other stories of the step: give "
+            f"--stories-per-step 2 or more instead of {config.stories_per_step}"
         )

@@ -1,5 +1,5 @@
-"""Sequence packing with shared prefixes: no padding, and an opening that several stories share is
-computed once."""
+"""Sequence packing with shared prefixes: no padding, and each opening is computed once, however
+many stories share the opening."""
 
 from dataclasses import dataclass
 from typing import Any  # torch's ctx takes any attribute
@@ -17,35 +17,35 @@ from tinystory.student.model import Student
 class Packing:
     """Int64 indices that pack (B, T) padded rows into one sequence of n tokens, each opening once.
 
-    places (n,): position in (B * T) of each token of the sequence. source (B * T,): at each
-    position the index of its token in the sequence, 0 for padding. copies (k,): padded positions of
-    repeated opening tokens. shared (m,): indices in the sequence of the tokens that are repeated.
-    owners (k,): index in `shared` of the token that each copy repeats."""
+    positions: (n,), padded position (0 to B * T - 1) of each token of the sequence.
+    source: (B * T,), index in the sequence of the token at each padded position, 0 for padding.
+    copies: (k,), padded positions of repeated opening tokens.
+    shared: (m,), indices in the sequence of the tokens that are repeated.
+    owners: (k,), index in `shared` of the token that each copy repeats."""
 
-    places: Tensor
+    positions: Tensor
     source: Tensor
     shared: Tensor
     copies: Tensor
     owners: Tensor
 
     def hidden(self, student: Student, tokens: Tensor) -> Tensor:
-        """The student's final hidden states, (n, C), for tokens (B, T)."""
-
+        """The student's final hidden states of the packed sequence, (n, C), for tokens (B, T)."""
         rows, columns = tokens.shape
 
         def attend(_: int, qkv: Tensor) -> Tensor:
             padded = Unpack.apply(qkv, self).unflatten(0, (rows, columns))
             out = ops.causal_attention(padded)
-            return out.flatten(0, 1).index_select(0, self.places)
+            return out.flatten(0, 1).index_select(0, self.positions)
 
-        sequence = tokens.flatten()[self.places]
-        positions = self.places % columns
-        return student.trunk(student.wte(sequence) + student.wpe(positions), attend)
+        sequence = tokens.flatten()[self.positions]
+        positions_in_row = self.positions % columns
+        return student.trunk(student.wte(sequence) + student.wpe(positions_in_row), attend)
 
 
 class Unpack(torch.autograd.Function):
-    """(n, ...) -> (B * T, ...): each token at all of its positions. The gradient sums over them, in
-    float32."""
+    """Copies each packed token, (n, ...), to all padded positions of the token, (B * T, ...). The
+    backward pass sums the gradients over these positions, in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
@@ -57,8 +57,9 @@ class Unpack(torch.autograd.Function):
         (grad,) = grads
         packing = ctx.packing
         sum_dtype = torch.promote_types(grad.dtype, torch.float32)
-        result = grad.index_select(0, packing.places)
-        # Tokens of an opening that other rows repeat get the gradients of those rows as well.
+        result = grad.index_select(0, packing.positions)
+        # A token of a repeated opening also receives the gradients of the rows that repeat the
+        # opening.
         total = result.index_select(0, packing.shared).to(sum_dtype)
         of_copies = grad.index_select(0, packing.copies).to(sum_dtype)
         total.index_add_(0, packing.owners, of_copies)
@@ -66,11 +67,11 @@ class Unpack(torch.autograd.Function):
 
 
 def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
-    """The packing of B padded rows, in which the first row with an opening computes it; None if no
-    opening repeats.
+    """The packing of B padded rows; None if no opening repeats. The first row with an opening
+    computes the opening for all rows that share it.
 
-    All (B,) int64: openings, equal for the same opening; prompt_lengths, tokens of the opening;
-    lengths, tokens of the row, opening and story."""
+    All arguments are (B,) int64. openings: equal for equal openings. prompt_lengths: number of
+    tokens of the opening. lengths: number of tokens of the row, which has opening and story."""
     _, first_rows, group = np.unique(openings, return_index=True, return_inverse=True)
     if len(first_rows) == len(openings):
         return None
@@ -83,14 +84,14 @@ def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) 
     row_starts = rows * columns
     copies = spans(row_starts, copied)
     originals = spans(owner * columns, copied)
-    places = spans(row_starts + copied, lengths - copied)
+    positions = spans(row_starts + copied, lengths - copied)
 
     source = np.zeros(len(openings) * columns, np.int64)
-    source[places] = np.arange(len(places))
+    source[positions] = np.arange(len(positions))
     source[copies] = source[originals]
     shared, owners = np.unique(source[copies], return_inverse=True)
     return Packing(
-        places=torch.from_numpy(places),
+        positions=torch.from_numpy(positions),
         source=torch.from_numpy(source),
         shared=torch.from_numpy(shared),
         copies=torch.from_numpy(copies),

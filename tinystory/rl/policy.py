@@ -1,4 +1,4 @@
-"""The policy (student, critic and optimizer), the run state that its checkpoints hold, and its
+"""The policy (student, critic and optimizer), the run state in the policy's checkpoints, and
 rollouts."""
 
 import contextlib
@@ -21,8 +21,8 @@ from tinystory.student import checkpoint, hf
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
 
-EPS = 1e-8  # Adam's, as in PyTorch and TRL 0.9.4
-# What to do when an update makes weights that are not finite.
+EPS = 1e-8  # epsilon of Adam, as in PyTorch and TRL 0.9.4
+# Advice for a user after an update made weights that are not finite.
 TOO_LARGE = (
     "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
 )
@@ -30,9 +30,9 @@ TOO_LARGE = (
 
 @dataclass
 class RunState:
-    """written: stories so far; asked: those that the teacher was to grade. words_in counts each
-    opening once and each word of a reply (arXiv 2509.15714); words_out counts the words that the
-    student writes."""
+    """Counters of a run, saved in each checkpoint. written: number of stories so far. asked: number
+    of stories sent to the teacher. words_in: words of the openings, each opening counted once, and
+    words of the teacher's replies (arXiv 2509.15714). words_out: words that the student wrote."""
 
     kl_coef: float
     step: int = 0
@@ -41,14 +41,15 @@ class RunState:
     words_in: int = 0
     words_out: int = 0
     best_step: int = 0
-    evaluated: int = -1  # step of the last evaluation whose words are counted
+    evaluated: int = -1  # step of the last evaluation that is counted in the words
 
     def spend(self, stories: Sequence[Story], words_in: int) -> None:
+        """Count words in, and the stories' words as words out."""
         self.words_in += words_in
         self.words_out += sum(story.words for story in stories)
 
     def end_step(self, stories: Sequence[Story], words_in: int, asked: int) -> None:
-        """asked: stories that the teacher was to grade."""
+        """Count a finished step. asked: number of the step's stories sent to the teacher."""
         self.spend(stories, words_in)
         self.step += 1
         self.written += len(stories)
@@ -56,13 +57,14 @@ class RunState:
 
 
 class SharpAdam(torch.optim.Adam):
-    """Adam for student and critic, and for s, the logarithm of a factor on all logits, which has
-    its own learning rate.
+    """Adam for student, critic, and s. s is the logarithm of the logit scale (a factor on all
+    logits) and has its own learning rate, --sharpness-rate.
 
-    Of 70 directions that scale a part of the student, s is the only one in which 256 stories tell a
-    gain from noise (lab/LOG.md). After each step it is folded into the final norm. The norm can go
-    there by itself, but at Adam's rate it goes as fast in 255 directions of noise. `readers`,
-    weights that read the norm's output besides the logits (a value head's), are divided by the same
+    70 directions that each scale a part of the student were measured. s is the only direction with
+    a gradient from 256 stories that is above noise (lab/LOG.md). After each step, s is folded into
+    the final norm. Adam could learn the same scale in the final norm, but at one rate the norm
+    would also move along 255 directions of noise. `readers` are weights that are applied to the
+    norm's output besides the unembedding: the weight of a value head. They are divided by the same
     factor, so that s changes no value."""
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
@@ -81,11 +83,12 @@ class SharpAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
-        """Adam's step for all parameters and s, which is then folded into norm and readers, and 0."""
+        """Update all parameters and s by Adam; then fold s into norm and readers and reset s to
+        0."""
         multiplied = [self.norm.weight, self.norm.bias]
         divided = self.readers
-        # e^s multiplies the norm and divides the readers. So at s = 0 the loss's derivative by s is
-        # the sum of gradient times parameter, counted negative for the readers.
+        # e^s multiplies the norm and divides the readers. So at s = 0 the derivative of the loss
+        # with respect to s is the sum of gradient times parameter, negated for the readers.
         slopes = [(p.grad * p).sum() for p in multiplied if p.grad is not None]
         slopes += [-(p.grad * p).sum() for p in divided if p.grad is not None]
         self.sharpness.grad = torch.stack(slopes).sum()
@@ -101,9 +104,9 @@ class SharpAdam(torch.optim.Adam):
 
 @dataclass(kw_only=True)
 class Policy:
-    """critic: an empty module for learners without values. autocast: a context for the forward
-    passes alone, since the backward pass would round the value head's float32 gradient in it.
-    history: the student's, for model.json."""
+    """Student, critic and optimizer. critic: an empty module for learners without values. autocast:
+    context of the forward passes only; in this context, the backward pass would round the float32
+    gradient of the value head. history: the student's training history, for model.json."""
 
     student: Student
     critic: nn.Module
@@ -118,10 +121,11 @@ class Policy:
         self.value_head = self.critic if isinstance(self.critic, ValueHead) else None
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
-        """Write a checkpoint, and drop older ones."""
-        if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
+        """Write a checkpoint, and delete older ones."""
+        # another rank would delete the checkpoint that rank 0 is writing
+        if not distributed.is_rank0():
             return
-        history = dict(self.history)  # with the words of earlier interactions
+        history = dict(self.history)  # includes the words of earlier interactions
         if state.step:
             words_in_before = history.get("interaction_words_in", 0)
             words_out_before = history.get("interaction_words_out", 0)
@@ -139,16 +143,18 @@ class Policy:
         checkpoint.drop_older(folder)
 
     def trainer_state(self) -> dict[str, Tensor]:
-        """What a bit-exact resume needs besides the student."""
+        """Tensors that a bit-identical resume needs besides the student: optimizer, critic and
+        score model."""
         tensors = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         return tensors | self.score_model.tensors()
 
     def require_finite(self, step: int) -> None:
-        """Raises UserError if the step made weights that no run can go on from."""
+        """Raises UserError if the step made weights that are not finite, or too large."""
         hf.require_finite(step, self.student, self.trainer_state(), TOO_LARGE)
 
     def restore(self, folder: Path) -> RunState:
+        """The run state of a checkpoint, after loading all tensors of the policy from it."""
         checkpoint.restore(self.student, folder)
         tensors, state = checkpoint.load_trainer(folder, RunState)
         with checkpoint.restoring(folder):
@@ -160,7 +166,7 @@ class Policy:
 
 
 def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
-    """A checkpoint's student with a new critic and a new optimizer."""
+    """A policy with the student of a checkpoint, a new critic and a new optimizer."""
     student, tokenizer, history = checkpoint.load(folder, compute.device)
     critic_class = LEARNERS[config.learner].critic
     critic = critic_class(student.config.n_embd) if critic_class else nn.Module()
@@ -183,9 +189,10 @@ def rollout(
     on_story: Callable[[Story], None],
     temperature: float = 1.0,
 ) -> list[Story]:
-    """Stories first_index, first_index + 1, ... to these openings, on every rank. on_story is called
-    on rank 0 alone: for a story of its own shard as soon as it ends, for the others afterwards.
-    temperature: 1 is the student's own."""
+    """Stories that continue these openings, with indices first_index, first_index + 1, ..., on
+    every rank. on_story is called on rank 0 only: for a story of rank 0's shard as soon as the
+    story ends, for all other stories afterwards. temperature: relative to the temperature that is
+    folded into the student."""
     shard = distributed.shard_contiguous(len(openings))
     is_rank0 = distributed.is_rank0()
     with policy.autocast():
@@ -211,10 +218,10 @@ def rollout(
 def rollout_means(
     stories: Sequence[Story], scores: Sequence[float | None]
 ) -> dict[str, float | None]:
-    """The mean entropy per story (nats, summed over its tokens) of the sampling distributions. Over
-    the `scored` stories: Pearson's correlation of the score with the number of
-    words (score_length) and with the mean log-probability per token as sampled (score_logprob), or
-    None."""
+    """Means over the stories of a rollout. entropy: mean entropy per story of the sampling
+    distributions, in nats, summed over the tokens. scored: number of stories with a score.
+    score_length, score_logprob: Pearson's correlation, over these stories, of the score with the
+    number of words, and with the mean log-probability per token as sampled; None if undefined."""
     scored = [
         (story, score) for story, score in zip(stories, scores, strict=True) if score is not None
     ]
@@ -230,7 +237,7 @@ def rollout_means(
 
 
 def correlation_or_none(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None for fewer than two values, or if all of x or of y are equal."""
+    """Pearson's correlation; None for fewer than two values, or if all x or all y are equal."""
     try:
         return correlation(x, y)
     except StatisticsError:

@@ -1,8 +1,7 @@
-"""One step of learning from stories: token rewards with a KL penalty, and the update of PPO and its
-kin.
+"""One step of learning from stories: token rewards with a KL penalty, and the update of the policy.
 
-Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per
-token of the stories."""
+The formulas follow TRL's PPOTrainer; learners.py has the parts that differ between learners.
+Tensors are (n,), one entry per token of the stories."""
 
 import math
 from collections.abc import Sequence
@@ -29,37 +28,38 @@ from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.model import Student
 
-# As in TRL 0.9.4: clipping range of the value (cliprange_value), and mean policy ratio above which
-# a minibatch is skipped (ratio_threshold).
+# The clipping range of the value (cliprange_value in TRL 0.9.4), and the mean policy ratio above
+# which a minibatch is skipped (ratio_threshold).
 CLIP_VALUE = 0.2
 MAX_RATIO = 10.0
-# What `backward` sums over a minibatch's tokens.
+# Metrics that `backward` sums over the tokens of a minibatch.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
 
 def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them.
-    Columns that are padding in all rows are skipped. A shared opening is computed once on a CPU,
-    but not on a GPU, whose sums of its gradients would depend on the threads' order."""
+    """Log-probabilities of the stories' tokens, (n,), and the hidden states that predict these
+    tokens, (n, C). Columns that are padding in all rows are skipped. A CPU computes a shared
+    opening once. A GPU does not, because there the sum of the opening's gradients would depend on
+    the order of the threads."""
     columns = int(batch.input_lengths.max())
     tokens = batch.inputs[:, :columns]
-    # The state at position p predicts token p + 1, so a story's first token is predicted from its
-    # prompt's last one.
+    # The hidden state at position p predicts token p + 1, so the last token of the prompt predicts
+    # the first token of the story.
     row_starts = np.arange(len(batch)) * columns
     predictors = spans(row_starts + batch.prompt_lengths - 1, batch.lengths)
-    padded_places = upload(predictors, tokens.device)
+    padded_positions = upload(predictors, tokens.device)
 
     packing = None
     if not ops.on_gpu(tokens):
         packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
     if packing is None:
         padded_hidden = student.hidden(tokens).flatten(0, 1)
-        states = padded_hidden.index_select(0, padded_places)
+        hidden = padded_hidden.index_select(0, padded_positions)
     else:
         packed_hidden = packing.hidden(student, tokens)
-        states = packed_hidden.index_select(0, packing.source[padded_places])
-    logprobs, _ = ops.token_logprob(states, student.unembedding, batch.tokens)
-    return logprobs, states
+        hidden = packed_hidden.index_select(0, packing.source[padded_positions])
+    logprobs, _ = ops.token_logprob(hidden, student.unembedding, batch.tokens)
+    return logprobs, hidden
 
 
 # ---- before the update ---------------------------------------------------------------------------
@@ -67,38 +67,38 @@ def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
-    """`response_logprobs` of the frozen starting checkpoint for a whole step, in micro-batches, of
-    which each process computes its share. Both are float32; the states are (n, 0) unless the ridge
-    critic or the score model uses them."""
-    needs_states = config.learner == "ridge" or config.grades > 0
-    width = reference.config.n_embd if needs_states else 0
+    """Log-probabilities and hidden states of a step's stories under the frozen starting checkpoint,
+    float32. The hidden states are (n, 0) unless the ridge critic or the score model uses them. The
+    micro-batches are sharded over processes."""
+    needs_hidden = config.learner == "ridge" or config.grades > 0
+    width = reference.config.n_embd if needs_hidden else 0
     logprobs = torch.zeros_like(batch.logprobs)
-    states = logprobs.new_zeros(len(logprobs), width)
+    hidden = logprobs.new_zeros(len(logprobs), width)
     micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
     with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
             part = batch.rows(rows)
-            part_logprobs, part_states = response_logprobs(reference, part)
-            logprobs[part.places] = part_logprobs
-            if needs_states:
-                states[part.places] = part_states.float()
-    return Reference(distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(states))
+            part_logprobs, part_hidden = response_logprobs(reference, part)
+            logprobs[part.token_indices] = part_logprobs
+            if needs_hidden:
+                hidden[part.token_indices] = part_hidden.float()
+    return Reference(distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(hidden))
 
 
 def token_rewards(
     story_rewards: Tensor, batch: Batch, reference: Reference, kl_coef: float
 ) -> Tensor:
-    """(n,): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its
-    last token."""
+    """Token rewards, (n,): -kl_coef * (logprob - ref_logprob) at each token, plus the reward of the
+    story at the story's last token. story_rewards: (B,)."""
     rewards = -kl_coef * (batch.logprobs - reference.logprobs)
-    last_places = upload(batch.lengths.cumsum() - 1, rewards.device)
-    rewards[last_places] += story_rewards
+    last_tokens = upload(batch.lengths.cumsum() - 1, rewards.device)
+    rewards[last_tokens] += story_rewards
     return rewards
 
 
 def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
-    """The next step's KL coefficient. kl: nats per story; stories: those with a reward (adaptive
-    controller: Ziegler et al. 2019, section 2.2)."""
+    """KL coefficient of the next step, from an adaptive controller (Ziegler et al. 2019, section
+    2.2). kl: nats per story. stories: number of stories with a reward."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return coef * (1 + error * stories / config.kl_horizon)
 
@@ -111,13 +111,13 @@ def step(
     kl_coef: float,
     steps: int = 0,
 ) -> dict[str, float]:
-    """One step: token rewards, advantages, the update. Returns its statistics. reference: from
-    `read_reference`. story_rewards: a story without one gives no gradient. steps: done before this
-    one."""
+    """Metrics of one step: token rewards, advantages, and the update of the policy. reference: from
+    `read_reference`. story_rewards: a story with None has no gradient. steps: number of steps done
+    before this one."""
     config = policy.config
     scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
     batch = batch.rows(np.array(scored))
-    reference = reference.at(batch.places)
+    reference = reference.at(batch.token_indices)
     rewards = torch.tensor([story_rewards[row] for row in scored], device=batch.inputs.device)
 
     is_kl_in_loss = config.kl_in == "loss" or config.learner == "dpo"
@@ -138,13 +138,13 @@ def step(
     if config.learner == "sft-best":
         selected = best_quarter(batch.story_sums(per_token)).cpu().numpy()
         batch = batch.rows(selected)
-        reference = reference.at(batch.places)
-        per_token = per_token.index_select(0, batch.places)
+        reference = reference.at(batch.token_indices)
+        per_token = per_token.index_select(0, batch.token_indices)
     targets = targets_of(config, policy.critic, batch, reference, per_token)
     if config.learner == "dpo":
         story_advantages = batch.padded(targets.advantages)[:, 0]
         batch = batch.rows(story_advantages.cpu().numpy().nonzero()[0])
-        targets = targets.at(batch.places)
+        targets = targets.at(batch.token_indices)
         pair_margins = margins(config, batch, targets, batch.logprobs)
         openings = len(story_rewards) // config.stories_per_opening
         statistics |= {
@@ -161,13 +161,13 @@ def step(
 def update(
     policy: Policy, batch: Batch, targets: Targets, kl_coef: float = 0.0, steps: int = 0
 ) -> dict[str, float]:
-    """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their
-    mean statistics.
+    """Mean metrics over the optimizer steps of one update: config.epochs passes over the batch,
+    with one optimizer step per minibatch.
 
-    kl_coef: the KL penalty's weight in the loss, or DPO's beta. steps: done before this one.
-    torch's global generator draws the order of minibatches. Gradients are accumulated over
-    micro-batches and processes and divided by the minibatch's tokens, so that both affect only
-    memory and speed."""
+    kl_coef: weight of the KL penalty in the loss, or beta of DPO. steps: number of steps done
+    before this one. PyTorch's global generator draws the order of the minibatches. Gradients are
+    summed over micro-batches and processes, and divided by the number of tokens of the minibatch.
+    So --micro-batch-size and the number of processes affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
     together = LEARNERS[config.learner].together
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -189,7 +189,8 @@ def update(
             optimizer.zero_grad()
             with student.lowered(dtype):
                 sums, largest_ratio_error = backward(policy, batch, targets, minibatch, kl_coef)
-            if epoch == 0 and i == 0:  # no update yet: any ratio other than 1 is rounding
+            # before the first optimizer step, only rounding makes a ratio differ from 1
+            if epoch == 0 and i == 0:
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
@@ -208,7 +209,7 @@ def update(
 
     means = {name: total / max(updates, 1) for name, total in totals.items()}
     del means["mean_ratio"]
-    explained_variance = math.nan  # of the returns, by the values
+    explained_variance = math.nan  # fraction of the variance of the returns
     if LEARNERS[config.learner].critic:
         residual = targets.returns - targets.values
         explained_variance = 1 - float(residual.var() / targets.returns.var())
@@ -220,8 +221,9 @@ def update(
 
 
 def shuffled_minibatches(stories: int, size: int, together: int = 1) -> list[np.ndarray]:
-    """Rows of the minibatches of an epoch, none without stories; 0: one of all stories, in their
-    order. together: neighbours that stay side by side."""
+    """Rows of each minibatch of an epoch; no minibatch if there are no stories. size: stories per
+    minibatch; 0: one minibatch of all stories, in order. together: number of neighbouring stories
+    that stay side by side."""
     if stories == 0:
         return []
     if not 0 < size < stories:
@@ -234,25 +236,26 @@ def shuffled_minibatches(stories: int, size: int, together: int = 1) -> list[np.
 def backward(
     policy: Policy, batch: Batch, targets: Targets, minibatch: np.ndarray, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradients of this process's stories of a minibatch, rows of the batch, divided by the
-    minibatch's tokens.
+    """Sums of STATISTICS over this process's tokens of a minibatch, divided by the number of tokens
+    of the whole minibatch, (5,) float64, and the largest |ratio - 1|. Accumulates the gradients,
+    which are divided in the same way.
 
-    Returns sums of STATISTICS over the tokens, divided alike, (5,) float64, and the largest
-    |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    minibatch: rows of the batch. The results stay on the device, so that the host does not wait for
+    a GPU."""
     config = policy.config
     together = LEARNERS[config.learner].together
     tokens = int(batch.lengths[minibatch].sum())
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=batch.inputs.device)
     largest_ratio_error = torch.zeros((), device=batch.inputs.device)
-    units = minibatch.reshape(-1, together).tolist()  # of stories, or of pairs
+    units = minibatch.reshape(-1, together).tolist()  # stories, or pairs of stories
     shard = np.array(distributed.shard_strided(units), np.int64).reshape(-1, together)
     longest = batch.input_lengths[shard].max(1)
     for rows in by_length(longest, config.micro_batch_size // together):
         part = batch.rows(shard[rows].flatten())
-        target = targets.at(part.places)
+        target = targets.at(part.token_indices)
         with policy.autocast():
-            logprob, states = response_logprobs(policy.student, part)
-            value = None if policy.value_head is None else policy.value_head(states)
+            logprob, hidden = response_logprobs(policy.student, part)
+            value = None if policy.value_head is None else policy.value_head(hidden)
 
         token_loss, is_clipped = policy_loss(config, part, target, logprob, kl_coef)
         if kl_coef and config.learner != "dpo":
@@ -273,16 +276,16 @@ def backward(
 
 
 def k3(targets: Targets, logprob: Tensor) -> Tensor:
-    """(n,): estimated KL from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), as in
-    GRPO's eq. 4."""
+    """The k3 estimate of the KL from the reference, (n,) (Schulman 2020,
+    joschu.net/blog/kl-approx.html), as in eq. 4 of GRPO."""
     log_ratio = targets.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 
 
 def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
-    """(n,): half the squared error of the value head, whose values are clipped to within CLIP_VALUE
-    of the old ones if that error is larger; half the ridge critic's squared error, without
-    gradient."""
+    """Half the squared error of the values, (n,). value: (n,), from the value head; the error is
+    the larger one of this value and of this value clipped to within CLIP_VALUE of the old value.
+    With None, the error is that of the ridge critic's values, without gradient."""
     if value is None:
         return 0.5 * (targets.values - targets.returns) ** 2
     change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)

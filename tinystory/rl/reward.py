@@ -1,8 +1,8 @@
-"""From the teacher's score of a story to its reward, which PPO maximises.
+"""The reward of a story, computed from the teacher's score. PPO maximises the reward.
 
-The score is multiplied by how different the story is from the others of its step (as in DARLING,
-arXiv 2509.02534), and the paper's length term is added. A story that is cut off keeps a part of the
-sum."""
+The score is multiplied by a diversity factor: how different the story is from the other stories of
+the step (as in DARLING, arXiv 2509.02534). Then the length term of the paper is added. The reward
+of a story that was cut off is multiplied by --unfinished."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from tinystory.student.generate import Story
 def story_rewards(
     config: InteractConfig, stories: Sequence[Story], scores: Sequence[float | None]
 ) -> list[float | None]:
-    """The reward of each story of a step, None without a score. Stories without a score count in
+    """The reward of each story of a step; None for a story without a score, which still counts in
     `differences`."""
     rewards: list[float | None] = []
     all_differences = differences([story.text for story in stories])
@@ -31,12 +31,13 @@ def story_rewards(
 def story_reward(
     config: InteractConfig, score: float, difference: float, words: int, ended: bool
 ) -> float:
-    """(score * (1 - diversity + diversity * difference) + length_weight * min(words / length_words,
-    1)) / (1 + length_weight), times `unfinished` if the story was cut off; score, difference and
-    reward are 0..1.
+    """The reward of a story, 0..1: (score * (1 - diversity + diversity * difference) +
+    length_weight * min(words / length_words, 1)) / (1 + length_weight), times `unfinished` if the
+    story was cut off. score and difference are 0..1.
 
-    The length term keeps stories from shrinking (arXiv 2509.15714, whose reward this is with
-    diversity 0 and unfinished 1). words: whitespace-separated words that the student wrote."""
+    The length term keeps stories from becoming shorter. With diversity 0 and unfinished 1, this is
+    the reward of arXiv 2509.15714. words: number of whitespace-separated words that the student
+    wrote."""
     quality = score * (1 - config.diversity + config.diversity * difference)
     length = min(words / config.length_words, 1.0)
     reward = (quality + config.length_weight * length) / (1 + config.length_weight)
@@ -44,23 +45,25 @@ def story_reward(
 
 
 def differences(stories: Sequence[str]) -> list[float]:
-    """How different each story is, 0..1: the mean over its distinct phrases of 1 / (number of
-    stories that contain the phrase). 1 if it shares none; 0 if it is too short to contain one."""
+    """How different each story is from the others, 0..1: the mean of 1 / (number of stories that
+    contain the phrase) over the distinct phrases of the story. 1 if the story shares no phrase; 0
+    if the story is too short to contain a phrase."""
     phrases_of_each = [phrases(story) for story in stories]
     stories_with: Counter[tuple[str, ...]] = Counter()
     for distinct in phrases_of_each:
         stories_with.update(distinct)
     result = []
     for distinct in phrases_of_each:
-        # fsum: the order of a set is another one in each process.
+        # fsum, because the order of a set differs between processes
         rarity = math.fsum(1 / stories_with[phrase] for phrase in distinct)
         result.append(rarity / len(distinct) if distinct else 0.0)
     return result
 
 
 def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
-    """Distinct word n-grams, in lower case and without punctuation. Capitalised words, names among
-    them, count as one word: a story told again about someone else is not a different one."""
+    """Distinct word n-grams of a story, in lower case and without punctuation. All capitalised
+    words, names among them, count as one word: the same story with another name is not a different
+    story."""
     words = []
     for word in story.split():
         is_capitalised = word[:1].isupper()

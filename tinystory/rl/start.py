@@ -1,5 +1,5 @@
-"""Where an interaction begins: the student and its frozen reference, the openings, and the words at
-which checkpoints are kept."""
+"""Start of an interaction: the student, the frozen reference, the openings, and the numbers of
+words at which checkpoints are kept."""
 
 import contextlib
 import os
@@ -21,22 +21,22 @@ from tinystory.student.generate import encode_opening, require_room
 from tinystory.student.model import Student
 
 PRETRAIN_RUNS = (Path("runs/pretrain"), Path("runs/demo/pretrain"))
-# Words taken in during interaction at which a checkpoint is kept.
+# Words in during interaction at which a checkpoint is kept, by name.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)}
 INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 
 def starting_checkpoint(config: InteractConfig) -> Path:
-    """The checkpoint that --init names; by default that of the newest run in PRETRAIN_RUNS, or in
-    folders that followed them (runs/pretrain-2). Raises UserError if a run is to begin again
-    without it."""
+    """The checkpoint that --init names; by default the checkpoint of the newest run in
+    PRETRAIN_RUNS and in their numbered successors (runs/pretrain-2). Raises UserError if there is
+    none, or if --resume must start from the first checkpoint again and --init is missing."""
     if config.init:
         return checkpoint.find(Path(config.init))
     if config.resume:
         began = read_config(Path(config.out))["options"]["init"]
         raise UserError(
-            f"{config.out} has no checkpoint to go on from, and was begun from {began!r:.200}: "
-            "give that again as --init"
+            f"cannot resume {config.out}: the folder has no checkpoint; the run started from "
+            f"{began!r:.200}: give this checkpoint again as --init"
         )
     for run in newest_first(*PRETRAIN_RUNS):
         if checkpoint.newest(run):
@@ -48,8 +48,8 @@ def starting_checkpoint(config: InteractConfig) -> Path:
 
 
 def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
-    """The checkpoint from which the run was begun, and the one from which it goes on; None for a
-    new run, and for one that was stopped before its first checkpoint."""
+    """The checkpoint from which the run started, and the checkpoint from which it is resumed. The
+    latter is None for a new run, and for a run that was stopped before the first checkpoint."""
     folder = Path(config.out)
     newest = None
     if config.resume:
@@ -62,8 +62,8 @@ def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
 def load_students(
     config: InteractConfig, compute: Compute, start: Path, newest: Path | None
 ) -> tuple[Student, Policy, RunState]:
-    """The frozen reference for the KL penalty; the policy that learns, the same student at first;
-    and the state in which the run goes on. start, newest: see `starting_point`."""
+    """The frozen reference for the KL penalty, the policy, and the state of the run. In a new run,
+    reference and policy have the same weights. start, newest: see `starting_point`."""
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, start, compute)
@@ -79,13 +79,13 @@ def load_students(
 
 
 def begin_at(temperature: float, reference: Student, policy: Policy) -> None:
-    """Fold a temperature into both, so that 1 is the temperature of their stories from now on."""
+    """Fold a temperature into reference and policy. From then on, both sample at temperature 1."""
     reference.divide_logits(temperature)
     policy.student.divide_logits(temperature)
 
 
 def student_facts(policy: Policy) -> dict[str, Any]:
-    """What config.json records of the student, for the report's title."""
+    """Facts about the student for config.json, which the report shows in the title."""
     return {
         "corpus": policy.history.get("corpus"),
         "words": policy.history.get("words"),
@@ -94,7 +94,8 @@ def student_facts(policy: Policy) -> dict[str, Any]:
 
 
 def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
-    """Say so if `start` is the newest checkpoint of a pretraining that has words left to read."""
+    """Print a note if `start` is the newest checkpoint of a pretraining run that was stopped before
+    the last word."""
     folder = Path(os.path.abspath(start))
     run = folder.parent.parent
     if checkpoint.newest(run) != folder:
@@ -108,15 +109,20 @@ def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
         return
     go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
     percent = int(100 * words / planned)
-    print(f"this student has read {percent} % of the words of its pretraining; the rest: {go_on}")
+    print(
+        f"this student has read {percent} % of the words of its pretraining; to continue the "
+        f"pretraining: {go_on}"
+    )
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:
-    """Raises UserError if an opening does not fit the student's context with its story."""
+    """The openings of a run. Raises UserError if an opening and a story of --max-new-tokens do not
+    fit into the student's context."""
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     if openings.train == openings.held_out:
         print(
-            "there is one opening, so none is held out: evaluations use the one that is trained on"
+            "there is only one opening, so no opening is held out: evaluations use the opening that "
+            "is also used for training"
         )
     longest = 0
     for opening in openings.train + openings.held_out:
@@ -126,8 +132,8 @@ def open_openings(config: InteractConfig, policy: Policy) -> Openings:
 
 
 def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict[str, int]:
-    """Words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does
-    not allow."""
+    """Numbers of words in at which checkpoints are kept, by name. Raises UserError if the rules of
+    BabyLM forbid the run."""
     if config.preset not in babylm.TRACKS:
         return INTERACTION_CHECKPOINTS
     babylm.check_interaction(config.preset, history, config.budget_words)

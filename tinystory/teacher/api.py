@@ -1,6 +1,6 @@
-"""HTTP client of one OpenAI-compatible server. Its answers are not trusted: their size is bounded,
-their shape is checked, and control characters and an echoed key are removed before any text is
-quoted in a message."""
+"""HTTP client for one OpenAI-compatible server. The server's answers are untrusted input: their
+size is bounded, their structure is checked, and control characters and an echoed key are removed
+before a message quotes any text."""
 
 import asyncio
 import functools
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     import openai
 
 T = TypeVar("T")
-LONGEST_ANSWER = 4 * 2**20  # bytes; some hosts list hundreds of models, with prices
-# shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
+# Maximum bytes of an answer. Some hosts list hundreds of models, with prices.
+LONGEST_ANSWER = 4 * 2**20
+# Seconds that an idle connection is kept. The value is shorter than every server's own (5 for
+# uvicorn, and so for vLLM), so that the server does not close a connection while we send.
 KEEP_ALIVE_S = 2.0
-LEAST_LOGPROB = -1e4  # of a token; OpenAI gives -9999 for an impossible one
+LEAST_LOGPROB = -1e4  # smallest accepted log-probability; OpenAI gives -9999 for impossible tokens
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-WRONG_KEY = "no_db_connection"  # litellm's 400 for a wrong key
+WRONG_KEY = "no_db_connection"  # type of litellm's error 400 for a wrong key
 NOT_OPENAI = "answers, but not as an OpenAI-compatible API: check the URL"
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
@@ -36,8 +38,8 @@ NO_SYSTEM = re.compile(
     r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported",
     re.IGNORECASE,
 )
-CUT_SHORT = "output limit was reached"  # OpenAI's 400 when reasoning uses up the token limit
-# fields of an error to read
+CUT_SHORT = "output limit was reached"  # OpenAI's error 400 when reasoning uses up the token limit
+# Fields of an error response that are read.
 ERROR_FIELDS = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")
 
 
@@ -48,29 +50,30 @@ class Failure(Exception):
     message: str
     _: KW_ONLY
     status: int | None = None  # HTTP status; None if no answer came
-    again: bool = False  # transient: worth a retry
+    again: bool = False  # a transient failure, worth a retry
     busy: bool = False  # the server asks for fewer requests
     fatal: bool = False  # every other story would fail in the same way
     unreachable: bool = False  # no connection could be made
-    retry_after: float = 0.0  # seconds that the server asks to wait
-    url: str = ""  # the server's, once it is given up
+    retry_after: float = 0.0  # seconds to wait, as the server asks
+    url: str = ""  # URL of the server, set when the request is given up
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A chat completion's first choice."""
+    """The first choice of a chat completion."""
 
-    text: str  # "" if the server sends none
-    thought: bool  # whether the model reasoned before it replied, visibly or not
-    # (prompt, completion) as the server counts them; None if it does not
+    text: str  # "" if the server sends no text
+    thought: bool  # whether the model reasoned before the reply, visibly or not
+    # numbers of (prompt, completion) tokens that the server reports; None without a report
     tokens: tuple[int, int] | None = None
-    # (token, log-probability) of the likeliest first tokens of the text; () if the server gives none
+    # (token, log-probability) of the likeliest first tokens of the text; () if the server sends
+    # none
     alternatives: tuple[tuple[str, float], ...] = ()
 
 
 class ChatClient:
-    """The server at `url` (including /v1), on one event loop. Only connecting has a time limit;
-    callers set others."""
+    """Client of the server at `url` (including /v1), for use on one event loop. Only connecting has
+    a time limit here; callers limit the time of a request."""
 
     def __init__(self, url: str, key: str):
         self._url = url
@@ -78,14 +81,16 @@ class ChatClient:
 
     @functools.cached_property
     def _client(self) -> "openai.AsyncOpenAI":
-        """Made for the first request: importing openai takes two seconds."""
+        """The client of the package openai, made at the first request because the import takes two
+        seconds."""
         import httpx2
         import openai
 
         timeout = openai.Timeout(None, connect=10.0)
-        # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of
-        # 100. A redirect could carry the key to another host, so none is followed. A proxy cannot
-        # reach this machine's loopback.
+        # ServerPool limits the connections. For aiohttp, 0 means no limit, and None means a limit
+        # of 100. Redirects are not followed, because a redirect could send the key to another host.
+        # For a loopback URL, proxies are ignored, because a proxy cannot reach this machine's
+        # loopback.
         http_client = openai.DefaultAioHttpClient(
             timeout=timeout,
             limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
@@ -106,7 +111,7 @@ class ChatClient:
             await self._client.close()
 
     async def models(self) -> list[str]:
-        """Model names, in the server's order."""
+        """The names of the models that the server lists, in the server's order."""
         answer: Any = await self._answer(
             lambda client: client.models.with_streaming_response.list()
         )
@@ -117,7 +122,9 @@ class ChatClient:
         return [name for name in names if name]
 
     async def chat(self, body: Mapping[str, Any]) -> Reply:
-        # openai sends the extra body unchanged; elsewhere it would check the type of every field.
+        """The server's reply to a chat request. body: all fields of the request. Raises Failure."""
+        # The package openai sends extra_body unchanged. It would check the types of other
+        # arguments.
         try:
             answer = await self._answer(
                 lambda client: client.chat.completions.with_streaming_response.create(
@@ -137,14 +144,15 @@ class ChatClient:
             error = self.one_line("; ".join(_error_texts(answer)))
             reason = f"answers, but not with a chat completion ({error or 'nor an error'})"
             raise Failure(reason, status=200, again=True)
-        # JSON can hold lone surrogates, which cannot be encoded.
+        # JSON can contain lone surrogates, which cannot be encoded
         content = content.encode(errors="replace").decode()
-        # Some servers leave the reasoning in the text.
+        # some servers leave the reasoning in the text
         before, _, text = content.rpartition("</think>")
         thoughts = before.replace("<think>", "").strip()
         if before:
             text = text.lstrip()
-        text = redacted(text, self._key)  # but not a dummy such as "1": a score may look like it
+        # keys shorter than SHORTEST_SECRET stay: a dummy key such as "1" may equal a score
+        text = redacted(text, self._key)
         apart = message.get("reasoning_content") or message.get("reasoning")
         cut = choice.get("finish_reason") == "length" and not text.strip()
         return Reply(
@@ -158,8 +166,8 @@ class ChatClient:
         self,
         request: Callable[["openai.AsyncOpenAI"], AbstractAsyncContextManager[Any]],
     ) -> object:
-        """Parsed JSON of the response. Raises Failure for a request that cannot be made or a
-        connection that breaks."""
+        """The parsed JSON of the response to `request`. Raises Failure if the request cannot be
+        made or the connection breaks."""
         import aiohttp
         import httpx2
         import openai
@@ -168,10 +176,10 @@ class ChatClient:
         try:
             async with request(self._client) as response:
                 return parse_json(await _read(response.iter_bytes()))
-        except (ValueError, httpx2.InvalidURL):  # whose texts can hold a password
+        except (ValueError, httpx2.InvalidURL):  # not quoted: the message can contain a password
             raise Failure(
-                "cannot be asked: its URL, a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY), OPENAI_API_KEY or another "
-                "variable OPENAI_... is not valid",
+                "cannot be asked, because a setting is not valid: check the URL, the proxies (HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY), OPENAI_API_KEY and other variables OPENAI_...",
                 fatal=True,
             ) from None
         except broken as error:
@@ -179,18 +187,18 @@ class ChatClient:
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
         root = causes[-1]
-        if isinstance(root, Failure):  # from _check_status: openai before 3.16 wraps it
+        if isinstance(root, Failure):  # from _check_status; openai before 3.16 wraps the exception
             raise root
         message = self.one_line(str(root) or type(root).__name__)
         if any(isinstance(cause, aiohttp.ClientConnectorError) for cause in causes):
             advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
             message = f"cannot be reached ({message}): {advice}"
             raise Failure(message, again=True, unreachable=True)
-        raise Failure(f"broke off ({message})", again=True)
+        raise Failure(f"lost the connection ({message})", again=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:
-        """Response hook, called before the body is read. Raises Failure for any status except
-        2xx."""
+        """Hook that is called with each response, before the body is read. Raises Failure for any
+        status except 2xx."""
         status = response.status_code
         headers = response.headers
         if 200 <= status < 300:
@@ -207,7 +215,7 @@ class ChatClient:
             message = f"refuses the key ({error}): set OPENAI_API_KEY"
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
-                f"is in trouble ({error})",
+                f"is overloaded or failing ({error})",
                 status=status,
                 again=True,
                 # 503: Ollama's queue is full; 529: Anthropic is overloaded
@@ -215,32 +223,34 @@ class ChatClient:
                 retry_after=_retry_after(headers),
             )
         elif status == 404:
-            message = (
-                f"does not have what was asked for ({error}): check the URL and --teacher-model"
-            )
+            message = f"has no such page or model ({error}): check the URL and --teacher-model"
         elif NO_CONTEXT.search(error):
-            message = f"has too short a context for opening and story ({error})"
+            message = (
+                f"has too short a context for the prompt with opening and story ({error}): give the "
+                "server a longer context, or lower --max-new-tokens"
+            )
         else:
             fatal = False
             message = f"refuses the request ({error})"
-            if status == 403:  # it may concern this story only: OpenRouter's moderation
-                message += "; if it refuses every one, set OPENAI_API_KEY"
+            if status == 403:  # may concern only this story, such as OpenRouter's moderation
+                message += "; if it refuses every request, set OPENAI_API_KEY"
         raise Failure(message, status=status, fatal=fatal)
 
     def one_line(self, text: str) -> str:
-        """`text` as one short line, without control characters and the key."""
+        """`text` as one short line, without control characters and without the key."""
         return " ".join(printable(redacted(text, self._key)).split())[:LONGEST_MESSAGE]
 
 
 async def in_time(request: Awaitable[T], seconds: float) -> T:
-    """Its result. Raises Failure if it takes longer."""
+    """The result of `request`. Raises Failure if the request takes longer than `seconds`."""
     try:
         return await asyncio.wait_for(request, seconds)
-    except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
+    except asyncio.TimeoutError:  # equal to the builtin TimeoutError only from Python 3.11 on
         raise Failure("takes too long to answer", again=True) from None
 
 
 async def _read(chunks: AsyncIterator[bytes]) -> bytes:
+    """The whole body of a response. Raises Failure above LONGEST_ANSWER bytes."""
     body = bytearray()
     async for chunk in chunks:
         body += chunk
@@ -252,7 +262,7 @@ async def _read(chunks: AsyncIterator[bytes]) -> bytes:
 
 
 def parse_json(body: bytes | str) -> object:
-    """The value; None for invalid or too deeply nested JSON."""
+    """The value of a JSON text; None if the text is not JSON or too deeply nested."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -260,6 +270,7 @@ def parse_json(body: bytes | str) -> object:
 
 
 def _tokens(usage: object) -> tuple[int, int] | None:
+    """Numbers of (prompt, completion) tokens in a response's `usage`; None if it has none."""
     match usage:
         case {"prompt_tokens": prompt, "completion_tokens": reply} if is_count_pair(
             [prompt, reply]
@@ -269,11 +280,12 @@ def _tokens(usage: object) -> tuple[int, int] | None:
 
 
 def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:
-    """The likeliest tokens at the first place whose token is not white space, without values that
-    are no log-probabilities, such as NaN."""
-    places = logprobs.get("content") if isinstance(logprobs, dict) else None
-    for place in places if isinstance(places, list) else ():
-        match place:
+    """(token, log-probability) of the likeliest tokens at the first position with a token that is
+    not white space; () without such a position. Values that cannot be log-probabilities, such as
+    NaN, are left out."""
+    positions = logprobs.get("content") if isinstance(logprobs, dict) else None
+    for position in positions if isinstance(positions, list) else ():
+        match position:
             case {"token": str(token), "top_logprobs": [*entries]} if token.strip():
                 break
     else:
@@ -288,7 +300,7 @@ def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:
 
 
 def is_count_pair(value: object) -> bool:
-    """Whether it can be the numbers of tokens of a prompt and a reply."""
+    """Whether `value` can be the numbers of tokens of a prompt and a reply."""
     match value:
         case [_, _] as pair:
             return all(type(count) is int and 0 <= count < 10**9 for count in pair)
@@ -296,9 +308,9 @@ def is_count_pair(value: object) -> bool:
 
 
 def _error_texts(answer: object) -> list[str]:
-    """Distinct messages and codes of an error, however nested: OpenAI's object, FastAPI's detail
-    with the field's location, Gemini's list, OpenRouter's metadata with a provider's own error as
-    text."""
+    """Distinct messages and codes in an error response, at any depth. Known formats: OpenAI's
+    object; FastAPI's detail, with the location of a field; Gemini's list; OpenRouter's metadata,
+    which contains the error of a provider as text."""
     texts: dict[str, None] = {}
     values: list[object] = [answer]
     while values:
@@ -317,6 +329,6 @@ def _error_texts(answer: object) -> list[str]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds to wait, from Retry-After; 0 without."""
+    """Seconds to wait, from the header Retry-After; 0 without this header."""
     value = headers.get("retry-after", "")
     return float(value) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value) else 0.0

@@ -1,7 +1,9 @@
-"""A user's Python function as the teacher, in a subprocess, so that no failure of it costs the run
-its results. It is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at
-once, and returns one score per story: 0..1, or None, with which a story gets no reward and no
-gradient and is counted as unscored."""
+"""A user's Python function as the teacher. The function runs in a subprocess, so that a failure of
+the function does not cost the run's results.
+
+The function is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once.
+It returns one score per story: 0..1 or None. A story with None has no reward and no gradient, and
+is counted as unscored."""
 
 import contextlib
 import hashlib
@@ -25,12 +27,14 @@ from tinystory.run.paths import ROOT
 from tinystory.teacher.grade import LocalGrader
 from tinystory.teacher.prompt import Question
 
-# openings and stories of a step
+# Function from the openings and stories of a step to scores.
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
-FUNCTION = "score"  # default of FILE.py without :FUNCTION
+FUNCTION = "score"  # name of the function if --reward is FILE.py without :FUNCTION
 
 
 class CallableGrader(LocalGrader):
+    """A grader that calls a Python function. name: reported as the teacher's name."""
+
     def __init__(self, function: ScoreStories, name: str):
         super().__init__({"scored_by": name})
         self.function = function
@@ -42,8 +46,9 @@ class CallableGrader(LocalGrader):
 
 
 def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
-    """`--reward random`, the control that separates drift from learning: per story, three scores
-    0..3, summed and divided by 9 as a teacher's are, but drawn from the story's hash."""
+    """Random scores, for `--reward random`, the control that separates drift from learning. Each
+    score is the sum of three numbers in 0..3, divided by 9, as a teacher's score is. The numbers
+    are derived from a hash of the story."""
     scores: list[float] = []
     for story in stories:
         digest = hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest()
@@ -53,17 +58,17 @@ def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float
 
 CONTROLS: dict[str, ScoreStories] = {
     "random": random_scores,
-    # only the other terms of the reward are learned
+    # with a constant score, the student learns only the other terms of the reward
     "constant": lambda openings, stories: [0.5] * len(stories),
 }
 
 
 @contextlib.contextmanager
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
-    """Yield the control named `spec`, or the function FILE.py:FUNCTION (default: `score`), which
-    runs in a subprocess until the block ends. Raises UserError, here or from a call, if there is no
-    such function, if it fails, exits or takes longer than `timeout_s`, or if it does not return one
-    number in 0..1 or None per story."""
+    """Yields the scoring function that `spec` names: one of CONTROLS, or FILE.py:FUNCTION (default:
+    `score`), which runs in a subprocess until the block ends. Raises UserError if there is no such
+    function. A call raises UserError if the function fails, exits, takes longer than `timeout_s`,
+    or does not return one number in 0..1 or None per story."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
@@ -73,7 +78,7 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
         name = FUNCTION
     if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError(
-            f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION"
+            f"--reward {spec}: there is no Python file {file!r}; write --reward as FILE.py or FILE.py:FUNCTION"
         )
     ours, theirs = multiprocessing.Pipe()
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
@@ -92,41 +97,47 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
 
 @dataclass
 class RemoteFunction:
-    """The user's function in its subprocess."""
+    """The user's function in a subprocess."""
 
-    option: str  # as the user gave it
+    option: str  # the option --reward as the user gave it
     file: str
     process: subprocess.Popen
     connection: Connection
     timeout_s: float
 
     def ask(self, opening: str | Sequence[str], stories: Sequence[str]) -> Any:
-        """Its scores. Raises UserError for an error of the user's."""
-        with contextlib.suppress(ConnectionError):  # it exited before it read the question
+        """The function's scores for stories with this opening, or with these openings. Raises
+        UserError if the function fails."""
+        # if the subprocess exited before it read the request, `answer` reports that
+        with contextlib.suppress(ConnectionError):
             self.connection.send((opening, stories))
         return self.answer()
 
     def answer(self) -> Any:
-        """What it sends next. Raises UserError as `ask` does."""
+        """The next value that the subprocess sends. Raises UserError if the function fails, exits,
+        or takes longer than `timeout_s`."""
         try:
             if not self.connection.poll(self.timeout_s):
                 limit = f"{self.timeout_s:g} s (--teacher-timeout)"
-                raise UserError(f"{self.option}: {self.file}: it took more than {limit}")
+                raise UserError(
+                    f"{self.option}: {self.file}: the function took more than {limit}: make it "
+                    "faster, or raise --teacher-timeout"
+                )
             error, answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            # it may have closed only the connection
+            # the subprocess may have closed only the connection
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
             code = self.process.returncode
             raise UserError(
-                f"{self.option}: {self.file}: it ended its process (exit code {code})"
+                f"{self.option}: {self.file}: the function must return, but it ended the process (exit code {code})"
             ) from None
         if error:
             raise UserError(f"{self.option}: {error}")
         return answer
 
     def by_opening(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
-        """Scores from one call per opening."""
+        """Scores of all stories, in order, from one call of the function per opening."""
         scores: list[float | None] = [None] * len(stories)
         for opening in dict.fromkeys(openings):
             rows = [row for row, other in enumerate(openings) if other == opening]
@@ -140,28 +151,28 @@ class RemoteFunction:
 
 
 class _Refused(Exception):
-    """The message says what is wrong with the function or its return value."""
+    """The function or the return value is not valid; the message says why."""
 
 
 def main() -> None:
     file, name, descriptor = sys.argv[1:]
     sys.argv = [file]
-    # the trainer needs its scores to end the step
+    # ignored, because the trainer still needs scores to finish the step
     for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ended, signal.SIG_IGN)
     with Connection(int(descriptor)) as connection:
         try:
             _serve(file, name, connection)
-        except BaseException as error:  # the user's code can raise anything, an exit included
+        except BaseException as error:  # the user's code can raise anything, SystemExit included
             message = str(error) if isinstance(error, _Refused) else _cause(error, file)
             with contextlib.suppress(ConnectionError):  # the trainer has ended
                 connection.send((message, None))
 
 
 def _serve(file: str, name: str, connection: Connection) -> None:
-    """Send the name of the function's first parameter, then the scores for each (opening(s),
-    stories)."""
-    sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` has it
+    """Send the name of the function's first parameter. Then, for each (opening(s), stories)
+    received, send the scores."""
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` does
     names = runpy.run_path(file, run_name=Path(file).stem)
     function = names.get(name)
     if not callable(function):
@@ -178,35 +189,38 @@ def _serve(file: str, name: str, connection: Connection) -> None:
 
 
 def _checked(scores: Any, count: int) -> list[float | None]:
-    """The scores of `count` stories. Raises _Refused if they are none."""
+    """The scores as a list of `count` floats or None. Raises _Refused for any other value."""
     is_list = scores is not None and not isinstance(scores, str)
     values = list(scores) if is_list else []
     if len(values) != count:
         given = f"{len(values)} scores for {count} stories" if is_list else reprlib.repr(scores)
-        raise _Refused(f"it gave {given}; it must give a list with one score per story")
+        raise _Refused(
+            f"the function returned {given}; it must return a list with one score per story"
+        )
     for value in values:
         if value is not None and not _is_score(value):
             raise _Refused(
-                f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None"
+                f"the function returned {reprlib.repr(value)}; a score must be a number from 0 to 1, or None"
             )
     return [None if value is None else float(value) for value in values]
 
 
 def _is_score(value: object) -> bool:
-    """Whether it is a number in 0..1, numpy's and torch's scalars included."""
-    # raised for arrays, complex numbers and 10**400
+    """Whether `value` is a number in 0..1. Scalars of NumPy and PyTorch count as numbers."""
+    # these exceptions are raised for arrays, complex numbers and 10**400
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
 
 
 def _cause(error: BaseException, file: str) -> str:
-    """The exception, and the last line of `file` that was running."""
+    """One line with the type and message of the exception and the last line of `file` that was
+    running."""
     place = file
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == file:
             place = f"{file}, line {frame.lineno}"
-    # Not str(error): the user's __str__ can fail too.
+    # TracebackException instead of str(error), because the user's __str__ can fail too
     message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
     cause = f"{place}: {type(error).__name__}"
     return f"{cause}: {message[:200]}" if message else cause

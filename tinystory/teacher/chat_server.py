@@ -1,5 +1,5 @@
-"""OpenAI's chat completions as a server on this machine, for teachers that are not language models.
-Tokens are counted as words, numbers and other single characters, plus 3 per message."""
+"""A server of OpenAI's chat completions on this machine, for teachers that are not language models.
+Each word, number or other character counts as a token, and each message as 3 more."""
 
 import asyncio
 import contextlib
@@ -20,17 +20,17 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.api import parse_json
 
 HOST = "127.0.0.1"
-PORTS = "[0, 65535]"  # of the option --port
-# a word, number or other character, after any space: about a token
+PORTS = "[0, 65535]"  # range of the option --port
+# A word, number or other character, with the white space before it: about one token.
 PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
-LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
+LONGEST_BODY = 256 * 1024  # maximum bytes of a request; most requests have about 4,000
 
-# the reply to messages; it may raise Refused
+# Function from the messages of a request to the reply; may raise Refused.
 Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]
-# malformed requests and hang-ups
+# Errors caused by a client: malformed requests and closed connections.
 CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)
 
-# aiohttp would log these too, each with a traceback.
+# Without this filter, aiohttp would log CLIENT_ERRORS with a traceback.
 logger = logging.getLogger(__name__)
 logger.addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS))
@@ -39,10 +39,10 @@ logger.addFilter(
 
 @contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 during the block; yields the URL without a path. port: 0 takes a free one.
-    Raises UserError if the port is taken."""
-    # A handler is cancelled when its client hangs up, so a human sees no story for which nobody
-    # waits.
+    """Yields the URL, without a path, of a server on 127.0.0.1 that runs during the block. port: 0
+    takes a free port. Raises UserError if the server cannot listen on the port."""
+    # handler_cancellation: when a client closes the connection, the handler is cancelled, so a
+    # human never grades a story that no client waits for.
     runner = web.AppRunner(
         application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True
     )
@@ -52,7 +52,7 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
             await web.TCPSite(runner, HOST, port).start()
         except OSError as error:
             raise UserError(
-                f"port {port} cannot be had ({error.strerror}): choose another with --port"
+                f"cannot listen on port {port} ({error.strerror}): choose another port with --port"
             ) from None
         yield f"http://{HOST}:{runner.addresses[0][1]}"
     finally:
@@ -60,8 +60,8 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
 
 
 async def until_stopped(or_stdin_closed: bool = False) -> None:
-    """Wait for Ctrl-C, SIGTERM or, if asked, until the parent (which sends no input) ends or closes
-    standard input."""
+    """Wait for Ctrl-C or SIGTERM. or_stdin_closed: also stop waiting when standard input is closed,
+    which happens when the parent process ends; the parent must send no input."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -73,7 +73,7 @@ async def until_stopped(or_stdin_closed: bool = False) -> None:
 
 @dataclass(eq=False)
 class Refused(Exception):
-    """A client's mistake, reported as an error response in OpenAI's format."""
+    """A client's mistake. The client receives it as an error response in OpenAI's format."""
 
     message: str
     param: str | None = None
@@ -82,7 +82,7 @@ class Refused(Exception):
 
 
 def application(model: str, description: str, respond: Responder) -> web.Application:
-    """Routes of a server whose only model is `model`."""
+    """The routes of a server with the single model `model`."""
     entry = {
         "id": model,
         "object": "model",
@@ -129,7 +129,8 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error, including aiohttp's own, into {"error": {message, type, param, code}}."""
+    """Middleware that turns every error, including those of aiohttp, into a response {"error":
+    {message, type, param, code}}."""
     try:
         return await handler(request)
     except Refused as error:
@@ -166,7 +167,7 @@ def _is_limit(value: object) -> bool:
     return value is None or (type(value) is int and value >= 1)  # True is an int too
 
 
-# What each field of a request can be, None where it is missing.
+# Name of a field of a request -> test of the value, which is None if the field is missing.
 RULES: dict[str, Callable[[Any], object]] = {
     "model": lambda value: isinstance(value, str),
     "messages": lambda value: isinstance(value, list) and value and all(map(_is_message, value)),

@@ -1,6 +1,6 @@
-"""Grades stories by asking a model on one or several servers with an OpenAI-compatible API. The
-requests run in a thread of their own, so stories are graded while others are still being written.
-What happens to one story is in `Teacher._grade`. A failure never becomes a score."""
+"""Grades stories with a model on one or several servers with an OpenAI-compatible API. The requests
+run in a separate thread, so stories are graded while the student still writes others.
+`Teacher._grade` has all that happens to one story. A failure never becomes a score."""
 
 import asyncio
 import concurrent.futures
@@ -29,15 +29,16 @@ from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
 from tinystory.teacher.prompt import Criterion, Question, fence, render
 
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
-STORY_WORDS = 80  # length of a story in a forecast
-# English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
+STORY_WORDS = 80  # assumed length of a story in a forecast
+# English stories have 1.2 to 1.4 tokens per word with the tokenizers of common models.
 TOKENS_PER_WORD = 1.4
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request about a story. criterion: the name of the question; "" for all grades. draw: its
-    number among equal requests, which have different seeds. key: its reply's in the cache."""
+    """A request about a story. criterion: the name of the question; "" if the request asks for all
+    grades. draw: number of the request among equal requests, which have different seeds. key: key
+    of the reply in the cache."""
 
     criterion: str
     draw: int
@@ -48,7 +49,7 @@ class _Request:
 
 @dataclass(eq=False)
 class _Story:
-    """What is known of a story that is being graded. last: the last reply by criterion and draw."""
+    """State of a story that is being graded. last: (criterion, draw) -> last reply."""
 
     number: int
     afresh: bool
@@ -58,6 +59,7 @@ class _Story:
     last: dict[tuple[str, int], CachedReply] = field(default_factory=dict)
 
     def add(self, request: _Request, reply: CachedReply) -> None:
+        """Record a reply to a request about this story."""
         if reply.error is not None:
             self.error = reply.error
             return
@@ -65,7 +67,7 @@ class _Story:
         self.last[request.criterion, request.draw] = reply
 
     def log_odds(self, question: str) -> float:
-        """The answer to a question whose replies can all be read."""
+        """Log-odds of yes for a question. All replies to the question must be readable."""
         answers = []
         for (criterion, _), reply in self.last.items():
             if criterion != question:
@@ -77,16 +79,19 @@ class _Story:
 
 
 class Teacher(Grader):
-    """The teacher at `urls`: one server or several, of one model. A story whose reply holds no
-    scores is sent again with another seed, up to `attempts` times. A failure that a retry cannot
-    fix (wrong key, exhausted quota, unknown model, too short a context) raises UserError from
-    whatever waits for a grade, and no further story is sent.
+    """A grader that asks one model on one or several servers. If a reply has no scores, the request
+    is sent again with another seed, up to `attempts` times. After a failure that a retry cannot fix
+    (wrong key, exhausted quota, unknown model, too short a context), every call that waits for a
+    grade raises UserError, and no further story is sent.
 
-    models: one for all servers or one each; None: the first one listed. concurrency: requests in
-    flight per server. cache: file for replies (cache.py). The keys are OPENAI_API_KEY_1, _2 ... in
-    the order of the URLs, else OPENAI_API_KEY. max_unscored: tolerated fraction (see `grades`).
-    price_in, price_out: per million tokens. budget_cost: a request that could exceed it is not
-    sent. options: the fields of `Options`."""
+    urls: one URL per server; keys are OPENAI_API_KEY_1, _2, ... in this order, else OPENAI_API_KEY.
+    models: one name for all servers or one per server; None: the first model that a server lists.
+    concurrency: maximum number of requests in flight per server.
+    cache: file for replies (cache.py).
+    max_unscored: tolerated fraction of stories without a score (see `grades`).
+    price_in, price_out: prices per million tokens.
+    budget_cost: a request that could exceed this cost is not sent; 0: no limit.
+    options: fields of `Options`."""
 
     def __init__(
         self,
@@ -106,8 +111,8 @@ class Teacher(Grader):
         names: Sequence[str | None] = [models] if isinstance(models, str) else models or [None]
         if len(names) not in (1, len(urls)) or len(set(urls)) < len(urls):
             raise UserError(
-                f"name each teacher's URL once, and one model for all or one for each URL: there are {len(names)} "
-                f"models and {len(set(urls))} URLs"
+                f"{len(urls)} URLs, {len(set(urls))} of them different, and {len(names)} models do not match: give "
+                "each --teacher-url once, and one --teacher-model for all URLs or one for each"
             )
         self.options = Options(**options)
         self.scale = AnswerScale()
@@ -124,23 +129,25 @@ class Teacher(Grader):
             self.endpoints.append(endpoint)
         self.pool = ServerPool(self.endpoints)
         self._fatal: UserError | None = None  # once set, no further story can be graded
-        # those that were probed; the first one's model and probe are in all cache keys
+        # The endpoints that were probed. Model and probe of the first one are part of all cache
+        # keys.
         self._present: list[Endpoint] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
 
-    # ---- what a run asks of it -------------------------------------------------------------------
+    # ---- called by a run -------------------------------------------------------------------------
 
     def submit(self, question: Question, afresh: bool = False) -> Future[Grade]:
-        """Send a story now; returns its future grade. afresh: ignore replies from earlier
+        """The future grade of a story, which is sent at once. afresh: ignore replies from earlier
         processes."""
         self.probes()
         return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """If too many are unscored, those whose replies came from an earlier process are asked
-        about again: the teacher may have been fixed."""
+        """Grades of the questions, in order. If too many stories have no score, requests are
+        repeated for the unscored stories with replies from an earlier process, because the user may
+        have fixed the teacher since then."""
         futures = [self.sent.pop(each, None) or self.submit(each) for each in questions]
         grades = self._wait(futures, stop)
         if too_few_scores(grades, self.max_unscored):
@@ -151,6 +158,7 @@ class Teacher(Grader):
         return grades
 
     def _wait(self, futures: Sequence[Future[Grade]], stop: Stop | None) -> list[Grade]:
+        """The results of the futures. Prints progress. Raises Interrupted on `stop`."""
         waiting = set(futures)
         silent_until = time.monotonic() + SILENCE_S
         bar = tqdm(
@@ -177,9 +185,10 @@ class Teacher(Grader):
         return [future.result() for future in futures]
 
     def probes(self) -> list[Probe]:
-        """Probe each server once: about four requests, or one if the cache holds the result, which
-        then serves even if the server cannot be reached. The first probe counts for cache keys.
-        Raises UserError if no server can be reached, or if one has no OpenAI-compatible API, lacks
+        """The probes of all servers that can be reached. The first call probes each server, with
+        about four requests, or with one request if the cache has a probe. A cached probe is used
+        even if the server cannot be reached. The first probe is part of all cache keys. Raises
+        UserError if no server can be reached, or if a server has no OpenAI-compatible API, lacks
         the model, refuses the request or does not reply in time."""
         if not self._present:
             asyncio.run_coroutine_threadsafe(self._probe_all(), self._loop).result()
@@ -187,7 +196,9 @@ class Teacher(Grader):
             present = [endpoint for endpoint in self.endpoints if endpoint.probe]
             self._present = sorted(present, key=lambda endpoint: kept.index(endpoint.probe_key))
             if len({endpoint.model for endpoint in present}) > 1:
-                tqdm.write(f"warning: {self.model} are taken for one model")
+                tqdm.write(
+                    f"warning: the servers' models have different names ({self.model}) and are treated as one model"
+                )
         probes = [endpoint.probe for endpoint in self._present if endpoint.probe]
         if not self.facts:
             scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
@@ -196,18 +207,19 @@ class Teacher(Grader):
 
     @property
     def model(self) -> str:
-        """The model's name, once known; several names if servers call it differently."""
+        """The name of the model; "" until it is known; several names, joined by ", ", if the
+        servers use different names."""
         names = dict.fromkeys(endpoint.model for endpoint in self.endpoints)
         return ", ".join(name for name in names if name)
 
     @property
     def longest_reply(self) -> int:
-        """Upper bound on the tokens of a reply that are used."""
+        """Upper bound on the number of tokens of a reply that are used."""
         return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     @property
     def requests_per_story(self) -> int:
-        """Those that are sent if each reply can be read."""
+        """Number of requests per story if every reply is readable."""
         template = self.options.template
         questions = len(template.names) if template.asks_yes_or_no else 1
         return questions * self._present[0].draws
@@ -228,14 +240,15 @@ class Teacher(Grader):
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str) -> str:
-        """Estimated from the first probe, for one readable reply per request. The student reads all
-        replies."""
+        """One sentence on the cost of grading `stories` stories, estimated from the first probe.
+        Assumes one readable reply per request. All replies count as words for the student."""
         probes = self.probes()
         first = probes[0]
         requests = stories * self.requests_per_story
         question = Question(*FIRST_STORY, number=0)
         messages = self._requests(question, attempt=0)[0].messages
-        # about four characters per token of text, two of digits and spaces
+        # without counts by the server: about four characters per token of the prompt, and two per
+        # token of a reply, which has digits and spaces
         estimate = len(str(messages)) / 4, len(first.reply) / 2
         prompt_tokens, reply_tokens = first.tokens or estimate
         opening_words = len(opening.split())
@@ -257,7 +270,7 @@ class Teacher(Grader):
         )
 
     def close(self) -> None:
-        """Cancel the requests in flight; close the connections and the cache."""
+        """Cancel all requests in flight, and close the connections and the cache."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
@@ -275,7 +288,8 @@ class Teacher(Grader):
     # ---- in the thread of the requests -----------------------------------------------------------
 
     async def _probe_all(self) -> None:
-        """Leave out the servers that cannot be reached while another can."""
+        """Probe all servers. Leaves out servers that cannot be reached; raises UserError if no
+        server can be reached."""
         probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
         failures = await asyncio.gather(*probers)
         for endpoint, failure in zip(self.endpoints, failures, strict=True):
@@ -286,15 +300,16 @@ class Teacher(Grader):
             leave_out(endpoint, failure)
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
-        """The grade of one story. Each request about it is sent up to `attempts` times, until its
-        reply can be read."""
-        # After a fatal failure nobody awaits the other tasks, whose failures asyncio would print.
+        """The grade of one story. Each request about the story is sent up to `attempts` times,
+        until the reply is readable."""
+        # After a fatal failure the other tasks are not awaited. The callback retrieves their
+        # exceptions; otherwise asyncio would print them.
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         template = self.options.template
         if is_blank(question.story):
-            return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions say
+            return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions demand
 
         story = _Story(question.number, afresh)
         read: set[tuple[str, int]] = set()
@@ -310,8 +325,8 @@ class Teacher(Grader):
         return self._without_score(story, f"no score in {len(story.replies)} replies")
 
     def _requests(self, question: Question, attempt: int) -> list["_Request"]:
-        """What is asked about a story: for all grades at once, or for the answer to each question,
-        `draws` times. In each attempt the seeds are others."""
+        """The requests about a story: one for all grades, or one for each question, `draws` times
+        each. Seeds differ between attempts."""
         options = self.options
         first = self._present[0]
         template = options.template
@@ -332,9 +347,10 @@ class Teacher(Grader):
         return requests
 
     async def _ask(self, story: "_Story", requests: Sequence["_Request"]) -> None:
-        """Add the replies to these requests to the story, each cached before it is used. What the
-        cache does not hold is sent in one slot, so that a server with a prefix cache reads the story
-        once. Stops at the first failure, which is the story's error."""
+        """Add the replies to these requests to the story. Each reply is cached before it is used.
+        Requests without a cached reply are sent one after the other in one slot, so that a server
+        with a prefix cache processes the story once. Stops at the first failure, which becomes
+        `story.error`."""
         missing = []
         for request in requests:
             kept = self.cache.find(request.key, story.number, earlier=not story.afresh)
@@ -370,7 +386,7 @@ class Teacher(Grader):
             keep(missing[0], CachedReply("", error=f"the teacher {failure}"))
 
     def _with_score(self, story: "_Story") -> Grade:
-        """The grade of a story whose last replies can all be read."""
+        """The grade of a story. All last replies of the story must be readable."""
         template = self.options.template
         scores: Mapping[str, float] | None
         odds: dict[str, float] | None = None
@@ -387,7 +403,8 @@ class Teacher(Grader):
         return self._grade_of(story, scores=None, score=None, error=error)
 
     def _grade_of(self, story: "_Story", **outcome: Any) -> Grade:
-        # A word is at least one token. Some servers ignore max_tokens: more words are not used.
+        # A word is at least one token, so a reply has at most longest_reply words. Some servers
+        # ignore max_tokens and send more words; the additional words are not used and not counted.
         words = sum(min(len(text.split()), self.longest_reply) for text in story.replies)
         last = " ".join(reply.text for reply in story.last.values())
         return Grade(

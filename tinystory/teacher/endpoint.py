@@ -1,4 +1,5 @@
-"""One model on one server: its capabilities, the form of its requests, and the request itself."""
+"""One model on one server: the capabilities of the model, the form of requests, and the request
+itself."""
 
 import hashlib
 import json
@@ -13,13 +14,14 @@ from tinystory.teacher.cache import cache_key
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import DEFAULT, TOP, Template
 
-TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
-JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
+TEMPLATE_TOKENS = 256  # upper bound on the tokens that a chat template adds to two messages
+JSON_TOKENS = 12  # tokens per criterion: a key, a colon, a digit, a comma and some white space
 BUSY_COSTS = 0.5  # slots lost per refused request
-# of an answer, yes or no: at 1 the log-probabilities before and after the temperature are the same,
-# and the share of yes among several answers is its probability
+# Temperature for answers to yes-or-no questions. At 1, log-probabilities before and after the
+# temperature are the same, and the fraction of yes among several answers estimates the probability
+# of yes.
 ANSWER_TEMPERATURE = 1.0
-DRAWS = 8  # answers to a question where the server gives no log-probabilities
+DRAWS = 8  # number of answers to a question if the server gives no log-probabilities
 PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
@@ -31,88 +33,91 @@ class Options:
     template: Template = DEFAULT
     temperature: float = 0.2
     seed: int = 0
-    max_tokens: int = 16  # token limit of a reply in plain numbers; JSON gets more
-    # fields merged into every request, overriding ours
+    max_tokens: int = 16  # token limit of a reply in plain numbers; a reply in JSON may be longer
+    # fields that are merged into every request and override ours
     extra: dict[str, Any] = field(default_factory=dict)
-    deadline_s: float = 300.0  # time limit of a reply, from its first request
-    attempts: int = 3  # replies to a story; a request takes at most deadline_s / attempts
+    deadline_s: float = 300.0  # time limit of a request, all retries included
+    attempts: int = 3  # maximum number of replies to a request until a reply is readable
 
     @property
     def timeout_s(self) -> float:
-        """Longest time of one request."""
+        """Time limit in seconds of one HTTP request."""
         return self.deadline_s / self.attempts
 
     @property
     def extra_json(self) -> str:
+        """`extra` as JSON with sorted keys; "" if empty."""
         return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The capabilities of one model on one server, and the form of its requests."""
+    """Capabilities of one model on one server, and the form of requests that the server accepts."""
 
     url: str
     model: str
     token_cap: str = "max_tokens"  # name of the token limit: max_tokens or max_completion_tokens
-    least_tokens: int = 0  # the smallest limit that is sent
-    # parameters that the server refuses; they are left out
+    least_tokens: int = 0  # the smallest token limit that is sent
+    # parameters that the server refuses; they are left out of requests
     refused: list[str] = field(default_factory=list)
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
-    # False: the rubric opens the user's message, for models without a system message
+    # whether the model accepts a system message; if not, the rubric opens the user's message
     system: bool = True
-    # log-probabilities of the likeliest tokens that are asked for with an answer; 0: the server
-    # gives none, or the replies are grades
+    # number of likeliest tokens to request with log-probabilities; 0 if the server gives no
+    # log-probabilities, or if the replies are grades
     top_logprobs: int = 0
     reply: str = ""  # the reply to the probe's story
-    scored: bool = False  # whether that reply held scores, or an answer
-    thinks: bool = False  # whether the model reasons before it replies, unless told not to
-    # the constraint on a reply: "numbers"; "json", which is longer, only if replies hold no scores
-    # without it; or "nothing"
+    scored: bool = False  # whether this reply has scores, or an answer
+    thinks: bool = False  # whether the model reasons before the reply, unless `quiet` prevents it
+    # The constraint on a reply: "numbers", "json" or "nothing". "json" makes replies longer, and is
+    # used only if replies have no scores without it.
     held_to: str = "nothing"
-    # (prompt, completion) of the probe's story; None if the server counts none
+    # numbers of (prompt, completion) tokens for the probe's story; None without a report
     tokens: Sequence[int] | None = None
-    seconds: float = 0.0  # of the fastest answer: the first may include loading the model
+    # duration of the fastest answer, because the first answer may include loading the model
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # warnings for the user
 
     def __str__(self) -> str:
         reply = "scored a story" if self.scored else f"gave no score but {self.reply[:60]!r}"
         least = f" at least {self.least_tokens}" if self.least_tokens else ""
         findings = [reply, self.token_cap + least]
-        if not self.top_logprobs:  # else its answers need no constraint
-            findings.append(f"obeys {self.held_to}")
+        if not self.top_logprobs:  # answers with log-probabilities need no constraint
+            findings.append(f"reply constraint: {self.held_to}")
         findings += [f"no {name}" for name in self.refused]
         if not self.system:
             findings.append("no system message")
         if self.thinks:
-            findings.append("thinks")
+            findings.append("reasons")
         if self.top_logprobs:
             findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens")
         if self.quiet:
-            findings.append(f"told not to think by {json.dumps(self.quiet)}")
+            findings.append(f"reasoning reduced by {json.dumps(self.quiet)}")
         findings.append(f"{self.seconds:.2f} s")
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
 
 @dataclass(eq=False, repr=False)
 class Endpoint:
-    """One model on the server at `url`, which `base_url` normalised. Its requests in flight are
-    limited: half a slot less for each request refused as busy, one more per full round of answers.
-    A round with a refused fraction s scales the limit by 1 - s/2, as in DCTCP (RFC 8257)."""
+    """One model on the server at `url` (normalised by `base_url`), with a limit on the requests in
+    flight. Each request that is refused as busy lowers the limit by half a slot; each full round of
+    answers raises the limit by one slot. So a round with a refused fraction s scales the limit by
+    1 - s/2, as in DCTCP (RFC 8257)."""
 
     url: str
     model: str | None  # None until the server has listed its models
     client: ChatClient
-    most: int  # requests in flight
+    most: int  # maximum number of requests in flight
     ledger: Ledger
     options: Options
     probe: Probe | None = None  # None until the server has been probed
-    is_open: bool = True  # whether it is asked at all
-    taken: int = 0  # requests in flight
-    failures: int = 0  # transient failures since its last answer
+    is_open: bool = True  # whether requests are sent to this server
+    taken: int = 0  # number of requests in flight
+    failures: int = 0  # number of transient failures since the last answer
 
     def __post_init__(self) -> None:
         self.limit = float(self.most)
-        # key in the cache of the probe of this server with these options
+        # key in the cache of this server's probe with these options
         options = self.options
         text = (
             f"{self.url} {options.max_tokens} {options.temperature} "
@@ -121,10 +126,12 @@ class Endpoint:
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def answered(self) -> None:
+        """Count an answer: the limit rises."""
         self.limit = min(self.limit + 1 / self.limit, self.most)
         self.failures = 0
 
     def failed(self, failure: Failure) -> None:
+        """Count a failure: the limit falls if the server is busy."""
         self.ledger.total["failures"] += 1
         if failure.busy:
             self.limit = max(self.limit - BUSY_COSTS, 1.0)
@@ -133,7 +140,7 @@ class Endpoint:
 
     @property
     def draws(self) -> int:
-        """Equal requests, but for the seed, about each story and question."""
+        """Number of requests per story and question. These requests differ only in the seed."""
         assert self.probe is not None
         if self.options.template.asks_yes_or_no and not self.probe.top_logprobs:
             return DRAWS
@@ -141,7 +148,7 @@ class Endpoint:
 
     @property
     def attempts(self) -> int:
-        """How often a request is sent until its reply can be read."""
+        """Maximum number of times that a request is sent until the reply is readable."""
         assert self.probe is not None
         return 1 if self.probe.top_logprobs else self.options.attempts
 
@@ -177,7 +184,8 @@ class Endpoint:
         return cache_key(self.model, messages, fence, determined_by)
 
     async def chat(self, messages: list[dict], seed: int) -> Reply:
-        """Ask for scores, or for an answer, in the form that the probe says."""
+        """The server's reply to a request for scores, or for an answer, in the form of the
+        probe."""
         form = self.probe
         assert form is not None
         fields = self.sampling(seed)
@@ -201,9 +209,9 @@ class Endpoint:
         return reply
 
     def most_prompt_tokens(self, texts: Sequence[str]) -> int:
-        """Upper bound on a prompt's tokens: a token is at least one byte, and the chat template
-        adds a few. Where the server counted the tokens of the probe's prompt, which begins with the
-        same rubric, only the user's message is estimated."""
+        """Upper bound on the number of tokens of a prompt. A token is at least one byte, and the
+        chat template adds a few tokens. If the server counted the tokens of the probe's prompt,
+        which begins with the same rubric, this count replaces the bound for the system message."""
         if self.probe is None or not self.probe.tokens or len(texts) != 2:
             return len("".join(texts).encode()) + TEMPLATE_TOKENS
         return self.probe.tokens[0] + len(texts[-1].encode())
@@ -212,7 +220,8 @@ class Endpoint:
 def constraint(structure: str, names: Sequence[str]) -> dict:
     """Fields of a request that constrain the reply to scores for `names`."""
     if structure == "numbers":
-        # vLLM obeys the first field and llama.cpp's server the second; each ignores the other
+        # vLLM obeys the first field, and llama.cpp's server the second. Each ignores the other
+        # field.
         digits = [f"[0-{TOP}]"] * len(names)
         grammar = "root ::= " + ' " " '.join(digits)
         return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
@@ -230,10 +239,12 @@ def constraint(structure: str, names: Sequence[str]) -> dict:
 
 
 def base_url(url: str) -> str:
-    """`url` with the path /v1 if it has none. Raises UserError if it cannot be a teacher's."""
+    """The base URL of an API: `url`, with the path /v1 if it has no path. Raises UserError if `url`
+    is not an http or https URL, or has a user name, a query or a fragment."""
     parts = URL.fullmatch(url.strip())
     if parts is None or not url.isprintable():
         raise UserError(
-            "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1; its key is OPENAI_API_KEY"
+            "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1, without a key: set the "
+            "key in OPENAI_API_KEY"
         )
     return parts["server"] + (parts["path"].rstrip("/") or "/v1")

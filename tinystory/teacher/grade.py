@@ -1,4 +1,4 @@
-"""The grade of a story, the interface of graders, and statistics of a step's grades."""
+"""The grade of a story, the interface of graders, and metrics of a step's grades."""
 
 import statistics
 from collections import Counter
@@ -16,43 +16,46 @@ from tinystory.teacher.prompt import CRITERIA, TOP, Question
 class Grade:
     """The outcome of grading one story."""
 
-    # 0..3 per criterion; None if no reply could be read, or if a callable graded the story
+    # 0..3 per criterion; None if no reply was readable, or if a callable graded the story
     scores: Mapping[str, float] | None
     # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
     score: float | None
-    reply: str = ""  # the last reply to each request, at most LONGEST_REPLY characters
-    attempts: int = 0  # replies received, those that could not be read included
-    # whitespace-separated words of all replies, at most max_tokens each: input of the student
+    # the last replies to all requests, joined, at most LONGEST_REPLY characters
+    reply: str = ""
+    attempts: int = 0  # number of replies received, unreadable ones included
+    # Number of whitespace-separated words in all replies, at most max_tokens per reply. These words
+    # count as words in.
     reply_words: int = 0
-    asked: bool = False  # whether a request was made; False if all replies came from the cache
+    asked: bool = False  # whether a request was sent; False if all replies came from the cache
     error: str | None = None  # why there is no score
-    log_odds: Mapping[str, float] | None = None  # of yes, per question, if questions were asked
+    log_odds: Mapping[str, float] | None = None  # log-odds of yes, by question; None for grades
 
 
 NOT_ASKED = Grade(None, None, error="the teacher was not asked")
 
 
 class Grader:
-    """Interface of graders; by default one costs nothing and writes no words. facts: recorded in
-    config.json."""
+    """Interface of graders. The default methods are those of a grader without cost and without
+    words in the replies. facts: facts about the grader for config.json."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
-        # not yet collected; with the grade to come, if it was asked for at once
+        # Questions that are not yet collected. The value is the future grade, or None if the grader
+        # grades all stories together.
         self.sent: dict[Question, Future[Grade] | None] = {}
 
     @property
     def most_words(self) -> int:
-        """Upper bound on the words in the replies to one story."""
+        """Upper bound on the number of words in all replies about one story."""
         return 0
 
     def affords(self, stories: int) -> bool:
-        """Whether the budget suffices for grading `stories` more, however many attempts they
-        take."""
+        """Whether the budget suffices for grading `stories` more stories with the maximum number of
+        attempts."""
         return True
 
     def forecast(self, stories: int, opening: str) -> str:
-        """One sentence on the cost of grading `stories`; empty if there is none."""
+        """One sentence on the cost of grading `stories` stories; "" if grading costs nothing."""
         return ""
 
     def stats(self) -> dict[str, Any]:
@@ -65,12 +68,13 @@ class Grader:
         self.sent[question] = self.submit(question)
 
     def submit(self, question: Question) -> Future[Grade] | None:
-        """Have a story graded at once; None: it waits until all stories are there."""
+        """The future grade of a story, which the grader starts to grade at once; None if the grader
+        collects stories and grades them together."""
         return None
 
     def collect(self, stop: Stop) -> list[Grade]:
-        """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every
-        story would fail."""
+        """Grades of all stories sent, in the order of their indices. Raises Interrupted on `stop`,
+        and UserError after a failure that would affect every story."""
         questions = sorted(self.sent, key=lambda question: question.number)
         grades = self.grades(questions, stop)
         self.sent.clear()
@@ -85,16 +89,16 @@ class Grader:
         return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order; an empty story's score is 0. Raises as `collect`
-        does."""
+        """Grades of the questions, in order. The score of an empty story is 0. Raises Interrupted
+        on `stop`, and UserError after a failure that would affect every story."""
         raise NotImplementedError
 
 
 class LocalGrader(Grader):
-    """A grader whose scores are computed on this machine."""
+    """A grader that computes scores on this machine."""
 
     def scores(self, questions: Sequence[Question]) -> Sequence[float | None]:
-        """A score per question, 0..1, or None; of stories that are not empty."""
+        """One score per question, 0..1 or None. No story is empty."""
         raise NotImplementedError
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
@@ -105,19 +109,19 @@ class LocalGrader(Grader):
         scores = self.scores([questions[row] for row in rows])
         for row, score in zip(rows, scores, strict=True):
             if score is None:
-                grades[row] = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
+                grades[row] = Grade(None, None, error=f"{self.facts['scored_by']} returned None")
             else:
                 grades[row] = Grade(None, score)
         return grades
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
-    """Whether more than a fraction `max_unscored` of the grades has no score."""
+    """Whether the fraction of the grades without a score exceeds `max_unscored`."""
     return sum(grade.score is None for grade in grades) > max_unscored * len(grades)
 
 
 def require_scores(grades: list[Grade], max_unscored: float) -> None:
-    """Raises UserError if a step's stories have `too_few_scores`."""
+    """Raises UserError if `too_few_scores` is true for the grades of a step."""
     if not too_few_scores(grades, max_unscored):
         return
     unscored = [grade for grade in grades if grade.score is None]
@@ -125,29 +129,31 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
     distinct = list(dict.fromkeys(replies))
     raise UserError(
         f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
-        "all earlier steps are saved, so fix the teacher and go on with --resume "
-        f"(it said {'; '.join(distinct[:4])})"
+        "all earlier steps are saved: fix the teacher and continue with --resume "
+        f"(the teacher said {'; '.join(distinct[:4])})"
     )
 
 
 def highest_score(criteria: Collection[str] | None) -> int:
-    """The highest score as it is shown: TOP per criterion, 9 with the paper's three, as it plots
-    them; 1 without criteria, from a callable."""
+    """The highest possible score as shown to users: TOP per criterion, so 9 with the three criteria
+    of the paper, which also plots scores in this way; 1 for a callable, which has no criteria."""
     return TOP * len(criteria) if criteria else 1
 
 
 def shown_scores(grades: Sequence[Grade]) -> list[float]:
-    """The scores of the grades that have one, from 0 to `highest_score`: the sum of the criteria's,
-    in which each has its weight over their mean weight."""
+    """The scores as shown to users, from 0 to `highest_score`, of all grades with a score. A shown
+    score is the sum of the scores of the criteria, each multiplied by the weight of the criterion
+    divided by the mean weight."""
     return [
         grade.score * highest_score(grade.scores) for grade in grades if grade.score is not None
     ]
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean, the mean of `shown_scores`; its standard deviation score_std; score_mode, the
-    fraction of scored stories with the commonest score (both None for one story); and NAME_mean of
-    each criterion, None for those of the paper's three that are not graded."""
+    """Metrics of grades. score_mean, score_std: mean and standard deviation of `shown_scores`.
+    score_mode: fraction of the scored stories with the most frequent score. NAME_mean: mean score
+    of each criterion; None for a criterion of the paper that is not graded. score_std and
+    score_mode are None for fewer than two scores."""
     columns: dict[str, list[float]] = {f"{name}_mean": [] for name in CRITERIA}
     for grade in grades:
         for name, score in (grade.scores or {}).items():

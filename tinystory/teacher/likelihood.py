@@ -1,5 +1,5 @@
-"""The control `--reward likelihood`: a story's score is its likelihood under the frozen student. If
-the likelier story is the better one, it teaches as much as a teacher."""
+"""The control `--reward likelihood`: the score of a story is the likelihood under the frozen
+student. If likelier stories are better stories, the student learns as much as from a teacher."""
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -17,7 +17,7 @@ from tinystory.student.model import Student
 from tinystory.teacher.grade import LocalGrader
 from tinystory.teacher.prompt import Question
 
-# The student's own stories get about this mean and standard deviation from a teacher.
+# Mean and standard deviation of the scores of the student's own stories, about as from a teacher.
 MEAN = 0.5
 SPREAD = 0.2
 STORIES = 64  # the student's own stories that set the scale
@@ -26,8 +26,8 @@ Text = tuple[list[int], list[int]]  # token ids of an opening and of its story
 
 
 class Likelihood(LocalGrader):
-    """Scores are a linear function of the mean log-probability of a story's tokens, with its end
-    token if it has one, clipped to 0..1."""
+    """A grader with scores that are a linear function of the mean log-probability of a story's
+    tokens, clipped to 0..1. The end token counts if the story has one."""
 
     def __init__(
         self,
@@ -58,7 +58,8 @@ class Likelihood(LocalGrader):
     def scores(self, questions: Sequence[Question]) -> list[float]:
         texts: list[Text] = []
         for question in questions:
-            # A student's tokens need not be those of its text: many decode to the same one.
+            # The student's tokens are used if known, because several sequences of tokens decode to
+            # the same text.
             story = list(question.tokens) or self.tokenizer.encode(f" {question.story}")
             texts.append((encode_opening(self.tokenizer, question.opening), story))
         scores: list[float] = []
@@ -69,11 +70,11 @@ class Likelihood(LocalGrader):
 
     @torch.no_grad()
     def mean_logprobs(self, texts: Sequence[Text]) -> list[float]:
-        """Per text, the mean log-probability of its story's tokens in nats per token. Of a text
-        longer than the context, which no student wrote, the last tokens are read."""
+        """Mean log-probability of the story's tokens of each text, in nats per token. A text can be
+        longer than the context if it is not by the student; then only the last tokens are used."""
         weight = self.student.unembedding
         rows = []
-        starts = []  # place of each story's first token in its row
+        starts = []  # position of the story's first token in each row
         for opening, story in texts:
             row = (opening + story)[-self.student.config.context :]
             rows.append(torch.tensor(row, device=weight.device))
@@ -81,10 +82,10 @@ class Likelihood(LocalGrader):
         means = [0.0] * len(texts)
         for group in by_length(np.array([len(row) for row in rows]), self.batch_size):
             tokens = pad_sequence([rows[i] for i in group], batch_first=True)
-            hidden = self.student.hidden(tokens)  # padding comes last: no token sees it
-            for i, states in zip(group, hidden, strict=True):
+            hidden = self.student.hidden(tokens)  # padding comes last, so no token attends to it
+            for i, row_hidden in zip(group, hidden, strict=True):
                 start = starts[i]
-                predicting = states[start - 1 : len(rows[i]) - 1]
+                predicting = row_hidden[start - 1 : len(rows[i]) - 1]
                 logprobs, _ = ops.token_logprob(predicting, weight, rows[i][start:])
                 means[i] = float(logprobs.double().mean())
         return means

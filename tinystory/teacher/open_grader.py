@@ -1,4 +1,4 @@
-"""The grader that the options describe: a teacher over HTTP, or any callable."""
+"""Opens the grader that the options describe: a teacher over HTTP, or a callable."""
 
 import contextlib
 import json
@@ -20,11 +20,12 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import Example, load_template
 
-# Fields of a request that have options of their own or are set by the client.
+# Fields of a request that --teacher-extra must not set: other options or the client set them.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
 OWN_FIELDS |= {"max_completion_tokens", "extra_body", "extra_headers", "extra_query"}
 FIELD_NAME = re.compile(r'"((?:[^"\\]|\\.)*)":')  # in JSON
-# Prefixes of keys: at the beginning of a JSON text, and of a longer word within one.
+# Prefixes of API keys. SECRET_TEXT finds them at the beginning of a JSON string, and at the
+# beginning of a long word within a string.
 PREFIXES = (
     r"(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|xox[a-z]-|xapp-|AIza|"
     r"ya29\.|eyJ|SG\."
@@ -45,11 +46,12 @@ def open_grader(
     likelihood: Callable[[], Grader] | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
-    """Yield the grader that the options describe, ready to use. Raises UserError if it cannot be
-    had. corpus: as the user named it; the built-in teacher, used if no other grader is named, is
-    fitted to it. replies: cache file of a teacher. likelihood: makes the grader of --reward
-    likelihood. examples: makes the worked examples of a --teacher-prompt that shows some."""
-    extra = load_extra(config.teacher_extra)  # a secret in it is refused whoever grades
+    """Yields the grader that the options describe, ready to use. Raises UserError if the grader
+    cannot be opened. corpus: names of the corpora to which the built-in teacher is fitted; it is
+    used if the options name no grader. replies: cache file of a teacher. likelihood: constructs the
+    grader of --reward likelihood. examples: returns the worked examples for a --teacher-prompt that
+    shows examples."""
+    extra = load_extra(config.teacher_extra)  # a secret in it is an error with every grader
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
     elif config.reward:
@@ -67,9 +69,9 @@ def open_grader(
             template = load_template(config.teacher_prompt)
             if template.asks_yes_or_no and config.preset in babylm.TRACKS:
                 raise UserError(
-                    f"--teacher-prompt {config.teacher_prompt} asks questions of yes or no, and their answers are "
-                    f"probabilities: BabyLM (--preset {config.preset}) does not allow the teacher's probabilities to "
-                    "reach the student; use a --teacher-prompt that asks for grades"
+                    f"--teacher-prompt {config.teacher_prompt} asks yes-or-no questions and reads probabilities from "
+                    f"the answers, but BabyLM (--preset {config.preset}) does not allow the teacher's probabilities "
+                    "to reach the student: use a --teacher-prompt that asks for grades"
                 )
             if template.shows_examples and examples:
                 template = replace(template, examples=tuple(examples()))
@@ -105,7 +107,8 @@ def open_judge(
     replies: Path | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
 ) -> Iterator[Grader]:
-    """Yield the grader that --judge names, as `open_grader` does."""
+    """Yields the second judge, the grader that --judge names. Raises UserError if the judge cannot
+    be opened. The arguments are those of `open_grader`."""
     judge = config.judge
     options = InteractConfig(
         preset=config.preset,
@@ -129,13 +132,14 @@ def open_judge(
 
 
 def story_corpora(corpus: Sequence[str]) -> list[str]:
-    """The corpora to which a rubric of stories is fitted, of those that the student has read."""
+    """The corpora among `corpus` that contain stories, to which the rubric is fitted; all if none
+    does."""
     return [name for name in corpus if name not in NO_STORIES] or list(corpus)
 
 
 def load_extra(text: str) -> dict[str, Any]:
-    """Parse --teacher-extra, a JSON object of request fields. Raises UserError for anything else
-    and, since options are recorded, for what looks like a secret at any depth."""
+    """The request fields in --teacher-extra, a JSON object. Raises UserError if it is not a JSON
+    object, and if any part looks like a secret, because options are recorded."""
     try:
         fields = parse_object(text or "{}", NO_FIELDS)
     except ValueError as error:
@@ -146,13 +150,14 @@ def load_extra(text: str) -> dict[str, Any]:
     taken = sorted(OWN_FIELDS & fields.keys())
     if taken:
         raise UserError(
-            f"--teacher-extra cannot set {taken[0]}, which is set by another option or by the client; headers "
-            "are OPENAI_CUSTOM_HEADERS"
+            f"--teacher-extra cannot set {taken[0]}, because another option or the client sets this field: remove "
+            f"{taken[0]} (for headers, set OPENAI_CUSTOM_HEADERS)"
         )
-    forms = f"{text} {json.dumps(fields)}"  # as it is recorded, and without escapes
+    forms = f"{text} {json.dumps(fields)}"  # the text as it is recorded, and without escapes
     names_a_secret = any(map(SECRET_NAME.search, FIELD_NAME.findall(forms)))
     if names_a_secret or SECRET_TEXT.search(forms) or secret_in(forms):
         raise UserError(
-            "--teacher-extra is recorded, so it must hold no secret: use OPENAI_API_KEY or OPENAI_CUSTOM_HEADERS"
+            "--teacher-extra is recorded, so it must hold no secret: set OPENAI_API_KEY or OPENAI_CUSTOM_HEADERS "
+            "instead"
         )
     return fields

@@ -1,9 +1,9 @@
-"""Parse scores from a teacher's reply: exactly those asked for, or none. A lenient parser invents
-rewards ("2 2", cut short, is not 4/9), so three forms are accepted, here for the criteria
-readability, coherence, creativity:
+"""Parses the scores in a teacher's reply: exactly the requested scores, or none. A lenient parser
+would invent rewards (the reply "2 2", which was cut short, is not 4/9). So only three forms are
+accepted, here for the criteria readability, coherence, creativity:
 
     2 1 3
-        integers in the order asked, separated by spaces, commas or newlines
+        integers in the requested order, separated by spaces, commas or newlines
     {"readability": 2, "coherence": 1, "creativity": 3}
         one JSON object with exactly these keys, bare or in a ```json fence
     readability: 2, coherence: 1, creativity: 3
@@ -16,18 +16,18 @@ from collections.abc import Sequence
 
 from tinystory.teacher.prompt import TOP
 
-LONGEST_REPLY = 1000  # characters; a longer reply is an essay without scores
+LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
 
 _WHITESPACE = " \t\r\n"
 _SPACE = rf"[{_WHITESPACE}]"
 _BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
-_DIGIT = rf"[0-{TOP}]"  # not \d, which matches the digits of other scripts too
+_DIGIT = rf"[0-{TOP}]"  # not \d, which also matches digits of other scripts
 _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
-    """Score (0..3) of each criterion, in order; None if the reply has none of the three forms
-    exactly."""
+    """The score (0..3) of each criterion, in order; None unless the reply has exactly one of the
+    three forms."""
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(_WHITESPACE)
@@ -46,7 +46,8 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
         items = _json_items(text)
     scores: dict[str, int] = {}
     for name, value in items:
-        if type(value) is not int or not 0 <= value <= TOP or name in scores:  # True is no score
+        # type(), because isinstance(True, int)
+        if type(value) is not int or not 0 <= value <= TOP or name in scores:
             return None
         scores[name] = value
     if scores.keys() != set(criteria):

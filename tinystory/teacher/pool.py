@@ -14,16 +14,20 @@ from tinystory.teacher.api import Failure, in_time
 from tinystory.teacher.endpoint import Endpoint
 
 T = TypeVar("T")
-FAILURES = 8  # failed requests before a story is given up: with the pauses below, a minute or more
-# before the first retry, then doubled up to the longest, with jitter
+# A story is given up after this number of failed requests. With the pauses below, this takes a
+# minute or more.
+FAILURES = 8
+# Seconds before the first retry; doubled for each further retry, up to LONGEST_PAUSE_S, with
+# jitter.
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 60.0
 
 
 class ServerPool:
-    """While there are more requests than slots, each server takes as many as it answers; otherwise
-    a request goes to the one with the fewest in flight. A server that cannot be reached, refuses
-    the key or fails FAILURES times in a row is left out while another one is available."""
+    """Distributes requests over servers. If more requests wait than slots are free, each server
+    gets a new request for each answer; otherwise a request goes to the server with the fewest
+    requests in flight. A server that cannot be reached, refuses the key or fails FAILURES times in
+    a row is left out if another server is available."""
 
     def __init__(self, endpoints: Sequence[Endpoint]):
         self.endpoints = endpoints
@@ -31,8 +35,8 @@ class ServerPool:
 
     @asynccontextmanager
     async def slot(self, first: bool) -> AsyncIterator[Endpoint]:
-        """Wait for a slot and hold it; yields its server. first: skip the queue, for a request that
-        held one before."""
+        """Yields the server of a free slot, after waiting for one. The block holds the slot. first:
+        skip the queue, for a request that held a slot before."""
         turn: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
         if first:
             self._waiting.appendleft(turn)
@@ -61,8 +65,8 @@ class ServerPool:
                 turn.set_result(endpoint)
 
     async def ask(self, request: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """The answer to a request, retried after transient failures. Raises Failure when giving up,
-        after at most the server's `deadline_s`."""
+        """The answer to a request, which is repeated after transient failures. Raises Failure when
+        the request is given up, at the latest after the server's `deadline_s`."""
         deadline: float | None = None  # on the monotonic clock
         failures = 0
         while True:
@@ -79,7 +83,8 @@ class ServerPool:
                     endpoint.answered()
                     return answer
                 endpoint.failed(failure)
-                if self._is_left_out(endpoint, failure):  # the story is not the cause
+                # a server that is left out does not count as a failure of the story
+                if self._is_left_out(endpoint, failure):
                     continue
 
             failures += 1
@@ -94,8 +99,8 @@ class ServerPool:
             await asyncio.sleep(pause)
 
     def _is_left_out(self, endpoint: Endpoint, failure: Failure) -> bool:
-        """Leave the server out if the failure calls for it and another is open; returns whether it
-        is out."""
+        """Whether the server is left out. Leaves it out if the failure affects every story and
+        another server is open."""
         refused = failure.fatal and failure.status is not None
         gone = refused or failure.unreachable or endpoint.failures >= FAILURES
         others = any(other.is_open for other in self.endpoints if other is not endpoint)
@@ -105,6 +110,8 @@ class ServerPool:
 
 
 def leave_out(endpoint: Endpoint, failure: Failure) -> None:
-    """Use the other servers only, from now on."""
+    """Send no further requests to this server, and print a warning."""
     endpoint.is_open = False
-    tqdm.write(f"warning: the teacher at {endpoint.url} {failure}; the others go on without it")
+    tqdm.write(
+        f"warning: the teacher at {endpoint.url} {failure}; the other servers take over its requests"
+    )

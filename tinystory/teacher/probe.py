@@ -1,5 +1,5 @@
-"""Probe a server's capabilities and request form by experiment: a server may accept an option and
-ignore it."""
+"""Finds out a server's capabilities and the form of requests by experiment, because a server may
+accept an option and ignore it."""
 
 import json
 import re
@@ -19,32 +19,33 @@ from tinystory.teacher.parse import LONGEST_REPLY
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
 
-HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
-HUMAN_S = 20.0  # seconds in which a human answers, until it is known
-PATIENCE_S = 3 * 86_400.0  # time limit for a human
+HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
+HUMAN_S = 20.0  # seconds per grade by a human, assumed in forecasts
+PATIENCE_S = 3 * 86_400.0  # time limit in seconds for a human's grade
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
-# Asked for animals, a model answers with scores only if the server constrains it to them.
+# A request that has nothing to do with scores. The reply has scores only if the server obeys a
+# constraint to scores.
 OFF_TOPIC = [
     {
         "role": "user",
         "content": "Name three animals that live in a forest. Write their names and no number.",
     }
 ]
-# names of models
+# Pattern of names of models that cannot chat.
 NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)
-# Ways to make a model reason less, tried in this order: by the chat template (vLLM, SGLang,
-# llama.cpp), by the effort (Ollama and later versions of the others; gpt-oss and Gemini have no
-# "none", GPT-5 nothing below "minimal").
+# Fields that make a model reason less, tried in this order. The first is an argument of the chat
+# template (vLLM, SGLang, llama.cpp). The others are efforts (Ollama, and later versions of the
+# three servers). gpt-oss and Gemini have no "none"; GPT-5 has nothing below "minimal".
 QUIETER: tuple[dict[str, Any], ...] = (
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
     {"reasoning_effort": "minimal"},
     {"reasoning_effort": "low"},
 )
-THINKING_TOKENS = 4096  # token limit of a reply if none of them works
+THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
 REFUSABLE = ("temperature", "seed")
-TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give; others give fewer, or none
-# What the fields of a probe can be, apart from their types.
+TOP_LOGPROBS = 20  # the maximum of OpenAI and vLLM; other servers have a lower maximum, or none
+# Field of a probe -> test of the value, in addition to the type.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "model": str.isprintable,
     "token_cap": ("max_tokens", "max_completion_tokens").__contains__,
@@ -61,14 +62,14 @@ PROBE_FIELDS: Fields = {
     name: (type(value),) for name, value in asdict(Probe(url="", model="")).items()
 }
 PROBE_FIELDS |= {"tokens": (list, type(None)), "seconds": (int, float)}
-LONGEST_S = 1e6  # bound on an answer's duration
+LONGEST_S = 1e6  # upper bound on the duration of an answer in seconds
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
 MOST_LOGPROBS = re.compile(
     r"top_logprobs\D*(?:<=?|at most|less than or equal to|maximum|between 0 and|up to)\D{0,12}([0-9]{1,2})\b"
 )
-# Pattern in an error message -> fields of the form to change.
+# Pattern in a server's error message -> function that returns the fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
     (
         re.compile("max_completion_tokens"),
@@ -86,8 +87,9 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
 
 
 def load_probe(text: str, url: str) -> Probe | None:
-    """Parse the probe of the server at `url` from JSON. None for any other text, such as another
-    version's probe, and for one that no server can have led to: its fields go into all requests."""
+    """The probe of the server at `url`, parsed from JSON. None for any other text, such as the
+    probe of another version. None also for a probe with values that no server can have caused,
+    because fields of the probe become part of all requests."""
     try:
         record = parse_object(text, PROBE_FIELDS)
     except ValueError:
@@ -99,7 +101,8 @@ def load_probe(text: str, url: str) -> Probe | None:
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
-    """`form`, changed as the error message demands. Raises `failure` if no remedy changes it."""
+    """`form` with the change that the server's error message demands. Raises `failure` if no entry
+    of REMEDIES changes the form."""
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
@@ -115,7 +118,7 @@ class Prober:
     def __init__(self, server: Endpoint, cache: Cache):
         self.server = server
         self.cache = cache
-        # a copy, whose probe changes with each experiment
+        # a copy of the endpoint; its probe changes with each experiment
         self.endpoint = replace(server)
         self.options = server.options
         template = server.options.template
@@ -126,15 +129,15 @@ class Prober:
         self.seconds: list[float] = []
 
     async def examine(self) -> Failure | None:
-        """Set the server's model and probe. Returns None, or why the server cannot be reached if no
-        cached probe of the model that the user named can take its place. Raises UserError for any
-        other failure."""
+        """None after the server's model and probe were set; else the failure to reach the server.
+        If the server cannot be reached, a cached probe is used if its model is the one that the
+        user named. Raises UserError for any other failure."""
         server = self.server
         cached = self.cache.get(server.probe_key)
         probe = load_probe(cached.text, server.url) if cached else None
         try:
             server.model = await self.choose_model()
-            # A cached probe without scores is repeated, unless the run got scores in spite of it.
+            # A cached probe without scores is repeated, unless other cached replies have scores.
             replies = [reply for _, reply in self.cache.items()]
             has_scores = any(reply.is_readable(server.options.template) for reply in replies)
             if not probe or probe.model != server.model or not (probe.scored or has_scores):
@@ -149,12 +152,16 @@ class Prober:
             if probe is None:
                 return failure
             if probe.model not in (server.model, HUMAN):
-                # A file's name is not taken: it would be sent to the server once that is back.
-                message = f"{failure} (kept replies are by {probe.model}: give that to --teacher-model to use them)"
+                # The name of the model is not taken from the file, because it would be sent to the
+                # server when the server can be reached again.
+                message = (
+                    f"{failure} (the cached replies are by {probe.model}: to use them, give "
+                    f"--teacher-model {probe.model})"
+                )
                 return Failure(message, unreachable=True)
             server.model = probe.model
             tqdm.write(
-                f"warning: the teacher at {server.url} {failure}; until then, kept replies will do"
+                f"warning: the teacher at {server.url} {failure}; cached replies are used until a new one is needed"
             )
         server.probe = probe
         if server.model == HUMAN:  # a human may take a break
@@ -162,7 +169,8 @@ class Prober:
         return None
 
     async def choose_model(self) -> str:
-        """The named model, else the first chat model that the server lists."""
+        """The name of the model: the one that the user named, else the first chat model that the
+        server lists."""
         endpoint = self.endpoint
         try:
             models = await in_time(endpoint.client.models(), self.options.timeout_s)
@@ -170,21 +178,23 @@ class Prober:
             if failure.status is None:
                 raise
             if endpoint.model is None:
-                message = f"{failure} (where models are not listed, name one with --teacher-model)"
+                message = (
+                    f"{failure} (if the server does not list models, name one with --teacher-model)"
+                )
                 raise Failure(message, status=failure.status) from None
             self.notes.append(
-                f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models"
+                f"{endpoint.url} {failure}; {endpoint.model} is used although the server gave no list of models"
             )
             return endpoint.model
         if endpoint.model is None:
             if not models:
-                raise Failure("lists no model: load one, or name it with --teacher-model")
+                raise Failure("lists no model: load one, or name one with --teacher-model")
             chat_models = [name for name in models if not NO_CHAT.search(name)]
             endpoint.model = (chat_models or models)[0]
         elif endpoint.model not in models:
             listed = endpoint.client.one_line(", ".join(models)) or "none"
             self.notes.append(
-                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {listed}"
+                f"{endpoint.url} does not list {endpoint.model}, which is used anyway; listed models: {listed}"
             )
         return endpoint.model
 
@@ -214,7 +224,7 @@ class Prober:
         scored = self._scored(reply)
         if not scored:
             self.notes.append(
-                f"{model} was shown a story and gave no score but {reply.text[:80]!r}"
+                f"{model} gave no score for the first story; it replied {reply.text[:80]!r}"
             )
         return replace(
             self.form,
@@ -234,7 +244,7 @@ class Prober:
         return reply
 
     async def _try(self, messages: list[dict]) -> Reply | None:
-        """`_ask`, but None after a failure that does not concern other requests."""
+        """The reply to these messages; None after a failure that concerns only this request."""
         try:
             return await self._ask(messages)
         except Failure as failure:
@@ -246,7 +256,8 @@ class Prober:
         return CachedReply.of(reply).is_readable(self.options.template)
 
     async def _first_reply(self) -> Reply:
-        """The reply to the story, after changing the form until the server accepts it."""
+        """The reply to the first story, after changing the form until the server accepts the
+        request."""
         pool = ServerPool([self.endpoint])
         while True:
             try:
@@ -255,7 +266,8 @@ class Prober:
                 self.endpoint.probe = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
-        """Try QUIETER in turn on a model that reasons, then a limit of THINKING_TOKENS."""
+        """The reply of a model that reasons: with the first entry of QUIETER that stops the
+        reasoning, else with a token limit of THINKING_TOKENS. Raises Failure if both fail."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
             self.change_form(quiet=quiet)
@@ -270,19 +282,17 @@ class Prober:
         model = self.endpoint.model
         if reply is None or (reply.thought and not self._scored(reply)):
             raise Failure(
-                f"has a model, {model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold no scores: "
-                "choose a model that does not, or switch its thinking off on the server"
+                f"has a model, {model}, that reasons before it answers and gives no scores within {THINKING_TOKENS} "
+                "tokens: choose a model that does not reason, or switch reasoning off on the server"
             )
-        note = (
-            f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens"
-        )
+        note = f"reasoning of {model} cannot be switched off: a reply may cost up to {THINKING_TOKENS} tokens"
         if reply.tokens:
-            note += f"; it used {reply.tokens[1]} for the first story"
+            note += f"; the first reply cost {reply.tokens[1]}"
         self.notes.append(note)
         return reply
 
     async def _reply_with_logprobs(self, reply: Reply) -> Reply:
-        """The reply with log-probabilities if the server gives any, else one without."""
+        """`reply` if it has log-probabilities, else a new reply that is requested without them."""
         if (
             self.form.top_logprobs
             and reply.alternatives
@@ -294,12 +304,12 @@ class Prober:
             reply = await self._ask(self.messages)
         self.notes.append(
             f"{self.endpoint.url} gives no log-probabilities of {self.endpoint.model}: each question is asked "
-            f"{DRAWS} times, and the share of yes is its answer"
+            f"{DRAWS} times, and the fraction of yes is the answer"
         )
         return reply
 
     async def _find_structure(self, json_too: bool) -> None:
-        """Hold replies to the first structure that the server obeys, if any."""
+        """Set `held_to` to the first constraint that the server obeys, if any."""
         for structure in ["numbers", "json"] if json_too else ["numbers"]:
             self.change_form(held_to=structure)
             reply = await self._try(OFF_TOPIC)

@@ -1,15 +1,15 @@
-"""The teacher's prompt, in two forms.
+"""The teacher's prompt, in two forms: grades and questions.
 
-Grades: one request per story, answered by a whole number from 0 to 3 per criterion. Criteria, order
-and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small Language
-Models" (arXiv 2509.15714); the wording is ours.
+Grades: one request per story. The reply is a whole number from 0 to 3 per criterion. Criteria,
+order and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small
+Language Models" (arXiv 2509.15714); the wording is ours.
 
-Questions: one request per story and question, answered by yes or no. The question comes last, so
-that a server with a prefix cache reads the story once.
+Questions: one request per story and question. The reply is yes or no. The question comes last, so
+that a server with a prefix cache processes the story once.
 
-In both, the instructions come first and are the same for every story, so a server can cache them.
-The story stands between two copies of a fence that does not occur in it, so it cannot end its own
-quotation."""
+In both forms, the instructions come first and are the same for every story, so a server can cache
+them. The story stands between two copies of a fence that does not occur in the story, so the story
+cannot end the quotation."""
 
 import hashlib
 import json
@@ -32,9 +32,9 @@ TOP = 3  # each criterion is graded 0, 1, 2 or 3
 class Criterion:
     name: str
     question: str
-    # what the grades 0, 1, 2 and 3 mean; () for a question that is answered by yes or no
+    # meanings of the grades 0, 1, 2 and 3; () for a yes-or-no question
     levels: tuple[str, ...] = ()
-    weight: float = 1.0  # in the weighted mean that is a story's score
+    weight: float = 1.0  # weight in the mean over criteria, which is the score of a story
 
 
 STORYTELLING = (
@@ -69,9 +69,9 @@ STORYTELLING = (
         ),
     ),
 )
-LARGEST_WEIGHT = 1e6  # of a criterion; no sum of weights overflows
+LARGEST_WEIGHT = 1e6  # maximum weight of a criterion, so that no sum of weights overflows
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
-# A criterion's name. The excluded ones have another metric NAME_mean.
+# Pattern of a criterion's name. The excluded names are those of other metrics NAME_mean.
 NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
 PREFACE = (
     "You are a kind teacher who grades short stories by a beginner. The beginner was given an opening and has room "
@@ -86,7 +86,7 @@ EDITOR = (
 
 @dataclass(frozen=True)
 class Example:
-    """A text whose answer to every question is known."""
+    """A text with a known answer, which is the same for every question."""
 
     opening: str
     story: str
@@ -95,10 +95,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Template:
-    """How a teacher is asked: the criteria, all to be graded or all questions of yes or no, and the
-    preface of our messages. Or a user's own messages, `system` ("" for none) and `user`, in which
-    {opening} and {story} are replaced. shows_examples: whether the messages hold `examples`, which
-    come from the student's corpus."""
+    """The way of asking a teacher. criteria: all with levels, to be graded, or all yes-or-no
+    questions. preface: first sentences of our messages. system ("" for none), user: a user's own
+    messages instead of ours, in which {opening} and {story} are replaced. shows_examples: whether
+    the messages contain `examples`, which come from the student's corpus."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
@@ -116,7 +116,8 @@ class Template:
         return not self.criteria[0].levels
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """Weighted mean of the criteria's scores, divided by TOP: 0..1."""
+        """Score of a story, 0..1: the weighted mean of the scores of the criteria, divided by
+        TOP."""
         total = sum(criterion.weight * scores[criterion.name] for criterion in self.criteria)
         weights = sum(criterion.weight for criterion in self.criteria)
         return total / (TOP * weights)
@@ -133,7 +134,7 @@ THREAD = Criterion(
 EVENT = Criterion(
     "event", "Does something unexpected happen in this story, and does it come to an end?"
 )
-# The ways of asking that have a name. scripts/doctor.py --calibrate compares them.
+# Templates with a name. scripts/doctor.py --calibrate compares them.
 TEMPLATES = {
     "grades": DEFAULT,
     "sense": Template((SENSE,), EDITOR),
@@ -144,8 +145,8 @@ TEMPLATES = {
 
 
 class Question(NamedTuple):
-    """A story to be graded. number: its index in the run; tokens: the student's, () if only the
-    text is known."""
+    """A story to be graded. number: index of the story in the run. tokens: the tokens that the
+    student sampled; () if only the text is known."""
 
     opening: str
     story: str
@@ -154,8 +155,8 @@ class Question(NamedTuple):
 
 
 def load_template(name: str | os.PathLike) -> Template:
-    """The template of TEMPLATES with this name, or in a JSON file (docs/teachers.md); DEFAULT for
-    "". Raises UserError if the file is invalid."""
+    """The template with this name in TEMPLATES, or the template in the JSON file with this name
+    (docs/teachers.md); DEFAULT for "". Raises UserError if the file is missing or invalid."""
     if not name:
         return DEFAULT
     if name in TEMPLATES:
@@ -164,7 +165,7 @@ def load_template(name: str | os.PathLike) -> Template:
         return _template(json.loads(read_text(Path(name))))
     except (UserError, ValueError, RecursionError) as error:
         raise UserError(
-            f"--teacher-prompt {name} is neither one of {', '.join(TEMPLATES)} nor a file with a template: "
+            f"--teacher-prompt {name} is neither one of {', '.join(TEMPLATES)} nor a valid template file: "
             f"{str(error)[:300]}"
         ) from None
 
@@ -173,7 +174,7 @@ def _template(value: object) -> Template:
     match value:
         case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
             system = rest.get("system", "")
-            # JSON can hold lone surrogates
+            # encode() raises ValueError for lone surrogates, which JSON can contain
             if isinstance(system, str) and (system + user).encode():
                 return Template(system=system, user=user)
         case {"criteria": [_, *_] as values, **rest} if rest.keys() <= {"preface", "examples"}:
@@ -189,9 +190,9 @@ def _template(value: object) -> Template:
             if _is_plain(preface) and has_names and shows_possible:
                 return template
     raise ValueError(
-        'it must hold "criteria", at least one, each with a name of its own, and all or none with "levels"; perhaps '
-        '"preface", which is plain text; without levels perhaps "examples": true. Or it must hold "user" with '
-        '{story}, perhaps "system"'
+        'a template has "criteria", at least one, with different names, all or none with "levels"; optional are '
+        '"preface", which is plain text, and, without levels, "examples": true; or a template has "user" with '
+        '{story}, and optionally "system"'
     )
 
 
@@ -206,9 +207,9 @@ def _criterion(value: Any) -> Criterion:
             if is_known and all(map(_is_plain, [question, *levels])):
                 return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
-        f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
-        'metrics.jsonl) and a "question" of plain text, perhaps 4 "levels" of plain text and a "weight" above 0 '
-        "and at most 1e6, and nothing else"
+        f'{value!r:.80} is not a valid criterion: it must have a "name" (one word of small letters, digits and _, no '
+        'metric of metrics.jsonl) and a "question" of plain text; optional are 4 "levels" of plain text and a "weight" '
+        "above 0, at most 1e6; nothing else is allowed"
     )
 
 
@@ -216,8 +217,8 @@ def _is_plain(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip()) and clean(text) == text
 
 
-# The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + what
-# is asked: AFTER, or a question.
+# The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + end,
+# where end is AFTER or a question.
 BEFORE = "The opening that the writer was given, which is not to be graded:\n\n"
 BETWEEN = "\n\nThe writer's story, which goes on from there, between two marks:\n\n"
 AFTER = "\n\nYour grades for the story between the marks, numbers only:"
@@ -229,8 +230,8 @@ FENCED = (
 
 
 def instructions(template: Template = DEFAULT) -> str:
-    """The system message, the same for every story of a run: the rubric, or how to answer the
-    questions."""
+    """The system message: the rubric, or how to answer questions. It is the same for every story of
+    a run."""
     if template.asks_yes_or_no:
         fenced = FENCED.format(judge="judge", pleads="asks for an answer", judged="judged")
         return f"{template.preface} {fenced} Answer the question about the story with one word, yes or no."
@@ -256,7 +257,7 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def asked(criterion: Criterion) -> str:
-    """The end of the user message that asks a question."""
+    """The end of a user message with a question."""
     return f"\n\n{criterion.question} Answer yes or no."
 
 
@@ -268,10 +269,10 @@ def render(
     template: Template = DEFAULT,
     criterion: Criterion | None = None,
 ) -> list[dict]:
-    """Chat messages that ask for one story's grades, or the question `criterion` about it, after the
-    template's examples. Both texts are cleaned. A user's own messages have no fence, and are filled
-    in once, so braces in a story stay text. Raises ValueError if the fence is not one line or
-    occurs in a text."""
+    """Chat messages that ask for the grades of one story, or the question `criterion` about the
+    story, after the template's examples. Opening and story are cleaned. A user's own messages have
+    no fence; {opening} and {story} are replaced once, so braces in a story stay text. Raises
+    ValueError if the fence is not one line or occurs in a text."""
     opening = clean(opening)
     story = clean(story)
     if template.user:
@@ -287,8 +288,8 @@ def render(
 
 
 def _example_turns(template: Template, end: str) -> Iterator[tuple[str, str]]:
-    """(role, content) of the template's examples. They are equal for all stories, so a server with
-    a prefix cache reads them once."""
+    """Yields (role, content) of the messages of the template's examples. They are the same for all
+    stories, so a server with a prefix cache processes them once."""
     for i, example in enumerate(template.examples):
         mark = fence(0, i, f"{example.opening}\n{example.story}")
         yield "user", _user_message(example.opening, example.story, mark, end)
@@ -305,9 +306,9 @@ def _user_message(opening: str, story: str, fence: str, end: str) -> str:
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """Inverse of `render`: the cleaned (opening, story); None unless the user message matches to
-    the character. The fence is the last line and occurs exactly twice, so no text in a story can
-    move it."""
+    """The cleaned (opening, story) of rendered messages, the inverse of `render`; None unless the
+    user message is exactly a rendered one. The fence is the last line and occurs exactly twice, so
+    no text in a story can move the fence."""
     match messages:
         case [*_, {"content": str(user)}]:
             body = user.removeprefix(BEFORE).removesuffix(AFTER)
@@ -321,16 +322,16 @@ def read_back(messages: object) -> tuple[str, str] | None:
     story = parts[1][1:-1]  # without the line breaks around it
     try:
         rendered = render(opening, story, fence=mark)
-    except ValueError:  # the mark occurs elsewhere too, perhaps only after cleaning
+    except ValueError:  # the fence also occurs elsewhere, perhaps only after cleaning
         return None
     return (opening, story) if rendered[-1]["content"] == user else None
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The fence of story `index`: digits not in `text`, derived from the seed, so that a replay
-    asks the same."""
-    # NFKC: a model may read full-width and other compatible forms of letters and digits as the
-    # plain ones.
+    """The fence of story `index`: a line with hexadecimal digits that do not occur in `text`. The
+    digits are derived from the seed, so that a repeated run sends the same prompts."""
+    # NFKC, because a model may read full-width and other compatible forms of letters and digits as
+    # the plain characters
     text = unicodedata.normalize("NFKC", clean(text)).casefold()
     size = 6
     while True:
@@ -340,10 +341,11 @@ def fence(seed: int, index: int, text: str) -> str:
         size *= 2
 
 
-# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>,
-# EXAONE's [|assistant|], MiniMax's [e~[ and ]~b]): some servers interpret them in a message's text
-# too, where they would end the turn. A space after the bracket makes them plain text. NFKC forms of
-# brackets and bars are included: some tokenizers normalise text.
+# First characters of the control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>,
+# [INST], [gMASK], <<SYS>>, EXAONE's [|assistant|], MiniMax's [e~[ and ]~b]). Some servers also
+# interpret these tokens in the text of a message, where they would end the turn. A space after the
+# bracket makes them plain text. NFKC forms of brackets and bars are included, because some
+# tokenizers normalise text.
 _CONTROL_TOKEN = re.compile(
     r"[<\uff1c\ufe64](?=\S)"
     r"|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d]|[|\uff5c]|[a-z\uff41-\uff5a]?[~\uff5e])"
@@ -352,5 +354,6 @@ _CONTROL_TOKEN = re.compile(
 
 
 def clean(text: str) -> str:
-    """`printable(text)` with control tokens of chat templates made plain text. Idempotent."""
+    """`printable(text)` in which control tokens of chat templates are made plain text.
+    Idempotent."""
     return _CONTROL_TOKEN.sub(r"\g<0> ", printable(text))
