@@ -128,8 +128,8 @@ def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_
     [
         (["--out", ""], "--out must be given: it is empty"),
         (["--out", "file/x"], "cannot write"),
-        (["--pretrain", "'x"], '--pretrain "\'x": no closing quotation'),
-        (["--interact", "'x"], '--interact "\'x": no closing quotation'),
+        (["--pretrain", "'x"], "'x\": no closing quotation"),
+        (["--interact", "'x"], "'x\": no closing quotation"),
         (["--teacher", "'x"], '--teacher "\'x": no closing quotation'),
         (["--interact", "--openings nowhere.txt"], "nowhere.txt"),
         (["--blimp", "nowhere"], "nowhere cannot be read as BabyLM's sentence tasks"),

@@ -60,7 +60,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
     assert f"{history['words']:,} words" in text
     assert f"In 2 steps of PPO the model wrote {last['words_out']}" in text
-    assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
+    assert "`[x](http://evil)` graded" in text and "this grader tells stories from noise" in text
     assert "## bJudged, after step 2\n\nA judge saw more.\n\n" in text
     assert "|  | sense |\n| --- | --- |\n| after | -0.9 |" in text
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]

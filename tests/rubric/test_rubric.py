@@ -255,7 +255,7 @@ def test_the_tail_of_an_endless_story_is_not_read(rubric, good):
 
 @pytest.mark.parametrize("corpus", [[], [""], ["one two three."], ["... !!!"] * 10])
 def test_a_corpus_of_nothing_is_refused(corpus):
-    with pytest.raises(UserError, match="more stories"):
+    with pytest.raises(UserError, match="larger --corpus"):
         Rubric(corpus)
 
 
