@@ -113,7 +113,7 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
             assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
             assert "321 reply tokens" in grader.forecast(1, "Once")
         output = capsys.readouterr().out
-    assert f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output
+    assert f"may cost up to {THINKING_TOKENS} tokens; the first reply cost 321" in output
     assert "cannot be switched off" in output
     assert server.all[-1]["max_tokens"] == THINKING_TOKENS
     assert server.all[-1]["reasoning_effort"] == "low"
