@@ -321,11 +321,11 @@ def test_no_compiler_is_one_sentence_that_says_what_to_install(place, monkeypatc
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(
         UserError,
-        match=r"no C\+\+ compiler found, .* no c\+\+ or g\+\+ or clang\+\+: .*apt install g\+\+",
+        match=r"no C\+\+ compiler found, .* c\+\+, g\+\+, clang\+\+: .*apt install g\+\+",
     ):
         build.command()
     monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
-    with pytest.raises(UserError, match=r"there is no /nonexistent/c\+\+: .*CXX"):
+    with pytest.raises(UserError, match=r"looked for /nonexistent/c\+\+: .*CXX"):
         build.command()
     assert not (place / "cache").exists()
 

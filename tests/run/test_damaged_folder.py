@@ -110,7 +110,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, comm
     if command is interact:
         given = ["--init", str(checkpoint.newest(place / "p"))]
         line = fails(command.main, ["--resume", "--out", str(tmp_path / "killed")], capsys)
-        assert f"was begun from '{given[1]}': give that again as --init" in line
+        assert given[1] in line and "--init" in line
     command.main(["--resume", *given, "--out", str(tmp_path / "killed")])
     assert "starts from the beginning" in capsys.readouterr().out
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")

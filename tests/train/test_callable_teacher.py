@@ -50,7 +50,7 @@ def whole(place, tmp_path_factory):
     [
         ("sys.exit(0)", "line 6: SystemExit: 0"),
         ("import os; os._exit(0)", "it ended the process (exit code 0)"),
-        ("return [10**400] * len(stories)", "gave 1000"),
+        ("return [10**400] * len(stories)", "returned 1000"),
         ("raise ValueError('\\x1b[31m')", "line 6: ValueError: [31m"),
     ],
 )

@@ -70,12 +70,12 @@ def test_a_refusal_names_what_to_give():
         ("--learner gae --value-coef 0", ("--value-coef",)),
         ("--value-coef 1", ("--value-coef", "gae")),
         ("--learner grpo", ("--stories-per-opening 2", "--stories-per-step")),
-        ("--learner sft-best --lam 0.5", ("--lam", "--learner ridge or gae")),
+        ("--learner sft-best --lam 0.5", ("--lam", "ridge or gae")),
         ("--learner dpo", ("--stories-per-opening 2", "--stories-per-step")),
         ("--learner dpo --stories-per-opening 2 --kl-coef 0", ("--kl-coef 0", "beta")),
         ("--learner dpo --stories-per-opening 2 --kl-in loss", ("--kl-in", "rloo")),
         ("--learner dpo --stories-per-opening 2 --minibatch-size 3", ("--minibatch-size", "even")),
-        ("--length-normalised", ("--length-normalised", "--learner dpo only")),
+        ("--length-normalised", ("--length-normalised", "only with dpo")),
     ):
         with pytest.raises(UserError) as error:
             check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))
