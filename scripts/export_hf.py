@@ -3,7 +3,7 @@
     python scripts/export_hf.py RUN exported                    a folder for transformers
     python scripts/export_hf.py RUN --gguf student.gguf         a GGUF file for llama.cpp
 
-Of a run, the checkpoint `best` is exported, or else the newest. The folder has a model card,
+For a run, the checkpoint `best` is exported, or else the newest. The folder has a model card,
 README.md, written from the records of the run. `hf upload NAME/REPO exported` uploads the folder to
 the Hub, and `hf upload NAME/REPO exported --revision chck_1M` to a branch.
 """

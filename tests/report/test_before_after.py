@@ -276,11 +276,13 @@ def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(ru
         for step in range(4, 10):
             log.metrics(step=step, reward_mean=0.5, scored=200, score_mode=1.0, score_mean=4.5)
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
-    said = "had the same score (4.5 in the last), so the student learns nothing from the teacher"
+    warning = "had the same score (4.5 in the last), so the student learns nothing from the teacher"
     assert (
-        terminal.index("-0.147 to 0.307.") < terminal.index(said) < terminal.index("from step 0:")
+        terminal.index("-0.147 to 0.307.")
+        < terminal.index(warning)
+        < terminal.index("from step 0:")
     )
-    assert page.index(said) < page.index("-0.147 to 0.307.")
+    assert page.index(warning) < page.index("-0.147 to 0.307.")
 
 
 def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):

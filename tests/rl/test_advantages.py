@@ -68,8 +68,8 @@ def test_k3_adds_its_gradient_to_the_losss(student):
     logprobs = ppo.response_logprobs(student, batch)[0]
     ratio = (ref_logprobs - logprobs).exp()
     k3 = (ratio - 1 - ratio.log()).mean()
-    wanted = torch.autograd.grad(0.4 * k3, [*student.parameters()])
-    for with_both, without, want in zip(both, plain, wanted, strict=True):
+    expected_gradients = torch.autograd.grad(0.4 * k3, [*student.parameters()])
+    for with_both, without, want in zip(both, plain, expected_gradients, strict=True):
         torch.testing.assert_close(with_both - without, want, rtol=2e-3, atol=2e-5)
     assert any(g.abs().max() > 1e-3 for g in plain)
     assert not any(g.any() for g in gradient(student, config, batch, zeros))
@@ -152,17 +152,17 @@ def sampled_batch(student, lengths):
 
 @pytest.mark.parametrize("length_normalised", [False, True])
 def test_dpos_gradient_is_that_of_the_papers_loss(student, length_normalised):
-    """Two pairs, of which the second story wins one, a tie, and a story whose partner has no
+    """Two pairs (the second story wins one of them), a tie, and a story whose partner has no
     score."""
     config = dataclasses.replace(DPO, length_normalised=length_normalised, micro_batch_size=2)
     batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 3, 6, 4])
     rewards = [0.2, 0.7, 0.9, 0.4, 0.5, 0.5, None, 0.3]
     loss = plain_dpo(student, batch, references, [(1, 0), (2, 3)], config)
-    wanted = torch.autograd.grad(loss, [*student.parameters()])
+    expected_gradients = torch.autograd.grad(loss, [*student.parameters()])
     (got,), stats = dpo_step(student, config, batch, references, rewards)
-    for ours, want in zip(got, wanted, strict=True):
+    for ours, want in zip(got, expected_gradients, strict=True):
         torch.testing.assert_close(ours, want, rtol=2e-3, atol=2e-5)
-    assert max(float(want.abs().max()) for want in wanted) > 1e-3
+    assert max(float(want.abs().max()) for want in expected_gradients) > 1e-3
     assert stats["policy_loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert stats["pairs"] == 0.5 and stats["unscored"] == 1
 

@@ -289,8 +289,8 @@ def test_ends_of_sentences():
 
 def test_quotation_marks_are_distinguished_and_counted():
     hi, oh = [OPEN, "Hi", ",", CLOSE], [OPEN, "Oh", "!", CLOSE]
-    said = [*hi, *"said Tom 's dog .".split(), *oh]
-    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == said
+    tokens = [*hi, *"said Tom 's dog .".split(), *oh]
+    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == tokens
     assert find_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
     assert find_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
     assert find_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice

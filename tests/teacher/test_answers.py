@@ -31,13 +31,13 @@ TWO = Template((Criterion("first", "Is it first?"), Criterion("second", "Is it s
 
 def with_logprobs(text, alternatives, before=()):
     """A chat completion with the log-probabilities of its first token, after white space."""
-    places = [{"token": token, "logprob": 0.0, "top_logprobs": []} for token in before]
+    positions = [{"token": token, "logprob": 0.0, "top_logprobs": []} for token in before]
     entries = [{"token": token, "logprob": logprob} for token, logprob in alternatives]
-    places.append({"token": text, "logprob": -0.1, "top_logprobs": entries})
+    positions.append({"token": text, "logprob": -0.1, "top_logprobs": entries})
     choice = {
         "message": {"content": text},
         "finish_reason": "length",
-        "logprobs": {"content": places},
+        "logprobs": {"content": positions},
     }
     return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
 
@@ -46,8 +46,8 @@ def answers(probability):
     """A server that says yes with this probability, by what the last message asks."""
 
     def other(body):
-        asked = body["messages"][-1]["content"]
-        p = probability(asked)
+        prompt = body["messages"][-1]["content"]
+        p = probability(prompt)
         if not body.get("logprobs"):
             return "Yes." if p > 0.5 else "No."
         return with_logprobs("no", [("Yes", math.log(p)), ("no", math.log(1 - p))], before=(" ",))
@@ -121,8 +121,8 @@ def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
     assert grade.scores == {"first": 1.5, "second": pytest.approx(0.8 * TOP)}
     assert grade.score == pytest.approx((0.5 + 3 * 0.8) / 4)
     assert grade.reply == "no no" and grade.reply_words == 2
-    wanted = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 1.0}
-    assert wanted.items() <= body.items() and "grammar" not in body
+    sampling = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 1.0}
+    assert sampling.items() <= body.items() and "grammar" not in body
 
 
 def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row():
@@ -133,8 +133,8 @@ def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row(
         teacher.probes()
         probes = len(server.others)
         teacher.grade("Once", ["A dog ran.", "A cat sat.", "A hen flew."])
-        asked = [body["messages"] for body in server.others[probes:]]
-    for first, second in zip(asked[::2], asked[1::2], strict=True):
+        conversations = [body["messages"] for body in server.others[probes:]]
+    for first, second in zip(conversations[::2], conversations[1::2], strict=True):
         assert first[:-1] == second[:-1]
         before = first[-1]["content"].removesuffix("Is it first? Answer yes or no.")
         assert before == second[-1]["content"].removesuffix("Is it second? Answer yes or no.")
