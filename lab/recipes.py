@@ -8,17 +8,18 @@ python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --read
 For each seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain. Then
 train_interact.py trains it once for each text of --options (default: the demo, and the demo with
 the student's likelihood or a constant as the score). A control of lab/controls.py can precede the
-options, separated by a colon. Finished runs are not repeated.
+options, separated by a colon. Finished runs and measured rows are not repeated.
 
-Each student, before and after interaction, then writes a story for each held-out opening, and the
-built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
-the best of four stories by log-likelihood or by reward. --reader adds the sense of the stories, a
-coherence score by a language model (lab/reader.py). Coreference is measured on unseen stories of
-the grammar or, for a student of another corpus, on its validation split.
+Each student, before and after interaction, then writes a story for each held-out opening (--stories
+limits their number), and the built-in teacher grades the stories. Further controls before
+interaction are lower temperatures, and the best of four stories by log-likelihood or by reward.
+--reader adds the sense of the stories, a coherence score by a language model (lab/reader.py).
+Coreference is measured on unseen stories of the grammar or, for a student of another corpus, on its
+validation split.
 
 The command prints Markdown: means over the seeds, and the reward's standard error over the
 openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and
-OUT/reward.svg, README's picture."""
+OUT/reward.svg, README's picture. To measure with other options, delete OUT/rows.jsonl."""
 
 import functools
 import json
@@ -64,8 +65,8 @@ from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
-from tinystory.run.options import script_parser
-from tinystory.run.records import Record
+from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
@@ -125,6 +126,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
     add("--reader", default="", metavar="NAME", help="language model that judges the stories too")
+    add(
+        "--temperatures",
+        nargs="*",
+        type=float,
+        default=TEMPERATURES,
+        metavar="T",
+        help="temperatures of the student before interaction, for controls",
+    )
+    most = len(OPENINGS)
+    add_number(parser, "--stories", most, f"[2, {most}]", "number of stories per row")
     options = parser.parse_args(argv)
     out = folder_of(options.out)
     arms = {text: arm_of(text) for text in options.options}
@@ -135,7 +146,19 @@ def main(argv: list[str] | None = None) -> None:
             interact_config(["--seed", str(seed), *arm.words])
     reader = Reader(options.reader) if options.reader else None
     with locked(out):
-        compare(out, options.seeds, pretraining, arms, reader)
+        records = compare(
+            out,
+            options.seeds,
+            pretraining,
+            arms,
+            options.temperatures,
+            OPENINGS[: options.stories],
+            reader,
+        )
+    bars = print_table(records)
+    title = "Reward of stories for held-out openings, with the standard error over openings"
+    figure = figures.bar_chart(title, bars, "the demo")
+    atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
 def arm_of(text: str) -> Arm:
@@ -148,30 +171,38 @@ def compare(
     seeds: Sequence[int],
     pretraining: Sequence[str],
     arms: Mapping[str, Arm],
+    temperatures: Sequence[float],
+    openings: Sequence[str],
     reader: Reader | None,
-) -> None:
-    """Train and measure the students, and print and write the tables. pretraining: options of
-    pretraining. arms: interactions by their texts."""
+) -> list[Record]:
+    """The measures of each row for each seed, after training the students. Adds new measures to
+    OUT/rows.jsonl. pretraining: options of pretraining. arms: interactions by their texts.
+    temperatures: those of the controls. openings: one per story of a row."""
+    path = out / "rows.jsonl"
+    measured = {(record["name"], record["seed"]): record for record in read_records(path)}
     records: list[Record] = []
     for seed in seeds:
-        rows = train_students(out, seed, pretraining, arms)
+        rows = train_students(out, seed, pretraining, arms, temperatures)
         config = pretrain_config(["--seed", str(seed), *pretraining])
         unseen = unseen_texts(config)
         with open_grader(CONFIG, corpus=config.corpus) as grader:
             for row in rows:
-                record = {"name": row.name, "seed": seed}
-                record |= measure(row, grader, CONFIG, OPENINGS, reader, unseen)
+                record = measured.get((row.name, seed))
+                if record is None:
+                    record = {"name": row.name, "seed": seed}
+                    record |= measure(row, grader, CONFIG, openings, reader, unseen)
+                    with open(path, "a") as file:
+                        file.write(json.dumps(record) + "\n")
                 records.append(record)
-                with open(out / "rows.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-    bars = print_table(records)
-    title = "Reward of stories for held-out openings, with the standard error over openings"
-    figure = figures.bar_chart(title, bars, "the demo")
-    atomic_write(out / "reward.svg", figures.standalone(figure))
+    return records
 
 
 def train_students(
-    out: Path, seed: int, pretraining: Sequence[str], arms: Mapping[str, Arm]
+    out: Path,
+    seed: int,
+    pretraining: Sequence[str],
+    arms: Mapping[str, Arm],
+    temperatures: Sequence[float],
 ) -> list[Row]:
     """The rows of a seed, after finishing the seed's runs. The first row is the student before
     interaction."""
@@ -184,7 +215,7 @@ def train_students(
         Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
         Row("best of 4 by reward", start, n=4, chosen_by="reward"),
     ]
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         rows.append(Row(f"temperature {temperature}", start, temperature))
     for text, arm in arms.items():
         name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"

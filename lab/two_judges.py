@@ -1,29 +1,76 @@
-"""Two judges in one reward: the mean of the rubric's score and of a story's sense, a coherence
-score by a reader (lab/reader.py). Sense alone would reward bland sentences.
+"""Two judges in one reward: the mean of the rubric's score and of a second judge's. The second
+judge is a reader (lab/reader.py), which gives a story's sense, a coherence score, or a language
+model behind an endpoint. A judge of coherence alone would reward bland sentences.
 
 CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py ...
 
-docs/english.md has the other options. The environment variable CORPUS names the corpora and files
-to which the rubric is fitted, separated by spaces (default: builtin). The variable READER has the
-values of --reader of lab/judge.py."""
+docs/english.md has the other options. Environment variables:
 
+CORPUS    the corpora and files to which the rubric is fitted, separated by spaces (default: builtin)
+READER    the reader: a value of --reader of lab/judge.py
+TEACHER   options of train_interact.py that name a teacher, which then replaces the reader:
+          TEACHER="--teacher-url http://127.0.0.1:8000/v1 --teacher-prompt examples"
+"""
+
+import atexit
+import contextlib
 import os
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from lab.reader import PACKAGED, Reader
+from lab.runs import interact_config, words_of
 from tinystory.data.corpus import open_corpus
+from tinystory.evaluate.calibration import calibrated
+from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.rubric.rubric import Rubric
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.open_grader import open_grader
+
+Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 NO_SENSE = -1.0  # nats per token that give a score of 0; 0 nats or more give the maximum score
 
-rubric = Rubric(open_corpus(os.environ.get("CORPUS", "builtin").split()).mixed())
-reader = Reader(os.environ.get("READER", PACKAGED))
+corpus = os.environ.get("CORPUS", "builtin").split()
 
 
-def score(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
+def open_teacher(options: str) -> Grader:
+    """The teacher of these options, calibrated, until this process ends."""
+    config = interact_config(words_of("TEACHER", options))
+    grader = open_grader(
+        config, corpus=corpus, examples=lambda: worked_examples(corpus_documents(corpus))
+    )
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    teacher = stack.enter_context(grader)
+    calibrated(config, teacher, corpus)
+    return teacher
+
+
+def read(stories: Stories) -> np.ndarray:
+    """The reader's scores, 0..1, float64 (n,)."""
+    senses = np.nan_to_num(reader.sense(stories), nan=NO_SENSE)  # nan: a story without words
+    return np.clip(1 - senses / NO_SENSE, 0, 1)
+
+
+def ask(stories: Stories) -> np.ndarray:
+    """The teacher's scores, 0..1, float64 (n,); nan for a story without a score."""
+    return np.array([grade.score for grade in teacher.grade_each(stories)], float)
+
+
+rubric = Rubric(open_corpus(corpus).mixed())
+if "TEACHER" in os.environ:
+    teacher = open_teacher(os.environ["TEACHER"])
+    second = ask
+else:
+    reader = Reader(os.environ.get("READER", PACKAGED))
+    second = read
+
+
+def score(openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
     pairs = list(zip(openings, stories, strict=True))
     grades = np.array([sum(rubric.score(*pair).values()) / 9 for pair in pairs])
-    senses = np.nan_to_num(reader.sense(pairs), nan=NO_SENSE)  # nan: a story without words
-    return ((grades + np.clip(1 - senses / NO_SENSE, 0, 1)) / 2).tolist()
+    means = (grades + second(pairs)) / 2
+    return [None if np.isnan(mean) else float(mean) for mean in means]
