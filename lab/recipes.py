@@ -21,12 +21,12 @@ The command prints Markdown: means over the seeds, and the reward's standard err
 openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and
 OUT/reward.svg, README's picture. To measure with other options, delete OUT/rows.jsonl."""
 
-import functools
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -179,7 +179,6 @@ def compare(
     OUT/rows.jsonl. pretraining: options of pretraining. arms: interactions by their texts.
     temperatures: those of the controls. openings: one per story of a row."""
     path = out / "rows.jsonl"
-    measured = {(record["name"], record["seed"]): record for record in read_records(path)}
     records: list[Record] = []
     for seed in seeds:
         rows = train_students(out, seed, pretraining, arms, temperatures)
@@ -187,14 +186,21 @@ def compare(
         unseen = unseen_texts(config)
         with open_grader(CONFIG, corpus=config.corpus) as grader:
             for row in rows:
-                record = measured.get((row.name, seed))
-                if record is None:
-                    record = {"name": row.name, "seed": seed}
-                    record |= measure(row, grader, CONFIG, openings, reader, unseen)
-                    with open(path, "a") as file:
-                        file.write(json.dumps(record) + "\n")
-                records.append(record)
+                measure_row = partial(measure, row, grader, CONFIG, openings, reader, unseen)
+                records.append(measured(path, row.name, seed, measure_row))
     return records
+
+
+def measured(path: Path, name: str, seed: int, measure_row: Callable[[], Record]) -> Record:
+    """The measures of a row for a seed: those in the file, or else measured now and added to the
+    file."""
+    for record in read_records(path):
+        if (record["name"], record["seed"]) == (name, seed):
+            return record
+    record = {"name": name, "seed": seed} | measure_row()
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
 
 
 def train_students(
@@ -259,7 +265,7 @@ def load_student(folder: Path, device: torch.device) -> tuple[Student, Tokenizer
     return student, tokenizer
 
 
-@functools.lru_cache(1)  # rows that choose among the same stories follow each other
+@lru_cache(1)  # rows that choose among the same stories follow each other
 @torch.no_grad()
 def written(
     folder: Path,

@@ -16,7 +16,17 @@ PRODUCT = [
     *ROOT.glob("scripts/*.py"),
     *ROOT.glob("tinystory/**/*.py"),
 ]
-COMMANDS = ("babylm", "bench", "compare", "copied", "judge", "recipes", "reproduce", "track")
+COMMANDS = (
+    "babylm",
+    "bench",
+    "compare",
+    "copied",
+    "gain",
+    "judge",
+    "recipes",
+    "reproduce",
+    "track",
+)
 
 
 def imported(source: str) -> set[str]:

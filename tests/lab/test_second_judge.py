@@ -1,5 +1,6 @@
 """A second judge: what is judged, and which of a run's gain the report says it sees."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -31,7 +32,7 @@ from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
-from tinystory.teacher.grade import Grade
+from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.likelihood import Likelihood
 
 READER = ["--reader", "short-words"]
@@ -234,9 +235,36 @@ def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
     assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
-def test_two_judges_give_one_reward(monkeypatch):
-    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader("short-words"))
+@pytest.fixture
+def short_rubric(monkeypatch):
     monkeypatch.setattr("tinystory.rubric.rubric.Rubric", lambda documents: Rubric())
+
+
+def test_two_judges_give_one_reward(short_rubric, monkeypatch):
+    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader("short-words"))
     score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
     good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
     assert nothing == 0 < good <= 1
+
+
+def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkeypatch):
+    """A story that it does not score has no reward."""
+
+    class Teacher(Grader):
+        def grade_each(self, pairs):
+            return [Grade(None, None if "no" in story else 1.0) for _, story in pairs]
+
+    opened = []
+
+    def open_grader(config, *, corpus, examples):
+        opened.append((config.teacher_url, config.teacher_prompt, corpus))
+        return contextlib.nullcontext(Teacher({}))
+
+    monkeypatch.setattr("tinystory.teacher.open_grader.open_grader", open_grader)
+    url = "http://127.0.0.1:9/v1"
+    options = f"--teacher-url {url} --teacher-prompt examples --no-calibrate"
+    monkeypatch.setenv("TEACHER", options)
+    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
+    assert opened == [([url], "examples", ["builtin"])]
+    first, second = score(["Once", "Once"], ["a b c.", "no"])
+    assert 0.5 <= first <= 1 and second is None

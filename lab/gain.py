@@ -1,0 +1,305 @@
+"""When does interaction pay? The gain of a student from interaction, by words of pretraining.
+
+python lab/gain.py --words 400000 800000 1500000 3000000 6000000 --seeds 41 42 43 \\
+    --pretrain "--preset english --corpus tinystories.txt" --reader GEMMA \\
+    --options "I --reward lab/two_judges.py" "shuffled: I --reward lab/two_judges.py"
+
+with I = `--preset english --temperature 0.5 --grades 256 --steps 8 --stories-per-step 384
+--no-eval-graded --eval-every 0`. For each number of words and each seed, a student is pretrained
+and then trained by each text of --options, as in lab/recipes.py; the first text is the interaction,
+further texts are controls. Finished runs and measured rows are not repeated.
+
+A reader that taught nobody (--reader) measures the sense of the stories, a coherence score
+(lab/reader.py). The gain is the sense after interaction minus the sense before it, at the
+temperature with the highest mean sense, paired by opening. The best of four stories by the
+interaction's teacher is a further control.
+
+The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; and
+least-squares fits of the gain of each student on two numbers that are known after the first step of
+interaction: the standard deviation of the first scores, and the room above their mean. It writes
+OUT/gain.json (every number of the tables), OUT/sense.svg and OUT/gain.svg."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+import numpy as np
+
+from lab import figures, recipes
+from lab.reader import PACKAGED, Reader
+from lab.recipes import Arm, Row, arm_of
+from lab.runs import folder_of, interact_config, pretrain_config, words_of
+from tinystory.evaluate.intervals import mean_of
+from tinystory.report.charts import Line, chart
+from tinystory.run.errors import UserError, command
+from tinystory.run.files import atomic_write
+from tinystory.run.folder import locked
+from tinystory.run.options import add_number, script_parser
+from tinystory.run.records import Record, read_metrics
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.open_grader import open_grader
+
+TEMPERATURES = (0.5, 0.4)  # of the student before interaction
+BEST_OF_4 = "best of 4 by the teacher"  # name of a row
+# measures of a row in the tables and in gain.json
+SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
+# 97.5 % quantiles of Student's t distribution by degrees of freedom
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")
+
+
+class Interval(NamedTuple):
+    """A mean with half the length of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="runs/gain", help="folder for the runs")
+    add("--words", nargs="+", type=int, required=True, metavar="N", help="words of pretraining")
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of both trainings")
+    add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
+    add(
+        "--options",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="options of train_interact.py: the interaction, then controls (CONTROL: TEXT)",
+    )
+    add("--reader", default=PACKAGED, metavar="NAME", help="language model that measures sense")
+    most = len(recipes.OPENINGS)
+    add_number(parser, "--stories", 100, f"[2, {most}]", "number of stories per row")
+    options = parser.parse_args(argv)
+    if not 1 <= len(options.seeds) - 1 <= max(T_QUANTILES):
+        raise UserError(
+            f"--seeds must be 2 to {max(T_QUANTILES) + 1} numbers for an interval, not {len(options.seeds)}"
+        )
+    out = folder_of(options.out)
+    arms = {text: arm_of(text) for text in options.options}
+    pretraining = words_of("--pretrain", options.pretrain)
+    for words in options.words:
+        pretrain_config([*pretraining, "--words", str(words)])
+    for arm in arms.values():
+        interact_config(arm.words)
+    reader = Reader(options.reader)
+    summaries = []
+    with locked(out):
+        for words in options.words:
+            argv = [*pretraining, "--words", str(words)]
+            folder = out / str(words)
+            students = [
+                train_and_measure(folder, seed, argv, arms, reader, options.stories)
+                for seed in options.seeds
+            ]
+            before = best_temperature(students)
+            summaries += [summarise(words, student, before) for student in students]
+    atomic_write(out / "gain.json", json.dumps(summaries, indent=1) + "\n")
+    print_tables(summaries, students[0]["arms"])
+    draw(out, summaries, students[0]["arms"])
+
+
+def train_and_measure(
+    out: Path,
+    seed: int,
+    pretraining: Sequence[str],
+    arms: Mapping[str, Arm],
+    reader: Reader,
+    stories: int,
+) -> Record:
+    """A student's record: `seed`; `rows`, the measures by the row's name; `score_std` and
+    `score_mean` of the first step of interaction, 0..1. Trains and measures what is missing."""
+    rows = [
+        row
+        for row in recipes.train_students(out, seed, pretraining, arms, TEMPERATURES)
+        if row.chosen_by == "first"
+    ]
+    start = rows[0].folder
+    config = pretrain_config(pretraining)
+    unseen = recipes.unseen_texts(config)
+    openings = recipes.OPENINGS[:stories]
+
+    def measured(row: Row, grader: Grader, reader: Reader | None) -> Record:
+        measure = partial(recipes.measure, row, grader, recipes.CONFIG, openings, reader, unseen)
+        return recipes.measured(out / "rows.jsonl", row.name, seed, measure)
+
+    by_name = {}
+    with open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
+        for row in rows:
+            # at temperature 1, only the measures on unseen texts are of interest
+            sense_of = None if row.folder == start and row.temperature == 1 else reader
+            by_name[row.name] = measured(row, rubric, sense_of)
+    teaching = interact_config(next(iter(arms.values())).words)
+    with open_grader(teaching, corpus=config.corpus) as teacher:
+        best = Row(BEST_OF_4, start, TEMPERATURES[0], n=4, chosen_by="reward")
+        by_name[best.name] = measured(best, teacher, reader)
+
+    arm_rows = [row for row in rows if row.folder != start]
+    first = read_metrics(arm_rows[0].folder)[0]
+    highest = 1 if teaching.reward else 9
+    return {
+        "seed": seed,
+        "rows": by_name,
+        "arms": [row.name for row in arm_rows],
+        "score_std": first["score_std"] / highest,
+        "score_mean": first["score_mean"] / highest,
+    }
+
+
+def summarise(words: int, student: Record, before: str) -> Record:
+    """A student's numbers for the tables. before: name of the row before interaction."""
+    rows = student["rows"]
+    gains = {}
+    for name in (BEST_OF_4, *student["arms"]):
+        gains[name] = paired_gain(rows[before]["senses"], rows[name]["senses"])
+    measures = {}
+    for name, row in rows.items():
+        measures[name] = {key: row[key] for key in SHOWN if row.get(key) is not None}
+    numbers = {key: student[key] for key in ("seed", "score_std", "score_mean")}
+    return {"words": words} | numbers | {"before": before, "gain": gains, "rows": measures}
+
+
+def paired_gain(before: Sequence[float | None], after: Sequence[float | None]) -> float:
+    """The mean difference of the senses for the same openings; openings with None are left out."""
+    pairs = zip(before, after, strict=True)
+    return fmean(new - old for old, new in pairs if old is not None and new is not None)
+
+
+def best_temperature(students: Sequence[Record]) -> str:
+    """Name of the row with the highest mean sense among the temperatures before interaction."""
+    names = [f"temperature {temperature}" for temperature in TEMPERATURES]
+
+    def mean_sense(name: str) -> float:
+        return fmean(student["rows"][name]["sense"] for student in students)
+
+    return max(names, key=mean_sense)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean, and half the length of its 95 % interval, by Student's t distribution."""
+    half = T_QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values), half)
+
+
+def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
+    """Print the gains by words of pretraining, the other measures, and the fits."""
+    names = (BEST_OF_4, *arms)
+    header = ["words", "sense before", *(f"gain: {name}" for name in names)]
+    header += ["first scores: standard deviation", "mean"]
+    print_row(header)
+    print_row(["---"] * len(header))
+    for words, group in by_words(students).items():
+        before = interval([student["rows"][student["before"]]["sense"] for student in group])
+        cells = [f"{words:,}", f"{before} ({group[0]['before']})"]
+        cells += [str(interval([student["gain"][name] for student in group])) for name in names]
+        for key in ("score_std", "score_mean"):
+            cells.append(f"{fmean(student[key] for student in group):.3f}")
+        print_row(cells)
+    print()
+    print_row(["words", "row", *SHOWN])
+    print_row(["---"] * (2 + len(SHOWN)))
+    for words, group in by_words(students).items():
+        for name in group[0]["rows"]:
+            cells = [f"{words:,}", name]
+            for key in SHOWN:
+                mean = mean_of(student["rows"][name].get(key) for student in group)
+                cells.append("" if mean is None else f"{mean:.3f}")
+            print_row(cells)
+    print()
+    gains = np.array([student["gain"][arms[0]] for student in students])
+    deviation = np.array([student["score_std"] for student in students])
+    room = 1 - np.array([student["score_mean"] for student in students])
+    columns = {"standard deviation": deviation, "room": room}
+    for chosen in (["standard deviation"], ["room"], ["standard deviation", "room"]):
+        print(fit(gains, {name: columns[name] for name in chosen}))
+
+
+def fit(gains: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
+    """The least-squares fit of the gains, as a sentence. gains and columns: (students,)."""
+    design = np.stack([np.ones_like(gains), *columns.values()], axis=1)
+    coefficients, *_ = np.linalg.lstsq(design, gains, rcond=None)
+    residual = gains - design @ coefficients
+    r_squared = 1 - residual.var() / gains.var()
+    constant, *slopes = coefficients
+    terms = [f"{slope:+.3f} * {name}" for slope, name in zip(slopes, columns, strict=True)]
+    return f"gain = {constant:.3f} {' '.join(terms)}: R-squared {r_squared:.2f}"
+
+
+def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
+    """Write sense.svg, the sense by words of pretraining, and gain.svg, the gain by the standard
+    deviation of the first scores."""
+    curves = {"before": "before", BEST_OF_4: BEST_OF_4, arms[0]: "after interaction"}
+    curves |= {arm: arm.partition(":")[0].strip("`") for arm in arms[1:]}
+    lines = []
+    for (row, name), colour in zip(curves.items(), COLOURS, strict=False):
+        means = []
+        for group in by_words(students).values():
+            senses = [
+                student["rows"][student["before"] if row == "before" else row]["sense"]
+                for student in group
+            ]
+            means.append(interval(senses))
+        lines.append(
+            Line(
+                [words / 1e6 for words in by_words(students)],
+                [mean.mean for mean in means],
+                colour,
+                name,
+                [mean.half for mean in means],
+            )
+        )
+    sense = chart(
+        "Sense of stories, nats per token",
+        lines,
+        x_name="million words of pretraining",
+        size=(640, 320),
+    )
+    atomic_write(out / "sense.svg", figures.standalone(sense))
+
+    groups = []
+    for (words, group), colour in zip(by_words(students).items(), COLOURS, strict=False):
+        group = sorted(group, key=lambda student: student["score_std"])
+        groups.append(
+            Line(
+                [student["score_std"] for student in group],
+                [student["gain"][arms[0]] for student in group],
+                colour,
+                f"{words / 1e6:g} M",
+            )
+        )
+    gain = chart(
+        "Gain in sense, nats per token",
+        groups,
+        x_name="standard deviation of the first scores",
+        size=(640, 320),
+    )
+    atomic_write(out / "gain.svg", figures.standalone(gain))
+
+
+def by_words(students: Sequence[Record]) -> dict[int, list[Record]]:
+    groups: dict[int, list[Record]] = {}
+    for student in students:
+        groups.setdefault(student["words"], []).append(student)
+    return groups
+
+
+def print_row(cells: Sequence[str]) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""lab/gain.py: the gain of each student, its intervals over seeds, and the fits."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import fails
+
+from lab import gain, recipes
+from tinystory.student import checkpoint
+
+ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3", "--options", "", "shuffled: "]
+
+
+def record(words, seed):
+    """A student whose gain is 0.1 + its standard deviation + half of its room."""
+    deviation, mean = 0.01 * seed + words / 10_000, 0.2 * seed
+    gained = 0.1 + deviation + (1 - mean) / 2
+    rows = {}
+    for name, senses in {
+        "temperature 0.5": [-0.5, None],
+        "temperature 0.4": [-0.6, -0.6],
+        gain.BEST_OF_4: [-0.5, -0.4],
+        "the demo": [gained - 0.5, 3.0],
+        "`shuffled: `": [-0.25, 7.0],
+    }.items():
+        sense = float(np.mean([value for value in senses if value is not None]))
+        rows[name] = {"senses": senses, "sense": sense, "ended": 0.5, "rewards": [0.1, 0.2]}
+    arms = ["the demo", "`shuffled: `"]
+    return dict(seed=seed, rows=rows, arms=arms, score_std=deviation, score_mean=mean)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(gain, "Reader", lambda name: None)
+    monkeypatch.setattr(
+        gain, "train_and_measure", lambda out, seed, *_: record(int(out.name), seed)
+    )
+
+
+def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, tmp_path, capsys):
+    gain.main(["--out", str(tmp_path), *ARGV])
+    students = json.loads((tmp_path / "gain.json").read_text())
+    assert [(student["words"], student["seed"]) for student in students] == [
+        (words, seed) for words in (400, 800) for seed in (1, 2, 3)
+    ]
+    for student in students:
+        assert student["before"] == "temperature 0.5"
+        # the second opening has no sense before, so it counts for no gain
+        assert student["gain"]["`shuffled: `"] == pytest.approx(0.25)
+        assert student["gain"][gain.BEST_OF_4] == pytest.approx(0)
+        expected = 0.1 + student["score_std"] + (1 - student["score_mean"]) / 2
+        assert student["gain"]["the demo"] == pytest.approx(expected)
+        assert "rewards" not in student["rows"]["the demo"]
+    printed = capsys.readouterr().out
+    # the gains of three seeds are 0.09 apart: 4.303 * 0.09 / sqrt(3)
+    assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
+    assert "gain = 0.100 +1.000 * standard deviation +0.500 * room: R-squared 1.00" in printed
+    for name in ("sense.svg", "gain.svg"):
+        assert (tmp_path / name).read_text().startswith("<svg xmlns")
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--words", "400", "--seeds", "1"], "--seeds must be 2 to 8 numbers"),
+        (["--words", "0", "--seeds", "1", "2"], "--words must be"),
+        (["--words", "400", "--seeds", "1", "2", "--options", "--lam 7"], "--lam must be"),
+    ],
+)
+def test_options_are_checked_before_the_first_run(argv, complaint, measured, tmp_path, capsys):
+    assert complaint in fails(gain.main, ["--out", str(tmp_path / "out"), *argv], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
+    """The first scores are the interaction's, and the row at temperature 1 needs no reader."""
+    start = checkpoint.newest(place / "p")
+    run = tmp_path / "run"
+    run.mkdir()
+    first = {"step": 1, "score_std": 1.8, "score_mean": 4.5}
+    (run / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    rows = [
+        recipes.Row("before interaction", start, n=4),
+        recipes.Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
+        recipes.Row("temperature 0.5", start, 0.5),
+        recipes.Row("the demo", run),
+    ]
+    monkeypatch.setattr(recipes, "train_students", lambda *_: rows)
+    monkeypatch.setattr(recipes, "unseen_texts", lambda config: [])
+    asked = []
+
+    def measure(row, grader, config, openings, reader, unseen):
+        asked.append((row.name, row.n, row.temperature, reader))
+        return {"sense": len(openings)}
+
+    monkeypatch.setattr(recipes, "measure", measure)
+    arms = {"": recipes.arm_of("")}
+    argv = ["--corpus", str(place / "corpus.txt")]
+    out = tmp_path / "out"
+    out.mkdir()
+    student = gain.train_and_measure(out, 1, argv, arms, "reader", 5)
+    assert asked == [
+        ("before interaction", 4, 1.0, None),
+        ("temperature 0.5", 1, 0.5, "reader"),
+        ("the demo", 1, 1.0, "reader"),
+        (gain.BEST_OF_4, 4, 0.5, "reader"),
+    ]
+    assert (student["score_std"], student["score_mean"]) == (0.2, 0.5)
+    assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["sense"] == 5
+    asked.clear()
+    assert gain.train_and_measure(out, 1, argv, arms, "reader", 5) == student and not asked
