@@ -6,6 +6,7 @@ which asks for a device's hooks once.
 import ctypes
 import importlib.util
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def join(clock: Clock, other: Clock) -> None:
 
 def where() -> str:
     """The project's functions that are running, the innermost first and with its line:
-    "run/device.py:59 wait < step". In the device's backward passes there are none: autograd runs
-    them in a thread of its own."""
+    "run/device.py:59 wait < step". Without such functions: "backward" in a thread of autograd, which
+    runs the device's backward passes, and "outside" in all other threads, a test's own included."""
     names, frame = [], sys._getframe(1)
     while frame:
         file = frame.f_code.co_filename
@@ -49,7 +50,11 @@ def where() -> str:
             line = "" if names else f"{file.removeprefix(PRODUCT)}:{frame.f_lineno} "
             names.append(line + frame.f_code.co_name)
         frame = frame.f_back  # type: ignore[assignment]
-    return " < ".join(names) or "backward"
+    if names:
+        return " < ".join(names)
+    # autograd starts its threads in C++, and Python knows no function that they run
+    is_autograd = isinstance(threading.current_thread(), threading._DummyThread)
+    return "backward" if is_autograd else "outside"
 
 
 class Machine:

@@ -200,6 +200,16 @@ def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(
         assert not step.fits(head, 80, 9, step.sampling)
 
 
+def test_only_waits_of_autograds_threads_count_as_waits_in_backward(device_machine):
+    on_device = torch.ones(3).to("cuda")  # waits in the test itself
+    assert device_machine.waits.total() == 1 and waits_within("backward") == []
+    x = on_device.requires_grad_()
+    copies: list[torch.Tensor] = []
+    x.register_hook(lambda grad: copies.append(grad.cpu()))
+    x.sum().backward()
+    assert [(kind, n) for kind, _, n in waits_within("backward")] == [("copy to the host", 1)]
+
+
 def test_a_student_that_is_gone_keeps_no_step(tokenizer):
     student = Student(StudentConfig(1, 2, 64, 40, 333)).to("cuda")
     rollout(student, tokenizer, ["Once"])

@@ -12,6 +12,7 @@ from tests.conftest import assert_no_worse, using
 from tinystory import ops
 from tinystory.ops import autograd, backend, reference
 from tinystory.run.errors import UserError
+from tinystory.student.model import Student, StudentConfig
 
 
 @pytest.fixture
@@ -137,3 +138,12 @@ print(before, heap_mb())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before < 896 <= after
+
+
+def test_without_kernels_linear_layers_have_no_copies_of_weights(monkeypatch):
+    """As on a GPU that is too old for the kernels."""
+    student = Student(StudentConfig(1, 1, 32, 8, 40))
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    for kernels, has_copies in (("reference", False), ("auto", True)):
+        with using(kernels), student.lowered(torch.bfloat16):
+            assert (student.blocks[0].fc.copies is not None) == has_copies
