@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S
 
-from lab import compare, preference
 from scripts import teach
 from tinystory.human import grading_queue
 from tinystory.human.grading_queue import GradingQueue
@@ -186,21 +185,6 @@ def test_wrong_requests_of_a_page_are_said_and_break_nothing(url, body, status, 
     assert ask(url, "GET", "/state?who=ada")[0] == 200
 
 
-def test_a_grade_whose_file_is_gone_is_said_on_the_page_and_stays_there(
-    url, tmp_path, short_pauses
-):
-    with Teacher(url) as teacher:
-        teacher.submit(Question("Once", "a dog ran.", 0))
-        item = shown(url)
-        (tmp_path / "grades.jsonl").unlink()
-        request = {**item, "who": "ada", "action": "grade"}
-        request["scores"] = dict.fromkeys(Template().names, 2)
-        status, _, text = ask(url, "POST", "/do", request)
-        message = json.loads(text)["error"]["message"]
-        assert status == 503 and "not saved yet" in message and "was deleted" in message
-        assert shown(url) == item
-
-
 def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url, tmp_path):
     assert url.startswith("http://127.0.0.1:")
 
@@ -211,34 +195,6 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
 
     with pytest.raises(UserError, match="--port"):
         asyncio.run(again())
-
-
-def test_a_person_compares_stories_blindly_through_the_same_page(
-    tmp_path, monkeypatch, short_pauses, capsys
-):
-    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
-    for name, word in (("a", "plain"), ("b", "fine")):
-        lines = [
-            json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n"
-            for i in range(3)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    with serving(GradingQueue(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
-        files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
-        asker = threading.Thread(
-            target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)
-        )
-        asker.start()
-        places = []
-        for _ in range(2 * 3):
-            story = shown(url)
-            places.append("fine" in story["story"].rpartition("\n")[2])
-            scores = {"preference": 3 if places[-1] else 0}
-            asked = {**story, "who": "ada", "action": "grade", "scores": scores}
-            assert ask(url, "POST", "/do", asked)[0] == 200
-        asker.join(60)
-    assert places.count(True) == 3 and places not in ([True, False] * 3, [False, True] * 3)
-    assert "human preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["--port", "70000"], ["--teacher-prompt", "nowhere"]])
