@@ -5,15 +5,17 @@ there.
 It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
 """
 
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, story_record
+from conftest import ROOT, cli, metrics, read_lines, story_record
 from fault_server import closed_port
 from test_lesson import Run
 
@@ -23,7 +25,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import live_report, write_report
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.log import RunLog
-from tinystory.run.records import EVALUATIONS, FINDINGS, PAIRS, STORIES
+from tinystory.run.records import EVALUATIONS, FINDINGS, PAIRS, STORIES, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import CRITERIA, Question, clean
 
@@ -145,6 +147,88 @@ def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, place, tmp_path):
+    port = closed_port().rpartition(":")[2]
+    url, kept = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "grades.jsonl"
+    server = start(tmp_path, port)
+    command = cli(
+        "{} {} --init {} --out runs/interact --teacher-url {}/v1 --stories-per-step 8 --steps 2 "
+        "--eval-every 0 --eval-stories 2 --max-new-tokens 16 --max-unscored 0.5 --opening Once "
+        "--device cpu",
+        sys.executable,
+        ROOT / "train_interact.py",
+        place / "p",
+        url,
+    )
+    trainer = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        page.goto(url)
+        page.fill("#name", "ada")
+        page.keyboard.press("Enter")
+        seen = []
+        # 2 looks of 2 stories, and 2 steps of 8. The last look tells a story again that has not
+        # changed since the first: nobody is asked about it.
+        for number in range(20):
+            story = read(page, trainer)
+            if not story:
+                break
+            assert story not in seen
+            seen.append(story)
+            if number == 4:  # a slip of the finger, and the way back
+                press(page, "000", story)
+                page.keyboard.press("b")
+                page.wait_for_function(
+                    "before => document.getElementById('tale').textContent === before", arg=story
+                )
+                press(page, "321", story)
+            elif number == 7:
+                press(page, "s", story)
+            elif number == 9:  # the server dies in the middle of a step, with a story half graded
+                page.keyboard.press("2")
+                before = kept.read_bytes()
+                server.send_signal(signal.SIGKILL)
+                server.wait()
+                page.wait_for_function(
+                    "() => document.getElementById('message').textContent.includes('does not answer')"
+                )
+                assert kept.read_bytes() == before
+                server = start(tmp_path, port)
+                press(page, "21", story)  # before the trainer has noticed
+            elif number == 12:  # a closed page
+                page.goto("about:blank")
+                page.goto(url)
+                assert read(page, trainer) == story
+                press(page, "111", story)
+            else:
+                press(page, f"{number % 4}{number // 4 % 4}2", story)
+        assert trainer.wait(600) == 0, trainer.stdout.read()
+    finally:
+        for process in (trainer, server):
+            process.kill()
+            process.wait()
+    grades = read_lines(kept)
+    by_story: dict[str, list] = {}
+    for grade in grades:
+        by_story.setdefault(grade["story"], []).append(grade)
+    assert len(seen) >= 16 and len(grades) == len(seen) + 1
+    # only the slip came twice
+    assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]
+    run = tmp_path / "runs" / "interact"
+    stories = list(read_stories(run))
+    assert len(stories) == 16
+    assert [record["unscored"] for record in metrics(run)] in (
+        [1, 0],
+        [0, 1],
+    )
+    for story in stories:  # what was said last is what was learned; of nothing nobody is asked
+        grade = by_story.get(clean(story["story"]))
+        assert story["scores"] == (grade[-1]["scores"] if grade else dict.fromkeys(CRITERIA, 0))
+        assert grade or not story["story"].strip()
+    assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "human"
 
 
 @pytest.mark.parametrize("width", [360, 1200])

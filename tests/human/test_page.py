@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S
 
+from lab import compare, preference
 from scripts import teach
 from tinystory.human import grading_queue
 from tinystory.human.grading_queue import GradingQueue
@@ -195,6 +196,34 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
 
     with pytest.raises(UserError, match="--port"):
         asyncio.run(again())
+
+
+def test_a_person_compares_stories_blindly_through_the_same_page(
+    tmp_path, monkeypatch, short_pauses, capsys
+):
+    monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
+    for name, word in (("a", "plain"), ("b", "fine")):
+        lines = [
+            json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n"
+            for i in range(3)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    with serving(GradingQueue(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
+        files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+        asker = threading.Thread(
+            target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)
+        )
+        asker.start()
+        places = []
+        for _ in range(2 * 3):
+            story = shown(url)
+            places.append("fine" in story["story"].rpartition("\n")[2])
+            scores = {"preference": 3 if places[-1] else 0}
+            asked = {**story, "who": "ada", "action": "grade", "scores": scores}
+            assert ask(url, "POST", "/do", asked)[0] == 200
+        asker.join(60)
+    assert places.count(True) == 3 and places not in ([True, False] * 3, [False, True] * 3)
+    assert "human preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["--port", "70000"], ["--teacher-prompt", "nowhere"]])

@@ -1,5 +1,7 @@
 """lab/speedrun.py: whose commands it times, in which order, and what becomes a record."""
 
+from pathlib import Path
+
 import pytest
 from conftest import ROOT, fails
 
@@ -29,10 +31,44 @@ def test_one_seed_or_equal_ones_have_no_p_value():
     assert p_value([0.7], 0.65) is None and p_value([0.7, 0.7], 0.65) is None
 
 
+def test_both_commands_are_a_checkouts_own_with_an_empty_cache(tmp_path, monkeypatch):
+    started = []
+
+    def start(words, checkout, **variables):
+        cache = Path(variables["TINYSTORY_CACHE"])
+        started.append((words[1], checkout, words[-2:], [path.name for path in cache.iterdir()]))
+
+    monkeypatch.setattr(speedrun, "start", start)
+    checkout = tmp_path / "checkout"
+    seconds = speedrun.timed_run(checkout, tmp_path / "run", 7)
+    assert seconds.keys() == {"pretraining", "interaction"} and min(seconds.values()) >= 0
+    assert started == [
+        (name, checkout, ["--seed", "7"], ["kernels"])
+        for name in ("train_pretrain.py", "train_interact.py")
+    ]
+
+
 def side(commit, seconds, measures=GOOD):
     """Three runs whose median takes 10 s more than `seconds`."""
     runs = [{"pretraining": seconds * factor, "interaction": 10.0} for factor in (0.2, 1.0, 9.0)]
     return Side(commit, ROOT, runs, [measures] * 3)
+
+
+def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, monkeypatch):
+    table = (ROOT / "lab" / "records.md").read_text()
+    records = tmp_path / "records.md"
+    records.write_text(table)
+    monkeypatch.setattr(speedrun, "RECORDS", records)
+    sides = [side("old", 90.0), side("newer", 40.0), side("newest", 30.0)]
+    add_records(sides, ["half the words", "a shorter interaction"])
+    first, second = records.read_text().removeprefix(table).splitlines()
+    header = next(line for line in table.splitlines() if line.startswith("| record |"))
+    assert first.count("|") == second.count("|") == header.count("|")
+    assert "| newer |" in first and "| 50 | 0.500 |" in first
+    assert "| newest |" in second and "| 40 | 0.800 |" in second
+    assert second.endswith("| a shorter interaction |")
+    numbers = [int(row.split("|")[1]) for row in (first, second)]
+    assert numbers[1] == numbers[0] + 1
 
 
 @pytest.mark.parametrize(
