@@ -18,7 +18,7 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
 from tinystory.evaluate.forecast import open_budget
-from tinystory.evaluate.graders import collect, open_graders, send
+from tinystory.evaluate.graders import collect_scored, open_graders, send
 from tinystory.evaluate.temperature import choose_temperature
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.ending import print_interaction, print_stopped
@@ -45,7 +45,7 @@ from tinystory.run.step_log import ProgressBar, Stages
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores
+from tinystory.teacher.grade import NOT_ASKED, Grade, Grader
 
 
 @command
@@ -182,11 +182,7 @@ def grade_stories(
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     """The step's grades, one per story; NOT_ASKED for rows that are not in `sent`. Raises UserError
     if too many grades have no score."""
-    received = collect(run.grader, run.stop)
-    tolerated = run.config.max_unscored
-    if run.config.grades:  # one grade without a score must not stop a run that asks for a few
-        tolerated = max(tolerated, 1 / max(len(received), 1))
-    require_scores(received, tolerated)
+    received = collect_scored(run.config, run.grader, run.stop)
     grades = [NOT_ASKED] * run.config.stories_per_step
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
