@@ -21,6 +21,11 @@ def sample():
     return list(stories(WORDS, seed=11))
 
 
+@pytest.fixture(scope="module")
+def many():
+    return list(stories(1_000_000, seed=1))
+
+
 def split(story):
     """Its sentences; a quotation mark that closes a sentence stays with it."""
     return re.split(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])|\n', story)
@@ -107,13 +112,9 @@ def vocabulary():
     return set(re.findall(r"(?<!')[a-z]+(?:'[a-z]+)*", " ".join(texts).lower()))
 
 
-def test_vocabulary_is_closed_small_and_used():
+def test_vocabulary_is_closed_small_and_used(many):
     words = vocabulary()
-    used = {
-        word
-        for story in stories(1_000_000, seed=1)
-        for word in re.findall(r"[a-z]+(?:'[a-z]+)*", story.lower())
-    }
+    used = {word for story in many for word in re.findall(r"[a-z]+(?:'[a-z]+)*", story.lower())}
     assert used <= words, sorted(used - words)
     assert 1_300 <= len(words) <= 1_800
     assert len(words - used) < 0.01 * len(words), sorted(words - used)
@@ -218,13 +219,12 @@ def test_openings_vary(sample):
     assert len(first_words) > 300
 
 
-def test_stories_do_not_repeat_each_other(sample, sentences):
+def test_stories_do_not_repeat_each_other(sample, sentences, many):
     words = [re.findall(r"[A-Za-z']+", story) for story in sample]
     grams = collections.Counter(tuple(w[i : i + 4]) for w in words for i in range(len(w) - 3))
     assert len(grams) / grams.total() > 0.2
     # no sentence but a cry like "Splash!" is in more than 2 % of the stories (a plot is in about
     # 1.6 %)
-    many = list(stories(1_000_000, seed=1))
     tellings = collections.Counter(s for story in many for s in set(split(story)))
     commonest = next((n, s) for s, n in tellings.most_common() if len(s.split()) > 3)
     assert commonest[0] < 0.02 * len(many), commonest
