@@ -9,18 +9,16 @@ and the best student is kept."""
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
 from tinystory.evaluate.forecast import open_budget
-from tinystory.evaluate.graders import collect, open_graders, send
+from tinystory.evaluate.graders import collect_scored, open_graders, send
 from tinystory.evaluate.temperature import choose_temperature
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.ending import print_interaction, print_stopped
@@ -33,8 +31,8 @@ from tinystory.rl.reward import story_rewards
 from tinystory.rl.start import (
     load_students,
     open_openings,
+    recorded_options,
     starting_point,
-    student_facts,
     words_of_milestones,
 )
 from tinystory.run import distributed
@@ -47,7 +45,7 @@ from tinystory.run.step_log import ProgressBar, Stages
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, require_scores
+from tinystory.teacher.grade import NOT_ASKED, Grade, Grader
 
 
 @command
@@ -110,8 +108,6 @@ def interact(run: InteractionRun) -> None:
 
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
-            # a function of the step, so that a resumed run repeats an uninterrupted one
-            torch.manual_seed(config.seed * 1_000_003 + state.step)
             statistics = ppo.step(policy, batch, reference, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 
@@ -186,11 +182,7 @@ def grade_stories(
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     """The step's grades, one per story; NOT_ASKED for rows that are not in `sent`. Raises UserError
     if too many grades have no score."""
-    received = collect(run.grader, run.stop)
-    tolerated = run.config.max_unscored
-    if run.config.grades:  # one grade without a score must not stop a run that asks for a few
-        tolerated = max(tolerated, 1 / max(len(received), 1))
-    require_scores(received, tolerated)
+    received = collect_scored(run.config, run.grader, run.stop)
     grades = [NOT_ASKED] * run.config.stories_per_step
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
@@ -253,9 +245,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
         state.best_step = state.step
         save(run, checkpoint.BEST, replace=True)
 
-    metrics = {
-        f"held_out_{name}": mean for name, mean in held_out.evaluation_means(records).items()
-    }
+    metrics = held_out.held_out_metrics(records)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     if state.step:  # the costs of grading before the first step go to the record of that step
         log.add_metrics(state.step, metrics, run.grader.stats())
@@ -327,12 +317,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             facts["tried_temperatures"] = choose_temperature(
                 policy, reference, openings, grader, state
             )
-        facts["student"] = student_facts(policy)
-        options = asdict(config) | compute.recorded | facts
-        options["init"] = config.init or str(start)
-        if newest:
-            del options["init"]  # config.json already has the option
-        log.config(options)
+        log.config(recorded_options(config, compute, policy, start, newest) | facts)
         if not newest:
             save(run, "start")
         yield run
@@ -340,14 +325,11 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 def finish(run: InteractionRun) -> None:
     """Print how to resume a stopped run, or the results of a finished run."""
-    is_stopped = stopped(run)
-    if not distributed.is_rank0():
-        return
-    if is_stopped:
+    if stopped(run):
         print_stopped(run.config, "train_interact.py", f"step {run.state.step}")
-        return
-    held_out.write_samples(run.log.folder, run.state.best_step)
-    print_interaction(run.log.folder)
+    elif distributed.is_rank0():
+        held_out.write_samples(run.log.folder, run.state.best_step)
+        print_interaction(run.log.folder)
 
 
 if __name__ == "__main__":

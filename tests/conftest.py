@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train_pretrain
+from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops import backend
+from tinystory.rubric.rubric import Rubric
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import pool
@@ -130,6 +132,12 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(tiny_stories(200), 320)
+
+
+@pytest.fixture(scope="session")
+def rubric() -> Rubric:
+    """The built-in teacher's rubric, fitted to a part of the built-in stories."""
+    return Rubric(grammar.stories(250_000, seed=0))
 
 
 @pytest.fixture

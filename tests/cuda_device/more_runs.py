@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, SMALL, metrics, read_lines, tiny_stories
+from conftest import ROOT, SHORT, SMALL, cli, metrics, read_lines, tiny_stories
 from plugin import waits_within
 
 import train_interact as interact
@@ -43,26 +43,16 @@ def place(tmp_path_factory):
     )
     small = ["--corpus", str(folder / "corpus.txt"), "--words", "2500", *SMALL]
     for name, options in (("p", small), ("demo", ["--words", "60000", "--device", "cpu"])):
-        script = [
-            sys.executable,
-            str(ROOT / "train_pretrain.py"),
-            "--out",
-            str(folder / name),
-            "--dtype",
-            "float32",
-        ]
+        script = [sys.executable, str(ROOT / "train_pretrain.py")]
+        script += cli("--dtype float32 --out {}", folder / name)
         subprocess.run([*script, *options], check=True)
     return folder
 
 
 def run(place: Path, out: Path, device: str, *options: str, student: str = "p") -> list[dict]:
-    files = [
-        "--init",
-        str(checkpoint.newest(place / student)),
-        "--reward",
-        f"{place / 'reward.py'}:score",
-    ]
-    interact.main([*files, "--out", str(out), *on(device, SHORT, *options)])
+    init = checkpoint.newest(place / student)
+    files = cli("--init {} --reward {}:score --out {}", init, place / "reward.py", out)
+    interact.main([*files, *on(device, SHORT, *options)])
     return metrics(out)
 
 
@@ -100,29 +90,13 @@ def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, monke
 
 def test_the_papers_preset_runs(place, tmp_path, device_machine):
     """Its options at a small size, AdamW and dropout among them."""
-    corpus = [
-        "--preset",
-        "paper",
-        "--corpus",
-        str(place / "corpus.txt"),
-        "--words",
-        "600",
-        "--micro-batch-size",
-        "2",
-    ]
-    pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL)])
+    paper = "--preset paper --micro-batch-size 2".split()
+    files = cli("--corpus {} --words 600 --out {}", place / "corpus.txt", tmp_path / "p")
+    pretrain.main([*paper, *files, *on("cuda", SMALL)])
     assert waits_within("train_step") == []
-    files = [
-        "--init",
-        str(tmp_path / "p"),
-        "--reward",
-        f"{place / 'reward.py'}:score",
-        "--out",
-        str(tmp_path / "i"),
-    ]
-    interact.main(
-        ["--preset", "paper", *files, *on("cuda", SHORT, "--steps", "2", "--micro-batch-size", "2")]
-    )
+    files = cli("--init {} --out {}", tmp_path / "p", tmp_path / "i")
+    files += cli("--reward {}:score", place / "reward.py")
+    interact.main([*paper, *files, *on("cuda", SHORT, "--steps", "2")])
     assert len(metrics(tmp_path / "i")) == 2
 
 

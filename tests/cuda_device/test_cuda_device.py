@@ -32,16 +32,8 @@ def on_device(*arguments: object, **env: str) -> str:
     env = (
         os.environ | {"PYTHONPATH": path, "TINYSTORY_KERNELS": "ours", "OMP_NUM_THREADS": "1"} | env
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "plugin",
-        "-p",
-        "no:cacheprovider",
-        *map(str, arguments),
-    ]
+    command = [sys.executable, *"-m pytest -p plugin -p no:cacheprovider".split()]
+    command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
@@ -114,26 +106,9 @@ def test_the_tests_of_a_gpu_that_need_no_card():
 @pytest.mark.slow
 def test_two_processes_train_as_one(place, tmp_path):
     """Under torchrun, a device for each."""
-    shape = [
-        *SMALL[:-1],
-        "cuda",
-        "--dtype",
-        "float32",
-        "--words",
-        "1200",
-        "--batch-size",
-        "4",
-        "--micro-batch-size",
-        "2",
-    ]
-    script = [
-        HERE / "run.py",
-        "train_pretrain.py",
-        "--corpus",
-        place / "corpus.txt",
-        *shape,
-        "--out",
-    ]
+    shape = "cuda --dtype float32 --words 1200 --batch-size 4 --micro-batch-size 2".split()
+    script = [HERE / "run.py", "train_pretrain.py", "--corpus", place / "corpus.txt"]
+    script += [*SMALL[:-1], *shape, "--out"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {
         "PYTHONPATH": str(ROOT),

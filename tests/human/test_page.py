@@ -186,21 +186,6 @@ def test_wrong_requests_of_a_page_are_said_and_break_nothing(url, body, status, 
     assert ask(url, "GET", "/state?who=ada")[0] == 200
 
 
-def test_a_grade_whose_file_is_gone_is_said_on_the_page_and_stays_there(
-    url, tmp_path, short_pauses
-):
-    with Teacher(url) as teacher:
-        teacher.submit(Question("Once", "a dog ran.", 0))
-        item = shown(url)
-        (tmp_path / "grades.jsonl").unlink()
-        request = {**item, "who": "ada", "action": "grade"}
-        request["scores"] = dict.fromkeys(Template().names, 2)
-        status, _, text = ask(url, "POST", "/do", request)
-        message = json.loads(text)["error"]["message"]
-        assert status == 503 and "not saved yet" in message and "was deleted" in message
-        assert shown(url) == item
-
-
 def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url, tmp_path):
     assert url.startswith("http://127.0.0.1:")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import cli, fails, tiny_stories
 
-from lab import babylm, pairs, scoring
+from lab import babylm, pairs
 from lab.pairs import evaluate_pairs, evaluate_wug, read_items
 from lab.reading_times import (
     BASELINE,
@@ -100,14 +100,6 @@ def test_batches_give_what_each_text_alone_gives(student, tokenizer):
     )
     for value, (ids, first) in zip(alone, texts, strict=True):
         assert float(value) == pytest.approx(logprob(student, list(ids), first), abs=1e-3)
-
-
-def test_the_batch_makes_no_difference(student, tokenizer, monkeypatch):
-    groups = [[part(tokenizer, "", text) for text in pair] for pair in PAIRS]
-    whole = sum_logprobs(student, groups, "x")
-    monkeypatch.setattr(scoring, "BATCH", 1)
-    for a, b in zip(whole, sum_logprobs(student, groups, "x"), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["blimp.jsonl", "blimp.jsonl.gz"])

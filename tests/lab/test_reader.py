@@ -3,7 +3,6 @@ mean harm."""
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,39 +153,6 @@ def test_what_is_missing_is_one_sentence(monkeypatch):
         match=r"--reader smollm2 cannot be loaded .*transformers.*: pip install 'tinystory\[reader\]'",
     ):
         Reader(device="cpu")
-
-
-def test_it_agrees_with_transformers_own_loss(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="pip install 'tinystory[reader]'")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.BPE({chr(c): c for c in range(256)}, [], unk_token="!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    options = dict(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**options, max_position_embeddings=512)
-    )
-    model.save_pretrained(tmp_path)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>"
-    ).save_pretrained(tmp_path)
-    judge = Reader(str(tmp_path), "cpu")
-    rows = [tuple(range(20, 40)), tuple(range(60, 65))]
-    logprobs = judge._logprobs(rows)
-    for row in rows:
-        ids = torch.tensor([row])
-        loss = judge._model(input_ids=ids, labels=ids).loss
-        # bfloat16, summed in another order
-        assert -logprobs[row].mean() == pytest.approx(float(loss), rel=2e-2)
-    with pytest.raises(UserError, match="cannot be loaded"):
-        Reader(str(Path(tmp_path) / "nothing"), "cpu")
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The build's failure modes: the real compiler and ninja on a library of two short files, in a
 cache of each test's.
-A slow test compiles the kernels themselves.
 
 Nothing here is timed: steps are held by files, and LIMIT only ends a test that hangs."""
 
@@ -11,7 +10,6 @@ import io
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -278,23 +276,6 @@ def two_at_once(place: Path) -> str:
 
 def test_two_builds_at_once_build_once(place):
     assert two_at_once(place) == "42" and calls(place) == ["answer", "link", "module"]
-
-
-@pytest.mark.slow
-def test_the_kernels_survive_five_kills_and_two_builds_at_once(place):
-    """The sources of csrc/, several minutes of compiling. Each build starts on what the last one,
-    killed, has left."""
-    shutil.rmtree(place / "csrc")
-    shutil.copytree(build.CSRC, place / "csrc")
-    module = place / "csrc/module.cpp"
-    module.write_text(module.read_text().replace('m.def("instructions"', 'm.def("answer"'))
-    for step in ("module", "attention", "engine_weights", "token_logprob", "link"):
-        kill_at(place, step)
-    calls(place)
-    instructions = two_at_once(place)
-    assert re.search("AVX|NEON|vectors", instructions)
-    assert calls(place) == sorted([*(source.stem for source in build.cpu_sources()), "link"])
-    assert run(place) == (instructions, "")
 
 
 def test_every_input_is_in_the_key(place, monkeypatch):

@@ -57,19 +57,8 @@ def compile_source(source: Path, out: Path) -> tuple[Path, str]:
     ]
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     built = out / f"{source.stem}.o"
-    command = [
-        NVCC,
-        "-std=c++20",
-        "-O3",
-        *targets,
-        *strict,
-        "-Xptxas",
-        "-v",
-        "-c",
-        source,
-        "-o",
-        built,
-    ]
+    command = [NVCC, *"-std=c++20 -O3 -Xptxas -v -c".split(), *targets, *strict]
+    command += [source, "-o", built]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
     return built, result.stderr
@@ -116,15 +105,9 @@ def test_the_binding_compiles_without_cuda_in_torch(tmp_path):
     macros.touch()
     folders = [tmp_path, *include_paths(), sysconfig.get_path("include")]
     strict = ["-Xcompiler", "-fsyntax-only,-Wall,-Werror", "-DTORCH_EXTENSION_NAME=tinystory_cuda"]
-    command = [
-        NVCC,
-        "-std=c++20",
-        *(f"-isystem={folder}" for folder in folders),
-        *strict,
-        "-c",
-        CUDA / "ops.cpp",
-    ]
-    command = list(map(str, [*command, "-o", tmp_path / "ops.o"]))
+    includes = [f"-isystem={folder}" for folder in folders]
+    files = ["-c", CUDA / "ops.cpp", "-o", tmp_path / "ops.o"]
+    command = list(map(str, [NVCC, "-std=c++20", *includes, *strict, *files]))
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

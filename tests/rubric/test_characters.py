@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tinystory.data.builtin import grammar
-from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.surface import tokenize
 
 INTRODUCED = (
@@ -19,11 +18,6 @@ OUT_OF_NOWHERE = (
     "Once upon a time, there was a little girl named Mia. Ben had a red kite. Her friend Tom came to see it. "
     '"It is a fine kite," said Oscar. Ruby gave him the string, and he laughed. Then she was happy.'
 )
-
-
-@pytest.fixture(scope="module")
-def rubric() -> Rubric:
-    return Rubric(grammar.stories(250_000, seed=0))
 
 
 @pytest.fixture(scope="module")

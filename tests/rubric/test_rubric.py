@@ -30,11 +30,6 @@ BY_HAND = (
 
 
 @pytest.fixture(scope="module")
-def rubric() -> Rubric:
-    return Rubric(grammar.stories(250_000, seed=0))
-
-
-@pytest.fixture(scope="module")
 def good() -> list[str]:
     """Stories that the rubric has not read, cut to the sentences within 90 words."""
     return [_within(story, 90) for story in grammar.stories(20_000, seed=1)][:60]

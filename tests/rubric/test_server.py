@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -236,28 +235,6 @@ def test_a_port_in_use_is_the_users_error(rubric):
         asyncio.run(twice())
 
 
-# Strangers
-
-
-def test_garbage_is_refused_without_a_traceback(url, caplog):
-    with socket.create_connection(url.split("/")[2].split(":"), timeout=LIMIT_S) as connection:
-        connection.sendall(b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b" 400 Bad Request" in connection.recv(100)
-        while connection.recv(1000):  # until it is closed
-            pass
-    assert not caplog.records
-
-
-def test_a_client_that_goes_away_in_the_middle_leaves_no_traceback(url, caplog):
-    begun = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
-    for linger in (struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)):  # a reset, and an orderly end
-        with socket.create_connection(url.split("/")[2].split(":"), timeout=LIMIT_S) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            connection.sendall(begun)
-            assert _raw(url, "GET", "/v1/models")[0] == 200  # until the server has read it
-    assert _raw(url, "GET", "/v1/models")[0] == 200 and not caplog.records
-
-
 # The command
 
 
@@ -300,25 +277,6 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         # no bar in a file
         assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr
         assert "not an LLM" in stderr and "Traceback" not in stderr
-
-
-@pytest.mark.parametrize("own_session", [True, False])
-def test_it_yields_once_it_is_fitted_and_takes_no_terminal_along(monkeypatch, own_session):
-    done = []
-
-    def fit(documents, advance):
-        for _ in range(PARTS):
-            advance()
-        done.append("fitted")
-
-    monkeypatch.setattr(serve_teacher, "Rubric", fit)
-    monkeypatch.setattr(serve_teacher, "_serve", lambda *_: done.append("served"))
-    monkeypatch.setattr(serve_teacher.asyncio, "run", lambda served: None)
-    monkeypatch.setattr(os, "nice", lambda by: done.append("niced"))
-    monkeypatch.setattr(os, "getsid", lambda pid: os.getpid() + (not own_session))
-    monkeypatch.setattr(Path, "write_text", lambda path, text: done.append(str(path)))
-    serve_teacher.main(["--die-with-parent"])
-    assert done == ["fitted", "niced", *["/proc/self/autogroup"] * own_session, "served"]
 
 
 def test_a_progress_bar_of_the_fit_reaches_its_end():

@@ -498,12 +498,3 @@ def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_
     gguf.write(tmp_path / "run" / names[2], student, Tokenizer.train(tiny_stories(200), 320))
     assert private.read_text() == "mine"
     assert not any((tmp_path / "run" / name).is_symlink() for name in names)
-
-
-def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path):
-    before = os.umask(0o027)
-    try:
-        atomic_write(tmp_path / "a", "text")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

@@ -334,20 +334,6 @@ def test_replies_are_not_written_through_a_link(tmp_path, name):
     assert private.read_text() == "a line without an end"
 
 
-def test_a_link_among_a_runs_records_is_a_sentence(place, tmp_path, capsys):
-    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT]
-    with FaultServer() as server:
-        interact.main([*init, "--teacher-url", server.url, "--out", str(tmp_path / "run")])
-        private = tmp_path / "private"
-        private.write_text("a line without an end")
-        (tmp_path / "run" / "replies.jsonl").unlink()
-        (tmp_path / "run" / "replies.jsonl").symlink_to(private)
-        again = resume(tmp_path / "run", "--teacher-url", server.url)
-        line = fails(interact.main, again, capsys)
-        assert "replies.jsonl is a symbolic link" in line
-    assert private.read_text() == "a line without an end"
-
-
 @pytest.mark.parametrize(
     "forged",
     [

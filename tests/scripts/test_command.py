@@ -49,27 +49,12 @@ main()
 
 def run(shell: str, path, *what: str, **options) -> subprocess.CompletedProcess:
     """COMMAND as "$@" of a shell's line."""
-    return subprocess.run(
-        [
-            "bash",
-            "-c",
-            f"set -o pipefail; {shell}",
-            "bash",
-            sys.executable,
-            "-c",
-            COMMAND,
-            str(path),
-            *what,
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "",
-            **options.pop("variables", {}),
-        },
-        text=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )
+    program = [sys.executable, "-c", COMMAND, str(path), *what]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    environment |= options.pop("variables", {})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    shell_line = ["bash", "-c", f"set -o pipefail; {shell}", "bash", *program]
+    return subprocess.run(shell_line, env=environment, text=True, **streams)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, cli
-from fault_server import KEY, FaultServer, closed_port
+from fault_server import FaultServer
 
 from scripts import doctor
 from tinystory.ops import build
@@ -92,22 +91,3 @@ def test_it_shows_what_a_teacher_obeys(capsys):
     assert line.startswith(
         f"second at {server.url}: scored a story, max_tokens, reply constraint: numbers"
     )
-
-
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("localhost:8000", "must look like"),
-        (f"http://me:{KEY}@h/v1", "OPENAI_API_KEY"),
-        (None, "start it"),
-    ],
-)
-def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
-    with pytest.raises(SystemExit) as caught:
-        doctor.main(["--teacher-url", url or closed_port()])
-    printed = capsys.readouterr()
-    assert caught.value.code == 2
-    assert words in printed.err
-    assert printed.err.count("\n") == 1
-    assert "teacher " not in printed.out
-    assert KEY not in printed.err + printed.out

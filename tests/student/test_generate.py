@@ -77,18 +77,6 @@ def test_how_many_stories_are_written_at_once_changes_nothing(eager_to_end, toke
     assert all(index < 7 + ended for ended, index in enumerate(sent))
 
 
-def test_threads_change_nothing(eager_to_end, tokenizer):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = write(eager_to_end, tokenizer)
-        torch.set_num_threads(2)
-        two = write(eager_to_end, tokenizer)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
-
-
 @pytest.mark.parametrize(
     "prompt, advice",
     [(60, "lower --max-new-tokens to 4, or"), (64, "64 tokens.*shorten the opening")],

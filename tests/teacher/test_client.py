@@ -254,22 +254,6 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
         assert max(at_once[-60:-20]) in last and int(server.limit) in last
 
 
-def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
-    server = at(64)
-    for _ in range(64):
-        server.failed(BUSY)
-    assert server.limit == 32
-    for _ in range(32):
-        server.answered()
-    assert server.limit == pytest.approx(33, abs=0.02)
-    for i in range(10_000):  # one in fifty, like occasional faults: no reason to slow down
-        server.answered() if i % 50 else server.failed(BUSY)
-    assert server.limit > 63
-    for _ in range(200):
-        server.failed(BUSY)
-    assert server.limit == 1
-
-
 def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():
     template = Template(user="Opening {opening}|Story {story}|Readability, Narrative, Creativity =")
 

@@ -1,7 +1,5 @@
 """The controls that need no grade: a student's own likelihood as the score, and a constant."""
 
-import json
-
 import pytest
 import torch
 from conftest import SHORT, metrics, read_lines
@@ -101,13 +99,3 @@ def test_an_empty_story_has_the_score_0(place, tmp_path, grades):
 def test_a_constant_is_the_same_for_all():
     with load_score("constant") as score:
         assert score(["Once"] * 3, ["One.", "Two.", ""]) == [0.5] * 3
-
-
-@pytest.mark.parametrize("reward", ["likelihood", "constant"])
-def test_a_run_learns_from_a_control(place, tmp_path, reward):
-    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--steps", "2"]
-    interact.main([*init, "--reward", reward, "--out", str(tmp_path / "i")])
-    assert [record["unscored"] for record in metrics(tmp_path / "i")] == [0, 0]
-    assert (
-        json.loads((tmp_path / "i" / "config.json").read_text())["options"]["scored_by"] == reward
-    )

@@ -163,20 +163,3 @@ def test_a_model_that_can_be_told_not_to_think_is():
         assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(
             zip(CRITERIA, (2, 1, 3), strict=True)
         )
-
-
-def test_a_server_that_wants_the_other_token_cap_gets_it():
-    message = (
-        "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
-    )
-
-    class Picky(FaultServer):
-        async def _chat(self, request):
-            if "max_tokens" in await request.json():
-                return error(400, message, code="unsupported_parameter")
-            return await super()._chat(request)
-
-    with Picky() as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].token_cap == "max_completion_tokens"
-        assert teacher.grade("Once", ["A dog ran."])[0].error is None
-        assert all(request["max_completion_tokens"] == 16 for request in server.requests)

@@ -36,6 +36,18 @@ train_interact.main(sys.argv[split + 1 :])
 """
 
 
+TORCHRUN_2 = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
+
+
+def on_two_processes(*command) -> str:
+    """What a script prints under torchrun; it must succeed."""
+    words = [*TORCHRUN_2, *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def assert_alike(a, b) -> None:
     assert len(metrics(a)) == len(metrics(b)) > 0
     for one, two in zip(metrics(a), metrics(b), strict=True):
@@ -72,25 +84,8 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     script = tmp_path / "both.py"
     script.write_text(BOTH)
     first, second = both("two")
-    done = subprocess.run(
-        [
-            *cli(
-                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
-                sys.executable,
-                script,
-                place / "cache",
-            ),
-            *first,
-            "--then",
-            *second,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("parameters") == 1  # only rank 0 prints
+    printed = on_two_processes(script, place / "cache", *first, "--then", *second)
+    assert printed.count("parameters") == 1  # only rank 0 prints
     for part in ("p", "i"):
         assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
     one, two = (read_lines(tmp_path / name / "i" / "stories.jsonl") for name in ("one", "two"))
@@ -108,11 +103,7 @@ def test_two_processes_have_the_same_stories_graded(place, tmp_path):
     flags = [*SHORT, "--dtype", "float32", "--reward", f"{place / 'reward.py'}", "--steps", "1"]
     flags += ["--stories-per-step", "20", "--grades", "8", "--init", str(place / "p")]
     interact.main([*flags, "--out", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "train_interact.py", *flags, "--out", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(ROOT / "train_interact.py", *flags, "--out", tmp_path / "two")
     one, two = (read_lines(tmp_path / name / "stories.jsonl") for name in ("one", "two"))
     assert [story["story"] for story in one] == [story["story"] for story in two]
     graded = [story["index"] for story in one if story["reply"] == ""]
@@ -140,24 +131,9 @@ train_interact.main(sys.argv[2:])
 """
     )
     argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
-    done = subprocess.run(
-        [
-            *cli(
-                "{} -m torch.distributed.run --standalone --nproc-per-node=2 {} {}",
-                sys.executable,
-                script,
-                place / "cache",
-            ),
-            *argv,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("stopped after step 1, all saved") == 1
-    assert "Mean reward" not in done.stdout
+    printed = on_two_processes(script, place / "cache", *argv)
+    assert printed.count("stopped after step 1, all saved") == 1
+    assert "Mean reward" not in printed
     assert len(metrics(tmp_path / "i")) == 1
 
 
@@ -167,9 +143,8 @@ def under_torchrun(place, out) -> tuple[subprocess.Popen, list[int]]:
     script = out.parent / "one.py"
     script.write_text(BOTH.split("split =")[0] + "train_pretrain.main(sys.argv[2:])\n")
     argv = ["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "100M", "--out", str(out)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launch = subprocess.Popen(
-        [*torchrun, script, place / "cache", *argv],
+        [*TORCHRUN_2, script, place / "cache", *argv],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -6,13 +6,11 @@ import shutil
 import signal
 
 import pytest
-from conftest import SHORT, assert_same_bits, cli, fails, metrics, read_lines
-from runs import interrupted_at, run_interact, spoiling
+from conftest import SHORT, assert_same_bits, fails, metrics, read_lines
+from runs import run_interact, spoiling
 
 import train_interact as interact
-from tinystory.config import InteractConfig
 from tinystory.evaluate import held_out
-from tinystory.run.errors import UserError
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
@@ -42,18 +40,6 @@ def test_weights_that_are_not_finite_are_not_saved_by_interaction(
     assert [record["step"] for record in metrics(tmp_path / "i")] == [1, 2, 3, 4]
 
 
-def test_interaction_resumes_to_the_same_bits(place, tmp_path):
-    more = ["--minibatch-size", "4"]
-    run_interact(place, tmp_path / "whole", *more)
-    with interrupted_at(interact, step=3):
-        run_interact(place, tmp_path / "parts", *more)
-    assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
-    run_interact(place, tmp_path / "parts", "--resume", *more)
-    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
-
-
 def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "killed")
     folder = tmp_path / "killed" / "checkpoints"
@@ -69,14 +55,6 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp
         "checkpoints/best/model.safetensors",
     ):
         assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-
-
-def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
-    """What is saved by default, once every few steps, is there before the end."""
-    run_interact(
-        place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every)
-    )
-    assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
 
 
 def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkeypatch):
@@ -130,34 +108,6 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     # the last student is evaluated, wherever the run ends
     assert {record["step"] for record in evaluations} == {0, 3}
     assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
-
-
-def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, monkeypatch):
-    def news(self, record):
-        return {"collapse": "all the same"} if record["step"] == 3 else {}
-
-    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
-    collect = CallableGrader.collect
-
-    def gone(self, stop):
-        if (
-            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
-            and (tmp_path / "i" / "metrics.jsonl").exists()
-        ):
-            raise UserError("the teacher has gone")
-        return collect(self, stop)
-
-    monkeypatch.setattr(CallableGrader, "collect", gone)
-    argv = (
-        cli("--init {} --reward {}:score", checkpoint.newest(place / "p"), place / "reward.py")
-        + SHORT
-    )
-    argv += cli("--stop-on-collapse --eval-every 0 --save-every 20 --out {}", tmp_path / "i")
-    assert "the teacher has gone" in fails(interact.main, argv, capsys)
-    assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
-    monkeypatch.undo()
-    run_interact(place, tmp_path / "i", "--resume", "--steps", "3")
-    assert len(metrics(tmp_path / "i")) == 3
 
 
 def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):

@@ -4,7 +4,6 @@ nothing stopped."""
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -155,26 +154,3 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
     print(f"{command.__name__}: {kills} kills, {ends} ends, {seen}")
-
-
-@pytest.mark.slow
-def test_of_two_resumes_at_once_one_is_refused(place, tmp_path, run):
-    """By its first line, before it has touched a record; the other ends as if it had been alone."""
-    whole, out = tmp_path / "whole", tmp_path / "twice"
-    assert run(pretrain, arguments(place, pretrain, whole))[0] == 0
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "checkpoints")
-    resume = [sys.executable, ROOT / "train_pretrain.py", "--resume", "--out", out]
-    resume += given_again(place, pretrain)
-    streams: dict = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has: another number gives other bits
-    both = [subprocess.Popen(resume, env=env, **streams) for _ in range(2)]
-    errors = [process.communicate(timeout=600)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], errors
-    # another: it has not yet written its id
-    refused = rf"error: {re.escape(str(out))} is in use by (another )?process"
-    assert sum(bool(re.match(refused, text)) for text in errors) == 1, errors
-    assert_same_bits(whole, out)
-    assert [record["step"] for record in metrics(out)] == [
-        record["step"] for record in metrics(whole)
-    ]

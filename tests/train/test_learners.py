@@ -6,10 +6,8 @@ from runs import interrupted_at
 
 import train_interact as interact
 from tinystory.config import INTERACT_PRESETS, LEARNER_NAMES, InteractConfig, parse
-from tinystory.ops.compute import resolve
 from tinystory.rl import learners
 from tinystory.rl.learners import check
-from tinystory.rl.policy import load_policy
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
@@ -80,16 +78,3 @@ def test_a_refusal_names_what_to_give():
         with pytest.raises(UserError) as error:
             check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))
         assert all(word in str(error.value) for word in words)
-
-
-def test_a_policy_has_the_critic_of_its_learner(place):
-    compute = resolve("cpu", "float32")
-    for options, parts in (
-        (dict(), 2),
-        (dict(learner="gae"), 2),
-        (dict(learner="grpo"), 0),
-        (dict(learner="dpo"), 0),
-        (dict(learner="sft-best"), 0),
-    ):
-        policy = load_policy(InteractConfig(**options), checkpoint.newest(place / "p"), compute)
-        assert len(policy.critic.state_dict()) == parts

@@ -301,14 +301,6 @@ def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tm
         parse(config_class, COMMANDS[config_class], recorded(tmp_path, asdict(other())))
 
 
-def test_a_run_begun_before_evaluations_had_their_name_is_refused(tmp_path):
-    options = asdict(InteractConfig())
-    facts = dict(look_every=options.pop("eval_every"), look_stories=options.pop("eval_stories"))
-    for more in ([], ["--eval-every", "4", "--eval-stories", "40"]):
-        with pytest.raises(UserError, match="another version"):
-            parse(InteractConfig, INTERACT_PRESETS, [*recorded(tmp_path, options | facts), *more])
-
-
 @pytest.mark.parametrize("config_class", COMMANDS)
 def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tmp_path):
     record = asdict(config_class())

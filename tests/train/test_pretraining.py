@@ -138,21 +138,6 @@ def test_the_stories_of_pretraining_change_no_bit_of_it(place, tmp_path, monkeyp
     assert_same_run(tmp_path / "told", tmp_path / "silent")
 
 
-def test_only_one_process_tells_the_story(place, tmp_path, monkeypatch, capsys):
-    argv = ["--corpus", str(place / "corpus.txt"), "--words", "500", *SMALL]
-    tell_story = pretrain.tell_story
-
-    def told_elsewhere(run):
-        with monkeypatch.context() as patch:
-            patch.setattr(pretrain.distributed, "is_rank0", lambda: False)
-            tell_story(run)
-
-    monkeypatch.setattr(pretrain, "tell_story", told_elsewhere)
-    pretrain.main([*argv, "--out", str(tmp_path / "p")])
-    assert "--- step" not in capsys.readouterr().out
-    assert not (tmp_path / "p" / "evaluations.jsonl").exists()
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     """The same weights, and the same metrics but for times."""
     assert_same_bits(a, b)

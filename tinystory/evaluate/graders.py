@@ -16,7 +16,7 @@ from tinystory.run.errors import Stop
 from tinystory.run.text import printable
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.grade import Grade, Grader, require_scores
 from tinystory.teacher.likelihood import Likelihood
 from tinystory.teacher.open_grader import open_grader, open_judge
 from tinystory.teacher.prompt import Example
@@ -77,6 +77,17 @@ def collect(grader: Grader, stop: Stop) -> list[Grade]:
     """Grades of all stories sent, in the order of their indices, on every rank. Raises Interrupted
     on `stop`, and UserError if the teacher fails."""
     return distributed.rank0_value(lambda: grader.collect(stop))
+
+
+def collect_scored(config: InteractConfig, grader: Grader, stop: Stop) -> list[Grade]:
+    """The grades of `collect`. Raises UserError if more than --max-unscored of them have no
+    score."""
+    grades = collect(grader, stop)
+    tolerated = config.max_unscored
+    if config.grades:  # one grade without a score must not stop a run that asks for a few
+        tolerated = max(tolerated, 1 / max(len(grades), 1))
+    require_scores(grades, tolerated)
+    return grades
 
 
 def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:

@@ -145,6 +145,11 @@ def evaluation_means(records: Sequence[Record]) -> dict[str, float | None]:
     return means
 
 
+def held_out_metrics(records: Sequence[Record]) -> dict[str, float | None]:
+    """Metrics of an evaluation for metrics.jsonl: `evaluation_means`, as held_out_NAME."""
+    return {f"held_out_{name}": mean for name, mean in evaluation_means(records).items()}
+
+
 def shown_score(record: Record) -> float | None:
     """The score of a story as shown to users, from 0 to `highest_score`; None without a score.
     Records of older versions contain only the scores of the criteria."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from tinystory.evaluate.held_out import (
     evaluation_means,
     evaluations_by_step,
+    held_out_metrics,
     reward_mean,
     shown_score,
 )
@@ -243,8 +244,7 @@ def from_start(run: Path, metrics: list[Record]) -> list[Record]:
     start = evaluations_by_step(run).get(0)
     if not start:
         return metrics
-    means = {f"held_out_{key}": value for key, value in evaluation_means(start).items()}
-    return [{"step": 0} | means, *metrics]
+    return [{"step": 0} | held_out_metrics(start), *metrics]
 
 
 def summary(run: Path) -> str:

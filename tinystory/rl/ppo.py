@@ -115,6 +115,8 @@ def step(
     `read_reference`. story_rewards: a story with None has no gradient. steps: number of steps done
     before this one."""
     config = policy.config
+    # a function of the step, so that a resumed run repeats an uninterrupted one
+    torch.manual_seed(config.seed * 1_000_003 + steps)
     scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
     batch = batch.rows(np.array(scored))
     reference = reference.at(batch.token_indices)

@@ -3,6 +3,7 @@ words at which checkpoints are kept."""
 
 import contextlib
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,21 @@ def begin_at(temperature: float, reference: Student, policy: Policy) -> None:
     policy.student.divide_logits(temperature)
 
 
-def student_facts(policy: Policy) -> dict[str, Any]:
-    """Facts about the student for config.json, which the report shows in the title."""
-    return {
+def recorded_options(
+    config: InteractConfig, compute: Compute, policy: Policy, start: Path, newest: Path | None
+) -> dict[str, Any]:
+    """Options for config.json: those of the command line, the device, and facts about the student,
+    which the report shows in the title. start, newest: see `starting_point`."""
+    options = asdict(config) | compute.recorded
+    options["init"] = config.init or str(start)
+    if newest:
+        del options["init"]  # config.json already has the option
+    options["student"] = {
         "corpus": policy.history.get("corpus"),
         "words": policy.history.get("words"),
         "parameters": sum(parameter.numel() for parameter in policy.student.parameters()),
     }
+    return options
 
 
 def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:

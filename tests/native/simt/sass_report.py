@@ -53,18 +53,8 @@ def find_tool(name: str) -> str | None:
 
 def build(nvcc: str, source: Path, out: Path) -> tuple[Path, str]:
     cubin = out / f"{source.stem}.cubin"
-    command = [
-        nvcc,
-        "-std=c++20",
-        "-O3",
-        f"-arch={ARCH}",
-        "-Xptxas",
-        "-v",
-        "-cubin",
-        "-o",
-        str(cubin),
-        str(source),
-    ]
+    flags = f"-std=c++20 -O3 -arch={ARCH} -Xptxas -v -cubin".split()
+    command = [nvcc, *flags, "-o", str(cubin), str(source)]
     return cubin, subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
