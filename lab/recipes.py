@@ -288,10 +288,10 @@ def measure(
     starts = range(0, max(len(texts) - CLUSTERED, 0) + 1, CLUSTERED)
     groups = [texts[start : start + CLUSTERED] for start in starts]
     sizes = [cluster_sizes(group) for group in groups]
-    kinds = Counter(dull.kind_of(text) for text in texts)
+    styles = Counter(dull.style_of(text) for text in texts)
     measures: Record = {"reward": mean_of(rewards), "score": None if score is None else 9 * score}
-    for kind in dull.KINDS:
-        measures[kind] = kinds[kind] / len(texts)
+    for style in dull.STYLES:
+        measures[style] = styles[style] / len(texts)
     measures |= {
         "ended": fmean(story.ended == "eos" for story in stories),
         "words": fmean(story.words for story in stories),

@@ -237,7 +237,7 @@ def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path
     settings = {"stories": 6, "blimp": ""}
     columns = reproduce.measure(place / "p", grader, pretrain, config, settings)
     assert {
-        *dull.KINDS,
+        *dull.STYLES,
         "repeated_name",
         "he_or_she",
         "bits_per_byte",
