@@ -1,7 +1,6 @@
-"""What the simulated device knows of time: vector clocks of its streams and of the host, who
+"""The time of the simulated device: vector clocks of the streams and of the host, which stream
 touched which memory when, copies that have not arrived, and every wait. Import it before torch,
-which asks for a device's hooks once.
-"""
+which asks for a device's hooks once."""
 
 import ctypes
 import importlib.util
@@ -30,7 +29,7 @@ CELL = 4  # bytes: races are seen between cells
 
 
 class Problem(RuntimeError):
-    """What a GPU would do wrong without saying so, such as a race."""
+    """An error that a GPU would not report, such as a race."""
 
 
 def join(clock: Clock, other: Clock) -> None:
@@ -39,9 +38,9 @@ def join(clock: Clock, other: Clock) -> None:
 
 
 def where() -> str:
-    """The project's functions that are running, the innermost first and with its line:
-    "run/device.py:59 wait < step". In the device's backward passes there are none: autograd runs
-    them in a thread of its own."""
+    """The project's functions that are running, the innermost first and with a line number:
+    "run/device.py:59 wait < step". There are none in the backward passes of the device, which
+    autograd runs in another thread."""
     names, frame = [], sys._getframe(1)
     while frame:
         file = frame.f_code.co_filename
@@ -53,14 +52,14 @@ def where() -> str:
 
 
 class Machine:
-    """One device and its host. `waits` and `problems` count by (kind, `where`), launches by the
+    """A device and the host. `waits` and `problems` count by (kind, `where`), launches by the
     operator's name."""
 
     def __init__(self) -> None:
         self.clocks: dict[int, Clock] = {}
         self.host: Clock = {}
-        # Per block of memory, by `born`: the time of each stream's last read and last write of each
-        # cell.
+        # Per block of memory, by `born`: the times of each stream's last read and last write of
+        # each cell.
         self.touched: dict[int, tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
         # Copies under way between the device and pinned memory: (stream, time, the pinned tensor,
         # its value).

@@ -1,4 +1,4 @@
-"""Dull tellers: grammatical, in the plots' own names, and known by their sentences."""
+"""Dull text is grammatical, uses the plots' names, and is recognised by its sentences."""
 
 import random
 import re

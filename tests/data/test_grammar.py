@@ -22,7 +22,7 @@ def sample():
 
 
 def split(story):
-    """Its sentences; a quotation mark that closes a sentence stays with it."""
+    """The sentences of a text. A quotation mark that closes a sentence belongs to the sentence."""
     return re.split(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])|\n', story)
 
 
@@ -32,7 +32,7 @@ def sentences(sample):
 
 
 def offenders(pattern, texts):
-    """Where the pattern occurs, with its surroundings, for a message one can read."""
+    """The text around each match of the pattern, for a readable message."""
     matches = (re.search(pattern, text) for text in texts)
     return [m.string[max(0, m.start() - 30) : m.end() + 30] for m in matches if m][:5]
 
@@ -55,8 +55,8 @@ def test_same_seed_same_bytes_in_another_process(sample):
 
 
 def test_these_are_the_stories_that_published_figures_were_measured_on():
-    """A change of one word changes the built-in corpus, and so every run on it: then this digest
-    changes knowingly."""
+    """A change of one word changes the built-in corpus, and so every run on it. If you mean to
+    change the corpus, update this digest."""
     assert (
         digest(stories(20_000, seed=0))
         == "1c4eaa90d0c3f3d1ee6ac75853b0e76b706be3f6e8e4cbac73b3346f0a74ad70"
@@ -184,7 +184,7 @@ def test_every_plot_is_told():
 
 
 def test_one_pronoun_for_hero_and_the_other_for_friend():
-    """Templates name nobody's gender but through slots, save for third persons whose plots are
+    """Templates have pronouns only through slots, except for third persons in the plots that are
     named here."""
     rng = random.Random(1)
     for plot in grammar.PLOTS:
