@@ -69,7 +69,7 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
 
 
 def test_config_holds_no_key_of_the_environment_whoever_names_it(tmp_path, monkeypatch):
-    """A server may echo it as its model's name, and a key may need escapes in JSON."""
+    """A server may echo the key as the model's name, and a key may need escapes in JSON."""
     monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
     monkeypatch.setenv("GATEWAY_SECRET", 'pl"anted\\x')
     for step in (None, 0):
@@ -183,7 +183,7 @@ def test_a_record_cut_short_anywhere_is_skipped_and_dropped_on_resume(tmp_path):
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
-        # A record that lacks only its newline is complete.
+        # A record that lacks only the newline is complete.
         expected = sum(end <= cut for end in ends)
         assert len(list(read_stories(tmp_path))) == expected
         RunLog(tmp_path, resume_step=3).close()
@@ -487,7 +487,7 @@ def links_to(folder, target):
 
 
 def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_path, student):
-    """Somebody who sends a folder could have put it there."""
+    """Somebody who sends a folder could have put such a link there."""
     pytest.importorskip("gguf")
     private = tmp_path / "private"
     private.write_text("mine")

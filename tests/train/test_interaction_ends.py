@@ -29,7 +29,7 @@ def whole(place, tmp_path_factory):
 def test_weights_that_are_not_finite_are_not_saved_by_interaction(
     place, tmp_path, monkeypatch, capsys
 ):
-    """Nor is a student with them evaluated, and other options let the run go on."""
+    """Nor is a student with such weights evaluated, and other options let the run continue."""
     argv = ["--init", str(place / "p"), *SHORT, "--save-every", "1", "--reward", "constant"]
     argv += ["--out", str(tmp_path / "i")]
     with monkeypatch.context() as patch:
@@ -72,7 +72,7 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp
 
 
 def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
-    """What is saved by default, once every few steps, is there before the end."""
+    """The checkpoint that is saved by default, every few steps, exists before the end."""
     run_interact(
         place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every)
     )

@@ -12,7 +12,7 @@
 
 namespace ptx {
 
-// A register is a row: its value in each lane of a warp, zero-extended. Immediates and special registers are rows too.
+// A register is a row: the value in each lane of a warp, zero-extended. Immediates and special registers are rows too.
 using Row = uint64_t[simt::kWarpSize];
 enum SpecialRow { kUnused, kThread, kThreads, kBlock, kBlocks, kLane, kFirstRow };
 
@@ -39,7 +39,7 @@ enum class Op {
   fence,
   argument,
   trap,
-  // All lanes of a warp together, the first four with a mask of its members.
+  // All lanes of a warp together, the first four with a mask of the members.
   sync_warp,
   shuffle_idx,
   shuffle_xor,
