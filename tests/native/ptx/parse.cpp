@@ -79,7 +79,7 @@ class Parser {
   size_t at_ = 0;
   Module module_;
   std::map<std::string, uint64_t> symbols_;
-  // Of the kernel that is being parsed.
+  // The kernel that is being parsed.
   Kernel* kernel_ = nullptr;
   std::map<std::string, int> registers_, labels_;
   std::map<uint64_t, int> immediates_;

@@ -21,11 +21,11 @@ using Arithmetic = void (*)(uint64_t* to, const uint64_t* const* from, uint32_t 
 Arithmetic find_arithmetic(const std::string& opcode);  // null: there is none
 
 enum class Op {
-  // Of registers alone.
+  // On registers alone.
   arithmetic,
   pack,
   unpack,
-  // What the scheduler runs.
+  // Run by the scheduler.
   branch,
   exit,
   sync_block,
