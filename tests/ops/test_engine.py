@@ -163,7 +163,7 @@ def test_results_are_those_of_the_forward_pass(dtype, temperature):
             1e-4 * max(1, truth.abs().max()) if dtype == torch.float32 else 1.5 * theirs.abs().max()
         )
         assert error.abs().max() < bound
-        assert error.mean().abs() < bound / 10  # rounding leans neither way
+        assert error.mean().abs() < bound / 10  # rounding has no bias
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

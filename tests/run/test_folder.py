@@ -103,7 +103,7 @@ with locked_run(config):
 
 
 def test_runs_that_start_at_once_without_out_take_a_folder_each(tmp_path):
-    """And none that holds a run already."""
+    """A new run takes no folder that holds a run."""
     a_run(tmp_path / "run-3", 1)
     processes = []
     for _ in range(4):
@@ -399,7 +399,7 @@ def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("builtins.open", refused)
-    monkeypatch.setattr("pathlib.Path.unlink", refused)  # there, even of a file that is not there
+    monkeypatch.setattr("pathlib.Path.unlink", refused)  # refused even for a missing file
     with pytest.raises(UserError, match="Read-only file system; choose another folder"):
         atomic_write(tmp_path / "x", "text")
 

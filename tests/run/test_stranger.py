@@ -284,7 +284,7 @@ def test_a_strangers_folder_can_be_looked_at(own, texts, tmp_path):
 
 
 def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, monkeypatch):
-    """It holds all that no folder may name."""
+    """The printed command has every option that no folder may name."""
     (tmp_path / "my openings.txt").write_text("Once\nOnce upon\n")
     begun = {
         pretrain: ["--corpus", str(place / "corpus.txt"), "--words", "2000", *SMALL],

@@ -110,7 +110,7 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
         assert story.ended == "eos" or len(story.tokens) == 30
         assert len(story.tokens) == len(story.logprobs) == len(story.values) == len(story.entropies)
         assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
-        # of which pickle writes all
+        # pickle writes whole storages, so no column may be a view of a larger tensor
         for column in (story.tokens, story.logprobs, story.values, story.entropies):
             assert column.untyped_storage().nbytes() == column.nbytes
 

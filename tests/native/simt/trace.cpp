@@ -60,7 +60,7 @@ struct State {
 
   std::vector<Shadow> shared;
   std::map<const char*, std::vector<Shadow>> global;
-  std::map<const char*, std::vector<char>> at_launch;  // what the global buffers held
+  std::map<const char*, std::vector<char>> at_launch;  // contents of the global buffers
   std::array<std::unordered_map<uint32_t, Open>, kMaxWarps> open;
   uint32_t block_barriers = 0;  // of all blocks of all launches so far
   std::array<uint32_t, kMaxWarps> warp_barriers{};
