@@ -22,11 +22,11 @@ def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
     unit = (540 - left) / max(bar.value for bar in bars)  # length of a bar of value 1
     bottom = 26 * len(bars) + 24
     parts = []
-    for value in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        x = left + unit * value
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        x = left + unit * tick
         if x <= 540:
             parts.append(f'<path class="grid" d="M{x:.1f},24V{bottom}"/>')
-            parts.append(text(x, bottom + 14, "middle", f"{value:g}"))
+            parts.append(text(x, bottom + 14, "middle", f"{tick:g}"))
     for i, bar in enumerate(bars):
         y = 26 * i + 28
         length = unit * bar.value
