@@ -4,11 +4,11 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinystory.report.charts import STYLE, palette, svg
+from tinystory.report.charts import STYLE, palette, svg, text
 
 
 class Bar(NamedTuple):
-    """A bar of a chart. value: a positive number; error: the standard error of the value."""
+    """A bar of a chart. value: 0 to 1; error: the standard error of the value."""
 
     name: str
     value: float
@@ -16,13 +16,20 @@ class Bar(NamedTuple):
 
 
 def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
-    """An SVG of horizontal bars. highlighted: name of the bar in colour."""
-    left = 12 + 7 * max(len(bar.name) for bar in bars)
-    largest = max(bar.value for bar in bars)
+    """An SVG of horizontal bars, with a scale below them. highlighted: name of the bar in
+    colour."""
+    left = 12 + 6 * max(len(bar.name) for bar in bars)
+    unit = (540 - left) / max(bar.value for bar in bars)  # length of a bar of value 1
+    bottom = 26 * len(bars) + 24
     parts = []
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        x = left + unit * tick
+        if x <= 540:
+            parts.append(f'<path class="grid" d="M{x:.1f},24V{bottom}"/>')
+            parts.append(text(x, bottom + 14, "middle", f"{tick:g}"))
     for i, bar in enumerate(bars):
         y = 26 * i + 28
-        length = (540 - left) * bar.value / largest
+        length = unit * bar.value
         colour = "reward" if bar.name == highlighted else "grey"
         shape = f"M{left},{y}h{length:.1f}v16h-{length:.1f}Z"
         value = f"{bar.value:.3f} ± {bar.error:.3f}"
@@ -31,7 +38,7 @@ def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
             f'<path class="dot" style="--tint: var(--{colour})" d="{shape}"/>',
             f'<text x="{left + length + 7:.1f}" y="{y + 12}">{value}</text>',
         ]
-    return svg(title, (640, 26 * len(bars) + 30), parts)
+    return svg(title, (640, bottom + 20), parts)
 
 
 def standalone(drawing: str) -> str:

@@ -48,7 +48,7 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.open_grader import open_grader
 
 TEMPERATURES = (0.5, 0.4)  # of the student before interaction
-BEST_OF_4 = "best of 4 by the teacher"  # name of a row
+BEST_OF_4 = "before, best of 4 by the teacher"  # name of a row
 # measures of a row in the tables and in gain.json
 SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
 # 97.5 % quantiles of Student's t distribution by degrees of freedom
@@ -181,7 +181,7 @@ def paired_gain(before: Sequence[float | None], after: Sequence[float | None]) -
 
 def best_temperature(students: Sequence[Record]) -> str:
     """Name of the row with the highest mean sense among the temperatures before interaction."""
-    names = [f"temperature {temperature}" for temperature in TEMPERATURES]
+    names = [f"before, temperature {temperature}" for temperature in TEMPERATURES]
 
     def mean_sense(name: str) -> float:
         return fmean(student["rows"][name]["sense"] for student in students)

@@ -152,7 +152,7 @@ def score_items(
     if len(fitting) < fewest:
         raise UserError(
             f"{path} holds {len(items)} items, and {len(fitting)} of them fit the student's context of "
-            f"{context} tokens: give .jsonl or .jsonl.gz files of which {fewest} or more fit"
+            f"{context} tokens: give .jsonl or .jsonl.gz files with {fewest} items that fit, or more"
         )
     sums = sum_logprobs(student, groups, Path(path).name)
     scored = [Scored(item, logprobs) for item, logprobs in zip(fitting, sums, strict=True)]

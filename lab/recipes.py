@@ -81,6 +81,13 @@ NOT_SHOWN = ("name", "seed", "rewards", "senses")
 # Measures on the unseen stories. They are measured once per student, and not for controls.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
+# names of rows in the figure; other rows have their options as names
+PLAIN_NAMES = {
+    "the demo": "PPO, the demo: 1 536 grades",
+    "--grades 64 --steps 8 --eval-every 0": "PPO, 64 grades in 8 steps",
+    "--reward likelihood": "PPO, own likelihood as the score",
+    "--reward constant": "PPO, every score equal",
+}
 TEMPERATURES = (0.7, 0.6, 0.5, 0.4)  # controls: temperatures of the student before interaction
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
@@ -156,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
             reader,
         )
     bars = print_table(records)
-    title = "Reward of stories for held-out openings, with the standard error over openings"
-    figure = figures.bar_chart(title, bars, "the demo")
+    title = "Mean reward, 0 to 1, for held-out openings (± standard error over openings)"
+    figure = figures.bar_chart(title, bars, PLAIN_NAMES["the demo"])
     atomic_write(out / "reward.svg", figures.standalone(figure))
 
 
@@ -218,11 +225,11 @@ def train_students(
     train(start, options, words=pretrained.words)
     rows = [
         Row("before interaction", start, n=4),
-        Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
-        Row("best of 4 by reward", start, n=4, chosen_by="reward"),
+        Row("before, best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
+        Row("before, best of 4 by reward", start, n=4, chosen_by="reward"),
     ]
     for temperature in temperatures:
-        rows.append(Row(f"temperature {temperature}", start, temperature))
+        rows.append(Row(f"before, temperature {temperature}", start, temperature))
     for text, arm in arms.items():
         name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"
         run = out / f"{name}-{seed}"
@@ -251,7 +258,8 @@ def print_table(records: Sequence[Record]) -> list[Bar]:
                 openings.append(mean)
         error = standard_error(openings)
         assert error is not None, "there are many openings"
-        bars.append(Bar(name.strip("`"), fmean(openings), error))
+        options = name.strip("`")
+        bars.append(Bar(PLAIN_NAMES.get(options, options), fmean(openings), error))
         values = [mean_of(record[column] for record in seeds) for column in columns]
         values.append(error)
         cells = ["" if value is None else f"{value:.3f}" for value in values]
@@ -325,10 +333,10 @@ def measure(
     starts = range(0, max(len(texts) - CLUSTERED, 0) + 1, CLUSTERED)
     groups = [texts[start : start + CLUSTERED] for start in starts]
     sizes = [cluster_sizes(group) for group in groups]
-    kinds = Counter(dull.kind_of(text) for text in texts)
+    styles = Counter(dull.style_of(text) for text in texts)
     measures: Record = {"reward": mean_of(rewards), "score": None if score is None else 9 * score}
-    for kind in dull.KINDS:
-        measures[kind] = kinds[kind] / len(texts)
+    for style in dull.STYLES:
+        measures[style] = styles[style] / len(texts)
     measures |= {
         "ended": fmean(story.ended == "eos" for story in stories),
         "words": fmean(story.words for story in stories),

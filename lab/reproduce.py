@@ -54,7 +54,7 @@ from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
-from tinystory.evaluate.held_out import has_dull_tellers
+from tinystory.evaluate.held_out import learned_dull_text
 from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
@@ -342,7 +342,9 @@ def measure(
     row = recipes.Row("", folder)
     columns = recipes.measure(row, grader, config, openings)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
-    if not has_dull_tellers(history):  # such a student was not trained on the grammar's text either
+    if not learned_dull_text(
+        history
+    ):  # such a student was not trained on the grammar's text either
         shards = prepare(
             open_corpus(pretrain.corpus),
             vocab_size=pretrain.vocab_size,

@@ -176,7 +176,7 @@ def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
 def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
     """`count` texts by the student at --init; twice as many if the built-in grammar can classify
     them as stories and dull text."""
-    from tinystory.evaluate.held_out import has_dull_tellers
+    from tinystory.evaluate.held_out import learned_dull_text
     from tinystory.ops.compute import pick_device
     from tinystory.student import checkpoint
     from tinystory.student.generate import generate
@@ -185,7 +185,7 @@ def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
         checkpoint.find(Path(config.init)), pick_device(config.device)
     )
     student.divide_logits(config.temperature)
-    knows_dull = has_dull_tellers(history)
+    knows_dull = learned_dull_text(history)
     openings = Openings(load_openings(config.openings), config.seed, 1)
     texts = generate(
         student,
@@ -200,7 +200,7 @@ def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
     for text in texts:
         kind = calibration.STUDENT
         if knows_dull:
-            is_story = dull.kind_of(text.text) == dull.STORY
+            is_story = dull.style_of(text.text) == dull.STORY
             kind = calibration.STUDENT_STORY if is_story else calibration.STUDENT_DULL
         known.append(KnownStory(kind, text.opening, text.text))
     return known

@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def yield_cores() -> None:
-    """Give the parent process priority. Its threads wait for each other, so a single thread without
-    a core stops all of them."""
+    """Give the parent process priority. The parent's threads wait for each other, so a single
+    thread without a core stops all of them."""
     os.nice(NICENESS)
     # Linux divides cores among sessions first, and this process is in a session without a terminal
     if os.getsid(0) == os.getpid():

@@ -34,7 +34,7 @@ examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
 hypothesis.settings.load_profile("patient")
 
-LIMIT_S = 600  # for what ends by itself: only a hang reaches it, however busy the machine is
+LIMIT_S = 600  # seconds that only a hang takes, however busy the machine is
 
 
 def pytest_addoption(parser) -> None:
@@ -64,7 +64,7 @@ AWKWARD += [" ", "  ", " 12"]
 
 @contextlib.contextmanager
 def using(kernels: str):
-    """Another back-end for the length of a block."""
+    """Use another back-end inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "_current", kernels)
         yield
@@ -72,8 +72,8 @@ def using(kernels: str):
 
 @pytest.fixture
 def empty_stories_too(monkeypatch):
-    """A callable is asked about empty stories too, so that its answers do not depend on whether a
-    student of a few steps writes any."""
+    """Ask a callable about empty stories too, so that the calls do not depend on whether a student
+    of a few steps writes any."""
     monkeypatch.setattr("tinystory.teacher.grade.is_blank", lambda story: False)
 
 
@@ -85,9 +85,9 @@ def on_gpu() -> bool:
 
 def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float]:
     """The root mean square error of `ours` is at most twice that of `theirs`, PyTorch's result in
-    the same dtype, or at most one rounding error of the result. scale: the tensor whose rounding
-    errors count, if not the result's: a sum that cancels is exact only up to the rounding errors of
-    its terms. Returns the maximum errors of both, in rounding errors of the largest entry. In
+    the same dtype, or at most one rounding error of the result. scale: the tensor with the rounding
+    errors that count, if not the result: a sum that cancels is exact only up to the rounding errors
+    of the terms. Returns the maximum errors of both, in rounding errors of the largest entry. In
     float64, where PyTorch's result is the exact one, the bound is 256 of them."""
     eps = torch.finfo(ours.dtype).eps
     scale = (exact if scale is None else scale).double()
@@ -208,7 +208,7 @@ JUNK = st.recursive(
 
 
 def send_hub_file(handler, body: bytes, commit: str, status: int = 200, error: str = "") -> None:
-    """A Hub's answer to a request for a file, or its refusal."""
+    """The Hub's answer to a request for a file, or the Hub's refusal."""
     handler.send_response(status)
     if error:
         handler.send_header("X-Error-Code", error)
@@ -221,8 +221,8 @@ def send_hub_file(handler, body: bytes, commit: str, status: int = 200, error: s
 
 
 def damage(path: Path, data) -> None:
-    """Cut the file, flip a bit or insert bytes; or, of JSON and JSON Lines, take a key or give it
-    any value. data: of hypothesis, which draws what is done and where."""
+    """Cut the file, flip a bit or insert bytes; or, in JSON and JSON Lines, remove a key or give a
+    key any value. data: hypothesis's draws, which decide what is done and where."""
     content = path.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 400) - 1))
     how = data.draw(st.sampled_from(["cut", "flip", "insert", "value", "key"]))
@@ -272,7 +272,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def save_eager(run: Path, folder: Path) -> None:
-    """The newest student of a run, changed so that it ends its stories soon."""
+    """The newest student of a run, changed so that the student ends stories soon."""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     with torch.no_grad():
         end = student.unembedding[tokenizer.eos]
@@ -293,8 +293,8 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder with a corpus, a pretrained student and callables for --reward; its shards have
-    their own cache."""
+    """A folder with a corpus, a pretrained student, callables for --reward, and a cache for the
+    shards."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "reward.py").write_text(

@@ -150,7 +150,7 @@ class FaultServer:
 
 
 def time_out_hanging_requests(server, monkeypatch):
-    """The client's requests time out once they hang, and no others, so that no clock decides."""
+    """Only the client's requests that hang time out, so that no clock decides."""
     chat = ChatClient.chat
 
     async def timed(self, body):
@@ -201,7 +201,7 @@ def assert_one_clean_sentence(caught, *words):
 
 
 class Picky(FaultServer):
-    """Answers `refuse(asked)` if that is not None, else like any server."""
+    """Answers `refuse(asked)` if that is not None, and otherwise like any server."""
 
     def __init__(self, refuse, **more):
         super().__init__(**more)

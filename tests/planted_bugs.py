@@ -7,10 +7,9 @@ which the SIMT machine never sees; the probe must catch it, or else a kernel (ne
 ptx-check` builds in build/ptx, and nvcc). host: in the GPU's host path; a command on the simulated
 device must fail, write other results, or wait or launch more often.
 
-The bugs are in the planted_bugs.txt of each folder. Exits with 1 if one is missed, or if a text that
-it replaces is no longer in the source exactly once; `--only` plants those whose name contains the
-word.
-"""
+The bugs are in the planted_bugs.txt of each folder. Exits with 1 if a bug is missed, or if the text
+that a bug replaces is not in the source exactly once; `--only` plants the bugs with the word in
+their name."""
 
 import argparse
 import json
@@ -60,7 +59,7 @@ def read_bugs(kind: str) -> list[Bug]:
 
 
 def misfits(bug: Bug) -> list[tuple[str, str]]:
-    """The changes, file and text, whose text is not in the source exactly once."""
+    """The changes, file and text, with a text that is not in the source exactly once."""
     return [
         (file, old) for file, old, _ in bug.changes if (ROOT / file).read_text().count(old) != 1
     ]
@@ -196,7 +195,7 @@ class PtxTests:
             raise SystemExit(SKIPPED)
 
     def failure(self, source: Path, test: str, *arguments: str) -> str:
-        """What fails when `test` runs with the PTX of `source` in place of its own."""
+        """The failures when `test` runs with the PTX of `source` instead of the original PTX."""
         built = source.with_name(f"{source.stem}.ptx.o")
         command = [self.nvcc, *self.FLAGS, "-DPROBE=probe_ptx", "-c", source, "-o", built]
         compiled = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -235,7 +234,7 @@ COMMANDS = {
 
 @dataclass
 class Outcome:
-    """Of a command: its exit code and last error, the stories and losses, and what it cost on the
+    """The outcome of a command: exit code and last error, stories and losses, and the costs on the
     device."""
 
     code: int
@@ -262,7 +261,7 @@ class HostCommands:
             print(f"{command}: exit {self.clean[command].code}, {len(results)} results", flush=True)
 
     def prepare(self) -> None:
-        """A corpus, openings, a reward and a student that ends its stories soon."""
+        """A folder with a corpus, openings, a reward and a student that ends stories soon."""
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         from conftest import save_eager, tiny_stories
 
@@ -332,7 +331,7 @@ class HostCommands:
 
 
 def differing(a: list, b: list) -> int:
-    """How many results are not the same, losses within 1e-4."""
+    """The number of different results; losses count as the same within 1e-4."""
     pairs = zip(a, b, strict=False)
     near = (
         abs(x - y) < 1e-4 if isinstance(x, float) and isinstance(y, float) else x == y

@@ -25,7 +25,7 @@ def cells(line: str) -> list[str]:
 
 
 def row(path: str, *words: str) -> list[str]:
-    """The cells of the page's first table row whose first cell has all the words."""
+    """The cells of the page's first table row with all the words in the first cell."""
     for line in (ROOT / path).read_text().splitlines():
         if line.startswith("|") and all(word in cells(line)[0] for word in words):
             return cells(line)

@@ -39,17 +39,17 @@ struct Block {
   bool live;
 };
 
-// As PyTorch's caching allocator: a freed block serves later requests of its size, stream and pool, and no others.
-// Unlike it, this one keeps no more than kCached of them, since a step has micro-batches of many sizes.
+// Like PyTorch's caching allocator: a freed block serves later requests of the same size, stream and pool, and no
+// others. Unlike it, this one keeps no more than kCached of them, since a step has micro-batches of many sizes.
 struct Memory {
   std::mutex mutex;
   std::map<Address, Block> blocks;
   std::map<std::tuple<int64_t, int64_t, size_t>, std::vector<Address>> free;
   std::map<Address, size_t> pinned;
-  std::vector<int64_t> released;  // `born` of blocks that are the system's again, of which the machine has not heard
+  std::vector<int64_t> released;  // `born` of blocks that went back to the system, which the machine does not know yet
   size_t allocated = 0, peak = 0, reserved = 0;
   int64_t generations = 0, births = 0;
-  int64_t capturing = -1, capture_pool = 0;  // a stream that is captured allocates from its graph's pool
+  int64_t capturing = -1, capture_pool = 0;  // a stream that is captured allocates from the pool of the graph
   std::map<Address, std::string> before_capture;
 } memory;
 
@@ -134,7 +134,7 @@ std::optional<std::tuple<Address, size_t, int64_t, int64_t, bool, int64_t>> bloc
   return std::tuple(it->first, b.size, b.pool, b.generation, b.live, b.born);
 }
 
-// Kernels run while they are captured, which tells their results' shapes; afterwards all memory is as it was.
+// Kernels run while they are captured, which shows the shapes of the results; afterwards all memory is as it was.
 void begin_capture(int64_t stream, int64_t pool) {
   const std::lock_guard lock(memory.mutex);
   memory.capturing = stream, memory.capture_pool = pool;

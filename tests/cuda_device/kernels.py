@@ -1,7 +1,6 @@
 """Kernels of the simulated device: every operator on device tensors runs on the CPU, at once, over
-the same memory. Before it does, it is checked for what a GPU would refuse, its reads and writes are
-told to the machine, and a stream that is being captured records it.
-"""
+the same memory. Before the operator runs, it is checked for what a GPU would refuse, the reads and
+writes are reported to the machine, and a stream that is being captured records the operator."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ RANDOM = set(
     "native_dropout bernoulli bernoulli_ normal normal_ uniform_ randperm randint rand randn random_ exponential_ "
     "multinomial".split()
 )
-# Operators whose result's size depends on values, or that hand a value to the host.
+# Operators with a result of a size that depends on values, or that hand a value to the host.
 WAITING = set(
     "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive equal repeat_interleave bincount "
     "_linalg_svd _linalg_eigh linalg_eig".split()
@@ -26,12 +25,12 @@ WAITING = set(
 INDEXING = set(
     "index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split()
 )
-# Not pointwise by their tags, and still take a CPU scalar.
+# These are not pointwise by their tags, but take a CPU scalar.
 SCALAR = set(
     "masked_fill masked_fill_ fill_ lerp where index_fill_ index_put_ _index_put_impl_ _foreach_mul_ _foreach_div_ "
     "_foreach_add_".split()
 )
-# Take a number in a tensor's place; the others want a tensor.
+# These take a number instead of a tensor; the others need a tensor.
 NUMBER = {
     name + end
     for name in "add sub mul div subtract multiply divide true_divide".split()
@@ -63,7 +62,7 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
             return x
         if not x.is_cuda:
             return x.clone() if graph else x
-        if id(x) not in on_cpu:  # an empty one may be an output that the kernel gives its size
+        if id(x) not in on_cpu:  # an empty tensor may be an output that the kernel resizes
             empty = torch.empty(x.shape, dtype=x.dtype, device="cpu")
             on_cpu[id(x)] = x, device.as_cpu(x, not graph) if x.numel() else empty
         return on_cpu[id(x)][1]
@@ -95,7 +94,7 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
         if x is None:
             x = device.to_device(r)
             outputs.append(device.as_cpu(x, not graph))
-        else:  # an output that was given its size
+        else:  # an output that was resized
             x.resize_(r.shape)
             outputs.append(device.as_cpu(x, not graph))
             outputs[-1].copy_(r)
@@ -113,7 +112,7 @@ GRAPHS: dict[int, Any] = {}  # per captured stream: its CUDAGraph
 
 
 def number_as_tensor(name: str, argument: Any, x: Any) -> Any:
-    """A tensor where torch hands over a number for one and the operator does not take it."""
+    """A tensor made of a number, for an operator that needs a tensor."""
     if type(x) not in (int, float, bool) or str(argument.type) != "Tensor" or name in NUMBER:
         return x
     number = torch.tensor(x, device="cpu", dtype=torch.float64 if type(x) is float else None)
@@ -157,7 +156,7 @@ def check(op: Any, name: str, args: tuple, tensors: list[Tensor], captured: bool
 
 
 def check_ours(name: str, args: tuple) -> None:
-    """Raise what the project's CUDA binding refuses and its CPU one does not."""
+    """Raise the errors of the project's CUDA binding that the CPU binding does not raise."""
     first = next(x for x in args if isinstance(x, Tensor))
     if "attention" in name:
         qkv = args[1] if name.endswith("backward") else first
@@ -229,7 +228,7 @@ def with_device_generator(op: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def copy_(to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies between the host and the device. One to pinned memory has not arrived until the host
+    """Copy between the host and the device. A copy to pinned memory arrives only when the host
     waits."""
     if to.is_cuda and x.is_cuda:
         run(aten.copy_.default, to, x)

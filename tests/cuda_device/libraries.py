@@ -4,8 +4,7 @@ device_library()  device.cpp, alone
 kernel_library()  the project's CUDA binding and kernels on the SIMT machine of tests/native/simt
 
 As a script, which those two start: libraries.py NAME FOLDER. Compiling loads a library into the
-process that asked, which would then have the device; so that is never a process of the tests.
-"""
+process that asked, and so the device; therefore no process of the tests compiles."""
 
 import hashlib
 import importlib.metadata
@@ -33,8 +32,8 @@ def kernel_library() -> Path:
 
 
 def library(name: str, files: list[Path]) -> Path:
-    """The library, compiled if none has been made of these files by this compiler for this torch in
-    this place, which the library names."""
+    """The library's path. The library is compiled unless one exists that was made of these files,
+    by this compiler, for this torch, in this folder."""
     sys.path.insert(0, str(ROOT))
     from tinystory.run.paths import cache_dir  # which does not import torch
 

@@ -1,7 +1,6 @@
-"""What the simulated device knows of time: vector clocks of its streams and of the host, who
+"""The time of the simulated device: vector clocks of the streams and of the host, which stream
 touched which memory when, copies that have not arrived, and every wait. Import it before torch,
-which asks for a device's hooks once.
-"""
+which asks for a device's hooks once."""
 
 import ctypes
 import importlib.util
@@ -31,7 +30,7 @@ CELL = 4  # bytes: races are seen between cells
 
 
 class Problem(RuntimeError):
-    """What a GPU would do wrong without saying so, such as a race."""
+    """An error that a GPU would not report, such as a race."""
 
 
 def join(clock: Clock, other: Clock) -> None:
@@ -58,14 +57,14 @@ def where() -> str:
 
 
 class Machine:
-    """One device and its host. `waits` and `problems` count by (kind, `where`), launches by the
+    """A device and the host. `waits` and `problems` count by (kind, `where`), launches by the
     operator's name."""
 
     def __init__(self) -> None:
         self.clocks: dict[int, Clock] = {}
         self.host: Clock = {}
-        # Per block of memory, by `born`: the time of each stream's last read and last write of each
-        # cell.
+        # Per block of memory, by `born`: the times of each stream's last read and last write of
+        # each cell.
         self.touched: dict[int, tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
         # Copies under way between the device and pinned memory: (stream, time, the pinned tensor,
         # its value).

@@ -1,7 +1,6 @@
-"""What whole_runs.py leaves out because it takes longer: every learner and dtype, the scripts, and
-the CUDA kernels of the SIMT machine under a policy's own likelihood. test_cuda_device.py starts it,
-with those kernels and without.
-"""
+"""The runs that whole_runs.py leaves out because they take longer: every learner and dtype, the
+scripts, and the CUDA kernels of the SIMT machine under a policy's own likelihood.
+test_cuda_device.py starts it, with those kernels and without."""
 
 import os
 import subprocess
@@ -89,7 +88,7 @@ def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, monke
 
 
 def test_the_papers_preset_runs(place, tmp_path, device_machine):
-    """Its options at a small size, AdamW and dropout among them."""
+    """The options of the preset `paper` at a small size, AdamW and dropout among them."""
     paper = "--preset paper --micro-batch-size 2".split()
     files = cli("--corpus {} --words 600 --out {}", place / "corpus.txt", tmp_path / "p")
     pretrain.main([*paper, *files, *on("cuda", SMALL)])
@@ -103,8 +102,9 @@ def test_the_papers_preset_runs(place, tmp_path, device_machine):
 @needs_kernels
 @pytest.mark.parametrize("options", ["", "--learner rloo --stories-per-opening 4"])
 def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_machine, options):
-    """In bfloat16, by logits that are kept in float32 on both sides: 8e-6, and 3e-5 where the
-    sampler's were rounded to bfloat16. One epoch of one minibatch measures before it updates."""
+    """In bfloat16, with logits in float32 on both sides, the difference is 8e-6; with logits of the
+    sampler that were rounded to bfloat16, it was 3e-5. One epoch of one minibatch is measured
+    before the update."""
     options = (
         f"{options} --dtype bfloat16 --steps 1 --stories-per-step 16 --max-new-tokens 90 --epochs 1"
     )

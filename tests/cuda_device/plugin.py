@@ -16,8 +16,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def device_machine():
-    """The machine, whose counts begin at zero; a problem fails the test even where its error was
-    caught."""
+    """The machine, with counts from zero. A problem fails the test even if the error was caught."""
     machine.waits.clear(), machine.launches.clear()
     yield machine
     assert not machine.problems

@@ -1,9 +1,8 @@
 """run.py SCRIPT ARGUMENTS ...: run a script of the project on the simulated device.
 
-CUDA_DEVICE_KERNELS: a library of libraries.kernel_library, whose kernels run in place of the CPU's.
+CUDA_DEVICE_KERNELS: a library of libraries.kernel_library, with kernels that replace the CPU's.
 CUDA_DEVICE_CAPABILITY: "8.0". CUDA_DEVICE_COUNTS: a file for the counts, as JSON; without it they
-are printed.
-"""
+are printed."""
 
 import json
 import os
@@ -21,7 +20,7 @@ sys.path.insert(0, str(PROJECT))
 
 
 def counts() -> dict:
-    """Of this process so far. waits, problems: [kind, where, how often]."""
+    """The counts of this process so far. waits, problems: [kind, where, how often]."""
     return dict(
         launches=dict(machine.launches),
         captures=machine.captures,

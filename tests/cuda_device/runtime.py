@@ -1,7 +1,6 @@
 """torch.cuda for the simulated device: streams, events and graphs, which move the machine's clocks.
-`install` puts them in place, `install_project` the project's operators, `install_processes`
-collectives.
-"""
+`install` installs them, `install_project` the project's operators, `install_processes` the
+collectives."""
 
 import os
 import threading
@@ -161,7 +160,7 @@ class CUDAGraph:
         self.kernels = []
 
 
-_libraries: list[Any] = []  # whose kernels go when they do
+_libraries: list[Any] = []  # kept, because a kernel is unregistered when its library is deleted
 
 
 def install(capability: tuple[int, int] = (8, 0)) -> None:
@@ -225,7 +224,7 @@ def install_project(kernels: str = "") -> None:
     cuda.load = lambda: None  # there is nothing to compile
     if backend.load() is None:  # TINYSTORY_KERNELS=reference
         return
-    if kernels:  # their binding, compiled for CPU tensors, takes the place of the CPU's
+    if kernels:  # their binding, compiled for CPU tensors, replaces the CPU's
         torch.ops.load_library(kernels)
         gemm = torch.library.Library("aten", "IMPL")
         gemm.impl("mm.dtype", mm_wide, "CPU")
@@ -241,8 +240,8 @@ def install_project(kernels: str = "") -> None:
 
 
 def install_processes() -> None:
-    """Under torchrun: one device per process of this machine, each its process's cuda:0, and NCCL's
-    collectives by gloo."""
+    """Under torchrun: one device per process of this machine, which the process calls cuda:0, and
+    NCCL's collectives by gloo."""
     import torch.distributed as dist
 
     torch.cuda.device_count = lambda: int(os.environ["LOCAL_WORLD_SIZE"])

@@ -33,8 +33,8 @@ OPENINGS = "Once upon a time,\nMia said\nThen Tom had a boat\nOnce\n"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A corpus, a reward and openings; pretrained students of both devices; and one that ends its
-    stories soon."""
+    """A folder with a corpus, a reward, openings, a pretrained student per device, and a student
+    that ends stories soon."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "openings.txt").write_text(OPENINGS)
@@ -58,7 +58,7 @@ def interaction(place, name, device, *options) -> None:
 
 
 def resumed(run, main, *options):
-    """A copy of the run, cut to its checkpoint before the newest and run to its end again."""
+    """A copy of the run, cut to the checkpoint before the newest and run to the end again."""
     again = shutil.copytree(run, run.with_name(f"{run.name}_again"))
     checkpoints = sorted((again / "checkpoints").glob("step_*"))
     assert len(checkpoints) > 1
@@ -90,8 +90,8 @@ def test_a_pretraining_step_waits_for_nothing_and_a_resumed_run_ends_with_the_sa
 
 
 def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
-    """With stories that end apart, the batch compacted, graphs replayed in every later rollout, and
-    evaluations between rollouts."""
+    """Stories end at different steps, the batch is compacted, graphs are replayed in every later
+    rollout, and evaluations come between rollouts."""
     interaction(place, "here", "cpu")
     device_machine.waits.clear()
     interaction(place, "there", "cuda")
@@ -122,7 +122,7 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
 # --- rollouts -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Its vocabulary is no multiple of 64, so rows of logits are padded."""
+    """The student's vocabulary is no multiple of 64, so rows of logits are padded."""
     return Tokenizer.train(tiny_stories(200), 333)
 
 
@@ -139,7 +139,8 @@ def rollout(student, tokenizer, openings, new=8, head=None, seed=1):
 
 
 def alike(stories, others) -> bool:
-    """Whether they have the same tokens, and all else but for rounding."""
+    """Whether both lists have stories of the same tokens, with other values that differ only by
+    rounding."""
     pairs = [*zip(stories, others, strict=True)]
     for a, b in pairs:
         for name in ("logprobs", "values", "entropies"):

@@ -124,8 +124,8 @@ GENERATED = {
 
 @pytest.mark.parametrize("name", corpus.BUILTIN)
 def test_a_built_in_corpus_is_the_text_of_its_version_and_holds_the_words_it_promises(name):
-    """The fingerprint covers the plots and the version, not the code: whoever changes a text
-    increases BUILTIN_VERSION, and changes the digest here knowingly."""
+    """The fingerprint covers the plots and the version, not the code. If you change a text,
+    increase BUILTIN_VERSION and update the digest here."""
     digest = hashlib.sha256()
     words = 0
     for document in open_corpus([name]).documents():
@@ -201,7 +201,7 @@ def test_the_builtin_fingerprint_covers_every_file_of_plots_and_no_comment(tmp_p
     assert open_corpus(["builtin"]).fingerprint() == before
 
 
-# What can be wrong with a file, and what is said.
+# Faults of a file, and the error of each.
 
 WRONG = {
     "a.txt": [
@@ -276,8 +276,8 @@ def test_names_that_are_nothing(tmp_path):
         open_corpus([str(tmp_path)])
 
 
-# The Hugging Face Hub: the real client, in a process of its own since it reads its variables at
-# import, and a server that answers as the Hub does.
+# The Hugging Face Hub: the real client, in a separate process because the client reads its
+# variables at import, and a server that answers like the Hub.
 
 HUB_FILES = {
     f"/datasets/{repository}/resolve/main/{file}": f"One of {repository}.\n{MARKER}\nTwo of {file}.\n".encode()
@@ -310,7 +310,7 @@ def hub():
 
 
 def from_hub(name, home, endpoint, **variables):
-    """The documents of a corpus on the Hub, or what a UserError said, as a fresh process sees
+    """The documents of a corpus on the Hub, or the text of a UserError, as a new process sees
     them."""
     code = """
         import json, sys

@@ -1,4 +1,4 @@
-"""Dull tellers: grammatical, in the plots' own names, and known by their sentences."""
+"""Dull text is grammatical, uses the plots' names, and is recognised by its sentences."""
 
 import random
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from tinystory.data.builtin import dull, grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
-from tinystory.evaluate.held_out import has_dull_tellers, story_means, story_records
+from tinystory.evaluate.held_out import learned_dull_text, story_means, story_records
 from tinystory.teacher.grade import Grade
 
 
@@ -29,21 +29,21 @@ def test_a_seed_and_a_number_of_words_give_the_same_documents(documents):
     )
 
 
-@pytest.mark.parametrize("kind", dull.KINDS[1:])
+@pytest.mark.parametrize("kind", dull.STYLES[1:])
 def test_a_teller_is_known_by_its_sentences(kind, documents):
-    style = next(style for style in dull._STYLES if style.kind == kind)
+    style = next(style for style in dull._DULL_STYLES if style.name == kind)
     rng = random.Random(0)
     assert all(
-        dull.kind_of(style.continuation(rng, grammar.generate(rng)[1])) == kind for _ in range(100)
+        dull.style_of(style.continuation(rng, grammar.generate(rng)[1])) == kind for _ in range(100)
     )
-    assert 0.15 < sum(dull.kind_of(text) == kind for text in documents) / len(documents) < 0.25
+    assert 0.15 < sum(dull.style_of(text) == kind for text in documents) / len(documents) < 0.25
 
 
 def test_no_story_is_taken_for_a_dull_one():
     stories = list(grammar.stories(200_000, seed=3))
-    assert {dull.kind_of(story) for story in stories} == {dull.STORY}
+    assert {dull.style_of(story) for story in stories} == {dull.STORY}
     sentences = [sentence for story in stories for sentence in grammar.segments(story)]
-    assert sum(dull.kind_of(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(
+    assert sum(dull.style_of(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(
         sentences
     )
 
@@ -51,8 +51,8 @@ def test_no_story_is_taken_for_a_dull_one():
 def test_a_story_is_dull_only_if_most_of_it_is():
     own = ["Then the wolf came.", "Everybody ran.", "Nobody saw the moon fall."]
     dull_ones = ["Mia looked around.", "There was a big tree.", "There was a bird in the tree."]
-    assert dull.kind_of(" ".join([*own, *dull_ones])) == dull.kind_of("") == dull.STORY
-    assert dull.kind_of(" ".join([*own[:2], *dull_ones])) == "list"
+    assert dull.style_of(" ".join([*own, *dull_ones])) == dull.style_of("") == dull.STORY
+    assert dull.style_of(" ".join([*own[:2], *dull_ones])) == "list"
 
 
 def test_dull_documents_are_written_as_the_stories_are(documents):
@@ -84,12 +84,14 @@ def test_a_run_records_who_tells_its_stories(documents):
         SimpleNamespace(index=0, opening="", text=text, words=9, ended="eos") for text in texts
     ]
     grades = [Grade(None, 0.5)] * 4
-    assert not has_dull_tellers({"corpus": ["builtin"]}) and has_dull_tellers({"corpus": ["dull"]})
+    assert not learned_dull_text({"corpus": ["builtin"]}) and learned_dull_text(
+        {"corpus": ["dull"]}
+    )
     records = story_records(1, stories, grades, [0.5] * 4, {"corpus": ["dull"]})
-    expected = [dull.STORY, *map(dull.kind_of, documents[:3])]
+    expected = [dull.STORY, *map(dull.style_of, documents[:3])]
     assert [record["teller"] for record in records] == expected
     means = story_means(records)
     assert means["teller_story"] == 0.25
-    assert sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
+    assert sum(means[f"teller_{kind}"] for kind in dull.STYLES) == 1
     unmixed = story_records(1, stories, grades, [0.5] * 4, {})
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

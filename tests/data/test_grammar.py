@@ -27,7 +27,7 @@ def many():
 
 
 def split(story):
-    """Its sentences; a quotation mark that closes a sentence stays with it."""
+    """The sentences of a text. A quotation mark that closes a sentence belongs to the sentence."""
     return re.split(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])|\n', story)
 
 
@@ -37,7 +37,7 @@ def sentences(sample):
 
 
 def offenders(pattern, texts):
-    """Where the pattern occurs, with its surroundings, for a message one can read."""
+    """The text around each match of the pattern, for a readable message."""
     matches = (re.search(pattern, text) for text in texts)
     return [m.string[max(0, m.start() - 30) : m.end() + 30] for m in matches if m][:5]
 
@@ -176,7 +176,7 @@ def test_every_plot_is_told():
 
 
 def test_one_pronoun_for_hero_and_the_other_for_friend():
-    """Templates name nobody's gender but through slots, save for third persons whose plots are
+    """Templates have pronouns only through slots, except for third persons in the plots that are
     named here."""
     rng = random.Random(1)
     for plot in grammar.PLOTS:

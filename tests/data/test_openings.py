@@ -1,5 +1,5 @@
-"""What stories begin with: the same for a seed and an index, each used before one is used again, a
-tenth held out."""
+"""Openings: the same for a seed and an index; every opening is used before one is used again; a
+tenth is held out."""
 
 import json
 import os

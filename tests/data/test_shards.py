@@ -26,7 +26,8 @@ TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(AWKWARD)), max_si
 
 
 def corpus_of(documents, fail=False) -> Corpus:
-    """A corpus in memory; with `fail`, one of the same fingerprint that raises when it is read."""
+    """A corpus in memory. With `fail`, the corpus has the same fingerprint and raises when it is
+    read."""
     identity = hashlib.sha256(repr(documents).encode()).hexdigest()
     return Corpus([Part(identity, (lambda: 1 / 0) if fail else (lambda: iter(documents)))])
 
@@ -43,7 +44,7 @@ def tokenizer() -> Tokenizer:
 
 
 def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The definition, spelled out: for each token, the words whose first byte lies in it."""
+    """The definition, spelled out: for each token, the number of words that begin in the token."""
     begins, byte, in_word = [], 0, False
     for char in text:
         if not char.isspace() and not in_word:

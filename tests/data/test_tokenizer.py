@@ -18,7 +18,7 @@ EXOTIC = [
     "1½ ٣٤ 12345",
 ]
 
-# Any Unicode, and much of what a split or a byte-level BPE could trip over.
+# Any Unicode text, with much that is difficult for a split or a byte-level BPE.
 RUN = st.integers(1, 200).map(lambda n: " " * n)
 TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(AWKWARD), RUN), max_size=12).map(
     "".join

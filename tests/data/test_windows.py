@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
 def file_of(lengths: list[int]) -> TokenFile:
-    """Every token but the ends is another one; each other token begins a word."""
+    """Every token except the end tokens is different, and every second token begins a word."""
     offsets = np.array([0, *np.cumsum(lengths)])
     tokens = np.arange(1, offsets[-1] + 1)
     tokens[offsets[1:] - 1] = EOS
@@ -72,7 +72,7 @@ def test_an_epoch_holds_every_sequence_in_an_order_of_its_own():
 def test_words_are_those_of_the_inputs_and_the_rest_of_a_sequence_is_filled():
     file = file_of([6, 5])
     batch, words = Windows(file, 8, 2, 0, "whole").batch(0)
-    # 6 and 5 do not fit into 8: each is followed by the beginning of the other.
+    # Documents of 6 and 5 tokens do not fit into 8: each is followed by the beginning of the other.
     assert sorted(batch.tolist()) == [[0, 1, 2, 3, 4, 5, 0, 7, 8], [0, 7, 8, 9, 10, 0, 1, 2, 3]]
     assert words == sum(token % 2 for row in batch.tolist() for token in row[:-1])
 

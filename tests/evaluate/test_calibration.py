@@ -1,5 +1,5 @@
-"""Calibration: teachers that are known are called what they are, and stories of known order are
-what they say."""
+"""Calibration: teachers of known quality are reported as such, and the corrupted stories are as
+described."""
 
 import random
 from collections import Counter
@@ -37,7 +37,7 @@ STORIES = known_stories(unseen_stories(300), CHEAP)
 
 
 def knowing(told):
-    """A teacher that knows the answer: the better kind, the higher its score."""
+    """A teacher that knows the answer: the better the kind, the higher the score."""
     kinds = {(each.opening, each.story): each.kind for each in STORIES}
     best = {REAL: 1.0, SENTENCES: 0.6, WORDS: 0.2}
     return [best.get(kinds[each], 0.0) for each in told]
@@ -142,7 +142,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     assert verdict(result).startswith(beginning)
 
 
-# Teachers are called what they are
+# Verdicts on teachers of known quality
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     measures = story_measures(read_samples(path))
     assert measures["distinct_4"] == 0.5 and measures["length_mean"] == 4
     assert "ended_eos_share" not in measures
-    # A student's own stories, by way of a file, have the same measures.
+    # A student's stories have the same measures when they are read from a file.
     samples = sample_stories(
         student,
         tokenizer,

@@ -40,7 +40,8 @@ def test_validation_of_whole_documents_counts_each_token_once():
     file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets)
     nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
     assert bits == pytest.approx(nats / math.log(2) / 4)
-    # The longest is cut after eight tokens; its rest goes before the two that fit beside it.
+    # The longest document is cut after eight tokens; the rest goes before the two documents that
+    # fit beside it.
     total = 0.0
     for parts in ([(0, 3), (3, 8)], [(8, 16)], [(18, 26)], [(26, 29), (16, 18)]):
         row = [

@@ -1,9 +1,8 @@
 """A person teaches a student: in a real browser, by keys alone, through a whole run and the
-comparisons at its end, while servers die; and the report of a run that goes on reloads itself
-there.
+comparisons at the end, while servers die. The report of a running run reloads itself.
 
-It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
-"""
+The tests need playwright (a test extra) and a Chromium on the machine (Debian: apt install
+chromium)."""
 
 import json
 import os
@@ -41,7 +40,8 @@ pytestmark = [
 ]
 EVIL = "&lt;b&gt;<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
 PATIENCE_MS = 600_000  # of a busy machine
-# Of the border of a button with the page, by WCAG 2.2: https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
+# Minimum contrast of the border of a button with the page, by WCAG 2.2:
+# https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
 CONTRAST = """(() => {
   const luminance = colour => colour.match(/[0-9]+/g).slice(0, 3).map(value => {
     const share = value / 255;
@@ -101,7 +101,8 @@ def screenshot(page, name: str) -> None:
 
 
 def read(page, trainer: subprocess.Popen) -> str:
-    """The story that the page shows, once it shows one; "" if the trainer has ended, and well."""
+    """The story that the page shows, once it shows one; "" if the trainer has ended without an
+    error."""
     while True:
         try:
             page.wait_for_selector("#story:not([hidden])", timeout=5000)
@@ -170,8 +171,8 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         page.fill("#name", "ada")
         page.keyboard.press("Enter")
         seen = []
-        # 2 looks of 2 stories, and 2 steps of 8. The last look tells a story again that has not
-        # changed since the first: nobody is asked about it.
+        # 2 evaluations of 2 stories, and 2 steps of 8. The last evaluation repeats a story that has
+        # not changed since the first: nobody is asked about it.
         for number in range(20):
             story = read(page, trainer)
             if not story:
@@ -215,7 +216,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     for grade in grades:
         by_story.setdefault(grade["story"], []).append(grade)
     assert len(seen) >= 16 and len(grades) == len(seen) + 1
-    # only the slip came twice
+    # only the story of the slip was shown twice
     assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]
     run = tmp_path / "runs" / "interact"
     stories = list(read_stories(run))
@@ -224,7 +225,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         [1, 0],
         [0, 1],
     )
-    for story in stories:  # what was said last is what was learned; of nothing nobody is asked
+    for story in stories:  # the last grades count; no grade of an empty story
         grade = by_story.get(clean(story["story"]))
         assert story["scores"] == (grade[-1]["scores"] if grade else dict.fromkeys(CRITERIA, 0))
         assert grade or not story["story"].strip()
@@ -268,7 +269,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
 
 def test_a_page_for_keyboards_and_screen_readers(page, tmp_path):
     """The focus stays where it was, a new story is announced, each group has a name, and Back is
-    offered where there is a way back."""
+    offered if it can do something."""
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
@@ -310,7 +311,8 @@ def grade_by(rubric: Rubric, page) -> str:
 
 
 def compare_by(rubric: Rubric, page) -> tuple[str, ...]:
-    """Prefer a story of the pair on the page, or none; returns its place and texts."""
+    """Prefer a story of the pair on the page, or none. Returns the position of the preferred story,
+    and the texts."""
     texts = [page.text_content(f"#{name}") for name in ("opening", "left-story", "right-story")]
     opening, *stories = texts
     left, right = (sum(rubric.score(opening, story).values()) for story in stories)

@@ -1,5 +1,5 @@
-"""The queue: every story is asked about once, every grade is kept, and none is handed in while there
-is a way back."""
+"""The queue: every story is asked about once, every grade is kept, and no grade is submitted while
+it can be changed."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ class Clock:
 
 
 def run(scene, tmp_path, **options):
-    """Run a scene at a queue with a clock that moves only when told."""
+    """Run a scene at a queue, with a clock that only the scene moves."""
 
     async def play():
         clock = Clock()
@@ -56,7 +56,7 @@ async def later(queue, clock, seconds=grading_queue.GRACE_S):
 
 
 def grade(queue, who, scores=GOOD, **more):
-    """Grade what lies before this person; returns the story."""
+    """Grade the story that this person sees; returns the story."""
     item = queue.state()["item"]
     queue.do(who, "grade", {**item, "scores": scores, **more})
     return item["story"]
@@ -231,7 +231,7 @@ def test_other_criteria_make_another_question(tmp_path):
 
 @pytest.mark.parametrize("text", ["buy milk", '{"step": 1}', '{"key": "a"}\nbuy milk', "x" * 99])
 def test_a_file_of_something_else_is_refused_as_it_is(tmp_path, text):
-    """Also one whose only line has no end, as a killed process leaves it."""
+    """Also a file with one incomplete line, as a killed process leaves it."""
     notes = tmp_path / "notes.txt"
     notes.write_text(text)
     with pytest.raises(UserError, match=r"notes\.txt .*choose another"):
@@ -262,7 +262,7 @@ def test_what_a_kill_or_a_power_cut_leaves_is_a_file_of_grades(tmp_path, torn):
 
 @contextlib.contextmanager
 def no_room():
-    """A full disk, as files that may not grow."""
+    """A full disk: files may not grow."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:

@@ -1,5 +1,5 @@
-"""A person's half hour: what is left of it, what the student learned, and the comparisons at its
-end, through restarts and for a run's folder that is damaged."""
+"""A human's lesson of half an hour: the time that is left, what the student learned, and the
+comparisons at the end, after restarts and with a damaged run folder."""
 
 import asyncio
 import contextlib
@@ -95,7 +95,7 @@ def finished(run):
 
 @contextlib.contextmanager
 def taught(run):
-    """A lesson, as teach.py begins one; yields it and its clock."""
+    """Yields a lesson, as teach.py begins one, and the lesson's clock."""
     clock = Clock()
     queue = GradingQueue(run.folder.parent / "grades.jsonl", Template())
     with (
@@ -107,7 +107,7 @@ def taught(run):
 
 
 def prefer(lesson, side):
-    """Answer the pair on the page; returns it."""
+    """Answer the pair on the page; returns the pair."""
     pair = lesson.state(URL)["pair"]
     lesson.do("ada", "prefer", {"key": pair["key"], "side": side})
     return pair
@@ -192,7 +192,7 @@ def test_it_shows_what_was_learned_by_stories_that_are_not_compared_later(run):
 def test_pairs_are_asked_unnamed_in_either_order_when_the_run_is_over(finished):
     with taught(finished) as (lesson, _):
         with locked(finished.folder):
-            assert lesson.state(URL)["pair"] is None  # its trainer has still to end
+            assert lesson.state(URL)["pair"] is None  # the trainer of the lesson has not ended yet
         sides = []
         for place in range(1, COMPARED + 1):
             state = lesson.state(URL)

@@ -27,7 +27,7 @@ EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
 @contextmanager
 def serving(queue, folder=None):
-    """The server on a thread of its own; yields its URL."""
+    """Runs the server on a separate thread; yields the URL."""
     ready, addresses = threading.Event(), []
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
@@ -70,7 +70,7 @@ def ask(url, method, path, body=None, **headers):
 
 
 def shown(url, who="ada"):
-    """The story on a person's page, waited for."""
+    """The story on a person's page, once there is one."""
     until = time.monotonic() + LIMIT_S
     while time.monotonic() < until:
         item = json.loads(ask(url, "GET", f"/state?who={who}")[2])["item"]

@@ -63,7 +63,7 @@ def test_the_readme_has_a_line_for_each_command(name):
 
 
 def test_a_peer_says_how_it_is_used():
-    """Without what tinystory depends on but torch: another Python runs it."""
+    """lab/track.py imports no dependency of tinystory except torch: another Python runs it."""
     command = [sys.executable, ROOT / "lab/peer.py", "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "{nanogpt,transformers,trl}" in result.stdout, result.stderr

@@ -1,5 +1,5 @@
-"""The definitions of BabyLM's pipeline, on small files in its formats, against plain sums over
-logits."""
+"""The definitions of BabyLM's pipeline, on small files in the pipeline's formats, against plain
+sums over logits."""
 
 import csv
 import gzip
@@ -93,7 +93,7 @@ def test_batches_give_what_each_text_alone_gives(student, tokenizer):
     texts = [part(tokenizer, PREFIX, option) for option in ENTITIES[0]["options"]]
     together = sum_logprobs(student, [texts, texts[:2]], "x")
     alone = torch.cat(sum_logprobs(student, [[each] for each in texts], "x"))
-    # What they all begin with is left out where they are together; the differences stay.
+    # The common beginning of the names is left out in the table; the differences stay.
     torch.testing.assert_close(together[0] - together[0][0], alone - alone[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(
         together[1] - together[1][0], alone[:2] - alone[0], atol=1e-4, rtol=0
@@ -148,11 +148,11 @@ def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_pa
 
 def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path, monkeypatch):
     def log_odds(student, groups, name):
-        """Of the first of two forms: as many as the item's number."""
+        """Log-probabilities per item: of the first form the item's number, of the second 0."""
         return [torch.tensor([float(number), 0.0]) for number in range(len(groups))]
 
     monkeypatch.setattr(pairs, "sum_logprobs", log_odds)
-    # The people's order is the student's, except that neighbours have changed places.
+    # The people's order is the student's, with neighbours swapped.
     ranks = (1, 0, 3, 2, 5, 4, 7, 6)
     records = [record | {"ratio": rank / 7} for record, rank in zip(WUG, ranks, strict=True)]
     measures = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", records))
@@ -191,7 +191,7 @@ def test_a_file_of_another_task_or_of_too_few_items_is_refused(student, tokenize
     with pytest.raises(UserError, match="give wug tests to --wug"):
         evaluate_wug(student, tokenizer, write(tmp_path / "blimp.jsonl", BLIMP))
     with pytest.raises(
-        UserError, match=r"holds 2 items, and 2 of them fit .* of which 3 or more fit"
+        UserError, match=r"holds 2 items, and 2 of them fit .* with 3 items that fit"
     ):
         evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", WUG[:2]))
     long = ENTITIES[0] | {"input_prefix": "Tom " * 100}
@@ -382,8 +382,7 @@ def babylm_data(folder, fast):
 
 
 def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
-    """Names, keys and ids are read off its pipeline; that the choices are its own is tested
-    above."""
+    """Names, keys and ids are those of BabyLM's pipeline; other tests compare the choices."""
     for step, name in enumerate(("chck_1M", "chck_100M"), 1):
         history = {"words": step * 1_000_000}
         checkpoint.save(

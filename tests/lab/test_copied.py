@@ -1,4 +1,4 @@
-"""What stories copy from a corpus."""
+"""The fraction of stories that is copied from a corpus."""
 
 import json
 

@@ -18,8 +18,8 @@ def record(words, seed):
     gained = 0.1 + deviation + (1 - mean) / 2
     rows = {}
     for name, senses in {
-        "temperature 0.5": [-0.5, None],
-        "temperature 0.4": [-0.6, -0.6],
+        "before, temperature 0.5": [-0.5, None],
+        "before, temperature 0.4": [-0.6, -0.6],
         gain.BEST_OF_4: [-0.5, -0.4],
         "the demo": [gained - 0.5, 3.0],
         "`shuffled: `": [-0.25, 7.0],
@@ -45,7 +45,7 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
         (words, seed) for words in (400, 800) for seed in (1, 2, 3)
     ]
     for student in students:
-        assert student["before"] == "temperature 0.5"
+        assert student["before"] == "before, temperature 0.5"
         # the second opening has no sense before, so it counts for no gain
         assert student["gain"]["`shuffled: `"] == pytest.approx(0.25)
         assert student["gain"][gain.BEST_OF_4] == pytest.approx(0)
@@ -83,7 +83,7 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     rows = [
         recipes.Row("before interaction", start, n=4),
         recipes.Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
-        recipes.Row("temperature 0.5", start, 0.5),
+        recipes.Row("before, temperature 0.5", start, 0.5),
         recipes.Row("the demo", run),
     ]
     monkeypatch.setattr(recipes, "train_students", lambda *_: rows)
@@ -102,7 +102,7 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     student = gain.train_and_measure(out, 1, argv, arms, "reader", 5)
     assert asked == [
         ("before interaction", 4, 1.0, None),
-        ("temperature 0.5", 1, 0.5, "reader"),
+        ("before, temperature 0.5", 1, 0.5, "reader"),
         ("the demo", 1, 1.0, "reader"),
         (gain.BEST_OF_4, 4, 0.5, "reader"),
     ]

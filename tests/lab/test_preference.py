@@ -33,8 +33,8 @@ PAIRS = [StoryPair("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in r
 
 
 def likes(word):
-    """A judge that prefers the story with this word, wherever it stands; 0..1 for the lower of the
-    two."""
+    """A judge that gives 1 to the story with this word, whichever comes first, and 0 to the
+    other."""
     return lambda samples: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in samples]
 
 
@@ -126,8 +126,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
 
 
 def files(folder, pairs=PAIRS):
-    """Two files of stories, the second in another order and with stories to an opening of its
-    own."""
+    """Two files of stories; the second has another order and an opening that the first lacks."""
     samples = (
         [{"opening": p.opening, "story": p.first} for p in pairs],
         [{"opening": "Never", "story": "a plain tale."}],

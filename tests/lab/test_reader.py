@@ -1,5 +1,4 @@
-"""The reader: its measures by hand, on a model whose probabilities are known, and on texts that
-mean harm."""
+"""The reader: measures by hand, on a model with known probabilities, and on hostile texts."""
 
 import importlib.util
 import sys
@@ -35,8 +34,8 @@ class Words:
 
 
 class Echo:
-    """A model to which a word that occurred in its context is e times as probable as any other, for
-    each time."""
+    """A model that makes a word e times as probable for each time that the word occurred in the
+    context."""
 
     def __init__(self, longest=4096):
         self.config = type("Config", (), {"max_position_embeddings": longest})

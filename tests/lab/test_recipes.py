@@ -43,7 +43,7 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     assert likeliest["ended"] >= plain["ended"]
     alone = recipes.measure(recipes.Row("", start), grader, recipes.CONFIG, OPENINGS)
     assert alone == plain and plain["bits_per_byte"] > 0
-    assert sum(plain[kind] for kind in dull.KINDS) == pytest.approx(1)
+    assert sum(plain[kind] for kind in dull.STYLES) == pytest.approx(1)
     assert len(plain["rewards"]) == len(OPENINGS)
 
 

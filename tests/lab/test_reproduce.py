@@ -1,5 +1,5 @@
-"""The experiment: what it runs, that it does nothing twice and loses nothing, and what its report
-says."""
+"""The experiment: which runs it starts, that it does nothing twice and loses nothing, and what the
+report says."""
 
 import contextlib
 import itertools
@@ -27,8 +27,8 @@ from tinystory.teacher.callable import CallableGrader, random_scores
 
 
 class Trainer:
-    """Stands in for both train commands: writes what tells that a run is finished, and keeps the
-    command lines."""
+    """Replaces both train commands: writes the files of a finished run, and keeps the command
+    lines."""
 
     def __init__(self):
         self.calls, self.stops = [], set()
@@ -71,7 +71,7 @@ def trainer(monkeypatch):
 
 
 def interactions(trainer):
-    """The options of each interaction by its folder, as configurations."""
+    """The configuration of each interaction, by the interaction's folder."""
     return {
         str(out.relative_to(out.parents[1])): parse(InteractConfig, INTERACT_PRESETS, argv)
         for out, argv in trainer.calls

@@ -1,4 +1,5 @@
-"""A second judge: what is judged, and which of a run's gain the report says it sees."""
+"""A second judge: which stories are judged, and how much of a run's gain the report says that the
+judge sees."""
 
 import contextlib
 import json
@@ -39,13 +40,13 @@ READER = ["--reader", "short-words"]
 
 
 def teacher(place):
-    """What the run was begun with and its folder may not name."""
+    """The options with which the run was started and that the folder may not name."""
     reward = f"{place / 'reward.py'}:score"
     return ["--reward", reward, "--corpus", str(place / "corpus.txt")]
 
 
 class Reader:
-    """Finds most sense in short words; has nothing to say of stories without any."""
+    """A reader that gives short words the most sense, and a story without words none."""
 
     def __init__(self, name, device="auto"):
         assert name == "short-words"
@@ -74,7 +75,7 @@ def finished(place, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A finished run with a callable as its teacher, which no second judge has seen."""
+    """A finished run with a callable as the teacher, without a second judge's scores."""
     monkeypatch.setattr(judge, "Reader", Reader)
     return shutil.copytree(finished, tmp_path / "run")
 
@@ -170,7 +171,7 @@ def test_a_judged_storys_score_is_weighted_as_the_rubric_says(run):
 
 
 def judged(**senses):
-    """Records of stories whose sense is this mean and some noise, the same for all groups."""
+    """Records of stories with this mean sense and some noise, which is the same for all groups."""
     noise = np.random.default_rng(0).normal(0, 0.1, 40)
     noise -= noise.mean()
     groups = {

@@ -1,4 +1,4 @@
-"""lab/speedrun.py: whose commands it times, in which order, and what becomes a record."""
+"""lab/speedrun.py: which commands it times, in which order, and what becomes a record."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_both_commands_are_a_checkouts_own_with_an_empty_cache(tmp_path, monkeyp
 
 
 def side(commit, seconds, measures=GOOD):
-    """Three runs whose median takes 10 s more than `seconds`."""
+    """Three runs with a median of `seconds` + 10."""
     runs = [{"pretraining": seconds * factor, "interaction": 10.0} for factor in (0.2, 1.0, 9.0)]
     return Side(commit, ROOT, runs, [measures] * 3)
 

@@ -1,4 +1,5 @@
-"""lab/track.py: what a tracker holds, read back by its own reader, is metrics.jsonl."""
+"""lab/track.py: the values in a tracker, read by the tracker's reader, are those of
+metrics.jsonl."""
 
 import sys
 

@@ -4,8 +4,8 @@ writes, other luck.
     LUCK=3 PYTHONPATH=tests/luck .venv/bin/pytest -p luck tests/train
 
 A student of twenty steps writes noise. Which noise depends on the last bits of every sum, so on the
-processor, the BLAS and the number of threads: a test may lean on nothing that it happens to write.
-LUCK_OF, or LUCK modulo 3 without it, chooses what differs:
+processor, the BLAS and the number of threads: a test may not depend on the text that the student
+happens to write. LUCK_OF, or LUCK modulo 3 without it, chooses what differs:
 
     weights   initial weights: each that `nn.init.normal_` draws is multiplied by 1 + 0.01 x noise,
               as from another seed of almost the same student. Zeros, ones, and weights from files
@@ -24,9 +24,8 @@ again, so that tests of determinism, resumption and batching keep their meaning.
 generator is not touched. The processes that tests start see the same luck (sitecustomize.py).
 Without LUCK nothing changes.
 
-pytest is told by this docstring not to warn that the module is imported already:
-PYTEST_DONT_REWRITE.
-"""
+This word in the docstring keeps pytest from warning that the module is imported already:
+PYTEST_DONT_REWRITE."""
 
 import copy
 import importlib.abc
@@ -75,7 +74,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def change_torch(torch) -> None:
-    """Initial weights, seeds, and what torch says of the processor."""
+    """Changes initial weights, seeds, and what torch reports about the processor."""
     if "weights" in LUCK_OF:
         change_initial_weights(torch)
     if "seeds" in LUCK_OF:
@@ -165,7 +164,7 @@ def change_model(model) -> None:
 
 
 def change_generate(generate) -> None:
-    """The weights of the C++ engine, in place of its sums."""
+    """Changes the weights of the C++ engine instead of the sums."""
     init = generate.EngineDecoder.__init__
 
     def init_with_other_bits(self, student, *args, **options):
@@ -186,7 +185,7 @@ CHANGES = {
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Changes a module right after its import, since tinystory is to be imported before torch."""
+    """Changes a module right after the import, since tinystory must be imported before torch."""
 
     def find_spec(self, name, path, target=None):
         change = CHANGES.pop(name, None)

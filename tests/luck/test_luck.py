@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LUCK = Path(__file__).parent
-# What a small student is and computes, as digests of the bits.
+# Digests of a small student's weights and results.
 PROGRAM = """
 import hashlib
 import tinystory
@@ -57,7 +57,7 @@ def start(luck: str, luck_of: str = "", path: str = f"{LUCK}{os.pathsep}{ROOT}")
 
 @pytest.fixture(scope="module")
 def shown() -> dict[str, dict[str, str]]:
-    """What each of some processes shows, by name of the value."""
+    """The values that each process shows, by name."""
     processes = {
         "plain": start("", path=str(ROOT)),
         "without": start("", "seeds bits float32"),

@@ -1,7 +1,7 @@
-// Tests what the compiler made of csrc/cpu/amx.h: instructions, their order, addresses. On x86-64 processors without AMX
-// its instructions raise SIGILL, and the handler decodes them and runs their twin; linked with --wrap=syscall, so that the
-// request for Linux's permission is granted. A processor with AMX runs them itself if Linux permits it, else the test is
-// skipped. SIMULATE_AMX=granted or refused shows this on a processor without AMX.
+// Tests the instructions that the compiler made of csrc/cpu/amx.h, with order and addresses. On x86-64 processors
+// without AMX its instructions raise SIGILL, and the handler decodes them and runs their twin; linked with
+// --wrap=syscall, so that the request for Linux's permission is granted. A processor with AMX runs them itself if Linux
+// permits it, else the test is skipped. SIMULATE_AMX=granted or refused shows this on a processor without AMX.
 #include <cerrno>
 #include <csignal>
 #include <string>
@@ -19,7 +19,7 @@ const std::string simulate = std::getenv("SIMULATE_AMX") ? std::getenv("SIMULATE
 bool has_amx = false, simulated = false, permitted = false;
 long trapped = 0;  // instructions that a processor without AMX was to run
 
-// Reads the instruction at rip; false if it is none of AMX's.
+// Reads the instruction at rip; false if it is no AMX instruction.
 bool run(const uint8_t* code, greg_t* registers) {
   constexpr int kOrder[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                               REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -58,7 +58,7 @@ bool run(const uint8_t* code, greg_t* registers) {
   return true;
 }
 
-// Linux lets a thread without permission configure and release its tiles, but not use them.
+// Linux lets a thread without permission configure and release tiles, but not use them.
 void on_illegal(int, siginfo_t*, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const auto* code = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);

@@ -15,7 +15,7 @@ To bits_as(From from) {
   return to;
 }
 
-// x + rest as a float, where |rest| is less than the distance from x to its neighbours: rounded to odd, that is, cut
+// x + rest as a float, where |rest| is less than the distance from x to the next floats: rounded to odd, that is, cut
 // toward zero, and the last bit set if that changed the value. Subnormals become zero, beyond 2^128 is infinity.
 inline float to_odd(double x, double rest) {
   if (!std::isfinite(x)) return std::isnan(x) ? bits_as<float>(0x7fc00000u) : float(x);

@@ -1,5 +1,5 @@
 // The engine against its plain loop over the stories that it wrote: the same values, the same bits in
-// any batch and on any number of threads, nothing written after a story's end. And what it refuses.
+// any batch and on any number of threads, nothing written after a story's end. And arguments that the engine refuses.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>

@@ -1,5 +1,5 @@
 // The GEMM driver against plain loops that round as it does, bit for bit: every path of gemm.h, among them AMX's tiles
-// and ARM's BFMMLA (or their scalar twins, where this is built with those). Guards lie around all that is written.
+// and ARM's BFMMLA (or their scalar twins, where this is built with those). Guards lie around every output.
 #include "arm_bf16_twin.h"
 #include "cpu/gemm.h"
 #include "harness.h"

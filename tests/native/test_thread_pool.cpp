@@ -34,7 +34,7 @@ int main() {
     CHECK(ids.count(std::this_thread::get_id()) == 1);
   }
 
-  // Many short jobs: each has its items done once, whoever wakes in time.
+  // Many short jobs: every item is done once, whichever threads wake in time.
   for (int round = 0; round < 2000; ++round) {
     std::atomic<int> next{0}, sum{0};
     pool.run(4, [&] {

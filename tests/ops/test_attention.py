@@ -81,13 +81,12 @@ def test_dropout_keeps_the_right_share_independently():
     """Shares over 2 * 3 * 256^2 weights: 6 standard deviations is a false alarm once in 5e8
     comparisons.
 
-    Pairs of weights are compared whose random bits come from the same call (8, 16, 24 apart), from
-    calls that share words of the counter, and from calls of other tiles, heads, examples and seeds;
-    and weights are counted by their place in the tile of 32 x 32 that 64 calls serve.
-    """
+    The test compares pairs of weights with random bits from the same call (8, 16, 24 apart), from
+    calls that share words of the counter, and from calls of other tiles, heads, examples and seeds.
+    It also counts weights by their position in the tile of 32 x 32 that 64 calls serve."""
     p, n = 0.1, 2 * 3 * 256 * 256
     mask = reference.dropout_mask(2, 3, 256, p, seed=7)
-    # p is rounded to a multiple of 1/256, and what is kept is divided by what is true
+    # p is rounded to a multiple of 1/256, and kept weights are divided by the rounded probability
     true_p = 26 / 256
     assert set(mask.unique().tolist()) == {0.0, 1 / (1 - true_p)}
     mask = (mask > 0).double()

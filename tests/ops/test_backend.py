@@ -48,7 +48,7 @@ def test_pytorchs_logprobs_are_the_definitions(monkeypatch, shape):
     exact = results(reference.token_logprob, exact_hidden, exact_weight, targets, wide)
     for result, theirs, right in zip(ours, plain, exact, strict=True):
         assert result.dtype == theirs.dtype and result.shape == theirs.shape
-        # A gradient is a sum of terms as large as the largest result, some of which cancel.
+        # A gradient is a sum of terms as large as the largest result, and some terms cancel.
         assert_no_worse(
             result, theirs, right, "token_logprob", scale=2 * right.abs().max().expand(right.shape)
         )

@@ -34,9 +34,9 @@ LIMIT = 1800  # seconds
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with csrc/, and cc, a compiler that notes its calls. The first to find a file
-    hold-<step> for its step, a source's name or link, renames it to `held`, waits until that is
-    gone, compiles, and makes a file `released`."""
+    """A folder with csrc/, and cc, a compiler that records each call. A step is the name of a
+    source, or link. The first call that finds a file hold-<step> renames the file to `held`, waits
+    until `held` is gone, compiles, and makes a file `released`."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/module.cpp").write_text(MODULE)
     (tmp_path / "csrc/cpu/answer.cpp").write_text(
@@ -72,7 +72,7 @@ STARTED: list[multiprocessing.Process] = []
 
 
 class Build(FORKED.Process):
-    """A process that builds and loads the library, and prints what it answers, to files."""
+    """A process that builds and loads the library, and writes the library's answer to a file."""
 
     def __init__(self, place: Path):
         super().__init__()
@@ -161,8 +161,7 @@ def test_a_terminal_sees_how_many_files_are_compiled(tmp_path, monkeypatch):
 
 
 def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
-    """A build that has come to this step and stays there, the file that holds it, and torch's
-    lock."""
+    """A build that waits at this step, the file that holds the build, and torch's lock."""
     (place / f"hold-{step}").touch()
     process = Build(place)
     wait_until((place / "held").exists, process)
@@ -171,8 +170,7 @@ def start_and_hold(place: Path, step: str) -> tuple[Build, Path, Path]:
 
 
 def kill_at(place: Path, step: str) -> Path:
-    """Kill a build that has come to this step, and ninja: no chance to tidy up. Returns torch's
-    lock."""
+    """Kill a build at this step, and ninja, so that neither can tidy up. Returns torch's lock."""
     process, held, lock = start_and_hold(place, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
@@ -264,7 +262,7 @@ def test_an_unchanged_library_is_loaded_without_torchs_builder(place, monkeypatc
 
 
 def two_at_once(place: Path) -> str:
-    """Start a second build while the first links. Returns what both answer."""
+    """Start a second build while the first links. Returns the answers of both."""
     first, held, _ = start_and_hold(place, "link")
     second = Build(place)
     wait_until(lambda: second.err.exists() and second.err.read_text(), second)
@@ -322,7 +320,7 @@ def test_a_library_that_does_not_load_is_built_again(place):
 
 
 def test_flags_are_those_that_the_compiler_knows(tmp_path, monkeypatch):
-    """As Apple's clang on ARM was: no -march=native, no OpenMP."""
+    """Like Apple's old clang on ARM: no -march=native, no OpenMP."""
     script = tmp_path / "clang"
     script.write_text(
         '#!/bin/sh\ncase "$*" in *-march=native*|*-fopenmp*) exit 1;; *) echo "#define __clang__ 1";; esac\n'

@@ -1,4 +1,4 @@
-"""A GPU or a CUDA toolkit that does not fit: the CPU runs, and --device cuda is one sentence."""
+"""With an unsuitable GPU or CUDA toolkit, the CPU runs, and --device cuda ends in one sentence."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""The C++ engine against the loop in Python, against the student's own forward pass, and what it
-refuses."""
+"""The C++ engine against the loop in Python and the student's forward pass; arguments that the
+engine refuses."""
 
 import threading
 
@@ -28,8 +28,8 @@ def compiled():
 
 
 def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, tied=False, end=0.0):
-    """A student far enough from zero that every path matters, and that ends its stories sooner with
-    a higher `end`."""
+    """A student with weights far enough from zero that every path matters. With a higher `end`,
+    stories end sooner."""
     torch.manual_seed(n_layer * n_embd + vocab_size)
     student = Student(StudentConfig(n_layer, n_head, n_embd, context, vocab_size, tied))
     head = ValueHead(n_embd)
@@ -73,8 +73,8 @@ def write(
     first_row=0,
     **options,
 ):
-    """All stories by this kind of decoder: (count, max_new_tokens) columns, 0 behind a story's end,
-    and the place of each one's last token."""
+    """All stories by this class of decoder: (count, max_new_tokens) columns, 0 after a story's end,
+    and the index of each story's last token."""
     sampling = Sampling(**dict(max_new_tokens=30, eos=EOS, seed=7) | options)
     last, stories = torch.full((count,), -1), {}
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
@@ -116,8 +116,8 @@ SHAPES = [
 
 @pytest.fixture(params=["by rows", "by columns"])
 def split(request, monkeypatch):
-    """How the threads share a token step: as a small student's, whose weights stay in the caches,
-    or a large one's."""
+    """How the threads share a token step: as for a small student, with weights that stay in the
+    caches, or as for a large student."""
     if request.param == "by columns":
         monkeypatch.setattr(generate, "CACHE", 0)
 
@@ -146,8 +146,8 @@ def test_stories_are_those_of_the_plain_loop(split, shape, options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_results_are_those_of_the_forward_pass(dtype, temperature):
-    """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32
-    than PyTorch's own."""
+    """The tokens are drawn from the distribution that PPO computes again. bfloat16 is no further
+    from float32 than PyTorch's own."""
     student, head = make(n_layer=4, n_head=4, n_embd=128, vocab_size=500, end=0.5)
     prompt = (5, 6, 7)
     outputs, last = write(
@@ -163,7 +163,7 @@ def test_results_are_those_of_the_forward_pass(dtype, temperature):
             1e-4 * max(1, truth.abs().max()) if dtype == torch.float32 else 1.5 * theirs.abs().max()
         )
         assert error.abs().max() < bound
-        assert error.mean().abs() < bound / 10  # rounding leans neither way
+        assert error.mean().abs() < bound / 10  # rounding has no bias
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -185,8 +185,8 @@ def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(split, d
 @pytest.mark.parametrize("at_once", [1, 2, 7, 59])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(split, dtype, at_once):
-    """With prompts of different lengths that several stories share, some of them again after
-    others; none is begun before there is room, and none is left out."""
+    """Several stories share prompts of different lengths, and some prompts come again after others.
+    No story is begun before there is room, and none is left out."""
     student, head = make(n_layer=2, n_head=2, n_embd=96, vocab_size=400, end=1.2)
     prompts = [torch.arange(5, 5 + n) for n in (1, 19, 4, 33, 16, 7)]
     prompt_of = torch.tensor([i // 3 % 6 for i in range(40)] + [i % 6 for i in range(20)])
@@ -322,7 +322,8 @@ def one_more_parameter(student):
 
 @pytest.mark.parametrize("change", [another_norm, no_bias, one_more_parameter])
 def test_a_student_whose_block_has_changed_is_refused(change):
-    """By name, not by position: nothing is decoded with the wrong forward pass."""
+    """The engine takes weights by name, not by position, so that no wrong forward pass is
+    computed."""
     student, head = make()
     change(student)
     with pytest.raises(ValueError, match=r"^Engine: .*; change csrc/cpu/engine\.cpp"):

@@ -96,7 +96,7 @@ NAMES += ["add_layer_norm"]
 
 
 def run(f, x):
-    """The output, and the gradient of its sum if it has one."""
+    """The output, and the gradient of the output's sum if the op has one."""
     x = x.clone().requires_grad_()
     out = f(x)
     return [out.detach(), *(torch.autograd.grad(out.sum(), x) if out.requires_grad else ())]
@@ -112,7 +112,7 @@ def test_the_same_bits_in_every_run(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stream_that_is_not_the_default_one(name):
-    """The op must run after earlier work on its stream: here a pause, then a copy of the real
+    """The op must run after earlier work on the same stream: here a pause, then a copy of the real
     input."""
     f, x = problems()[name]
     want, stream, late = run(f, x), torch.cuda.Stream(), torch.full_like(x, 0.25)
@@ -278,7 +278,7 @@ def test_stories_from_graphs_are_those_of_plain_calls(
 ):
     """Bit for bit, also after the weights have changed since the last rollout; one graph capture
     per batch size, for all rollouts."""
-    with torch.device("cpu"):  # the number of stories that end early depends on its random weights
+    with torch.device("cpu"):  # how many stories end early depends on the random weights
         student = request.getfixturevalue("student").to("cuda")
     head, sizes, capture = ValueHead(64), [], TokenStep.capture
     monkeypatch.setattr(

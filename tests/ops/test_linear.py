@@ -32,7 +32,7 @@ def run(f, leaves, grad, dtype):
 
 
 def error(outputs, true):
-    """Root mean square: the largest error alone would be luck."""
+    """Root mean square, because the largest error varies by chance."""
     return [
         float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(outputs, true, strict=True)
     ]

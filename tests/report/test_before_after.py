@@ -35,7 +35,7 @@ def hundred_columns(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """An interaction of three steps whose best student is that of step 2, over."""
+    """A finished interaction of three steps, with the best student at step 2."""
     with RunLog(tmp_path, resume_step=None) as log:
         log.config(
             {
@@ -136,12 +136,11 @@ def test_a_typical_pair_is_never_one_story_twice_and_never_an_empty_one(tmp_path
     for text in (terminal, page):
         assert "There is no pair to show" in " ".join(text.split())
         assert "story 1 2" not in text
-    assert "\n\n\n" not in terminal  # no empty paragraph in its place
+    assert "\n\n\n" not in terminal  # no empty paragraph instead
 
 
 def finished(folder, best, *evaluations):
-    """A run that is over, with the evaluations of steps 0, 1, ... and with `best` of one of
-    them."""
+    """A finished run with evaluations of steps 0, 1, ... and a checkpoint `best` of one of them."""
     write(folder / EVALUATIONS, [record for records in evaluations for record in records])
     with RunLog(folder, resume_step=None) as log:
         for step in range(1, len(evaluations)):
@@ -180,7 +179,7 @@ def test_a_run_whose_evaluations_have_no_reward_names_no_best_student(tmp_path):
 
 
 def test_a_story_shows_its_score_and_how_its_reward_was_made_of_it(tmp_path):
-    """Also if a callable gave it, without criteria."""
+    """Also if a callable gave the score, without criteria."""
     scores = {"readability": 3, "coherence": 2, "creativity": 2}
     finished(
         tmp_path,
@@ -271,7 +270,7 @@ def test_that_a_teacher_cannot_judge_stands_beside_the_headline(run, calibration
 
 
 def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(run):
-    """The report has its warnings above the headline."""
+    """The report has the warnings above the headline."""
     with RunLog(run, resume_step=3) as log:
         for step in range(4, 10):
             log.metrics(step=step, reward_mean=0.5, scored=200, score_mode=1.0, score_mean=4.5)

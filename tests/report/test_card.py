@@ -73,7 +73,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
         # Lines are broken at spaces and hyphens, and control characters are not shown.
         story = printable(f"{record['opening']} {record['story']}")
         assert "".join(story.split()) in "".join(text.split())
-    # Whoever trained it on a file of theirs says under which licence.
+    # If the corpus is a user's file, the user states the licence.
     assert "license" not in metadata
     assert "language" not in metadata
     assert "- `corpus.txt`: files of the user" in text

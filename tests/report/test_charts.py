@@ -38,7 +38,8 @@ def check_inside(drawing):
 
 
 def test_a_small_change_looks_small():
-    """From 154 to 149: a twentieth of the axis or so, not all of it; from 1 to 5: most of it."""
+    """From 154 to 149 the line spans about a twentieth of the axis; from 1 to 5, most of the
+    axis."""
     low, high = padded_range(np.array([154.0, 149.0]))
     assert low <= 149 and high >= 154 and 5 / (high - low) < 0.2
     low, high = padded_range(np.array([1.0, 5.0]))

@@ -1,4 +1,4 @@
-"""What other programs found out about a run is shown as text, whoever wrote it."""
+"""Findings of other programs are shown as text, whoever wrote them."""
 
 import json
 

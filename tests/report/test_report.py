@@ -1,5 +1,5 @@
-"""The report: right numbers, whatever a model wrote kept as text, small and streaming however long
-the run."""
+"""The report has the right numbers, shows a model's output as text, and stays small and streaming
+however long the run."""
 
 import json
 import math
@@ -199,8 +199,8 @@ def told(step, texts):
 
 
 def test_the_page_shows_collapse(tmp_path):
-    """The last step tells one story; its stories are drawn at random, repeats and all, and the same
-    ones each time."""
+    """All stories of the last step are the same. The shown stories are drawn at random, repeats
+    included, and are the same each time."""
     rng = random.Random(0)
     different = [" ".join(f"w{rng.randrange(999)}" for _ in range(20)) for _ in range(8)]
     same = ["a girl named Peanut had a scarf and then it was gone for ever", *different[:1]]
@@ -231,7 +231,8 @@ def test_every_cluster_is_drawn(tmp_path):
 
 
 def evaluated_run(folder, rewards):
-    """A run with an evaluation at each step from 0 on. rewards: of its stories, per step."""
+    """A run with an evaluation at each step from 0 on. rewards: of the evaluation's stories, per
+    step."""
     interaction_run(folder, len(rewards) - 1, [story(1, 0)])
     with RunLog(folder, resume_step=len(rewards) - 1) as log:
         for step, values in enumerate(rewards):

@@ -1,7 +1,7 @@
-"""Write trl_ppo.safetensors: what TRL 0.9.4's own PPOTrainer computes, for tests/rl/test_parity.py
-to compare with.
+"""Write trl_ppo.safetensors, the results of TRL 0.9.4's PPOTrainer, with which
+tests/rl/test_parity.py compares ours.
 
-In a venv of its own, for TRL's PPOTrainer of that time is gone from later versions:
+Use a separate venv, because later versions of TRL have no such PPOTrainer:
 
     pip install torch transformers==4.53.0 trl==0.9.4 rich 'numpy<2.3'
     python tests/rl/make_trl_fixtures.py
@@ -53,7 +53,7 @@ def policy_weights(policy) -> dict[str, torch.Tensor]:
 
 
 class Recorded:
-    """A PPOTrainer whose steps leave their tensors in `seen`."""
+    """A PPOTrainer that keeps the tensors of each step in `seen`."""
 
     def __init__(self, policy, reference, tokenizer, setting):
         config = PPOConfig(

@@ -1,7 +1,7 @@
 """Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer, DPOTrainer and
 SFTTrainer compute, for tests/rl/test_learner_parity.py to compare with.
 
-In a venv of its own, for make_trl_fixtures.py needs another TRL:
+Use a separate venv, because make_trl_fixtures.py needs another TRL:
 
     pip install torch trl==1.16.0
     python tests/rl/make_trl_learner_fixtures.py
@@ -125,7 +125,7 @@ def write_stories(model, batch: int) -> list[list[int]]:
 
 
 def inputs_of(learner: str, trainer, stories: list[list[int]], scores: torch.Tensor):
-    """What TRL's own code makes of these stories and scores: what its loss is given."""
+    """The inputs of TRL's loss, as TRL's code computes them from these stories and scores."""
     prompts = [opening for opening in OPENINGS for _ in range(GROUP)]
     if learner == "sft-best":
         best = sorted(scores.argsort(descending=True)[: len(stories) // 4].tolist())

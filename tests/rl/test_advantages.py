@@ -1,4 +1,5 @@
-"""The learners without values against plain loops, and what is added to a minibatch's gradient."""
+"""The learners without values against plain loops, and the terms that are added to a minibatch's
+gradient."""
 
 import copy
 import dataclasses
@@ -76,8 +77,8 @@ def test_k3_adds_its_gradient_to_the_losss(student):
 
 
 def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
-    """The gradient of one story beside another that has no advantage: GRPO's shrinks with its own
-    length only."""
+    """The gradient of one story beside a story without an advantage: with GRPO it shrinks only with
+    the first story's length."""
     batch = random_batch([8, 2], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
@@ -142,7 +143,8 @@ def dpo_step(student, config, batch, references, rewards, optimizer=None):
 
 
 def sampled_batch(student, lengths):
-    """A batch that the student wrote, and what a reference near it gives the tokens."""
+    """A batch that the student wrote, and the tokens' log-probabilities under a reference near the
+    student."""
     batch = random_batch(lengths, student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
@@ -152,7 +154,7 @@ def sampled_batch(student, lengths):
 
 @pytest.mark.parametrize("length_normalised", [False, True])
 def test_dpos_gradient_is_that_of_the_papers_loss(student, length_normalised):
-    """Two pairs (the second story wins one of them), a tie, and a story whose partner has no
+    """Two pairs (the second story wins one of them), a tie, and a story with a partner that has no
     score."""
     config = dataclasses.replace(DPO, length_normalised=length_normalised, micro_batch_size=2)
     batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 3, 6, 4])
@@ -168,8 +170,8 @@ def test_dpos_gradient_is_that_of_the_papers_loss(student, length_normalised):
 
 
 def test_dpos_loss_and_metrics_by_hand(student):
-    """The policy gives the first winner 3 nats more than the reference and its loser 1 more, the
-    second winner 2 less and its loser 2 more."""
+    """The policy gives the first winner 3 nats more than the reference and the first loser 1 more,
+    the second winner 2 less and the second loser 2 more."""
     batch = random_batch([2, 4, 4, 2], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
@@ -205,7 +207,8 @@ def test_minibatches_keep_pairs_together():
 
 
 def test_dpos_gradient_is_the_sum_over_two_processes(student, monkeypatch):
-    """Each takes whole pairs, in micro-batches of one pair, of a minibatch of three pairs."""
+    """Each update takes whole pairs, in micro-batches of one pair, from a minibatch of three
+    pairs."""
     config = dataclasses.replace(DPO, micro_batch_size=2)
     batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 4])
     advantages = batch.unpadded(torch.tensor([[1.0], [-1.0]] * 3))

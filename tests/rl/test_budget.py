@@ -1,4 +1,4 @@
-"""What a run may spend, from the numbers that a grader gives."""
+"""A run's budget, from the numbers that a grader reports."""
 
 import pytest
 

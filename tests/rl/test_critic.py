@@ -1,4 +1,5 @@
-"""The critic against numpy's least squares, and what must not reach a story's own estimate."""
+"""The critic against numpy's least squares, and the data that must not affect a story's own
+estimate."""
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ WIDTH = 6
 
 
 def stories(seed, count=20, longest=40, width=WIDTH):
-    """Random (states, logprobs, returns, mask): a story's states and its return tell of one thing,
-    with noise."""
+    """Random (states, logprobs, returns, mask): a story's states and return depend on one hidden
+    number, with noise."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, longest + 1, (count,), generator=g)
     mask = torch.arange(longest) < lengths[:, None]
@@ -143,7 +144,7 @@ def test_it_learns_what_can_be_expected():
         float((values - returns)[:, t][mask[:, t]].var() / returns[:, t][mask[:, t]].var())
         for t in (0, 30)
     ]
-    # one state tells a part of it, the mean of thirty nearly all
+    # one state is informative about a part of it, the mean of thirty about nearly all
     assert errors[0] < 0.8 and errors[1] < 0.3
     constant = estimate(
         RidgeCritic(WIDTH), states, logprobs, torch.full_like(returns, 0.7) * mask, mask

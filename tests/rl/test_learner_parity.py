@@ -40,7 +40,7 @@ def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
     options = INTERACT_PRESETS["paper"] | options | FACTS["settings"][setting]
     monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))
     config = InteractConfig(**options)
-    # TRL has no micro-batches: they must not matter. Pairs need even ones.
+    # TRL has no micro-batches, so they must not matter. Pairs need micro-batches of even size.
     config.micro_batch_size = 4 if config.learner == "dpo" else 5
     student, reference, differences = start(), start(), {}
     optimizer = SharpAdam(student, torch.nn.Module(), config)
@@ -80,7 +80,7 @@ def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
     C = student.config.n_embd
     for name, want in tensors(f"{setting}/weights/").items():
         got = dict(student.named_parameters())[name].detach()
-        # the keys' has no effect, and a gradient of rounding errors (test_parity.py)
+        # the keys' bias has no effect, and its gradient is rounding error (test_parity.py)
         if name.endswith("qkv.bias"):
             got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
         compare("weights", got, want)

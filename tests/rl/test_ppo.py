@@ -44,7 +44,7 @@ def targets_of(batch, advantages=None, returns=None) -> Targets:
 
 
 def reference_of(logprobs) -> Reference:
-    """A reference with these log-probabilities, whose states nobody reads."""
+    """A reference with these log-probabilities, and states that nobody reads."""
     return Reference(logprobs, torch.zeros(len(logprobs), 0))
 
 
@@ -61,7 +61,8 @@ def random_batch(lengths, vocab, seed=0, openings=None) -> Batch:
 
 
 def test_sharpness_scales_all_logits_along_the_gradient(student):
-    """Its gradient is the derivative of the loss by the logarithm of a factor on the logits."""
+    """The gradient of s is the derivative of the loss by the logarithm of a factor on the
+    logits."""
     tokens = torch.arange(2 * 12).view(2, 12) % 50
 
     def loss(factor=1.0):

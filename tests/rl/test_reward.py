@@ -1,4 +1,4 @@
-"""From a score to a reward: the paper's formula, and the difference from other stories."""
+"""The reward: the paper's formula, and the difference from other stories."""
 
 import pytest
 from hypothesis import given

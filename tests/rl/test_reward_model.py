@@ -1,5 +1,4 @@
-"""The reward model of docs/teachers.md: its code, with a small classifier of random weights in
-RewardBench's place."""
+"""The code of the reward model in docs/teachers.md, with a small classifier of random weights."""
 
 import re
 
@@ -17,7 +16,7 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 
 @pytest.fixture(params=["", CHAT], ids=["pairs", "chat template"])
 def spec(request, student, tokenizer, tmp_path, monkeypatch):
-    """FILE.py:FUNCTION of the documented code; its model reads pairs, or conversations."""
+    """FILE.py:FUNCTION of the documented code, with a model that reads pairs, or conversations."""
     transformers = pytest.importorskip("transformers")
     hf.write(tmp_path / "student", student, tokenizer)
     vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")

@@ -1,5 +1,5 @@
-"""The model of the teacher's scores: what it predicts, when it does not, and that it is what
-scikit-learn would fit."""
+"""The model of the teacher's scores: predictions, cases without predictions, and the same fit as
+scikit-learn's."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def test_a_run_that_is_resumed_with_other_steps_keeps_to_its_grades():
 
 
 def written(lengths, ended, width=4):
-    """A batch of stories of these lengths, and what a reference saw of them."""
+    """A batch of stories of these lengths, and the reference's results for them."""
     nothing = torch.zeros(0)
     stories = []
     for index, end in enumerate(ended):
@@ -94,7 +94,8 @@ def mean_variance(x, rows, graded):
 
 @pytest.mark.parametrize("grades", [0, 10])
 def test_the_stories_that_are_chosen_lower_the_mean_variance_most(grades):
-    """Greedily: no other story in place of the next one would lower it more."""
+    """The choice is greedy: no other story instead of the next one would lower the variance
+    more."""
     model, (x, y) = ScoreModel(), made_up(60, width=6)
     if grades:
         learn(model, x[50 : 50 + grades], y[50 : 50 + grades].tolist())
@@ -113,8 +114,8 @@ def test_the_stories_that_are_chosen_lower_the_mean_variance_most(grades):
 
 
 def test_the_chosen_stories_predict_the_others_better_than_stories_at_random():
-    """A step with a rare kind of story, whose scores depend on another feature: over twenty draws,
-    the worst of the chosen is better than the mean of random choices."""
+    """A step with a rare kind of story, with scores that depend on another feature: over twenty
+    draws, the worst choice by the model is better than the mean of random choices."""
     errors = {"chosen": [], "random": []}
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -213,8 +214,8 @@ def test_a_restored_model_predicts_the_same():
 
 
 def test_only_stories_that_were_not_sent_have_a_predicted_score():
-    """A graded story whose reply was missing, refused or late has none; it is not learned from
-    either."""
+    """A graded story with a missing, refused or late reply has no score, and the model does not
+    learn from it."""
     model, (x, y) = ScoreModel(), made_up(40)
     graded = list(range(0, 40, 2))
     scores = scores_of(y, [row for row in graded if row not in (4, 10)])

@@ -1,5 +1,5 @@
-"""The GPT-2 that TRL trains to make the fixtures, and its weights by our names: for
-make_trl_*fixtures.py alone."""
+"""The GPT-2 that TRL trains to make the fixtures, and the weights under our names; used only by
+make_trl_*fixtures.py."""
 
 from typing import Any
 

@@ -68,13 +68,13 @@ def test_words_of_two_stories_are_not_associated(rubric, whole):
 
 
 def test_each_corruption_costs_points(rubric):
-    """What the rubric of before did not see: names at random cost 0.3 of 9, he and she exchanged
-    nothing."""
+    """Faults that an earlier rubric did not notice: random names cost 0.3 of 9, and exchanged
+    pronouns nothing."""
     stories = list(islice(grammar.stories(10**6, seed=6), 60))
     characters, lexicon, rng = rubric.characters, rubric.lexicon, np.random.default_rng(0)
 
     def spelled(story: str, ids) -> str:
-        """The story with every word that the ids change replaced, spaced as before."""
+        """The story with the words that the changed ids replace, spaced as before."""
         pieces, place, out = tokenize(story), 0, []
         for piece, old, new in zip(pieces, lexicon.look_up(pieces), ids, strict=True):
             if old != new:

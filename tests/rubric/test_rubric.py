@@ -116,7 +116,7 @@ def test_good_stories_use_the_upper_half_and_babble_the_lower(rubric, good):
 
 
 def test_there_is_a_path_from_bad_to_good(rubric, good):
-    """The more words of a story are replaced at random, the lower its score, in steps large enough
+    """The more words of a story are replaced at random, the lower the score, in steps large enough
     for PPO."""
     rng = random.Random(0)
     others = " ".join(good).split()

@@ -36,7 +36,7 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="module")
 def url(rubric):
-    """The server on its own thread, as a client in another process would see it."""
+    """The server on a separate thread, as a client in another process would see it."""
     ready, addresses = threading.Event(), []
 
     async def run() -> None:

@@ -1,5 +1,5 @@
-"""Collapse, a runaway KL, exploding losses and scores without signal are said once each; health is
-not."""
+"""Collapse, a runaway KL, exploding losses and scores without signal give one warning each; a
+healthy run gives none."""
 
 import math
 import random

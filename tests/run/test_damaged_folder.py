@@ -1,5 +1,5 @@
-"""A run's folder under everything that can happen to it: two commands at once, kills before the
-first checkpoint, files that are missing, damaged, or not what they say."""
+"""Accidents of a run's folder: two commands at once, kills before the first checkpoint, files that
+are missing, damaged or of another kind."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ def test_a_lock_leaves_no_trace_of_a_block_that_wrote_nothing(tmp_path):
 
 @pytest.mark.parametrize("command", [pretrain, interact])
 def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, command, capsys):
-    """As a kill, or a full disk, before the first one leaves it."""
+    """A folder as a kill or a full disk before the first checkpoint leaves it."""
     arguments = reading if command is pretrain else writing
     command.main(arguments(place, tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -129,7 +129,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed_to_the_same
     "harm", ["gone", "", "null", "{", "[]", '{"options": null}', '{"options": {"seed": "x"}}']
 )
 def test_a_run_whose_options_are_not_known_is_not_resumed(place, tmp_path, capsys, harm):
-    """Else another run goes on under its name: other options, and another teacher."""
+    """Otherwise another run would continue under the same name, with other options and another
+    teacher."""
     shutil.copytree(place / "p", tmp_path / "p")
     config = tmp_path / "p" / "config.json"
     config.unlink() if harm == "gone" else config.write_text(harm)

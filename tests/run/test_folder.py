@@ -69,7 +69,7 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
 
 
 def test_config_holds_no_key_of_the_environment_whoever_names_it(tmp_path, monkeypatch):
-    """A server may echo it as its model's name, and a key may need escapes in JSON."""
+    """A server may echo the key as the model's name, and a key may need escapes in JSON."""
     monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
     monkeypatch.setenv("GATEWAY_SECRET", 'pl"anted\\x')
     for step in (None, 0):
@@ -103,7 +103,7 @@ with locked_run(config):
 
 
 def test_runs_that_start_at_once_without_out_take_a_folder_each(tmp_path):
-    """And none that holds a run already."""
+    """A new run takes no folder that holds a run."""
     a_run(tmp_path / "run-3", 1)
     processes = []
     for _ in range(4):
@@ -183,7 +183,7 @@ def test_a_record_cut_short_anywhere_is_skipped_and_dropped_on_resume(tmp_path):
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
-        # A record that lacks only its newline is complete.
+        # A record that lacks only the newline is complete.
         expected = sum(end <= cut for end in ends)
         assert len(list(read_stories(tmp_path))) == expected
         RunLog(tmp_path, resume_step=3).close()
@@ -399,7 +399,7 @@ def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("builtins.open", refused)
-    monkeypatch.setattr("pathlib.Path.unlink", refused)  # there, even of a file that is not there
+    monkeypatch.setattr("pathlib.Path.unlink", refused)  # refused even for a missing file
     with pytest.raises(UserError, match="Read-only file system; choose another folder"):
         atomic_write(tmp_path / "x", "text")
 
@@ -487,7 +487,7 @@ def links_to(folder, target):
 
 
 def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_path, student):
-    """Somebody who sends a folder could have put it there."""
+    """Somebody who sends a folder could have put such a link there."""
     pytest.importorskip("gguf")
     private = tmp_path / "private"
     private.write_text("mine")

@@ -1,4 +1,4 @@
-"""A run's progress where its output is a terminal, and where it is a file."""
+"""A run's progress on a terminal, and in a file."""
 
 import sys
 
@@ -28,7 +28,8 @@ def test_a_file_gets_a_line_per_step_and_a_terminal_a_bar(capsys, monkeypatch):
 
 
 def words(monkeypatch, columns: int, **options) -> ProgressBar:
-    """A bar of words on a terminal of so many columns, after a step that went beyond its total."""
+    """A progress bar of words on a terminal of so many columns, after a step that went beyond the
+    total."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = ProgressBar(total=3000, unit="word", unit_scale=True, desc="pretraining: ", **options)
     bar.dynamic_ncols = lambda file: (columns, 24)

@@ -1,6 +1,6 @@
-"""A run folder as somebody else might send it. No text from it is opened, executed or sent to: what
-names a file, a URL, a function or a model is given on the command line, again for a resume. And
-what it holds is data to the end."""
+"""A run folder as somebody else might send it. No text in the folder is opened, executed or sent
+to: files, URLs, functions and models are named on the command line, also for a resume. The folder's
+contents are treated as data."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from tinystory.teacher.client import Teacher
 
 GRADED = [*SHORT, "--stories-per-step", "12", "--grades", "8", "--diversity", "0"]
 NAMED = "STRANGER"  # in every text that a forged folder holds, and nowhere else
-# What Python does with a text that it opens, executes or sends to.
+# Names of Python's audit events of a text that is opened, executed or sent to.
 ACTS = (
     "open os.listdir os.scandir os.remove os.rename os.exec os.posix_spawn os.system "
     "subprocess.Popen compile exec import socket.connect socket.getaddrinfo socket.bind "
@@ -67,7 +67,7 @@ def untouched():
 
 @pytest.fixture(scope="module")
 def own(place, tmp_path_factory):
-    """A run of this user's, of which everything but its folder's name could be a stranger's."""
+    """A run of this user. Everything except the folder's name could come from a stranger."""
     folder = tmp_path_factory.mktemp("own") / "run"
     init = ["--init", str(checkpoint.newest(place / "p"))]
     interact.main([*init, *GRADED, "--reward", "random", "--out", str(folder)])
@@ -76,7 +76,7 @@ def own(place, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Texts that somebody could act on. The files are there, and fit for what they name."""
+    """Texts that a command could act on. The named files exist and are valid."""
     folder = tmp_path_factory.mktemp("private")
     story = f"Once upon a time, {NAMED} ran."
     (folder / f"{NAMED}.txt").write_text("\n\n".join([story] * 40))
@@ -127,7 +127,8 @@ def resume(folder, *more):
 def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
     place, own, texts, tmp_path, capsys, config_class
 ):
-    """Every option, with every text. Those that name something are asked for by their flag."""
+    """Every option, with every text. For options that name something, the error asks for the
+    flag."""
     main, source = interact.main, own
     if config_class is PretrainConfig:
         main, source = pretrain.main, place / "p"
@@ -186,7 +187,7 @@ def test_an_opening_that_is_also_a_files_name_reads_no_file(own, tmp_path, capsy
 
 
 def leaves(value, path=()):
-    """The paths of all values inside a JSON value, and of its lists of texts."""
+    """The paths of all values inside a JSON value, and of the lists of texts in it."""
     if isinstance(value, dict):
         for key in value:
             yield from leaves(value[key], (*path, key))
@@ -242,7 +243,8 @@ def test_no_field_of_a_checkpoint_is_opened_executed_or_sent_to(
 
 
 def test_a_checkpoint_names_a_file_to_nobody(own, texts, tmp_path, capsys, monkeypatch):
-    """Its path is shown, and the user names it to the built-in teacher or the judge, or another."""
+    """The path of the corpus is shown, and the user gives that path or another to the built-in
+    teacher or the judge."""
     monkeypatch.setattr(judge, "Reader", lambda *_: None)
     folder = shutil.copytree(own, tmp_path / "run")
     start = folder / "checkpoints" / "start"
@@ -282,7 +284,7 @@ def test_a_strangers_folder_can_be_looked_at(own, texts, tmp_path):
 
 
 def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, monkeypatch):
-    """It holds all that no folder may name."""
+    """The printed command has every option that no folder may name."""
     (tmp_path / "my openings.txt").write_text("Once\nOnce upon\n")
     begun = {
         pretrain: ["--corpus", str(place / "corpus.txt"), "--words", "2000", *SMALL],

@@ -168,7 +168,7 @@ def test_a_command_to_be_copied_has_no_escape_sequences():
 
 
 def interrupted(program, folder) -> subprocess.CompletedProcess:
-    """A program that gets Ctrl-C during its imports."""
+    """A program that gets Ctrl-C during the imports."""
     (folder / "sitecustomize.py").write_text(INTERRUPTED)
     path = os.pathsep.join([str(folder), str(ROOT)])
     command = [sys.executable, str(program), "--help"]
@@ -294,7 +294,7 @@ class Keyboard(io.StringIO):
 
 @pytest.fixture
 def one_opening(monkeypatch):
-    """In place of the built-in ones, which do not fit the context of the tests' student."""
+    """Used instead of the built-in openings, which do not fit the context of the tests' student."""
     monkeypatch.setattr(sample, "Openings", lambda texts, seed: SimpleNamespace(held_out=["Once"]))
 
 
@@ -323,7 +323,7 @@ def test_in_a_terminal_one_opening_after_another_is_asked_for(
 
 
 def test_no_opening_is_asked_for_beside_one_that_was_given(place, one_opening, capsys, monkeypatch):
-    """Nor without a terminal, where nothing has a colour."""
+    """Nor without a terminal, where the output has no colours."""
     run = str(checkpoint.newest(place / "p"))
     options = "--stories 1 --max-new-tokens 8 --device cpu".split()
     monkeypatch.setattr(sys, "stdin", Keyboard("Tom\n"))
@@ -367,8 +367,8 @@ for file in files:
 
 
 def test_a_command_finds_the_package_of_its_own_clone():
-    """Where nothing is installed but what tinystory depends on. The finder of an editable install
-    is left out."""
+    """An environment with tinystory's dependencies alone. The finder of an editable install is left
+    out."""
     files = [f"{ROOT}/scripts/{name}.py" for name in ("doctor", "watch")]
     files += [f"{ROOT}/lab/{name}.py" for name in LAB]
     command = [sys.executable, "-I", "-c", HELP_OF_EACH, *files]

@@ -1,5 +1,4 @@
-"""What the doctor says of this machine and of a teacher, and how it says that something is
-wrong."""
+"""The doctor's report on this machine and on a teacher, and the errors that it prints."""
 
 import re
 import subprocess

@@ -77,7 +77,7 @@ for variables in eval(sys.argv[1]):
 
 
 def test_openmps_threads_spin_little_unless_the_user_says_how():
-    """Whatever is set is set before torch is imported, which reads it."""
+    """Settings are made before torch is imported, because torch reads them at import."""
     users = {"10000": {}, "7": {"GOMP_SPINCOUNT": "7"}, "None": {"OMP_WAIT_POLICY": "active"}}
     names = ["train_pretrain", "train_interact"]
     for folder in ("scripts", "lab"):

@@ -15,7 +15,7 @@ def test_the_notebook_runs_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.delenv("TEACHER_URL", raising=False)
     path = ROOT / "examples" / "tinystory.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    # none is kept: they would be of an older version
+    # no output is kept: it would be of an older version
     assert all(not cell.get("outputs") for cell in notebook.cells)
     client = nbclient.NotebookClient(
         notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}

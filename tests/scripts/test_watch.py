@@ -1,5 +1,4 @@
-"""watch.py: a run in the terminal, one that goes on and one that is over, whatever a model
-wrote."""
+"""watch.py: a running and a finished run in the terminal, whatever a model wrote."""
 
 import os
 import shutil

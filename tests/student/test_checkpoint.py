@@ -1,4 +1,5 @@
-"""A checkpoint is whole or absent, comes back as it went, and a wrong one is told in a sentence."""
+"""A checkpoint is whole or absent and loads as it was saved, and a wrong one is an error of one
+sentence."""
 
 import contextlib
 import json
@@ -85,7 +86,7 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer
     ],
 )
 def test_a_crafted_checkpoint_is_a_sentence(whole, tmp_path, name, key, value):
-    """One whose manifest says that it is whole."""
+    """A checkpoint with a manifest that matches the files."""
     folder = shutil.copytree(whole / "checkpoints" / "a", tmp_path / "a")
     record = json.loads((folder / f"{name}.json").read_text()) | {key: value}
     (folder / f"{name}.json").write_text(json.dumps(record))
@@ -299,8 +300,8 @@ def whole(tmp_path_factory):
 
 @given(data=st.data())
 def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
-    """Bytes cut, flipped and replaced, values of other types, keys that are missing; also if it was
-    meant so, and the manifest agrees."""
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing; also if the
+    manifest was changed to match."""
     run = tmp_path_factory.mktemp("harmed")
     shutil.copytree(whole, run, dirs_exist_ok=True)
     folder = run / "checkpoints" / "a"

@@ -24,10 +24,10 @@ def write(student, tokenizer, head=None, **how):
 
 
 def end_at_rate(student, eos, rate):
-    """Changes the student: whatever it has written, about this fraction of its tokens are the end
-    token."""
+    """Changes the student: whatever the text so far, the end token has about this probability."""
     with torch.no_grad():
-        # The first feature of its states is 1 everywhere, and no other token's logit depends on it.
+        # The first feature of the states is 1 everywhere, and no other token's logit depends on
+        # that feature.
         student.ln_f.weight[0] = 0
         student.ln_f.bias[0] = 1
         student.unembedding[:, 0] = 0
@@ -38,7 +38,7 @@ def end_at_rate(student, eos, rate):
 
 @pytest.fixture
 def eager_to_end(student, tokenizer):
-    """A student that ends about half of its stories within 30 tokens."""
+    """A student that ends about half of the stories within 30 tokens."""
     end_at_rate(student, tokenizer.eos, 1 / 40)
     return student
 
@@ -48,7 +48,7 @@ def eager_to_end(student, tokenizer):
     "openings", [[OPENING], [OPENING, "Ben", "Once upon a time, Mia had a ball.", "Tom"]]
 )
 def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, openings, engine):
-    """For its opening and index: whatever other stories and openings it is batched with, on the
+    """A story depends on its opening and index alone, not on the other stories of the batch, on the
     engine and without."""
     if not engine:
         monkeypatch.setattr(generation, "engine_runs", lambda device, dtype: False)
@@ -98,14 +98,14 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
         assert story.ended == "eos" or len(story.tokens) == 30
         assert len(story.tokens) == len(story.logprobs) == len(story.values) == len(story.entropies)
         assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
-        # of which pickle writes all
+        # pickle writes whole storages, so no column may be a view of a larger tensor
         for column in (story.tokens, story.logprobs, story.values, story.entropies):
             assert column.untyped_storage().nbytes() == column.nbytes
 
 
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
-    """On the end token where there is one, never on padding; and no sample is edited on its way to
-    PPO."""
+    """The reward is on the end token if there is one, never on padding; and no sample is edited
+    before PPO."""
     stories = write(eager_to_end, tokenizer)
     batch = collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
@@ -121,7 +121,7 @@ def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokeniz
 
 
 def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer):
-    """What the sampler saw is what PPO reads again: the first ratio is 1."""
+    """PPO computes the sampler's log-probabilities again: the first ratio is 1."""
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     stories = write(eager_to_end, tokenizer, head, openings=[OPENING, "Once", "Ben said"] * 8)
@@ -214,7 +214,7 @@ def steps_of(student, head, eos, dtype=torch.float32):
 
 @torch.no_grad()
 def steps_by_definition(student, head, eos, dtype):
-    """Every row goes on to the last step, and what follows its end is wiped out."""
+    """Every row continues to the last step, and the tokens after the row's end are set to 0."""
     rows, prompt_of = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
     spans = torch.tensor([[0, 3], [3, 4], [4, 10]])[prompt_of]
     cache = KVCache(student.config, spans, NEW, dtype, prefix=10)

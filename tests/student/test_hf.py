@@ -116,7 +116,7 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
         assert theirs.is_fast
         assert [theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id] == [0, 1, 2]
         whole = theirs(TEXTS[0], return_tensors="pt")
-        # all that the tokenizer gives goes into the model, as BabyLM's reading task does it
+        # everything that the tokenizer returns goes into the model, as in BabyLM's reading task
         with torch.no_grad():
             torch.testing.assert_close(
                 model(**whole).logits, student(whole["input_ids"]), atol=1e-4, rtol=0
@@ -155,8 +155,8 @@ def test_there_and_back(exported, student, tokenizer):
 
 @pytest.fixture
 def foreign(tmp_path) -> Path:
-    """As OpenAI's `gpt2` is on the Hub: no prefix, causal masks among the tensors, the end token
-    last."""
+    """A folder like OpenAI's `gpt2` on the Hub: no prefix, causal masks among the tensors, the end
+    token last."""
     folder = tmp_path / "gpt2"
     chars = list(BYTE_OF_CHAR)
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
@@ -193,9 +193,9 @@ def foreign(tmp_path) -> Path:
 
 @pytest.fixture
 def theirs(tmp_path, student, tokenizer) -> Path:
-    """As the paper's authors saved their students: by TRL, so with a value head, and with a
-    tokenizer that was not told of <mask>, whose pad token is the end token (read off such a folder,
-    made with their libraries)."""
+    """A folder like those of the paper's authors: saved by TRL, so with a value head, and with a
+    tokenizer that has no <mask> and pads with the end token (as in a folder that we made with their
+    libraries)."""
     folder = tmp_path / "theirs"
     hf.write(folder, student, tokenizer)
     head = {
@@ -227,7 +227,7 @@ def test_the_authors_students_are_read_without_their_value_head(theirs, student,
 
 
 class Branches(http.server.BaseHTTPRequestHandler):
-    """A stand-in of the Hub with one model, which has one branch."""
+    """A mock Hub with one model, which has one branch."""
 
     folder: Path
 

@@ -1,5 +1,5 @@
-"""Muon's step is momentum with its singular values set to about one; everything else is AdamW's
-own."""
+"""Muon's step is the momentum with all singular values set to about one; the other parameters take
+AdamW's step."""
 
 import copy
 import math

@@ -1,5 +1,5 @@
-"""The student's trunk gives the same results with each of its attentions, and its layout is
-GPT-2's."""
+"""The student's trunk gives the same results with each attention function, and has GPT-2's
+layout."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from tinystory.student.optim import make_optimizer
 
 
 def test_reading_and_writing_agree(student):
-    """Token by token with the cache gives the hidden states of the whole sequence, rows of every
-    age together."""
+    """Token by token with the cache gives the hidden states of the whole sequence, with rows of
+    different lengths together."""
     torch.manual_seed(1)
     tokens = torch.randint(5, student.config.vocab_size, (3, 20))
     tokens[1, :6] = tokens[0, :6]

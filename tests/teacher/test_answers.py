@@ -1,4 +1,4 @@
-"""Questions of yes or no: from the probabilities that a server gives to a story's score."""
+"""Yes-or-no questions: the path from a server's probabilities to a story's score."""
 
 import json
 import math
@@ -30,7 +30,7 @@ TWO = Template((Criterion("first", "Is it first?"), Criterion("second", "Is it s
 
 
 def with_logprobs(text, alternatives, before=()):
-    """A chat completion with the log-probabilities of its first token, after white space."""
+    """A chat completion with the log-probabilities of the first token after white space."""
     positions = [{"token": token, "logprob": 0.0, "top_logprobs": []} for token in before]
     entries = [{"token": token, "logprob": logprob} for token, logprob in alternatives]
     positions.append({"token": text, "logprob": -0.1, "top_logprobs": entries})
@@ -43,7 +43,7 @@ def with_logprobs(text, alternatives, before=()):
 
 
 def answers(probability):
-    """A server that says yes with this probability, by what the last message asks."""
+    """A server that answers yes with a probability that depends on the last message."""
 
     def other(body):
         prompt = body["messages"][-1]["content"]

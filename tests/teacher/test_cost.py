@@ -79,7 +79,7 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
 
     def script(story, n):
         what = dice.choice(["2 1 3"] * 6 + ["500", "reset", "malformed"])
-        # with these faults the answer was generated and billed, but arrived broken
+        # with these faults the answer was generated and billed, but arrived damaged
         if what != "500":
             billed.update(tokens_in=500, tokens_out=6)
         return counted("2 1 3") if what == "2 1 3" and counts else what

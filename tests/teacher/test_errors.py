@@ -1,4 +1,4 @@
-"""Failures that a retry cannot fix are one clear sentence, and none contains the key."""
+"""A failure that a retry cannot fix is one clear sentence without the key."""
 
 import contextlib
 import gc

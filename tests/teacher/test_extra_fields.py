@@ -76,7 +76,7 @@ def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
 
 @pytest.mark.parametrize("value", ["%s", "x %s y", "\\u0070%s"])
 def test_the_keys_own_value_is_no_extra_field(value, monkeypatch):
-    """However it looks, and however JSON spells it."""
+    """In any form, and in any spelling of JSON."""
     monkeypatch.setenv("OPENAI_API_KEY", "planted0123")
     spelled = value % ("lanted0123" if value.startswith("\\") else "planted0123")
     for text in (f'{{"note": ["{spelled}"]}}', f'{{"{spelled}": 1}}'):

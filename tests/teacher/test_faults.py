@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 class Arrivals(dict):
-    """Numbers stories in the order in which they come first: what becomes of a story is then
-    decided by its number, whatever its words are, and for the same words always the same way."""
+    """Numbers stories in the order of their first requests. The number decides what happens to a
+    story, whatever the words are, and the same words always have the same number."""
 
     def __missing__(self, story: str) -> int:
         self[story] = len(self)
@@ -70,7 +70,7 @@ def resumed(out: Path, url: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(init, tmp_path_factory) -> Path:
-    """A run of four steps whose teacher answers every request."""
+    """A run of four steps with a teacher that answers every request."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
     with FaultServer(lambda story, n: honest(story)) as server:
         interact.main(arguments(init, out, server.url))
@@ -93,8 +93,8 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(
         return honest(story)
 
     def stop_at(replies: int, how: signal.Signals, *argv: str) -> tuple[int, str]:
-        """Signal a run once so many replies are cached and three are in flight; its exit code and
-        output."""
+        """Signal a run once so many replies are cached and three are in flight. Returns the run's
+        exit code and output."""
         nonlocal alive
         alive = replies
         command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
@@ -134,7 +134,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(
 
 
 def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_path, capsys):
-    """It answers in sentences, and half of the stories of the step that failed then get their
+    """The teacher first answers in sentences; later, half of the stories of the failed step get
     scores."""
     out, mended = tmp_path / "out", False
     arrivals = Arrivals()
@@ -167,7 +167,7 @@ def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_
         interact.main([*arguments(init, whole, server.url), *flags])
         steps = len(metrics(whole))
         assert 2 < steps < 12
-        server.seen.clear()  # its probe is answered as that of the unbroken run
+        server.seen.clear()  # the probe of this run is answered as that of the uninterrupted run
         with interrupted_at(interact, step=steps // 2):
             interact.main([*arguments(init, parts, server.url), *flags])
         assert len(metrics(parts)) == steps // 2
@@ -180,8 +180,9 @@ def test_a_resumed_run_ends_its_budget_at_the_step_of_an_unbroken_one(init, tmp_
 def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(
     init, unbroken, tmp_path, capsys
 ):
-    """Its quota ends with the second step, before the evaluation that follows. The run then ends as
-    one that was never stopped: with the same weights, and with no reply paid for twice."""
+    """The teacher's quota ends with the second step, before the evaluation that follows. The
+    resumed run then ends like a run that was never stopped: with the same weights, and with no
+    reply paid for twice."""
     stopped = tmp_path / "stopped"
     with FaultServer() as server:
         left = 4 + 6 + 6
@@ -206,8 +207,8 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(
 def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(
     init, tmp_path, capsys
 ):
-    """Half of the grades are of the first step. Some get no score ever, and some replies come
-    late; then the quota ends."""
+    """Half of the grades are spent in the first step. Some stories never get a score, and some
+    replies come late; then the quota ends."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--stories-per-step", "20", "--grades", "40", "--max-unscored", "0.6"]
     left = 10**6

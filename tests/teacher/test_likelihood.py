@@ -1,4 +1,4 @@
-"""The controls that need no grade: a student's own likelihood as the score, and a constant."""
+"""The controls without grades: a student's own likelihood as the score, and a constant."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def scores_of(grader, texts):
 
 
 def save_ender(run, folder):
-    """The student of a run, changed so that all of its stories are empty."""
+    """The student of a run, changed so that all stories are empty."""
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     with torch.no_grad():
         student.unembedding[tokenizer.eos] = 1.0

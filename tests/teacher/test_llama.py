@@ -1,8 +1,7 @@
 """A run against a server that is not ours, with a real language model: llama.cpp's, and a model of
 135 M parameters.
 
-It proves the protocol. The model is too small to judge: what it says of a story is not asserted.
-"""
+The run tests the protocol. The model is too small to judge, so its grades are not asserted."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is asked again once a teacher is mended, and what is not."""
+"""The requests that are repeated once a teacher works again."""
 
 import pytest
 from conftest import read_lines
@@ -44,7 +44,7 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
         expected = [0, 0, 1, 1]
         assert [server.good[f"Dog {i} ran."] - asked[f"Dog {i} ran."] for i in range(4)] == expected
         sent = len(server.requests)
-        again, _ = steps(Stop())  # the new replies are the ones that count, now and later
+        again, _ = steps(Stop())  # the new replies count, now and later
         assert [(a.scores, a.reply_words) for a in again] == [
             (g.scores, g.reply_words) for g in grades
         ]

@@ -1,4 +1,4 @@
-"""Which model a server is asked for, by how it lists its models."""
+"""The model for which the client asks a server, by the server's list of models."""
 
 import pytest
 from aiohttp import web

@@ -1,4 +1,4 @@
-"""open_grader: one way from the options to whoever scores."""
+"""open_grader: from the options to the grader."""
 
 import contextlib
 
@@ -62,7 +62,7 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
 
 
 def test_an_empty_story_scores_0_whoever_grades(tmp_path):
-    """And no function is asked about it, which may divide by its length."""
+    """No function is called for an empty story, because the function may divide by the length."""
     (tmp_path / "r.py").write_text(
         "def f(openings, stories): return [1 / len(s.split()) for s in stories][: 1 // len(stories)]\n"
     )

@@ -1,4 +1,4 @@
-"""What the probe finds out, and how the client uses it."""
+"""The results of the probe, and how the client uses them."""
 
 import json
 import random
@@ -145,7 +145,7 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
     with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
         teacher.probes()[0]
     assert_one_clean_sentence(caught, server.url, "reasons before it answers", "4096 tokens")
-    assert len(server.requests) == 1 + 4 + 1  # as it is, told four times, and with more tokens
+    assert len(server.requests) == 1 + 4 + 1  # as it is, asked four times, and with more tokens
 
 
 def test_a_model_that_can_be_told_not_to_think_is():

@@ -1,4 +1,5 @@
-"""The teacher's prompt: the rubric first, the story last, and no story can leave its fence."""
+"""The teacher's prompt: the rubric first, the story last, and no story can break out of the
+fence."""
 
 import json
 import re

@@ -109,7 +109,7 @@ def test_an_error_nested_without_end_is_read_to_a_depth():
 
 
 def test_one_flagged_story_costs_the_story_not_the_run():
-    """OpenRouter answers 403 when its moderation flags an input."""
+    """OpenRouter answers 403 when the moderation flags an input."""
     flagged = error(
         403, "Your chosen model requires moderation and your input was flagged", code=403
     )

@@ -34,7 +34,8 @@ good = lambda story, n: "2 1 3"  # noqa: E731
 
 
 def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
-    """One holds what it got until the other has answered most of the stories."""
+    """One server holds the requests that it got until the other has answered most of the
+    stories."""
 
     class Slow(FaultServer):
         async def _answer(self, request, story, what):

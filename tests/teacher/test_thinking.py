@@ -31,8 +31,8 @@ def refuses(name, value):
 
 
 def only_effort(*known, quiet_from):
-    """A server that refuses template arguments and unknown efforts; its model answers at once with
-    one of those."""
+    """A server that refuses template arguments and unknown efforts, with a model that answers at
+    once with one of those efforts."""
 
     def refuse(asked):
         if "chat_template_kwargs" in asked:
@@ -110,7 +110,7 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
         )
         with open_grader(config) as grader:
             assert grader.grade("Once", ["A dog ran."])[0].reply_words == 3
-            assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
+            assert grader.most_words == 3 * 6  # reasoning is not read by the student
             assert "321 reply tokens" in grader.forecast(1, "Once")
         output = capsys.readouterr().out
     assert f"may cost up to {THINKING_TOKENS} tokens; the first reply cost 321" in output

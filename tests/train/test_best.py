@@ -12,7 +12,7 @@ from tinystory.student import checkpoint
 
 
 def test_without_graded_evaluations_the_best_student_is_the_last(place, tmp_path, capsys):
-    """Evaluations are written and read, but nobody is asked about them."""
+    """Evaluations are written and read, but not graded."""
     flags = ["--no-eval-graded", "--grades", "8", "--stories-per-step", "9", "--steps", "2"]
     reward = ["--reward", f"{place / 'reward.py'}"]
     out = tmp_path / "i"

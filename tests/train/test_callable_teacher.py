@@ -1,5 +1,5 @@
-"""A run whose teacher is the user's own function, and what a terminal shows of it: neither is
-trusted."""
+"""A run with the user's own function as the teacher, and the terminal's output of the run: neither
+is trusted."""
 
 import json
 
@@ -21,8 +21,8 @@ ESCAPES = "\x1b]0;owned\x07the \x1b[31mred\u202e \x9b2Jdog\nran."
 
 
 def flags(place, out, body="pass"):
-    """The flags of a run of two steps whose reward counts words, and does `body` in the second
-    one."""
+    """The flags of a run of two steps with a reward that counts words, and runs `body` in the
+    second step."""
     reward = out.parent / f"{out.name}.py"
     reward.write_text(
         "import sys\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
@@ -39,7 +39,7 @@ def flags(place, out, body="pass"):
 
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
-    """A run whose reward does nothing else."""
+    """A run with a reward that does nothing else."""
     out = tmp_path_factory.mktemp("callable") / "whole"
     interact.main(flags(place, out))
     return out
@@ -75,7 +75,8 @@ def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
 
 
 def assert_rewards_follow_from_records(run):
-    """Every story's reward, by the formula of docs/metrics.md, from its record and config.json."""
+    """Every story's reward, by the formula of docs/metrics.md, from the story's record and
+    config.json."""
     options = json.loads((run / "config.json").read_text())["options"]
     d, w, L = (options[name] for name in ("diversity", "length_weight", "length_words"))
     records = [*read_lines(run / "stories.jsonl"), *read_lines(run / "evaluations.jsonl")]

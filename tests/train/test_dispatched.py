@@ -1,9 +1,8 @@
-"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the
-CPU's path does.
+"""The number of operators that the GPU's path dispatches, counted on a CPU; and the same results as
+the CPU's path.
 
-A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the
-real one's counts. docs/kernels.md has them in a table.
-"""
+The counts do not depend on the size of a layer, so a small student with twelve layers has the
+counts of GPT-2-small. docs/kernels.md has them in a table."""
 
 from collections import Counter
 
@@ -64,7 +63,7 @@ def twins():
 
 @pytest.fixture
 def as_on_a_gpu(twins, monkeypatch):
-    """The CPU takes every decision that a GPU would."""
+    """On the CPU, the code takes every branch that a GPU would take."""
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
 
 

@@ -99,7 +99,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_have_the_same_stories_graded(place, tmp_path):
-    """Of a first step, whose stories are the same to the bit."""
+    """This holds in a first step, where the stories are bit-identical."""
     flags = [*SHORT, "--dtype", "float32", "--reward", f"{place / 'reward.py'}", "--steps", "1"]
     flags += ["--stories-per-step", "20", "--grades", "8", "--init", str(place / "p")]
     interact.main([*flags, "--out", str(tmp_path / "one")])
@@ -177,8 +177,8 @@ def running(pid: int) -> bool:
 def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(
     place, tmp_path, times, monkeypatch
 ):
-    """As a terminal sends it: to torchrun, which passes it on to its workers, which have sessions
-    of their own."""
+    """Ctrl-C as a terminal sends it: to torchrun, which passes the signal on to the workers in
+    their own sessions."""
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds, then SIGKILL
     if times == 2:
         # so that the first does not suffice

@@ -1,5 +1,5 @@
-"""README.md, CONTRIBUTING.md, docs/*.md and lab's pages name what there is: keys of metrics.jsonl, options and
-files."""
+"""README.md, CONTRIBUTING.md, docs/*.md and lab's pages name only existing options and files, and
+every key of metrics.jsonl."""
 
 import importlib
 import re
@@ -67,7 +67,8 @@ def test_every_option_and_file_that_the_docs_name_exists(capsys):
 
 
 def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_page():
-    """README begins with `make demo`, and its own commands make the runs that it names."""
+    """README begins with `make demo`, and the commands on README make the runs that README
+    names."""
     pages = [doc for doc in DOCS if doc.name != "CONTRIBUTING.md" and doc != ROOT / "README.md"]
     pages += [*ROOT.glob("scripts/*.py"), *ROOT.glob("lab/*.py")]
     made_by_demo = {"runs/demo/pretrain", "runs/demo/interact"}

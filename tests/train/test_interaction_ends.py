@@ -27,7 +27,7 @@ def whole(place, tmp_path_factory):
 def test_weights_that_are_not_finite_are_not_saved_by_interaction(
     place, tmp_path, monkeypatch, capsys
 ):
-    """Nor is a student with them evaluated, and other options let the run go on."""
+    """Nor is a student with such weights evaluated, and other options let the run continue."""
     argv = ["--init", str(place / "p"), *SHORT, "--save-every", "1", "--reward", "constant"]
     argv += ["--out", str(tmp_path / "i")]
     with monkeypatch.context() as patch:

@@ -52,8 +52,8 @@ while line := sys.stdin.readline():
 
 @pytest.fixture
 def run(place, tmp_path):
-    """run(command, argv, seconds): its exit code and what it said, killed after so many seconds if
-    it still runs."""
+    """Returns run(command, argv, seconds), which returns the command's exit code and output, and
+    kills the command after so many seconds."""
     forks = subprocess.Popen(
         [sys.executable, "-c", FORKS, place / "cache"],
         cwd=ROOT,
@@ -71,7 +71,7 @@ def run(place, tmp_path):
         assert child > 1, "else the kill would reach others"
         if seconds is not None:
             time.sleep(seconds)
-            # it is waited for only after this, so the number is still its own
+            # the process is waited for only after this, so the number is not reused
             os.kill(child, signal.SIGKILL)
         forks.stdin.write("\n")
         forks.stdin.flush()
@@ -93,7 +93,7 @@ def arguments(place, command, out):
 
 
 def given_again(place, command):
-    """What no record may name: of an interaction, until its first checkpoint."""
+    """The options that no record may name: those of an interaction, until the first checkpoint."""
     if command is pretrain:
         return ["--corpus", str(place / "corpus.txt")]
     return ["--init", str(checkpoint.newest(place / "p"))]
@@ -113,7 +113,7 @@ def all_whole(out) -> bool:
 def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run, command):
     """Some kills come before the first checkpoint, some while one is written; one bit of the newest
     one is flipped now and then. A run that ends before all kills begins again, from nothing or from
-    its last checkpoint but one."""
+    the last checkpoint but one."""
     whole, out, rng, kills, ends = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, 0
     began = time.monotonic()
     assert run(command, arguments(place, command, whole))[0] == 0

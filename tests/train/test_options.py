@@ -193,7 +193,7 @@ JUNK = (
 
 
 def recorded(folder, options) -> list[str]:
-    """Flags that resume a run with these options, of which only config.json is there."""
+    """Flags that resume a run with these options. The run's folder has only config.json."""
     run = {
         "options": options,
         "started": "2026-01-01T00:00:00+00:00",
@@ -248,7 +248,7 @@ def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it
     )
 
 
-# Per option that a resumed run keeps: another value than its default.
+# Per option that a resumed run keeps: a value that is not the default.
 OTHERWISE: dict[str, object] = {
     "preset": "paper",
     "init": "runs/b",
@@ -266,7 +266,7 @@ OTHERWISE: dict[str, object] = {
 def test_an_option_that_a_resumed_run_keeps_is_refused_and_its_recorded_value_is_not(
     config_class, tmp_path
 ):
-    """Else config.json records a value that nothing in the run has."""
+    """Otherwise config.json would record a value that the run does not use."""
     begun = asdict(config_class()) | ({"init": "runs/a"} if config_class is InteractConfig else {})
     resume = recorded(tmp_path, begun)
     kept = [f for f in options(config_class) if f.name in KEPT_ON_RESUME]
@@ -392,7 +392,7 @@ def test_the_next_command_that_is_printed_works_or_there_is_none(
     arguments = words[next(i for i, word in enumerate(words) if word.startswith("--")) :]
     assert arguments[2:] == [*corpus[:2], "--max-new-tokens", str(room)]
     small = "--steps 1 --stories-per-step 2 --eval-stories 2 --device cpu --reward constant".split()
-    # --corpus is for the built-in teacher, in whose place a constant is faster
+    # --corpus is for the built-in teacher; a constant is faster
     interact.main([*arguments[:2], *arguments[4:], *small, "--out", str(tmp_path / "i")])
 
 

@@ -22,7 +22,7 @@ from tinystory.run.folder import read_config
 from tinystory.student import checkpoint
 from tinystory.student.model import CUDA_HEAD_SIZES
 
-# The settings of arXiv 2509.15714 and its code.
+# The settings of arXiv 2509.15714 and of the paper's code.
 PAPER_PRETRAIN = dict(n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1)
 PAPER_PRETRAIN |= dict(vocab_size=16_000, corpus=["babylm-100m"], val_fraction=0.1, batch_size=256)
 PAPER_PRETRAIN |= dict(words=11 * 90_000_000, beta2=0.999, weight_decay=0.0, learning_rate=5e-4)

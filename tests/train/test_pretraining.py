@@ -158,7 +158,7 @@ def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monk
         pretrain, "train_step", lambda *args: (events.append("launched"), train_step(*args))[1]
     )
 
-    class Download(pretrain.Download):  # those of a step, not those of a story that is told
+    class Download(pretrain.Download):  # of a step's numbers, not of a sample
         def wait(self):
             events.append("read")
             return super().wait()
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
 def test_weights_that_are_not_finite_are_not_saved_by_pretraining(
     place, tmp_path, monkeypatch, capsys
 ):
-    """The loss of the step that makes them is finite."""
+    """The loss of the step that makes such weights is finite."""
     argv = ["--corpus", str(place / "corpus.txt"), "--words", "900", "--save-every", "1", *SMALL]
     argv += ["--out", str(tmp_path / "p")]
     with monkeypatch.context() as patch:
@@ -220,7 +220,8 @@ def test_micro_batches_change_only_memory(place, tmp_path):
 
 @pytest.mark.parametrize("stories", [["a b " * 200, "b a"], tiny_stories(160)])
 def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys, stories):
-    """Whether or not its vocabulary has another size, and so the weights another shape."""
+    """Whether or not the other tokenizer has another vocabulary size, and so the weights another
+    shape."""
     corpus = tmp_path / "c.txt"
     corpus.write_text((place / "corpus.txt").read_text())
     pretrain.main(["--corpus", str(corpus), "--words", "300", "--out", str(tmp_path / "r"), *SMALL])

@@ -1,4 +1,4 @@
-"""README's commands, in the order in which they are printed, in one folder."""
+"""README's commands, in the printed order, in one folder."""
 
 import contextlib
 import importlib
@@ -31,7 +31,7 @@ SMALLER = {
     "scripts.doctor": "--per-kind 2 --max-new-tokens 12 --device cpu",
 }
 FEWER_GRADES = "--grades 8 --stories-per-step 16"
-# Models of README's servers, each of which a local one stands in for.
+# Models of README's servers, which a local server replaces.
 MODELS = ("llama3.1:8b", "gpt-4o-mini")
 COMMAND = re.compile(r"(?:# my_reward\.py +)?((?:make|python) .*?)(?: {2,}#.*)?")
 ROW = re.compile(r"\|.*\| (.*) \|")
@@ -76,8 +76,8 @@ def demo() -> list[str]:
 
 
 def run(command: str, url: str = "") -> None:
-    """Run a command of README in this process, made smaller. url: the server that takes the place
-    of its server."""
+    """Run a command of README in this process, made smaller. url: the server that replaces the
+    command's server."""
     script, *arguments = shlex.split(command.removeprefix("python "))
     if Path(script).stem.startswith("python"):  # a printed command may name its interpreter
         script = arguments.pop(0)

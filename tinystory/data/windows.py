@@ -63,7 +63,7 @@ class Windows:
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = self._shuffled(epoch)
-        at = places(self.pieces[self.order[position]])
+        at = token_positions(self.pieces[self.order[position]])
         after = at[-1] + 1
         filling = np.arange(after, after + self.context + 1 - len(at))
         return np.concatenate([at, filling]) % len(self.file)
@@ -164,7 +164,7 @@ def best_fit(pieces: list[int], lengths: list[int], context: int) -> list[list[i
     return list(chain.from_iterable(with_room))
 
 
-def places(sequence: ndarray) -> ndarray:
+def token_positions(sequence: ndarray) -> ndarray:
     """(tokens + 1,) int64: the position of the token before the first piece, then the positions of
     the pieces' tokens in the file. Before the first document the position is -1, the file's last
     token, which is also `</s>`."""

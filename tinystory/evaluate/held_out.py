@@ -33,9 +33,9 @@ def is_evaluated(config: InteractConfig, step: int) -> bool:
     return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
-def has_dull_tellers(history: Mapping[str, Any]) -> bool:
+def learned_dull_text(history: Mapping[str, Any]) -> bool:
     """Whether a student with this history was trained on the built-in dull text, so that the style
-    (teller) of a story can be recognised."""
+    of a story can be recognised (`teller` in the records)."""
     return "dull" in (history.get("corpus") or ())
 
 
@@ -66,15 +66,15 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
-        if has_dull_tellers(history):
-            record["teller"] = dull.kind_of(story.text)
+        if learned_dull_text(history):
+            record["teller"] = dull.style_of(story.text)
         records.append(record)
     return records
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     """Measures of recorded stories: mean length, fraction ended, mean diversity; distinct_4 and
-    number of clusters over all stories; the fraction of the stories in each style (teller)."""
+    number of clusters over all stories; the fraction of the stories in each style."""
     texts = [record["story"] for record in records]
     means: dict[str, float | None] = {
         "length_mean": fmean(record["words"] for record in records),
@@ -84,10 +84,10 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
     }
-    tellers = [record["teller"] for record in records if "teller" in record]
-    if tellers:
-        for kind in dull.KINDS:
-            means[f"teller_{kind}"] = tellers.count(kind) / len(tellers)
+    styles = [record["teller"] for record in records if "teller" in record]
+    if styles:
+        for style in dull.STYLES:
+            means[f"teller_{style}"] = styles.count(style) / len(styles)
     return means
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory import ops
 from tinystory.data.shards import TokenFile, encode
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.data.windows import pack, pieces, places
+from tinystory.data.windows import pack, pieces, token_positions
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.run.records import Record
@@ -47,7 +47,7 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with student.lowered(ops.matmul_dtype(student.wte.weight)):
         for first in range(0, len(shard), batch):
-            rows = [file.tokens[places(cuts[row])] for row in shard[first : first + batch]]
+            rows = [file.tokens[token_positions(cuts[row])] for row in shard[first : first + batch]]
             rows = [torch.from_numpy(row.astype(np.int64)) for row in rows]
             inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
             targets = torch.cat([row[1:] for row in rows])

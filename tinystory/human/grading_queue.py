@@ -85,8 +85,8 @@ class GradingQueue:
         return self._grades[key]["scores"]
 
     def tick(self) -> int:
-        """The number of stories whose grades were handed in by this call, to be made regularly.
-        Grades are handed in once all waiting stories are graded and GRACE_S has passed."""
+        """Hand in the grades that are due, and return their number; to be called regularly. Grades
+        are due once all waiting stories are graded and GRACE_S has passed."""
         if self._ungraded() or time.monotonic() - self._graded < GRACE_S:
             return 0
         handed_in = len(self._waiting)

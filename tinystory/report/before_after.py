@@ -114,8 +114,8 @@ class BeforeAfter:
         shifts = []
         for key in before:
             if key.startswith("teller_") and key in after:
-                kind = key.removeprefix("teller_")
-                shifts.append(f"{kind} {before[key]:.0%} → {after[key]:.0%}")
+                style = key.removeprefix("teller_")
+                shifts.append(f"{style} {before[key]:.0%} → {after[key]:.0%}")
         if not shifts:
             return ""
         return (

@@ -74,7 +74,7 @@ PAUSE_NOTE = (
     "steeply when the text comes back."
 )
 TOTALS_NOTE = "These are keys of metrics.jsonl, which also holds PPO’s diagnostics of every step."
-# keys of which the last value is shown; of the others, the sum
+# keys with their last value among the totals; the other keys have their sum
 LATEST = ("words_in", "words_out", "teacher_cost", "kl_coef")
 SUMMED = (
     "rollout_s reference_s teacher_s update_s unscored teacher_requests teacher_retries teacher_cached "

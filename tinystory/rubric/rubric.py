@@ -14,7 +14,7 @@ score is three times the criterion, rounded.
         smooth      few n-grams of 2 to 4 common words that hardly ever occur together in the corpus
         reach       how much likelier words are given the four words before them than given two
     coherence
-        focus       fraction of mentions whose thing or character is mentioned more than once
+        focus       fraction of mentions of a thing or character with more than one mention
         introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
         referred    he, she, it, they fit one of the last five things or characters mentioned
         order       sentences are in the order in which their words usually come in a story

@@ -94,17 +94,17 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
 
 def check_fields(record: Record, fields: Fields) -> None:
     """Raises ValueError for a field that is missing, has the wrong type, or is out of range."""
-    for name, kinds in fields.items():
+    for name, types in fields.items():
         if name not in record:
-            if None in kinds:
+            if None in types:
                 continue
             raise ValueError(f"it has no {name!r}")
         value = record[name]
-        if type(value) not in kinds:
+        if type(value) not in types:
             raise ValueError(f"its {name!r} is {value!r:.40}")
-        if int in kinds and float not in kinds and not 0 <= value < 1 << 53:
+        if int in types and float not in types and not 0 <= value < 1 << 53:
             raise ValueError(f"its {name!r} is negative or too large")
-        if float in kinds:
+        if float in types:
             check_size(name, value)
     if fields is FIELDS[METRICS]:
         # every other value is a number, true, false or null, except what a teacher reports about

@@ -50,7 +50,7 @@ HISTORY: Fields = {
 }
 # Types of a trainer's counters, and bounds on the other values in the trainer's files, which may
 # come from somebody else too. Within these bounds no sum of squares overflows.
-KINDS: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+JSON_TYPES: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 LARGEST_COEFFICIENT = 1e9
 LARGEST_STATE = 1e15
 UNREADABLE = 1 << 63  # the step of a checkpoint with unreadable counters
@@ -142,18 +142,18 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
     """The `state` and the `counters` (as a `run_state`) given to `save`. Raises UserError unless
     all numbers are finite and in range."""
     counters = read_counters(folder)
-    kinds = get_type_hints(run_state)
+    field_types = get_type_hints(run_state)
     try:
-        if counters.keys() != kinds.keys():
+        if counters.keys() != field_types.keys():
             raise ValueError("it has other fields")
-        check_fields(counters, {name: KINDS[kind] for name, kind in kinds.items()})
+        check_fields(counters, {name: JSON_TYPES[hint] for name, hint in field_types.items()})
         for name, value in counters.items():
-            if kinds[name] is float and not 0 <= value <= LARGEST_COEFFICIENT:
+            if field_types[name] is float and not 0 <= value <= LARGEST_COEFFICIENT:
                 raise ValueError(f"its {name!r} is {value!r:.40}")
     except ValueError as error:
         raise UserError(
             f"{folder / 'trainer.json'} was not saved by this command ({error}): it must hold "
-            f"{', '.join(kinds)}"
+            f"{', '.join(field_types)}"
         ) from None
 
     path = folder / "trainer.safetensors"

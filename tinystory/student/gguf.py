@@ -48,7 +48,9 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
     shape = student.config
     bpe = json.loads(tokenizer.json)["model"]
     vocab = bpe["vocab"] | tokenizer.specials
-    kinds = [TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes]
+    token_types = [
+        TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes
+    ]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
     require_writable(path)
     with new_file(path) as partial:
@@ -65,7 +67,7 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
             tokenizer_model="gpt2",
             tokenizer_pre="gpt-2",  # byte-level BPE, and GPT-2's split
             token_list=sorted(vocab, key=vocab.__getitem__),
-            token_types=kinds,
+            token_types=token_types,
             token_merges=merges,
             bos_token_id=tokenizer.eos,
             eos_token_id=tokenizer.eos,

@@ -97,8 +97,9 @@ def require_finite(
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a new folder that transformers can load. Its generation settings sample from the
-    student's whole distribution. Raises OSError if the folder exists or cannot be written."""
+    """Write a new folder that transformers can load. The folder's generation settings sample
+    from the student's whole distribution. Raises OSError if the folder exists or cannot be
+    written."""
     names = {id: name for name, id in tokenizer.specials.items()}
     ids = {}
     tokens = {}

@@ -302,7 +302,7 @@ class Student(nn.Module):
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Final hidden states (B, T, C) of whole sequences, tokens (B, T) int64 with T <= context.
-        dropout: rate, for the places of `trunk` and for the attention weights, where `seed`
+        dropout: rate, where `trunk` applies it and for the attention weights, where `seed`
         determines the mask."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ void add_floats(Table& t, const std::string& type) {
   t["div.rn." + type] = each([](F a, F b) { return a / b; });
   t["rcp.rn." + type] = each([](F a) { return 1 / a; });
   t["sqrt.rn." + type] = each([](F a) { return std::sqrt(a); });
-  // A NaN gives way to a number, and -0 is less than 0.
+  // The result is the number if the other is NaN, and -0 is less than 0.
   t["min." + type] = each([](F a, F b) { return a < b || (a == b && std::signbit(a)) || std::isnan(b) ? a : b; });
   t["max." + type] = each([](F a, F b) { return a > b || (a == b && !std::signbit(a)) || std::isnan(b) ? a : b; });
-  // Comparisons are false of a NaN; with u, true.
+  // Comparisons with a NaN are false; with u, true.
   t["setp.eq." + type] = each([](F a, F b) { return a == b; });
   t["setp.ne." + type] = each([](F a, F b) { return a < b || a > b; });
   t["setp.lt." + type] = each([](F a, F b) { return a < b; });
@@ -147,7 +147,7 @@ float lg2(float x) {
 }
 
 uint16_t to_f16(float x) { return std::isnan(x) ? 0x7fff : std::bit_cast<uint16_t>(_Float16(x)); }
-// The nearer of the two bfloat16 around x; of two as near, the one whose last bit is 0.
+// The nearest bfloat16; a tie goes to the one with a last bit of 0.
 uint16_t to_bf16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const uint32_t u = std::bit_cast<uint32_t>(x), low = u & 0xffff0000u, rest = u - low;
@@ -185,7 +185,8 @@ Table table() {
     const Wide field = ((Wide(1) << std::min(length & 255, 64u)) - 1) << std::min(at & 255, 64u);
     return uint64_t((into & ~field) | ((Wide(a) << std::min(at & 255, 64u)) & field));
   });
-  // Each digit of c chooses one of the eight bytes of b and a; with its top bit, the byte's sign eight times.
+  // Each digit of c chooses one of the eight bytes of b and a; a digit with the top bit set gives the byte's sign eight
+  // times.
   t["prmt.b32"] = each([](uint32_t a, uint32_t b, uint32_t c) {
     uint32_t r = 0;
     for (int i = 0; i < 4; ++i) {

@@ -1,4 +1,4 @@
-// What instructions do to memory and to the lanes of a warp, from the PTX ISA.
+// The effects of instructions on memory and on the lanes of a warp, from the PTX ISA.
 #include <algorithm>
 #include <bit>
 #include <cmath>

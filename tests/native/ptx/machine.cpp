@@ -10,7 +10,7 @@ namespace ptx {
 namespace {
 
 constexpr uint64_t kLongest = 1ull << 30;  // instructions of all warps: more of them are a spin that never ends
-constexpr unsigned kTurn = 200;            // instructions of a warp before it is another's turn, at most
+constexpr unsigned kTurn = 200;            // largest number of instructions of a warp before another warp runs
 
 unsigned one_of(std::initializer_list<unsigned> choices) { return choices.begin()[simt::random() % choices.size()]; }
 
@@ -97,7 +97,7 @@ int Launch::pick(Warp& w, uint32_t ready, uint32_t& lanes) const {
   return pc;
 }
 
-// Runs some instructions of a warp, until all its lanes wait or have ended. Returns false if they do already.
+// Runs some instructions of a warp, until all lanes wait or have ended. Returns false if they did before.
 bool Launch::run_warp(Block& b, Warp& w, unsigned instructions) {
   for (unsigned n = 0; n < instructions; ++n) {
     const uint32_t ready = ~(w.exited | w.at_barrier | w.at_collective);

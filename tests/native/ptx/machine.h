@@ -1,4 +1,4 @@
-// A launch of a kernel: blocks of which some are resident at a time, their warps interleaved instruction by instruction.
+// A launch of a kernel: some blocks are resident at a time, with warps interleaved instruction by instruction.
 #pragma once
 #include <array>
 #include <unordered_map>
@@ -39,7 +39,8 @@ struct Block {
   std::vector<Warp> warps;
   unsigned at_barrier = 0, exited = 0;  // threads
   uint32_t barriers = 0;                // bar.sync so far
-  // What other blocks did before now; before this block's next barrier; and, by thread, before its next fence.
+  // The accesses of other blocks that come before now; before this block's next barrier; and, by thread, before the
+  // thread's next fence.
   Known known, seen;
   std::map<unsigned, Known> observed;
 };
@@ -61,7 +62,7 @@ class Launch {
   const bool early_copies_;      // cp.async lands when it is issued, not when it is waited for
   const unsigned newest_first_;  // percent of turns that the block that started last takes, so that others make it wait
   std::map<const char*, std::vector<Shadow>> shadow_;  // of global memory, by buffer
-  std::unordered_map<uint64_t, Known> released_;       // by flag: what the block that set it knew, itself included
+  std::unordered_map<uint64_t, Known> released_;       // by flag: the accesses known to the block that set it
 
   [[noreturn]] void fail(const Block&, const Warp&, int lane, const Instruction&, const std::string& why) const;
   std::unique_ptr<Block> start(uint32_t id) const;

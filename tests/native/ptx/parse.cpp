@@ -24,7 +24,7 @@ Words split(const std::string& s, char at) {
   return words;
 }
 bool starts_with(const std::string& s, const char* prefix) { return s.rfind(prefix, 0) == 0; }
-// What is between two strings; "" if the first is not there.
+// The text between two strings; "" if the first does not occur.
 std::string between(const std::string& s, const std::string& before, const std::string& after) {
   const size_t begin = s.find(before);
   return begin == std::string::npos ? ""
@@ -79,12 +79,12 @@ class Parser {
   size_t at_ = 0;
   Module module_;
   std::map<std::string, uint64_t> symbols_;
-  // Of the kernel that is being parsed.
+  // The kernel that is being parsed.
   Kernel* kernel_ = nullptr;
   std::map<std::string, int> registers_, labels_;
   std::map<uint64_t, int> immediates_;
   std::vector<std::pair<size_t, std::string>> jumps_;
-  std::map<int, std::pair<int, int>> products_;  // rows that hold one since the last label, and its factors
+  std::map<int, std::pair<int, int>> products_;  // rows with a product since the last label, and the factors
 
   [[noreturn]] void refuse(const std::string& what) const {
     throw simt::Error("PTX that the interpreter does not know: " + what);
@@ -219,7 +219,7 @@ class Parser {
 
   static uint32_t width(const std::string& type) { return uint32_t(std::stoul(type.substr(1))) / 8; }
 
-  // Of ld, st and atom: ".relaxed.gpu.global.s32", ".shared.v4.u32" ...
+  // The suffixes of ld, st and atom: ".relaxed.gpu.global.s32", ".shared.v4.u32" ...
   void access(Instruction& i, const Words& words) const {
     bool gpu = false, placed = false;
     for (size_t w = 1; w + 1 < words.size(); ++w) {

@@ -1,4 +1,4 @@
-// Compiled twice: by nvcc, whose PTX is interpreted, and by the C++ compiler with the twins of the SIMT machine.
+// Compiled twice: by nvcc into PTX, which is interpreted, and by the C++ compiler with the twins of the SIMT machine.
 #include "probe.h"
 
 #include "../../../csrc/cuda/primitives.cuh"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kRowsAt = 0, kPlainAt = 2048, kBinsAt = 3072, kTicketAt = 3200, kShared = 3328;
 
-// 16-bit integers from -7 to 7, whose products and sums are exact in any order.
+// 16-bit integers from -7 to 7: their products and sums are exact in any order.
 template <class Element>
 __device__ __forceinline__ uint32_t small_pair(uint32_t x) {
   return pack2<Element>(float(int(x % 15) - 7), float(int(x / 15 % 15) - 7));
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(probe::kThreads) probe_kernel(probe::Params p)
   const uint64_t sum = warp_prefix_sum(wide);
   r[n++] = uint32_t(sum), r[n++] = uint32_t(sum >> 32);
 
-  // Global memory, also after plain stores and before others to the same place.
+  // Global memory, also after plain stores and before others to the same address.
   for (int i = 0; i < 4; ++i) r[n++] = v1.word[i];
   for (int i = 0; i < 2; ++i) r[n++] = w.word[i];
   uint32_t* const own = p.scratch + 8 * id;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(probe::kThreads) probe_kernel(probe::Params p)
   for (int i = 0; i < 4; ++i) r[n++] = stored.word[i];
   for (int i = 0; i < 2; ++i) r[n++] = stored8.word[i];
 
-  // A thread copies a row to its warp's part, some of them not valid, and in a second group one more.
+  // Each thread copies a row to the warp's part (some rows are not valid), and one more row in a second group.
   char* const rows = shared_memory() + kRowsAt + thread / kWarpSize * 1024;
   copy_async16(rows + 16 * lane, in + 4, b % 4 != 0);
   copy_commit();
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(probe::kThreads) probe_kernel(probe::Params p)
   r[n++] = uint32_t(bins[thread % 8]), r[n++] = uint32_t(bins[thread % 8] >> 32);
   r[n++] = of_warp, r[n++] = plain[probe::kThreads - 1 - thread];
 
-  // Among blocks: each adds to what the one before it left.
+  // Between blocks: each block adds to the result of the block before.
   auto* const ticket = reinterpret_cast<int*>(shared_memory() + kTicketAt);
   if (thread == 0) *ticket = take_ticket(p.turns);
   sync_block();

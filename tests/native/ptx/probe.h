@@ -1,4 +1,4 @@
-// What the probe computes: a kernel that applies every primitive of primitives.cuh to arbitrary bits.
+// The results of the probe, a kernel that applies every primitive of primitives.cuh to arbitrary bits.
 #pragma once
 #include <cstdint>
 

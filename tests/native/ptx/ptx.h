@@ -12,7 +12,7 @@
 
 namespace ptx {
 
-// A register is a row: its value in each lane of a warp, zero-extended. Immediates and special registers are rows too.
+// A register is a row: the value in each lane of a warp, zero-extended. Immediates and special registers are rows too.
 using Row = uint64_t[simt::kWarpSize];
 enum SpecialRow { kUnused, kThread, kThreads, kBlock, kBlocks, kLane, kFirstRow };
 
@@ -21,11 +21,11 @@ using Arithmetic = void (*)(uint64_t* to, const uint64_t* const* from, uint32_t 
 Arithmetic find_arithmetic(const std::string& opcode);  // null: there is none
 
 enum class Op {
-  // Of registers alone.
+  // On registers alone.
   arithmetic,
   pack,
   unpack,
-  // What the scheduler runs.
+  // Run by the scheduler.
   branch,
   exit,
   sync_block,
@@ -39,7 +39,7 @@ enum class Op {
   fence,
   argument,
   trap,
-  // All lanes of a warp together, the first four with a mask of its members.
+  // All lanes of a warp together, the first four with a mask of the members.
   sync_warp,
   shuffle_idx,
   shuffle_xor,

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that nvcc's host code calls. A fat binary's PTX is parsed at its first launch; a kernel runs
-// before its launch returns, and its errors are simt::Error.
+// The part of the CUDA runtime that nvcc's host code calls. The PTX of a fat binary is parsed at the first launch. A
+// kernel runs before the launch returns, and errors are simt::Error.
 #include <cstring>
 
 #include "machine.h"

@@ -1,4 +1,4 @@
-// Every primitive: its PTX, interpreted, against its twin on the SIMT machine, which the kernels' other tests rely on.
+// Every primitive: interpreted PTX against the twin on the SIMT machine, on which the kernels' other tests rely.
 #include "../simt/check.h"
 #include "probe.h"
 
@@ -63,7 +63,7 @@ bool same(uint32_t x, uint32_t y, probe::Tolerance tolerance) {
     case probe::f16x2: return same_half(x, y, 0, 0x7c00) && same_half(x, y, 16, 0x7c00);
     case probe::ex2:  // which flushes subnormal results to 0
       return a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= std::fabs(b) * 0x1.8p-22 + 0x1p-126;
-    case probe::lg2:  // and their arguments, of which the logarithm is -infinity
+    case probe::lg2:  // and arguments with a logarithm of -infinity
       return a == b || (std::isnan(a) && std::isnan(b)) || (std::isinf(a) && b <= -126) ||
              std::fabs(a - b) <= std::max(1.0, std::fabs(b)) * 0x1.8p-22;
   }

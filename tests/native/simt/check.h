@@ -20,7 +20,7 @@ inline void check(bool ok, const std::string& what) {
   if (std::getenv("SIMT_STOP_AT_FIRST")) std::exit(1);
 }
 
-// Runs f; an exception, such as an Error of the SIMT machine, is a failed check with its message.
+// Runs f; an exception, such as an Error of the SIMT machine, is a failed check with the exception's message.
 template <class F>
 void run(const std::string& what, const F& f) {
   try {

@@ -2,9 +2,9 @@
 
 List scheduling on paper. 132 SMs hold two blocks each, and a block starts where one ends. A tile
 takes one unit of time, in the forward pass two; a block takes one more for its beginning, and in
-the backward pass one for its end. The backward pass adds to dQ in the last fifth of a tile, for
-which it waits for its turn. Compared are the order of csrc/cuda/tiles.cuh (`longest_first`) and the
-one before it: head by head, in the backward pass from the shortest block to the longest.
+the backward pass one for its end. The backward pass adds to dQ in the last fifth of a tile, after
+waiting for the block's turn. The report compares the order of csrc/cuda/tiles.cuh (`longest_first`)
+with the earlier order: head by head, in the backward pass from the shortest block to the longest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def forward_loss(order: Order) -> float:
 
 
 def backward_loss(order: Order, tokens: int, last_first: bool) -> float:
-    """Block i takes the queries from its own keys on, from the last query to the first or back;
+    """Block i takes the queries from the block's keys on, from the last query to the first or back;
     `last_first` also turns the order in which blocks add to dQ."""
     ends, work = [0.0] * PLACES, 0.0
     added: dict[tuple[int, int, int], float] = {}  # when a block added to dQ of a head's tile

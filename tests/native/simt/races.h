@@ -6,7 +6,7 @@
 
 namespace simt::trace {
 
-// A cp.async reads and writes at some time between its issue and its wait: recorded at both, counted at the first.
+// A cp.async reads and writes at some time between issue and wait: recorded at both, counted at the first.
 enum class Access { read, write, atomic, copy_issued, copy_landed, late_read };
 
 // Who touched a byte, and after how many barriers.
@@ -16,7 +16,7 @@ struct Stamp {
   int warp() const { return thread / 32; }
 };
 
-// Of other blocks of the launch: what block b did before its barrier known[b] comes before now.
+// For other blocks of the launch: the accesses of block b before b's barrier known[b] come before now.
 using Known = std::map<uint32_t, uint32_t>;
 
 // How far apart two accesses are that nothing orders: 1 lanes of a warp, 2 warps, 3 blocks. 0: they are ordered.

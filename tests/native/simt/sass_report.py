@@ -2,13 +2,11 @@
 budgets.txt.
 
 Needs nvcc and cuobjdump with nvdisasm (CUDA's toolkit, or `pip install '.[cuda-tools]'`), but no
-GPU. Without them it says so and exits with status 77, which ctest shows as skipped.
+GPU. Without these tools the script says so and exits with status 77, which ctest shows as skipped.
 
 Instructions per HMMA are those that a warp issues in one iteration of the tile loop, over the HMMA
-among them: in an interior tile (the budget), which is not masked, whose maxima are not far above
-earlier ones, and whose dQ is passed
-on to another block; and where nothing is branched over.
-"""
+among them: in an interior tile (the budget), which is not masked, has maxima not far above earlier
+ones, and passes dQ on to another block; and with no branch taken."""
 
 from __future__ import annotations
 
@@ -130,7 +128,7 @@ def issued(body: list[Instruction], everything: bool) -> tuple[int, int]:
 
 
 def instructions_per_hmma(kernel: str, body: list[Instruction]) -> tuple[float, float]:
-    """In an interior tile, and where nothing is branched over."""
+    """Counts in an interior tile, and with no branch taken."""
     m, n, gemms = SHAPES[kernel.split("<")[0]]
     ratios = []
     for everything in (False, True):

@@ -12,9 +12,9 @@
 //   * Accesses outside shared memory or outside every global buffer are errors, and so are misaligned accesses. Wide
 //     accesses are checked exactly, all others by the protected pages around each buffer.
 // Each of these ends the launch with an Error that names the line of the kernel that called the primitive.
-// Its blind spots: inline PTX, since it compiles twins of primitives.cuh, and blocks that run at the same time, so that a
-// block's wait for another, its release and its fence are never met. Both are what ../ptx runs.
-// trace.h adds what a schedule cannot show: data races that happened not to change a result, and memory traffic.
+// The machine does not see inline PTX, since it compiles twins of primitives.cuh, nor blocks that run at the same time,
+// and so no wait, release or fence between blocks. The interpreter in ../ptx runs both. trace.h adds what a schedule
+// cannot show: data races that happened not to change a result, and memory traffic.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -44,7 +44,7 @@ struct Site {
 };
 
 // --- for tests -------------------------------------------------------------------------------------------------------
-void set_seed(uint64_t seed);  // of the schedule; its parity decides on which side buffers touch a protected page
+void set_seed(uint64_t seed);  // of the schedule; odd or even decides on which side buffers touch a protected page
 void set_multiprocessors(int count);
 void trust_global_memory();  // from now on kernels may access any, since others allocate it
 int64_t bank_conflicts();    // extra passes of all ldmatrix so far, because rows of a matrix shared banks
@@ -95,12 +95,12 @@ char* shared_memory();
 int multiprocessors();
 uint32_t random();  // of the schedule
 
-// Accesses of `bytes` bytes, aligned to as many. Each is checked, and traced as one access of its lane.
+// Accesses of `bytes` bytes, aligned to as many. Each is checked, and traced as one access of the lane.
 void load_global(void* to, const void* from, size_t bytes, const Site&);
 void store_global(void* to, const void* from, size_t bytes, const Site&);
 void load_shared(void* to, const void* from, size_t bytes, const Site&);
 void atomic_add_shared(uint64_t*, uint64_t, const Site&);
-// Blocks run one after another, so what a block waits for has happened, or never does: an error.
+// Blocks run one after another, so a flag that a block waits for is set already, or never: an error.
 int take_ticket(int* counter, const Site&);
 void post(int* flag, int value, const Site&);
 int peek(const int* flag, const Site&);

@@ -14,11 +14,11 @@
 
 namespace tinystory::cuda {
 
-// Every primitive takes its call site as default arguments.
+// Every primitive takes the call site as default arguments.
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define SIMT_HERE \
   simt::Site { __func__, file, line }
-// For loops over registers only, which would report nothing but take long.
+// For loops over registers only, which report nothing and would take long.
 #define SIMT_UNTRACED __attribute__((no_sanitize("thread")))
 
 inline char* shared_memory() { return simt::shared_memory(); }

@@ -1,7 +1,7 @@
 // The attention kernels on the SIMT machine against their definition in float64.
 //
 // Error bounds are per element and to first order. An output is a sum of products; each product may have a relative
-// error of a few roundings in the dtype, plus the effect of float32 rounding on its score. So the bound is the same sum
+// error of a few roundings in the dtype, plus the effect of float32 rounding on the score. So the bound is the same sum
 // over absolute values, each term multiplied by its relative error.
 #include <algorithm>
 #include <set>
@@ -145,7 +145,7 @@ void test_training(uint64_t seed) {
     for (const int64_t D : {32, 64, 128}) test_training<Element>(c, D, ++seed);
 }
 
-// The longest tiles of a group's heads start first, and every tile is some block's.
+// The longest tiles of a group's heads start first, and every tile belongs to a block.
 void test_order() {
   for (const auto& [heads, tiles, group] :
        {std::tuple{1, 1, 1}, {1, 5, 1}, {7, 4, 7}, {10, 4, 5}, {11, 3, 4}, {384, 4, 192}}) {
@@ -161,7 +161,7 @@ void test_order() {
     }
     check(in_order && int(seen.size()) == heads * tiles, "order of " + std::to_string(heads) + " heads");
   }
-  // Groups that fit 32 MB: all heads; two equal ones; single heads, each of which is larger.
+  // Groups that fit 32 MB: all heads; two equal groups; single heads that are larger.
   check(cuda::heads_per_group(192, 128 << 10) == 192, "one group");
   check(cuda::heads_per_group(192, 256 << 10) == 96, "two groups");
   check(cuda::heads_per_group(5, 64 << 20) == 1, "groups of one head");

@@ -1,5 +1,5 @@
-// The SIMT machine itself: each kind of mistake is caught and named. That its primitives compute what the hardware does,
-// the probe shows (../ptx).
+// The SIMT machine itself: each kind of mistake is caught and named. That the primitives compute what the hardware
+// does, the probe shows (../ptx).
 #include "check.h"
 
 using namespace tinystory::cuda;
@@ -185,7 +185,7 @@ int main() {
   return report("simt_machine");
 }
 
-// Last in this file, because of #line: two calls whose lines have the same number, in different files.
+// Last in this file, because of #line: two calls on lines of the same number, in different files.
 namespace {
 void meet_at_equal_lines(bool other) {
   if (other) {

@@ -24,7 +24,7 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
   for (int64_t b = 0; b < B; ++b) spans.push_back(b % 3 ? P / 3 : 0), spans.push_back(b % 3 == 2 ? P / 3 : P);
   const auto qkv = normal<Element>(random, B * 3 * row), prefix = normal<Element>(random, P * 2 * row);
   auto cache = normal<Element>(random, B * T * 2 * row);
-  for (int64_t b = 0; b < B; ++b)  // what lies beyond a row's length is never read
+  for (int64_t b = 0; b < B; ++b)  // values beyond a row's length are never read
     std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1,
               cuda::from_float<Element>(NAN));
   std::vector<double> want(B * row), bound(B * row);
@@ -85,7 +85,7 @@ void test_decode() {
     }
 }
 
-// An invalid value that only the kernel can see, and that would lead outside its buffers.
+// An invalid value that only the kernel can see, and that would lead outside the buffers.
 template <class F>
 void expect_assertion(const std::string& words, const F& f) {
   std::string said;
@@ -360,7 +360,7 @@ void test_norm(int64_t rows, int64_t C, bool with_branch, double dropout, bool w
     double mean = 0, variance = 0, g_mean = 0, gn_mean = 0, size = 0;
     for (int64_t c = 0; c < C; ++c) {
       sum[r * C + c] = x[r * C + c];
-      // What is kept of the stream is rounded to float32, and its norm is that of what is kept.
+      // The stream is rounded to float32, and the norm is that of the rounded stream.
       if (with_branch) sum[r * C + c] = float(float(x[r * C + c]) + float(float(b[r * C + c]) * float(factor(r, c))));
       mean += sum[r * C + c] / C;
     }

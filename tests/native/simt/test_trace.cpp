@@ -1,4 +1,4 @@
-// The tracer itself on small kernels, then the CUDA kernels: free of data races, and each within its budget.
+// The tracer on small kernels; then the CUDA kernels have no data races and keep to their budgets.
 //
 // `simt_trace` tests; `simt_trace report` also prints what each source line of a kernel does; `simt_trace races` looks
 // for races in the kernels only.
@@ -48,7 +48,7 @@ void lanes(Params p) {
   if (p.mode == 3) p.out[lane()] = float(cuda::ballot(true));
   p.out[lane()] += shared()[lane() ^ 1];
 }
-// A write that the tracer is not told of, to shared or global memory.
+// A write to shared or global memory that is not reported to the tracer.
 __attribute__((no_sanitize("thread"))) void unseen(Params p) { (p.mode ? p.out : shared())[lane()] = 1; }
 // The same with a thread of another warp.
 void warps(Params p) {
@@ -72,7 +72,7 @@ void add(Params p) {
   if (p.mode == 0) *sum += 1;
   if (p.mode == 1) cuda::atomic_add_shared(sum, 1);
 }
-// One byte, and what another thread must not be hidden by: its last atomic or write is the reader's own.
+// Accesses to one byte: the reader's own last atomic or write must not hide that of another thread.
 void own_is_last(Params p) {
   auto* sum = reinterpret_cast<uint64_t*>(cuda::shared_memory());
   if (p.mode == 0) {  // an unordered atomic before the reader's own
@@ -102,7 +102,7 @@ void wide(Params p) {
   if (p.mode == 1) cuda::store16(p.out + 4 * i, cuda::Vec16{});
   if (p.mode == 2) shared()[i] = 1, cuda::load16_shared(shared() + 4 * (i / 4));
 }
-// Blocks take turns to write the same place; a mode leaves one part of that out.
+// Blocks take turns to write the same address; a mode leaves one part of the protocol out.
 void turns(Params p) {
   int *const counter = reinterpret_cast<int*>(p.out + 512), *const flag = counter + 1;  // both begin as -1
   auto* ticket = reinterpret_cast<int*>(shared());
@@ -116,7 +116,8 @@ void turns(Params p) {
 }
 // Blocks are not ordered by anything; mode 1 keeps apart what they write.
 void blocks(Params p) { p.out[threadIdx.x + (p.mode ? 32 * blockIdx.x : 0)] = 1; }
-// Every block reads; one writes after its own barrier, which orders its reads but not those of the other blocks.
+// Every block reads; one block writes after a barrier, which orders that block's reads but not those of the other
+// blocks.
 void read_by_blocks(Params p) {
   const float x = p.out[0];
   cuda::sync_block();
@@ -312,7 +313,7 @@ void norm(int64_t rows, int64_t C, bool with_branch, double dropout) {
   cuda::layer_norm_backward(p, nullptr);
 }
 
-// The runs that budgets.txt has budgets for, and those whose shapes are chosen for races alone.
+// The runs with budgets in budgets.txt, and runs with shapes that are chosen for races alone.
 const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
     {"attention", [] { attention<cuda::bf16>(1, 256, 2, 64, 0); }},
     {"attention-dropout", [] { attention<cuda::bf16>(1, 256, 1, 64, 0.1); }},
@@ -384,10 +385,10 @@ std::map<std::pair<std::string, std::string>, Budget> read_budgets() {
   return budgets;
 }
 
-// A count above its budget fails; so does a budget that is more than 5% above its count, since it would hide a loss.
+// A count above the budget fails; so does a budget that is more than 5% above the count, since it would hide a loss.
 void test_budgets(bool report) {
   auto budgets = read_budgets();
-  std::string table;  // as budgets.txt, with each count before its budget
+  std::string table;  // like budgets.txt, with each count before the budget
   for (const auto& [name, f] : kBudgeted)
     for (const auto& kernel : run_traced(name, f, 0)) {
       std::string key = kernel.name;

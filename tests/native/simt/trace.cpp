@@ -25,7 +25,7 @@ struct Place {
 };
 
 Known known,
-    seen;  // of the running block: what comes before all that it now does; before what follows its next barrier
+    seen;  // accesses before everything that the running block now does; before everything after its next barrier
 
 // One instruction of one warp: the addresses of the lanes that took part.
 struct Request {
@@ -34,7 +34,7 @@ struct Request {
   unsigned bytes;
   bool shared, atomic;
 };
-// The requests of one place since the warp last converged, the n-th executions of all lanes together.
+// The requests of one source line since the warp last converged, the n-th executions of all lanes together.
 struct Open {
   std::array<uint16_t, kWarpSize> executions{};
   std::vector<Request> requests;
@@ -60,11 +60,11 @@ struct State {
 
   std::vector<Shadow> shared;
   std::map<const char*, std::vector<Shadow>> global;
-  std::map<const char*, std::vector<char>> at_launch;  // what the global buffers held
+  std::map<const char*, std::vector<char>> at_launch;  // contents of the global buffers
   std::array<std::unordered_map<uint32_t, Open>, kMaxWarps> open;
   uint32_t block_barriers = 0;  // of all blocks of all launches so far
   std::array<uint32_t, kMaxWarps> warp_barriers{};
-  std::map<const int*, Known> flags;  // what the block that posted it knew, itself included
+  std::map<const int*, Known> flags;  // the accesses known to the block that posted it
 } state;
 
 uint32_t place_of(const Site& site) {
@@ -273,7 +273,7 @@ void block_barrier() {
   ++state.block_barriers;
   known = seen;
 }
-// What its own thread wrote since the barrier is not counted as ordered, which PTX would allow.
+// A write of the same thread since the barrier is not counted as ordered, which PTX would allow.
 void post(const int* flag) {
   state.flags[flag] = known;
   state.flags[flag][blockIdx.x] = state.block_barriers;

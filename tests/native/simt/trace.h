@@ -1,4 +1,4 @@
-// What a kernel does to memory, seen access by access: data races, and the counts that a GPU's profiler would show.
+// A kernel's accesses to memory, one by one: data races, and the counts that a GPU's profiler would show.
 //
 // Kernels are compiled with -fsanitize=thread, which puts a call to a __tsan_* function before every load and store;
 // tsan_hooks.cpp defines these functions, so no sanitizer runtime is linked. Primitives that move 16 bytes or copy

@@ -2,12 +2,12 @@
 tells no story.
 
 Most text that a child hears, or that a BabyLM reads, is not a story: talk and errands, lists,
-repetitions, picture books. The templates in dull.txt generate five styles ("tellers"): a routine, a
-list of objects, two characters who talk about nothing, a repeated sentence, and a picture described
-to a child, in the child-directed speech that CHILDES records. All dull text is grammatical, uses
-the names, settings and food of the stories, and is more predictable than a story. So for a student
-of both corpora (`--corpus builtin dull`), the dull continuation of an opening is the likelier one,
-and only a teacher's score shows that stories are better."""
+repetitions, picture books. The templates in dull.txt generate five styles: a routine, a list of
+objects, two characters who talk about nothing, a repeated sentence, and a picture described to a
+child, in the child-directed speech that CHILDES records. All dull text is grammatical, uses the
+names, settings and food of the stories, and is more predictable than a story. So for a student of
+both corpora (`--corpus builtin dull`), the dull continuation of an opening is the likelier one, and
+only a teacher's score shows that stories are better."""
 
 import random
 import re
@@ -25,7 +25,7 @@ class _Style:
     then a sentence per line."""
 
     def __init__(self, source: str):
-        self.kind, *lines = source.strip().split("\n")
+        self.name, *lines = source.strip().split("\n")
         self.facts = {}
         self.sentences = []
         for line in lines:
@@ -66,8 +66,8 @@ class _Style:
         return pattern
 
 
-_STYLES = [_Style(source) for source in grammar.source("dull").split("\n== ")[1:]]
-KINDS = (STORY, *(style.kind for style in _STYLES))
+_DULL_STYLES = [_Style(source) for source in grammar.source("dull").split("\n== ")[1:]]
+STYLES = (STORY, *(style.name for style in _DULL_STYLES))
 
 
 def documents(words: int, seed: int) -> Iterator[str]:
@@ -76,7 +76,7 @@ def documents(words: int, seed: int) -> Iterator[str]:
     rng = random.Random(f"dull {seed}")
     while words > 0:
         story, facts = grammar.generate(rng)
-        style = _STYLES[int(rng.random() * len(_STYLES))]
+        style = _DULL_STYLES[int(rng.random() * len(_DULL_STYLES))]
         opening = grammar.opening(story, facts)
         if opening.count('"') % 2 == 0:  # nobody is still speaking
             document = f"{opening} {style.continuation(rng, facts)}"
@@ -84,15 +84,15 @@ def documents(words: int, seed: int) -> Iterator[str]:
             yield document
 
 
-def kind_of(story: str) -> str:
-    """The style, one of KINDS, of a continuation of an opening. A dull style must match more of the
-    sentences than the number of sentences that match no style; otherwise the text is a STORY."""
-    kinds = Counter(map(_kind_of_sentence, grammar.segments(story)))
-    return max(KINDS, key=kinds.__getitem__)
+def style_of(story: str) -> str:
+    """The style, one of STYLES, of a continuation of an opening. A dull style must match more
+    sentences than there are sentences that match no style; otherwise the text is a STORY."""
+    styles = Counter(map(_style_of_sentence, grammar.segments(story)))
+    return max(STYLES, key=styles.__getitem__)
 
 
-def _kind_of_sentence(sentence: str) -> str:
-    for style in _STYLES:
+def _style_of_sentence(sentence: str) -> str:
+    for style in _DULL_STYLES:
         if style.pattern.fullmatch(sentence):
-            return style.kind
+            return style.name
     return STORY

@@ -36,7 +36,7 @@ PRONOUNS = (  # by she = 0, 1
     {"he": "he", "him": "him", "his": "his", "himself": "himself"},
     {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 )
-# classes of heroes whose friend is a child
+# classes of heroes with a child as the friend
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 SEGMENT = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')

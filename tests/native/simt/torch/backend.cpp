@@ -1,5 +1,5 @@
-// csrc/cuda/ops.cpp with the SIMT machine as its device and the CPU's tensors as those of CUDA: once loaded into torch, the
-// operators on the CPU are the CUDA ones. tests/cuda_device/libraries.py builds it.
+// csrc/cuda/ops.cpp with the SIMT machine as the device and CPU tensors instead of CUDA tensors: once loaded into
+// torch, the operators on the CPU are the CUDA ones. tests/cuda_device/libraries.py builds it.
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
