@@ -31,7 +31,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow
 # machine is no failure.
 examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
-hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
+hypothesis.settings.register_profile(
+    "patient",
+    deadline=None,
+    max_examples=examples,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("patient")
 
 LIMIT_S = 600  # for what ends by itself: only a hang reaches it, however busy the machine is
