@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 from tinystory.data.builtin import grammar
+from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops import backend
 from tinystory.rubric.rubric import Rubric
@@ -137,6 +138,12 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(tiny_stories(200), 320)
+
+
+@pytest.fixture(scope="session")
+def builtin_documents() -> dict[str, list[str]]:
+    """The documents of each built-in corpus, by name."""
+    return {name: list(open_corpus([name]).documents()) for name in BUILTIN}
 
 
 @pytest.fixture(scope="session")
