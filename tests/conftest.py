@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 from tinystory.data.builtin import grammar
+from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops import backend
 from tinystory.rubric.rubric import Rubric
@@ -31,7 +32,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow
 # machine is no failure.
 examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
-hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
+hypothesis.settings.register_profile(
+    "patient",
+    deadline=None,
+    max_examples=examples,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("patient")
 
 LIMIT_S = 600  # seconds that only a hang takes, however busy the machine is
@@ -132,6 +138,12 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(tiny_stories(200), 320)
+
+
+@pytest.fixture(scope="session")
+def builtin_documents() -> dict[str, list[str]]:
+    """The documents of each built-in corpus, by name."""
+    return {name: list(open_corpus([name]).documents()) for name in BUILTIN}
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,9 @@ if os.environ["RANK"] == "1":
 train_interact.main(sys.argv[2:])
 """
     )
-    argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
+    argv = SHORT + cli(
+        "--steps 3 --reward random --init {} --out {}", tmp_path / "p", tmp_path / "i"
+    )
     printed = on_two_processes(script, place / "cache", *argv)
     assert printed.count("stopped after step 1, all saved") == 1
     assert "Mean reward" not in printed
