@@ -20,8 +20,12 @@ from tinystory.config import (
     parse,
 )
 from tinystory.data.babylm import MILESTONES
+from tinystory.data.builtin import dull
+from tinystory.report.charts import Line, chart
 from tinystory.run.folder import locked
+from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader, random_scores
+from tinystory.teacher.grade import Grade, Grader
 
 # ---- runs of commands that train nothing ---------------------------------------------------------
 
@@ -212,6 +216,42 @@ def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
 
+class Half(Grader):
+    """Gives every story half of the highest score, an empty one too."""
+
+    def grades(self, questions, stop=None):
+        return [Grade(None, 0.5)] * len(questions)
+
+
+def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    history = {"corpus": ["builtin", "dull"]}
+    monkeypatch.setattr(checkpoint, "load", lambda *_: (student, tokenizer, history))
+    monkeypatch.setattr(reproduce.recipes, "COREFERENCE", 4)
+    grader = Half({})
+    pretrain = PretrainConfig(corpus=[str(place / "corpus.txt")], device="cpu", vocab_size=300)
+    (tmp_path / "openings.txt").write_text("Tom had a ball.\nMia sat.\n")
+    config = InteractConfig(
+        max_new_tokens=12, openings=str(tmp_path / "openings.txt"), device="cpu"
+    )
+    settings = {"stories": 6, "blimp": ""}
+    columns = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert {
+        *dull.STYLES,
+        "repeated_name",
+        "he_or_she",
+        "bits_per_byte",
+    } < columns.keys()
+    assert columns["score"] == 4.5
+    history["corpus"] = ["elsewhere"]
+    others = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}
+    assert {name: others[name] for name in reproduce.OF_STORIES} == {
+        name: columns[name] for name in reproduce.OF_STORIES
+    }
+    assert others["bits_per_byte"] != columns["bits_per_byte"]
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -243,6 +283,17 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
     ]
     assert rows[-1] == ["4 M + interaction", "3", "3.5 ± 0", "0.89 ± 0.00577"]
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page and "<svg" in page
+
+
+def test_a_chart_with_error_bars():
+    line = Line([1e6, 2e6, 3e6], [1.0, 2.0, 3.0], "reward", "seeds", [0.5, None, 2.0])
+    drawing = chart("Score", [line])
+    x = [float(each) for each in re.findall(r'cx="([\d.]+)"', drawing)]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
+    bars = re.findall(r'class="error" d="M([\d.]+),([\d.]+)V([\d.]+)"', drawing)
+    lengths = [float(low) - float(high) for _, low, high in bars]
+    assert [float(at) for at, _, _ in bars] == [x[0], x[2]]
+    assert lengths[1] == pytest.approx(4 * lengths[0], abs=0.3)
 
 
 @pytest.mark.slow
