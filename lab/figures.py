@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from tinystory.report.charts import STYLE, palette, svg, text
 
+COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # of curves
+
 
 class Bar(NamedTuple):
     """A bar of a chart. value: 0 to 1; error: the standard error of the value."""

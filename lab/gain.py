@@ -5,7 +5,7 @@ python lab/gain.py --words 400000 800000 1500000 3000000 6000000 --seeds 41 42 4
     --options "I --reward lab/two_judges.py" "shuffled: I --reward lab/two_judges.py"
 
 with I = `--preset english --temperature 0.5 --grades 256 --steps 8 --stories-per-step 384
---no-eval-graded --eval-every 0`. For each number of words and each seed, a student is pretrained
+--no-eval-graded --eval-every 0 --teacher-timeout 1800`. For each number of words and each seed, a student is pretrained
 and then trained by each text of --options, as in lab/recipes.py; the first text is the interaction,
 further texts are controls. Finished runs and measured rows are not repeated.
 
@@ -19,6 +19,7 @@ least-squares fits of the gain of each student on two numbers that are known aft
 interaction: the standard deviation of the first scores, and the room above their mean. It writes
 OUT/gain.json (every number of the tables), OUT/sense.svg and OUT/gain.svg."""
 
+import itertools
 import json
 import math
 import sys
@@ -34,6 +35,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import numpy as np
 
 from lab import figures, recipes
+from lab.figures import COLOURS
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
@@ -43,7 +45,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
 from tinystory.run.options import add_number, script_parser
-from tinystory.run.records import Record, read_metrics
+from tinystory.run.records import Record, read_stories
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.open_grader import open_grader
 
@@ -53,7 +55,6 @@ BEST_OF_4 = "before, best of 4 by the teacher"  # name of a row
 SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
 # 97.5 % quantiles of Student's t distribution by degrees of freedom
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")
 
 
 class Interval(NamedTuple):
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", default="runs/gain", help="folder for the runs")
     add("--words", nargs="+", type=int, required=True, metavar="N", help="words of pretraining")
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of both trainings")
+    add("--seeds", nargs="+", type=int, required=True, metavar="N", help="seeds of both trainings")
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
     add(
         "--options",
@@ -149,15 +150,20 @@ def train_and_measure(
         by_name[best.name] = measured(best, teacher, reader)
 
     arm_rows = [row for row in rows if row.folder != start]
-    first = read_metrics(arm_rows[0].folder)[0]
-    highest = 1 if teaching.reward else 9
+    scores = first_scores(arm_rows[0].folder)
     return {
         "seed": seed,
         "rows": by_name,
         "arms": [row.name for row in arm_rows],
-        "score_std": first["score_std"] / highest,
-        "score_mean": first["score_mean"] / highest,
+        "score_std": stdev(scores),
+        "score_mean": fmean(scores),
     }
+
+
+def first_scores(run: Path) -> list[float]:
+    """The teacher's scores, 0..1, in the first step of an interaction."""
+    stories = itertools.takewhile(lambda story: story["step"] == 1, read_stories(run))
+    return [story["score"] for story in stories if story["score"] is not None]
 
 
 def summarise(words: int, student: Record, before: str) -> Record:
@@ -242,26 +248,20 @@ def fit(gains: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
 def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
     """Write sense.svg, the sense by words of pretraining, and gain.svg, the gain by the standard
     deviation of the first scores."""
-    curves = {"before": "before", BEST_OF_4: BEST_OF_4, arms[0]: "after interaction"}
-    curves |= {arm: arm.partition(":")[0].strip("`") for arm in arms[1:]}
+    groups = by_words(students)
+    millions = [words / 1e6 for words in groups]
+    names = {BEST_OF_4: BEST_OF_4, arms[0]: "after interaction"}
+    names |= {arm: arm.partition(":")[0].strip("`") for arm in arms[1:]}
+    curves = {"before": [student["rows"][student["before"]]["sense"] for student in students]}
+    for row, name in names.items():
+        curves[name] = [student["rows"][row]["sense"] for student in students]
     lines = []
-    for (row, name), colour in zip(curves.items(), COLOURS, strict=False):
-        means = []
-        for group in by_words(students).values():
-            senses = [
-                student["rows"][student["before"] if row == "before" else row]["sense"]
-                for student in group
-            ]
-            means.append(interval(senses))
-        lines.append(
-            Line(
-                [words / 1e6 for words in by_words(students)],
-                [mean.mean for mean in means],
-                colour,
-                name,
-                [mean.half for mean in means],
-            )
-        )
+    for (name, senses), colour in zip(curves.items(), COLOURS, strict=False):
+        by_group = np.array(senses).reshape(len(groups), -1)  # (words, seeds)
+        intervals = [interval(group.tolist()) for group in by_group]
+        means = [each.mean for each in intervals]
+        errors = [each.half for each in intervals]
+        lines.append(Line(millions, means, colour, name, errors))
     sense = chart(
         "Sense of stories, nats per token",
         lines,
@@ -270,20 +270,14 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
     )
     atomic_write(out / "sense.svg", figures.standalone(sense))
 
-    groups = []
-    for (words, group), colour in zip(by_words(students).items(), COLOURS, strict=False):
-        group = sorted(group, key=lambda student: student["score_std"])
-        groups.append(
-            Line(
-                [student["score_std"] for student in group],
-                [student["gain"][arms[0]] for student in group],
-                colour,
-                f"{words / 1e6:g} M",
-            )
-        )
+    lines = []
+    for (words, group), colour in zip(groups.items(), COLOURS, strict=False):
+        points = sorted((student["score_std"], student["gain"][arms[0]]) for student in group)
+        deviations, gains = zip(*points, strict=True)
+        lines.append(Line(deviations, gains, colour, f"{words / 1e6:g} M"))
     gain = chart(
         "Gain in sense, nats per token",
-        groups,
+        lines,
         x_name="standard deviation of the first scores",
         size=(640, 320),
     )
@@ -291,6 +285,7 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
 
 
 def by_words(students: Sequence[Record]) -> dict[int, list[Record]]:
+    """The students by their words of pretraining; each group has the same seeds in order."""
     groups: dict[int, list[Record]] = {}
     for student in students:
         groups.setdefault(student["words"], []).append(student)

@@ -10,9 +10,9 @@ train_interact.py trains it once for each text of --options (default: the demo, 
 the student's likelihood or a constant as the score). A control of lab/controls.py can precede the
 options, separated by a colon. Finished runs and measured rows are not repeated.
 
-Each student, before and after interaction, then writes a story for each held-out opening (--stories
-limits their number), and the built-in teacher grades the stories. Further controls before
-interaction are lower temperatures, and the best of four stories by log-likelihood or by reward.
+Each student, before and after interaction, then writes a story for each held-out opening, and the
+built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
+the best of four stories by log-likelihood or by reward.
 --reader adds the sense of the stories, a coherence score by a language model (lab/reader.py).
 Coreference is measured on unseen stories of the grammar or, for a student of another corpus, on its
 validation split.
@@ -65,7 +65,7 @@ from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
-from tinystory.run.options import add_number, script_parser
+from tinystory.run.options import script_parser
 from tinystory.run.records import Record, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
@@ -133,16 +133,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
     add("--reader", default="", metavar="NAME", help="language model that judges the stories too")
-    add(
-        "--temperatures",
-        nargs="*",
-        type=float,
-        default=TEMPERATURES,
-        metavar="T",
-        help="temperatures of the student before interaction, for controls",
-    )
-    most = len(OPENINGS)
-    add_number(parser, "--stories", most, f"[2, {most}]", "number of stories per row")
     options = parser.parse_args(argv)
     out = folder_of(options.out)
     arms = {text: arm_of(text) for text in options.options}
@@ -153,15 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             interact_config(["--seed", str(seed), *arm.words])
     reader = Reader(options.reader) if options.reader else None
     with locked(out):
-        records = compare(
-            out,
-            options.seeds,
-            pretraining,
-            arms,
-            options.temperatures,
-            OPENINGS[: options.stories],
-            reader,
-        )
+        records = compare(out, options.seeds, pretraining, arms, reader)
     bars = print_table(records)
     title = "Mean reward, 0 to 1, for held-out openings (± standard error over openings)"
     figure = figures.bar_chart(title, bars, PLAIN_NAMES["the demo"])
@@ -178,22 +160,19 @@ def compare(
     seeds: Sequence[int],
     pretraining: Sequence[str],
     arms: Mapping[str, Arm],
-    temperatures: Sequence[float],
-    openings: Sequence[str],
     reader: Reader | None,
 ) -> list[Record]:
     """The measures of each row for each seed, after training the students. Adds new measures to
-    OUT/rows.jsonl. pretraining: options of pretraining. arms: interactions by their texts.
-    temperatures: those of the controls. openings: one per story of a row."""
+    OUT/rows.jsonl. pretraining: options of pretraining. arms: interactions by their texts."""
     path = out / "rows.jsonl"
     records: list[Record] = []
     for seed in seeds:
-        rows = train_students(out, seed, pretraining, arms, temperatures)
+        rows = train_students(out, seed, pretraining, arms, TEMPERATURES)
         config = pretrain_config(["--seed", str(seed), *pretraining])
         unseen = unseen_texts(config)
         with open_grader(CONFIG, corpus=config.corpus) as grader:
             for row in rows:
-                measure_row = partial(measure, row, grader, CONFIG, openings, reader, unseen)
+                measure_row = partial(measure, row, grader, CONFIG, OPENINGS, reader, unseen)
                 records.append(measured(path, row.name, seed, measure_row))
     return records
 

@@ -40,6 +40,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 from tqdm import tqdm
 
 from lab import recipes
+from lab.figures import COLOURS
 from lab.pairs import evaluate_pairs, task_items
 from lab.runs import (
     corpus_of_teacher,
@@ -73,7 +74,6 @@ VAL_SEQUENCES = 256  # held-out sequences for bits per byte
 # columns of the table for any corpus
 OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")
 BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's name is its --reward
-COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # by arm
 
 
 @dataclass(frozen=True)

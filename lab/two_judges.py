@@ -9,7 +9,8 @@ docs/english.md has the other options. Environment variables:
 CORPUS    the corpora and files to which the rubric is fitted, separated by spaces (default: builtin)
 READER    the reader: a value of --reader of lab/judge.py
 TEACHER   options of train_interact.py that name a teacher, which then replaces the reader:
-          TEACHER="--teacher-url http://127.0.0.1:8000/v1 --teacher-prompt examples"
+          TEACHER="--teacher-url http://127.0.0.1:8000/v1 --teacher-prompt examples"; a resumed run
+          asks again about the stories of the step that was interrupted
 """
 
 import atexit
