@@ -3,16 +3,19 @@
 python lab/babylm.py runs/demo/pretrain --blimp blimp_filtered --reading reading_data.csv
 python lab/babylm.py chck_* --babylm full_eval --predictions results/small    files to submit
 python lab/babylm.py runs/demo/pretrain --coreference 300                     names and pronouns
+python lab/babylm.py P1 I1 P2 I2 P3 I3 --changes --blimp blimp_filtered       what changed, by pairs
 
 CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest
-run under runs/) or a folder saved by transformers. Data files are BabyLM's own, gzipped or not.
-Measures are defined as in BabyLM's pipeline."""
+run under runs/) or a folder saved by transformers. --changes takes pairs of checkpoints, before and
+after a training, one pair per seed, and adds the mean change of each measure with its 95 % interval
+over the pairs. If this interval is within ±d, the measure is the same within d. Data files are
+BabyLM's own, gzipped or not. Measures are defined as in BabyLM's pipeline."""
 
 import functools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +27,7 @@ from tqdm import tqdm
 
 from lab import submission
 from lab.coreference import coreference
+from lab.intervals import interval, require_interval
 from lab.pairs import evaluate_pairs, evaluate_wug
 from lab.reading_times import evaluate_reading_times
 from scripts.evaluate import student_record
@@ -102,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         "[0, 100000]",
         "number of unseen built-in stories on which coreference is measured",
     )
+    add("--changes", action="store_true", help="the checkpoints are pairs, before and after")
     add("--device", default="auto")
     add("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
@@ -118,6 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE"
         )
+    if options.changes:
+        if len(options.checkpoints) % 2:
+            raise UserError("--changes needs pairs of checkpoints: BEFORE AFTER BEFORE AFTER ...")
+        require_interval("--changes: the number of pairs", len(options.checkpoints) // 2)
     if options.out:
         require_output(options.out)
     stories = unseen_stories(options.coreference)
@@ -146,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         submission.save_surprisals(options.predictions, surprisals)
 
     print(*aligned(comparison(records, ROWS)), sep="\n")
+    if options.changes:
+        print(*changes(records), sep="\n")
     for record in records:
         left_out = {}
         for name in paths:
@@ -156,6 +167,21 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         report = {"tasks": paths, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")
+
+
+def changes(records: Sequence[Record]) -> list[str]:
+    """A line for each measure: the mean change and its 95 % interval over the pairs. records: of
+    the checkpoints, before and after in turn. Left out: measures that a record does not have."""
+    lines = []
+    for name, task, key, _, decimals in ROWS:
+        values = [(record.get(task) or {}).get(key) for record in records]
+        known = [value for value in values if value is not None]
+        if len(known) < len(records):
+            continue
+        pairs = zip(known[::2], known[1::2], strict=True)
+        change = interval([after - before for before, after in pairs])
+        lines.append(f"change of {name}: {change.mean:+.{decimals}f} ± {change.half:.{decimals}f}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -21,13 +21,11 @@ OUT/gain.json (every number of the tables), OUT/sense.svg and OUT/gain.svg."""
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,12 +34,13 @@ import numpy as np
 
 from lab import figures, recipes
 from lab.figures import COLOURS
+from lab.intervals import interval, require_interval
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
 from tinystory.evaluate.intervals import mean_of
 from tinystory.report.charts import Line, chart
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
 from tinystory.run.options import add_number, script_parser
@@ -53,18 +52,6 @@ TEMPERATURES = (0.5, 0.4)  # of the student before interaction
 BEST_OF_4 = "before, best of 4 by the teacher"  # name of a row
 # measures of a row in the tables and in gain.json
 SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
-# 97.5 % quantiles of Student's t distribution by degrees of freedom
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-
-
-class Interval(NamedTuple):
-    """A mean with half the length of its 95 % interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}"
 
 
 @command
@@ -86,10 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     most = len(recipes.OPENINGS)
     add_number(parser, "--stories", 100, f"[2, {most}]", "number of stories per row")
     options = parser.parse_args(argv)
-    if not 1 <= len(options.seeds) - 1 <= max(T_QUANTILES):
-        raise UserError(
-            f"--seeds must be 2 to {max(T_QUANTILES) + 1} numbers for an interval, not {len(options.seeds)}"
-        )
+    require_interval("--seeds", len(options.seeds))
     out = folder_of(options.out)
     arms = {text: arm_of(text) for text in options.options}
     pretraining = words_of("--pretrain", options.pretrain)
@@ -193,12 +177,6 @@ def best_temperature(students: Sequence[Record]) -> str:
         return fmean(student["rows"][name]["sense"] for student in students)
 
     return max(names, key=mean_sense)
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean, and half the length of its 95 % interval, by Student's t distribution."""
-    half = T_QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    return Interval(fmean(values), half)
 
 
 def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:

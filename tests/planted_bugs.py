@@ -227,6 +227,7 @@ COMMANDS = {
     "pretrain": f"{PRETRAIN} --dtype float32",
     "pretrain16": f"{PRETRAIN} --dtype bfloat16",
     "one head": f"{PRETRAIN} --dtype float32 --n-embd 96 --n-head 1 --words 200",
+    "pretrain with the CUDA kernels": f"{PRETRAIN} --dtype bfloat16 --words 200",
     "interact": f"{INTERACT} --dtype float32",
     "interact16": f"{INTERACT} --dtype bfloat16",
 }
@@ -290,6 +291,9 @@ class HostCommands:
             "CUDA_DEVICE_COUNTS": str(counts),
             "TINYSTORY_KERNELS": "ours",
         }
+        if command.endswith("with the CUDA kernels"):
+            libraries = [sys.executable, root / "tests/cuda_device/libraries.py"]
+            env["CUDA_DEVICE_KERNELS"] = subprocess.check_output(libraries, text=True).strip()
         line = [sys.executable, *map(str, start), *options, "--device", device, "--out", "out"]
         done = subprocess.run(line, capture_output=True, text=True, env=env, cwd=work)
         results = []

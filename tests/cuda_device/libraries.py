@@ -3,8 +3,9 @@
 device_library()  device.cpp, alone
 kernel_library()  the project's CUDA binding and kernels on the SIMT machine of tests/native/simt
 
-As a script, which those two start: libraries.py NAME FOLDER. Compiling loads a library into the
-process that asked, and so the device; therefore no process of the tests compiles."""
+As a script: `libraries.py` prints the path of kernel_library(), and `libraries.py NAME FOLDER`,
+which those two start, compiles a library. Compiling loads a library into the process that asked,
+and so the device; therefore no process of the tests compiles."""
 
 import hashlib
 import importlib.metadata
@@ -90,4 +91,7 @@ def main(name: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1:]:
+        main(sys.argv[1], Path(sys.argv[2]))
+    else:
+        print(kernel_library())

@@ -314,14 +314,26 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
     assert "BLiMP, %" in printed and "run/chck_2M" in printed
 
 
+def test_a_change_is_the_mean_over_pairs_with_its_interval():
+    """Differences of 1 and 3: mean 2, standard error 1, and 12.706 standard errors each way."""
+    accuracies = [50.0, 51.0, 60.0, 63.0]
+    records = [{"blimp": {"accuracy": accuracy}, "wug": {}} for accuracy in accuracies]
+    assert babylm.changes(records) == ["change of BLiMP, %: +2.0 ± 12.7"]
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
-    [([], "nothing to evaluate"), (["--blimp", "missing"], "neither a checkpoint nor a run")],
+    [
+        ([], "nothing to evaluate"),
+        (["--blimp", "missing"], "neither a checkpoint nor a run"),
+        (["--blimp", "missing", "--changes"], "needs pairs of checkpoints"),
+        (["one", "--blimp", "missing", "--changes"], "pairs must be 2 to 8 for an interval, not 1"),
+    ],
 )
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        babylm.main(["nothing", "--device", "cpu", *arguments])
+        babylm.main(["nothing", *arguments, "--device", "cpu"])
     assert complaint in capsys.readouterr().err
 
 

@@ -63,7 +63,7 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (["--words", "400", "--seeds", "1"], "--seeds must be 2 to 8 numbers"),
+        (["--words", "400", "--seeds", "1"], "--seeds must be 2 to 8 for an interval, not 1"),
         (["--words", "0", "--seeds", "1", "2"], "--words must be"),
         (["--words", "400", "--seeds", "1", "2", "--options", "--lam 7"], "--lam must be"),
     ],
