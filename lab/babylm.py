@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         path = getattr(options, name)
         if path:
             paths[name] = path
+    for name, path in paths.items():
+        if not Path(path).exists():  # it would be noticed only after the tasks before it
+            raise UserError(f"there is no {path}, from which {name} is to be evaluated")
     if not paths and not options.aoa and not options.coreference:
         raise UserError(
             "nothing to evaluate: give --babylm FOLDER, --blimp or another task, or --coreference N"

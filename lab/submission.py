@@ -37,8 +37,8 @@ def find_tasks(folder: Path) -> dict[str, str]:
         begin = "wug_adj" if task == "wug" else task
         folders = sorted(path for path in folder.glob(f"{begin}*") if path.is_dir())
         if folders:
-            data = folders[0] / "reading_data.csv" if task == "reading" else folders[0]
-            tasks[task] = str(data)
+            files = sorted(folders[0].glob("reading_data.csv*"))  # gzipped or not
+            tasks[task] = str(files[0] if task == "reading" and files else folders[0])
     if not tasks:
         raise UserError(
             f"{folder} is not BabyLM's full_eval or fast_eval: it holds none of {', '.join(TASKS)}"

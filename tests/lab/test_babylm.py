@@ -325,13 +325,15 @@ def test_a_change_is_the_mean_over_pairs_with_its_interval():
     "arguments, complaint",
     [
         ([], "nothing to evaluate"),
-        (["--blimp", "missing"], "neither a checkpoint nor a run"),
-        (["--blimp", "missing", "--changes"], "needs pairs of checkpoints"),
-        (["one", "--blimp", "missing", "--changes"], "pairs must be 2 to 8 for an interval, not 1"),
+        (["--blimp", "pairs.jsonl"], "neither a checkpoint nor a run"),
+        (["--blimp", "pairs.jsonl", "--ewok", "missing"], "there is no missing, from which ewok"),
+        (["--blimp", "pairs.jsonl", "--changes"], "needs pairs of checkpoints"),
+        (["one", "--blimp", "pairs.jsonl", "--changes"], "pairs must be 2 to 8 for an interval"),
     ],
 )
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pairs.jsonl", BLIMP)
     with pytest.raises(SystemExit, match="2"):
         babylm.main(["nothing", *arguments, "--device", "cpu"])
     assert complaint in capsys.readouterr().err
@@ -391,6 +393,14 @@ def babylm_data(folder, fast):
     write_csv(folder / "reading" / "reading_data.csv", reading_rows())
     (folder / "cdi_childes.json").write_text(json.dumps(AOA))
     return folder
+
+
+@pytest.mark.parametrize("name", ["reading_data.csv", "reading_data.csv.gz"])
+def test_reading_times_are_found_gzipped_or_not(tmp_path, name):
+    (tmp_path / "reading").mkdir()
+    (tmp_path / "reading" / name).touch()
+    found = babylm.submission.find_tasks(tmp_path)
+    assert found == {"reading": str(tmp_path / "reading" / name)}
 
 
 def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
