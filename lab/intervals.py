@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinystory.run.errors import UserError
-
 RESAMPLES = 1000
-# 97.5 % quantiles of Student's t distribution by degrees of freedom
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+# 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom
+T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
 class Interval(NamedTuple):
@@ -25,16 +23,11 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean, and half the length of its 95 % interval, by Student's t distribution."""
-    half = T_QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    """The mean, and half the length of its 95 % interval, by Student's t distribution. For more
+    than 13 values, the interval is up to 11 % too long."""
+    freedom = min(len(values) - 1, len(T_QUANTILES))
+    half = T_QUANTILES[freedom - 1] * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values), half)
-
-
-def require_interval(option: str, count: int) -> None:
-    """Raises UserError unless `interval` takes as many values as the option has."""
-    most = max(T_QUANTILES) + 1
-    if not 2 <= count <= most:
-        raise UserError(f"{option} must be 2 to {most} for an interval, not {count}")
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
