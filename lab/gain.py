@@ -5,7 +5,7 @@ python lab/gain.py --words 400000 800000 1500000 3000000 6000000 --seeds 41 42 4
     --options "I --reward lab/two_judges.py" "shuffled: I --reward lab/two_judges.py"
 
 with I = `--preset english --temperature 0.5 --grades 256 --steps 8 --stories-per-step 384
---no-eval-graded --eval-every 0 --teacher-timeout 1800`. This takes six hours of one core (Xeon,
+--no-eval-graded --eval-every 0 --teacher-timeout 1800`. This takes five hours of one core (Xeon,
 AMX). For each number of words and each seed, a student is pretrained and then trained by each text
 of --options, as in lab/recipes.py; the first text is the interaction, further texts are controls.
 Finished runs and measured rows are not repeated.
