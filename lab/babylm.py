@@ -15,7 +15,8 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,21 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         path = getattr(options, name)
         if path:
             paths[name] = path
-    for name, path in paths.items():
-        if not Path(path).exists():  # it would be noticed only after the tasks before it
-            raise UserError(f"there is no {path}, from which {name} is to be evaluated")
-    if not paths and not options.aoa and not options.coreference:
-        raise UserError(
-            "nothing to evaluate: give --babylm FOLDER, --blimp or another task, or --coreference N"
-        )
-    if options.predictions and not (options.babylm or options.aoa):
-        raise UserError(
-            "--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE"
-        )
-    if options.changes and (len(options.checkpoints) < 4 or len(options.checkpoints) % 2):
-        raise UserError(
-            "--changes needs two pairs of checkpoints or more: BEFORE AFTER BEFORE AFTER"
-        )
+    require_work(options, paths)
     if options.out:
         require_output(options.out)
     stories = unseen_stories(options.coreference)
@@ -170,6 +157,26 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         report = {"tasks": paths, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")
+
+
+def require_work(options: Namespace, paths: Mapping[str, str | Path]) -> None:
+    """Raises UserError if the options ask for nothing, contradict each other, or name data that do
+    not exist. paths: of the tasks' data."""
+    for name, path in paths.items():
+        if not Path(path).exists():  # it would be noticed only after the tasks before it
+            raise UserError(f"there is no {path}, from which {name} is to be evaluated")
+    if not paths and not options.aoa and not options.coreference:
+        raise UserError(
+            "nothing to evaluate: give --babylm FOLDER, --blimp or another task, or --coreference N"
+        )
+    if options.predictions and not (options.babylm or options.aoa):
+        raise UserError(
+            "--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE"
+        )
+    if options.changes and (len(options.checkpoints) < 4 or len(options.checkpoints) % 2):
+        raise UserError(
+            "--changes needs two pairs of checkpoints or more: BEFORE AFTER BEFORE AFTER"
+        )
 
 
 def changes(records: Sequence[Record]) -> list[str]:

@@ -37,8 +37,11 @@ def find_tasks(folder: Path) -> dict[str, str]:
         begin = "wug_adj" if task == "wug" else task
         folders = sorted(path for path in folder.glob(f"{begin}*") if path.is_dir())
         if folders:
-            files = sorted(folders[0].glob("reading_data.csv*"))  # gzipped or not
-            tasks[task] = str(files[0] if task == "reading" and files else folders[0])
+            data = folders[0]
+            if task == "reading":
+                is_gzipped = (data / "reading_data.csv.gz").exists()
+                data /= "reading_data.csv.gz" if is_gzipped else "reading_data.csv"
+            tasks[task] = str(data)
     if not tasks:
         raise UserError(
             f"{folder} is not BabyLM's full_eval or fast_eval: it holds none of {', '.join(TASKS)}"

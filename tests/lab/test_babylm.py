@@ -398,8 +398,8 @@ def babylm_data(folder, fast):
 def test_reading_times_are_found_gzipped_or_not(tmp_path, name):
     (tmp_path / "reading").mkdir()
     (tmp_path / "reading" / name).touch()
-    found = babylm.submission.find_tasks(tmp_path)
-    assert found == {"reading": str(tmp_path / "reading" / name)}
+    tasks = babylm.submission.find_tasks(tmp_path)
+    assert tasks == {"reading": str(tmp_path / "reading" / name)}
 
 
 def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
