@@ -26,7 +26,8 @@ from tinystory.rubric.rubric import Rubric
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, FINDINGS, PAIRS, STORIES, read_stories
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.prompt import CRITERIA, Question, clean
+from tinystory.teacher.grade import Submission
+from tinystory.teacher.prompt import CRITERIA, clean
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -137,7 +138,7 @@ def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the
         page.keyboard.press("Enter")
         with Teacher(f"http://127.0.0.1:{port}/v1") as teacher:
             teacher.submit(
-                Question("Once upon a time,", "a little girl went to the park. " * 13, 0)
+                Submission("Once upon a time,", "a little girl went to the park. " * 13, 0)
             )
             page.wait_for_selector("#story:not([hidden])")
             bottoms = page.evaluate(

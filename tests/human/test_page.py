@@ -19,8 +19,9 @@ from tinystory.human.lesson import Lesson
 from tinystory.human.page_server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Submission
 from tinystory.teacher.probe import HUMAN
-from tinystory.teacher.prompt import Criterion, Question, Template
+from tinystory.teacher.prompt import Criterion, Template
 
 EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
@@ -90,7 +91,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
         futures = [
-            teacher.submit(Question("Once upon a time,", story, i))
+            teacher.submit(Submission("Once upon a time,", story, i))
             for i, story in enumerate(stories)
         ]
         given = {}
@@ -117,7 +118,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
     with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request
         teacher.probes()[0]
-        future = teacher.submit(Question("Once upon a time,", "a cat sat.", 0))
+        future = teacher.submit(Submission("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(7)
         asked = {

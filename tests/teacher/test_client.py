@@ -14,9 +14,9 @@ from tqdm import tqdm
 from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Endpoint, Options
-from tinystory.teacher.grade import Grade
+from tinystory.teacher.grade import Grade, Submission
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import CRITERIA, Question, Template, read_back
+from tinystory.teacher.prompt import CRITERIA, Template, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of it
@@ -144,7 +144,7 @@ def test_an_empty_story_needs_no_teacher():
 def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
-        futures = [teacher.submit(Question("Once", f"Dog {i} ran.", i)) for i in range(20)]
+        futures = [teacher.submit(Submission("Once", f"Dog {i} ran.", i)) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
         teacher.close()

@@ -13,8 +13,8 @@ from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_por
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Submission
 from tinystory.teacher.open_grader import open_grader
-from tinystory.teacher.prompt import Question
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -56,7 +56,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
         assert_one_clean_sentence(caught, server.url, words)
         assert len(server.requests) <= 1 + 4  # only those in flight
         with pytest.raises(UserError):
-            teacher.submit(Question("Once", "One more.", 50)).result()
+            teacher.submit(Submission("Once", "One more.", 50)).result()
         assert KEY not in repr(teacher) + repr(teacher.endpoints[0].client) + caplog.text
     del teacher
     gc.collect()

@@ -21,8 +21,9 @@ from tinystory.run.records import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Submission
 from tinystory.teacher.probe import FIRST_STORY
-from tinystory.teacher.prompt import CRITERIA, NAME, Question
+from tinystory.teacher.prompt import CRITERIA, NAME
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -299,19 +300,19 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
     """Story 1 was given up, and story 2 with the same words was graded: without a server as with
     one."""
     script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
-    questions = [Question("Once", "A cat ran.", number) for number in (1, 2)]
+    submissions = [Submission("Once", "A cat ran.", number) for number in (1, 2)]
     with FaultServer(script) as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                lost, graded = (teacher.grades([question])[0] for question in questions)
+                lost, graded = (teacher.grades([submission])[0] for submission in submissions)
             assert lost.scores is None and lost.reply_words == 0 and graded.scores is not None
         asked = server.seen["A cat ran."]
         with Teacher(server.url, cache=tmp_path / "replies.jsonl", max_unscored=0.5) as teacher:
             # asked again, since too few have a score
-            assert teacher.grades(questions[:1])[0].scores is not None
+            assert teacher.grades(submissions[:1])[0].scores is not None
         assert server.seen["A cat ran."] == asked + 1 or asked == pool.FAILURES + 1
     with Teacher(server.url, "first", cache=tmp_path / "replies.jsonl") as teacher:  # so it stays
-        assert [grade.scores is None for grade in teacher.grades(questions)] == [False, False]
+        assert [grade.scores is None for grade in teacher.grades(submissions)] == [False, False]
 
 
 def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(

@@ -24,8 +24,7 @@ from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-from tinystory.teacher.grade import LocalGrader
-from tinystory.teacher.prompt import Question
+from tinystory.teacher.grade import LocalGrader, Submission
 
 # Function from the openings and stories of a step to scores.
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
@@ -39,9 +38,9 @@ class CallableGrader(LocalGrader):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def scores(self, questions: Sequence[Question]) -> Sequence[float | None]:
-        openings = [question.opening for question in questions]
-        stories = [question.story for question in questions]
+    def scores(self, submissions: Sequence[Submission]) -> Sequence[float | None]:
+        openings = [submission.opening for submission in submissions]
+        stories = [submission.story for submission in submissions]
         return self.function(openings, stories)
 
 

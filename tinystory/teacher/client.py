@@ -21,12 +21,12 @@ from tinystory.teacher.answers import AnswerScale, odds_of_share, parse_answer
 from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, base_url
-from tinystory.teacher.grade import Grade, Grader, too_few_scores
+from tinystory.teacher.grade import Grade, Grader, Submission, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool, leave_out
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
-from tinystory.teacher.prompt import Criterion, Question, fence, render
+from tinystory.teacher.prompt import Criterion, fence, render
 
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # assumed length of a story in a forecast
@@ -138,21 +138,21 @@ class Teacher(Grader):
 
     # ---- called by a run -------------------------------------------------------------------------
 
-    def submit(self, question: Question, afresh: bool = False) -> Future[Grade]:
+    def submit(self, submission: Submission, afresh: bool = False) -> Future[Grade]:
         """The future grade of a story, which is sent at once. afresh: ignore replies from earlier
         processes."""
         self.probes()
-        return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._grade(submission, afresh), self._loop)
 
-    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order. If too many stories have no score, requests are
+    def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
+        """Grades of the submissions, in order. If too many stories have no score, requests are
         repeated for the unscored stories with replies from an earlier process, because the user may
         have fixed the teacher since then."""
-        futures = [self.sent.pop(each, None) or self.submit(each) for each in questions]
+        futures = [self.sent.pop(each, None) or self.submit(each) for each in submissions]
         grades = self._wait(futures, stop)
         if too_few_scores(grades, self.max_unscored):
             old = [i for i, grade in enumerate(grades) if grade.score is None and not grade.asked]
-            futures = [self.submit(questions[i], afresh=True) for i in old]
+            futures = [self.submit(submissions[i], afresh=True) for i in old]
             for i, grade in zip(old, self._wait(futures, stop), strict=True):
                 grades[i] = grade
         return grades
@@ -245,8 +245,8 @@ class Teacher(Grader):
         probes = self.probes()
         first = probes[0]
         requests = stories * self.requests_per_story
-        question = Question(*FIRST_STORY, number=0)
-        messages = self._requests(question, attempt=0)[0].messages
+        submission = Submission(*FIRST_STORY, number=0)
+        messages = self._requests(submission, attempt=0)[0].messages
         # without counts by the server: about four characters per token of the prompt, and two per
         # token of a reply, which has digits and spaces
         estimate = len(str(messages)) / 4, len(first.reply) / 2
@@ -299,7 +299,7 @@ class Teacher(Grader):
                 raise UserError(f"the teacher at {endpoint.url} {failure}")
             leave_out(endpoint, failure)
 
-    async def _grade(self, question: Question, afresh: bool) -> Grade:
+    async def _grade(self, submission: Submission, afresh: bool) -> Grade:
         """The grade of one story. Each request about the story is sent up to `attempts` times,
         until the reply is readable."""
         # After a fatal failure the other tasks are not awaited. The callback retrieves their
@@ -308,13 +308,13 @@ class Teacher(Grader):
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         template = self.options.template
-        if is_blank(question.story):
+        if is_blank(submission.story):
             return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions demand
 
-        story = _Story(question.number, afresh)
+        story = _Story(submission.number, afresh)
         read: set[tuple[str, int]] = set()
         for attempt in range(self._present[0].attempts):
-            requests = self._requests(question, attempt)
+            requests = self._requests(submission, attempt)
             unread = [each for each in requests if (each.criterion, each.draw) not in read]
             await self._ask(story, unread)
             if story.error is not None:
@@ -324,7 +324,7 @@ class Teacher(Grader):
                 return self._with_score(story)
         return self._without_score(story, f"no score in {len(story.replies)} replies")
 
-    def _requests(self, question: Question, attempt: int) -> list["_Request"]:
+    def _requests(self, submission: Submission, attempt: int) -> list["_Request"]:
         """The requests about a story: one for all grades, or one for each question, `draws` times
         each. Seeds differ between attempts."""
         options = self.options
@@ -333,11 +333,15 @@ class Teacher(Grader):
         criteria: Sequence[Criterion | None] = [None]
         if template.asks_yes_or_no:
             criteria = template.criteria
-        mark = fence(options.seed, question.number, f"{question.opening}\n{question.story}")
+        mark = fence(options.seed, submission.number, f"{submission.opening}\n{submission.story}")
         requests = []
         for criterion in criteria:
             messages = render(
-                question.opening, question.story, fence=mark, template=template, criterion=criterion
+                submission.opening,
+                submission.story,
+                fence=mark,
+                template=template,
+                criterion=criterion,
             )
             name = criterion.name if criterion else ""
             for draw in range(first.draws):

@@ -5,11 +5,21 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.prompt import CRITERIA, TOP, Question
+from tinystory.teacher.prompt import CRITERIA, TOP
+
+
+class Submission(NamedTuple):
+    """A story to be graded. number: index of the story in the run. tokens: the tokens that the
+    student sampled; () if only the text is known."""
+
+    opening: str
+    story: str
+    number: int
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,9 @@ class Grader:
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
-        # Questions that are not yet collected. The value is the future grade, or None if the grader
-        # grades all stories together.
-        self.sent: dict[Question, Future[Grade] | None] = {}
+        # Submissions that are not yet collected. The value is the future grade, or None if the
+        # grader grades all stories together.
+        self.sent: dict[Submission, Future[Grade] | None] = {}
 
     @property
     def most_words(self) -> int:
@@ -64,10 +74,10 @@ class Grader:
 
     def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
         """Hand over a story as soon as it ends. tokens: the story as the student's tokens."""
-        question = Question(opening, story, index, tuple(tokens))
-        self.sent[question] = self.submit(question)
+        submission = Submission(opening, story, index, tuple(tokens))
+        self.sent[submission] = self.submit(submission)
 
-    def submit(self, question: Question) -> Future[Grade] | None:
+    def submit(self, submission: Submission) -> Future[Grade] | None:
         """The future grade of a story, which the grader starts to grade at once; None if the grader
         collects stories and grades them together."""
         return None
@@ -75,8 +85,8 @@ class Grader:
     def collect(self, stop: Stop) -> list[Grade]:
         """Grades of all stories sent, in the order of their indices. Raises Interrupted on `stop`,
         and UserError after a failure that would affect every story."""
-        questions = sorted(self.sent, key=lambda question: question.number)
-        grades = self.grades(questions, stop)
+        submissions = sorted(self.sent, key=lambda submission: submission.number)
+        grades = self.grades(submissions, stop)
         self.sent.clear()
         return grades
 
@@ -86,10 +96,10 @@ class Grader:
 
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grades of (opening, story) pairs, in order."""
-        return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
+        return self.grades([Submission(*pair, index) for index, pair in enumerate(pairs)])
 
-    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """Grades of the questions, in order. The score of an empty story is 0. Raises Interrupted
+    def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
+        """Grades of the submissions, in order. The score of an empty story is 0. Raises Interrupted
         on `stop`, and UserError after a failure that would affect every story."""
         raise NotImplementedError
 
@@ -97,16 +107,16 @@ class Grader:
 class LocalGrader(Grader):
     """A grader that computes scores on this machine."""
 
-    def scores(self, questions: Sequence[Question]) -> Sequence[float | None]:
-        """One score per question, 0..1 or None. No story is empty."""
+    def scores(self, submissions: Sequence[Submission]) -> Sequence[float | None]:
+        """One score per submission, 0..1 or None. No story is empty."""
         raise NotImplementedError
 
-    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        grades = [Grade(None, 0.0)] * len(questions)
-        rows = [row for row, question in enumerate(questions) if not is_blank(question.story)]
+    def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
+        grades = [Grade(None, 0.0)] * len(submissions)
+        rows = [row for row, submission in enumerate(submissions) if not is_blank(submission.story)]
         if not rows:
             return grades
-        scores = self.scores([questions[row] for row in rows])
+        scores = self.scores([submissions[row] for row in rows])
         for row, score in zip(rows, scores, strict=True):
             if score is None:
                 grades[row] = Grade(None, None, error=f"{self.facts['scored_by']} returned None")

@@ -14,8 +14,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import by_length
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student
-from tinystory.teacher.grade import LocalGrader
-from tinystory.teacher.prompt import Question
+from tinystory.teacher.grade import LocalGrader, Submission
 
 # Mean and standard deviation of the scores of the student's own stories, about as from a teacher.
 MEAN = 0.5
@@ -55,13 +54,13 @@ class Likelihood(LocalGrader):
         self.mean = fmean(means)
         self.spread = max(pstdev(means), 1e-6)
 
-    def scores(self, questions: Sequence[Question]) -> list[float]:
+    def scores(self, submissions: Sequence[Submission]) -> list[float]:
         texts: list[Text] = []
-        for question in questions:
+        for submission in submissions:
             # The student's tokens are used if known, because several sequences of tokens decode to
             # the same text.
-            story = list(question.tokens) or self.tokenizer.encode(f" {question.story}")
-            texts.append((encode_opening(self.tokenizer, question.opening), story))
+            story = list(submission.tokens) or self.tokenizer.encode(f" {submission.story}")
+            texts.append((encode_opening(self.tokenizer, submission.opening), story))
         scores: list[float] = []
         for mean in self.mean_logprobs(texts):
             score = MEAN + SPREAD * (mean - self.mean) / self.spread

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.files import read_text
@@ -142,16 +142,6 @@ TEMPLATES = {
     "event": Template((EVENT,), EDITOR),
     "examples": Template((SENSE,), EDITOR, shows_examples=True),
 }
-
-
-class Question(NamedTuple):
-    """A story to be graded. number: index of the story in the run. tokens: the tokens that the
-    student sampled; () if only the text is known."""
-
-    opening: str
-    story: str
-    number: int
-    tokens: tuple[int, ...] = ()
 
 
 def load_template(name: str | os.PathLike) -> Template:
