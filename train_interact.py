@@ -24,7 +24,7 @@ from tinystory.ops.compute import Compute, resolve
 from tinystory.report.ending import print_interaction, print_stopped
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo, score_model
-from tinystory.rl.batch import Batch, Reference, collate
+from tinystory.rl.batch import Batch, collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import story_rewards
@@ -97,18 +97,18 @@ def interact(run: InteractionRun) -> None:
             stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
             with run.compute.autocast():
-                reference = ppo.read_reference(run.reference, batch, config)
+                batch = ppo.with_reference(policy, batch, run.reference)
 
             stages.begin("teacher")
             try:
-                grades, scores, prediction = grade_stories(run, stories, batch, reference)
+                grades, scores, prediction = grade_stories(run, stories, batch)
             except UserError:
                 save(run)
                 raise
 
             stages.begin("update")
             rewards = story_rewards(config, stories, scores)
-            statistics = ppo.step(policy, batch, reference, rewards, state.kl_coef, state.step)
+            statistics = ppo.step(policy, batch, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 
             stages.begin("")
@@ -159,7 +159,7 @@ def on_story(run: InteractionRun, story: Story) -> None:
 
 
 def grade_stories(
-    run: InteractionRun, stories: Sequence[Story], batch: Batch, reference: Reference
+    run: InteractionRun, stories: Sequence[Story], batch: Batch
 ) -> tuple[list[Grade], list[float | None], dict[str, Any]]:
     """Grades (NOT_ASKED for stories that --grades leaves out), scores (predicted for the stories
     left out), and the metrics of the prediction."""
@@ -167,7 +167,7 @@ def grade_stories(
         grades = collect_grades(run, range(len(stories)))
         return grades, [grade.score for grade in grades], {}
     model, state = run.policy.score_model, run.state
-    features = score_model.story_features(batch, reference, stories)
+    features = score_model.story_features(batch, stories)
     count = score_model.grades_of_step(run.config, state.step, state.asked)
     chosen = distributed.rank0_value(lambda: model.choose(features, count))
     for row in chosen:

@@ -29,8 +29,7 @@ from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig,
 from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
 from tinystory.rl.batch import collate
-from tinystory.rl.critic import RidgeCritic
-from tinystory.rl.policy import Policy, SharpAdam
+from tinystory.rl.start import new_policy
 from tinystory.run.device import Download
 from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -165,22 +164,14 @@ def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
         for i in range(rows)
     ]
     student, reference = small_student(s), small_student(s)
-    critic = (RidgeCritic if config.learner == "ridge" else ValueHead)(64).to(CUDA)
-    policy = Policy(
-        student=student,
-        critic=critic,
-        optimizer=SharpAdam(student, critic, config),
-        config=config,
-        autocast=lambda: autocast(s),
-        tokenizer=RandomTokenizer(320),
-        history={},
-    )
+    compute = Compute(CUDA, s.dtype, {})
+    policy = new_policy(config, student, RandomTokenizer(320), {}, compute)
 
     def step() -> None:
         batch = collate(stories, CUDA)
         with policy.autocast():
-            seen = ppo.read_reference(reference, batch, config)
-        ppo.step(policy, batch, seen, [0.1 * i for i in range(rows)], config.kl_coef)
+            batch = ppo.with_reference(policy, batch, reference)
+        ppo.step(policy, batch, [0.1 * i for i in range(rows)], config.kl_coef)
 
     return counted(step)
 

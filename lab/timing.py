@@ -14,7 +14,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
 from tinystory.rl.batch import collate
-from tinystory.rl.policy import Policy, SharpAdam
+from tinystory.rl.start import new_policy
 from tinystory.run.device import now
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -77,7 +77,9 @@ def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Ru
     return run
 
 
-def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer) -> list[Story]:
+def write(
+    setup: Setup, student: Student, head: ValueHead | None, tokenizer: Tokenizer
+) -> list[Story]:
     openings = [""] * setup.batch
     sampling: dict[str, Any] = {"first_index": 0, "max_new_tokens": setup.new, "seed": 0}
     with setup.compute.autocast():
@@ -114,30 +116,21 @@ def ppo_iteration(setup: Setup) -> Run:
     }
     options = InteractConfig(**recipe)
     student = Student(config).to(device)
-    head = ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    policy = Policy(
-        student=student,
-        critic=head,
-        optimizer=SharpAdam(student, head, options),
-        config=options,
-        autocast=setup.compute.autocast,
-        tokenizer=tokenizer,
-        history={},
-    )
+    policy = new_policy(options, student, tokenizer, {}, setup.compute)
     rewards = [0.5] * setup.batch
 
     def run() -> dict[str, float]:
         start = now(device)
-        stories = write(setup, student, head, tokenizer)
+        stories = write(setup, student, policy.value_head, tokenizer)
         batch = collate(stories, device)
         after_rollout = now(device)
         with policy.autocast():
-            of_reference = ppo.read_reference(reference, batch, options)
+            batch = ppo.with_reference(policy, batch, reference)
         after_reference = now(device)
-        ppo.step(policy, batch, of_reference, rewards, options.kl_coef)
+        ppo.step(policy, batch, rewards, options.kl_coef)
         end = now(device)
         return {
             "total_s": end - start,

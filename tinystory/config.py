@@ -408,9 +408,6 @@ class InteractConfig(RunConfig):
     kl_in: str = option(
         "reward", "place of the KL penalty; in the loss, the estimator is k3", ("reward", "loss")
     )
-    length_normalised: bool = option(
-        False, "whether --learner dpo uses the mean log-ratio per token instead of the sum"
-    )
     kl_coef: float = option(
         0.01,
         "initial coefficient of the KL penalty against the starting checkpoint; beta of --learner dpo",

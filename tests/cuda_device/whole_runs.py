@@ -109,7 +109,7 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
     assert device_machine.captures > 1 and device_machine.replays > 10 * device_machine.captures
     inside = {
         name: waits_within(name)
-        for name in "advance start keep prefill backward read_reference".split()
+        for name in "advance start keep prefill backward with_reference".split()
     }
     assert not any(inside.values()), inside
     assert {kind for kind, _, _ in waits_within("generate")} == {"event"}

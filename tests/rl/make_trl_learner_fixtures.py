@@ -49,7 +49,6 @@ SETTINGS = {
     "grpo": ALL | dict(learner="grpo", kl_in="loss", kl_coef=0.3),
     "dr_grpo": ALL | dict(learner="dr_grpo", kl_in="loss", kl_coef=0.3),
     "dpo": ALL | dict(learner="dpo", clip_ratio=0.2, kl_coef=0.3),
-    "dpo per token": ALL | dict(learner="dpo", clip_ratio=0.2, kl_coef=2.0, length_normalised=True),
     "sft-best": ALL | dict(learner="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
 }
 
@@ -66,8 +65,7 @@ def trainer_of(setting: dict, model, tokenizer):
             model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer
         )
     if learner == "dpo":
-        loss = "sigmoid_norm" if setting.get("length_normalised") else "sigmoid"
-        config = DPOConfig(**common, beta=setting["kl_coef"], loss_type=loss)
+        config = DPOConfig(**common, beta=setting["kl_coef"])
         rows = Dataset.from_list([dict(prompt="t7", chosen="t8", rejected="t9")])
         reference = random_gpt2(pad_token_id=PAD)
         reference.load_state_dict(model.state_dict())

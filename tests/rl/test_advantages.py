@@ -9,10 +9,9 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 import torch
-from test_ppo import CONFIG, OPENING, policy, random_batch, reference_of
+from test_ppo import CONFIG, OPENING, policy, random_batch
 
 from tinystory.rl import ppo
-from tinystory.rl.batch import Targets
 from tinystory.rl.learners import best_against_worst, best_quarter, dr_grpo, grpo, rloo
 from tinystory.rl.policy import SharpAdam
 from tinystory.run import distributed
@@ -37,22 +36,32 @@ def test_a_story_is_compared_with_its_group_alone(baseline):
 
 
 def test_the_best_quarter_is_rounded_up_and_keeps_its_order():
-    assert best_quarter(RETURNS).tolist() == [1, 3]
-    assert best_quarter(RETURNS[:4]).tolist() == [1] and best_quarter(RETURNS[:1]).tolist() == [0]
-    assert best_quarter(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5])).tolist() == [0, 1]
+    for returns, rows in (
+        (RETURNS, [1, 3]),
+        (RETURNS[:4], [1]),
+        (RETURNS[:1], [0]),
+        (torch.full((5,), 0.5), [0, 1]),
+    ):
+        batch = random_batch([1] * len(returns), 300)
+        assert best_quarter(dataclasses.replace(batch, rewards=returns)).tolist() == rows
 
 
-def gradient(student, config, batch, advantages, ref_logprobs=None, **more) -> list[torch.Tensor]:
+def with_advantages(batch, advantages, ref_logprobs=None):
+    zeros = torch.zeros_like(advantages)
+    return dataclasses.replace(
+        batch,
+        advantages=advantages,
+        ref_logprobs=batch.logprobs if ref_logprobs is None else ref_logprobs,
+        values=zeros,
+        returns=zeros,
+    )
+
+
+def gradient(student, config, batch, kl_coef=0.0) -> list[torch.Tensor]:
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.parameters()]
-    zeros = torch.zeros_like(advantages)
-    ppo.update(
-        policy(student, torch.nn.Module(), optimizer, config),
-        batch,
-        Targets(advantages, batch.logprobs if ref_logprobs is None else ref_logprobs, zeros, zeros),
-        **more,
-    )
+    ppo.update(policy(student, torch.nn.Module(), optimizer, config), batch, kl_coef)
     return [a - b.detach() for a, b in zip(before, student.parameters(), strict=True)]
 
 
@@ -62,9 +71,10 @@ def test_k3_adds_its_gradient_to_the_losss(student):
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
     ref_logprobs = batch.logprobs + 0.3 * torch.randn(len(batch.logprobs))
-    zeros, advantages = torch.zeros(len(batch.logprobs)), torch.randn(len(batch.logprobs))
-    plain = gradient(student, config, batch, advantages)
-    both = gradient(student, config, batch, advantages, ref_logprobs, kl_coef=0.4)
+    batch = with_advantages(batch, torch.randn(len(batch.logprobs)), ref_logprobs)
+    plain = gradient(student, config, batch)
+    in_loss = dataclasses.replace(config, kl_in="loss")
+    both = gradient(student, in_loss, batch, kl_coef=0.4)
 
     logprobs = ppo.response_logprobs(student, batch)[0]
     ratio = (ref_logprobs - logprobs).exp()
@@ -73,7 +83,8 @@ def test_k3_adds_its_gradient_to_the_losss(student):
     for with_both, without, want in zip(both, plain, expected_gradients, strict=True):
         torch.testing.assert_close(with_both - without, want, rtol=2e-3, atol=2e-5)
     assert any(g.abs().max() > 1e-3 for g in plain)
-    assert not any(g.any() for g in gradient(student, config, batch, zeros))
+    batch.advantages = torch.zeros_like(batch.advantages)
+    assert not any(g.any() for g in gradient(student, config, batch))
 
 
 def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
@@ -89,7 +100,7 @@ def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
             advantages = batch.unpadded(
                 torch.tensor([[1.0], [0.0]] if row == 0 else [[0.0], [1.0]])
             )
-            parts = gradient(student, config, batch, advantages)
+            parts = gradient(student, config, with_advantages(batch, advantages))
             norms[learner, row] = float(torch.stack([g.norm() for g in parts]).norm())
     for row, length in ((0, 8), (1, 2)):
         assert norms["grpo", row] * length == pytest.approx(norms["dr_grpo", row] * 16, rel=1e-3)
@@ -111,16 +122,15 @@ def test_the_best_story_of_a_group_wins_against_its_worst():
     assert best_against_worst(returns, groups).tolist() == want
 
 
-def plain_dpo(student, batch, references, pairs, config) -> torch.Tensor:
+def plain_dpo(student, batch, pairs, config) -> torch.Tensor:
     """DPO's loss (eq. 7) of pairs of rows, winner first, one story at a time."""
     opening_tokens = len(OPENING)
     log_ratios = []
-    for row, reference in enumerate(references.split(batch.lengths.tolist())):
+    for row, reference in enumerate(batch.ref_logprobs.split(batch.lengths.tolist())):
         tokens = batch.tokens.split(batch.lengths.tolist())[row]
         logits = student(torch.cat([OPENING, tokens])[None])[0, opening_tokens - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        log_ratio = logprobs.sum() - reference.sum()
-        log_ratios.append(log_ratio / len(tokens) if config.length_normalised else log_ratio)
+        log_ratios.append(logprobs.sum() - reference.sum())
     losses = []
     for winner, loser in pairs:
         margin = config.kl_coef * (log_ratios[winner] - log_ratios[loser])
@@ -128,7 +138,7 @@ def plain_dpo(student, batch, references, pairs, config) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def dpo_step(student, config, batch, references, rewards, optimizer=None):
+def dpo_step(student, config, batch, rewards, optimizer=None):
     """The gradients of each update, and the step's statistics."""
     gradients = []
     optimizer = optimizer or torch.optim.SGD(student.parameters(), lr=0.0)
@@ -138,30 +148,30 @@ def dpo_step(student, config, batch, references, rewards, optimizer=None):
         step(),
     )
     parts = policy(student, torch.nn.Module(), optimizer, config)
-    stats = ppo.step(parts, batch, reference_of(references), rewards, config.kl_coef)
+    stats = ppo.step(parts, batch, rewards, config.kl_coef)
     return gradients, stats
 
 
 def sampled_batch(student, lengths):
-    """A batch that the student wrote, and the tokens' log-probabilities under a reference near the
+    """A batch that the student wrote, with the tokens' log-probabilities under a reference near the
     student."""
     batch = random_batch(lengths, student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
     noise = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(7))
-    return batch, batch.logprobs + 0.5 * noise
+    batch.ref_logprobs = batch.logprobs + 0.5 * noise
+    return batch
 
 
-@pytest.mark.parametrize("length_normalised", [False, True])
-def test_dpos_gradient_is_that_of_the_papers_loss(student, length_normalised):
+def test_dpos_gradient_is_that_of_the_papers_loss(student):
     """Two pairs (the second story wins one of them), a tie, and a story with a partner that has no
     score."""
-    config = dataclasses.replace(DPO, length_normalised=length_normalised, micro_batch_size=2)
-    batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 3, 6, 4])
+    config = dataclasses.replace(DPO, stories_per_step=8, micro_batch_size=2)
+    batch = sampled_batch(student, [7, 2, 12, 5, 3, 3, 6, 4])
     rewards = [0.2, 0.7, 0.9, 0.4, 0.5, 0.5, None, 0.3]
-    loss = plain_dpo(student, batch, references, [(1, 0), (2, 3)], config)
+    loss = plain_dpo(student, batch, [(1, 0), (2, 3)], config)
     expected_gradients = torch.autograd.grad(loss, [*student.parameters()])
-    (got,), stats = dpo_step(student, config, batch, references, rewards)
+    (got,), stats = dpo_step(student, config, batch, rewards)
     for ours, want in zip(got, expected_gradients, strict=True):
         torch.testing.assert_close(ours, want, rtol=2e-3, atol=2e-5)
     assert max(float(want.abs().max()) for want in expected_gradients) > 1e-3
@@ -176,22 +186,22 @@ def test_dpos_loss_and_metrics_by_hand(student):
     with torch.no_grad():
         batch.logprobs = ppo.response_logprobs(student, batch)[0]
     gains = batch.unpadded(torch.tensor([[3.0 / 2], [1.0 / 4], [-2.0 / 4], [2.0 / 2]]))
-    for length_normalised, margins in ((False, (2.0, -4.0)), (True, (1.25, -1.5))):
-        config = dataclasses.replace(DPO, length_normalised=length_normalised, kl_coef=0.5)
-        rewards = [0.9, 0.1, 0.6, 0.2]
-        _, stats = dpo_step(student, config, batch, batch.logprobs - gains, rewards)
-        losses = [math.log(1 + math.exp(-0.5 * margin)) for margin in margins]
-        assert stats["policy_loss"] == pytest.approx(fmean(losses), abs=1e-5)
-        assert stats["pair_margin"] == pytest.approx(0.5 * fmean(margins), abs=1e-5)
-        assert (stats["pairs"], stats["pair_accuracy"]) == (1.0, 0.5)
+    batch.ref_logprobs = batch.logprobs - gains
+    config = dataclasses.replace(DPO, stories_per_step=4, kl_coef=0.5)
+    _, stats = dpo_step(student, config, batch, [0.9, 0.1, 0.6, 0.2])
+    margins = (2.0, -4.0)
+    losses = [math.log(1 + math.exp(-0.5 * margin)) for margin in margins]
+    assert stats["policy_loss"] == pytest.approx(fmean(losses), abs=1e-5)
+    assert stats["pair_margin"] == pytest.approx(0.5 * fmean(margins), abs=1e-5)
+    assert (stats["pairs"], stats["pair_accuracy"]) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize("rewards", [[0.5, 0.5, 0.2, 0.2], [0.5, None, None, 0.2]])
 def test_dpo_without_a_pair_updates_nothing(student, rewards):
-    batch, references = sampled_batch(student, [4, 3, 5, 2])
+    batch = sampled_batch(student, [4, 3, 5, 2])
     before = copy.deepcopy(student.state_dict())
     optimizer = SharpAdam(student, torch.nn.Module(), DPO)
-    gradients, stats = dpo_step(student, DPO, batch, references, rewards, optimizer)
+    gradients, stats = dpo_step(student, DPO, batch, rewards, optimizer)
     assert gradients == [] and stats["pairs"] == 0 and math.isnan(stats["pair_margin"])
     assert all(torch.equal(before[name], x) for name, x in student.state_dict().items())
 
@@ -210,15 +220,14 @@ def test_dpos_gradient_is_the_sum_over_two_processes(student, monkeypatch):
     """Each update takes whole pairs, in micro-batches of one pair, from a minibatch of three
     pairs."""
     config = dataclasses.replace(DPO, micro_batch_size=2)
-    batch, references = sampled_batch(student, [7, 2, 12, 5, 3, 4])
+    batch = sampled_batch(student, [7, 2, 12, 5, 3, 4])
     advantages = batch.unpadded(torch.tensor([[1.0], [-1.0]] * 3))
-    zeros = torch.zeros_like(references)
-    targets = Targets(advantages, references, zeros, zeros)
+    batch = with_advantages(batch, advantages, batch.ref_logprobs)
     parts = policy(student, torch.nn.Module(), None, config)
 
     def gradients_and_sums():
         student.zero_grad()
-        sums, _ = ppo.backward(parts, batch, targets, np.array([4, 5, 0, 1, 2, 3]), 0.1)
+        sums, _ = ppo.backward(parts, batch, np.array([4, 5, 0, 1, 2, 3]), 0.1)
         return [p.grad.clone() for p in student.parameters()], sums
 
     whole, whole_sums = gradients_and_sums()

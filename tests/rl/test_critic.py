@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.rl.batch import Batch, Reference
+from tinystory.rl.batch import Batch
 from tinystory.rl.critic import DECAY, PRIOR, RidgeCritic, features
 
 WIDTH = 6
@@ -35,13 +35,16 @@ def estimate(critic, states, logprobs, returns, mask):
         tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
         logprobs=logprobs[mask],
         values=logprobs[mask],
-        token_indices=torch.arange(int(mask.sum())),
+        ref_logprobs=logprobs[mask],
+        ref_hidden=states[mask],
+        rewards=returns[mask],
+        advantages=returns[mask],
+        returns=returns[mask],
         lengths=mask.sum(1).numpy(),
         longest=longest,
         **sizes,
     )
-    reference = Reference(logprobs[mask], states[mask])
-    return batch.padded(critic.estimate(batch, reference, returns[mask]))
+    return batch.padded(critic.estimate(batch, returns[mask]))
 
 
 def test_features_are_what_is_known_before_each_token():

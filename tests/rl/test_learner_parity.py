@@ -50,9 +50,9 @@ def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
             differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max())
         )
 
-    def recorded(policy, batch, targets, *more):
-        used["targets"] = targets
-        return update(policy, batch, targets, *more)
+    def recorded(policy, batch, *more):
+        used["advantages"] = batch.advantages
+        return update(policy, batch, *more)
 
     update, used = ppo.update, {}
     monkeypatch.setattr(ppo, "update", recorded)
@@ -66,15 +66,15 @@ def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
         batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
             batch.logprobs = ppo.response_logprobs(student, batch)[0]
-        seen = ppo.read_reference(reference, batch, config)
         parts = policy(student, torch.nn.Module(), optimizer, config)
-        stats = ppo.step(parts, batch, seen, theirs["scores"].tolist(), config.kl_coef)
+        batch = ppo.with_reference(parts, batch, reference)
+        stats = ppo.step(parts, batch, theirs["scores"].tolist(), config.kl_coef)
         compare("loss", stats["policy_loss"], theirs["losses"].mean())
         compare("gradient norm", stats["grad_norm"], theirs["grad_norms"].mean())
         if "advantages" in theirs:
             compare(
                 "advantages",
-                used["targets"].advantages,
+                used["advantages"],
                 batch.unpadded(theirs["advantages"][:, None]),
             )
     C = student.config.n_embd

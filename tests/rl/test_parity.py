@@ -5,6 +5,7 @@ What TRL computed is in trl_ppo.safetensors (make_trl_fixtures.py ran it). `pyte
 largest absolute difference of each quantity.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from test_ppo import policy, with_openings
 
 from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import learners, ppo
 from tinystory.rl import policy as policies
+from tinystory.rl import ppo
 from tinystory.rl.policy import SharpAdam
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
@@ -73,24 +74,16 @@ def test_four_updates_are_trls(setting, monkeypatch):
             entropy = float(
                 ops.token_logprob(hidden, student.unembedding, batch.tokens)[1].sum()
             ) / len(mask)
-        seen = ppo.read_reference(reference, batch, config)
-        rewards = ppo.token_rewards(scores, batch, seen, kl_coef)
-        targets = learners.targets_of(config, head, batch, seen, rewards)
-        ours = (
-            batch.logprobs,
-            seen.logprobs,
-            batch.values,
-            rewards,
-            targets.advantages,
-            targets.returns,
-        )
-        for name, got in zip(ON_THE_WAY, ours, strict=True):
-            compare(name, batch.padded(got), theirs[name])
+        learner = policy(student, head, optimizer, config)
+        batch = ppo.with_reference(learner, batch, reference)
+        rewards = ppo.token_rewards(batch, scores, kl_coef)
+        ours = ppo.gae_targets(config, head, dataclasses.replace(batch, rewards=rewards))
+        for name in ON_THE_WAY:
+            compare(name, batch.padded(getattr(ours, name)), theirs[name])
 
         orders = iter(theirs["orders"])
         monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
-        learner = policy(student, head, optimizer, config)
-        got = ppo.step(learner, batch, seen, scores.tolist(), kl_coef)
+        got = ppo.step(learner, batch, scores.tolist(), kl_coef)
         kl_coef = ppo.next_kl_coef(kl_coef, got["kl"], len(scores), config)
         got |= dict(tokens_mean=mask.sum(1).float().mean(), entropy=entropy, kl_coef_after=kl_coef)
         assert got["skipped"] == 0

@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import learners, ppo
-from tinystory.rl.batch import Batch, Reference, Targets, collate
+from tinystory.rl.batch import Batch, collate
 from tinystory.rl.policy import Policy, SharpAdam
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
@@ -29,23 +30,25 @@ def with_openings(openings, tokens, lengths) -> Batch:
 
 
 def policy(student, critic, optimizer, config) -> Policy:
-    parts = dict(student=student, critic=critic, optimizer=optimizer, config=config)
-    return Policy(**parts, tokenizer=None, history={})
-
-
-def targets_of(batch, advantages=None, returns=None) -> Targets:
-    """Targets with these advantages and returns, by default the batch's values."""
-    return Targets(
-        advantages=batch.values if advantages is None else advantages,
-        ref_logprobs=batch.logprobs,
-        values=batch.values,
-        returns=batch.values if returns is None else returns,
+    return Policy(
+        student=student,
+        learner=learners.LEARNERS[config.learner],
+        critic=critic,
+        optimizer=optimizer,
+        config=config,
+        tokenizer=None,
+        history={},
     )
 
 
-def reference_of(logprobs) -> Reference:
-    """A reference with these log-probabilities, and states that nobody reads."""
-    return Reference(logprobs, torch.zeros(len(logprobs), 0))
+def with_targets(batch, advantages=None, returns=None) -> Batch:
+    """The batch with these advantages and returns, by default its values."""
+    return dataclasses.replace(
+        batch,
+        ref_logprobs=batch.logprobs,
+        advantages=batch.values if advantages is None else advantages,
+        returns=batch.values if returns is None else returns,
+    )
 
 
 CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
@@ -138,8 +141,8 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
     batch = random_batch([3, 1], 300)
     batch.logprobs = torch.tensor([-1.0, -2.0, -3.0, -1.5])
-    reference = reference_of(torch.tensor([-1.5, -2.0, -2.0, -1.0]))
-    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), batch, reference, kl_coef=0.2)
+    batch.ref_logprobs = torch.tensor([-1.5, -2.0, -2.0, -1.0])
+    got = ppo.token_rewards(batch, torch.tensor([0.5, 0.25]), kl_coef=0.2)
     torch.testing.assert_close(got, torch.tensor([-0.1, 0.0, 0.2 + 0.5, 0.1 + 0.25]))
 
 
@@ -153,7 +156,7 @@ def random_tables(lengths):
 def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
     lengths = [5, 1, 8]
     rewards, table = random_tables(lengths)
-    advantages, returns = learners.advantages_and_returns(rewards, table, gamma, lam)
+    advantages, returns = ppo.advantages_and_returns(rewards, table, gamma, lam)
     for b, n in enumerate(lengths):
         values = [*table[b, :n].tolist(), 0.0]
         delta = [float(rewards[b, t]) + gamma * values[t + 1] - values[t] for t in range(n)]
@@ -167,12 +170,12 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
 def test_whitening_sees_the_masked_entries_only():
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(1)) * 3 + 5
-    kept = learners.whiten(x, mask)[mask]
+    kept = ppo.whiten(x, mask)[mask]
     # torch's var has Bessel's correction
     want = (x[mask] - x[mask].mean()) / math.sqrt(float(x[mask].var()) + 1e-8)
     torch.testing.assert_close(kept, want)
     poisoned = torch.where(mask, x, torch.full_like(x, 1e6))
-    torch.testing.assert_close(learners.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ppo.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
 
 
 def test_adaptive_kl_follows_the_formula():
@@ -203,10 +206,10 @@ def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
             )
 
 
-def plain_loss(student, head, batch, targets, c) -> torch.Tensor:
+def plain_loss(student, head, batch, c) -> torch.Tensor:
     """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
     policy, value_loss, count = 0.0, 0.0, 0
-    columns = (batch.tokens, batch.logprobs, batch.values, targets.advantages, targets.returns)
+    columns = (batch.tokens, batch.logprobs, batch.values, batch.advantages, batch.returns)
     for tokens, logprobs, old, a, r in zip(
         *(x.split(batch.lengths.tolist()) for x in columns), strict=True
     ):
@@ -235,10 +238,10 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
         3, len(now), generator=torch.Generator().manual_seed(5)
     )
     batch.logprobs = now + 0.3 * noise
-    targets = targets_of(batch, advantages, returns)
+    batch = with_targets(batch, advantages, returns)
 
     twin, twin_head = copy.deepcopy(student), copy.deepcopy(head)
-    plain = plain_loss(twin, twin_head, batch, targets, config)
+    plain = plain_loss(twin, twin_head, batch, config)
     plain.backward()
     grads = [p.grad for p in (*twin.parameters(), *twin_head.parameters())]
 
@@ -249,7 +252,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
         seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())),
         step(),
     )
-    stats = ppo.update(policy(student, head, optimizer, config), batch, targets)
+    stats = ppo.update(policy(student, head, optimizer, config), batch, 0.0)
     for got, want in zip(seen, grads, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
     assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(
@@ -265,7 +268,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     before = [p.clone() for p in student.parameters()]
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-2)
-    stats = ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
+    stats = ppo.update(policy(student, head, optimizer, config), with_targets(batch), 0.0)
     assert stats["skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -286,7 +289,7 @@ def test_every_gradient_is_clipped(student, monkeypatch):
         moved.append(float(torch.stack(norms).norm()))
 
     optimizer.step = recorded
-    ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
+    ppo.update(policy(student, head, optimizer, config), with_targets(batch), 0.0)
     assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
 
 
@@ -299,7 +302,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, _ = ppo.response_logprobs(student, batch)
-    reference = reference_of(batch.logprobs - 2.0)  # 10 and 6 nats
+    batch.ref_logprobs = batch.logprobs - 2.0  # 10 and 6 nats
     head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
 
@@ -312,7 +315,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
         patch.setattr(ppo, "token_rewards", rewards)
         config = dataclasses.replace(CONFIG, epochs=1)
         learner = policy(student, head, optimizer, config)
-        stats = ppo.step(learner, batch, reference, [1.0, 0.5], 0.2)
+        stats = ppo.step(learner, batch, [1.0, 0.5], 0.2)
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([-0.4, -0.4, -0.4, -0.4, 0.6, -0.4, -0.4, 0.1])
     torch.testing.assert_close(seen["rewards"], want)
@@ -322,13 +325,12 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch = random_batch([5, 3, 4], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, _ = ppo.response_logprobs(student, batch)
-    reference = reference_of(batch.logprobs - 0.1)
+    batch.ref_logprobs = batch.logprobs - 0.1
     ends, stats = [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
         copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
         learner = policy(copied, head, SharpAdam(copied, head, CONFIG), CONFIG)
-        part = batch.rows(rows)
-        stats.append(ppo.step(learner, part, reference.at(part.token_indices), rewards, 0.2))
+        stats.append(ppo.step(learner, batch.rows(np.array(rows)), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == pytest.approx(stats[1] | {"unscored": 1}, rel=0, abs=0, nan_ok=True)
@@ -347,9 +349,9 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
         batch.values = head(states)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
-    advantages = learners.whiten(gain, torch.ones_like(gain).bool())
-    targets = targets_of(batch, advantages, returns)
-    first = ppo.update(policy(student, head, optimizer, config), batch, targets)
+    advantages = ppo.whiten(gain, torch.ones_like(gain).bool())
+    batch = with_targets(batch, advantages, returns)
+    first = ppo.update(policy(student, head, optimizer, config), batch, 0.0)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
         after, states = ppo.response_logprobs(student, batch)
@@ -373,7 +375,7 @@ def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, mon
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         learner = policy(student, head, optimizer, config)
-        ppo.update(learner, batch, targets_of(batch), steps=steps)
+        ppo.update(learner, with_targets(batch), 0.0, steps)
     assert rates == pytest.approx([0.8 - 0.1 * update for update in range(8)])
 
 
@@ -390,7 +392,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student, m
         config = dataclasses.replace(CONFIG, epochs=epochs)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                ppo.update(policy(student, head, optimizer, config), batch, targets_of(batch))
+                ppo.update(policy(student, head, optimizer, config), with_targets(batch), 0.0)
         ends.append(copy.deepcopy(student.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 
@@ -409,7 +411,7 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
         expected = [*opening, *story.tokens[:-1].tolist()]
         assert whole.inputs[b, : whole.input_lengths[b]].tolist() == expected
         assert (whole.prompt_lengths[b], whole.lengths[b]) == (len(opening), n)
-        part = whole.rows([b])
+        part = whole.rows(np.array([b]))
         assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]
         assert torch.equal(part.values, story.values) and torch.equal(part.logprobs, story.logprobs)
         assert torch.equal(whole.padded(whole.logprobs)[b, :n], story.logprobs)

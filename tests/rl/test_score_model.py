@@ -10,7 +10,6 @@ import torch
 
 from tinystory.config import FEWEST_GRADES, InteractConfig
 from tinystory.rl import score_model
-from tinystory.rl.batch import Reference
 from tinystory.rl.score_model import (
     FEWEST_SCORES,
     PENALTIES,
@@ -61,7 +60,7 @@ def test_a_run_that_is_resumed_with_other_steps_keeps_to_its_grades():
 
 
 def written(lengths, ended, width=4):
-    """A batch of stories of these lengths, and the reference's results for them."""
+    """A batch of stories of these lengths with the reference's results, and the stories."""
     nothing = torch.zeros(0)
     stories = []
     for index, end in enumerate(ended):
@@ -69,16 +68,20 @@ def written(lengths, ended, width=4):
             Story(index, "Once", "One.", nothing, nothing, nothing, nothing, nothing, end)
         )
     count = sum(lengths)
-    reference = Reference(-torch.rand(count), torch.randn(count, width))
-    return SimpleNamespace(lengths=np.array(lengths)), reference, stories
+    columns = dict(ref_logprobs=-torch.rand(count), ref_hidden=torch.randn(count, width))
+    return SimpleNamespace(lengths=np.array(lengths), **columns), stories
 
 
 def test_a_story_is_seen_alone():
-    batch, reference, stories = written([30, 18], ["eos", "length"])
-    both = story_features(batch, reference, stories)
+    batch, stories = written([30, 18], ["eos", "length"])
+    both = story_features(batch, stories)
     assert both.shape == (2, 2 * 4 + 15) and both.dtype == torch.float32 and both.isfinite().all()
-    alone = reference.at(torch.arange(30, 48))
-    second = story_features(SimpleNamespace(lengths=np.array([18])), alone, stories[1:])
+    alone = SimpleNamespace(
+        lengths=np.array([18]),
+        ref_logprobs=batch.ref_logprobs[30:],
+        ref_hidden=batch.ref_hidden[30:],
+    )
+    second = story_features(alone, stories[1:])
     assert torch.equal(both[1:], second)
     of_one_token = story_features(*written([1], ["eos"]))
     assert of_one_token.isfinite().all()
@@ -231,9 +234,9 @@ def test_only_stories_that_were_not_sent_have_a_predicted_score():
 
 def test_an_empty_story_that_was_not_sent_has_the_score_0():
     count = FEWEST_GRADES + 2
-    batch, reference, stories = written([3] * count, ["eos"] * count)
+    batch, stories = written([3] * count, ["eos"] * count)
     stories[-1] = replace(stories[-1], text="")
-    features = story_features(batch, reference, stories)
+    features = story_features(batch, stories)
     graded = range(FEWEST_GRADES)
     scores = [0.9] * FEWEST_GRADES + [None, None]
     completed, record = with_predictions(ScoreModel(), features, stories, scores, graded)

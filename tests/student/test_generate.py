@@ -8,7 +8,7 @@ import torch
 
 from tinystory import ops
 from tinystory.rl import ppo
-from tinystory.rl.batch import Reference, collate
+from tinystory.rl.batch import collate
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
 from tinystory.student.generate import StudentDecoder, encode_opening, generate, require_room
@@ -109,8 +109,8 @@ def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokeniz
     stories = write(eager_to_end, tokenizer)
     batch = collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
-    reference = Reference(batch.logprobs, torch.zeros(len(batch.logprobs), 0))
-    token_rewards = ppo.token_rewards(scores, batch, reference, 0.2)
+    batch.ref_logprobs = batch.logprobs
+    token_rewards = ppo.token_rewards(batch, scores, 0.2)
     columns = (x.split(batch.lengths.tolist()) for x in (batch.tokens, token_rewards))
     for story, score, tokens, rewards in zip(stories, scores, *columns, strict=True):
         n = len(story.tokens)

@@ -5,6 +5,7 @@ The counts do not depend on the size of a layer, so a small student with twelve 
 counts of GPT-2-small. docs/kernels.md has them in a table."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.shards import TokenFile
 from tinystory.evaluate.validation import validate
 from tinystory.rl import ppo
-from tinystory.rl.batch import Batch, Targets, collate
+from tinystory.rl.batch import Batch, collate
+from tinystory.rl.learners import LEARNERS
 from tinystory.rl.policy import Policy
 from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -105,7 +107,7 @@ def validation() -> Counter:
     return second_micro_batch(run)
 
 
-def written(rows: int) -> tuple[Batch, Targets]:
+def written(rows: int) -> Batch:
     T, N = 16, 12
     stories = torch.randint(96, (rows, T + 1))
     zeros, each = torch.zeros(N), dict(text="", ended="length")
@@ -123,7 +125,9 @@ def written(rows: int) -> tuple[Batch, Targets]:
         for i, row in enumerate(stories)
     ]
     batch = collate(told, torch.device("cpu"))
-    return batch, Targets(batch.values, batch.logprobs, batch.values, batch.values)
+    return replace(
+        batch, advantages=batch.values, ref_logprobs=batch.logprobs, returns=batch.values
+    )
 
 
 def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
@@ -131,12 +135,13 @@ def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
     parts = dict(
         student=student,
+        learner=LEARNERS[config.learner],
         critic=value_head,
         optimizer=torch.optim.SGD(parameters, lr=0.0),
         config=config,
     )
     parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={})
-    ppo.update(Policy(**parts), *written(rows))
+    ppo.update(Policy(**parts), written(rows), 0.0)
 
 
 def interaction() -> Counter:

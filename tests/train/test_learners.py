@@ -73,7 +73,6 @@ def test_a_refusal_names_what_to_give():
         ("--learner dpo --stories-per-opening 2 --kl-coef 0", ("--kl-coef 0", "beta")),
         ("--learner dpo --stories-per-opening 2 --kl-in loss", ("--kl-in", "rloo")),
         ("--learner dpo --stories-per-opening 2 --minibatch-size 3", ("--minibatch-size", "even")),
-        ("--length-normalised", ("--length-normalised", "only with dpo")),
     ):
         with pytest.raises(UserError) as error:
             check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))

@@ -80,7 +80,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
 --learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
 --kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
---learner grpo --stories-per-opening 2 --lam 1|--length-normalised --learner ridge
+--learner grpo --stories-per-opening 2 --lam 1
 --learner dpo|--learner dpo --stories-per-opening 7|--learner dpo --stories-per-opening 2 --kl-coef 0
 --learner dpo --stories-per-opening 2 --kl-in loss|--learner dpo --stories-per-opening 2 --clip-ratio 0.1
 --learner dpo --stories-per-opening 2 --minibatch-size 3|--learner dpo --stories-per-opening 2 --micro-batch-size 1

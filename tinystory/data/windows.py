@@ -6,7 +6,6 @@ a sequence are cut (Ding et al. 2024, arXiv 2404.10830). A student trained with 
 stories after the same number of words (lab/LOG.md)."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from itertools import chain, pairwise
 
 import numpy as np
@@ -170,10 +169,3 @@ def token_positions(sequence: ndarray) -> ndarray:
     token, which is also `</s>`."""
     tokens = [np.arange(begin, end) for begin, end, _ in sequence]
     return np.concatenate([sequence[:1, 0] - 1, *tokens])
-
-
-def by_length(lengths: ndarray, size: int) -> Iterator[ndarray]:
-    """Indices in groups of at most `size` of similar length, so that little padding is computed."""
-    order = lengths.argsort(kind="stable")
-    for first in range(0, len(order), size):
-        yield order[first : first + size]

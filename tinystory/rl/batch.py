@@ -2,9 +2,8 @@
 else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory.run.device import upload
 from tinystory.student.generate import Story
 
-T = TypeVar("T", bound="PerToken")
+# Columns of a batch with one entry per story token.
+PER_TOKEN = (
+    *("tokens", "logprobs", "values", "ref_logprobs", "ref_hidden"),
+    *("rewards", "advantages", "returns"),
+)
 
 
 @dataclass(kw_only=True)
@@ -25,8 +28,12 @@ class Batch:
     inputs: (B, T) int64, right-padded; each row has the opening and the story without the last
     token. The other tensors have one entry per story token, in the order of the stories:
     tokens: (n,) int64.
-    logprobs, values: (n,) float32, from the time of sampling.
-    token_indices: (n,) int64, the index of each token in the batch from which `rows` selected.
+    logprobs, values: (n,) float32, from the time of sampling. The ridge critic replaces the values.
+    ref_logprobs: (n,) float32, log-probabilities under the frozen starting checkpoint.
+    ref_hidden: (n, C) float32, the hidden states of this checkpoint that predict the tokens; (n, 0)
+    if nothing reads them.
+    rewards, advantages, returns: (n,) float32; returns are the targets of the values.
+    A column is NaN until it is computed.
 
     The NumPy arrays, (B,) int64, stay on the host, so that no micro-batch waits for a GPU:
     indices: the stories' indices in the run.
@@ -39,7 +46,11 @@ class Batch:
     tokens: Tensor
     logprobs: Tensor
     values: Tensor
-    token_indices: Tensor
+    ref_logprobs: Tensor
+    ref_hidden: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
     indices: ndarray
     openings: ndarray
     prompt_lengths: ndarray
@@ -55,22 +66,23 @@ class Batch:
         story's last token, which predicts nothing."""
         return self.prompt_lengths + self.lengths - 1
 
+    def token_indices(self, rows: ndarray) -> Tensor:
+        """Indices of the tokens of the stories in these rows, (m,) int64."""
+        starts = self.lengths.cumsum() - self.lengths
+        return upload(spans(starts[rows], self.lengths[rows]), self.inputs.device)
+
     def rows(self, rows: ndarray) -> "Batch":
         """The batch of the stories in these rows."""
-        starts = self.lengths.cumsum() - self.lengths
-        device = self.inputs.device
-        token_indices = upload(spans(starts[rows], self.lengths[rows]), device)
-        return Batch(
-            inputs=self.inputs.index_select(0, upload(rows, device)),
-            tokens=self.tokens.index_select(0, token_indices),
-            logprobs=self.logprobs.index_select(0, token_indices),
-            values=self.values.index_select(0, token_indices),
-            token_indices=token_indices,
+        indices = self.token_indices(rows)
+        columns = {name: getattr(self, name).index_select(0, indices) for name in PER_TOKEN}
+        return replace(
+            self,
+            **columns,
+            inputs=self.inputs.index_select(0, upload(rows, self.inputs.device)),
             indices=self.indices[rows],
             openings=self.openings[rows],
             prompt_lengths=self.prompt_lengths[rows],
             lengths=self.lengths[rows],
-            longest=self.longest,
         )
 
     def padded(self, x: Tensor) -> Tensor:
@@ -96,38 +108,6 @@ class Batch:
         return upload(spans(row_starts, self.lengths), self.inputs.device)
 
 
-class PerToken:
-    """Base class of dataclasses of tensors with one entry per story token."""
-
-    def at(self: T, indices: Tensor) -> T:
-        """The entries of the tokens at these indices, (m,) int64."""
-        columns = {name: column.index_select(0, indices) for name, column in vars(self).items()}
-        return type(self)(**columns)
-
-
-@dataclass(frozen=True)
-class Reference(PerToken):
-    """Outputs of the frozen starting checkpoint for a batch, float32: logprobs (n,) of the stories'
-    tokens, and the hidden states (n, C) that predict these tokens, or (n, 0) if no learner or model
-    uses them."""
-
-    logprobs: Tensor
-    hidden: Tensor
-
-
-@dataclass(frozen=True)
-class Targets(PerToken):
-    """Inputs of a learner's loss, (n,) float32 each. advantages: of the sampled tokens.
-    ref_logprobs: log-probabilities under the reference. values: predicted before the update.
-    returns: the regression targets of the values. values and returns are 0 for learners without a
-    critic."""
-
-    advantages: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    returns: Tensor
-
-
 def spans(starts: ndarray, lengths: ndarray) -> ndarray:
     """The concatenated ranges start, ..., start + length - 1."""
     return np.repeat(starts + lengths - lengths.cumsum(), lengths) + np.arange(lengths.sum())
@@ -138,12 +118,18 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
     _, openings = np.unique([story.opening for story in stories], return_inverse=True)
+    logprobs = upload(torch.cat([story.logprobs for story in stories]), device)
+    not_computed = torch.full_like(logprobs, torch.nan)
     return Batch(
         inputs=upload(pad_sequence(inputs, batch_first=True), device),
         tokens=upload(torch.cat([story.tokens for story in stories]), device),
-        logprobs=upload(torch.cat([story.logprobs for story in stories]), device),
+        logprobs=logprobs,
         values=upload(torch.cat([story.values for story in stories]), device),
-        token_indices=torch.arange(lengths.sum(), device=device),
+        ref_logprobs=not_computed,
+        ref_hidden=logprobs.new_empty(len(logprobs), 0),
+        rewards=not_computed,
+        advantages=not_computed,
+        returns=not_computed,
         indices=np.array([story.index for story in stories]),
         openings=openings,
         prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),

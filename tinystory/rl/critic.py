@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinystory.rl.batch import Batch, Reference
+from tinystory.rl.batch import Batch
 
 # Ridge prior, in tokens: after PRIOR tokens (about 40 stories) the weights are shrunk by half. This
 # value was the best one on held-out stories.
@@ -39,46 +39,44 @@ class RidgeCritic(nn.Module):
         self.register_buffer("moment", torch.zeros(size, dtype=torch.float64))
 
     @torch.no_grad()
-    def estimate(self, batch: Batch, reference: Reference, returns: Tensor) -> Tensor:
+    def estimate(self, batch: Batch, returns: Tensor) -> Tensor:
         """The expected return before each token, (n,) float32. Afterwards adds the batch's returns,
         (n,), to the statistics. Each half of the batch is estimated from the other half and all
         earlier batches, so that a story has no influence on its own estimate."""
         even = np.arange(0, len(batch), 2)
         odd = np.arange(1, len(batch), 2)
-        even_gram, even_moment = self.statistics(batch, reference, returns, even)
-        odd_gram, odd_moment = self.statistics(batch, reference, returns, odd)
+        even_gram, even_moment = self.statistics(batch, returns, even)
+        odd_gram, odd_moment = self.statistics(batch, returns, odd)
 
         even_weights = ridge_weights(self.gram + odd_gram, self.moment + odd_moment)
         odd_weights = ridge_weights(self.gram + even_gram, self.moment + even_moment)
         values = torch.zeros_like(batch.logprobs)
         for rows, weights in ((even, even_weights), (odd, odd_weights)):
-            for x, indices in chunks(batch, reference, rows):
+            for x, indices in chunks(batch, rows):
                 values[indices] = (x @ weights).to(values.dtype)
 
         self.gram.add_(even_gram + odd_gram).mul_(DECAY)
         self.moment.add_(even_moment + odd_moment).mul_(DECAY)
         return values
 
-    def statistics(
-        self, batch: Batch, reference: Reference, returns: Tensor, rows: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
+    def statistics(self, batch: Batch, returns: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contributions to gram and moment of the stories in these rows."""
         gram = torch.zeros_like(self.gram)
         moment = torch.zeros_like(self.moment)
-        for x, indices in chunks(batch, reference, rows):
+        for x, indices in chunks(batch, rows):
             gram.addmm_(x.T, x)
             moment.addmv_(x.T, returns[indices].double())
         return gram, moment
 
 
-def chunks(batch: Batch, reference: Reference, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(batch: Batch, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields features, (m, D) float64, and indices in the batch, (m,), of the tokens of these
     stories, CHUNK stories at a time."""
     for first in range(0, len(rows), CHUNK):
-        part = batch.rows(rows[first : first + CHUNK])
-        part_reference = reference.at(part.token_indices)
-        table = features(part.padded(part_reference.hidden), part.padded(part_reference.logprobs))
-        yield part.unpadded(table).double(), part.token_indices
+        chunk = rows[first : first + CHUNK]
+        part = batch.rows(chunk)
+        table = features(part.padded(part.ref_hidden), part.padded(part.ref_logprobs))
+        yield part.unpadded(table).double(), batch.token_indices(chunk)
 
 
 def features(hidden: Tensor, logprobs: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops.compute import Compute
-from tinystory.rl.learners import LEARNERS
+from tinystory.rl.batch import Batch
+from tinystory.rl.critic import RidgeCritic
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run import distributed
 from tinystory.student import checkpoint, hf
@@ -102,13 +103,45 @@ class SharpAdam(torch.optim.Adam):
         self.sharpness.zero_()
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A learning algorithm, as a row of the table in learners.py.
+
+    targets(config, critic, batch): the batch with advantages, and with the values and returns of
+    the critic, or with zeros.
+    loss(config, batch, logprob, kl_coef): the loss of each token, (n,), and whether it is clipped,
+    (n,) bool. logprob: (n,), under the policy.
+    critic: class of the critic, constructed with the student's width.
+    weights(config, batch, tokens, stories): weights of the tokens, (n,), in a minibatch of `tokens`
+    tokens and `stories` stories; None: every token has the same weight.
+    select(batch): rows of the stories in the update; None: all.
+    statistics(config, batch, kl_coef): further metrics of a step.
+    compares: whether the targets compare the stories of a step with the same opening.
+    together: number of neighbouring stories that the loss compares, which stay in one micro-batch.
+    kl_in_loss: whether the loss has the KL penalty (--kl-coef is beta of DPO), so that the rewards
+    have none.
+    options: options that this learner uses and some other learner does not."""
+
+    targets: Callable[[InteractConfig, nn.Module, Batch], Batch]
+    loss: Callable[[InteractConfig, Batch, Tensor, float], tuple[Tensor, Tensor]]
+    critic: type[RidgeCritic] | type[ValueHead] | None = None
+    weights: Callable[[InteractConfig, Batch, int, int], Tensor] | None = None
+    select: Callable[[Batch], ndarray] | None = None
+    statistics: Callable[[InteractConfig, Batch, float], dict[str, float]] | None = None
+    compares: bool = False
+    together: int = 1
+    kl_in_loss: bool = False
+    options: tuple[str, ...] = ()
+
+
 @dataclass(kw_only=True)
 class Policy:
-    """Student, critic and optimizer. critic: an empty module for learners without values. autocast:
+    """Student, learner, critic and optimizer. critic: an empty module for learners without values. autocast:
     context of the forward passes only; in this context, the backward pass would round the float32
     gradient of the value head. history: the student's training history, for model.json."""
 
     student: Student
+    learner: Learner
     critic: nn.Module
     optimizer: torch.optim.Optimizer
     config: InteractConfig
@@ -163,23 +196,6 @@ class Policy:
             self.score_model.restore(tensors, self.student.config.n_embd)
             checkpoint.unpack_optimizer(self.optimizer, tensors)
         return state
-
-
-def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
-    """A policy with the student of a checkpoint, a new critic and a new optimizer."""
-    student, tokenizer, history = checkpoint.load(folder, compute.device)
-    critic_class = LEARNERS[config.learner].critic
-    critic = critic_class(student.config.n_embd) if critic_class else nn.Module()
-    critic = critic.to(compute.device)
-    return Policy(
-        student=student,
-        critic=critic,
-        optimizer=SharpAdam(student, critic, config),
-        config=config,
-        autocast=compute.autocast,
-        tokenizer=tokenizer,
-        history=history,
-    )
 
 
 def rollout(

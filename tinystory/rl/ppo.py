@@ -1,10 +1,14 @@
-"""One step of learning from stories: token rewards with a KL penalty, and the update of the policy.
+"""PPO: token rewards with a KL penalty, generalised advantage estimates, the clipped loss, and the
+update of the policy. This is the step of every learner; a row of the table in learners.py replaces
+the advantages and the loss.
 
-The formulas follow TRL's PPOTrainer; learners.py has the parts that differ between learners.
-Tensors are (n,), one entry per token of the stories."""
+The formulas follow the PPOTrainer of TRL 0.9.4, which the paper used (arXiv 2509.15714), after
+Ziegler et al. 2019 (arXiv 1909.08593). Tensors are (n,), one entry per token of the stories, or
+padded tables (B, N), one row per story, with a mask that is True at tokens."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,16 +16,9 @@ from torch import Tensor, nn
 
 from tinystory import ops
 from tinystory.config import InteractConfig
-from tinystory.data.windows import by_length
-from tinystory.rl.batch import Batch, Reference, Targets, spans
-from tinystory.rl.learners import (
-    LEARNERS,
-    best_quarter,
-    margins,
-    policy_loss,
-    story_weights,
-    targets_of,
-)
+from tinystory.data.batches import by_length
+from tinystory.rl.batch import Batch, spans
+from tinystory.rl.critic import RidgeCritic
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
@@ -66,34 +63,86 @@ def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Reference:
-    """Log-probabilities and hidden states of a step's stories under the frozen starting checkpoint,
-    float32. The hidden states are (n, 0) unless the ridge critic or the score model uses them. The
-    micro-batches are sharded over processes."""
-    needs_hidden = config.learner == "ridge" or config.grades > 0
+def with_reference(policy: Policy, batch: Batch, reference: Student) -> Batch:
+    """The batch with ref_logprobs and, if the ridge critic or the score model reads them, with
+    ref_hidden. reference: the frozen starting checkpoint. The micro-batches are sharded over
+    processes."""
+    config = policy.config
+    needs_hidden = isinstance(policy.critic, RidgeCritic) or config.grades > 0
     width = reference.config.n_embd if needs_hidden else 0
     logprobs = torch.zeros_like(batch.logprobs)
     hidden = logprobs.new_zeros(len(logprobs), width)
     micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
     with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
-            part = batch.rows(rows)
-            part_logprobs, part_hidden = response_logprobs(reference, part)
-            logprobs[part.token_indices] = part_logprobs
+            part_logprobs, part_hidden = response_logprobs(reference, batch.rows(rows))
+            indices = batch.token_indices(rows)
+            logprobs[indices] = part_logprobs
             if needs_hidden:
-                hidden[part.token_indices] = part_hidden.float()
-    return Reference(distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(hidden))
+                hidden[indices] = part_hidden.float()
+    return replace(
+        batch,
+        ref_logprobs=distributed.all_reduce_sum(logprobs),
+        ref_hidden=distributed.all_reduce_sum(hidden),
+    )
 
 
-def token_rewards(
-    story_rewards: Tensor, batch: Batch, reference: Reference, kl_coef: float
-) -> Tensor:
+def token_rewards(batch: Batch, story_rewards: Tensor, kl_coef: float) -> Tensor:
     """Token rewards, (n,): -kl_coef * (logprob - ref_logprob) at each token, plus the reward of the
     story at the story's last token. story_rewards: (B,)."""
-    rewards = -kl_coef * (batch.logprobs - reference.logprobs)
+    rewards = -kl_coef * (batch.logprobs - batch.ref_logprobs)
     last_tokens = upload(batch.lengths.cumsum() - 1, rewards.device)
     rewards[last_tokens] += story_rewards
     return rewards
+
+
+def ridge_targets(config: InteractConfig, critic: nn.Module, batch: Batch) -> Batch:
+    """`gae_targets` with the values of the ridge critic instead of the rollout's."""
+    assert isinstance(critic, RidgeCritic)
+    observed_returns = batch.unpadded(discounted(batch.padded(batch.rewards), config.gamma))
+    values = critic.estimate(batch, observed_returns)
+    return gae_targets(config, critic, replace(batch, values=values))
+
+
+def gae_targets(config: InteractConfig, critic: nn.Module, batch: Batch) -> Batch:
+    """The batch with whitened generalised advantage estimates and returns, from its rewards and
+    values."""
+    mask = batch.padded(torch.ones_like(batch.rewards)).bool()
+    table, returns = advantages_and_returns(
+        batch.padded(batch.rewards), batch.padded(batch.values), config.gamma, config.lam
+    )
+    advantages = batch.unpadded(whiten(table, mask))
+    return replace(batch, advantages=advantages, returns=batch.unpadded(returns))
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16), and returns
+    = advantages + values. All tables are (B, N) and 0 after the end of a story."""
+    next_values = nn.functional.pad(values[:, 1:], (0, 1))
+    errors = rewards + gamma * next_values - values  # the temporal differences, delta in eq. 12
+    advantages = discounted(errors, gamma * lam)
+    return advantages, advantages + values
+
+
+def discounted(x: Tensor, factor: float) -> Tensor:
+    """Discounted sums, (B, N): for each token t, the sum of factor^(u - t) x[u] over u >= t.
+    Computed as one product with a triangular matrix instead of a loop."""
+    token = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    steps_ahead = token[:, None] - token  # [u, t] is u - t
+    weights = factor ** steps_ahead.clamp(min=0)
+    return x @ weights.tril()
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and variance 1 over the entries where mask is True (Bessel's
+    correction, epsilon 1e-8)."""
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / count
+    variance = variance * count / (count - 1).clamp(min=1)
+    return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
 def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
@@ -106,26 +155,21 @@ def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -
 def step(
     policy: Policy,
     batch: Batch,
-    reference: Reference,
     story_rewards: Sequence[float | None],
     kl_coef: float,
     steps: int = 0,
 ) -> dict[str, float]:
-    """Metrics of one step: token rewards, advantages, and the update of the policy. reference: from
-    `read_reference`. story_rewards: a story with None has no gradient. steps: number of steps done
+    """Metrics of one step: token rewards, advantages, and the update of the policy. batch: a result
+    of `with_reference`. story_rewards: a story with None has no gradient. steps: number of steps done
     before this one."""
-    config = policy.config
+    config, learner = policy.config, policy.learner
     # a function of the step, so that a resumed run repeats an uninterrupted one
     torch.manual_seed(config.seed * 1_000_003 + steps)
     scored = [row for row, reward in enumerate(story_rewards) if reward is not None]
     batch = batch.rows(np.array(scored))
-    reference = reference.at(batch.token_indices)
     rewards = torch.tensor([story_rewards[row] for row in scored], device=batch.inputs.device)
 
-    is_kl_in_loss = config.kl_in == "loss" or config.learner == "dpo"
-    kl_in_reward = 0.0 if is_kl_in_loss else kl_coef
-    kl_in_loss = kl_coef if is_kl_in_loss else 0.0
-    mean_kl = float(batch.story_sums(batch.logprobs - reference.logprobs).mean())
+    mean_kl = float(batch.story_sums(batch.logprobs - batch.ref_logprobs).mean())
     mean_reward = float(rewards.mean())
     statistics = {
         "reward_mean": mean_reward,
@@ -136,42 +180,28 @@ def step(
         "objective": mean_reward - kl_coef * mean_kl,
     }
 
-    per_token = token_rewards(rewards, batch, reference, kl_in_reward)
-    if config.learner == "sft-best":
-        selected = best_quarter(batch.story_sums(per_token)).cpu().numpy()
-        batch = batch.rows(selected)
-        reference = reference.at(batch.token_indices)
-        per_token = per_token.index_select(0, batch.token_indices)
-    targets = targets_of(config, policy.critic, batch, reference, per_token)
-    if config.learner == "dpo":
-        story_advantages = batch.padded(targets.advantages)[:, 0]
-        batch = batch.rows(story_advantages.cpu().numpy().nonzero()[0])
-        targets = targets.at(batch.token_indices)
-        pair_margins = margins(config, batch, targets, batch.logprobs)
-        openings = len(story_rewards) // config.stories_per_opening
-        statistics |= {
-            "pairs": len(pair_margins) / openings,
-            "pair_accuracy": float((pair_margins > 0).float().mean()),
-            "pair_margin": kl_coef * float(pair_margins.mean()),
-        }
-    return statistics | update(policy, batch, targets, kl_in_loss, steps)
+    is_kl_in_reward = config.kl_in == "reward" and not learner.kl_in_loss
+    per_token = token_rewards(batch, rewards, kl_coef if is_kl_in_reward else 0.0)
+    batch = learner.targets(config, policy.critic, replace(batch, rewards=per_token))
+    if learner.select:
+        batch = batch.rows(learner.select(batch))
+    if learner.statistics:
+        statistics |= learner.statistics(config, batch, kl_coef)
+    return statistics | update(policy, batch, kl_coef, steps)
 
 
 # ---- the update ----------------------------------------------------------------------------------
 
 
-def update(
-    policy: Policy, batch: Batch, targets: Targets, kl_coef: float = 0.0, steps: int = 0
-) -> dict[str, float]:
+def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict[str, float]:
     """Mean metrics over the optimizer steps of one update: config.epochs passes over the batch,
     with one optimizer step per minibatch.
 
-    kl_coef: weight of the KL penalty in the loss, or beta of DPO. steps: number of steps done
+    kl_coef: weight of the KL penalty with --kl-in loss, or beta of DPO. steps: number of steps done
     before this one. PyTorch's global generator draws the order of the minibatches. Gradients are
     summed over micro-batches and processes, and divided by the number of tokens of the minibatch.
     So --micro-batch-size and the number of processes affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
-    together = LEARNERS[config.learner].together
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with policy.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
@@ -181,7 +211,9 @@ def update(
     updates = 0
     skipped = 0
     for epoch in range(config.epochs):
-        minibatches = shuffled_minibatches(len(batch), config.minibatch_size, together)
+        minibatches = shuffled_minibatches(
+            len(batch), config.minibatch_size, policy.learner.together
+        )
         for i, minibatch in enumerate(minibatches):
             if config.lr_decay:  # linearly to 0
                 epochs_done = epoch + i / len(minibatches)
@@ -190,7 +222,7 @@ def update(
                     group["lr"] = group["initial_lr"] * (1 - done)
             optimizer.zero_grad()
             with student.lowered(dtype):
-                sums, largest_ratio_error = backward(policy, batch, targets, minibatch, kl_coef)
+                sums, largest_ratio_error = backward(policy, batch, minibatch, kl_coef)
             # before the first optimizer step, only rounding makes a ratio differ from 1
             if epoch == 0 and i == 0:
                 ratio_error = float(largest_ratio_error)
@@ -212,9 +244,9 @@ def update(
     means = {name: total / max(updates, 1) for name, total in totals.items()}
     del means["mean_ratio"]
     explained_variance = math.nan  # fraction of the variance of the returns
-    if LEARNERS[config.learner].critic:
-        residual = targets.returns - targets.values
-        explained_variance = 1 - float(residual.var() / targets.returns.var())
+    if policy.learner.critic:
+        residual = batch.returns - batch.values
+        explained_variance = 1 - float(residual.var() / batch.returns.var())
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
@@ -236,7 +268,7 @@ def shuffled_minibatches(stories: int, size: int, together: int = 1) -> list[np.
 
 
 def backward(
-    policy: Policy, batch: Batch, targets: Targets, minibatch: np.ndarray, kl_coef: float
+    policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Sums of STATISTICS over this process's tokens of a minibatch, divided by the number of tokens
     of the whole minibatch, (5,) float64, and the largest |ratio - 1|. Accumulates the gradients,
@@ -244,27 +276,26 @@ def backward(
 
     minibatch: rows of the batch. The results stay on the device, so that the host does not wait for
     a GPU."""
-    config = policy.config
-    together = LEARNERS[config.learner].together
+    config, learner = policy.config, policy.learner
     tokens = int(batch.lengths[minibatch].sum())
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=batch.inputs.device)
     largest_ratio_error = torch.zeros((), device=batch.inputs.device)
-    units = minibatch.reshape(-1, together).tolist()  # stories, or pairs of stories
-    shard = np.array(distributed.shard_strided(units), np.int64).reshape(-1, together)
+    # stories, or pairs of stories
+    units = minibatch.reshape(-1, learner.together).tolist()
+    shard = np.array(distributed.shard_strided(units), np.int64).reshape(-1, learner.together)
     longest = batch.input_lengths[shard].max(1)
-    for rows in by_length(longest, config.micro_batch_size // together):
+    for rows in by_length(longest, config.micro_batch_size // learner.together):
         part = batch.rows(shard[rows].flatten())
-        target = targets.at(part.token_indices)
         with policy.autocast():
             logprob, hidden = response_logprobs(policy.student, part)
             value = None if policy.value_head is None else policy.value_head(hidden)
 
-        token_loss, is_clipped = policy_loss(config, part, target, logprob, kl_coef)
-        if kl_coef and config.learner != "dpo":
-            token_loss = token_loss + kl_coef * k3(target, logprob)
-        if LEARNERS[config.learner].baseline:
-            token_loss = token_loss * story_weights(config, part, tokens, len(minibatch))
-        value_loss = squared_error(target, value)
+        token_loss, is_clipped = learner.loss(config, part, logprob, kl_coef)
+        if config.kl_in == "loss":
+            token_loss = token_loss + kl_coef * k3(part, logprob)
+        if learner.weights:
+            token_loss = token_loss * learner.weights(config, part, tokens, len(minibatch))
+        value_loss = squared_error(part, value)
         loss = (token_loss.sum() + config.value_coef * value_loss.sum()) / tokens
         loss.backward()
 
@@ -277,21 +308,39 @@ def backward(
     return sums, largest_ratio_error
 
 
-def k3(targets: Targets, logprob: Tensor) -> Tensor:
+def clipped_loss(
+    config: InteractConfig, batch: Batch, logprob: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's loss of each token, (n,), and whether it is clipped, (n,) bool: -min(r A, clip(r, 1 - c,
+    1 + c) A), where r is the probability ratio of the token (Schulman et al. 2017, arXiv
+    1707.06347, eq. 7). logprob: (n,), under the policy."""
+    return clipped(config, batch, torch.exp(logprob - batch.logprobs))
+
+
+def clipped(config: InteractConfig, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """The clipped loss for given ratios, (n,), and whether it is clipped, (n,) bool."""
+    clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+    loss = -batch.advantages * ratio
+    loss_of_clipped = -batch.advantages * clipped_ratio
+    is_clipped = loss_of_clipped.detach() > loss.detach()
+    return torch.maximum(loss, loss_of_clipped), is_clipped
+
+
+def k3(batch: Batch, logprob: Tensor) -> Tensor:
     """The k3 estimate of the KL from the reference, (n,) (Schulman 2020,
     joschu.net/blog/kl-approx.html), as in eq. 4 of GRPO."""
-    log_ratio = targets.ref_logprobs - logprob
+    log_ratio = batch.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def squared_error(targets: Targets, value: Tensor | None) -> Tensor:
+def squared_error(batch: Batch, value: Tensor | None) -> Tensor:
     """Half the squared error of the values, (n,). value: (n,), from the value head; the error is
     the larger one of this value and of this value clipped to within CLIP_VALUE of the old value.
-    With None, the error is that of the ridge critic's values, without gradient."""
+    With None, the error is that of the batch's values, without gradient."""
     if value is None:
-        return 0.5 * (targets.values - targets.returns) ** 2
-    change = (value - targets.values).clamp(-CLIP_VALUE, CLIP_VALUE)
-    clipped = targets.values + change
-    error = (value - targets.returns) ** 2
-    clipped_error = (clipped - targets.returns) ** 2
+        return 0.5 * (batch.values - batch.returns) ** 2
+    change = (value - batch.values).clamp(-CLIP_VALUE, CLIP_VALUE)
+    clipped_value = batch.values + change
+    error = (value - batch.returns) ** 2
+    clipped_error = (clipped_value - batch.returns) ** 2
     return 0.5 * torch.maximum(error, clipped_error)

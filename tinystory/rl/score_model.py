@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinystory.config import FEWEST_GRADES, InteractConfig
-from tinystory.rl.batch import Batch, Reference
+from tinystory.rl.batch import Batch
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.run.text import is_blank
@@ -47,7 +47,7 @@ def grades_of_step(config: InteractConfig, step: int, given: int) -> int:
     return min(share, config.stories_per_step)
 
 
-def story_features(batch: Batch, reference: Reference, stories: Sequence[Story]) -> Tensor:
+def story_features(batch: Batch, stories: Sequence[Story]) -> Tensor:
     """Features of each story, (B, 2C + 15) float32 on the CPU, from the outputs of the reference.
 
     The features are: the mean and the last hidden state; of the tokens' log-probabilities, the
@@ -55,8 +55,8 @@ def story_features(batch: Batch, reference: Reference, stories: Sequence[Story])
     below -4 nats, and the quantiles QUANTILES; the length, the square and the inverse of the
     length, and whether the story ended."""
     sizes = [int(length) for length in batch.lengths]
-    logprobs_of_each = reference.logprobs.cpu().double().split(sizes)
-    hidden_of_each = reference.hidden.cpu().double().split(sizes)
+    logprobs_of_each = batch.ref_logprobs.cpu().double().split(sizes)
+    hidden_of_each = batch.ref_hidden.cpu().double().split(sizes)
     rows = []
     for story, x, story_hidden in zip(stories, logprobs_of_each, hidden_of_each, strict=True):
         count = len(x)

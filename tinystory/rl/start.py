@@ -7,11 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tinystory.config import InteractConfig
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
-from tinystory.rl.policy import Policy, RunState, load_policy
+from tinystory.rl.learners import LEARNERS
+from tinystory.rl.policy import Policy, RunState, SharpAdam
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.run.folder import newest_first, read_config
@@ -67,7 +71,7 @@ def load_students(
     reference and policy have the same weights. start, newest: see `starting_point`."""
     reference, _, _ = checkpoint.load(start, compute.device)
     reference.requires_grad_(False)
-    policy = load_policy(config, start, compute)
+    policy = new_policy(config, *checkpoint.load(start, compute.device), compute)
     if newest:
         state = policy.restore(newest)
     else:
@@ -77,6 +81,30 @@ def load_students(
         print_rest_of_pretraining(start, policy.history)
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     return reference, policy, state
+
+
+def new_policy(
+    config: InteractConfig,
+    student: Student,
+    tokenizer: Tokenizer,
+    history: dict[str, Any],
+    compute: Compute,
+) -> Policy:
+    """A policy with this student, a new critic and a new optimizer. history: the student's training
+    history, for model.json."""
+    learner = LEARNERS[config.learner]
+    critic = learner.critic(student.config.n_embd) if learner.critic else nn.Module()
+    critic = critic.to(compute.device)
+    return Policy(
+        student=student,
+        learner=learner,
+        critic=critic,
+        optimizer=SharpAdam(student, critic, config),
+        config=config,
+        autocast=compute.autocast,
+        tokenizer=tokenizer,
+        history=history,
+    )
 
 
 def begin_at(temperature: float, reference: Student, policy: Policy) -> None:

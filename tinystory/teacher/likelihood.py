@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.config import InteractConfig
+from tinystory.data.batches import by_length
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.data.windows import by_length
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import LocalGrader, Submission
