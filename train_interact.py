@@ -329,7 +329,7 @@ def finish(run: InteractionRun) -> None:
         print_stopped(run.config, "train_interact.py", f"step {run.state.step}")
     elif distributed.is_rank0():
         held_out.write_samples(run.log.folder, run.state.best_step)
-        print_interaction(run.log.folder)
+        print_interaction(run.config)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,27 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 from unittest import mock
 
 import pytest
 from conftest import read_lines, story_record
 from test_grading_queue import GOOD, Clock, asked, grade, no_room
 
+from tinystory.config import InteractConfig
 from tinystory.evaluate.intervals import wilson
 from tinystory.human import grading_queue
 from tinystory.human import lesson as lessons
 from tinystory.human.grading_queue import GRACE_S, GradingQueue
 from tinystory.human.lesson import Lesson, lesson_folder
 from tinystory.human.progress import COMPARED, Pair, read_progress
+from tinystory.report.ending import print_interaction
 from tinystory.report.findings import read_findings
 from tinystory.report.run import write_report
 from tinystory.run.folder import locked
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, PAIRS, SAMPLES, STORIES
+from tinystory.student import checkpoint
 from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.grade import NOT_ASKED
 from tinystory.teacher.probe import HUMAN_S
@@ -115,6 +119,14 @@ def prefer(lesson, side):
 
 def side_of(pair, step):
     return "left" if pair["left"].startswith(f"story {step}") else "right"
+
+
+def test_the_trainer_says_where_pairs_wait_for_the_person(finished, place, capsys):
+    shutil.copytree(checkpoint.newest(place / "p"), finished.folder / "checkpoints" / "best")
+    print_interaction(InteractConfig(out=str(finished.folder), teacher_url=[f"{URL}/v1"]))
+    text = capsys.readouterr().out
+    assert f"\nnext:   compare {COMPARED} pairs of stories at {URL}\nthen:   " in text
+    assert "Opening 17" in text and not any(f"Opening {i} " in text for i in range(COMPARED))
 
 
 def test_answers_left_and_minutes_follow_each_answer_and_each_step(run):

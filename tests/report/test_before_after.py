@@ -13,6 +13,7 @@ from tinystory.report.before_after import BeforeAfter, evaluation_means, read_be
 from tinystory.report.run import write_report
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, SAMPLES
+from tinystory.teacher.grade import NOT_ASKED
 
 GAINS = {0: -0.3, 1: 0.0, 2: 0.1, 3: 0.2, 4: 0.4}  # by opening; the median is 0.1
 
@@ -116,7 +117,7 @@ def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
     assert pair_of("eos", "eos", "eos") == (1, True)
     assert pair_of("eos", "length", "length") == (0, True)
     assert pair_of("length", "length", "length") == (1, False)
-    rule, pair = BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5})).typical()
+    rule, pair = BeforeAfter(evaluation(0, {0: 0.5}), evaluation(1, {1: 0.5})).typical()
     assert rule.startswith("There is no pair to show") and pair == ()
 
 
@@ -162,6 +163,41 @@ def test_a_run_that_did_not_help_says_so_and_what_to_try(tmp_path):
         assert "checkpoints/best is the student before interaction" in text
         assert "doctor.py --calibrate" in text and "story 2 0" in text
         assert "best is the student after" not in text
+
+
+NOT_GRADED = {"reply": NOT_ASKED.error, "reward": None}
+
+
+def test_a_run_without_graded_evaluations_shows_a_pair_and_no_empty_place(tmp_path):
+    """The last pair: a human compares the first ones afterwards, without labels."""
+    before, after = ([r | NOT_GRADED for r in evaluation(step, GAINS)] for step in (0, 1))
+    after[4]["ended"] = "length"
+    finished(tmp_path, 1, before, after)
+    terminal, page = summary(tmp_path), text_of(write_report(tmp_path))
+    for text in (" ".join(terminal.split()), page):
+        assert (
+            "This pair is for the last held-out opening with two different, non-empty stories that "
+            "end." in text
+        )
+        assert text.index("story 0 3") < text.index("story 1 3")
+        assert "no pair" not in text and NOT_ASKED.error not in text and "no score" not in text
+        assert "not graded" in text and "its evaluations have no rewards" in text
+    assert "every evaluation" not in terminal and "\n\n\n" not in terminal
+    html = (tmp_path / "report.html").read_text()
+    assert "<b></b>" not in html and "Bars are" not in page and "Do not compare" not in page
+
+
+def test_without_rewards_the_second_judge_chooses_the_pair_and_gives_the_result(tmp_path):
+    before, after = ([r | NOT_GRADED for r in evaluation(step, GAINS)] for step in (0, 1))
+    for record in before:
+        record["judge"] = 0.2
+    for record, gain in zip(after, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True):
+        record["judge"] = 0.2 + gain
+    finished(tmp_path, 1, before, after)
+    for text in (" ".join(summary(tmp_path).split()), text_of(write_report(tmp_path))):
+        assert "The mean score by the second judge rose from 0.2 before interaction to 0.5" in text
+        assert "This pair has the median gain in score by the second judge among 5 held-out" in text
+        assert "not graded, second judge 0.5" in text and "story 1 2" in text
 
 
 def test_the_best_student_of_a_run_that_helped_is_named(tmp_path):

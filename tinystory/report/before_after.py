@@ -13,14 +13,14 @@ from tinystory.evaluate.held_out import (
     reward_mean,
     shown_score,
 )
-from tinystory.evaluate.intervals import mean_ci, standard_error
+from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
 from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
-from tinystory.teacher.grade import highest_score
+from tinystory.teacher.grade import NOT_ASKED, highest_score
 
 COLUMNS = {
     "reward": "reward",
@@ -31,7 +31,9 @@ COLUMNS = {
     "distinct_4": "distinct 4-grams",
     "length_mean": "words",
 }
-NO_PAIR = "There is no pair to show: no held-out opening has two different, non-empty stories with rewards."
+# Measures by which two evaluations are compared: the first one that both have.
+MEASURES = {"reward": "reward", "judge": "score by the second judge"}
+NO_PAIR = "There is no pair to show: no held-out opening has two different, non-empty stories."
 NO_HELP = (
     "The run did not help: no later evaluation reached the mean reward before interaction, so "
     "checkpoints/best is the student before interaction. Try more --steps or --stories-per-step. If "
@@ -52,31 +54,51 @@ class BeforeAfter:
     def names(self) -> tuple[str, str]:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
-    def typical(self) -> tuple[str, Sequence[Record]]:
-        """A sentence on how the pair was chosen, and the pair: two stories for one opening, before
-        and after, from the same random numbers, with the median gain in reward. The two stories are
-        different and not empty. If any pair has two stories that end, only such pairs count.
-        Without a pair: a sentence that says why, and ()."""
+    @property
+    def measure(self) -> str:
+        """The key in MEASURES by which the evaluations are compared; "" if no opening has two
+        rewards or two scores by the second judge."""
+        for key in MEASURES:
+            if self.gains(key):
+                return key
+        return ""
+
+    def pairs(self) -> list[tuple[Record, Record]]:
+        """Two stories for each held-out opening, before and after, from the same random numbers,
+        that are different and not empty, and both have the `measure`, if there is one. If any pair
+        has two stories that end: only such pairs."""
         after_by_index = {record["index"]: record for record in self.after}
+        comparable = self.gains(self.measure) if self.measure else after_by_index
         pairs: list[tuple[Record, Record]] = []
         for before in self.before:
-            after = after_by_index.get(before["index"])
-            if after is None or before["reward"] is None or after["reward"] is None:
+            if before["index"] not in comparable:
                 continue
+            after = after_by_index[before["index"]]
             words_before = printable(before["story"]).split()
             words_after = printable(after["story"]).split()
             if words_before and words_after and words_before != words_after:
                 pairs.append((before, after))
         ended = [pair for pair in pairs if pair[0]["ended"] == pair[1]["ended"] == "eos"]
-        pairs = ended or pairs
+        return ended or pairs
+
+    def typical(self) -> tuple[str, Sequence[Record]]:
+        """A sentence on how a pair was chosen, and the pair: one of `pairs`, with the median gain in
+        the `measure`. Without a measure: the last pair, because a human teacher compares the first
+        ones without labels. Without a pair: a sentence that says so, and ()."""
+        pairs = self.pairs()
         if not pairs:
             return NO_PAIR, ()
+        ends = " that end" if all(record["ended"] == "eos" for record in pairs[0]) else ""
+        kind = f"two different, non-empty stories{ends}"
+        if not self.measure:
+            rule = f"This pair is for the last held-out opening with {kind}."
+            return rule, pairs[-1]
 
-        pairs.sort(key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
-        ends = " that end" if ended else ""
+        gains = self.gains(self.measure)
+        pairs.sort(key=lambda pair: gains[pair[0]["index"]])
         rule = (
-            f"This pair has the median gain in reward among {len(pairs)} held-out openings with two "
-            f"different, non-empty stories{ends}."
+            f"This pair has the median gain in {MEASURES[self.measure]} among {len(pairs)} held-out "
+            f"openings with {kind}."
         )
         return rule, pairs[(len(pairs) - 1) // 2]
 
@@ -100,7 +122,7 @@ class BeforeAfter:
             before_row.append(with_error(before, before_errors.get(key)))
             cell = with_error(after, after_errors.get(key))
             if coloured and key in COMPARED:
-                direction = changed(self.gains(COMPARED[key]))
+                direction = changed([*self.gains(key).values()])
                 if direction:
                     cell = colour(cell, "better" if direction == "rose" else "worse")
             after_row.append(cell)
@@ -123,28 +145,31 @@ class BeforeAfter:
             "sentence templates; every other text counts as a story, however good or bad."
         )
 
-    def gains(self, value: Callable[[Record], float | None]) -> list[float]:
-        """The gain in a value, after minus before, for each held-out opening that has both
-        values."""
+    def gains(self, key: str) -> dict[int, float]:
+        """The gain in a value of COMPARED, after minus before, by index of the held-out opening, for
+        the openings that have both values."""
+        value = COMPARED[key]
         values_before = {record["index"]: value(record) for record in self.before}
-        gains = []
+        gains = {}
         for record in self.after:
             before, after = values_before.get(record["index"]), value(record)
             if before is not None and after is not None:
-                gains.append(after - before)
+                gains[record["index"]] = after - before
         return gains
 
     def conclusion(self) -> str:
-        """A sentence on the change in mean reward, with the interval of the gain; "" if no story
-        has a reward."""
-        first, last = reward_mean(self.before), reward_mean(self.after)
-        if first is None or last is None:
+        """A sentence on the change in the mean of the `measure`, with the interval of the gain; ""
+        without a measure."""
+        measure = self.measure
+        if not measure:
             return ""
-        gains = self.gains(COMPARED["reward"])
+        value = COMPARED[measure]
+        first, last = mean_of(map(value, self.before)), mean_of(map(value, self.after))
+        gains = [*self.gains(measure).values()]
         verb = changed(gains) or "went"
         means = (
-            f"The mean reward {verb} from {number(first)} before interaction to {number(last)} "
-            f"{self.names[1]}"
+            f"The mean {MEASURES[measure]} {verb} from {number(first)} before interaction to "
+            f"{number(last)} {self.names[1]}"
         )
         if len(gains) < 2:
             return f"{means}: too few stories to say whether it changed."
@@ -170,6 +195,10 @@ class BeforeAfter:
         if reward_mean(self.before) is None:
             return "No evaluation has a reward, so there is no checkpoints/best."
         return NO_HELP
+
+
+def has_ended(pair: Sequence[Record]) -> bool:
+    return all(record["ended"] == "eos" for record in pair)
 
 
 def changed(gains: Sequence[float]) -> str:
@@ -260,13 +289,15 @@ def summary(run: Path) -> str:
         lines.append(story_text(record["opening"], record["story"]))
     metrics = read_metrics(run)
     without_signal = CollapseDetector(metrics).warnings.get("signal")
-    held_out = [record.get("held_out_reward") for record in from_start(run, metrics)]
+    held_out = f"held_out_{comparison.measure}"
+    curve = text_curve([record.get(held_out) for record in from_start(run, metrics)])
+    measured = f"Mean {MEASURES.get(comparison.measure)} of every evaluation, from step 0: {curve}"
     sentences = [
         comparison.styles(),
         comparison.conclusion(),
         doubt(read_config(run)),
         f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",
-        f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}",
+        measured if curve else "",
         comparison.best_student(),
     ]
     lines += ["", *aligned(comparison.table(coloured=True)), *filter(None, sentences)]
@@ -275,9 +306,12 @@ def summary(run: Path) -> str:
 
 def grade_line(record: Record) -> str:
     """A story's grades on one line: reward 0.61, score 5 of 9 (readability 2, coherence 2,
-    creativity 1), difference 0.8."""
+    creativity 1), difference 0.8, second judge 0.7."""
+    judged = ""
+    if record.get("judge") is not None:
+        judged = f", second judge {number(record['judge'])}"
     if record["reward"] is None:
-        return "no score"
+        return f"{'no score' if was_asked(record) else 'not graded'}{judged}"
     line = f"reward {number(record['reward'])}"
     scores = record["scores"] or {}
     score = shown_score(record)
@@ -290,4 +324,9 @@ def grade_line(record: Record) -> str:
         line += f" ({named})"
     if record.get("difference") is not None:
         line += f", difference {number(record['difference'])}"
-    return line
+    return line + judged
+
+
+def was_asked(record: Record) -> bool:
+    """Whether the story was sent to the teacher."""
+    return bool(record["reply"] != NOT_ASKED.error)

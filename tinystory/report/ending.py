@@ -6,13 +6,18 @@ from pathlib import Path
 from tinystory.config import InteractConfig, PretrainConfig, RunConfig, given_again
 from tinystory.data.openings import load_openings
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.human.progress import read_progress
 from tinystory.report.before_after import summary
+from tinystory.report.page import count
+from tinystory.report.run import scorer
+from tinystory.run.folder import read_config
 from tinystory.run.paths import hint
 from tinystory.run.records import Record
 from tinystory.run.terminal import wrapped
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening
+from tinystory.teacher.probe import HUMAN
 
 
 def print_stopped(config: RunConfig, command: str, after: str) -> None:
@@ -21,11 +26,17 @@ def print_stopped(config: RunConfig, command: str, after: str) -> None:
     print(f"stopped after {after}, all saved; go on with: {resume}")
 
 
-def print_interaction(folder: Path) -> None:
-    """What a finished interaction changed."""
+def print_interaction(config: InteractConfig) -> None:
+    """What a finished interaction changed, and what comes next."""
+    folder = Path(config.out)
     print(summary(folder))
     print(printable(f"report: {folder / 'report.html'}"))
-    print(f"next:   {hint('scripts/sample.py', checkpoint.find(folder))}")
+    label = "next: "
+    if scorer(read_config(folder)) == HUMAN and (pairs := read_progress(folder).pairs):
+        url = config.teacher_url[0].rstrip("/").removesuffix("/v1")
+        print(printable(f"next:   compare {count(len(pairs), 'pair')} of stories at {url}"))
+        label = "then: "
+    print(f"{label}  {hint('scripts/sample.py', checkpoint.find(folder))}")
 
 
 def print_pretraining(config: PretrainConfig, metrics: Record, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from tinystory.report import charts
-from tinystory.report.before_after import grade_line
+from tinystory.report.before_after import grade_line, was_asked
 from tinystory.report.charts import number
 from tinystory.run.files import atomic_write
 from tinystory.run.records import Record
@@ -34,13 +34,18 @@ def write(
     return path
 
 
-def section(title: str, note: str, body: str) -> str:
-    return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>' if body else ""
+def note(*sentences: str) -> str:
+    """A paragraph of the sentences that are not empty, which are HTML; "" if all are empty."""
+    text = " ".join(filter(None, sentences))
+    return f'<p class="note">{text}</p>' if text else ""
 
 
-def details(title: str, note: str, body: str) -> str:
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<details><summary>{title}</summary>{note}{body}</details>" if body else ""
+def section(title: str, remark: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{note(remark)}{body}</section>" if body else ""
+
+
+def details(title: str, remark: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{note(remark)}{body}</details>" if body else ""
 
 
 def block(style: str, body: str) -> str:
@@ -89,7 +94,7 @@ def story_card(record: Record, title: str) -> str:
     notes.append(f"{number(record['words'])} words")
     if record["ended"] == "length":
         notes.append("cut off at the length limit")
-    if record["reply"] and record.get("reward") is None:
+    if record["reply"] and record.get("reward") is None and was_asked(record):
         notes.append(f"the teacher’s reply: “{record['reply'][:300]}”")
     return (
         f"<article><header><strong>{escape(title)}</strong> {clip(' · '.join(notes))}</header>"

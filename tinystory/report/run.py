@@ -58,9 +58,10 @@ FOLLOWED_NOTE = (
     "These stories are for the last held-out opening without an empty story; the opening was not chosen by how good "
     "the stories are. At every evaluation the student samples with the same random numbers."
 )
-REWARD_NOTE = (
-    "Bars are one standard error over an evaluation’s stories. Do not compare the two curves: the diversity term of "
-    "the reward is larger in an evaluation, which has few stories, than in a training step, which has many."
+BARS_NOTE = "Bars are one standard error over an evaluation’s stories."
+CURVES_NOTE = (
+    "Do not compare the training curve with the held-out curve: the diversity term of the reward is larger in an "
+    "evaluation, which has few stories, than in a training step, which has many."
 )
 NEXT_NOTE = (
     "All stories are in stories.jsonl beside this page, and all evaluations in evaluations.jsonl."
@@ -121,7 +122,7 @@ def write_report(run: Path, live: bool = False) -> Path:
         warning = f"<b>From step {number(step)}:</b> {escape(sentence)}"
         sections.insert(0, f'<p class="warning">{warning}</p>')
     if not metrics:
-        sections.append('<p class="note">No step is recorded yet.</p>')
+        sections.append(page.note("No step is recorded yet."))
     elif is_interaction(metrics):
         sections += interaction(run, metrics, config)
     else:
@@ -244,22 +245,26 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     held_out.errors = errors
     judge = curve(curves, "held_out_judge", "creativity", name="second judge")
     figure = chart("Mean reward, 0 to 1", [training, held_out, judge], size=HERO)
-    figure += f'<p class="note">{REWARD_NOTE}</p>'
+    notes = [BARS_NOTE] if any(errors) else []
+    if training.points().size and held_out.points().size:
+        notes.append(CURVES_NOTE)
+    figure += page.note(*notes)
     comparison = read_before_after(run)
     if comparison is None:
         return block("hero", f"<div>{figure}</div>")
 
     rule, pair = comparison.typical()
     titles = [name.capitalize() for name in comparison.names]
-    stories = f"<b>{escape(comparison.conclusion())}</b>"
+    conclusion = comparison.conclusion()
+    stories = f"<b>{escape(conclusion)}</b>" if conclusion else ""
     warning = doubt(read_config(run))
     if warning:
         stories += f'<p class="warning">{escape(warning)}</p>'
-    stories += f'<p class="note">{escape(comparison.best_student())} {escape(rule)}</p>'
+    stories += page.note(escape(comparison.best_student()), escape(rule))
     stories += block("pair", "".join(map(story_card, pair, titles)))
     header, *rows = comparison.table()
     means = page.table(header, rows)
-    styles = f'<p class="note">{escape(comparison.styles())}</p>'
+    styles = page.note(escape(comparison.styles()))
     return block("hero", f"<div>{stories}</div><div>{figure}{means}{styles}</div>")
 
 
@@ -324,7 +329,7 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
     ]
     figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     if pauses(config):
-        figure += f'<p class="note">{PAUSE_NOTE}</p>'
+        figure += page.note(PAUSE_NOTE)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     stories = spread(read_records(run / EVALUATIONS))
     newest = cards(stories[-1:])
