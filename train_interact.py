@@ -229,7 +229,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     Adds the metrics to the record of the last step, and saves the student as the checkpoint `best`
     if it is the best so far. Raises Interrupted."""
     config, state, log = run.config, run.state, run.log
-    if state.evaluated == state.step:
+    if state.evaluated_before > state.step:
         return {}
     if state.step:
         save(run)
@@ -239,7 +239,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     log.append(EVALUATIONS, records)
     words_before = state.words_in
     state.spend(stories, sum(grade.reply_words for grade in grades))
-    state.evaluated = state.step
+    state.evaluated_before = state.step + 1
     save_milestones(run, words_before)
     if held_out.becomes_best(config, log.folder, state.step):
         state.best_step = state.step
@@ -292,7 +292,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
         folder = Path(config.out)
         resume_step = state.step if config.resume else None
-        log = stack.enter_context(distributed.open_log(folder, resume_step, state.evaluated))
+        log = stack.enter_context(distributed.open_log(folder, resume_step, state.evaluated_before))
         stories = config.steps * config.stories_per_step
         bar = ProgressBar(total=stories, initial=state.written, unit="stories")
         run = InteractionRun(

@@ -1,12 +1,26 @@
 """train_interact.py as a user runs it, and users' mistakes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import NAMES, SHORT, SMALL, THINGS, cli, fails, metrics, read_lines
+from conftest import (
+    LIMIT_S,
+    NAMES,
+    ROOT,
+    SHORT,
+    SMALL,
+    THINGS,
+    cli,
+    fails,
+    metrics,
+    read_lines,
+)
 from runs import run_interact
 
 import train_interact as interact
@@ -227,5 +241,26 @@ def test_the_forecast_counts_what_the_teacher_will_be_asked():
     assert stories_to_grade(few, start) == 64 + 2 * 40
     assert stories_to_grade(replace(few, eval_graded=False), start) == 64
     assert stories_to_grade(replace(few, temperature=0.0), start) == 64 + 2 * 40 + 5 * 8
-    later = RunState(0.0, step=3, asked=42, evaluated=0)
+    later = RunState(0.0, step=3, asked=42, evaluated_before=1)
     assert stories_to_grade(few, later) == 64 - 42 + 40
+
+
+def test_a_hundred_evaluations_need_no_more_open_files_than_one(place, tmp_path):
+    """In another process, because this one may hold many files open."""
+    limited = (
+        "import resource, sys, train_interact as interact\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "interact.main(sys.argv[1:])\n"
+    )
+    flags = cli("--reward constant --init {} --out {}", place / "p", tmp_path / "i")
+    flags += cli("--steps 100 --eval-every 1 --stories-per-step 2 --eval-stories 1")
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *SHORT, *flags, "--max-new-tokens", "1"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all("held_out_reward" in record for record in metrics(tmp_path / "i"))

@@ -11,7 +11,7 @@ from runs import run_interact, spoiling
 
 import train_interact as interact
 from tinystory.evaluate import held_out
-from tinystory.run.records import EVALUATIONS, read_records
+from tinystory.run.records import EVALUATIONS, read_records, write_manifest
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
 
@@ -57,38 +57,50 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp
         assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkeypatch):
-    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run
-    evaluates first."""
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkeypatch, step):
+    """Ctrl-C arrives in the evaluation after a step: the step is logged and saved, and a resumed
+    run evaluates first."""
     collect = CallableGrader.collect
+    parts = tmp_path / "parts"
 
     def interrupted(self, stop):
-        signal.raise_signal(signal.SIGINT)
-        stop.check()
-
-    def second_step(self, stop):
-        if (
-            min(question.number for question in self.sent) >= held_out.FIRST_INDEX
-            and (tmp_path / "parts" / "evaluations.jsonl").exists()
-        ):
-            return interrupted(self, stop)
+        is_evaluation = min(question.number for question in self.sent) >= held_out.FIRST_INDEX
+        if is_evaluation and (step == 0 or (parts / "evaluations.jsonl").exists()):
+            signal.raise_signal(signal.SIGINT)
+            stop.check()
         return collect(self, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CallableGrader, "collect", second_step)
-        run_interact(place, tmp_path / "parts")
-    assert len(metrics(tmp_path / "parts")) == 2
-    assert "held_out_reward" not in metrics(tmp_path / "parts")[1]
-    assert not (tmp_path / "parts" / "samples.jsonl").exists()
-    run_interact(place, tmp_path / "parts", "--resume")
-    assert_same_bits(whole, tmp_path / "parts")
+        patch.setattr(CallableGrader, "collect", interrupted)
+        run_interact(place, parts)
+    logged = metrics(parts) if step else []
+    assert len(logged) == step and not (step and "held_out_reward" in logged[-1])
+    assert checkpoint.newest(parts).name == f"step_{step:07d}"
+    assert not (parts / "samples.jsonl").exists()
+    run_interact(place, parts, "--resume")
+    assert_same_bits(whole, parts)
     held_out_rewards = [
-        [record.get("held_out_reward") for record in metrics(run)]
-        for run in (whole, tmp_path / "parts")
+        [record.get("held_out_reward") for record in metrics(run)] for run in (whole, parts)
     ]
     assert held_out_rewards[0] == held_out_rewards[1]
     for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
-        assert (whole / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_an_older_checkpoint_is_resumed(place, whole, tmp_path):
+    """It records the step of the last evaluation, which is -1 before the first."""
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    folder = old / "checkpoints"
+    shutil.rmtree(folder / "step_0000004")
+    shutil.rmtree(folder / "step_0000002", ignore_errors=True)
+    counters = checkpoint.read_counters(folder / "start")
+    del counters["evaluated_before"]
+    (folder / "start/trainer.json").write_text(json.dumps(counters | {"evaluated": -1}))
+    write_manifest(folder / "start")
+    run_interact(place, old, "--resume")
+    assert_same_bits(whole, old)
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):

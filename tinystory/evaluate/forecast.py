@@ -63,7 +63,7 @@ def stories_to_grade(config: InteractConfig, state: RunState) -> int:
     if config.grades:
         count = config.grades - state.asked
     if config.eval_graded:
-        first = state.evaluated + 1
-        evaluations = sum(is_evaluated(config, step) for step in range(first, config.steps + 1))
+        steps = range(state.evaluated_before, config.steps + 1)
+        evaluations = sum(is_evaluated(config, step) for step in steps)
         count += evaluations * config.eval_stories
     return count + trial_stories(config, state)

@@ -42,7 +42,7 @@ class RunState:
     words_in: int = 0
     words_out: int = 0
     best_step: int = 0
-    evaluated: int = -1  # step of the last evaluation that is counted in the words
+    evaluated_before: int = 0  # evaluations of earlier steps are counted in the words
 
     def spend(self, stories: Sequence[Story], words_in: int) -> None:
         """Count words in, and the stories' words as words out."""

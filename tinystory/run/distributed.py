@@ -160,14 +160,14 @@ def run_folder(config: Any) -> Iterator[None]:
         yield
 
 
-def open_log(folder: Path, resume_step: int | None, last_evaluation: int | None = None) -> RunLog:
+def open_log(folder: Path, resume_step: int | None, evaluated_before: int | None = None) -> RunLog:
     """The records of a run, which rank 0 writes, and cuts before another rank reads them. See
     `RunLog`."""
     return rank0_first(
         lambda: RunLog(
             folder,
             resume_step=resume_step,
-            last_evaluation=last_evaluation,
+            evaluated_before=evaluated_before,
             writes=is_rank0(),
         )
     )

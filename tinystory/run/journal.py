@@ -81,6 +81,8 @@ class Journal:
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
+        if self._file.closed:
+            return
         with contextlib.suppress(OSError):  # a device has nothing to write back
             os.fsync(self._file.fileno())
         self._file.close()

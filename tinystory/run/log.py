@@ -32,8 +32,8 @@ from tinystory.run.records import (
 class RunLog(contextlib.ExitStack):
     """Writes the records of a run. The context manager closes the files. resume_step: step to
     continue from (0: from the start); records of later steps are dropped. None: a new run.
-    last_evaluation: step of the last evaluation to keep on a resume (default: resume_step). writes:
-    False in all processes except one.
+    evaluated_before: evaluations of earlier steps are kept on a resume (default: all until
+    resume_step, but not that of step 0). writes: False in all processes except one.
 
     A killed run leaves at most an incomplete last line, which readers skip."""
 
@@ -42,7 +42,7 @@ class RunLog(contextlib.ExitStack):
         folder: Path,
         *,
         resume_step: int | None,
-        last_evaluation: int | None = None,
+        evaluated_before: int | None = None,
         writes: bool = True,
     ):
         super().__init__()
@@ -57,9 +57,9 @@ class RunLog(contextlib.ExitStack):
             return
         keep_until(self.folder / METRICS, resume_step)
         keep_until(self.folder / STORIES, resume_step)
-        if last_evaluation is None:
-            last_evaluation = resume_step or -1
-        keep_until(self.folder / EVALUATIONS, last_evaluation)
+        if evaluated_before is None:
+            evaluated_before = resume_step + 1 if resume_step else 0
+        keep_until(self.folder / EVALUATIONS, evaluated_before - 1)
 
     def config(self, options: dict[str, Any]) -> None:
         """Write config.json: options, versions, device, git commit, and the times of the start and
@@ -111,7 +111,9 @@ class RunLog(contextlib.ExitStack):
         path = self.folder / METRICS
         if self.writes and path.exists():
             add_to_record(path, step, plain(values), plain(costs))
-            self._journals.pop(METRICS, None)  # this journal would append to the replaced file
+            journal = self._journals.pop(METRICS, None)
+            if journal is not None:  # it would append to the replaced file
+                journal.close()
 
     def append(self, name: str, records: Sequence[Record]) -> None:
         """Append records to the file `name`: METRICS (one record per step), STORIES (one record per

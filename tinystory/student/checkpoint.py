@@ -175,7 +175,10 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
 def read_counters(folder: Path) -> dict[str, Any]:
     """The `counters` given to `save`, which have at least `step`. Raises UserError if they cannot
     be read."""
-    return read_object(folder / "trainer.json", {"step": (int,)})
+    counters = read_object(folder / "trainer.json", {"step": (int,)})
+    if type(counters.get("evaluated")) is int:  # by older versions; -1 before the first evaluation
+        counters["evaluated_before"] = counters.pop("evaluated") + 1
+    return counters
 
 
 @contextlib.contextmanager
