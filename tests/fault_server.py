@@ -13,6 +13,7 @@ from aiohttp import web
 from conftest import LIMIT_S
 
 from tinystory.teacher.api import ChatClient
+from tinystory.teacher.probe import TIMED_STORIES
 from tinystory.teacher.prompt import CRITERIA, read_back
 
 KEY = "sk-planted-0123456789"
@@ -33,6 +34,7 @@ class FaultServer:
         self.script, self.models, self.other = script, models, other
         self.requests: list[dict] = []  # for stories
         self.others: list[dict] = []
+        self.timed: list[dict] = []  # for the stories by which the client's probe measures the time
         self.times: list[float] = []
         self.seen = Counter()
         self.good = Counter()  # complete replies sent, per story
@@ -76,6 +78,11 @@ class FaultServer:
     async def _chat(self, request):
         body = await request.json()
         found = read_back(body["messages"])
+        if any(story in body["messages"][-1]["content"] for _, story in TIMED_STORIES):
+            self.timed.append(body)
+            return await self._answer(
+                request, "", self.other(body) if found is None else self.first()
+            )
         if found is None:
             self.others.append(body)
             return await self._answer(request, "", self.other(body))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from fault_server import FaultServer, closed_port, error, time_out_hanging_requests
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import Endpoint, Options
+from tinystory.teacher.endpoint import PATIENCE, Endpoint, Options
 from tinystory.teacher.grade import Grade, Submission
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import CRITERIA, Template, read_back
@@ -76,7 +77,8 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
-        teacher.probes()[0]
+        probe = teacher.probes()[0]
+        teacher.endpoints[0].probe = replace(probe, seconds=0.6 / 2 / PATIENCE)
         teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error
@@ -117,7 +119,7 @@ def test_what_is_sent():
 
 def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
-        teacher.probes()[0]
+        teacher.grade("Once", [f"Cat {i} ran." for i in range(600)])  # the limit rises
         server.ready = lambda: server.most_in_flight >= 130  # held until all are sent
         teacher.grade("Once", [f"Dog {i} ran." for i in range(140)])
     assert server.most_in_flight == 130
@@ -144,6 +146,8 @@ def test_an_empty_story_needs_no_teacher():
 def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
+        teacher.probes()
+        teacher.endpoints[0].limit = 8.0
         futures = [teacher.submit(Submission("Once", f"Dog {i} ran.", i)) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
@@ -207,7 +211,7 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
                     most = max(most, sum(server.taken for server in each))
                     assert endpoint.taken <= endpoint.most
                     await asyncio.sleep(dice.random() / 500)
-                    endpoint.failed(BUSY) if dice.random() < 0.1 else endpoint.answered()
+                    endpoint.failed(BUSY) if dice.random() < 0.1 else endpoint.answered(0.0)
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):
@@ -240,6 +244,7 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
         in_flight -= 1
         if busy:
             raise BUSY
+        yield
 
     async def ask(count):
         await asyncio.gather(*(servers.ask(request) for _ in range(count)))

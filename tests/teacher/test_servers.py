@@ -48,7 +48,7 @@ def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
         teacher = stack.enter_context(Teacher(urls([fast, slow]), concurrency=4, deadline_s=10_000))
         assert all(grade.scores for grade in teacher.grade("Once", stories(80)))
     answers = [sum(server.good[story] for story in stories(80)) for server in (fast, slow)]
-    assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 4
+    assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 2
     assert max(fast.most_in_flight, slow.most_in_flight) <= 4
 
 

@@ -38,6 +38,9 @@ NO_SYSTEM = re.compile(
     r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported",
     re.IGNORECASE,
 )
+# 429: too many requests; 503: Ollama's queue is full, or llama.cpp's server is loading the model;
+# 529: Anthropic is overloaded
+BUSY = (429, 503, 529)
 CUT_SHORT = "output limit was reached"  # OpenAI's error 400 when reasoning uses up the token limit
 # Fields of an error response that are read.
 ERROR_FIELDS = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")
@@ -51,7 +54,7 @@ class Failure(Exception):
     _: KW_ONLY
     status: int | None = None  # HTTP status; None if no answer came
     again: bool = False  # a transient failure, worth a retry
-    busy: bool = False  # the server asks for fewer requests
+    busy: bool = False  # the server needs fewer requests
     fatal: bool = False  # every other story would fail in the same way
     unreachable: bool = False  # no connection could be made
     retry_after: float = 0.0  # seconds to wait, as the server asks
@@ -105,6 +108,11 @@ class ChatClient:
             timeout=timeout,
             http_client=http_client,
         )
+
+    @staticmethod
+    def load() -> None:
+        """Import the package openai now, so that no request's time limit includes the import."""
+        import openai  # noqa: F401
 
     async def close(self) -> None:
         if "_client" in vars(self):
@@ -218,8 +226,7 @@ class ChatClient:
                 f"is overloaded or failing ({error})",
                 status=status,
                 again=True,
-                # 503: Ollama's queue is full; 529: Anthropic is overloaded
-                busy=status in (429, 503, 529),
+                busy=status in BUSY,
                 retry_after=_retry_after(headers),
             )
         elif status == 404:
@@ -246,7 +253,7 @@ async def in_time(request: Awaitable[T], seconds: float) -> T:
     try:
         return await asyncio.wait_for(request, seconds)
     except asyncio.TimeoutError:  # equal to the builtin TimeoutError only from Python 3.11 on
-        raise Failure("takes too long to answer", again=True) from None
+        raise Failure("takes too long to answer", again=True, busy=True) from None
 
 
 async def _read(chunks: AsyncIterator[bytes]) -> bytes:

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -259,7 +259,7 @@ class Teacher(Grader):
         words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
-        per_second = sum(self.concurrency / probe.seconds for probe in probes)
+        per_second = sum(1 / probe.seconds for probe in probes)
         if first.model == HUMAN:
             per_second = 1 / HUMAN_S
         minutes = requests / per_second / 60
@@ -364,13 +364,14 @@ class Teacher(Grader):
             self.ledger.total["cached"] += 1
             story.add(request, kept)
 
-        async def send_missing(endpoint: Endpoint) -> None:
+        async def send_missing(endpoint: Endpoint) -> AsyncIterator[None]:
             while missing:
                 if self._fatal is not None:
                     raise self._fatal
                 request = missing[0]
                 reply = await endpoint.chat(request.messages, request.seed)
                 keep(request, CachedReply.of(reply), tokens=reply.tokens)
+                yield
 
         def keep(request: _Request, reply: CachedReply, **about: object) -> None:
             about["charged"] = self.ledger.charged

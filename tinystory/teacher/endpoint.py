@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.api import ChatClient, Failure, Reply
+from tinystory.teacher.api import BUSY, ChatClient, Failure, Reply, in_time
 from tinystory.teacher.cache import cache_key
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import DEFAULT, TOP, Template
 
 TEMPLATE_TOKENS = 256  # upper bound on the tokens that a chat template adds to two messages
 JSON_TOKENS = 12  # tokens per criterion: a key, a colon, a digit, a comma and some white space
+FIRST_SLOTS = 2  # requests in flight until the first answer
 BUSY_COSTS = 0.5  # slots lost per refused request
+# A request has at least this multiple of the probe's seconds per answer. No request comes near this
+# limit, because the number of requests in flight no longer rises once an answer takes a quarter of
+# it.
+PATIENCE = 16
 # Temperature for answers to yes-or-no questions. At 1, log-probabilities before and after the
 # temperature are the same, and the fraction of yes among several answers estimates the probability
 # of yes.
@@ -36,13 +41,9 @@ class Options:
     max_tokens: int = 16  # token limit of a reply in plain numbers; a reply in JSON may be longer
     # fields that are merged into every request and override ours
     extra: dict[str, Any] = field(default_factory=dict)
-    deadline_s: float = 300.0  # time limit of a request, all retries included
+    # time limit of a reply, all retries included; a slow server gets more time, see `Endpoint`
+    deadline_s: float = 300.0
     attempts: int = 3  # maximum number of replies to a request until a reply is readable
-
-    @property
-    def timeout_s(self) -> float:
-        """Time limit in seconds of one HTTP request."""
-        return self.deadline_s / self.attempts
 
     @property
     def extra_json(self) -> str:
@@ -74,7 +75,7 @@ class Probe:
     held_to: str = "nothing"
     # numbers of (prompt, completion) tokens for the probe's story; None without a report
     tokens: Sequence[int] | None = None
-    # duration of the fastest answer, because the first answer may include loading the model
+    # seconds per answer while two different stories are graded at once; 0 during the probe
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # warnings for the user
 
@@ -93,16 +94,17 @@ class Probe:
             findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens")
         if self.quiet:
             findings.append(f"reasoning reduced by {json.dumps(self.quiet)}")
-        findings.append(f"{self.seconds:.2f} s")
+        findings.append(f"{self.seconds:.2f} s per answer")
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
 
 @dataclass(eq=False, repr=False)
 class Endpoint:
     """One model on the server at `url` (normalised by `base_url`), with a limit on the requests in
-    flight. Each request that is refused as busy lowers the limit by half a slot; each full round of
-    answers raises the limit by one slot. So a round with a refused fraction s scales the limit by
-    1 - s/2, as in DCTCP (RFC 8257)."""
+    flight. The limit begins at two, and each answer raises it by one slot (TCP's slow start). Each
+    request that is refused as busy, or takes too long, lowers the limit by half a slot; from then
+    on, each full round of answers raises it by one slot. So a round with a refused fraction s
+    scales the limit by 1 - s/2, as in DCTCP (RFC 8257)."""
 
     url: str
     model: str | None  # None until the server has listed its models
@@ -116,7 +118,8 @@ class Endpoint:
     failures: int = 0  # number of transient failures since the last answer
 
     def __post_init__(self) -> None:
-        self.limit = float(self.most)
+        self.limit = float(min(FIRST_SLOTS, self.most))
+        self.was_busy = False
         # key in the cache of this server's probe with these options
         options = self.options
         text = (
@@ -125,17 +128,35 @@ class Endpoint:
         )
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def answered(self) -> None:
-        """Count an answer: the limit rises."""
-        self.limit = min(self.limit + 1 / self.limit, self.most)
+    @property
+    def timeout_s(self) -> float:
+        """Time limit in seconds of one request. The first request, which may have to wait until the
+        server has loaded the model, has all of --teacher-timeout."""
+        seconds = self.probe.seconds if self.probe else 0.0
+        part = self.options.deadline_s / self.options.attempts
+        return max(part, PATIENCE * seconds) if seconds else self.options.deadline_s
+
+    @property
+    def deadline_s(self) -> float:
+        """Time limit in seconds of a reply, all retries included."""
+        seconds = self.probe.seconds if self.probe else 0.0
+        return max(self.options.deadline_s, PATIENCE * seconds * self.options.attempts)
+
+    def answered(self, seconds: float) -> None:
+        """Count an answer that took `seconds`: the limit rises if all slots were in use, and if
+        answers are quick enough that a few more requests in flight cannot make one too late."""
         self.failures = 0
+        if self.taken >= int(self.limit) and seconds < self.timeout_s / 4:
+            rise = 1 / self.limit if self.was_busy else 1.0
+            self.limit = min(self.limit + rise, self.most)
 
     def failed(self, failure: Failure) -> None:
         """Count a failure: the limit falls if the server is busy."""
         self.ledger.total["failures"] += 1
         if failure.busy:
             self.limit = max(self.limit - BUSY_COSTS, 1.0)
-        elif failure.again:
+            self.was_busy = True
+        if failure.again and failure.status not in BUSY:
             self.failures += 1
 
     @property
@@ -203,7 +224,7 @@ class Endpoint:
             fields.pop(name, None)
         fields |= self.options.extra
         with self.ledger.request(self.most_prompt_tokens(texts), cap) as charge:
-            reply = await self.client.chat(fields)
+            reply = await in_time(self.client.chat(fields), self.timeout_s)
             if reply.tokens:
                 charge["tokens_in"], charge["tokens_out"] = reply.tokens
         return reply

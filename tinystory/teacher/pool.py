@@ -2,15 +2,14 @@
 
 import asyncio
 import random
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from tinystory.teacher.api import Failure, in_time
+from tinystory.teacher.api import Failure
 from tinystory.teacher.endpoint import Endpoint
 
 T = TypeVar("T")
@@ -64,24 +63,25 @@ class ServerPool:
                 endpoint.taken += 1
                 turn.set_result(endpoint)
 
-    async def ask(self, request: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """The answer to a request, which is repeated after transient failures. Raises Failure when
-        the request is given up, at the latest after the server's `deadline_s`."""
-        deadline: float | None = None  # on the monotonic clock
-        failures = 0
+    async def ask(self, request: Callable[[Endpoint], AsyncIterator[T]]) -> T:
+        """The last answer that `request(endpoint)` yields. After a transient failure it is called
+        again, for the answers that are still missing. Raises Failure when an answer is given up,
+        at the latest after the server's `deadline_s` for this answer."""
+        now = asyncio.get_running_loop().time
+        began: float | None = None  # when the answer that is awaited was first asked for
+        failures = 0  # since the last answer
         while True:
-            async with self.slot(first=deadline is not None) as endpoint:
-                start = time.monotonic()
-                if deadline is None:
-                    deadline = start + endpoint.options.deadline_s
-                timeout = min(endpoint.options.timeout_s, max(deadline - start, 0.0))
+            async with self.slot(first=began is not None) as endpoint:
+                sent = now()
+                began = sent if began is None else began
                 try:
-                    answer = await in_time(request(endpoint), timeout)
+                    async for answer in request(endpoint):  # noqa: B007  (the last one is returned)
+                        endpoint.answered(now() - sent)
+                        began = sent = now()
+                        failures = 0
+                    return answer
                 except Failure as error:
                     failure = error
-                else:
-                    endpoint.answered()
-                    return answer
                 endpoint.failed(failure)
                 # a server that is left out does not count as a failure of the story
                 if self._is_left_out(endpoint, failure):
@@ -91,7 +91,7 @@ class ServerPool:
             pause = min(PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
             pause += min(failure.retry_after, LONGEST_RETRY_AFTER_S)
             tries_left = failures < FAILURES or failure.busy
-            too_late = time.monotonic() + pause > deadline
+            too_late = now() + pause > began + endpoint.deadline_s
             if not failure.again or not tries_left or too_late:
                 failure.url = endpoint.url
                 raise failure

@@ -1,10 +1,10 @@
 """Finds out a server's capabilities and the form of requests by experiment, because a server may
 accept an option and ignore it."""
 
+import asyncio
 import json
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.run.records import Fields, parse_object
-from tinystory.teacher.api import NO_SYSTEM, Failure, Reply, in_time, is_count_pair
+from tinystory.teacher.api import BUSY, NO_SYSTEM, Failure, Reply, in_time, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import DRAWS, Endpoint, Probe
 from tinystory.teacher.parse import LONGEST_REPLY
@@ -21,8 +21,26 @@ from tinystory.teacher.prompt import fence, render
 
 HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
 HUMAN_S = 20.0  # seconds per grade by a human, assumed in forecasts
+LOADING_PAUSE_S = 2.0  # seconds between two questions whether a server has loaded its model
 PATIENCE_S = 3 * 86_400.0  # time limit in seconds for a human's grade
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
+# Two stories of the usual length, which are graded at once to measure the time per answer.
+TIMED_STORIES = (
+    (
+        "Once upon a time, a hen found a key.",
+        "She asked the duck whose key it was, but the duck only shook his head. She asked the cow, and the cow did "
+        "not know. In the evening she tried the key in every door of the farm. It opened none of them. At last the "
+        "smallest chick saw a box under the straw. The key fitted. There was nothing in it but a note: "
+        '"Whoever finds this may sleep by the stove." And so they did, all winter.',
+    ),
+    (
+        "One morning the river was gone.",
+        "Ben stood on the bank with his little boat under his arm and looked at the mud. A frog sat there and looked "
+        "at it too. They walked up the valley together until they came to a wall of sticks. Behind it a beaver was "
+        'asleep. "We would like our river back," said Ben. The beaver yawned, pulled out one stick, and the water '
+        "ran down to the village again. The frog swam home beside the boat.",
+    ),
+)
 # A request that has nothing to do with scores. The reply has scores only if the server obeys a
 # constraint to scores.
 OFF_TOPIC = [
@@ -121,18 +139,23 @@ class Prober:
         # a copy of the endpoint; its probe changes with each experiment
         self.endpoint = replace(server)
         self.options = server.options
-        template = server.options.template
-        mark = fence(self.options.seed, -1, "\n".join(FIRST_STORY))
-        criterion = template.criteria[0] if template.asks_yes_or_no else None
-        self.messages = render(*FIRST_STORY, fence=mark, template=template, criterion=criterion)
+        template = self.options.template
+        self.criterion = template.criteria[0] if template.asks_yes_or_no else None
+        self.messages = self._render(*FIRST_STORY)
         self.notes: list[str] = []
         self.seconds: list[float] = []
+
+    def _render(self, opening: str, story: str) -> list[dict]:
+        template = self.options.template
+        mark = fence(self.options.seed, -1, f"{opening}\n{story}")
+        return render(opening, story, fence=mark, template=template, criterion=self.criterion)
 
     async def examine(self) -> Failure | None:
         """None after the server's model and probe were set; else the failure to reach the server.
         If the server cannot be reached, a cached probe is used if its model is the one that the
         user named. Raises UserError for any other failure."""
         server = self.server
+        server.client.load()
         cached = self.cache.get(server.probe_key)
         probe = load_probe(cached.text, server.url) if cached else None
         try:
@@ -173,7 +196,7 @@ class Prober:
         server lists."""
         endpoint = self.endpoint
         try:
-            models = await in_time(endpoint.client.models(), self.options.timeout_s)
+            models = await self._list_models()
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -198,6 +221,21 @@ class Prober:
             )
         return endpoint.model
 
+    async def _list_models(self) -> list[str]:
+        """The names of the server's models. A server that is loading its model is asked again,
+        until --teacher-timeout ends."""
+        endpoint = self.endpoint
+        now = asyncio.get_running_loop().time
+        began = now()
+        while True:
+            try:
+                return await in_time(endpoint.client.models(), endpoint.timeout_s)
+            except Failure as failure:
+                is_loading = failure.status in BUSY
+                if not is_loading or now() - began > endpoint.deadline_s:
+                    raise
+            await asyncio.sleep(LOADING_PAUSE_S)
+
     @property
     def form(self) -> Probe:
         assert self.endpoint.probe is not None
@@ -221,6 +259,8 @@ class Prober:
             await self._find_structure(json_too=not self._scored(reply))
             if self.form.held_to != "nothing" and not self._scored(reply):
                 reply = await self._ask(self.messages)
+        self.change_form(tokens=reply.tokens)
+        seconds = await self._seconds_per_answer()
         scored = self._scored(reply)
         if not scored:
             self.notes.append(
@@ -231,16 +271,15 @@ class Prober:
             reply=reply.text[:LONGEST_REPLY],
             scored=scored,
             thinks=thinks,
-            tokens=reply.tokens,
-            seconds=min(self.seconds),
+            seconds=seconds,
             notes=self.notes,
         )
 
     async def _ask(self, messages: list[dict]) -> Reply:
-        start = time.monotonic()
-        chat = self.endpoint.chat(messages, self.options.seed)
-        reply = await in_time(chat, self.options.timeout_s)
-        self.seconds.append(time.monotonic() - start)
+        now = asyncio.get_running_loop().time
+        start = now()
+        reply = await self.endpoint.chat(messages, self.options.seed)
+        self.seconds.append(now() - start)
         return reply
 
     async def _try(self, messages: list[dict]) -> Reply | None:
@@ -259,11 +298,27 @@ class Prober:
         """The reply to the first story, after changing the form until the server accepts the
         request."""
         pool = ServerPool([self.endpoint])
+
+        async def request(_: Endpoint) -> AsyncIterator[Reply]:
+            yield await self._ask(self.messages)
+
         while True:
             try:
-                return await pool.ask(lambda _: self._ask(self.messages))
+                return await pool.ask(request)
             except Failure as failure:
                 self.endpoint.probe = remedy(self.form, failure)
+
+    async def _seconds_per_answer(self) -> float:
+        """Seconds per answer while TIMED_STORIES are graded at once. If the server refuses one of
+        them, and for a human, whose time is expensive: seconds of the slowest answer so far."""
+        slowest = max(self.seconds)
+        stories = TIMED_STORIES[: self.endpoint.most]
+        if self.form.model == HUMAN:
+            return slowest
+        now = asyncio.get_running_loop().time
+        start = now()
+        replies = await asyncio.gather(*(self._try(self._render(*story)) for story in stories))
+        return slowest if None in replies else (now() - start) / len(stories)
 
     async def _reply_without_thoughts(self) -> Reply:
         """The reply of a model that reasons: with the first entry of QUIETER that stops the

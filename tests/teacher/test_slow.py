@@ -1,0 +1,115 @@
+"""Slow servers: every story is scored, and no request is thrown away. Time is simulated: the clock of
+the client's event loop jumps to the next timer as soon as nothing else is left to do."""
+
+import asyncio
+import selectors
+
+import pytest
+
+from tinystory.teacher import client
+from tinystory.teacher.api import BUSY, Failure, Reply
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.prompt import Criterion, Template
+
+CONCURRENCY = 16
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Waits in simulated time."""
+
+    now = 0.0
+
+    def select(self, timeout=None):
+        events = super().select(0 if timeout else timeout)
+        if timeout and not events:
+            self.now += timeout
+        return events
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    def __init__(self):
+        self.selector = JumpingSelector()
+        super().__init__(self.selector)
+
+    def time(self):
+        return self.selector.now
+
+
+class SlowServer:
+    """A server that stands in for ChatClient. It computes `slots` answers at once, on `processors`
+    processors that the answers share, and an answer takes `seconds` of one processor."""
+
+    def __init__(self, slots: int, processors: int, seconds: float, alternatives=()):
+        self.slots = asyncio.Semaphore(slots)
+        self.processors = asyncio.Semaphore(processors)
+        self.seconds = seconds
+        self.alternatives = alternatives
+        self.loading = 0  # number of requests that are refused while the model is loaded
+        self.in_flight = self.most_in_flight = self.received = self.answered = 0
+
+    def load(self):
+        pass
+
+    async def models(self):
+        if self.loading:
+            self.loading -= 1
+            raise Failure("is overloaded or failing", status=BUSY[1], again=True, busy=True)
+        return ["slow"]
+
+    async def chat(self, body):
+        self.received += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            async with self.slots:
+                for _ in range(10):  # in turn with the other answers
+                    async with self.processors:
+                        await asyncio.sleep(self.seconds / 10)
+            self.answered += 1
+            return Reply("2 1 3", thought=False, alternatives=self.alternatives)
+        finally:
+            self.in_flight -= 1
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+def teacher_of(monkeypatch):
+    monkeypatch.setattr(asyncio, "new_event_loop", SimulatedLoop)
+
+    def open_teacher(server: SlowServer, **options) -> Teacher:
+        monkeypatch.setattr(client, "ChatClient", lambda url, key: server)
+        return Teacher("http://x", concurrency=CONCURRENCY, **options)
+
+    return open_teacher
+
+
+@pytest.mark.parametrize(
+    "slots, processors, seconds",
+    [(1, 1, 20.0), (8, 1, 47.0), (1, 1, 109.0), (4, 4, 30.0), (64, 64, 60.0), (64, 64, 0.5)],
+)
+def test_a_slow_server_loses_no_story_and_no_request(teacher_of, slots, processors, seconds):
+    server = SlowServer(slots, processors, seconds)
+    with teacher_of(server) as teacher:
+        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(40)])
+    assert all(grade.scores for grade in grades)
+    assert server.received == server.answered == teacher.ledger.total["requests"]
+    assert server.most_in_flight >= min(2, CONCURRENCY)
+    if processors == 64:  # in flight is then no hindrance, so the limit rises
+        assert server.most_in_flight == CONCURRENCY
+
+
+def test_the_time_limit_is_per_reply(teacher_of):
+    questions = tuple(Criterion(f"q{i}", "Is it a story?") for i in range(80))
+    server = SlowServer(8, 8, 0.15, alternatives=(("Yes", -0.1), ("No", -2.5)))
+    with teacher_of(server, template=Template(questions), deadline_s=9.0) as teacher:
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+    assert grade.error is None and len(grade.scores) == 80
+
+
+def test_a_server_that_loads_its_model_is_waited_for(teacher_of):
+    server = SlowServer(8, 8, 0.15)
+    server.loading = 20
+    with teacher_of(server) as teacher:
+        assert teacher.probes()[0].model == "slow"
