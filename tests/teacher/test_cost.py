@@ -55,7 +55,7 @@ def test_a_forecast_is_the_probe_times_the_stories():
         Counting() as server,
         Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher,
     ):
-        for seconds, words in ((0.01, "about 1 min of grading"), (0.3, "about 10 min of grading")):
+        for seconds, words in ((0.01, "at most 1 min of grading"), (0.3, "at most 40 min of grading")):
             teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=seconds)
             assert teacher.forecast(8000, "Once").endswith(words)
         teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=3.6)
@@ -66,7 +66,7 @@ def test_a_forecast_is_the_probe_times_the_stories():
             tokens_in = 8000 * (500 + (longer + words) * client.TOKENS_PER_WORD)
             assert forecast == (
                 f"8,000 stories, {tokens_in:,.0f} prompt tokens and 48,000 reply tokens, {24_000 + words:,} words for "
-                f"the student, cost {(tokens_in + 2 * 48_000) / 1e6:.2f}, about 2.0 hours of grading"
+                f"the student, cost {(tokens_in + 2 * 48_000) / 1e6:.2f}, at most 8.0 hours of grading"
             )
 
 

@@ -100,6 +100,15 @@ def test_a_slow_server_loses_no_story_and_no_request(teacher_of, slots, processo
         assert server.most_in_flight == CONCURRENCY
 
 
+def test_a_forecast_is_an_upper_bound_until_the_rate_is_measured(teacher_of):
+    """Sixteen answers at once take 20 s each; the probe has two requests in flight."""
+    server = SlowServer(16, 16, 20.0)
+    with teacher_of(server) as teacher:
+        assert "at most 50 min of grading" in teacher.forecast(300, "Once")
+        teacher.grade("Once", [f"Dog {i} ran." for i in range(400)])
+        assert "about 7 min of grading" in teacher.forecast(300, "Once")
+
+
 def test_the_time_limit_is_per_reply(teacher_of):
     questions = tuple(Criterion(f"q{i}", "Is it a story?") for i in range(80))
     server = SlowServer(8, 8, 0.15, alternatives=(("Yes", -0.1), ("No", -2.5)))

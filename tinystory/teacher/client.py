@@ -28,6 +28,7 @@ from tinystory.teacher.pool import ServerPool, leave_out
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
 from tinystory.teacher.prompt import Criterion, fence, render
 
+MEASURED = 16  # minimum number of requests by which the rate of answers is measured
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # assumed length of a story in a forecast
 # English stories have 1.2 to 1.4 tokens per word with the tokenizers of common models.
@@ -116,6 +117,7 @@ class Teacher(Grader):
             )
         self.options = Options(**options)
         self.scale = AnswerScale()
+        self.per_second = 0.0  # measured rate of answers; 0 until there are enough
         self.concurrency = concurrency
         self.max_unscored = max_unscored
         self.cache = Cache(cache)
@@ -148,8 +150,13 @@ class Teacher(Grader):
         """Grades of the submissions, in order. If too many stories have no score, requests are
         repeated for the unscored stories with replies from an earlier process, because the user may
         have fixed the teacher since then."""
+        are_all_new = not self.sent
+        began, before = self._loop.time(), self.ledger.total["requests"]
         futures = [self.sent.pop(each, None) or self.submit(each) for each in submissions]
         grades = self._wait(futures, stop)
+        requests = self.ledger.total["requests"] - before
+        if are_all_new and requests >= MEASURED:
+            self.per_second = requests / (self._loop.time() - began)
         if too_few_scores(grades, self.max_unscored):
             old = [i for i, grade in enumerate(grades) if grade.score is None and not grade.asked]
             futures = [self.submit(submissions[i], afresh=True) for i in old]
@@ -259,14 +266,20 @@ class Teacher(Grader):
         words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
+        # the probe had two requests in flight; with more, the server may be faster
         per_second = sum(1 / probe.seconds for probe in probes)
+        bound = "at most"
+        if self.per_second:
+            per_second = self.per_second
+            bound = "about"
         if first.model == HUMAN:
             per_second = 1 / HUMAN_S
+            bound = "about"
         minutes = requests / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
-            f"{words_in:,} words for the student{cost}, about {duration} of grading"
+            f"{words_in:,} words for the student{cost}, {bound} {duration} of grading"
         )
 
     def close(self) -> None:
