@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         cache=cache,
         concurrency=config.teacher_concurrency,
         seed=config.seed,
-        template=COMPARISON,
+        protocol=COMPARISON,
     ) as teacher:
 
         def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:

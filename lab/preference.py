@@ -15,7 +15,7 @@ from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.evaluate.stories import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.records import SAMPLES, read_records
-from tinystory.teacher.prompt import load_template
+from tinystory.teacher.named_protocols import load_protocol
 
 BEFORE_AFTER = ("the one before", "the story after interaction")
 # The better story, or ORDER if the two orders were judged differently (a tie).
@@ -99,7 +99,7 @@ def preference_line(judge: str, rates: Mapping[str, Any], names: Sequence[str]) 
 # retries, cache and fence. The score says which story is better, and how clearly. scripts/teach.py
 # asks a person with the same file.
 COMPARISON_FILE = Path(__file__).with_name("comparison.json")
-COMPARISON = load_template(COMPARISON_FILE)
+COMPARISON = load_protocol(COMPARISON_FILE)
 
 
 def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -49,9 +49,9 @@ from tinystory.run.paths import cache_dir
 from tinystory.run.terminal import aligned
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
+from tinystory.teacher.named_protocols import PROTOCOLS
 from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.probe import HUMAN
-from tinystory.teacher.prompt import TEMPLATES
 
 PACKAGES = (
     "pybind11",
@@ -122,7 +122,7 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
         known += student_texts(config, options.per_kind)
     ways = [config.teacher_prompt]
     if config.teacher_url and not config.teacher_prompt:
-        ways = list(TEMPLATES)
+        ways = list(PROTOCOLS)
     elif not config.teacher_url and not config.reward:
         fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
         print(f"{'fitting':10} {fitting}", flush=True)

@@ -25,7 +25,8 @@ from tinystory.report import charts, page
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, script_parser
 from tinystory.teacher.chat_server import PORTS, until_stopped
-from tinystory.teacher.prompt import load_template
+from tinystory.teacher.grades import Grades
+from tinystory.teacher.named_protocols import load_protocol
 
 RUN = Path("runs/teach/interact")
 # Evaluations are shown to the person and not graded: COMPARED openings for the comparisons at the
@@ -54,14 +55,14 @@ def main(argv: list[str] | None = None) -> None:
         help="JSON file with criteria; give the same file to train_interact.py",
     )
     options = parser.parse_args(argv)
-    template = load_template(options.teacher_prompt)
-    if template.asks_yes_or_no:
+    protocol = load_protocol(options.teacher_prompt)
+    if not isinstance(protocol, Grades):
         raise UserError(
             f"--teacher-prompt {options.teacher_prompt} asks yes-or-no questions, and the page grades "
             "by levels: give a file with levels for each criterion"
         )
     prompt = ["--teacher-prompt", options.teacher_prompt] if options.teacher_prompt else []
-    with contextlib.closing(GradingQueue(options.grades, template)) as queue:
+    with contextlib.closing(GradingQueue(options.grades, protocol)) as queue:
         lesson = Lesson(queue, lesson_folder(RUN), LESSON.split(), prompt)
         asyncio.run(_serve(lesson, options))
 

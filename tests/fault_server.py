@@ -13,8 +13,9 @@ from aiohttp import web
 from conftest import LIMIT_S
 
 from tinystory.teacher.api import ChatClient
+from tinystory.teacher.grades import read_back
 from tinystory.teacher.probe import TIMED_STORIES
-from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.prompt import CRITERIA
 
 KEY = "sk-planted-0123456789"
 

@@ -57,7 +57,7 @@ OTHER_NAMES = {
 }
 # the keys of the table in tinystory/rl/learners.py, which imports this file
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
-# the named ways to ask a teacher: tinystory/teacher/prompt.py, TEMPLATES
+# the named ways to ask a teacher: PROTOCOLS in tinystory/teacher/named_protocols.py
 PROMPTS = ("grades", "sense", "thread", "event", "examples")
 REWARDS = ("random", "constant", "likelihood")  # controls of --reward; else a function in a file
 # A run's folder may come from somebody else, so no command opens, executes or sends requests to

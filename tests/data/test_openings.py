@@ -18,7 +18,7 @@ from tinystory.data.openings import (
 )
 from tinystory.run import files
 from tinystory.run.errors import UserError
-from tinystory.teacher.prompt import load_template
+from tinystory.teacher.named_protocols import load_protocol
 
 TEXTS = [f"There was a fox number {i}." for i in range(40)]
 
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
     prompt = json.dumps({"user": "Grade {story}"})
     (tmp_path / "p.json").write_text(prompt, encoding="utf-8-sig")
     (tmp_path / "plain.json").write_text(prompt)
-    assert load_template(tmp_path / "p.json") == load_template(tmp_path / "plain.json")
+    assert load_protocol(tmp_path / "p.json") == load_protocol(tmp_path / "plain.json")
 
 
 def test_what_is_no_file_is_the_opening_itself():
@@ -150,7 +150,7 @@ def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, conten
         load_openings(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("load", [load_openings, load_template])
+@pytest.mark.parametrize("load", [load_openings, load_protocol])
 def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, load):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):

@@ -14,7 +14,8 @@ from tinystory.human import grading_queue
 from tinystory.human.grading_queue import GradingQueue
 from tinystory.run.errors import UserError
 from tinystory.teacher.chat_server import Refused
-from tinystory.teacher.prompt import Criterion, Template
+from tinystory.teacher.grades import Grades
+from tinystory.teacher.prompt import Criterion
 
 GOOD = {"readability": 3, "coherence": 2, "creativity": 1}
 POOR = {"readability": 0, "coherence": 0, "creativity": 1}
@@ -33,7 +34,7 @@ def run(scene, tmp_path, **options):
     async def play():
         clock = Clock()
         with mock.patch.object(grading_queue, "time", clock):
-            queue = GradingQueue(tmp_path / "grades.jsonl", Template(), **options)
+            queue = GradingQueue(tmp_path / "grades.jsonl", Grades(), **options)
             try:
                 await scene(queue, clock)
             finally:
@@ -219,13 +220,13 @@ def test_what_the_next_start_would_refuse_is_not_kept(tmp_path, more):
 
 
 def test_other_criteria_make_another_question(tmp_path):
-    humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
+    humour = Grades((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     queue = GradingQueue(tmp_path / "grades.jsonl", humour)
-    other = GradingQueue(tmp_path / "others.jsonl", Template())
+    other = GradingQueue(tmp_path / "others.jsonl", Grades())
     assert (
         queue.key("Once", "a")
         != other.key("Once", "a")
-        == GradingQueue(tmp_path / "x.jsonl", Template()).key("Once", "a")
+        == GradingQueue(tmp_path / "x.jsonl", Grades()).key("Once", "a")
     )
 
 
@@ -235,28 +236,28 @@ def test_a_file_of_something_else_is_refused_as_it_is(tmp_path, text):
     notes = tmp_path / "notes.txt"
     notes.write_text(text)
     with pytest.raises(UserError, match=r"notes\.txt .*choose another"):
-        GradingQueue(notes, Template())
+        GradingQueue(notes, Grades())
     assert notes.read_text() == text
 
 
 def test_a_grade_without_one_of_the_criteria_is_named_before_a_trainer_asks_for_it(tmp_path):
     path = tmp_path / "grades.jsonl"
-    with contextlib.closing(GradingQueue(tmp_path / "other.jsonl", Template())) as queue:
+    with contextlib.closing(GradingQueue(tmp_path / "other.jsonl", Grades())) as queue:
         key = queue.key("Once", "a")
     line = {"key": key, "by": "me", "opening": "Once", "story": "a", "scores": {"coherence": 1}}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(
         UserError, match=r"line 1 of .*grades\.jsonl .*criteria of its scores are not readability"
     ):
-        GradingQueue(path, Template())
+        GradingQueue(path, Grades())
     path.write_text(json.dumps(line | {"key": "of other criteria"}) + "\n")
-    GradingQueue(path, Template()).close()
+    GradingQueue(path, Grades()).close()
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"key": "0f', "\0" * 9])
 def test_what_a_kill_or_a_power_cut_leaves_is_a_file_of_grades(tmp_path, torn):
     (tmp_path / "grades.jsonl").write_text(torn)
-    with contextlib.closing(GradingQueue(tmp_path / "grades.jsonl", Template())) as queue:
+    with contextlib.closing(GradingQueue(tmp_path / "grades.jsonl", Grades())) as queue:
         assert queue.state()["done"] == 0
 
 

@@ -28,8 +28,8 @@ from tinystory.run.records import EVALUATIONS, PAIRS, SAMPLES, STORIES
 from tinystory.student import checkpoint
 from tinystory.teacher.chat_server import Refused
 from tinystory.teacher.grade import NOT_ASKED
+from tinystory.teacher.grades import Grades
 from tinystory.teacher.probe import HUMAN_S
-from tinystory.teacher.prompt import Template
 
 URL = "http://127.0.0.1:8500"
 OPTIONS = {
@@ -101,7 +101,7 @@ def finished(run):
 def taught(run):
     """Yields a lesson, as teach.py begins one, and the lesson's clock."""
     clock = Clock()
-    queue = GradingQueue(run.folder.parent / "grades.jsonl", Template())
+    queue = GradingQueue(run.folder.parent / "grades.jsonl", Grades())
     with (
         mock.patch.object(grading_queue, "time", clock),
         mock.patch.object(lessons, "time", clock),

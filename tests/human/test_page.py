@@ -20,8 +20,9 @@ from tinystory.human.page_server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
+from tinystory.teacher.grades import Grades
 from tinystory.teacher.probe import HUMAN
-from tinystory.teacher.prompt import Criterion, Template
+from tinystory.teacher.prompt import Criterion
 
 EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
@@ -54,7 +55,7 @@ def serving(queue, folder=None):
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     monkeypatch.setattr(grading_queue, "GRACE_S", 0.05)
-    with serving(GradingQueue(tmp_path / "grades.jsonl", Template())) as address:
+    with serving(GradingQueue(tmp_path / "grades.jsonl", Grades())) as address:
         yield address
 
 
@@ -98,7 +99,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
         for scores in (
             {"readability": 3, "coherence": 2, "creativity": 1},
             None,
-            dict.fromkeys(Template().names, 0),
+            dict.fromkeys(Grades().names, 0),
         ):
             story = shown(url)
             given[next(mark for mark in marks if mark in story["story"])] = scores
@@ -125,16 +126,16 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
             **story,
             "who": "ada",
             "action": "grade",
-            "scores": dict.fromkeys(Template().names, 2),
+            "scores": dict.fromkeys(Grades().names, 2),
         }
         assert ask(url, "POST", "/do", asked)[0] == 200
         assert future.result(LIMIT_S).score == 2 / 3 and teacher.ledger.stats()["retries"] == 0
 
 
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
-    humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
+    humour = Grades((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     with (
-        Teacher(url, template=humour) as teacher,
+        Teacher(url, protocol=humour) as teacher,
         pytest.raises(UserError, match="same --teacher-prompt"),
     ):
         teacher.probes()[0]
@@ -191,7 +192,7 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
     assert url.startswith("http://127.0.0.1:")
 
     async def again():
-        lesson = Lesson(GradingQueue(tmp_path / "more.jsonl", Template()), tmp_path / "run")
+        lesson = Lesson(GradingQueue(tmp_path / "more.jsonl", Grades()), tmp_path / "run")
         async with serve(lesson, int(url.rpartition(":")[2])):
             pass
 

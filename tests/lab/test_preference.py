@@ -27,7 +27,6 @@ from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import SAMPLES
 from tinystory.student import checkpoint
-from tinystory.teacher.prompt import instructions
 
 PAIRS = [StoryPair("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
 
@@ -113,7 +112,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         command.main([str(tmp_path), "--teacher-url", server.url])
         texts = {request["messages"][-1]["content"] for request in server.requests}
         system = {request["messages"][0]["content"] for request in server.requests}
-    assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
+    assert len(texts) == 1 + 2 * len(PAIRS) and system == {COMPARISON.instructions}
     printed = capsys.readouterr().out
     assert "first preferred the story after interaction in 10 of 10 pairs" in printed
     assert "second story in 50% of the answers" in printed

@@ -22,8 +22,10 @@ from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.rubric_server import MODEL, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.chat_server import LONGEST_BODY
-from tinystory.teacher.parse import parse_scores
-from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, Template, fence, render
+from tinystory.teacher.grades import Grades, parse_scores
+from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence
+
+GRADES = Grades()
 
 OPENING = "Once upon a time,"
 STORIES = [story[:450] for story in grammar.stories(4_000, seed=1)][:12]
@@ -62,8 +64,8 @@ def client(url):
         yield client
 
 
-def _messages(story: str, **options) -> list[dict]:
-    return render(OPENING, story, fence=fence(0, 0, OPENING + story), **options)
+def _messages(story: str, protocol: Grades = GRADES) -> list[dict]:
+    return protocol.messages(OPENING, story, fence(0, 0, OPENING + story))[""]
 
 
 def _ask(client, story: str, **options):
@@ -122,11 +124,11 @@ def test_a_token_cap_cuts_the_reply(client, cap):
         _messages(STORIES[0])[1:],  # the story without the question
         _messages(
             STORIES[0],
-            template=Template(
+            protocol=Grades(
                 (Criterion("humour", "Is it funny?", ("no", "hardly", "a bit", "yes")),)
             ),
         ),
-        _messages(STORIES[0], template=Template(STORYTELLING[::-1])),
+        _messages(STORIES[0], protocol=Grades(STORYTELLING[::-1])),
     ],
     ids=["chat", "other prompt", "no instructions", "other criteria", "other order"],
 )

@@ -19,14 +19,17 @@ from tinystory.evaluate.corruptions import (
     worked_examples,
 )
 from tinystory.run.errors import UserError
-from tinystory.teacher.answers import AnswerScale, log_odds, odds_of_share, parse_answer
+from tinystory.teacher.answers import YesNo, parse_answer
+from tinystory.teacher.cache import CachedReply
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import DRAWS
+from tinystory.teacher.grade import Grade, Submission
+from tinystory.teacher.log_odds import log_odds, odds_of_share
+from tinystory.teacher.named_protocols import PROTOCOLS, load_protocol
 from tinystory.teacher.open_grader import open_grader
-from tinystory.teacher.prompt import TEMPLATES, TOP, Criterion, Template, load_template, render
+from tinystory.teacher.prompt import TOP, Criterion
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
-TWO = Template((Criterion("first", "Is it first?"), Criterion("second", "Is it second?", weight=3)))
+TWO = YesNo((Criterion("first", "Is it first?"), Criterion("second", "Is it second?", weight=3)))
 
 
 def with_logprobs(text, alternatives, before=()):
@@ -100,12 +103,19 @@ def test_the_share_of_yes_gives_finite_log_odds():
 
 
 def test_a_scale_standardises_the_log_odds_of_known_texts():
-    scale = AnswerScale()
-    assert scale.score("sense", 0.0) == TOP / 2  # not measured: the probability of yes
-    scale.fit([{"sense": 1.0, "event": 2.0}, {"sense": 5.0, "event": 2.0}])
-    assert scale.score("sense", 3.0) == TOP / 2
-    assert scale.score("sense", 5.0) == pytest.approx(TOP / (1 + math.exp(-1)))
-    assert scale.score("sense", -20.0) > 0 and scale.score("event", 20.0) <= TOP
+    def scores(protocol, first, second):
+        replies = {"first": [CachedReply("", None, first)]}
+        replies |= {"second": [CachedReply("", None, second)]}
+        return protocol.grade(Submission("Once", "A dog ran.", 0), replies).scores
+
+    assert scores(TWO, 0.0, 0.0)["first"] == TOP / 2  # not measured: the probability of yes
+    known = [{"first": 1.0, "second": 2.0}, {"first": 5.0, "second": 2.0}]
+    protocol = TWO.fitted([Grade({}, 0.5, log_odds=odds) for odds in known])
+    assert scores(protocol, 3.0, 2.0)["first"] == TOP / 2
+    assert scores(protocol, 5.0, 2.0)["first"] == pytest.approx(TOP / (1 + math.exp(-1)))
+    extreme = scores(protocol, -20.0, 20.0)
+    assert extreme["first"] > 0 and extreme["second"] <= TOP
+    assert TWO.scale == {} and protocol == TWO  # the named protocols stay as they are
 
 
 # Requests
@@ -114,7 +124,7 @@ def test_a_scale_standardises_the_log_odds_of_known_texts():
 def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
     chance = {"first": 0.5, "second": 0.8}
     other = answers(lambda asked: chance[asked.split("Is it ")[1].split("?")[0]])
-    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."])
         body = server.others[-1]
     assert grade.log_odds == {"first": 0.0, "second": pytest.approx(math.log(4))}
@@ -128,7 +138,7 @@ def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
 def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row():
     with (
         FaultServer(other=answers(lambda asked: 0.5)) as server,
-        Teacher(server.url, template=TWO, concurrency=1) as teacher,
+        Teacher(server.url, protocol=TWO, concurrency=1) as teacher,
     ):
         teacher.probes()
         probes = len(server.others)
@@ -146,7 +156,7 @@ def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer():
             return error(400, "top_logprobs must be less than or equal to 5")
         return answers(lambda asked: 0.2)(body)
 
-    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."])
         assert teacher.probes()[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
     assert grade.log_odds["first"] == pytest.approx(math.log(0.25))
@@ -162,15 +172,17 @@ def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses):
         drawn.append(body["seed"])
         return "Yes." if body["seed"] % 4 else "no"  # in silence, if they are asked for
 
-    one = Template((Criterion("first", "Is it first?"),))
-    with FaultServer(other=other) as server, Teacher(server.url, template=one) as teacher:
+    one = YesNo((Criterion("first", "Is it first?"),))
+    with FaultServer(other=other) as server, Teacher(server.url, protocol=one) as teacher:
         (probe,) = teacher.probes()
         drawn.clear()
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert probe.top_logprobs == 0 and any("fraction of yes" in note for note in probe.notes)
-    assert len(set(drawn)) == len(drawn) == DRAWS and grade.attempts == DRAWS
+    assert len(set(drawn)) == len(drawn) == YesNo.draws and grade.attempts == YesNo.draws
     yes = sum(seed % 4 > 0 for seed in drawn)
-    assert grade.log_odds["first"] == pytest.approx(math.log((yes + 0.5) / (DRAWS - yes + 0.5)))
+    assert grade.log_odds["first"] == pytest.approx(
+        math.log((yes + 0.5) / (YesNo.draws - yes + 0.5))
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +201,7 @@ def test_a_reply_that_is_no_answer_gives_no_score(reply):
             return reply
         return web.Response(text=reply.text, content_type="application/json")
 
-    with FaultServer(other=other) as server, Teacher(server.url, template=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
         dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
         # Equal requests have equal probabilities, so each is sent once.
         asked = [body["messages"][-1]["content"] for body in server.others]
@@ -203,10 +215,10 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
     stories = [f"Story {i}." for i in range(5)]
     chance = answers(lambda asked: 1 / (3 + len(asked) % 7))
     with FaultServer(other=chance) as server:
-        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
             grades = teacher.grade("Once", stories)
         url, asked = server.url, len(server.others)
-    with Teacher(url, "first", template=TWO, cache=cache) as teacher:
+    with Teacher(url, "first", protocol=TWO, cache=cache) as teacher:
         again = teacher.grade("Once", stories)
     assert [(each.scores, each.score) for each in again] == [
         (each.scores, each.score) for each in grades
@@ -217,12 +229,12 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
 def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with FaultServer(other=answers(lambda asked: 0.5)) as server:
-        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
             teacher.grade("Once", ["A dog ran."])
         lines = cache.read_text().splitlines(keepends=True)
         cache.write_text("".join(lines[:-1]))  # killed between the two questions
         before = len(server.others)
-        with Teacher(server.url, template=TWO, cache=cache) as teacher:
+        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
             (grade,) = teacher.grade("Once", ["A dog ran."])
         assert len(server.others) == before + 1 and grade.score == 0.5
 
@@ -233,10 +245,8 @@ def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
 def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     documents = unseen_stories(40)
     examples = worked_examples(documents)
-    template = Template(TWO.criteria, shows_examples=True, examples=examples)
-    messages = render(
-        "Once", "A dog ran.", fence="===", template=template, criterion=TWO.criteria[0]
-    )
+    protocol = YesNo(TWO.criteria, shows_examples=True).with_examples(lambda: examples)
+    messages = protocol.messages("Once", "A dog ran.", "===")["first"]
     expected = ["system", *["user", "assistant"] * 2, "user"]
     assert [message["role"] for message in messages] == expected
     assert [messages[2]["content"], messages[4]["content"]] == ["yes", "no"]
@@ -244,7 +254,7 @@ def test_worked_examples_come_before_the_story_and_are_no_known_texts():
         message["content"].endswith("first? Answer yes or no.") for message in messages[1::2]
     )
     # A server's prefix cache reads them once: they are equal for every story and fence.
-    others = render("Then", "A cat.", fence="=#=", template=template, criterion=TWO.criteria[0])
+    others = protocol.messages("Then", "A cat.", "=#=")["first"]
     assert others[:-1] == messages[:-1]
     known = {story.story for story in known_stories(documents, 20)}
     assert known.isdisjoint(example.story for example in examples)
@@ -276,16 +286,16 @@ def test_a_template_that_cannot_be_asked_is_one_sentence(tmp_path, value):
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"nor a valid template file: .*"):
-        load_template(path)
+        load_protocol(path)
 
 
 def test_a_template_has_a_name_or_a_file(tmp_path):
-    assert load_template("event") is TEMPLATES["event"]
+    assert load_protocol("event") is PROTOCOLS["event"]
     path = tmp_path / "prompt.json"
     criteria = [{"name": "a", "question": "Is it?", "weight": 2}]
     path.write_text(json.dumps({"criteria": criteria, "examples": True, "preface": "Hello."}))
-    wanted = Template((Criterion("a", "Is it?", weight=2.0),), "Hello.", shows_examples=True)
-    assert load_template(path) == wanted and wanted.asks_yes_or_no
+    wanted = YesNo((Criterion("a", "Is it?", weight=2.0),), "Hello.", shows_examples=True)
+    assert load_protocol(path) == wanted
 
 
 def test_babylm_does_not_let_probabilities_reach_the_student():
@@ -297,7 +307,7 @@ def test_babylm_does_not_let_probabilities_reach_the_student():
 
 
 def test_the_named_ways_of_asking_are_those_that_a_resumed_run_may_record():
-    assert tuple(TEMPLATES) == PROMPTS
+    assert tuple(PROTOCOLS) == PROMPTS
 
 
 def test_a_doctor_that_was_stopped_asks_nothing_twice(tmp_path, monkeypatch, capsys):

@@ -16,8 +16,9 @@ from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import PATIENCE, Endpoint, Options
 from tinystory.teacher.grade import Grade, Submission
+from tinystory.teacher.grades import Grades, read_back
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import CRITERIA, Template, read_back
+from tinystory.teacher.prompt import CRITERIA
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of it
@@ -260,12 +261,12 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
 
 
 def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():
-    template = Template(user="Opening {opening}|Story {story}|Readability, Narrative, Creativity =")
+    protocol = Grades(user="Opening {opening}|Story {story}|Readability, Narrative, Creativity =")
 
     def other(request):
         return "3 1 2" if "Tom {story}" in str(request) else "0 0 1"
 
-    with FaultServer(other=other) as server, Teacher(server.url, template=template) as teacher:
+    with FaultServer(other=other) as server, Teacher(server.url, protocol=protocol) as teacher:
         (grade,) = teacher.grade("Once", ["Tom {story}"])
     assert grade.scores == dict(zip(CRITERIA, (3, 1, 2), strict=True))
     assert grade.score == pytest.approx(6 / 9)

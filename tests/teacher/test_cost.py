@@ -55,7 +55,10 @@ def test_a_forecast_is_the_probe_times_the_stories():
         Counting() as server,
         Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher,
     ):
-        for seconds, words in ((0.01, "at most 1 min of grading"), (0.3, "at most 40 min of grading")):
+        for seconds, words in (
+            (0.01, "at most 1 min of grading"),
+            (0.3, "at most 40 min of grading"),
+        ):
             teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=seconds)
             assert teacher.forecast(8000, "Once").endswith(words)
         teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=3.6)

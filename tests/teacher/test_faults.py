@@ -22,8 +22,9 @@ from tinystory.student import checkpoint
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
+from tinystory.teacher.named_protocols import NAME
 from tinystory.teacher.probe import FIRST_STORY
-from tinystory.teacher.prompt import CRITERIA, NAME
+from tinystory.teacher.prompt import CRITERIA
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

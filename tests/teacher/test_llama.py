@@ -61,7 +61,7 @@ def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
     assert teacher["model"] == "smollm2"
     assert teacher["scored"]
     assert teacher["token_cap"] == "max_tokens"
-    assert teacher["held_to"] == "numbers" and teacher["tokens"][0] > 300
+    assert teacher["held_to"] == "grammar" and teacher["tokens"][0] > 300
     records, stories = metrics(out), list(read_stories(out))
     assert [record["unscored"] for record in records] == [0, 0] and len(stories) == 6
     for story in stories:

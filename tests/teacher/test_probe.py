@@ -10,8 +10,9 @@ from fault_server import FaultServer, assert_one_clean_sentence, completion, err
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grades import read_back
 from tinystory.teacher.probe import load_probe
-from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.prompt import CRITERIA
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -60,7 +61,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.probes()[0].held_to == "numbers"
+        assert teacher.probes()[0].held_to == "grammar"
         assert len(server.others) == 1
         assert teacher.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}

@@ -9,7 +9,7 @@ from fault_server import FaultServer, Picky, assert_one_clean_sentence, completi
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import require_scores
-from tinystory.teacher.prompt import instructions
+from tinystory.teacher.grades import Grades
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -199,7 +199,7 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
         async def _chat(self, request):
             asked = await request.json()
             text = asked["messages"][0]["content"]
-            if asked["messages"][0]["role"] == "user" and text.startswith(instructions()):
+            if asked["messages"][0]["role"] == "user" and text.startswith(Grades().instructions):
                 self.requests.append(asked)
                 return web.Response(text=completion("2 1 3"), content_type="application/json")
             return await super()._chat(request)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinystory.teacher.parse import parse_scores
+from tinystory.teacher.grades import parse_scores
 from tinystory.teacher.prompt import CRITERIA
 
 space = st.text(" \t\r\n", max_size=4)

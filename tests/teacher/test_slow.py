@@ -7,9 +7,10 @@ import selectors
 import pytest
 
 from tinystory.teacher import client
+from tinystory.teacher.answers import YesNo
 from tinystory.teacher.api import BUSY, Failure, Reply
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.prompt import Criterion, Template
+from tinystory.teacher.prompt import Criterion
 
 CONCURRENCY = 16
 
@@ -112,7 +113,7 @@ def test_a_forecast_is_an_upper_bound_until_the_rate_is_measured(teacher_of):
 def test_the_time_limit_is_per_reply(teacher_of):
     questions = tuple(Criterion(f"q{i}", "Is it a story?") for i in range(80))
     server = SlowServer(8, 8, 0.15, alternatives=(("Yes", -0.1), ("No", -2.5)))
-    with teacher_of(server, template=Template(questions), deadline_s=9.0) as teacher:
+    with teacher_of(server, protocol=YesNo(questions), deadline_s=9.0) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.error is None and len(grade.scores) == 80
 

@@ -186,19 +186,16 @@ def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) ->
     require(result, config.require_judgement)
     facts = {"calibration": result | {"verdict": verdict(result)}}
     if isinstance(grader, Teacher):
-        facts["answer_scale"] = grader.scale.questions
+        facts["answer_scale"] = dict(grader.options.protocol.scale)
     return facts
 
 
 def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
-    """Fit the scale of a teacher's answers to the answers on known texts. Does nothing for other
-    graders. The replies are cached, so grading the same texts later sends no request."""
-    if not isinstance(grader, Teacher) or not grader.options.template.asks_yes_or_no:
-        return
-    grades = grader.grade_each([(story.opening, story.story) for story in known])
-    answers = [grade.log_odds for grade in grades if grade.log_odds]
-    if answers:
-        grader.scale.fit(answers)
+    """Fit the scale of a teacher's protocol to known texts. Does nothing for other graders. The
+    replies are cached, so grading the same texts later sends no request."""
+    if isinstance(grader, Teacher):
+        grades = grader.grade_each([(story.opening, story.story) for story in known])
+        grader.options.protocol = grader.options.protocol.fitted(grades)
 
 
 def of_grader(grader: Grader) -> GradeKnown:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tinystory.data.builtin import dull, grammar
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.run.errors import UserError
-from tinystory.teacher.prompt import Example
+from tinystory.teacher.protocol import Example
 
 REAL = "real"
 SENTENCES = "sentences shuffled"

@@ -19,7 +19,7 @@ from tinystory.student.model import Student
 from tinystory.teacher.grade import Grade, Grader, require_scores
 from tinystory.teacher.likelihood import Likelihood
 from tinystory.teacher.open_grader import open_grader, open_judge
-from tinystory.teacher.prompt import Example
+from tinystory.teacher.protocol import Example
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from tinystory.run.folder import timestamp
 from tinystory.run.journal import Journal
 from tinystory.run.records import Fields, Record, read_records
 from tinystory.teacher.chat_server import Refused
-from tinystory.teacher.prompt import TOP, Template, instructions
+from tinystory.teacher.grades import Grades
+from tinystory.teacher.prompt import TOP
 
 UNASKED = "this answer belongs to no question that is open here: load the page again"
 NOTHING_BEFORE = "there is nothing to go back to"
@@ -42,11 +43,11 @@ class _Story:
 
 
 class GradingQueue:
-    """Stories and grades by the criteria of `template`. The grades are kept in the file `path`.
+    """Stories and grades by the criteria of `protocol`. The grades are kept in the file `path`.
     Raises UserError if the file holds anything else."""
 
-    def __init__(self, path: Path, template: Template):
-        self.template = template
+    def __init__(self, path: Path, protocol: Grades):
+        self.protocol = protocol
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
         # key of the story on the page; a grade that this story had was taken back
@@ -60,14 +61,14 @@ class GradingQueue:
     # ---- for the trainer -------------------------------------------------------------------------
 
     def key(self, opening: str, story: str) -> str:
-        return key_of(instructions(self.template), opening, story)
+        return key_of(self.protocol.instructions, opening, story)
 
     def _check(self, record: Record) -> None:
         """Raises ValueError if a recorded grade by this queue's criteria lacks a criterion."""
         is_ours = record["key"] == self.key(record["opening"], record["story"])
         scores = record["scores"]
-        if is_ours and scores is not None and scores.keys() != set(self.template.names):
-            raise ValueError(f"the criteria of its scores are not {', '.join(self.template.names)}")
+        if is_ours and scores is not None and scores.keys() != set(self.protocol.names):
+            raise ValueError(f"the criteria of its scores are not {', '.join(self.protocol.names)}")
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
         """The human's score for each criterion, or None if the human skipped the story. Waits
@@ -125,7 +126,7 @@ class GradingQueue:
             "done": len(self._grades),
             "handing_in": bool(self._waiting) and not ungraded,
             "back": self._story_before() is not None,
-            "criteria": [asdict(criterion) for criterion in self.template.criteria],
+            "criteria": [asdict(criterion) for criterion in self.protocol.criteria],
         }
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
@@ -156,7 +157,7 @@ class GradingQueue:
         return graded[index - 1] if index else None
 
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
-        names = self.template.names
+        names = self.protocol.names
         scores: Any = request.get("scores")
         is_complete = isinstance(scores, dict) and scores.keys() == set(names)
         if not is_complete or not all(

@@ -16,8 +16,9 @@ from aiohttp.typedefs import Handler
 from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson
 from tinystory.teacher.chat_server import HOST, Refused, application, listening, parse_body
+from tinystory.teacher.grades import read_back
 from tinystory.teacher.probe import FIRST_STORY, HUMAN
-from tinystory.teacher.prompt import TOP, instructions, read_back
+from tinystory.teacher.prompt import TOP
 
 DESCRIPTION = "A human who grades stories on a page. This server answers no other requests."
 NO_STORY = "This server has a human grade stories. The request holds no story, so nobody was asked."
@@ -82,19 +83,19 @@ async def _respond(queue: GradingQueue, messages: list[dict]) -> str:
     question = read_back(messages)
     if question is None:
         return NO_STORY
-    if messages[0]["content"] != instructions(queue.template):
+    if messages[0]["content"] != queue.protocol.instructions:
         raise Refused(
-            f"The human grades {', '.join(queue.template.names)}, by other criteria or instructions than "
+            f"The human grades {', '.join(queue.protocol.names)}, by other criteria or instructions than "
             "the request's: give the same --teacher-prompt to train_interact.py and to teach.py.",
             "messages",
         )
     if question == FIRST_STORY:
-        return " ".join([EXAMPLE] * len(queue.template.names))
+        return " ".join([EXAMPLE] * len(queue.protocol.names))
     opening, story = question
     scores = await queue.ask(opening, story)
     if scores is None:
         return SKIPPED
-    return " ".join(str(scores[name]) for name in queue.template.names)
+    return " ".join(str(scores[name]) for name in queue.protocol.names)
 
 
 @web.middleware

@@ -5,7 +5,8 @@ from contextlib import AbstractAsyncContextManager
 
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.chat_server import application, listening
-from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.grades import read_back
+from tinystory.teacher.prompt import CRITERIA
 
 MODEL = "tinystory-rubric"
 DESCRIPTION = (

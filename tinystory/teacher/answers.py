@@ -1,4 +1,5 @@
-"""Answers to yes-or-no questions: log-odds from replies, and scores from log-odds.
+"""Answers: one request per story and yes-or-no question. The question comes last, so that a server
+with a prefix cache processes the story once.
 
 The grades of a small model are hardly informative about a text. The probability with which the
 model answers yes to one plain question ranks texts well (docs/teachers.md, "Which model can
@@ -7,88 +8,103 @@ of the reply. If a server gives no log-probabilities, the question is asked seve
 log-odds are computed from the fraction of yes."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
+from typing import Any
 
-from tinystory.teacher.parse import LONGEST_REPLY
-from tinystory.teacher.prompt import TOP
+from tinystory.teacher.cache import CachedReply
+from tinystory.teacher.grade import LONGEST_REPLY, Grade, Submission
+from tinystory.teacher.log_odds import letters, odds_of_share
+from tinystory.teacher.prompt import FENCED, TOP, chat, fence, user_message
+from tinystory.teacher.protocol import Example, Protocol, grammar_constraint, json_constraint
 
-# If yes and no together have a lower probability, the reply is not an answer.
-LEAST_MASS = 0.1
-# Bound on the absolute value of a log-odds; some servers give -9999 for an impossible token.
-MOST_ODDS = 20.0
+EDITOR = (
+    "You are a strict editor of stories for children. A beginner was given an opening, and wrote how the story goes "
+    "on."
+)
+YES_OR_NO = {"yes": True, "no": False}
 # Minimum standard deviation of a question's log-odds, so that nearly equal answers do not become
 # very different scores.
 LEAST_SPREAD = 0.1
-
-YES_OR_NO = {"yes": True, "no": False}
 
 
 def parse_answer(reply: str) -> bool | None:
     """True for a reply "yes", False for a reply "no", in upper or lower case and with any
     punctuation; None for any other reply."""
-    return YES_OR_NO.get(_word(reply[:LONGEST_REPLY]))
+    return YES_OR_NO.get(letters(reply[:LONGEST_REPLY]))
 
 
-def log_odds(alternatives: Sequence[tuple[str, float]]) -> float | None:
-    """ln p(yes) - ln p(no), at most MOST_ODDS in absolute value; None if both words together have a
-    probability below LEAST_MASS, because then the model was about to say something else.
+@dataclass(frozen=True)
+class YesNo(Protocol):
+    """Answers to questions, which are criteria without levels. shows_examples: whether the messages
+    contain `examples`, which come from the student's corpus. scale: name of a question -> mean and
+    standard deviation of the question's log-odds on known texts."""
 
-    alternatives: (token, log-probability) pairs that a server lists. The probability of a word is
-    summed over all spellings in the list. A word that is not listed is at most as likely as the
-    least likely listed token. Its probability is set to this upper bound, which makes the log-odds
-    smaller in absolute value."""
-    logprobs: dict[str, list[float]] = {word: [] for word in YES_OR_NO}
-    for token, logprob in alternatives:
-        word = _word(token)
-        if word in logprobs:
-            logprobs[word].append(logprob)
-    spelled = logprobs["yes"] + logprobs["no"]
-    if not spelled or math.exp(_log_sum(spelled)) < LEAST_MASS:
-        return None
-    least_likely = [min(logprob for _, logprob in alternatives)]
-    odds = _log_sum(logprobs["yes"] or least_likely) - _log_sum(logprobs["no"] or least_likely)
-    return min(max(odds, -MOST_ODDS), MOST_ODDS)
+    preface: str = EDITOR
+    shows_examples: bool = False
+    examples: tuple[Example, ...] = ()
+    top_logprobs = 20  # the maximum of OpenAI and vLLM; other servers have a lower maximum
+    draws = 8
+    # At 1, log-probabilities before and after the temperature are the same, and the fraction of yes
+    # among several answers estimates the probability of yes.
+    temperature = 1.0
 
+    def messages(self, opening: str, story: str, mark: str) -> dict[str, list[dict]]:
+        """One request per question. The examples are the same for all stories, so a server with a
+        prefix cache processes them once."""
+        fenced = FENCED.format(judge="judge", pleads="asks for an answer", judged="judged")
+        instructions = (
+            f"{self.preface} {fenced} Answer the question about the story with one word, yes or no."
+        )
+        requests = {}
+        for criterion in self.criteria:
+            end = f"\n\n{criterion.question} Answer yes or no."
+            turns = [("system", instructions)]
+            for i, example in enumerate(self.examples):
+                example_mark = fence(0, i, f"{example.opening}\n{example.story}")
+                turns.append(
+                    ("user", user_message(example.opening, example.story, example_mark, end))
+                )
+                turns.append(("assistant", example.answer))
+            turns.append(("user", user_message(opening, story, mark, end)))
+            requests[criterion.name] = chat(*turns)
+        return requests
 
-def odds_of_share(answers: Sequence[bool]) -> float:
-    """Log-odds of yes from several answers to one question. Half an answer is added to yes and to
-    no, so that the log-odds are finite (Haldane 1956)."""
-    count = sum(answers)
-    return math.log(count + 0.5) - math.log(len(answers) - count + 0.5)
+    def constraint(self, held_to: str) -> dict[str, Any]:
+        if held_to == "json":
+            return json_constraint({"answer": {"type": "string", "enum": list(YES_OR_NO)}})
+        return grammar_constraint("yes|no", '"yes" | "no"')
 
+    def reads(self, reply: CachedReply, by_logprobs: bool) -> bool:
+        if by_logprobs:
+            return reply.log_odds is not None
+        return parse_answer(reply.text) is not None
 
-@dataclass
-class AnswerScale:
-    """Scale from log-odds to scores. questions: name of a question -> mean and standard deviation
-    of the question's log-odds on known texts; empty before `fit`."""
+    def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
+        """Scores: TOP times the logistic function of the standardised log-odds. Without a scale,
+        the log-odds are not standardised, so the score is TOP times the probability of yes."""
+        log_odds = {}
+        scores = {}
+        for name in self.names:
+            answers = replies[name]
+            odds = answers[0].log_odds
+            if odds is None:
+                odds = odds_of_share([bool(parse_answer(answer.text)) for answer in answers])
+            mean, spread = self.scale.get(name, (0.0, 1.0))
+            log_odds[name] = odds
+            scores[name] = TOP / (1 + math.exp(-(odds - mean) / spread))
+        return Grade(scores, self.score(scores), log_odds=log_odds)
 
-    questions: dict[str, tuple[float, float]] = field(default_factory=dict)
+    def fitted(self, grades: Sequence[Grade]) -> "YesNo":
+        answers = [grade.log_odds for grade in grades if grade.log_odds]
+        if not answers:
+            return self
+        scale = {}
+        for name in self.names:
+            odds = [answer[name] for answer in answers]
+            scale[name] = (fmean(odds), max(pstdev(odds), LEAST_SPREAD))
+        return replace(self, scale=scale)
 
-    def fit(self, log_odds: Sequence[Mapping[str, float]]) -> None:
-        """Fit the scale of each question. log_odds: one mapping per known text, from the name of a
-        question to the log-odds."""
-        for name in log_odds[0]:
-            values = [odds[name] for odds in log_odds]
-            self.questions[name] = (fmean(values), max(pstdev(values), LEAST_SPREAD))
-
-    def score(self, name: str, odds: float) -> float:
-        """Score in 0..TOP: TOP times the logistic function of the standardised log-odds. Before
-        `fit`, the log-odds are not standardised, so the score is TOP times the probability of
-        yes."""
-        mean, spread = self.questions.get(name, (0.0, 1.0))
-        return TOP / (1 + math.exp(-(odds - mean) / spread))
-
-
-def _word(text: str) -> str:
-    """The letters of a text in lower case. Other characters are dropped, because tokenizers mark
-    the space before a word in different ways."""
-    return re.sub("[^a-z]", "", text.casefold())
-
-
-def _log_sum(logprobs: Sequence[float]) -> float:
-    """The logarithm of the sum of the probabilities."""
-    largest = max(logprobs)
-    return largest + math.log(math.fsum(math.exp(logprob - largest) for logprob in logprobs))
+    def with_examples(self, examples: Callable[[], Sequence[Example]]) -> "YesNo":
+        return replace(self, examples=tuple(examples())) if self.shows_examples else self

@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 from tinystory.run.journal import Journal
 from tinystory.run.records import Fields, Record, read_records
-from tinystory.teacher.answers import MOST_ODDS, log_odds, parse_answer
 from tinystory.teacher.api import Reply, is_count_pair
-from tinystory.teacher.parse import parse_scores
-from tinystory.teacher.prompt import Template
+from tinystory.teacher.log_odds import MOST_ODDS, log_odds
 
 REPLY: Fields = {  # fields of a line, with their types
     "key": (str,),
@@ -60,19 +58,13 @@ class CachedReply(NamedTuple):
     text: str
     # why the request was given up; a run with a copy of the file gives it up too
     error: str | None = None
-    # log-odds of yes; None if the request is not a question or the server gives no probabilities
+    # log-odds of yes; None if the reply has no log-probabilities, or is neither yes nor no
     log_odds: float | None = None
 
     @classmethod
     def of(cls, reply: Reply) -> "CachedReply":
         """The cached form of a server's reply."""
         return cls(reply.text, log_odds=log_odds(reply.alternatives))
-
-    def is_readable(self, template: Template) -> bool:
-        """Whether the reply contains an answer (or all scores) as the template asks for."""
-        if template.asks_yes_or_no:
-            return self.log_odds is not None or parse_answer(self.text) is not None
-        return parse_scores(self.text, template.names) is not None
 
 
 class Cache:

@@ -8,25 +8,23 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.answers import AnswerScale, odds_of_share, parse_answer
 from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, base_url
-from tinystory.teacher.grade import Grade, Grader, Submission, too_few_scores
+from tinystory.teacher.grade import LONGEST_REPLY, Grade, Grader, Submission, too_few_scores
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.parse import LONGEST_REPLY, parse_scores
 from tinystory.teacher.pool import ServerPool, leave_out
 from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
-from tinystory.teacher.prompt import Criterion, fence, render
+from tinystory.teacher.prompt import fence
 
 MEASURED = 16  # minimum number of requests by which the rate of answers is measured
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
@@ -37,11 +35,10 @@ TOKENS_PER_WORD = 1.4
 
 @dataclass(eq=False)
 class _Request:
-    """A request about a story. criterion: the name of the question; "" if the request asks for all
-    grades. draw: number of the request among equal requests, which have different seeds. key: key
-    of the reply in the cache."""
+    """A request about a story. name: of the request, by the protocol. draw: number of the request
+    among equal requests, which have different seeds. key: key of the reply in the cache."""
 
-    criterion: str
+    name: str
     draw: int
     messages: list[dict]
     seed: int
@@ -50,9 +47,9 @@ class _Request:
 
 @dataclass(eq=False)
 class _Story:
-    """State of a story that is being graded. last: (criterion, draw) -> last reply."""
+    """State of a story that is being graded. last: (name of a request, draw) -> last reply."""
 
-    number: int
+    submission: Submission
     afresh: bool
     asked: bool = False
     error: str | None = None
@@ -65,18 +62,7 @@ class _Story:
             self.error = reply.error
             return
         self.replies.append(reply.text)
-        self.last[request.criterion, request.draw] = reply
-
-    def log_odds(self, question: str) -> float:
-        """Log-odds of yes for a question. All replies to the question must be readable."""
-        answers = []
-        for (criterion, _), reply in self.last.items():
-            if criterion != question:
-                continue
-            if reply.log_odds is not None:
-                return reply.log_odds
-            answers.append(bool(parse_answer(reply.text)))
-        return odds_of_share(answers)
+        self.last[request.name, request.draw] = reply
 
 
 class Teacher(Grader):
@@ -116,7 +102,6 @@ class Teacher(Grader):
                 "each --teacher-url once, and one --teacher-model for all URLs or one for each"
             )
         self.options = Options(**options)
-        self.scale = AnswerScale()
         self.per_second = 0.0  # measured rate of answers; 0 until there are enough
         self.concurrency = concurrency
         self.max_unscored = max_unscored
@@ -227,9 +212,7 @@ class Teacher(Grader):
     @property
     def requests_per_story(self) -> int:
         """Number of requests per story if every reply is readable."""
-        template = self.options.template
-        questions = len(template.names) if template.asks_yes_or_no else 1
-        return questions * self._present[0].draws
+        return len(self._requests(Submission(*FIRST_STORY, number=0), attempt=0))
 
     @property
     def most_words(self) -> int:
@@ -320,43 +303,35 @@ class Teacher(Grader):
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        template = self.options.template
+        protocol = self.options.protocol
         if is_blank(submission.story):
-            return Grade(dict.fromkeys(template.names, 0), 0.0)  # as the instructions demand
+            return Grade(dict.fromkeys(protocol.names, 0), 0.0)  # as the instructions demand
 
-        story = _Story(submission.number, afresh)
+        story = _Story(submission, afresh)
+        by_logprobs = self._present[0].by_logprobs
         read: set[tuple[str, int]] = set()
         for attempt in range(self._present[0].attempts):
             requests = self._requests(submission, attempt)
-            unread = [each for each in requests if (each.criterion, each.draw) not in read]
+            unread = [each for each in requests if (each.name, each.draw) not in read]
             await self._ask(story, unread)
             if story.error is not None:
                 return self._without_score(story, story.error)
-            read = {each for each, reply in story.last.items() if reply.is_readable(template)}
+            read = {
+                each for each, reply in story.last.items() if protocol.reads(reply, by_logprobs)
+            }
             if len(read) == len(requests):
                 return self._with_score(story)
         return self._without_score(story, f"no score in {len(story.replies)} replies")
 
     def _requests(self, submission: Submission, attempt: int) -> list["_Request"]:
-        """The requests about a story: one for all grades, or one for each question, `draws` times
-        each. Seeds differ between attempts."""
+        """The requests about a story: those of the protocol, `draws` times each. Seeds differ
+        between attempts."""
         options = self.options
         first = self._present[0]
-        template = options.template
-        criteria: Sequence[Criterion | None] = [None]
-        if template.asks_yes_or_no:
-            criteria = template.criteria
         mark = fence(options.seed, submission.number, f"{submission.opening}\n{submission.story}")
+        messages_by_name = options.protocol.messages(submission.opening, submission.story, mark)
         requests = []
-        for criterion in criteria:
-            messages = render(
-                submission.opening,
-                submission.story,
-                fence=mark,
-                template=template,
-                criterion=criterion,
-            )
-            name = criterion.name if criterion else ""
+        for name, messages in messages_by_name.items():
             for draw in range(first.draws):
                 seed = options.seed + draw * options.attempts + attempt
                 key = first.reply_key(messages, mark, seed)
@@ -370,7 +345,7 @@ class Teacher(Grader):
         `story.error`."""
         missing = []
         for request in requests:
-            kept = self.cache.find(request.key, story.number, earlier=not story.afresh)
+            kept = self.cache.find(request.key, story.submission.number, earlier=not story.afresh)
             if kept is None:
                 missing.append(request)
                 continue
@@ -388,7 +363,9 @@ class Teacher(Grader):
 
         def keep(request: _Request, reply: CachedReply, **about: object) -> None:
             about["charged"] = self.ledger.charged
-            kept = self.cache.keep(request.key, story.number, reply, again=story.afresh, **about)
+            kept = self.cache.keep(
+                request.key, story.submission.number, reply, again=story.afresh, **about
+            )
             story.add(request, kept)
             missing.remove(request)
 
@@ -405,32 +382,27 @@ class Teacher(Grader):
 
     def _with_score(self, story: "_Story") -> Grade:
         """The grade of a story. All last replies of the story must be readable."""
-        template = self.options.template
-        scores: Mapping[str, float] | None
-        odds: dict[str, float] | None = None
-        if template.asks_yes_or_no:
-            odds = {name: story.log_odds(name) for name in template.names}
-            scores = {name: self.scale.score(name, value) for name, value in odds.items()}
-        else:
-            (reply,) = story.last.values()
-            scores = parse_scores(reply.text, template.names)
-        assert scores is not None
-        return self._grade_of(story, scores=scores, score=template.score(scores), log_odds=odds)
+        replies: dict[str, list[CachedReply]] = {}
+        for (name, _), reply in story.last.items():
+            replies.setdefault(name, []).append(reply)
+        grade = self.options.protocol.grade(story.submission, replies)
+        return self._with_counts(story, grade)
 
     def _without_score(self, story: "_Story", error: str) -> Grade:
-        return self._grade_of(story, scores=None, score=None, error=error)
+        return self._with_counts(story, Grade(None, None, error=error))
 
-    def _grade_of(self, story: "_Story", **outcome: Any) -> Grade:
+    def _with_counts(self, story: "_Story", grade: Grade) -> Grade:
+        """The grade with the story's replies and their number."""
         # A word is at least one token, so a reply has at most longest_reply words. Some servers
         # ignore max_tokens and send more words; the additional words are not used and not counted.
         words = sum(min(len(text.split()), self.longest_reply) for text in story.replies)
         last = " ".join(reply.text for reply in story.last.values())
-        return Grade(
+        return replace(
+            grade,
             reply=last[:LONGEST_REPLY],
             attempts=len(story.replies),
             reply_words=words,
             asked=story.asked,
-            **outcome,
         )
 
     async def _cancel_all(self) -> None:

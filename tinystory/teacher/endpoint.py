@@ -11,22 +11,17 @@ from typing import Any
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import BUSY, ChatClient, Failure, Reply, in_time
 from tinystory.teacher.cache import cache_key
+from tinystory.teacher.grades import Grades
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import DEFAULT, TOP, Template
+from tinystory.teacher.protocol import Protocol
 
 TEMPLATE_TOKENS = 256  # upper bound on the tokens that a chat template adds to two messages
-JSON_TOKENS = 12  # tokens per criterion: a key, a colon, a digit, a comma and some white space
 FIRST_SLOTS = 2  # requests in flight until the first answer
 BUSY_COSTS = 0.5  # slots lost per refused request
 # A request has at least this multiple of the probe's seconds per answer. No request comes near this
 # limit, because the number of requests in flight no longer rises once an answer takes a quarter of
 # it.
 PATIENCE = 16
-# Temperature for answers to yes-or-no questions. At 1, log-probabilities before and after the
-# temperature are the same, and the fraction of yes among several answers estimates the probability
-# of yes.
-ANSWER_TEMPERATURE = 1.0
-DRAWS = 8  # number of answers to a question if the server gives no log-probabilities
 PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
@@ -35,7 +30,7 @@ URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IG
 class Options:
     """Options of requests, the same for every server."""
 
-    template: Template = DEFAULT
+    protocol: Protocol = field(default_factory=Grades)
     temperature: float = 0.2
     seed: int = 0
     max_tokens: int = 16  # token limit of a reply in plain numbers; a reply in JSON may be longer
@@ -70,8 +65,8 @@ class Probe:
     reply: str = ""  # the reply to the probe's story
     scored: bool = False  # whether this reply has scores, or an answer
     thinks: bool = False  # whether the model reasons before the reply, unless `quiet` prevents it
-    # The constraint on a reply: "numbers", "json" or "nothing". "json" makes replies longer, and is
-    # used only if replies have no scores without it.
+    # The constraint on a reply: "grammar", "json" or "nothing". "json" makes replies longer, and is
+    # used only if replies cannot be read without it.
     held_to: str = "nothing"
     # numbers of (prompt, completion) tokens for the probe's story; None without a report
     tokens: Sequence[int] | None = None
@@ -124,7 +119,7 @@ class Endpoint:
         options = self.options
         text = (
             f"{self.url} {options.max_tokens} {options.temperature} "
-            f"{options.template}{options.extra_json}"
+            f"{options.protocol}{options.extra_json}"
         )
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -160,35 +155,33 @@ class Endpoint:
             self.failures += 1
 
     @property
+    def by_logprobs(self) -> bool:
+        """Whether log-probabilities are requested. Then a reply is read by them alone."""
+        return self.probe is not None and self.probe.top_logprobs > 0
+
+    @property
     def draws(self) -> int:
-        """Number of requests per story and question. These requests differ only in the seed."""
-        assert self.probe is not None
-        if self.options.template.asks_yes_or_no and not self.probe.top_logprobs:
-            return DRAWS
-        return 1
+        """Number of equal requests, which differ only in the seed."""
+        return 1 if self.by_logprobs else self.options.protocol.draws
 
     @property
     def attempts(self) -> int:
         """Maximum number of times that a request is sent until the reply is readable."""
-        assert self.probe is not None
-        return 1 if self.probe.top_logprobs else self.options.attempts
+        return 1 if self.by_logprobs else self.options.attempts
 
     @property
     def max_tokens(self) -> int:
-        """Token limit of a reply with scores, or with an answer."""
-        if self.probe is not None and self.probe.top_logprobs:
+        """Token limit of a reply that the protocol reads."""
+        if self.by_logprobs:
             return 1
-        if self.probe is None or self.probe.held_to != "json":
-            return self.options.max_tokens
-        return max(self.options.max_tokens, JSON_TOKENS * len(self.options.template.names) + 8)
+        held_to = self.probe.held_to if self.probe else "nothing"
+        return self.options.protocol.max_tokens(self.options.max_tokens, held_to)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Fields of a request that determine the reply."""
-        temperature = self.options.temperature
-        if self.options.template.asks_yes_or_no:
-            temperature = ANSWER_TEMPERATURE
+        fixed = self.options.protocol.temperature
         return {
-            "temperature": temperature,
+            "temperature": self.options.temperature if fixed is None else fixed,
             "seed": seed % 2**31,  # servers take 32 bits
             "max_tokens": self.max_tokens,
         }
@@ -211,7 +204,8 @@ class Endpoint:
         assert form is not None
         fields = self.sampling(seed)
         cap = max(fields.pop("max_tokens"), form.least_tokens)
-        fields |= constraint(form.held_to, self.options.template.names)
+        if form.held_to != "nothing":
+            fields |= self.options.protocol.constraint(form.held_to)
         fields |= form.quiet
         if form.top_logprobs:
             fields |= {"logprobs": True, "top_logprobs": form.top_logprobs}
@@ -236,27 +230,6 @@ class Endpoint:
         if self.probe is None or not self.probe.tokens or len(texts) != 2:
             return len("".join(texts).encode()) + TEMPLATE_TOKENS
         return self.probe.tokens[0] + len(texts[-1].encode())
-
-
-def constraint(structure: str, names: Sequence[str]) -> dict:
-    """Fields of a request that constrain the reply to scores for `names`."""
-    if structure == "numbers":
-        # vLLM obeys the first field, and llama.cpp's server the second. Each ignores the other
-        # field.
-        digits = [f"[0-{TOP}]"] * len(names)
-        grammar = "root ::= " + ' " " '.join(digits)
-        return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
-    if structure == "json":
-        score = {"type": "integer", "enum": list(range(TOP + 1))}
-        schema = {
-            "type": "object",
-            "properties": dict.fromkeys(names, score),
-            "required": list(names),
-            "additionalProperties": False,
-        }
-        form = {"name": "grades", "strict": True, "schema": schema}
-        return {"response_format": {"type": "json_schema", "json_schema": form}}
-    return {}
 
 
 def base_url(url: str) -> str:

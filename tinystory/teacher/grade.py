@@ -11,6 +11,8 @@ from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
 from tinystory.teacher.prompt import CRITERIA, TOP
 
+LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
+
 
 class Submission(NamedTuple):
     """A story to be graded. number: index of the story in the run. tokens: the tokens that the

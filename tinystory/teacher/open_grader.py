@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.prompt import Example, load_template
+from tinystory.teacher.named_protocols import load_protocol
+from tinystory.teacher.protocol import Example
 
 # Fields of a request that --teacher-extra must not set: other options or the client set them.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens"}
@@ -66,19 +66,19 @@ def open_grader(
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
-            template = load_template(config.teacher_prompt)
-            if template.asks_yes_or_no and config.preset in babylm.TRACKS:
+            protocol = load_protocol(config.teacher_prompt)
+            if protocol.top_logprobs and config.preset in babylm.TRACKS:
                 raise UserError(
                     f"--teacher-prompt {config.teacher_prompt} asks yes-or-no questions and reads probabilities from "
                     f"the answers, but BabyLM (--preset {config.preset}) does not allow the teacher's probabilities "
                     "to reach the student: use a --teacher-prompt that asks for grades"
                 )
-            if template.shows_examples and examples:
-                template = replace(template, examples=tuple(examples()))
+            if examples:
+                protocol = protocol.with_examples(examples)
             teacher = Teacher(
                 urls,
                 config.teacher_model,
-                template=template,
+                protocol=protocol,
                 extra=extra,
                 seed=config.seed,
                 temperature=config.teacher_temperature,

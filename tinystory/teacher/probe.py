@@ -14,10 +14,10 @@ from tinystory.run.errors import UserError
 from tinystory.run.records import Fields, parse_object
 from tinystory.teacher.api import BUSY, NO_SYSTEM, Failure, Reply, in_time, is_count_pair
 from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import DRAWS, Endpoint, Probe
-from tinystory.teacher.parse import LONGEST_REPLY
+from tinystory.teacher.endpoint import Endpoint, Probe
+from tinystory.teacher.grade import LONGEST_REPLY
 from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.prompt import fence, render
+from tinystory.teacher.prompt import fence
 
 HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
 HUMAN_S = 20.0  # seconds per grade by a human, assumed in forecasts
@@ -62,7 +62,7 @@ QUIETER: tuple[dict[str, Any], ...] = (
 )
 THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
 REFUSABLE = ("temperature", "seed")
-TOP_LOGPROBS = 20  # the maximum of OpenAI and vLLM; other servers have a lower maximum, or none
+MOST_LOGPROBS = 20  # maximum of `Protocol.top_logprobs`
 # Field of a probe -> test of the value, in addition to the type.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "model": str.isprintable,
@@ -70,8 +70,8 @@ PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "least_tokens": range(THINKING_TOKENS + 1).__contains__,
     "refused": lambda names: all(name in REFUSABLE for name in names),
     "quiet": ({}, *QUIETER).__contains__,
-    "top_logprobs": range(TOP_LOGPROBS + 1).__contains__,
-    "held_to": ("numbers", "json", "nothing").__contains__,
+    "top_logprobs": range(MOST_LOGPROBS + 1).__contains__,
+    "held_to": ("grammar", "json", "nothing").__contains__,
     "tokens": lambda counts: counts is None or is_count_pair(counts),
     "seconds": lambda seconds: 0 < seconds < LONGEST_S,
     "notes": lambda notes: all(isinstance(note, str) and note.isprintable() for note in notes),
@@ -84,7 +84,7 @@ LONGEST_S = 1e6  # upper bound on the duration of an answer in seconds
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
-MOST_LOGPROBS = re.compile(
+MOST_LISTED = re.compile(
     r"top_logprobs\D*(?:<=?|at most|less than or equal to|maximum|between 0 and|up to)\D{0,12}([0-9]{1,2})\b"
 )
 # Pattern in a server's error message -> function that returns the fields of the form to change.
@@ -97,7 +97,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
         re.compile(rf"\b({'|'.join(REFUSABLE)})\b"),
         lambda form, words: {"refused": sorted({*form.refused, words[1]})},
     ),
-    (MOST_LOGPROBS, lambda form, words: {"top_logprobs": min(int(words[1]), form.top_logprobs)}),
+    (MOST_LISTED, lambda form, words: {"top_logprobs": min(int(words[1]), form.top_logprobs)}),
     (re.compile("logprobs"), lambda form, words: {"top_logprobs": 0}),
     (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
     (NO_SYSTEM, lambda form, words: {"system": False}),
@@ -139,16 +139,15 @@ class Prober:
         # a copy of the endpoint; its probe changes with each experiment
         self.endpoint = replace(server)
         self.options = server.options
-        template = self.options.template
-        self.criterion = template.criteria[0] if template.asks_yes_or_no else None
-        self.messages = self._render(*FIRST_STORY)
+        self.protocol = server.options.protocol
+        self.messages = self._messages(*FIRST_STORY)
         self.notes: list[str] = []
         self.seconds: list[float] = []
 
-    def _render(self, opening: str, story: str) -> list[dict]:
-        template = self.options.template
+    def _messages(self, opening: str, story: str) -> list[dict]:
+        """The messages of the first request about a story."""
         mark = fence(self.options.seed, -1, f"{opening}\n{story}")
-        return render(opening, story, fence=mark, template=template, criterion=self.criterion)
+        return next(iter(self.protocol.messages(opening, story, mark).values()))
 
     async def examine(self) -> Failure | None:
         """None after the server's model and probe were set; else the failure to reach the server.
@@ -161,9 +160,7 @@ class Prober:
         try:
             server.model = await self.choose_model()
             # A cached probe without scores is repeated, unless other cached replies have scores.
-            replies = [reply for _, reply in self.cache.items()]
-            has_scores = any(reply.is_readable(server.options.template) for reply in replies)
-            if not probe or probe.model != server.model or not (probe.scored or has_scores):
+            if not probe or probe.model != server.model or not self._has_scores(probe):
                 probe = await self.probe()
                 reply = CachedReply(json.dumps(asdict(probe)))
                 charged = server.ledger.charged
@@ -246,14 +243,14 @@ class Prober:
 
     async def probe(self) -> Probe:
         model = str(self.endpoint.model)
-        asks_yes_or_no = self.options.template.asks_yes_or_no
-        top_logprobs = TOP_LOGPROBS if asks_yes_or_no else 0
-        self.endpoint.probe = Probe(url=self.endpoint.url, model=model, top_logprobs=top_logprobs)
+        self.endpoint.probe = Probe(
+            url=self.endpoint.url, model=model, top_logprobs=self.protocol.top_logprobs
+        )
         reply = await self._first_reply()
         thinks = reply.thought
         if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-        if asks_yes_or_no:
+        if self.protocol.top_logprobs:
             reply = await self._reply_with_logprobs(reply)
         else:
             await self._find_structure(json_too=not self._scored(reply))
@@ -292,7 +289,13 @@ class Prober:
             return None
 
     def _scored(self, reply: Reply) -> bool:
-        return CachedReply.of(reply).is_readable(self.options.template)
+        return self.protocol.reads(CachedReply.of(reply), self.endpoint.by_logprobs)
+
+    def _has_scores(self, probe: Probe) -> bool:
+        """Whether a cached reply, to the probe or to another request, can be read."""
+        replies = [reply for _, reply in self.cache.items()]
+        by_logprobs = bool(probe.top_logprobs)
+        return probe.scored or any(self.protocol.reads(reply, by_logprobs) for reply in replies)
 
     async def _first_reply(self) -> Reply:
         """The reply to the first story, after changing the form until the server accepts the
@@ -317,7 +320,7 @@ class Prober:
             return slowest
         now = asyncio.get_running_loop().time
         start = now()
-        replies = await asyncio.gather(*(self._try(self._render(*story)) for story in stories))
+        replies = await asyncio.gather(*(self._try(self._messages(*story)) for story in stories))
         return slowest if None in replies else (now() - start) / len(stories)
 
     async def _reply_without_thoughts(self) -> Reply:
@@ -359,13 +362,13 @@ class Prober:
             reply = await self._ask(self.messages)
         self.notes.append(
             f"{self.endpoint.url} gives no log-probabilities of {self.endpoint.model}: each question is asked "
-            f"{DRAWS} times, and the fraction of yes is the answer"
+            f"{self.protocol.draws} times, and the fraction of yes is the answer"
         )
         return reply
 
     async def _find_structure(self, json_too: bool) -> None:
         """Set `held_to` to the first constraint that the server obeys, if any."""
-        for structure in ["numbers", "json"] if json_too else ["numbers"]:
+        for structure in ["grammar", "json"] if json_too else ["grammar"]:
             self.change_form(held_to=structure)
             reply = await self._try(OFF_TOPIC)
             if reply is not None and self._scored(reply):
