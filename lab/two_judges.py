@@ -24,7 +24,7 @@ import numpy as np
 from lab.reader import PACKAGED, Reader
 from lab.runs import interact_config, words_of
 from tinystory.data.corpus import open_corpus
-from tinystory.evaluate.calibration import calibrated
+from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.grade import Grader
@@ -46,6 +46,7 @@ def open_teacher(options: str) -> Grader:
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     teacher = stack.enter_context(grader)
+    scaled(teacher, corpus)
     calibrated(config, teacher, corpus)
     return teacher
 

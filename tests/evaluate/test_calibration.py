@@ -1,6 +1,9 @@
 """Calibration: teachers of known quality are reported as such, and the corrupted stories are as
 described."""
 
+import hashlib
+import json
+import math
 import random
 from collections import Counter
 
@@ -9,15 +12,19 @@ import pytest
 from fault_server import FaultServer
 
 from scripts import doctor
+from tests.teacher.test_answers import with_logprobs
 from tinystory.config import InteractConfig
 from tinystory.evaluate import calibration
 from tinystory.evaluate.calibration import (
     CHEAP,
     CHEAP_KINDS,
+    FIRST_TEXTS,
     area_and_interval,
     calibrate,
     calibrated,
+    known_texts,
     require,
+    scaled,
     verdict,
 )
 from tinystory.evaluate.corruptions import (
@@ -31,6 +38,7 @@ from tinystory.evaluate.corruptions import (
     unseen_stories,
 )
 from tinystory.run.errors import UserError
+from tinystory.teacher.endpoint import DRAWS
 from tinystory.teacher.open_grader import open_grader
 
 STORIES = known_stories(unseen_stories(300), CHEAP)
@@ -212,24 +220,85 @@ def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path
     assert lines[-1].startswith("judgement  the teacher scores a story above")
 
 
+KNOWN = known_texts(["builtin"])
+REALS = {text.story for text in KNOWN if text.kind == REAL}
+
+
+def _knows_reals(story, n):
+    return "3 3 3" if story in REALS else "1 0 1"
+
+
 def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):
-    with FaultServer(_counts_words) as server:
+    replies = tmp_path / "replies.jsonl"
+    with FaultServer(_knows_reals) as server:
         config = InteractConfig(teacher_url=[server.url])
-        with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
+        with open_grader(config, replies=replies) as grader:
             result = calibrated(config, grader, ["builtin"])["calibration"]
             asked = len(server.requests)
         # resumed: nothing anew
-        with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
+        with open_grader(config, replies=replies) as grader:
             assert calibrated(config, grader, ["builtin"])["calibration"] == result
             assert len(server.requests) == asked
+    assert "calibration: the teacher scores a story above" in capsys.readouterr().out
+    assert result["verdict"].startswith("scores a story above")
+    assert result["stories"] == CHEAP * len(CHEAP_KINDS)
+
+
+def test_a_teacher_at_chance_ends_the_run_before_it_spends_more(short_pauses, tmp_path):
+    with FaultServer(_counts_words) as server:
+        config = InteractConfig(teacher_url=[server.url])
+        with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
+            with pytest.raises(UserError, match=r"cannot distinguish a story.*--no-calibrate"):
+                calibrated(config, grader, ["builtin"])
             config.require_judgement = 0.7
-            with pytest.raises(UserError, match="cannot distinguish a story"):
+            with pytest.raises(UserError, match=r"--require-judgement 0\.7"):
                 calibrated(config, grader, ["builtin"])
             config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader, ["builtin"]) == {}
-    assert "calibration: the teacher cannot distinguish a story" in capsys.readouterr().out
-    assert result["verdict"].startswith("cannot distinguish a story")
-    assert result["stories"] == CHEAP * len(CHEAP_KINDS)
+
+
+def test_a_calibration_ends_when_its_first_texts_have_no_readable_answer(short_pauses):
+    with FaultServer(other=lambda body: "Perhaps.") as server:
+        config = InteractConfig(teacher_url=[server.url], teacher_prompt="event")
+        with open_grader(config) as grader:
+            probes = len(server.others)
+            with pytest.raises(
+                UserError, match="no score for the first 4 of 48 texts, but 'Perhaps"
+            ):
+                scaled(grader, ["builtin"])
+            assert len(server.others) - probes <= FIRST_TEXTS * DRAWS * grader.options.attempts
+
+
+# The scale of answers
+
+
+def _answers(body):
+    """A teacher's probabilities: high for a real story, and otherwise by the text."""
+    text = body["messages"][-1]["content"].split("===")[2].strip()
+    p = 0.9 if text in REALS else 0.1 + 0.6 * hashlib.sha256(text.encode()).digest()[0] / 255
+    return with_logprobs("no", [("Yes", math.log(p)), ("no", math.log(1 - p))])
+
+
+def test_the_scale_of_a_teachers_answers_belongs_to_the_run(short_pauses, tmp_path):
+    """It is the same with and without a calibration, and is restored from what is recorded."""
+    config = InteractConfig(teacher_prompt="event")
+    with FaultServer(other=_answers) as server:
+        config.teacher_url = [server.url]
+        with open_grader(config) as grader:
+            scale = scaled(grader, ["builtin"])
+            assert list(scale) == ["event"] and scale["event"] != (0.0, 1.0)
+            (score,) = [grade.score for grade in grader.grade("Once", ["A dog ran."])]
+            calibrated(config, grader, ["builtin"])
+            assert grader.grade("Once", ["A dog ran."])[0].score == score
+        recorded = json.loads(json.dumps(scale))
+        with open_grader(config) as grader:
+            asked = len(server.others)
+            assert scaled(grader, ["builtin"], recorded) == scale
+            assert len(server.others) == asked
+            assert grader.grade("Once", ["A dog ran."])[0].score == score
+        for damaged in ({}, {"sense": [0.0, 1.0]}, {"event": [0.0, 0.0]}, {"event": ["0", 1.0]}, 1):
+            with open_grader(config) as grader:
+                assert scaled(grader, ["builtin"], damaged) == scale
 
 
 def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):

@@ -28,12 +28,14 @@ from tinystory.evaluate.corruptions import (
 from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grade import Grader
+from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.probe import HUMAN
 
 # Texts per kind: scripts/doctor.py --calibrate, and the calibration before a run.
 FULL = 24
 CHEAP = 16
+# Texts that are graded first. If none of them gets a score, the calibration ends.
+FIRST_TEXTS = 4
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 # Kinds of texts by the student. If the student was also pretrained on dull text, the student's
 # stories are compared with the student's dull texts; else all the student's texts are compared with
@@ -165,39 +167,90 @@ def require(result: Mapping[str, Any], least: float) -> None:
         )
 
 
+def scaled(
+    grader: Grader, corpus: Sequence[str], recorded: object = None
+) -> dict[str, tuple[float, float]]:
+    """The scale of a teacher's answers to yes-or-no questions, for config.json: `recorded`, the
+    scale that config.json holds if the run is resumed; else a scale that is fitted to the answers
+    about known texts. {} for other graders. The scale belongs to the run: with another scale the
+    same answers would have other scores."""
+    if not isinstance(grader, Teacher) or not needs_scale(grader):
+        return {}
+    options = grader.options
+    restored = options.protocol.restored(recorded)
+    if restored:
+        options.protocol = restored
+    else:
+        known = known_texts(corpus)
+        announce("scale of the answers", grader, known)
+        fit_scale(grader, known)
+    return dict(options.protocol.scale)
+
+
 def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) -> dict[str, Any]:
     """{"calibration": ...}, the result of a brief calibration before a run, for config.json. Prints
-    the verdict, and fits the scale of a teacher's answers to questions. {} without a calibration:
-    the built-in teacher needs none, and a human's time is expensive. corpus: the student's corpus.
-    Raises UserError if the judgement is below --require-judgement."""
-    needed = (config.teacher_url and config.calibrate) or config.require_judgement
-    human = isinstance(grader, Teacher) and grader.model == HUMAN
-    if not needed or human:
+    the verdict. {} without a calibration: the built-in teacher needs none, and a human's time is
+    expensive. corpus: the student's corpus. Raises UserError if the judgement is below
+    --require-judgement, or not above chance."""
+    is_model = isinstance(grader, Teacher) and grader.model != HUMAN
+    measures = bool(config.teacher_url) and config.calibrate and is_model
+    if not measures and not config.require_judgement:
         return {}
+    known = known_texts(corpus)
+    announce("calibration", grader, known)
+    result = calibrate(of_grader(grader), known)
+    require(result, config.require_judgement)
+    if measures and not can_judge(result):
+        raise UserError(
+            f"the run ends before its first step, because the teacher {verdict(result)}: try another "
+            "--teacher-prompt (scripts/doctor.py --calibrate compares them) or a larger model, or go on all the "
+            "same with --no-calibrate"
+        )
+    print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")
+    return {"calibration": result | {"verdict": verdict(result)}}
+
+
+def known_texts(corpus: Sequence[str]) -> list[KnownStory]:
+    """The texts of known quality by which a teacher is calibrated before a run, and by which its
+    answers are scaled. corpus: the student's corpus."""
     has_dull_text = not set(NO_STORIES).isdisjoint(corpus)
     kinds = (*CHEAP_KINDS, DULL) if has_dull_text else CHEAP_KINDS
-    known = known_stories(corpus_documents(corpus), CHEAP, kinds)
+    return known_stories(corpus_documents(corpus), CHEAP, kinds)
+
+
+def announce(title: str, grader: Grader, known: Sequence[KnownStory]) -> None:
+    """Print the forecast of the cost of grading the texts, unless this costs nothing."""
     forecast = grader.forecast(len(known), known[0].opening)
     if forecast:
-        print(f"calibration: {forecast}", flush=True)
-    fit_scale(grader, known)
-    result = calibrate(of_grader(grader), known)
-    print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")
-    require(result, config.require_judgement)
-    facts = {"calibration": result | {"verdict": verdict(result)}}
-    if isinstance(grader, Teacher):
-        facts["answer_scale"] = dict(grader.options.protocol.scale)
-    return facts
+        print(f"{title}: {forecast}", flush=True)
+
+
+def needs_scale(teacher: Teacher) -> bool:
+    """Whether a model's answers need a scale. A human's time is too expensive for one."""
+    return teacher.options.protocol.has_scale and teacher.model != HUMAN
 
 
 def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
     """Fit the scale of a teacher's protocol to known texts. Does nothing for other graders. The
     replies are cached, so grading the same texts later sends no request."""
-    if isinstance(grader, Teacher):
-        grades = grader.grade_each([(story.opening, story.story) for story in known])
+    if isinstance(grader, Teacher) and needs_scale(grader):
+        grades = grade_known(grader, [(story.opening, story.story) for story in known])
         grader.options.protocol = grader.options.protocol.fitted(grades)
+
+
+def grade_known(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+    """Grades of (opening, story) pairs. Raises UserError if the first FIRST_TEXTS of them get no score, because
+    then each further text would cost as many requests for nothing."""
+    grades = grader.grade_each(pairs[:FIRST_TEXTS])
+    if all(grade.score is None for grade in grades):
+        replies = dict.fromkeys(repr((grade.reply or grade.error or "")[:80]) for grade in grades)
+        raise UserError(
+            f"the teacher gave no score for the first {len(grades)} of {len(pairs)} texts, but "
+            f"{'; '.join(replies)}: choose another --teacher-prompt or another model"
+        )
+    return grades + grader.grade_each(pairs[FIRST_TEXTS:])
 
 
 def of_grader(grader: Grader) -> GradeKnown:
     """The function for `calibrate` that grades with this grader."""
-    return lambda stories: [grade.score for grade in grader.grade_each(stories)]
+    return lambda pairs: [grade.score for grade in grade_known(grader, pairs)]

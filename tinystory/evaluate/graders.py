@@ -8,11 +8,12 @@ from typing import Any
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import BUILTIN, recorded_corpus
 from tinystory.data.openings import Openings
-from tinystory.evaluate.calibration import calibrated
+from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
 from tinystory.run.errors import Stop
+from tinystory.run.folder import read_config
 from tinystory.run.text import printable
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
@@ -31,6 +32,7 @@ def open_graders(
     if the teacher or the judge cannot grade."""
     folder = Path(config.out)
     corpus = known_corpus(config, policy.history)
+    recorded = read_config(folder)["options"] if config.resume else {}
 
     def examples() -> Sequence[Example]:
         return worked_examples(corpus_documents(corpus))
@@ -62,9 +64,18 @@ def open_graders(
             return teacher, judge
 
         teacher, judge = distributed.rank0_first(enter)
-        calibration = distributed.rank0_value(lambda: calibrated(config, teacher, corpus))
+
+        def prepare() -> dict[str, Any]:
+            facts: dict[str, Any] = {}
+            for grader, name in ((teacher, "answer_scale"), (judge, "judge_scale")):
+                scale = scaled(grader, corpus, recorded.get(name)) if grader else {}
+                if scale:
+                    facts[name] = scale
+            return facts | calibrated(config, teacher, corpus)
+
+        facts = distributed.rank0_value(prepare)
         print(printable(f"student {start}, scored by {teacher.facts['scored_by']}"))
-        yield teacher, judge, teacher.facts | calibration
+        yield teacher, judge, teacher.facts | facts
 
 
 def send(grader: Grader, story: Story) -> None:

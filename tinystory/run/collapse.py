@@ -32,7 +32,8 @@ ADVICE = {
     "collapse": "more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate",
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
-    "predicted": "more --grades",
+    "predicted": "more --grades, or another --teacher-prompt if the teacher was not calibrated, or only "
+    "just above chance",
     "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
     "signal": "another --teacher-model, more discriminating criteria (--teacher-prompt), or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate distinguishes a teacher that "

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinystory.teacher.cache import CachedReply
 from tinystory.teacher.grade import LONGEST_REPLY, Grade, Submission
-from tinystory.teacher.log_odds import letters, odds_of_share
+from tinystory.teacher.log_odds import MOST_ODDS, letters, odds_of_share
 from tinystory.teacher.prompt import FENCED, TOP, chat, fence, user_message
 from tinystory.teacher.protocol import Example, Protocol, grammar_constraint, json_constraint
 
@@ -46,6 +46,7 @@ class YesNo(Protocol):
     examples: tuple[Example, ...] = ()
     top_logprobs = 20  # the maximum of OpenAI and vLLM; other servers have a lower maximum
     draws = 8
+    has_scale = True
     # At 1, log-probabilities before and after the temperature are the same, and the fraction of yes
     # among several answers estimates the probability of yes.
     temperature = 1.0
@@ -105,6 +106,16 @@ class YesNo(Protocol):
             odds = [answer[name] for answer in answers]
             scale[name] = (fmean(odds), max(pstdev(odds), LEAST_SPREAD))
         return replace(self, scale=scale)
+
+    def restored(self, recorded: object) -> "YesNo | None":
+        if not isinstance(recorded, dict) or tuple(recorded) != self.names:
+            return None
+        scale = {}
+        for name, pair in recorded.items():
+            match pair:
+                case [float(mean), float(spread)] if abs(mean) <= MOST_ODDS >= spread > 0:
+                    scale[name] = (mean, spread)
+        return replace(self, scale=scale) if len(scale) == len(recorded) else None
 
     def with_examples(self, examples: Callable[[], Sequence[Example]]) -> "YesNo":
         return replace(self, examples=tuple(examples())) if self.shows_examples else self

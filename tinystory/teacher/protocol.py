@@ -35,6 +35,7 @@ class Protocol:
     top_logprobs: ClassVar[int] = 0
     draws: ClassVar[int] = 1  # number of replies to each request without log-probabilities
     temperature: ClassVar[float | None] = None  # None: as the user's options say
+    has_scale: ClassVar[bool] = False  # whether scores need a scale that `fitted` measures
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,6 +69,11 @@ class Protocol:
         """This protocol with a scale that is fitted to the grades of known texts, if it needs a
         scale."""
         return self
+
+    def restored(self, recorded: object) -> "Protocol | None":
+        """This protocol with the scale that a run's config.json records; None if that is not a
+        scale for these criteria."""
+        return None
 
     def with_examples(self, examples: Callable[[], Sequence[Example]]) -> "Protocol":
         """This protocol with texts of the student's corpus, if its messages show any."""
