@@ -38,7 +38,6 @@ from tinystory.evaluate.corruptions import (
     unseen_stories,
 )
 from tinystory.run.errors import UserError
-from tinystory.teacher.endpoint import DRAWS
 from tinystory.teacher.open_grader import open_grader
 
 STORIES = known_stories(unseen_stories(300), CHEAP)
@@ -266,7 +265,7 @@ def test_a_calibration_ends_when_its_first_texts_have_no_readable_answer(short_p
                 UserError, match="no score for the first 4 of 48 texts, but 'Perhaps"
             ):
                 scaled(grader, ["builtin"])
-            assert len(server.others) - probes <= FIRST_TEXTS * DRAWS * grader.options.attempts
+            assert len(server.others) - probes <= FIRST_TEXTS * 8 * grader.options.attempts
 
 
 # The scale of answers
