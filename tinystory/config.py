@@ -59,6 +59,11 @@ OTHER_NAMES = {
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
 # the named ways to ask a teacher: PROTOCOLS in tinystory/teacher/named_protocols.py
 PROMPTS = ("grades", "sense", "thread", "event", "examples")
+# options for a teacher at --teacher-url
+FOR_ENDPOINTS = (
+    "teacher_model teacher_temperature teacher_max_tokens teacher_extra teacher_prompt price_in "
+    "price_out budget_cost"
+).split()
 REWARDS = ("random", "constant", "likelihood")  # controls of --reward; else a function in a file
 # A run's folder may come from somebody else, so no command opens, executes or sends requests to
 # anything that the folder names. An option without choices takes a value from config.json only if
@@ -570,17 +575,22 @@ def typed_config(options: argparse.Namespace, names: Sequence[str]) -> InteractC
     return config
 
 
-def changed_options(config: InteractConfig) -> dict[str, str]:
+def changed_options(config: RunConfig) -> dict[str, str]:
     """Flags, by option name, of the options with a value that is neither the default nor the
     preset's."""
-    defaults = vars(InteractConfig())
-    preset = INTERACT_PRESETS[config.preset]
+    defaults = vars(type(config)())
+    presets = PRETRAIN_PRESETS if isinstance(config, PretrainConfig) else INTERACT_PRESETS
+    preset = presets[config.preset]
     flags = {}
-    for f in dataclasses.fields(InteractConfig):
+    for f in dataclasses.fields(config):
         usual = (defaults[f.name], preset.get(f.name))
         if getattr(config, f.name) not in usual:
             flags[f.name] = flag_of(f)
     return flags
+
+
+def is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -602,6 +612,37 @@ def check(config: RunConfig) -> None:
         _check_head_size(config)
     if isinstance(config, InteractConfig):
         _check_interaction(config)
+    without_effect = _without_effect(config)
+    for name, flag in changed_options(config).items():
+        if name in without_effect:
+            raise UserError(f"{flag} has no effect {without_effect[name]}, or leave {flag} out")
+
+
+def _without_effect(config: RunConfig) -> dict[str, str]:
+    """The options that have no effect beside the values of other options: why, and what to do."""
+    if isinstance(config, PretrainConfig):
+        if config.optimizer == "muon":
+            return {}
+        return {"muon_learning_rate": "with --optimizer adamw: give --optimizer muon"}
+
+    assert isinstance(config, InteractConfig)
+    idle = {}
+    no_teacher = ""
+    if config.reward:
+        no_teacher = "with --reward, which replaces the teacher: leave --reward out"
+        idle["teacher_concurrency"] = idle["teacher_url"] = no_teacher
+    elif not config.teacher_url:
+        no_teacher = "on the built-in teacher: give a --teacher-url"
+    if no_teacher:
+        idle |= dict.fromkeys(FOR_ENDPOINTS, no_teacher)
+    if not is_url(config.judge):
+        idle["judge_model"] = idle["judge_prompt"] = "without a URL: give --judge URL"
+    if not config.calibrate:
+        idle["require_judgement"] = "with --no-calibrate: leave --no-calibrate out"
+    if not config.kl_coef:
+        no_penalty = "with --kl-coef 0, because the controller multiplies it: give a --kl-coef"
+        idle["kl_target"] = idle["kl_horizon"] = no_penalty
+    return idle
 
 
 def _check_head_size(config: PretrainConfig) -> None:
@@ -636,18 +677,6 @@ def _check_interaction(config: InteractConfig) -> None:
             "--corpus is for the built-in teacher or --teacher-url, and --reward replaces the teacher: "
             "leave --corpus out"
         )
-    if config.teacher_prompt and not config.teacher_url and not config.reward:
-        raise UserError(
-            "--teacher-prompt is for an LLM, and the built-in teacher has fixed criteria: give "
-            "a --teacher-url, or leave --teacher-prompt out"
-        )
-    if config.reward:
-        for name, flag in changed_options(config).items():
-            is_for_teacher = name.startswith(("teacher_", "price_", "budget_cost"))
-            if is_for_teacher and name != "teacher_timeout":
-                raise UserError(
-                    f"{flag} is for a teacher, and --reward replaces the teacher: leave one of the two out"
-                )
     if config.kl_horizon <= config.stories_per_step / 5:
         raise UserError(
             f"--kl-horizon {config.kl_horizon:g} must be above a fifth of --stories-per-step "

@@ -99,12 +99,23 @@ def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monk
     assert corpora == [["mine.txt"]]
 
 
+@pytest.mark.parametrize("flags", ["--teacher-temperature 1", "--teacher-max-tokens 99"])
+def test_an_option_of_grades_is_refused_beside_a_question(flags):
+    url = ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "event"]
+    config = parse(InteractConfig, INTERACT_PRESETS, [*url, *flags.split()])
+    with (
+        pytest.raises(UserError, match=f"{flags.split()[0]} has no effect .* event, which asks"),
+        open_grader(config),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--teacher-model x", "--teacher-temperature 1", "--price-in 1", '--teacher-extra {"a":1}'],
 )
 def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
-    with pytest.raises(UserError, match=f"{flags.split()[0]} is for a teacher"):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} has no effect with --reward"):
         parse(InteractConfig, INTERACT_PRESETS, ["--reward", "random", *flags.split()])
     for preset in INTERACT_PRESETS:  # which set options of a teacher too
         flags = ["--preset", preset, "--reward", "random", "--teacher-timeout", "9"]

@@ -99,6 +99,33 @@ def test_senseless_options_are_refused(argv):
         learners.check(config)
 
 
+@pytest.mark.parametrize(
+    "argv, flag",
+    [
+        ("--optimizer adamw --muon-learning-rate 0.1", "--muon-learning-rate"),
+        ("--teacher-model x", "--teacher-model"),
+        ("--price-in 1", "--price-in"),
+        ("--teacher-temperature 1", "--teacher-temperature"),
+        ("--judge-model x", "--judge-model"),
+        ("--judge rubric --judge-prompt event", "--judge-prompt"),
+        ("--judge judge.py --judge-model x", "--judge-model"),
+        ("--kl-coef 0 --kl-target 3", "--kl-target"),
+        ("--kl-coef 0 --kl-horizon 9000", "--kl-horizon"),
+        ("--teacher-url http://a --no-calibrate --require-judgement 0.8", "--require-judgement"),
+    ],
+)
+def test_an_option_that_another_leaves_without_effect_is_refused(argv, flag):
+    config_class = PretrainConfig if "--optimizer" in argv else InteractConfig
+    with pytest.raises(UserError, match=f"^{flag} has no effect (with|without|on) .*, or leave {flag} out"):
+        parse(config_class, COMMANDS[config_class], argv.split())
+
+
+@pytest.mark.parametrize("preset", INTERACT_PRESETS)
+def test_an_options_value_of_a_preset_may_be_without_effect(preset):
+    parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset, "--kl-coef", "0"])
+    parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset, "--judge", "HTTP://127.0.0.1:9"])
+
+
 @pytest.mark.parametrize("flag", ["--out", "--openings", "--device", "--teacher-url"])
 def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
     with pytest.raises(UserError, match=f"{flag} must be given: it is empty"):
@@ -141,7 +168,7 @@ def test_a_value_that_does_not_exist_is_told_with_the_one_that_was_meant(argv, w
 
 def test_another_prompt_needs_an_llm(tmp_path):
     argv = ["--teacher-prompt", str(tmp_path / "p.json")]
-    with pytest.raises(UserError, match=r"--teacher-prompt is for an LLM, .*--teacher-url"):
+    with pytest.raises(UserError, match=r"--teacher-prompt has no effect on .*--teacher-url"):
         parse(InteractConfig, INTERACT_PRESETS, argv)
     parse(InteractConfig, INTERACT_PRESETS, [*argv, "--teacher-url", "http://127.0.0.1:9"])
 
@@ -422,7 +449,9 @@ def test_a_key_of_the_environment_is_no_option(variable, flag, text, monkeypatch
 def test_a_key_that_a_run_recorded_before_is_not_shown_on_resume_and_a_flag_replaces_it(
     monkeypatch, tmp_path
 ):
-    resume = recorded(tmp_path, asdict(InteractConfig(teacher_extra=f'{{"user": "{KEY}"}}')))
+    url = "http://127.0.0.1:9"
+    begun = InteractConfig(teacher_url=[url], teacher_extra=f'{{"user": "{KEY}"}}')
+    resume = [*recorded(tmp_path, asdict(begun)), "--teacher-url", url]
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UserError, match=r"records --teacher-extra") as error:
         parse(InteractConfig, INTERACT_PRESETS, resume)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, changed_options, is_url
 from tinystory.data import babylm
 from tinystory.data.corpus import NO_STORIES
 from tinystory.run.credentials import SECRET_NAME, secret_in
@@ -73,6 +73,13 @@ def open_grader(
                     f"the answers, but BabyLM (--preset {config.preset}) does not allow the teacher's probabilities "
                     "to reach the student: use a --teacher-prompt that asks for grades"
                 )
+            for name, flag in changed_options(config).items():
+                is_for_grades = name in ("teacher_temperature", "teacher_max_tokens")
+                if is_for_grades and protocol.top_logprobs:
+                    raise UserError(
+                        f"{flag} has no effect with --teacher-prompt {config.teacher_prompt}, which "
+                        f"asks yes-or-no questions: leave {flag} out"
+                    )
             if examples:
                 protocol = protocol.with_examples(examples)
             teacher = Teacher(
@@ -120,7 +127,7 @@ def open_judge(
     )
     with contextlib.ExitStack() as stack:
         print(f"second judge: {judge}")
-        if judge.startswith(("http://", "https://")):
+        if is_url(judge):
             options.teacher_url = [judge]
         elif judge == "rubric":
             options.teacher_url = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
