@@ -36,7 +36,8 @@ FIRST = set(
     "preset init out resume seed device corpus words n_layer n_head n_embd context vocab_size "
     "batch_size learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
     "openings steps stories_per_step "
-    "max_new_tokens budget_words diversity epochs learner kl_coef".split()
+    "max_new_tokens budget_words diversity epochs learner kl_coef "
+    "teacher_prompt grades eval_graded temperature stories_per_opening judge".split()
 )
 # Options that a resumed run keeps. Some act only at the start of a run. The others determine the
 # tokenizer, the held-out documents, the order of the corpus and the earlier evaluations.
@@ -49,11 +50,22 @@ KEPT_ON_RESUME = (
 SEEDS = "[0, 4294967295]"
 FEWEST_GRADES = 8  # minimum of --grades
 LEAST_TEMPERATURE = 0.01
-# Names of TRL's options that have another name here, or could mean two options.
+# Flags of both commands, by names that nanoGPT and TRL have for them.
 OTHER_NAMES = {
-    "lr": "--learning-rate",
-    "batch-size": "--stories-per-step (stories sampled in a step, TRL's batch_size) or "
-    "--minibatch-size (stories per gradient step)",
+    "lr": ["--learning-rate"],
+    "batch-size": [
+        "--stories-per-step (stories sampled in a step, TRL's batch_size)",
+        "--minibatch-size (stories per gradient step)",
+    ],
+    "block-size": ["--context"],
+    "max-iters": ["--words", "--steps"],
+    "warmup-iters": ["--warmup"],
+    "eval-interval": ["--eval-every"],
+    "eval-iters": ["--eval-sequences", "--eval-stories"],
+    "gradient-accumulation-steps": ["--micro-batch-size"],
+    "dataset": ["--corpus"],
+    "out-dir": ["--out"],
+    "init-from": ["--init", "--resume"],
 }
 # the keys of the table in tinystory/rl/learners.py, which imports this file
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
@@ -298,7 +310,7 @@ class InteractConfig(RunConfig):
         "",
         "way of asking the teacher: grades (default); sense, thread, event or examples, which are "
         "yes-or-no questions; or a JSON file with other criteria or questions (docs/teachers.md). "
-        "scripts/doctor.py --calibrate measures which way judges best",
+        "scripts/doctor.py measures which way judges best",
     )
     price_in: float = option(0.0, "price of a million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(

@@ -87,6 +87,17 @@ F = "def f(o, s):\n    "
         (F + "return [float('nan')]\n", "returned nan; a score must be a number"),
         (F + "return [{}]\n", "returned {}; a score must be a number"),
         (F + "return [10**400]\n", "returned 1000"),
+        (F + "return {0.5: 'a'}\n", "returned {0.5: 'a'}; it must return a list"),
+        (F + "return {0.5}\n", "returned {0.5}; it must return a list"),
+        (F + "return [True]\n", "returned True; a score must be a number from 0 to 1"),
+        (
+            "import numpy\n" + F + "return numpy.array([True])\n",
+            "a score must be a number from 0 to 1, or None",  # the name varies by version
+        ),
+        (
+            "import torch\n" + F + "return torch.tensor([True])\n",
+            "returned tensor(True); a score must be a number from 0 to 1",
+        ),
         (
             "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
             "returned <A instance at",
@@ -122,7 +133,7 @@ def test_scores_of_any_library_are_numbers(tmp_path):
     (tmp_path / "r.py").write_text(
         "import numpy, torch\n"
         "def f(o, s): return numpy.array([0.25, 1.0], dtype='f')\n"
-        "def g(o, s): return [torch.tensor(0.5), True]\n"
+        "def g(o, s): return [torch.tensor(0.5), 1]\n"
     )
     assert scores(f"{tmp_path / 'r.py'}:f", ["o", "o"], ["a", "b"]) == [0.25, 1.0]
     assert scores(f"{tmp_path / 'r.py'}:g", ["o", "o"], ["a", "b"]) == [0.5, 1]

@@ -6,8 +6,10 @@ from fault_server import FaultServer
 
 import train_interact as interact
 from tinystory.report.before_after import summary
+from tinystory.run.errors import UserError
 from tinystory.run.records import EVALUATIONS, STORIES
 from tinystory.student import checkpoint
+from tinystory.teacher.open_grader import open_judge
 
 
 def run(place, out, *more: str):
@@ -52,6 +54,30 @@ def test_it_can_be_a_language_model_that_is_asked_in_its_own_way(place, tmp_path
         assert all(record["judge"] is not None for record in read_lines(out / EVALUATIONS))
         assert any("unexpected happen" in body["messages"][-1]["content"] for body in server.others)
         assert (out / "judge_replies.jsonl").exists() and not (out / "replies.jsonl").exists()
+
+
+def test_a_judges_errors_name_the_option_judge(tmp_path):
+    (tmp_path / "fails.py").write_text("def score(o, stories):\n    return [1 / 0]\n")
+    for judge, words in (
+        ("none.py", "--judge none.py: there is no Python file 'none.py'; write --judge as"),
+        ("rubrik", "--judge rubrik: there is no Python file 'rubrik'; write --judge as"),
+        (f"{tmp_path}/fails.py", f"--judge {tmp_path}/fails.py: .*ZeroDivisionError"),
+    ):
+        with (
+            pytest.raises(UserError, match=words),
+            open_judge(interact.InteractConfig(judge=judge), corpus=[]) as grader,
+        ):
+            grader.grade("Once", ["a cat ran."])
+
+
+def test_a_judges_url_may_be_in_capitals(short_pauses):
+    with (
+        FaultServer() as server,
+        open_judge(
+            interact.InteractConfig(judge=server.url.replace("http", "HTTP")), corpus=[]
+        ) as grader,
+    ):
+        assert grader.grade("Once", ["a cat ran."])[0].score is not None
 
 
 def test_a_judge_that_is_not_there_is_one_sentence_before_anything_is_spent(

@@ -17,6 +17,7 @@ from conftest import LIMIT_S, ROOT, metrics, tiny_stories
 from fault_server import FaultServer
 
 import train_interact
+from tinystory.config import FIRST
 from tinystory.run.folder import read_config, write_config
 from tinystory.student import checkpoint
 
@@ -67,6 +68,12 @@ def test_the_commands_of_the_readme_are_found():
     assert len([command for command in found if "--teacher-url" in command]) == 7
     assert found[-4] == "python scripts/teach.py"
     assert found[-1] == "python train_interact.py --reward my_reward.py"
+
+
+def test_help_lists_the_options_of_the_readmes_commands():
+    training = [command for command in commands() if command.startswith("python train_")]
+    flags = re.findall(r"--(?:no-)?([a-z-]+)", " ".join(training))
+    assert len(flags) > 15 and {flag.replace("-", "_") for flag in flags} <= FIRST
 
 
 def demo() -> list[str]:

@@ -30,6 +30,7 @@ from tinystory.run.text import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
+LONG_WORD = re.compile(r"(\S{200})\S{300,}")  # too long for a path, and shown cut
 READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell reports it
 # Environment variables that torchrun sets.
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
@@ -55,8 +56,8 @@ class UserError(Exception):
     do."""
 
     def __init__(self, message: str):
-        # the message may quote a server, a file or the user's code
-        super().__init__(printable(message))
+        # the message may quote a server, a file, the user's code or an endless word of theirs
+        super().__init__(printable(LONG_WORD.sub(r"\1...", message)))
 
 
 class Interrupted(Exception):

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import usage
@@ -63,7 +63,12 @@ def flag_of(f: dataclasses.Field) -> str:
 class ScriptParser(argparse.ArgumentParser):
     """A parser that raises UserError for an unknown option and suggests a similar one."""
 
-    other_names: Mapping[str, str] = {}  # our options, by names from other libraries
+    # Our flags, each with or without a description, by names from other libraries. Only the flags of
+    # this command are suggested.
+    other_names: Mapping[str, Sequence[str]] = {}
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
 
     def parse_args(self, words: Sequence[str] | None = None) -> Any:  # type: ignore[override]
         options, unknown = self.parse_known_args(words)
@@ -75,8 +80,9 @@ class ScriptParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, names, 1)
         help = "--help-all" if "help-all" in names else "--help"
         advice = f"{help} lists them all"
-        if name in self.other_names and name not in names:
-            advice = f"did you mean {self.other_names[name]}?"
+        ours = [ours for ours in self.other_names.get(name, ()) if ours.split()[0][2:] in names]
+        if ours:
+            advice = f"did you mean {' or '.join(ours)}?"
         elif near:
             advice = f"did you mean --{near[0]}?"
         raise UserError(f"there is no option {word}: {advice}")
@@ -101,15 +107,14 @@ def add_number(
     `help` states the default. Parsing raises UserError for a number outside the interval."""
     interval = Interval(allowed)
     kind = float if default is None else type(default)
-    reader = _READERS[kind]
+    read = _reader(flag, kind)
 
     def number(text: str) -> float:
-        value: float = reader(text)
+        value: float = read(text)
         if value not in interval:
             raise UserError(f"{flag} must be {interval}, not {value}")
         return value
 
-    number.__name__ = reader.__name__  # argparse names it in its error message
     parser.add_argument(
         flag,
         type=number,
@@ -154,7 +159,7 @@ def _settings(f: dataclasses.Field, kind: Any) -> dict[str, Any]:
     metavar = _METAVARS[kind]
     if isinstance(allowed, tuple):
         metavar = "{" + ",".join(allowed) + "}"
-    return settings | {"type": _READERS[kind], "metavar": metavar}
+    return settings | {"type": _reader(flag_of(f), kind), "metavar": metavar}
 
 
 def _note(default: Any, allowed: object) -> str:
@@ -192,7 +197,19 @@ def _whole(text: str) -> int:
         return int(number)
 
 
-_whole.__name__ = "whole number"  # argparse names the type in its error message
+def _reader(flag: str, kind: type) -> Callable[[str], Any]:
+    """The function that reads the text of an option. It raises UserError for any other text."""
+
+    def read(text: str) -> Any:
+        try:
+            return _READERS[kind](text)
+        except (ValueError, OverflowError):
+            example = ", such as 20000, 20k or 2M" if kind is int else ""
+            raise UserError(f"{flag} must be {_KINDS[kind]}{example}, not {text!r:.80}") from None
+
+    return read
+
+
 _READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: float, str: str}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

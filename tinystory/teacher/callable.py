@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,11 +63,13 @@ CONTROLS: dict[str, ScoreStories] = {
 
 
 @contextlib.contextmanager
-def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
+def load_score(
+    spec: str, timeout_s: float = 300.0, option: str = "--reward"
+) -> Iterator[ScoreStories]:
     """Yields the scoring function that `spec` names: one of CONTROLS, or FILE.py:FUNCTION (default:
     `score`), which runs in a subprocess until the block ends. Raises UserError if there is no such
     function. A call raises UserError if the function fails, exits, takes longer than `timeout_s`,
-    or does not return one number in 0..1 or None per story."""
+    or does not return one number in 0..1 or None per story. option: the option that named it."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
@@ -77,7 +79,8 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
         name = FUNCTION
     if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError(
-            f"--reward {spec}: there is no Python file {file!r}; write --reward as FILE.py or FILE.py:FUNCTION"
+            f"{option} {spec}: there is no Python file {file or spec!r}; write {option} as FILE.py or "
+            "FILE.py:FUNCTION"
         )
     ours, theirs = multiprocessing.Pipe()
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
@@ -86,7 +89,7 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     with theirs:
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     with process, ours:
-        function = RemoteFunction(f"--reward {spec}", file, process, ours, timeout_s)
+        function = RemoteFunction(f"{option} {spec}", file, process, ours, timeout_s)
         try:
             first_parameter = function.answer()
             yield function.ask if first_parameter == "openings" else function.by_opening
@@ -98,7 +101,7 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
 class RemoteFunction:
     """The user's function in a subprocess."""
 
-    option: str  # the option --reward as the user gave it
+    option: str  # the option as the user gave it
     file: str
     process: subprocess.Popen
     connection: Connection
@@ -189,7 +192,7 @@ def _serve(file: str, name: str, connection: Connection) -> None:
 
 def _checked(scores: Any, count: int) -> list[float | None]:
     """The scores as a list of `count` floats or None. Raises _Refused for any other value."""
-    is_list = scores is not None and not isinstance(scores, str)
+    is_list = scores is not None and not isinstance(scores, str | Mapping | Set)
     values = list(scores) if is_list else []
     if len(values) != count:
         given = f"{len(values)} scores for {count} stories" if is_list else reprlib.repr(scores)
@@ -207,8 +210,9 @@ def _checked(scores: Any, count: int) -> list[float | None]:
 def _is_score(value: object) -> bool:
     """Whether `value` is a number in 0..1. Scalars of NumPy and PyTorch count as numbers."""
     # these exceptions are raised for arrays, complex numbers and 10**400
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
+    with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        plain = value.item() if hasattr(value, "item") else value
+        return not isinstance(plain, str | bytes | bool) and 0 <= float(plain) <= 1  # type: ignore[arg-type]
     return False
 
 

@@ -132,7 +132,9 @@ def open_judge(
         elif judge == "rubric":
             options.teacher_url = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
         else:
-            options.reward = judge
+            score = stack.enter_context(load_score(judge, config.teacher_timeout, "--judge"))
+            yield CallableGrader(score, judge)
+            return
         yield stack.enter_context(
             open_grader(options, corpus=corpus, replies=replies, examples=examples)
         )
