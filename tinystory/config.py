@@ -431,7 +431,10 @@ class InteractConfig(RunConfig):
         "[0, 1000]",
     )
     kl_target: float = option(
-        6.0, "target KL per story, in nats, of the adaptive controller", "(0, 1e6]"
+        6.0,
+        "target KL per story, in nats, of the adaptive controller, which changes the coefficient by at "
+        "most 20 % in --kl-horizon stories",
+        "(0, 1e6]",
     )
     kl_horizon: float = option(
         2_000.0, "horizon of the adaptive KL controller, in stories", "(0, 1e12]"

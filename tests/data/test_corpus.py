@@ -66,7 +66,7 @@ def test_json_lines(tmp_path, gz):
     lines = [
         '{"text": " One.\\r\\n\\r\\nStill one. "}',
         "",
-        '{"story": "Two\u2028two", "id": 3}',
+        '{"text": "Two\u2028two", "id": 3}',
         '{"text": "  "}',
         f'{{"text": "Three {MARKER} three"}}',
     ]
@@ -223,6 +223,7 @@ WRONG = {
     "noextension": [(b"One.", "is not a .txt or .jsonl file")],
     "a.jsonl": [
         (b'{"text": "One."}\n{"text": }', "its line 2 is not a JSON object"),
+        (b'{"opening": "Once", "story": "a cat ran."}', 'its line 1 is not .* as "text"'),
         (b'{"text": "One."}\n\n["Two."]', "its line 3 is .* with a string"),
         (b'{"title": "One."}', "its line 1 is .* with a string"),
         (b'{"text": 3}', "its line 1 is .* with a string"),

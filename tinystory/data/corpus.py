@@ -112,7 +112,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     A name is one of NAMES (corpora on the Hub are downloaded here) or the path of a .txt or .jsonl
     file, gzipped (.gz) or not. In a .txt file, documents are separated by `<|endoftext|>`, or else
     by blank lines; a file without either is one document. In a .jsonl file, each line is an object
-    with a document as "text" or "story"."""
+    with a document as "text"."""
     parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
@@ -238,12 +238,11 @@ def _records(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                document = record["text"] if "text" in record else record["story"]
+                document = json.loads(line)["text"]
                 document.encode()  # JSON can hold lone surrogates, which are not valid Unicode
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
                 raise ValueError(
-                    f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
+                    f'its line {number} is not a JSON object with a string of Unicode text as "text"'
                 ) from None
             yield document
 
