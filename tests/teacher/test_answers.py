@@ -81,6 +81,14 @@ def test_a_word_that_is_not_listed_is_as_likely_as_the_least_likely_token():
     assert log_odds([("yes", 0.0), ("no", -9999.0)]) == 20  # bounded
 
 
+def test_a_word_that_is_not_listed_has_at_most_the_probability_that_is_left():
+    assert log_odds([("yes", math.log(0.8))]) == pytest.approx(math.log(0.8 / 0.2))
+    assert log_odds([("No", math.log(0.6)), ("Nope", math.log(0.3))]) == pytest.approx(
+        math.log(0.1 / 0.6)
+    )
+    assert log_odds([("no", 0.0)]) == -20  # nothing is left
+
+
 @pytest.mark.parametrize(
     "listed", [[], [("The", -0.1), ("Story", -2.5)], [("The", -0.01), ("yes", -5.0), ("no", -6.0)]]
 )
@@ -208,6 +216,56 @@ def test_a_reply_that_is_no_answer_gives_no_score(reply):
     assert (dog.score, dog.scores, dog.log_odds) == (None, None, None) and "no score" in dog.error
     assert sum("A dog" in text for text in asked) == 2
     assert cat.score == 0.5
+
+
+def unsure(text, mass=0.05):
+    """A server whose model replies with `text`, although yes and no are improbable."""
+
+    def other(body):
+        if "A dog" in body["messages"][-1]["content"]:
+            return with_logprobs(text, [("The", math.log(1 - mass)), (text, math.log(mass))])
+        return answers(lambda asked: 0.5)(body)
+
+    return other
+
+
+@pytest.mark.parametrize("text", ["yes", "no"])
+def test_a_sampled_word_is_no_answer_where_log_probabilities_were_requested(text):
+    with FaultServer(other=unsure(text)) as server, Teacher(server.url, protocol=TWO) as teacher:
+        dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
+    assert dog.score is None and cat.score == 0.5
+
+
+def test_a_server_that_has_lost_its_log_probabilities_gives_no_scores(tmp_path):
+    with FaultServer(other=answers(lambda asked: 0.5)) as server:
+        for stories in (["A cat sat."], ["A cat sat.", "A hen flew."]):
+            with Teacher(server.url, protocol=TWO, cache=tmp_path / "replies.jsonl") as teacher:
+                grades = teacher.grade("Once", stories)
+            server.other = lambda body: "Yes"  # the server is restarted without them
+    assert [grade.score for grade in grades] == [0.5, None]
+
+
+def test_servers_that_give_no_log_probabilities_are_left_out_beside_one_that_does(capsys):
+    with (
+        FaultServer(other=answers(lambda asked: 0.8)) as server,
+        FaultServer(other=lambda body: "Yes.") as other,
+        Teacher([other.url, server.url], protocol=TWO) as teacher,
+    ):
+        teacher.probes()
+        probes = len(other.others)
+        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(20)])
+        assert len(other.others) == probes
+    assert [grade.log_odds["first"] for grade in grades] == pytest.approx([math.log(4)] * 20)
+    assert f"{other.url} gives no log-probabilities" in capsys.readouterr().out
+
+
+def test_one_candidate_is_no_list_of_log_probabilities():
+    """Servers that were asked for 20 tokens and list the sampled one alone."""
+    one = lambda body: with_logprobs("Yes", [("Yes", -0.1)]) if body.get("logprobs") else "Yes"  # noqa: E731
+    with FaultServer(other=one) as server, Teacher(server.url, protocol=TWO) as teacher:
+        assert teacher.probes()[0].top_logprobs == 0
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+        assert grade.log_odds["first"] == pytest.approx(math.log(8.5 / 0.5))
 
 
 def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):

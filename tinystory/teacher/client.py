@@ -185,8 +185,21 @@ class Teacher(Grader):
         if not self._present:
             asyncio.run_coroutine_threadsafe(self._probe_all(), self._loop).result()
             kept = [key for key, _ in self.cache.items()]
+
+            def order(endpoint: Endpoint) -> tuple[bool, bool, int]:
+                """The servers of earlier processes first, then those with log-probabilities."""
+                is_new = self.cache.get(endpoint.probe_key, earlier=False) is not None
+                return is_new, not endpoint.by_logprobs, kept.index(endpoint.probe_key)
+
             present = [endpoint for endpoint in self.endpoints if endpoint.probe]
-            self._present = sorted(present, key=lambda endpoint: kept.index(endpoint.probe_key))
+            first, *others = sorted(present, key=order)
+            self._present = [first]
+            for endpoint in others:
+                if endpoint.by_logprobs == first.by_logprobs:
+                    self._present.append(endpoint)
+                else:  # its answers cannot be compared
+                    gives = "gives" if endpoint.by_logprobs else "gives no"
+                    leave_out(endpoint, Failure(f"{gives} log-probabilities, unlike {first.url}"))
             if len({endpoint.model for endpoint in present}) > 1:
                 tqdm.write(
                     f"warning: the servers' models have different names ({self.model}) and are treated as one model"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 LEAST_MASS = 0.1
 # Bound on the absolute value of a log-odds; some servers give -9999 for an impossible token.
 MOST_ODDS = 20.0
+LEAST_PROBABILITY = 1e-12
 
 
 def log_odds(alternatives: Sequence[tuple[str, float]]) -> float | None:
@@ -16,8 +17,8 @@ def log_odds(alternatives: Sequence[tuple[str, float]]) -> float | None:
 
     alternatives: (token, log-probability) pairs that a server lists. The probability of a word is
     summed over all spellings in the list. A word that is not listed is at most as likely as the
-    least likely listed token. Its probability is set to this upper bound, which makes the log-odds
-    smaller in absolute value."""
+    least likely listed token, and as all tokens that are not listed. Its probability is set to this
+    upper bound, which makes the log-odds smaller in absolute value."""
     logprobs: dict[str, list[float]] = {"yes": [], "no": []}
     for token, logprob in alternatives:
         word = letters(token)
@@ -26,8 +27,10 @@ def log_odds(alternatives: Sequence[tuple[str, float]]) -> float | None:
     spelled = logprobs["yes"] + logprobs["no"]
     if not spelled or math.exp(_log_sum(spelled)) < LEAST_MASS:
         return None
-    least_likely = [min(logprob for _, logprob in alternatives)]
-    odds = _log_sum(logprobs["yes"] or least_likely) - _log_sum(logprobs["no"] or least_likely)
+    listed = [logprob for _, logprob in alternatives]
+    mass_left = max(1 - math.exp(_log_sum(listed)), LEAST_PROBABILITY)
+    bound = [min(*listed, math.log(mass_left))]
+    odds = _log_sum(logprobs["yes"] or bound) - _log_sum(logprobs["no"] or bound)
     return min(max(odds, -MOST_ODDS), MOST_ODDS)
 
 

@@ -353,7 +353,7 @@ class Prober:
         """`reply` if it has log-probabilities, else a new reply that is requested without them."""
         if (
             self.form.top_logprobs
-            and reply.alternatives
+            and len(reply.alternatives) > 1
             and self.form.least_tokens < THINKING_TOKENS
         ):
             return reply
