@@ -163,6 +163,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
             "cannot distinguish a story",
         ),
         (lambda told: [None] * len(told), "gave no scores"),
+        (lambda told: [1 - score for score in knowing(told)], 'are reversed: give "good": "no"'),
     ],
 )
 def test_a_teacher_that_cannot_judge_is_said_so_and_can_be_refused(teacher, says):

@@ -300,6 +300,25 @@ def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
 # Templates
 
 
+def test_no_is_the_good_answer_to_a_question_that_says_so(tmp_path):
+    path = tmp_path / "prompt.json"
+    question = {"name": "impossible", "question": "Is anything impossible?", "good": "no"}
+    path.write_text(json.dumps({"criteria": [question]}))
+    protocol = load_protocol(path)
+    with (
+        FaultServer(other=answers(lambda asked: 0.8)) as server,
+        Teacher(server.url, protocol=protocol) as teacher,
+    ):
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+        assert grade.scores["impossible"] == pytest.approx(0.2 * TOP)
+        assert grade.log_odds["impossible"] == pytest.approx(math.log(4))  # of yes, as asked
+        known = [Grade({}, 0.5, log_odds={"impossible": odds}) for odds in (1.0, 5.0)]
+        teacher.options.protocol = protocol.fitted(known)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
+        expected = TOP / (1 + math.exp((math.log(4) - 3) / 2))
+        assert grade.scores["impossible"] == pytest.approx(expected)
+
+
 def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     documents = unseen_stories(40)
     examples = worked_examples(documents)
@@ -314,6 +333,10 @@ def test_worked_examples_come_before_the_story_and_are_no_known_texts():
     # A server's prefix cache reads them once: they are equal for every story and fence.
     others = protocol.messages("Then", "A cat.", "=#=")["first"]
     assert others[:-1] == messages[:-1]
+    # If no is the good answer, the examples say so.
+    reverse = YesNo((Criterion("bad", "Is it bad?", good="no"),), shows_examples=True)
+    messages = reverse.with_examples(lambda: examples).messages("Then", "A cat.", "=#=")["bad"]
+    assert [messages[2]["content"], messages[4]["content"]] == ["no", "yes"]
     known = {story.story for story in known_stories(documents, 20)}
     assert known.isdisjoint(example.story for example in examples)
 
@@ -338,13 +361,19 @@ def test_a_plea_has_the_words_of_a_shuffled_story():
         },
         {"criteria": [{"name": "a", "question": "Q?", "levels": []}]},
         {"criteria": [{"name": "a"}]},
+        {"criteria": [{"name": "a", "question": "Q?", "good": "maybe"}]},
+        {"criteria": [{"name": "a", "question": "Q?", "good": ["no"]}]},
+        {"criteria": [{"name": "a", "question": "Q?", "good": "no", "levels": list("abcd")}]},
+        {"criteria": [{"name": "a", "question": "Q?" * 400, "goal": "no"}]},
     ],
 )
-def test_a_template_that_cannot_be_asked_is_one_sentence(tmp_path, value):
+def test_a_template_that_cannot_be_asked_is_one_whole_sentence(tmp_path, value):
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"nor a valid template file: .*"):
+    with pytest.raises(UserError, match=r"nor a valid template file: .*") as caught:
         load_protocol(path)
+    assert str(caught.value).endswith(('optionally "system"', "nothing else is allowed"))
+    assert len(str(caught.value)) < 700
 
 
 def test_a_template_has_a_name_or_a_file(tmp_path):

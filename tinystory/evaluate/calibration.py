@@ -121,6 +121,14 @@ def verdict(result: Mapping[str, Any]) -> str:
     if can_judge(result):
         best = max(areas, key=areas.__getitem__)
         return f"scores a story above {best} with probability {judgement} (all: {listed}; 0.5 is chance)"
+    worst = min(areas, key=areas.__getitem__)
+    interval = result["kinds"][worst]["ci"]
+    if interval[1] < 0.5:
+        return (
+            f"scores {worst} above a story: the story has the higher score with probability "
+            f"{with_ci(areas[worst], interval)} (all: {listed}; 0.5 is chance), so its scores are reversed: give "
+            '"good": "no" with a question to which no is the better answer (a JSON file for --teacher-prompt)'
+        )
     return (
         f"cannot distinguish a story from a bad text: it scores the story higher with probability {judgement} at "
         f"best ({listed}), where 0.5 is chance; the student would learn from noise"

@@ -104,10 +104,10 @@ def worked_examples(documents: Iterable[str]) -> tuple[Example, ...]:
     for i, text in enumerate(usable_documents(documents, EXAMPLES)[:EXAMPLES]):
         opening, *sentences = first_sentences(text, i)
         if i == 0:
-            examples.append(Example(opening, " ".join(sentences), "yes"))
+            examples.append(Example(opening, " ".join(sentences), is_good=True))
         else:
             shuffled = _reordered(sentences, random.Random(0))
-            examples.append(Example(opening, " ".join(shuffled), "no"))
+            examples.append(Example(opening, " ".join(shuffled), is_good=False))
     return tuple(examples)
 
 

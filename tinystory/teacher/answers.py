@@ -67,7 +67,8 @@ class YesNo(Protocol):
                 turns.append(
                     ("user", user_message(example.opening, example.story, example_mark, end))
                 )
-                turns.append(("assistant", example.answer))
+                is_yes = example.is_good == (criterion.good == "yes")
+                turns.append(("assistant", "yes" if is_yes else "no"))
             turns.append(("user", user_message(opening, story, mark, end)))
             requests[criterion.name] = chat(*turns)
         return requests
@@ -83,18 +84,23 @@ class YesNo(Protocol):
         return parse_answer(reply.text) is not None
 
     def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
-        """Scores: TOP times the logistic function of the standardised log-odds. Without a scale,
-        the log-odds are not standardised, so the score is TOP times the probability of yes."""
+        """Scores: TOP times the logistic function of the standardised log-odds of the good answer.
+        Without a scale, the log-odds are not standardised, so the score is TOP times the
+        probability of the good answer."""
         log_odds = {}
         scores = {}
-        for name in self.names:
+        for criterion in self.criteria:
+            name = criterion.name
             answers = replies[name]
             odds = answers[0].log_odds
             if odds is None:
                 odds = odds_of_share([bool(parse_answer(answer.text)) for answer in answers])
             mean, spread = self.scale.get(name, (0.0, 1.0))
+            standardised = (odds - mean) / spread
+            if criterion.good == "no":
+                standardised = -standardised
             log_odds[name] = odds
-            scores[name] = TOP / (1 + math.exp(-(odds - mean) / spread))
+            scores[name] = TOP / (1 + math.exp(-standardised))
         return Grade(scores, self.score(scores), log_odds=log_odds)
 
     def fitted(self, grades: Sequence[Grade]) -> "YesNo":

@@ -48,7 +48,7 @@ def load_protocol(name: str | os.PathLike) -> Protocol:
     except (UserError, ValueError, RecursionError) as error:
         raise UserError(
             f"--teacher-prompt {name} is neither one of {', '.join(PROTOCOLS)} nor a valid template file: "
-            f"{str(error)[:300]}"
+            f"{error}"
         ) from None
 
 
@@ -83,16 +83,22 @@ def _criterion(value: Any) -> Criterion:
         case {"name": str(name), "question": question, **rest}:
             weight: Any = rest.pop("weight", 1)
             levels: Any = rest.pop("levels", ())
+            good: Any = rest.pop("good", "yes")
             is_weight = type(weight) in (int, float) and 0 < weight <= LARGEST_WEIGHT
             has_levels = levels == () or (isinstance(levels, list) and len(levels) == TOP + 1)
-            is_known = NAME.fullmatch(name) and is_weight and has_levels and not rest
+            has_good = good == "yes" or (good == "no" and not levels)
+            is_known = NAME.fullmatch(name) and is_weight and has_levels and has_good and not rest
             if is_known and all(map(_is_plain, [question, *levels])):
-                return Criterion(name, question, tuple(levels), float(weight))
+                return Criterion(name, question, tuple(levels), good, float(weight))
     raise ValueError(
-        f'{value!r:.80} is not a valid criterion: it must have a "name" (one word of small letters, digits and _, no '
-        'metric of metrics.jsonl) and a "question" of plain text; optional are 4 "levels" of plain text and a "weight" '
-        "above 0, at most 1e6; nothing else is allowed"
+        f'{_shortened(repr(value))} is not a valid criterion: it must have a "name" (one word of small letters, '
+        'digits and _, no metric of metrics.jsonl) and a "question" of plain text; optional are a "weight" above 0, at '
+        'most 1e6, and 4 "levels" of plain text, or without levels "good": "no"; nothing else is allowed'
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _is_plain(text: object) -> bool:

@@ -20,6 +20,7 @@ class Criterion:
     question: str
     # meanings of the grades 0, 1, 2 and 3; () for a yes-or-no question
     levels: tuple[str, ...] = ()
+    good: str = "yes"  # the better answer to a yes-or-no question: yes or no
     weight: float = 1.0  # weight in the mean over criteria, which is the score of a story
 
 

@@ -15,11 +15,11 @@ JSON_TOKENS = 12  # tokens per criterion: a key, a colon, a value, a comma and s
 
 @dataclass(frozen=True)
 class Example:
-    """A text with a known answer, which is the same for every question."""
+    """A text of known quality, to which the answer is known."""
 
     opening: str
     story: str
-    answer: str  # yes or no
+    is_good: bool
 
 
 @dataclass(frozen=True)
