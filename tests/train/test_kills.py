@@ -1,6 +1,7 @@
 """SIGKILL at random moments, over both commands, until the run is done: the same bits as a run that
 nothing stopped."""
 
+import itertools
 import json
 import os
 import random
@@ -8,17 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHORT, SMALL, assert_same_bits, cli, metrics
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, assert_same_bits, cli, metrics
+from fault_server import FaultServer
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
 KILLS = int(os.environ.get("TINYSTORY_KILLS", "10"))  # per command
+CALIBRATION_TEXTS = CHEAP * len(CHEAP_KINDS)
+STAGES = ("calibration", "trial of temperatures", "first evaluation")  # before the first step
 # Runs a command in a fork of a process that has imported torch, which would take longer than the
 # command.
 FORKS = """
@@ -50,53 +58,120 @@ while line := sys.stdin.readline():
 """
 
 
-@pytest.fixture
-def run(place, tmp_path):
-    """Returns run(command, argv, seconds), which returns the command's exit code and output, and
-    kills the command after so many seconds."""
-    forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS, place / "cache"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+class Forks:
+    """Starts commands, one at a time, and kills them."""
 
-    def run(command, argv, seconds=None):
-        log = tmp_path / "log"
-        forks.stdin.write(json.dumps([command.__name__, argv, str(log)]) + "\n")
-        forks.stdin.flush()
-        child = int(forks.stdout.readline())
-        assert child > 1, "else the kill would reach others"
+    def __init__(self, place, log):
+        self.log = log
+        self.is_started = threading.Event()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS, place / "cache"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, command, argv, seconds=None):
+        """The exit code and the output of a command, which is killed after so many seconds."""
+        self._write(json.dumps([command.__name__, argv, str(self.log)]))
+        self.child = int(self.process.stdout.readline())
+        assert self.child > 1, "else the kill would reach others"
+        self.is_started.set()
         if seconds is not None:
             time.sleep(seconds)
-            # the process is waited for only after this, so the number is not reused
-            os.kill(child, signal.SIGKILL)
-        forks.stdin.write("\n")
-        forks.stdin.flush()
-        return int(forks.stdout.readline()), log.read_text() if log.exists() else ""
+            self.kill()
+        self._write("")  # only now the process is waited for, so its number is not reused before
+        code = int(self.process.stdout.readline())
+        self.is_started.clear()
+        return code, self.log.read_text() if self.log.exists() else ""
 
-    yield run
-    forks.stdin.close()
-    forks.stdout.close()
-    forks.wait()
+    def kill(self):
+        """For another thread too, in which a request of the command is answered."""
+        assert self.is_started.wait(LIMIT_S)
+        os.kill(self.child, signal.SIGKILL)
+
+    def _write(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
 
-def arguments(place, command, out):
-    if command is pretrain:
-        return SMALL + cli(
-            "--corpus {} --words 6000 --save-every 7 --out {}", place / "corpus.txt", out
-        )
-    init = str(checkpoint.newest(place / "p"))
-    return ["--init", init, "--reward", "random", *SHORT, "--steps", "20", "--out", str(out)]
+@pytest.fixture
+def forks(place, tmp_path):
+    forks = Forks(place, tmp_path / "log")
+    yield forks
+    forks.close()
 
 
-def given_again(place, command):
-    """The options that no record may name: those of an interaction, until the first checkpoint."""
-    if command is pretrain:
-        return ["--corpus", str(place / "corpus.txt")]
-    return ["--init", str(checkpoint.newest(place / "p"))]
+def ignored(stage):
+    pass
+
+
+class KillingTeacher(FaultServer):
+    """Grades a story by its letters. Before it answers, it calls `on_request(stage)`, where the
+    stage is what the run in `out` is doing."""
+
+    def __init__(self):
+        super().__init__(script=self.reply, models=["graders"])
+        self.out = Path()
+        self.on_request = ignored
+
+    def reply(self, story, n):
+        self.on_request(self.stage())
+        return f"{len(story) % 4} {story.count('e') % 4} {story.count(' ') % 4}"
+
+    def stage(self):
+        if (self.out / "evaluations.jsonl").exists():
+            return "steps"
+        if (self.out / "checkpoints/start").exists():
+            return "first evaluation"
+        is_calibrated = len(self.seen) > CALIBRATION_TEXTS
+        return "trial of temperatures" if is_calibrated else "calibration"
+
+
+@pytest.fixture
+def teacher():
+    with KillingTeacher() as server:
+        yield server
+
+
+def pretraining(place, out):
+    """The words of the command, and of those that are given again with --resume, because no record
+    may name them."""
+    again = cli("--corpus {} --out {}", place / "corpus.txt", out)
+    return [*SMALL, *again, *cli("--words 6000 --save-every 7")], again
+
+
+def interaction(place, out, teacher, steps):
+    """As `pretraining`. Until the first checkpoint, --init is given again too."""
+    init = checkpoint.newest(place / "p")
+    again = cli("--init {} --teacher-url {} --out {}", init, teacher.url, out)
+    again += cli("--corpus {} --teacher-model graders", place / "corpus.txt")
+    teacher.out = out
+    teacher.seen.clear()
+    new = [*SHORT, *again, *cli("--steps {} --temperature 0 --calibrate", steps)]
+    return new, again
+
+
+def next_words(out, new, again):
+    return ["--resume", *again] if (out / "config.json").exists() else new
+
+
+def assert_equal_runs(whole, out):
+    assert_same_bits(whole, out)
+    counters = [checkpoint.read_counters(checkpoint.newest(run)) for run in (whole, out)]
+    assert counters[0] == counters[1]
+    assert len(metrics(out)) == len(metrics(whole))
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        if (whole / name).exists():
+            assert (whole / name).read_bytes() == (out / name).read_bytes()
+    assert not list((out / "checkpoints").glob(".*")), "half-written checkpoints are cleared away"
 
 
 def all_whole(out) -> bool:
@@ -108,49 +183,83 @@ def all_whole(out) -> bool:
         return False
 
 
+def killing_at(forks, stage, number):
+    """A function for KillingTeacher that kills the command at a request of a stage."""
+    requests = itertools.count(1)
+
+    def on_request(present):
+        if present == stage and next(requests) == number:
+            forks.kill()
+
+    return on_request
+
+
+def test_killed_before_its_first_step_an_interaction_ends_as_if_never_stopped(
+    place, tmp_path, forks, teacher
+):
+    whole = tmp_path / "whole"
+    new, _ = interaction(place, whole, teacher, steps=1)
+    code, output = forks.run(interact, new)
+    assert code == 0, output
+    for stage in STAGES:
+        out = tmp_path / stage
+        new, again = interaction(place, out, teacher, steps=1)
+        teacher.on_request = killing_at(forks, stage, 3)
+        code, _ = forks.run(interact, new)
+        assert code == -signal.SIGKILL
+        teacher.on_request = ignored
+        code, output = forks.run(interact, next_words(out, new, again))
+        assert code == 0, output
+        assert_equal_runs(whole, out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [pretrain, interact])
-def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run, command):
-    """Some kills come before the first checkpoint, some while one is written; one bit of the newest
-    one is flipped now and then. A run that ends before all kills begins again, from nothing or from
-    the last checkpoint but one."""
-    whole, out, rng, kills, ends = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, 0
+def test_killed_again_and_again_it_ends_as_if_never_stopped(
+    place, tmp_path, forks, teacher, command
+):
+    """The first kill of an interaction comes in one of STAGES. All others come at random times:
+    some before the first checkpoint, some while one is written. One bit of the newest checkpoint is
+    flipped now and then. A run that ends before all kills begins again, from nothing or from the
+    last checkpoint but one."""
+    whole, out, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+
+    def words_of(run):
+        if command is pretrain:
+            return pretraining(place, run)
+        return interaction(place, run, teacher, steps=20)
+
     began = time.monotonic()
-    assert run(command, arguments(place, command, whole))[0] == 0
+    assert forks.run(command, words_of(whole)[0])[0] == 0
     longest = time.monotonic() - began
-    seen = set()  # what was there when a kill came: 2 is a checkpoint
-    while (goes_on := kills < KILLS or 2 not in seen) or not ends:
-        argv = (
-            ["--resume", *given_again(place, command), "--out", str(out)]
-            if (out / "config.json").exists()
-            else arguments(place, command, out)
-        )
-        code, stderr = run(command, argv, rng.uniform(0, longest / 2) if goes_on else None)
-        assert code in (0, -signal.SIGKILL), stderr
-        assert "Traceback" not in stderr
+    new, again = words_of(out)
+    kills, ends, resumed = Counter(), 0, 0
+    while (goes_on := kills.total() < KILLS or not kills["with a checkpoint"]) or not ends:
+        words = next_words(out, new, again)
+        resumed += "--resume" in words
+        stage, seconds = "", None
+        if command is interact and not out.exists():
+            stage = STAGES[ends % len(STAGES)]
+            teacher.seen.clear()
+            teacher.on_request = killing_at(forks, stage, rng.randint(1, 4))
+        elif goes_on:
+            seconds = rng.uniform(0, longest / 2)
+        code, output = forks.run(command, words, seconds)
+        teacher.on_request = ignored
+        assert code in (0, -signal.SIGKILL), output
+        assert "Traceback" not in output
         newest = checkpoint.newest(out)
         if code == 0:
             longest /= 1.5 if goes_on else 1  # the kill came too late
-            assert_same_bits(whole, out)
-            assert len(metrics(out)) == len(metrics(whole))
-            for name in (
-                ("stories.jsonl", "evaluations.jsonl", "samples.jsonl")
-                if command is interact
-                else ()
-            ):
-                assert (whole / name).read_bytes() == (out / name).read_bytes()
-            assert not list((out / "checkpoints").glob(".*")), (
-                "half-written checkpoints are cleared away"
-            )
+            assert_equal_runs(whole, out)
             ends += 1
             shutil.rmtree(out if rng.random() < 0.7 else newest)
             continue
-        kills += 1
-        seen.add((out / "config.json").exists() + (newest is not None))
-        longest *= 1 if 2 in seen else 1.1  # or too early
+        kills[stage or ("with a checkpoint" if newest else "without")] += 1
+        longest *= 1 if kills["with a checkpoint"] else 1.1  # or too early
         if len(checkpoint.checkpoints(out)) > 1 and rng.random() < 0.2 and all_whole(out):
             path = newest / rng.choice(checkpoint.FILES)
             data = bytearray(path.read_bytes())
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
-    print(f"{command.__name__}: {kills} kills, {ends} ends, {seen}")
+    print(f"{command.__name__}: {dict(kills)}, resumed {resumed} times, {ends} equal ends")
