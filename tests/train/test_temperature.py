@@ -1,5 +1,7 @@
 """The temperature at which a student begins to interact."""
 
+import shutil
+
 import torch
 from conftest import SHORT, fails
 
@@ -86,3 +88,20 @@ def test_the_trial_counts_against_the_budget(place, tmp_path, capsys, monkeypatc
     assert [record["words_out"] for record in read_metrics(tmp_path / "i")] == [needed]
     counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
     assert counters["words_out"] == needed
+
+
+def test_a_run_killed_before_its_first_checkpoint_counts_the_words_of_the_trial(place, tmp_path):
+    """As if killed when config.json was written, which has the chosen temperature."""
+    run = tmp_path / "i"
+    init = ["--init", str(place / "p"), "--out", str(run)]
+    interact.main([*SHORT, *init, "--reward", "random", "--steps", "1", "--temperature", "0"])
+    counters = checkpoint.read_counters(checkpoint.newest(run))
+    options = read_config(run)["options"]
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "config.json":
+            path.unlink()
+    interact.main([*init, "--resume"])
+    assert checkpoint.read_counters(checkpoint.newest(run)) == counters
+    assert read_config(run)["options"] == options | {"resume": True}

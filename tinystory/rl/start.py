@@ -54,13 +54,16 @@ def starting_checkpoint(config: InteractConfig) -> Path:
 
 def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
     """The checkpoint from which the run started, and the checkpoint from which it is resumed. The
-    latter is None for a new run, and for a run that was stopped before the first checkpoint."""
+    latter is None for a new run, and for a run that was stopped before the first checkpoint, which
+    repeats its trial of temperatures if it had one."""
     folder = Path(config.out)
     newest = None
     if config.resume:
         newest = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
     if newest:
         return folder / "checkpoints" / "start", newest
+    if config.resume and "tried_temperatures" in read_config(folder)["options"]:
+        config.temperature = 0.0  # repeat the trial, whose words only a checkpoint holds
     return starting_checkpoint(config), None
 
 
