@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.run_folder(config), open_run(config) as run:
         interact(run)
         finish(run)
+    distributed.end_if_stopped(run.stop)
 
 
 @dataclass
@@ -126,7 +127,7 @@ def interact(run: InteractionRun) -> None:
             run.update_report()
             if warn(run, record):
                 break
-        if not stopped(run):
+        if not distributed.stop_signal(run.stop):
             evaluate(run)
     save(run, replace=True)
 
@@ -137,17 +138,12 @@ def interact(run: InteractionRun) -> None:
 def goes_on(run: InteractionRun) -> bool:
     """Whether another step remains and fits in the budget. Prints the limit that it would
     exceed."""
-    if run.state.step >= run.config.steps or stopped(run):
+    if run.state.step >= run.config.steps or distributed.stop_signal(run.stop):
         return False
     limit = distributed.rank0_value(lambda: run.budget.exhausted(run.state))
     if limit:
         run.bar.write(f"{limit} does not suffice for another step: the run ends")
     return not limit
-
-
-def stopped(run: InteractionRun) -> bool:
-    """Whether any process has received a signal to stop, which stops all processes."""
-    return bool(distributed.all_reduce_max(run.stop.requested))
 
 
 def on_story(run: InteractionRun, story: Story) -> None:
@@ -325,7 +321,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 def finish(run: InteractionRun) -> None:
     """Print how to resume a stopped run, or the results of a finished run."""
-    if stopped(run):
+    if distributed.stop_signal(run.stop):
         print_stopped(run.config, "train_interact.py", f"step {run.state.step}")
     elif distributed.is_rank0():
         held_out.write_samples(run.log.folder, run.state.best_step)

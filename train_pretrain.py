@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         run = open_run(config)
         pretrain(run)
         finish(run)
+    distributed.end_if_stopped(run.stop)
 
 
 @dataclass
@@ -57,6 +58,7 @@ class PretrainingRun:
     optimizer: Optimizer
     state: PretrainState
     log: RunLog
+    stop: Stop
     bar: ProgressBar
     steps: StepLog
 
@@ -68,11 +70,10 @@ def pretrain(run: PretrainingRun) -> None:
     folder = run.log.folder
     next_batch = load_batch(run, state.step)
     writes = distributed.is_rank0()
-    with run.log, Stop().listening() as stop, live_report(folder, writes) as update_report, run.bar:
+    with run.log, run.stop.listening(), live_report(folder, writes) as update_report, run.bar:
         if state.step == 0:
             tell_story(run)
-        # a signal to any process stops all processes
-        while state.words < config.words and not distributed.all_reduce_max(stop.requested):
+        while state.words < config.words and not distributed.stop_signal(run.stop):
             began = time.perf_counter()
             batch, words = next_batch
             rate = set_learning_rate(run.optimizer, config, state.words)
@@ -267,7 +268,7 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
     )
     steps = StepLog(log, bar, step_tokens, CollapseDetector(read_metrics(folder)).add)
     return PretrainingRun(
-        config, compute, data, windows, student, optimizer, state, log, bar, steps
+        config, compute, data, windows, student, optimizer, state, log, Stop(), bar, steps
     )
 
 

@@ -14,12 +14,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def end_at_once(signum: int, frame: FrameType | None) -> None:
-    """Handles Ctrl-C while a command still imports its modules, which takes seconds."""
-    os._exit(128 + signum)  # an exception could be swallowed in an import, or end in a traceback
+def end_by(signum: int, frame: FrameType | None = None) -> None:
+    """End the process by a signal, so that a shell's loop, `&&` and make end too. Handles Ctrl-C
+    while a command still imports its modules, which takes seconds: an exception could be swallowed
+    in an import, or end in a traceback."""
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
     """Whether the running program is one of this project's."""
     program = Path(getattr(sys.modules["__main__"], "__file__", None) or os.devnull).resolve()
     root = Path(__file__).resolve().parents[1]
@@ -31,9 +34,9 @@ def _is_command() -> bool:
 
 # Other programs that import this package keep their collector and their handler of Ctrl-C.
 # `run.errors.command` restores both.
-if _is_command():
+if is_command():
     gc.disable()  # imports take half as long without it, and they leave hardly any garbage
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_at_once)
+        signal.signal(signal.SIGINT, end_by)
 
 __version__ = "0.1.0"

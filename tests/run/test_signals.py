@@ -26,11 +26,12 @@ def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, se
     with Stop().listening() as stop:
         stop.check()
         signal.raise_signal(first)
-        assert stop.requested
+        assert stop.requested == first
         with pytest.raises(Interrupted):
             stop.check()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as end:
             signal.raise_signal(second)
+        assert end.value.args == (second,)
     assert signal.getsignal(second) is before
 
 
@@ -39,14 +40,15 @@ def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeyp
     with Stop().listening() as stop:
         for _ in range(2):
             signal.raise_signal(signal.SIGHUP)
-            assert stop.requested
+            assert stop.requested == signal.SIGHUP
     with Stop().listening() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGHUP)
+        assert stop.requested == signal.SIGINT
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     with Stop().listening() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
     signal.signal(signal.SIGHUP, before)
     monkeypatch.setattr(Output, "reader_gone", True)  # before the first step
-    assert Stop().requested
+    assert Stop().requested == signal.SIGPIPE

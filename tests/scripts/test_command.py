@@ -142,10 +142,13 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
         raises(error)([])
 
 
-def test_ctrl_c_ends_without_a_traceback():
+@pytest.mark.parametrize(
+    "interrupt, code", [(KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)]
+)
+def test_a_signal_ends_without_a_traceback(interrupt, code):
     with pytest.raises(SystemExit) as caught:
-        raises(KeyboardInterrupt())([])
-    assert caught.value.code == 130
+        raises(interrupt)([])
+    assert caught.value.code == code
 
 
 INTERRUPTED = """
@@ -179,13 +182,13 @@ def interrupted(program, folder) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("program", COMMANDS, ids=lambda path: path.stem)
 def test_ctrl_c_during_a_commands_imports_is_no_traceback(program, tmp_path):
     done = interrupted(program, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_ctrl_c_during_an_entry_points_imports_is_no_traceback(tmp_path):
     (tmp_path / "tinystory-sample").write_text("from scripts.sample import main\nmain()\n")
     done = interrupted(tmp_path / "tinystory-sample", tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_another_program_keeps_its_handler_of_ctrl_c(tmp_path):
@@ -195,7 +198,7 @@ def test_another_program_keeps_its_handler_of_ctrl_c(tmp_path):
 
 
 def test_a_command_that_has_begun_handles_ctrl_c_itself():
-    before = signal.signal(signal.SIGINT, tinystory.end_at_once)
+    before = signal.signal(signal.SIGINT, tinystory.end_by)
     try:
         with pytest.raises(SystemExit, match="130"):
             command(signal.raise_signal)(signal.SIGINT)

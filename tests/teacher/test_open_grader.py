@@ -1,6 +1,7 @@
 """open_grader: from the options to the grader."""
 
 import contextlib
+import signal
 
 import pytest
 from conftest import ROOT
@@ -35,7 +36,7 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
 
 def test_the_wait_for_grades_ends_when_a_stop_is_requested():
     stop = Stop()
-    stop.signalled = True
+    stop.signum = signal.SIGINT
     with FaultServer(lambda story, n: "hang") as server:
         config = InteractConfig(teacher_url=[server.url])
         with open_grader(config) as grader:

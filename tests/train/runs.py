@@ -5,6 +5,7 @@ import math
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import SHORT, cli
 
@@ -13,8 +14,16 @@ from tinystory.student import checkpoint
 
 
 @contextlib.contextmanager
+def stops_by(signum: int):
+    """The command in the block stops by a signal."""
+    with pytest.raises(SystemExit) as exit:
+        yield
+    assert exit.value.code == 128 + signum
+
+
+@contextlib.contextmanager
 def interrupted_at(module, step: int):
-    """Ctrl-C arrives while the given step is being logged."""
+    """Ctrl-C arrives while the given step is being logged, and ends the command."""
     log = module.RunLog.metrics
 
     def metrics(self, *, step: int, **values):
@@ -26,7 +35,8 @@ def interrupted_at(module, step: int):
     interrupted_at.step = step
     module.RunLog.metrics = metrics
     try:
-        yield
+        with stops_by(signal.SIGINT):
+            yield
     finally:
         module.RunLog.metrics = log
 

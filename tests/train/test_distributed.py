@@ -39,12 +39,12 @@ train_interact.main(sys.argv[split + 1 :])
 TORCHRUN_2 = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
 
 
-def on_two_processes(*command) -> str:
-    """What a script prints under torchrun; it must succeed."""
+def on_two_processes(*command, succeeds=True) -> str:
+    """What a script prints under torchrun. succeeds: whether it must succeed, or must not."""
     words = [*TORCHRUN_2, *map(str, command)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.returncode == 0) == succeeds, done.stderr[-2000:]
     return done.stdout
 
 
@@ -133,7 +133,7 @@ train_interact.main(sys.argv[2:])
     argv = SHORT + cli(
         "--steps 3 --reward random --init {} --out {}", tmp_path / "p", tmp_path / "i"
     )
-    printed = on_two_processes(script, place / "cache", *argv)
+    printed = on_two_processes(script, place / "cache", *argv, succeeds=False)
     assert printed.count("stopped after step 1, all saved") == 1
     assert "Mean reward" not in printed
     assert len(metrics(tmp_path / "i")) == 1
@@ -193,6 +193,7 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(
         os.killpg(launch.pid, signal.SIGINT)
     launch.communicate(timeout=LIMIT_S)
     assert len(workers) == 2 and not any(map(running, workers))
+    assert launch.returncode != 0
     newest = checkpoint.newest_whole(tmp_path / "p")
     assert (newest is None) == (times == 2)
     if newest:

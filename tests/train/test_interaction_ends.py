@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from conftest import SHORT, assert_same_bits, fails, metrics, read_lines
-from runs import run_interact, spoiling
+from runs import run_interact, spoiling, stops_by
 
 import train_interact as interact
 from tinystory.evaluate import held_out
@@ -73,7 +73,8 @@ def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(CallableGrader, "collect", interrupted)
-        run_interact(place, parts)
+        with stops_by(signal.SIGINT):
+            run_interact(place, parts)
     logged = metrics(parts) if step else []
     assert len(logged) == step and not (step and "held_out_reward" in logged[-1])
     assert checkpoint.newest(parts).name == f"step_{step:07d}"

@@ -5,11 +5,25 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, assert_same_bits, cli, fails, metrics, read_lines, tiny_stories
+from conftest import (
+    LIMIT_S,
+    ROOT,
+    SMALL,
+    assert_same_bits,
+    cli,
+    fails,
+    metrics,
+    read_lines,
+    tiny_stories,
+)
 from runs import interrupted_at, spoiling
 
 import train_pretrain as pretrain
@@ -95,6 +109,21 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     stories = [read_lines(tmp_path / run / "evaluations.jsonl") for run in ("whole", "parts")]
     assert stories[0] == stories[1]
+
+
+def test_a_signal_ends_pretraining_by_the_signal_after_it_saved(place, tmp_path):
+    """So that a shell does not go on to the next command with a student that is half trained."""
+    run = tmp_path / "p"
+    argv = [*SMALL, *cli("--corpus {} --words 100M --out {}", place / "corpus.txt", run)]
+    program = [sys.executable, ROOT / "train_pretrain.py", *argv]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == -signal.SIGTERM
+    assert "all saved; go on with: " in output
+    assert checkpoint.read_counters(checkpoint.newest(run))["step"] == metrics(run)[-1]["step"]
 
 
 def test_pretraining_tells_a_story_before_its_first_step_and_at_each_validation(

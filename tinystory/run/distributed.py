@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinystory.run.errors import TORCHRUN, Interrupted, UserError
+from tinystory.run.errors import TORCHRUN, Interrupted, Stop, UserError
 from tinystory.run.folder import locked_run
 from tinystory.run.log import RunLog
 
@@ -143,6 +143,20 @@ def rank0_first(make: Callable[[], T]) -> T:
     values: list[T] = []  # not broadcast: other processes may be unable to use rank 0's value
     rank0_value(lambda: values.append(make()))
     return values[0] if values else make()
+
+
+def stop_signal(stop: Stop) -> int:
+    """The number of a signal to stop that any process has received, which stops all processes; 0
+    without one."""
+    return int(all_reduce_max(stop.requested))
+
+
+def end_if_stopped(stop: Stop) -> None:
+    """Raises KeyboardInterrupt if any process has received a signal to stop. Every process waits
+    for the others, because torchrun ends all processes when the first one ends by a signal."""
+    signum = stop_signal(stop)
+    if signum:
+        raise KeyboardInterrupt(signum)
 
 
 @contextlib.contextmanager

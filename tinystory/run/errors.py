@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
     sys.exit(
@@ -25,13 +25,12 @@ if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes
         "--install)"
     )
 
-from tinystory import end_at_once
+from tinystory import end_by, is_command
 from tinystory.run.text import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 LONG_WORD = re.compile(r"(\S{200})\S{300,}")  # too long for a path, and shown cut
-READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell reports it
 # Environment variables that torchrun sets.
 TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 # Error messages of Python, PyTorch and the C++ library that mean a lack of memory or threads.
@@ -103,16 +102,17 @@ class Output(io.FileIO):
 
 
 class Stop:
-    """Request to end a run. `requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed
-    terminal; ignored under nohup), or after the reader of the output has ended. The training loop
-    then ends after the current step. A later Ctrl-C or SIGTERM ends the process at once."""
+    """Request to end a run. `requested` is the number of the signal after a first Ctrl-C, SIGTERM
+    or SIGHUP (a closed terminal; ignored under nohup), SIGPIPE after the reader of the output has
+    ended, and else 0. The training loop then ends after the current step. A later Ctrl-C or SIGTERM
+    ends the process at once."""
 
     def __init__(self) -> None:
-        self.signalled = False
+        self.signum = 0
 
     @property
-    def requested(self) -> bool:
-        return self.signalled or Output.reader_gone
+    def requested(self) -> int:
+        return self.signum or Output.reader_gone * signal.SIGPIPE
 
     def check(self) -> None:
         """Raises Interrupted if an end was requested. For long waits that can be abandoned."""
@@ -123,9 +123,9 @@ class Stop:
     def listening(self) -> Iterator["Stop"]:
         def handle(signum: int, frame: FrameType | None) -> None:
             # a closing terminal may send several signals
-            if self.signalled and signum != signal.SIGHUP:
-                raise KeyboardInterrupt
-            self.signalled = True
+            if self.signum and signum != signal.SIGHUP:
+                raise KeyboardInterrupt(signum)
+            self.signum = self.signum or signum
 
         signals = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -159,15 +159,25 @@ def open_outputs() -> None:
             setattr(sys, name, output)
 
 
+def end_command(signum: int) -> NoReturn:
+    """End a command of this project by a signal; raise SystemExit in another program."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    if is_command():
+        end_by(signum)
+    sys.exit(128 + signum)
+
+
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Decorator of main(): an error that the user can fix is printed as one line on stderr, with
-    exit code 2."""
+    exit code 2. KeyboardInterrupt ends the command by the signal that is its argument (default:
+    SIGINT)."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         open_outputs()
         try:
-            if signal.getsignal(signal.SIGINT) is end_at_once:
+            if signal.getsignal(signal.SIGINT) is end_by:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             if not gc.isenabled():
                 gc.freeze()  # imported modules stay until the end
@@ -185,13 +195,13 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
                 raise
             print(f"error: {printable(sentence)}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            end_command(error.args[0] if error.args else signal.SIGINT)
         finally:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()  # otherwise the interpreter reports a failed flush at exit
         if Output.reader_gone:
-            sys.exit(READER_GONE)
+            end_command(signal.SIGPIPE)
         return result
 
     return run
