@@ -205,7 +205,11 @@ def save(run: PretrainingRun, name: str) -> None:
     if not distributed.is_rank0():
         return
     folder = run.log.folder / "checkpoints" / name
-    history = {"corpus": run.config.corpus, "corpus_words": run.data.train.word_count}
+    history = {
+        "preset": run.config.preset,
+        "corpus": run.config.corpus,
+        "corpus_words": run.data.train.word_count,
+    }
     pretraining.save(folder, run.student, run.data.tokenizer, run.optimizer, run.state, history)
 
 

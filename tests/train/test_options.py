@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import asdict
+from html import escape
 
 import pytest
 from conftest import SHORT, SMALL, cli, fails, metrics
@@ -421,15 +422,18 @@ def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
     assert (tmp_path / "p" / "report.html").exists()
 
 
-@pytest.mark.parametrize("context", ["16", "64", "128"])
+@pytest.mark.parametrize(
+    "context, preset", [("16", "demo"), ("64", "demo"), ("128", "demo"), ("128", "english")]
+)
 def test_the_next_command_that_is_printed_works_or_there_is_none(
-    place, tmp_path, capsys, monkeypatch, context
+    place, tmp_path, capsys, monkeypatch, context, preset
 ):
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
     run = tmp_path / "p"
     corpus = ["--corpus", str(place / "corpus.txt"), "--words", "50", "--out", str(run)]
-    pretrain.main([*corpus, *SMALL, "--context", context])
+    pretrain.main([*corpus, *SMALL, "--context", context, "--preset", preset])
     (following,) = re.findall(r"^next: +(.*)$", capsys.readouterr().out, re.M)
+    assert escape(following) in (run / "report.html").read_text()
     _, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     room = int(context) - max(
         len(encode_opening(tokenizer, opening)) for opening in builtin_openings()
@@ -439,10 +443,16 @@ def test_the_next_command_that_is_printed_works_or_there_is_none(
         return
     words = shlex.split(following)
     arguments = words[next(i for i, word in enumerate(words) if word.startswith("--")) :]
-    assert arguments[2:] == [*corpus[:2], "--max-new-tokens", str(room)]
+    kept = [] if preset == "demo" else ["--preset", preset]
+    assert arguments == [
+        *("--init", str(run), *kept, *corpus[:2], "--max-new-tokens", str(room)),
+    ]
     small = "--steps 1 --stories-per-step 2 --eval-stories 2 --device cpu --reward constant".split()
     # --corpus is for the built-in teacher; a constant is faster
-    interact.main([*arguments[:2], *arguments[4:], *small, "--out", str(tmp_path / "i")])
+    arguments.remove("--corpus")
+    arguments.remove(corpus[1])
+    interact.main([*arguments, *small, "--out", str(tmp_path / "i")])
+    assert "pretrained with --preset" not in capsys.readouterr().out
 
 
 KEY = "planted-0123456789"

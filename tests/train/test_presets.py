@@ -1,6 +1,7 @@
 """Presets: the paper's figures, and the limits of BabyLM's tracks of 2026."""
 
 import json
+import shutil
 
 import pytest
 from conftest import SHORT, SMALL, cli, fails, metrics
@@ -19,6 +20,7 @@ from tinystory.data import babylm
 from tinystory.evaluate.temperature import TEMPERATURES
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_config
+from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
 from tinystory.student.model import CUDA_HEAD_SIZES
 
@@ -143,3 +145,27 @@ def test_checkpoints_have_the_official_names():
     )
     beyond = babylm.milestones_beyond(dict(words=9_400_000, interaction_words_in=100_000))
     assert list(beyond.items())[:2] == [("chck_10M", 500_000), ("chck_20M", 10_500_000)]
+
+
+def test_a_student_of_another_preset_is_noticed(place, tmp_path, capsys):
+    """The preset is recorded in the checkpoint, and kept by an interaction."""
+    small = cli("--corpus {} --words 50 --out {}", place / "corpus.txt", tmp_path / "p") + SMALL
+    pretrain.main([*small, "--preset", "english"])
+    short = [*SHORT, *"--reward constant --steps 1".split()]
+    interact.main([*short, "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")])
+    printed = capsys.readouterr().out
+    assert printed.count("this student was pretrained with --preset english, and") == 1
+    _, _, history = checkpoint.load(checkpoint.find(tmp_path / "i"))
+    assert history["preset"] == "english"
+
+
+@pytest.mark.parametrize("preset", ["gone", 3, ""])
+def test_a_checkpoint_names_one_of_the_presets(place, tmp_path, preset):
+    folder = tmp_path / "p"
+    shutil.copytree(checkpoint.newest(place / "p"), folder)
+    record = json.loads((folder / "model.json").read_text())
+    record["history"]["preset"] = preset
+    (folder / "model.json").write_text(json.dumps(record))
+    write_manifest(folder)
+    with pytest.raises(UserError, match="impossible history of the student: its 'preset' is"):
+        checkpoint.load(folder)

@@ -20,6 +20,7 @@ from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
 from tinystory.report.before_after import doubt, followed, from_start, read_before_after
 from tinystory.report.charts import Line, Span, chart, number
+from tinystory.report.commands import recorded_next_command
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
@@ -218,9 +219,10 @@ def student_curves(metrics: list[Record]) -> dict[str, str]:
     return STUDENT_CURVES
 
 
-def next_commands(run: Path, *, interact: bool = False) -> str:
+def next_commands(run: Path, interaction: str = "") -> str:
+    """A table of commands. interaction: the command for an interaction, after a pretraining."""
     folder = shlex.quote(str(run))
-    commands = {"interaction": f"python train_interact.py --init {folder}"} if interact else {}
+    commands = {"interaction": interaction} if interaction else {}
     commands |= {
         "more stories": f"python scripts/sample.py {folder}",
         "evaluation": f"python scripts/evaluate.py {folder} --stories 200",
@@ -332,6 +334,7 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
         figure += page.note(PAUSE_NOTE)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     stories = spread(read_records(run / EVALUATIONS))
+    next_command = recorded_next_command(run, config)
     newest = cards(stories[-1:])
     return [
         block("hero", f"<div>{figure}</div><div>{newest}{page.facts(rows)}</div>"),
@@ -344,7 +347,7 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
         section(
             "Training", "", curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
         ),
-        section("What next", NEXT_PRETRAINING_NOTE, next_commands(run, interact=True)),
+        section("What next", NEXT_PRETRAINING_NOTE, next_commands(run, next_command)),
     ]
 
 

@@ -82,6 +82,7 @@ def load_students(
         if config.temperature:
             begin_at(config.temperature, reference, policy)
         print_rest_of_pretraining(start, policy.history)
+        print_other_preset(config, policy.history)
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     return reference, policy, state
 
@@ -153,6 +154,16 @@ def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
         f"this student has read {percent} % of the words of its pretraining; to continue the "
         f"pretraining: {go_on}"
     )
+
+
+def print_other_preset(config: InteractConfig, history: dict[str, Any]) -> None:
+    """Print a note if the student was pretrained with another preset than this run's."""
+    preset = history.get("preset", config.preset)
+    if preset != config.preset:
+        print(
+            f"this student was pretrained with --preset {preset}, and the learning rates of --preset "
+            f"{config.preset} may be too high or too low for it: give --preset {preset} here too"
+        )
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tinystory.config import PRESETS
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.files import atomic_folder
@@ -47,6 +48,7 @@ HISTORY: Fields = {
     "interaction_words_in": (int, None),
     "interaction_words_out": (int, None),
     "corpus": (list, None),
+    "preset": (str, None),
 }
 # Types of a trainer's counters, and bounds on the other values in the trainer's files, which may
 # come from somebody else too. Within these bounds no sum of squares overflows.
@@ -121,6 +123,8 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
         check_fields(history, HISTORY)
+        if "preset" in history and history["preset"] not in PRESETS:
+            raise ValueError("its 'preset' is not a preset's name")
         for name in history.get("corpus", []):
             if not isinstance(name, str) or "\0" in name:
                 raise ValueError("its 'corpus' is no list of names")
