@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import get_type_hints
@@ -23,6 +22,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from lab import judge
 from scripts import export_hf, sample, watch
+from tests.train.runs import interrupted_at
 from tinystory.config import InteractConfig, PretrainConfig, given_again
 from tinystory.data.corpus import NAMES
 from tinystory.data.openings import names_file
@@ -99,21 +99,6 @@ def change_config(folder, **options):
     record = json.loads(path.read_text())
     record["options"] |= options
     path.write_text(json.dumps(record))
-
-
-@contextlib.contextmanager
-def interrupted(module):
-    """Ctrl-C arrives while the second step is being logged."""
-    log = module.RunLog.metrics
-
-    def metrics(self, *, step, **values):
-        if step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return log(self, step=step, **values)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.RunLog, "metrics", metrics)
-        yield
 
 
 def resume(folder, *more):
@@ -293,7 +278,7 @@ def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, m
     begun[interact] += ["--openings", str(tmp_path / "my openings.txt")]
     for module, options in begun.items():
         out = str(tmp_path / module.__name__)
-        with interrupted(module):
+        with interrupted_at(module, step=2):
             module.main([*options, "--out", out])
         (line,) = re.findall("go on with: (.*)", capsys.readouterr().out)
         assert "Once" not in line
