@@ -33,6 +33,7 @@ from tinystory.rl.start import (
     open_openings,
     recorded_options,
     starting_point,
+    teacher_defaults,
     words_of_milestones,
 )
 from tinystory.run import distributed
@@ -50,9 +51,13 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, Grader
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv, teacher_defaults)
     learners.check(config)
     distributed.start(config.device)
+    if config.brought and distributed.is_rank0():
+        print(
+            f"--teacher-url brings {config.brought}; to have all stories graded: --teacher-prompt grades"
+        )
     with distributed.run_folder(config), open_run(config) as run:
         interact(run)
         finish(run)

@@ -3,7 +3,7 @@ completions API.
 
     python scripts/serve_teacher.py                                    fitted to the built-in corpus
     python scripts/serve_teacher.py --corpus my_stories.txt            fitted to your own stories
-    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    train with this teacher
+    python train_interact.py --teacher-prompt grades --teacher-url http://127.0.0.1:8321/v1
 
 The built-in teacher is a rule-based scorer and not a language model. If you have a language model,
 use it instead: the API is the same.

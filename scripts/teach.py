@@ -33,7 +33,7 @@ RUN = Path("runs/teach/interact")
 # end, and one opening for each step.
 STEPS = 8
 EVALUATION = f"--no-eval-graded --eval-stories {COMPARED + STEPS}"
-LESSON = f"--grades 64 --steps {STEPS} {EVALUATION} --max-unscored 0.5"
+LESSON = f"--teacher-prompt grades --grades 64 --steps {STEPS} {EVALUATION} --max-unscored 0.5"
 
 
 @command

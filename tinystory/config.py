@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,7 +70,7 @@ OTHER_NAMES = {
 # the keys of the table in tinystory/rl/learners.py, which imports this file
 LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
 # the named ways to ask a teacher: PROTOCOLS in tinystory/teacher/named_protocols.py
-PROMPTS = ("grades", "sense", "thread", "event", "examples")
+PROMPTS = ("event", "examples", "sense", "thread", "grades")
 # options for a teacher at --teacher-url
 FOR_ENDPOINTS = (
     "teacher_model teacher_temperature teacher_max_tokens teacher_extra teacher_prompt price_in "
@@ -167,13 +167,21 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 PRETRAIN_PRESETS = {name: options for name, (options, _) in PRESETS.items()}
 INTERACT_PRESETS = {name: options for name, (_, options) in PRESETS.items()}
+# Options that a --teacher-url without --teacher-prompt brings, if the student has learned the
+# demo's corpora: what made a language model of 1.5 B parameters teach (docs/teachers.md).
+MODEL_TEACHER: dict[str, Any] = dict(
+    teacher_prompt="event", grades=64, steps=8, judge="rubric", eval_graded=False
+)
 
 
 @dataclass
 class RunConfig:
     """Options of both commands."""
 
-    names_out = False  # whether --out was given; a run's record must not set this
+    # Two facts about the command line, which a run's record must not set: whether --out was given,
+    # and the flags that other options brought.
+    names_out = False
+    brought = ""
 
     preset: str = option("demo", "named set of option values", tuple(PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
@@ -308,8 +316,10 @@ class InteractConfig(RunConfig):
     )
     teacher_prompt: str = option(
         "",
-        "way of asking the teacher: grades (default); sense, thread, event or examples, which are "
-        "yes-or-no questions; or a JSON file with other criteria or questions (docs/teachers.md). "
+        "way of asking the teacher: event, examples, sense or thread, which are yes-or-no questions; "
+        "grades; or a JSON file with other criteria or questions (docs/teachers.md). Default: "
+        "grades; for a student of the demo's corpora "
+        f"{MODEL_TEACHER['teacher_prompt']}, with further options that the run prints. "
         "scripts/doctor.py measures which way judges best",
     )
     price_in: float = option(0.0, "price of a million prompt tokens, in any currency", "[0, 1e9]")
@@ -465,10 +475,14 @@ class InteractConfig(RunConfig):
 
 
 def parse(
-    config_class: type[RunConfig], presets: dict[str, dict[str, Any]], argv: list[str] | None = None
+    config_class: type[RunConfig],
+    presets: dict[str, dict[str, Any]],
+    argv: list[str] | None = None,
+    brings: Callable[[Any], dict[str, Any]] = lambda config: {},
 ) -> Any:
     """The options of a command line, as a `config_class`. With --resume, options that are not given
-    come from the run's config.json. Raises UserError for an unknown option or a value out of
+    come from the run's config.json. brings: returns the options that the given ones bring, unless
+    the user or the preset gives them. Raises UserError for an unknown option or a value out of
     range."""
     words = sys.argv[1:] if argv is None else argv
     shown: set[str] | None = FIRST
@@ -492,9 +506,13 @@ def parse(
         # --init is needed only before the first checkpoint
         config = recorded_config(config_class, Path(typed["out"]), typed, unused=["init"])
     else:
-        preset = presets.get(typed.get("preset", "demo"), {})
-        config = config_class(**preset | typed)
+        given = presets.get(typed.get("preset", "demo"), {}) | typed
+        config = config_class(**given)
         check(config)
+        brought = {name: value for name, value in brings(config).items() if name not in given}
+        config = config_class(**brought | given)
+        check(config)
+        config.brought = " ".join(arguments(config_class, brought))
     config.names_out = names_out
     return config
 
@@ -564,8 +582,19 @@ def _may_be_recorded(f: dataclasses.Field, value: Any) -> bool:
     return all(not isinstance(text, str) or text == "" or admits(text) for text in texts)
 
 
+def arguments(config_class: type[RunConfig], options: Mapping[str, Any]) -> list[str]:
+    """The command-line arguments that give the options these values."""
+    words: list[str] = []
+    for f in dataclasses.fields(config_class):
+        if f.name in options:
+            words += _arguments(f, options[f.name])
+    return words
+
+
 def _arguments(f: dataclasses.Field, value: Any) -> list[str]:
     """The command-line arguments that give an option this value."""
+    if isinstance(value, bool):
+        return [flag_of(f) if value else flag_of(f).replace("--", "--no-")]
     words = list(map(str, value)) if isinstance(value, list) else [str(value)]
     if words[0].startswith("-"):
         words[0] = f"{flag_of(f)}={words[0]}"
@@ -703,5 +732,5 @@ def _check_interaction(config: InteractConfig) -> None:
     if not FEWEST_GRADES <= config.grades <= most or config.stories_per_step <= FEWEST_GRADES:
         raise UserError(
             f"--grades {config.grades} must be from {FEWEST_GRADES} to {most}, half of the stories of all "
-            f"steps, and --stories-per-step above {FEWEST_GRADES}: leave --grades out to grade all stories"
+            f"steps, and --stories-per-step above {FEWEST_GRADES}: --grades 0 grades all stories"
         )

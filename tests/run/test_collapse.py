@@ -189,3 +189,15 @@ def test_a_judge_that_falls_while_the_reward_rises_is_said_once():
     assert "judge" not in warnings([0.4, 0.5, 0.6, 0.7], [0.5, 0.4, 0.45, 0.4])
     assert "judge" not in warnings([0.4, 0.3, 0.4, 0.3], [0.5, 0.4, 0.3, 0.2])
     assert "judge" not in warnings([0.4, None, 0.5, 0.6], [0.5, None, None, 0.4])
+
+
+def test_a_judge_can_disagree_with_a_teacher_that_grades_no_evaluation():
+    records = run(4)
+    for i, record in enumerate(records):
+        record |= {
+            "reward_mean": 0.4 + i / 10,
+            "held_out_reward": None,
+            "held_out_judge": 0.5 - i / 10,
+        }
+    step, sentence = CollapseDetector(records).warnings["judge"]
+    assert step == 3 and "the reward rose (0.4 to 0.6)" in sentence

@@ -222,6 +222,28 @@ def doubt(config: Record) -> str:
     return ""
 
 
+def teaching(config: Record, metrics: Sequence[Record]) -> str:
+    """A sentence on a language model that taught: what it was asked, what that cost, and how well it
+    judged known texts; "" for other teachers."""
+    match config.get("options", {}):
+        case {"teacher_url": [_, *_], "teacher": {"model": str(model)}, "questions": {**questions}}:
+            asked = " ".join(f'"{printable(str(question))}"' for question in questions.values())
+        case _:
+            return ""
+    costs = {"teacher_requests": 0.0, "teacher_tokens_in": 0.0, "teacher_tokens_out": 0.0}
+    for name in (*costs, "teacher_s"):
+        costs[name] = sum(record.get(name) or 0 for record in metrics)
+    tokens = costs["teacher_tokens_in"] + costs["teacher_tokens_out"]
+    sentence = (
+        f"{printable(model)} was asked {asked}: {costs['teacher_requests']:,.0f} requests, {tokens:,.0f} tokens, "
+        f"{costs['teacher_s'] / 60:.1f} minutes of waiting during the steps."
+    )
+    match config["options"].get("calibration"):
+        case {"verdict": str(verdict)}:
+            sentence += f" Before the run it {printable(verdict)}."
+    return sentence
+
+
 def read_before_after(run: Path, step: float = math.inf) -> BeforeAfter | None:
     """The comparison of step 0 with the last evaluation up to `step`. Default: with the evaluation
     of `best`, or with the latest if `best` is step 0 or the run is unfinished. None if there are
@@ -295,6 +317,7 @@ def summary(run: Path) -> str:
     sentences = [
         comparison.styles(),
         comparison.conclusion(),
+        teaching(read_config(run), metrics),
         doubt(read_config(run)),
         f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",
         measured if curve else "",

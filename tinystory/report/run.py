@@ -18,7 +18,7 @@ from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
-from tinystory.report.before_after import doubt, followed, from_start, read_before_after
+from tinystory.report.before_after import doubt, followed, from_start, read_before_after, teaching
 from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.commands import recorded_next_command
 from tinystory.report.findings import findings_sections
@@ -245,12 +245,14 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     training = curve(metrics, "reward_mean", name="training")
     held_out = curve(curves, "held_out_reward", "reward", name="held out")
     held_out.errors = errors
-    judge = curve(curves, "held_out_judge", "creativity", name="second judge")
-    figure = chart("Mean reward, 0 to 1", [training, held_out, judge], size=HERO)
+    figure = chart("Mean reward, 0 to 1", [training, held_out], size=HERO)
     notes = [BARS_NOTE] if any(errors) else []
     if training.points().size and held_out.points().size:
         notes.append(CURVES_NOTE)
     figure += page.note(*notes)
+    judge = curve(curves, "held_out_judge", "creativity")
+    if judge.points().size:
+        figure += chart("Mean score by the second judge, 0 to 1", [judge], size=HERO)
     comparison = read_before_after(run)
     if comparison is None:
         return block("hero", f"<div>{figure}</div>")
@@ -262,7 +264,8 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     warning = doubt(read_config(run))
     if warning:
         stories += f'<p class="warning">{escape(warning)}</p>'
-    stories += page.note(escape(comparison.best_student()), escape(rule))
+    taught = escape(teaching(read_config(run), metrics))
+    stories += page.note(taught, escape(comparison.best_student()), escape(rule))
     stories += block("pair", "".join(map(story_card, pair, titles)))
     header, *rows = comparison.table()
     means = page.table(header, rows)

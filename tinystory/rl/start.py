@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from tinystory.config import InteractConfig
+from tinystory.config import MODEL_TEACHER, InteractConfig
 from tinystory.data import babylm
+from tinystory.data.corpus import BUILTIN
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
@@ -50,6 +51,15 @@ def starting_checkpoint(config: InteractConfig) -> Path:
     raise UserError(
         f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT"
     )
+
+
+def teacher_defaults(config: InteractConfig) -> dict[str, Any]:
+    """MODEL_TEACHER, if the options name a --teacher-url and no --teacher-prompt, and the student has
+    learned the demo's corpora; else {}."""
+    if not config.teacher_url or config.teacher_prompt or config.preset != "demo":
+        return {}
+    history = checkpoint.read_history(starting_checkpoint(config))
+    return MODEL_TEACHER if set(history.get("corpus", [])) == set(BUILTIN) else {}
 
 
 def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:

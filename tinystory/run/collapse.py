@@ -124,8 +124,10 @@ class CollapseDetector:
 
     def _disagreement(self, record: dict) -> str:
         """A sentence if, in each of the last two evaluations, the reward rose and the second
-        judge's score fell; else ""."""
+        judge's score fell; else "". Without graded evaluations, the reward is that of the step."""
         reward = record.get("held_out_reward")
+        if reward is None:
+            reward = record.get("reward_mean")
         score = record.get("held_out_judge")
         if reward is None or score is None:
             return ""
@@ -136,7 +138,7 @@ class CollapseDetector:
             return ""
         first, last = self._evaluations[0], self._evaluations[-1]
         return (
-            f"over two evaluations the held-out reward rose ({first[0]:.3g} to {last[0]:.3g}) and the "
+            f"over two evaluations the reward rose ({first[0]:.3g} to {last[0]:.3g}) and the "
             f"second judge's score fell ({first[1]:.3g} to {last[1]:.3g}): the student may be learning "
             "to please the teacher instead of writing better stories"
         )

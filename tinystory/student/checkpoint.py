@@ -117,6 +117,14 @@ def load(
     return to_device(student, device), tokenizer, history
 
 
+def read_history(folder: Path) -> dict[str, Any]:
+    """The history of the student in `folder`; {} for a folder saved by transformers. Raises
+    UserError if it is malformed."""
+    if hf.is_folder(folder):
+        return {}
+    return _history(folder, read_object(folder / "model.json").get("history", {}))
+
+
 def _history(folder: Path, history: object) -> dict[str, Any]:
     """The `history` given to `save`. Raises UserError if the object cannot be a history."""
     try:

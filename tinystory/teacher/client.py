@@ -207,7 +207,12 @@ class Teacher(Grader):
         probes = [endpoint.probe for endpoint in self._present if endpoint.probe]
         if not self.facts:
             scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
-            self.facts |= {"scored_by": scored_by, "teacher": asdict(probes[0])}
+            criteria = self.options.protocol.criteria
+            self.facts |= {
+                "scored_by": scored_by,
+                "teacher": asdict(probes[0]),
+                "questions": {criterion.name: criterion.question for criterion in criteria},
+            }
         return probes
 
     @property

@@ -26,13 +26,13 @@ THREAD = Criterion(
 EVENT = Criterion(
     "event", "Does something unexpected happen in this story, and does it come to an end?"
 )
-# scripts/doctor.py --calibrate compares them.
+# scripts/doctor.py --calibrate compares them in this order: those that ever judged best come first.
 PROTOCOLS: dict[str, Protocol] = {
-    "grades": Grades(),
-    "sense": YesNo((SENSE,)),
-    "thread": YesNo((THREAD,)),
     "event": YesNo((EVENT,)),
     "examples": YesNo((SENSE,), shows_examples=True),
+    "sense": YesNo((SENSE,)),
+    "thread": YesNo((THREAD,)),
+    "grades": Grades(),
 }
 
 

@@ -1,0 +1,72 @@
+"""A --teacher-url without further options, for a student of the demo's corpora: a question, few
+answers, a second judge, and a result at the end."""
+
+import pytest
+from conftest import cli, metrics
+
+import train_interact as interact
+from tests.train.test_scale import Answers
+from tinystory.config import INTERACT_PRESETS, MODEL_TEACHER, InteractConfig, parse
+from tinystory.rl.start import teacher_defaults
+from tinystory.run.folder import read_config
+from tinystory.student import checkpoint
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+URL = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture(scope="module")
+def students(place, tmp_path_factory):
+    """Function from the names of corpora to a student that is said to have learned them."""
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+
+    def save(*corpus: str) -> str:
+        folder = tmp_path_factory.mktemp("students") / "student"
+        history = {"corpus": list(corpus)}
+        checkpoint.save(folder, student, tokenizer, history=history, state={}, counters={"step": 0})
+        return str(folder)
+
+    return save
+
+
+def test_what_a_teachers_url_brings_depends_on_the_student_and_yields_to_what_is_typed(students):
+    def options(init: str, *more: str) -> InteractConfig:
+        argv = ["--init", init, "--teacher-url", URL, *more]
+        return parse(InteractConfig, INTERACT_PRESETS, argv, teacher_defaults)
+
+    def brought(config: InteractConfig) -> dict:
+        return {name: getattr(config, name) for name in MODEL_TEACHER}
+
+    demo = students("builtin", "dull")
+    usual = brought(InteractConfig())
+    assert brought(options(demo)) == MODEL_TEACHER
+    assert options(demo).brought == (
+        "--steps 8 --teacher-prompt event --grades 64 --no-eval-graded --judge rubric"
+    )
+    typed = options(demo, "--steps", "12", "--judge", "")
+    assert brought(typed) == MODEL_TEACHER | {"steps": 12, "judge": ""}
+    assert "--steps" not in typed.brought
+    assert brought(options(demo, "--teacher-prompt", "grades")) == usual | {
+        "teacher_prompt": "grades"
+    }
+    assert brought(options(students("builtin"))) == usual
+    assert brought(options(students("tinystories"))) == usual
+    assert brought(parse(InteractConfig, INTERACT_PRESETS, [], teacher_defaults)) == usual
+
+
+def test_a_bare_url_ends_with_a_result(students, place, tmp_path, capsys):
+    out = tmp_path / "run"
+    with Answers() as server:
+        argv = cli("--init {} --teacher-url {}", students("builtin", "dull"), server.url)
+        argv += cli("--judge {}:score --out {}", place / "reward.py", out)
+        argv += "--steps 3 --stories-per-step 64 --max-new-tokens 16 --opening Once".split()
+        interact.main([*argv, "--eval-stories", "4", "--device", "cpu"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--teacher-url brings --teacher-prompt event --grades 64 --no-eval-graded" in printed
+    assert "The mean score by the second judge" in printed
+    assert 'first was asked "Does something unexpected happen in this story' in printed
+    assert "Before the run it scores a story above" in printed
+    assert "rule-based" not in printed
+    assert "Mean score by the second judge, 0 to 1" in (out / "report.html").read_text()
+    assert read_config(out)["options"]["grades"] == 64
+    assert len(metrics(out)) == 3 and metrics(out)[0]["held_out_judge"] is not None
