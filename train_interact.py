@@ -16,12 +16,12 @@ from typing import Any
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data.openings import Openings
-from tinystory.evaluate import held_out
+from tinystory.evaluate import control, held_out
 from tinystory.evaluate.forecast import open_budget
-from tinystory.evaluate.graders import collect_scored, open_graders, send
+from tinystory.evaluate.graders import Graders, collect_scored, open_graders, send
 from tinystory.evaluate.temperature import choose_temperature
 from tinystory.ops.compute import Compute, resolve
-from tinystory.report.ending import print_interaction, print_stopped
+from tinystory.report.ending import print_control, print_interaction, print_stopped
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo, score_model
 from tinystory.rl.batch import Batch, collate
@@ -46,7 +46,7 @@ from tinystory.run.step_log import ProgressBar, Stages
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import NOT_ASKED, Grade, Grader
+from tinystory.teacher.grade import NOT_ASKED, Grade
 
 
 @command
@@ -67,9 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 @dataclass
 class InteractionRun:
     """An open run: students, teacher, limits and logs. reference: the starting checkpoint, frozen,
-    for the KL penalty. grader: the teacher on rank 0, idle on other ranks. judge: the second judge
-    on rank 0; None on other ranks and without --judge. update_report: rewrites report.html if the
-    last version is old enough."""
+    for the KL penalty. update_report: rewrites report.html if the last version is old enough."""
 
     config: InteractConfig
     compute: Compute
@@ -77,8 +75,7 @@ class InteractionRun:
     policy: Policy
     state: RunState
     openings: Openings
-    grader: Grader
-    judge: Grader | None
+    graders: Graders
     budget: Budget
     log: RunLog
     stop: Stop
@@ -155,7 +152,7 @@ def on_story(run: InteractionRun, story: Story) -> None:
     """Send a finished story to the teacher at once. With --grades the stories to grade are chosen
     later."""
     if not run.config.grades:
-        send(run.grader, story)
+        send(run.graders.teacher, story)
     run.bar.update()
 
 
@@ -172,7 +169,7 @@ def grade_stories(
     count = score_model.grades_of_step(run.config, state.step, state.asked)
     chosen = distributed.rank0_value(lambda: model.choose(features, count))
     for row in chosen:
-        send(run.grader, stories[row])
+        send(run.graders.teacher, stories[row])
     grades = collect_grades(run, chosen)
     known = [grade.score for grade in grades]
     scores, prediction = score_model.with_predictions(model, features, stories, known, chosen)
@@ -183,7 +180,7 @@ def grade_stories(
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     """The step's grades, one per story; NOT_ASKED for rows that are not in `sent`. Raises UserError
     if too many grades have no score."""
-    received = collect_scored(run.config, run.grader, run.stop)
+    received = collect_scored(run.config, run.graders.teacher, run.stop)
     grades = [NOT_ASKED] * run.config.stories_per_step
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
@@ -210,7 +207,7 @@ def log_step(
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     metrics |= run.stages.seconds
     metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
-    metrics |= run.grader.stats()
+    metrics |= run.graders.teacher.stats()
     shown = {"reward": "reward_mean", "words": "length_mean", "kl": "kl"}
     run.bar.end_step({name: metrics[key] for name, key in shown.items()})
     return run.log.metrics(step=state.step, **metrics)
@@ -235,7 +232,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     if state.step:
         save(run)
     stories, grades, records = held_out.evaluate(
-        run.policy, state.step, run.openings.held_out, run.grader, run.judge, run.stop
+        run.policy, state.step, run.openings.held_out, run.graders, run.stop
     )
     log.append(EVALUATIONS, records)
     words_before = state.words_in
@@ -249,7 +246,7 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     metrics = held_out.held_out_metrics(records)
     metrics |= {"words_in": state.words_in, "words_out": state.words_out}
     if state.step:  # the costs of grading before the first step go to the record of that step
-        log.add_metrics(state.step, metrics, run.grader.stats())
+        log.add_metrics(state.step, metrics, run.graders.examiner.stats())
     return metrics
 
 
@@ -287,9 +284,11 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     milestones = words_of_milestones(config, policy.history)
 
     with contextlib.ExitStack() as stack:
-        graders = open_graders(config, start, policy, reference, openings)
-        grader, judge, facts = stack.enter_context(graders)
-        budget = open_budget(config, state, openings, milestones, grader)
+        opening_graders = open_graders(config, start, policy, reference, openings)
+        graders, facts = stack.enter_context(opening_graders)
+        budget = open_budget(config, state, openings, milestones, graders.teacher)
+        if config.control:
+            print(control.note_on_grades(config, graders.examiner, openings))
 
         folder = Path(config.out)
         resume_step = state.step if config.resume else None
@@ -303,8 +302,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             policy=policy,
             state=state,
             openings=openings,
-            grader=grader,
-            judge=judge,
+            graders=graders,
             budget=budget,
             log=log,
             stop=stack.enter_context(Stop().listening()),
@@ -316,7 +314,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
         if not newest and not config.temperature:
             facts["tried_temperatures"] = choose_temperature(
-                policy, reference, openings, grader, state
+                policy, reference, openings, graders.teacher, state
             )
         log.config(recorded_options(config, compute, policy, start, newest) | facts)
         if not newest:
@@ -325,12 +323,16 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 
 def finish(run: InteractionRun) -> None:
-    """Print how to resume a stopped run, or the results of a finished run."""
+    """Print how to resume a stopped run, or the results of a finished run. A control is compared with
+    its run first."""
+    if run.config.control and not distributed.stop_signal(run.stop):
+        with contextlib.suppress(Interrupted):
+            control.compare(run.policy, run.reference, run.openings, run.graders, run.stop)
     if distributed.stop_signal(run.stop):
         print_stopped(run.config, "train_interact.py", f"step {run.state.step}")
     elif distributed.is_rank0():
         held_out.write_samples(run.log.folder, run.state.best_step)
-        print_interaction(run.config)
+        print_control(run.config) if run.config.control else print_interaction(run.config)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def save(run: PretrainingRun, name: str) -> None:
         "preset": run.config.preset,
         "corpus": run.config.corpus,
         "corpus_words": run.data.train.word_count,
+        "val_fraction": run.config.val_fraction,  # with the seed, the documents held out
+        "seed": run.config.seed,
     }
     pretraining.save(folder, run.student, run.data.tokenizer, run.optimizer, run.state, history)
 

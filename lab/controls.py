@@ -1,39 +1,20 @@
-"""Controls for runs of lab/recipes.py. A control's name precedes the options of a run: `shuffled:
---grades 64`. Each control is a context in which train_interact.py behaves differently in one
-point."""
+"""Changes of train_interact.py for runs of lab/recipes.py. The name of a change precedes the options
+of a run: `no model: --grades 64`. Each change is a context in which train_interact.py behaves
+differently in one point. A control of train_interact.py (--control) is named in the same way:
+`shuffled: --grades 64` is the control of the run `--grades 64`."""
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from unittest.mock import patch
 
 from torch import Tensor
 
-import train_interact
+from tinystory.config import CONTROLS
 from tinystory.rl import score_model
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run.errors import UserError
-from tinystory.teacher.grade import Grade
-
-
-@contextlib.contextmanager
-def shuffled() -> Iterator[None]:
-    """The grades of a step are shuffled among the graded stories. Any remaining gain does not come
-    from the teacher (arXiv 2606.05932)."""
-    collect = train_interact.collect_grades
-
-    def collect_shuffled(run: train_interact.InteractionRun, sent: Sequence[int]) -> list[Grade]:
-        grades = collect(run, sent)
-        order = list(sent)
-        random.Random(f"shuffled {run.config.seed} {run.state.step}").shuffle(order)
-        result = list(grades)
-        for row, other in zip(sent, order, strict=True):
-            result[row] = grades[other]
-        return result
-
-    with patch.object(train_interact, "collect_grades", collect_shuffled):
-        yield
 
 
 @contextlib.contextmanager
@@ -61,21 +42,21 @@ def no_model() -> Iterator[None]:
         yield
 
 
-CONTROLS: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
+CHANGES: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
-    "shuffled": shuffled,
     "random choice": random_choice,
     "no model": no_model,
 }
 
 
 def split(text: str) -> tuple[str, str]:
-    """The control and the options of `CONTROL: OPTIONS`. Without a colon before the options, the
-    control is "". Raises UserError for an unknown control."""
+    """The control or change and the options of `NAME: OPTIONS`. Without a colon before the options,
+    the name is "". Raises UserError for an unknown name."""
     before, colon, after = text.partition(":")
     if not colon or before.lstrip().startswith("-"):
         return "", text
-    if before not in CONTROLS:
-        known = ", ".join(filter(None, CONTROLS))
+    names = [*CONTROLS, *filter(None, CHANGES)]
+    if before not in names:
+        known = ", ".join(names)
         raise UserError(f"--options {text!r}: {before!r} is not a control: give one of {known}")
     return before, after

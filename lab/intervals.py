@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinystory.evaluate.intervals import t_quantile
+
 RESAMPLES = 1000
-# 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom
-T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
 class Interval(NamedTuple):
@@ -25,8 +25,7 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float]) -> Interval:
     """The mean, and half the length of its 95 % interval, by Student's t distribution. For more
     than 13 values, the interval is up to 11 % too long."""
-    freedom = min(len(values) - 1, len(T_QUANTILES))
-    half = T_QUANTILES[freedom - 1] * stdev(values) / math.sqrt(len(values))
+    half = t_quantile(len(values)) * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values), half)
 
 

@@ -7,8 +7,9 @@ python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --read
 
 For each seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain. Then
 train_interact.py trains it once for each text of --options (default: the demo, and the demo with
-the student's likelihood or a constant as the score). A control of lab/controls.py can precede the
-options, separated by a colon. Finished runs and measured rows are not repeated.
+the student's likelihood or a constant as the score). A control (train_interact.py --control) or a
+change of lab/controls.py can precede the options, separated by a colon. Finished runs and measured
+rows are not repeated.
 
 Each student, before and after interaction, then writes a story for each held-out opening, and the
 built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
@@ -27,7 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -47,14 +48,15 @@ from lab.runs import (
     interact_config,
     pretrain_config,
     train,
+    train_control,
     words_of,
 )
 from lab.second_judge import best_of_n
-from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config import CONTROLS, REWARDS, InteractConfig, PretrainConfig, given_again
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import open_corpus
-from tinystory.data.openings import Openings, load_openings
-from tinystory.data.shards import prepare
+from tinystory.data.openings import Openings, load_openings, names_file
+from tinystory.data.shards import held_out_documents
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.intervals import mean_of, standard_error
@@ -105,9 +107,11 @@ class Row(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """An interaction. control: name of a control of lab/controls.py, or ""; words: options."""
+    """An interaction. control: one of CONTROLS or of lab/controls.py's CHANGES, or "". options: of
+    train_interact.py, as one text; words: the same as arguments."""
 
     control: str
+    options: str
     words: list[str]
 
 
@@ -151,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arm_of(text: str) -> Arm:
-    control, rest = controls.split(text)
-    return Arm(control, words_of("--options", rest))
+    control, options = controls.split(text)
+    return Arm(control, options, words_of("--options", options))
 
 
 def compare(
@@ -210,14 +214,29 @@ def train_students(
     for temperature in temperatures:
         rows.append(Row(f"before, temperature {temperature}", start, temperature))
     for text, arm in arms.items():
-        name = "_".join(text.replace("--", "").replace(":", "").split()) or "default"
-        run = out / f"{name}-{seed}"
-        with controls.CONTROLS[arm.control]():
+        is_control = arm.control in CONTROLS
+        name = "_".join(
+            (arm.options if is_control else text).replace("--", "").replace(":", "").split()
+        )
+        run = out / f"{name or 'default'}-{seed}"
+        config = interact_config(arm.words)
+        with controls.CHANGES["" if is_control else arm.control]():
             argv = ["--init", str(start), "--seed", str(seed)]
-            argv += corpus_of_teacher(pretrained, interact_config(arm.words))
+            argv += corpus_of_teacher(pretrained, config)
             train(run, argv, arm.words)
+        if is_control:
+            run = train_control(run, arm.control, again_for_control(pretrained, config))
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
+
+
+def again_for_control(pretraining: PretrainConfig, interaction: InteractConfig) -> list[str]:
+    """The options of a control that no record may give: files of the corpus, if the rubric is fitted
+    to them, and a file of openings."""
+    again = [] if interaction.reward in REWARDS else given_again(pretraining)
+    if names_file(interaction.openings):
+        again += ["--openings", interaction.openings]
+    return again
 
 
 def print_table(records: Sequence[Record]) -> list[Bar]:
@@ -339,16 +358,9 @@ def unseen_texts(config: PretrainConfig) -> list[str]:
     student was trained on the grammar, otherwise texts of the corpus's validation split."""
     if "builtin" in config.corpus:
         return unseen_stories(COREFERENCE)
-    data = prepare(
-        open_corpus(config.corpus),
-        vocab_size=config.vocab_size,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    texts = []
-    for first, end in pairwise(data.val.offsets[: COREFERENCE + 1].tolist()):
-        texts.append(data.tokenizer.decode(data.val.tokens[first:end].tolist()))
-    return texts
+    corpus = open_corpus(config.corpus)
+    documents = held_out_documents(corpus, config.val_fraction, config.seed)
+    return [*islice(documents, COREFERENCE)]
 
 
 def unseen_measures(folder: Path, stories: Sequence[str]) -> Record:

@@ -17,6 +17,7 @@ from tinystory.config import (
 )
 from tinystory.data.openings import load_openings
 from tinystory.run.errors import UserError
+from tinystory.run.folder import CONTROL_RUNS
 from tinystory.run.records import CONFIG, SAMPLES
 from tinystory.student import checkpoint
 
@@ -83,6 +84,21 @@ def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int 
     if last is None or not is_finished(out, words):
         raise UserError(f"{out} was stopped before its end: run the same command again to continue")
     return last
+
+
+def train_control(run: Path, name: str, again: Sequence[str]) -> Path:
+    """The folder of a control of a finished run, after finishing the control. name: one of CONTROLS.
+    again: options that no record may give. Raises UserError if the control is stopped."""
+    folder = run / CONTROL_RUNS / name
+    if not is_finished(folder, 0):
+        print(f"{folder} ...", flush=True)
+        resume = ["--resume"] if (folder / CONFIG).exists() else []
+        train_interact.main(["--control", str(run), name, *resume, *again])
+    if not is_finished(folder, 0):
+        raise UserError(
+            f"{folder} was stopped before its end: run the same command again to continue"
+        )
+    return folder
 
 
 def is_finished(out: Path, words: int) -> bool:

@@ -18,15 +18,16 @@ from typing import Any, get_type_hints
 from tinystory.data import corpus, openings
 from tinystory.run.credentials import redacted, secret_in
 from tinystory.run.errors import UserError
-from tinystory.run.folder import newest_first, require_config
+from tinystory.run.folder import CONTROL_RUNS, newest_first, require_config
 from tinystory.run.options import (
     ScriptParser,
     add_options,
+    did_you_mean,
     flag_of,
     option,
     require_valid,
 )
-from tinystory.run.records import CONFIG
+from tinystory.run.records import CONFIG, SAMPLES
 from tinystory.run.text import printable
 
 OUT_HELP = "folder of the run; if this folder is taken and --out is not given: NAME-2, NAME-3, ..."
@@ -35,8 +36,8 @@ SAVE_HELP = "steps between two checkpoints for --resume"
 FIRST = set(
     "preset init out resume seed device corpus words n_layer n_head n_embd context vocab_size "
     "batch_size learning_rate optimizer eval_every teacher_url teacher_model teacher_concurrency reward "
-    "openings steps stories_per_step "
-    "max_new_tokens budget_words diversity epochs learner kl_coef "
+    "openings steps stories_per_step control "
+    "max_new_tokens budget_words diversity learner kl_coef "
     "teacher_prompt grades eval_graded temperature stories_per_opening judge".split()
 )
 # Options that a resumed run keeps. Some act only at the start of a run. The others determine the
@@ -77,6 +78,19 @@ FOR_ENDPOINTS = (
     "price_out budget_cost"
 ).split()
 REWARDS = ("random", "constant", "likelihood")  # controls of --reward; else a function in a file
+CONTROLS = ("shuffled", "constant", "likelihood")  # controls of a finished run, --control RUN NAME
+# Options of the teacher, which a control does not need, and all that --control may set. Other options
+# have the run's values.
+OF_TEACHER = (
+    *("teacher_url", "teacher_model", "teacher_concurrency", "teacher_temperature"),
+    *("teacher_extra", "teacher_max_tokens", "teacher_timeout", "teacher_prompt"),
+    *("price_in", "price_out", "budget_cost", "reward", "calibrate", "require_judgement"),
+)
+OF_CONTROL = (
+    *("control", "out", "resume", "init", "device", "openings", "corpus", "save_every"),
+    *("judge", "judge_model", "judge_prompt", "eval_every", "eval_stories"),
+    *OF_TEACHER,
+)
 # A run's folder may come from somebody else, so no command opens, executes or sends requests to
 # anything that the folder names. An option without choices takes a value from config.json only if
 # its entry here admits the value. Files, URLs, functions and models must be given on the command
@@ -279,6 +293,12 @@ class InteractConfig(RunConfig):
     )
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
+    control: list[str] = option(
+        [],
+        "finished run to repeat as its own control, without its teacher: each story gets the score "
+        "that another story of the same step had (shuffled, the default). A second word chooses "
+        "another control: constant, the step's mean score; or likelihood (docs/evaluation.md)",
+    )
     stop_on_collapse: bool = option(
         False,
         "whether to save and end the run when the stories collapse or the KL runs away",
@@ -499,6 +519,9 @@ def parse(
 
     del typed["help_all"]
     names_out = "out" in typed
+    config: RunConfig
+    if "control" in typed:
+        return control_config(typed)
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         if not names_out:
             runs = newest_first(Path(config_class.out))
@@ -518,12 +541,16 @@ def parse(
 
 
 def recorded_config(
-    config_class: type[RunConfig], run: Path, typed: dict[str, Any], unused: Container[str] = ()
+    config_class: type[RunConfig],
+    run: Path,
+    typed: dict[str, Any],
+    unused: Container[str] = (),
+    kept: Container[str] = KEPT_ON_RESUME,
 ) -> Any:
     """The options in a run's config.json, overridden by `typed`, options from the command line.
-    Raises UserError if another command or version began the run, if an option in KEPT_ON_RESUME is
-    given another value, if `check` refuses a value, and if an option is missing that only the
-    command line may give. unused: options that the caller does not use, which may be missing."""
+    Raises UserError if another command or version began the run, if an option in `kept` is given
+    another value, if `check` refuses a value, and if an option is missing that only the command
+    line may give. unused: options that the caller does not use, which may be missing."""
     recorded = require_config(run)["options"]
     path = run / CONFIG
     options: dict[str, Any] = {}
@@ -540,9 +567,9 @@ def recorded_config(
             again += _arguments(f, recorded[f.name])
     if "tried_temperatures" in recorded and typed.get("temperature") == 0:
         typed = typed | {"temperature": recorded["temperature"]}  # the chosen temperature
-    config = config_class(**options | typed | {"out": str(run)})
+    config = config_class(**options | {"resume": False} | typed | {"out": str(run)})
     for f in dataclasses.fields(config_class):
-        is_kept = f.name in KEPT_ON_RESUME and f.name in typed
+        is_kept = f.name in kept and f.name in typed
         if is_kept and getattr(config, f.name) != recorded[f.name]:
             raise UserError(
                 f"{flag_of(f)} {typed[f.name]} does not go with --resume: {run} was begun with "
@@ -560,6 +587,68 @@ def recorded_config(
             f"{path}: {error}; correct the value in that file, or give the flag"
         ) from None
     return config
+
+
+def control_config(typed: dict[str, Any]) -> "InteractConfig":
+    """The options of a control: those of the run that --control names, without its teacher, who is
+    not needed for training. Held-out stories are graded by the run's own teacher if that is free
+    (the built-in rubric, or a name in REWARDS) or given on the command line; otherwise by the
+    rubric, as the second judge. Raises UserError for a run that is not finished or is a control
+    itself, and for an option that a control cannot have."""
+    run, name = _run_and_control(typed["control"])
+    folder = run / CONTROL_RUNS / name
+    recorded = require_config(run)["options"]
+    if not (run / SAMPLES).exists():
+        raise UserError(f"--control {run}: this run is not finished: finish it with --resume first")
+    if recorded.get("control"):
+        raise UserError(f"--control {run}: this run is a control: give the run that it repeats")
+    fields = {f.name: f for f in dataclasses.fields(InteractConfig)}
+    for option_name, value in typed.items():
+        if option_name not in OF_CONTROL and value != recorded.get(option_name):
+            raise UserError(
+                f"{flag_of(fields[option_name])} does not go with --control: only the scores of the control "
+                f"differ from those of {run}; leave it out"
+            )
+    typed = typed | {"control": [str(run), name]}
+    if typed.get("resume"):
+        if "out" in typed:
+            folder = Path(typed["out"])
+        elif begun := newest_first(folder):
+            folder = begun[0]
+        resumed: InteractConfig = recorded_config(InteractConfig, folder, typed, unused=["init"])
+        resumed.names_out = True
+        return resumed
+    if "out" in typed:
+        raise UserError(
+            f"--out does not go with --control: a control is in {folder}: leave --out out"
+        )
+
+    # the run's temperature is folded into its first checkpoint
+    changes: dict[str, Any] = {"temperature": 1.0, "eval_graded": True, "calibrate": False}
+    teachers = ("teacher_url", "reward")
+    is_free = all(_may_be_recorded(fields[each], recorded.get(each)) for each in teachers)
+    if not is_free and not typed.keys() & set(teachers):
+        changes = {each: getattr(InteractConfig(), each) for each in OF_TEACHER}
+        changes |= {"temperature": 1.0, "eval_graded": False, "judge": "rubric"}
+    unused = ("init", "judge", "judge_model", "judge_prompt")
+    config: InteractConfig = recorded_config(
+        InteractConfig, run, changes | typed, unused=unused, kept=()
+    )
+    config.out = str(folder)
+    config.names_out = name != "shuffled"  # the other controls would only repeat themselves
+    return config
+
+
+def _run_and_control(words: list[str]) -> tuple[Path, str]:
+    """The run and the name in CONTROLS that --control gives."""
+    run, *names = words
+    name = names[0] if names else CONTROLS[0]
+    if len(names) > 1 or name not in CONTROLS:
+        raise UserError(
+            f"--control {shlex.join(words)[:200]}: give a run and at most one of "
+            f"{', '.join(CONTROLS)}{did_you_mean(name, CONTROLS)}"
+        )
+    return Path(run), name
 
 
 def given_again(config: RunConfig) -> list[str]:

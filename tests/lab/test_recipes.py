@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import fails
+from conftest import SHORT, SMALL, fails
 
 from lab import recipes
 from tinystory.config import PretrainConfig
@@ -88,3 +88,13 @@ def test_what_is_wrong_is_said_before_the_first_step(
     monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("it has begun to work"))
     assert complaint in fails(recipes.main, argv, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_control_is_trained_beside_its_run(place, tmp_path):
+    words = f"--reward random {' '.join(SHORT)}"
+    arms = {text: recipes.arm_of(text) for text in (words, f"shuffled: {words}")}
+    pretraining = ["--corpus", str(place / "corpus.txt"), "--words", "400", *SMALL]
+    _, _, _, run, control = recipes.train_students(tmp_path, 1, pretraining, arms, ())
+    assert control.folder == run.folder / "controls" / "shuffled"
+    assert [row.name for row in (run, control)] == [f"`{text}`" for text in arms]
+    assert (control.folder / "comparison.json").exists()

@@ -174,6 +174,14 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, s
     write_manifest(folder)
 
 
+def held_out_documents(corpus: Corpus, val_fraction: float, seed: int) -> Iterator[str]:
+    """Yields the documents of the validation split of `prepare`; none if only the document with the
+    smallest draw was held out."""
+    for index, document in enumerate(corpus.documents()):
+        if _uniform(seed, index) <= val_fraction:
+            yield document
+
+
 def _uniform(seed: int, index: int) -> float:
     """A number in [0, 1) that depends only on (seed, index); 2 for the first document, which is
     never held out."""

@@ -28,7 +28,7 @@ def open_budget(
     """The budget of a run. Prints a forecast of the cost of the grades. Raises UserError if the
     budget does not suffice for the first step."""
     print_forecast(config, state, grader, openings)
-    budget = Budget(config, openings, milestones, grader.most_words, grader.affords)
+    budget = Budget(config, openings, milestones, grader.most_words, grader.affords, grader.steps)
     trial = trial_stories(config, state)
     distributed.rank0_value(lambda: budget.require_first_step(state, trial))
     return budget

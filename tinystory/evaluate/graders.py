@@ -1,9 +1,9 @@
 """The graders of a run: the teacher, calibrated, and the second judge."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import BUILTIN, recorded_corpus
@@ -17,25 +17,40 @@ from tinystory.run.folder import read_config
 from tinystory.run.text import printable
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
+from tinystory.teacher.control import RecordedScores, read_scores
 from tinystory.teacher.grade import Grade, Grader, require_scores
 from tinystory.teacher.likelihood import Likelihood
 from tinystory.teacher.open_grader import open_grader, open_judge
 from tinystory.teacher.protocol import Example
 
 
+class Graders(NamedTuple):
+    """The graders of a run. teacher: of the stories of each step. examiner: of held-out stories;
+    the teacher, except with --control. judge: the second judge; None without --judge. On ranks
+    other than 0, teacher and examiner are idle, and the judge is None."""
+
+    teacher: Grader
+    examiner: Grader
+    judge: Grader | None
+
+
 @contextlib.contextmanager
 def open_graders(
     config: InteractConfig, start: Path, policy: Policy, reference: Student, openings: Openings
-) -> Iterator[tuple[Grader, Grader | None, dict[str, Any]]]:
-    """Yields the teacher, the second judge (None without --judge), and facts about the teacher for
-    config.json. On ranks other than 0, the teacher is idle and the judge is None. Raises UserError
-    if the teacher or the judge cannot grade."""
+) -> Iterator[tuple[Graders, dict[str, Any]]]:
+    """Yields the graders, and facts about the teacher for config.json. Raises UserError if a grader
+    cannot grade."""
     folder = Path(config.out)
     corpus = known_corpus(config, policy.history)
-    recorded = read_config(folder)["options"] if config.resume else {}
+    recorded: dict[str, Any] = {}
+    if config.control or config.resume:  # the scale of a yes-or-no teacher belongs to the run
+        recorded = read_config(Path(config.control[0]) if config.control else folder)["options"]
 
     def examples() -> Sequence[Example]:
         return worked_examples(corpus_documents(corpus))
+
+    def likelihood() -> Grader:
+        return Likelihood(reference, policy.tokenizer, openings.train, config)
 
     rubric_corpus: Sequence[str] = ()
     if config.judge == "rubric" or not (config.teacher_url or config.reward):
@@ -45,7 +60,7 @@ def open_graders(
         config,
         corpus=rubric_corpus,
         replies=folder / "replies.jsonl",
-        likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+        likelihood=likelihood,
         examples=examples,
     )
     opening_judge = open_judge(
@@ -56,26 +71,45 @@ def open_graders(
     )
     with contextlib.ExitStack() as stack:
 
-        def enter() -> tuple[Grader, Grader | None]:
+        def enter() -> Graders:
+            idle = Grader({"scored_by": ""})
             if not distributed.is_rank0():
-                return Grader({"scored_by": ""}), None
-            teacher = stack.enter_context(opening_teacher)
+                return Graders(idle, idle, None)
+            needs_teacher = config.eval_graded or not config.control
+            examiner = stack.enter_context(opening_teacher) if needs_teacher else idle
+            teacher = open_control(config, openings, likelihood) if config.control else examiner
             judge = stack.enter_context(opening_judge) if config.judge else None
-            return teacher, judge
+            return Graders(teacher, examiner, judge)
 
-        teacher, judge = distributed.rank0_first(enter)
+        graders = distributed.rank0_first(enter)
+        teacher, examiner, judge = graders
 
         def prepare() -> dict[str, Any]:
             facts: dict[str, Any] = {}
-            for grader, name in ((teacher, "answer_scale"), (judge, "judge_scale")):
+            for grader, name in ((examiner, "answer_scale"), (judge, "judge_scale")):
                 scale = scaled(grader, corpus, recorded.get(name)) if grader else {}
                 if scale:
                     facts[name] = scale
-            return facts | calibrated(config, teacher, corpus)
+            return facts | calibrated(config, examiner, corpus)
 
         facts = distributed.rank0_value(prepare)
         print(printable(f"student {start}, scored by {teacher.facts['scored_by']}"))
-        yield teacher, judge, teacher.facts | facts
+        yield graders, teacher.facts | facts
+
+
+def open_control(
+    config: InteractConfig, openings: Openings, likelihood: Callable[[], Grader]
+) -> Grader:
+    """The grader of the steps of a control. likelihood: constructs the grader of --reward
+    likelihood. Raises UserError if the run that --control names cannot be repeated."""
+    run, name = config.control
+    count = config.steps * config.stories_per_step
+    by_step = read_scores(Path(run), config, [openings[index] for index in range(count)])
+    if name != "likelihood":
+        return RecordedScores(name, by_step, config)
+    grader = likelihood()
+    grader.steps = len(by_step)
+    return grader
 
 
 def send(grader: Grader, story: Story) -> None:

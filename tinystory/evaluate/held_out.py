@@ -11,7 +11,7 @@ from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.builtin import dull
-from tinystory.evaluate.graders import collect, send
+from tinystory.evaluate.graders import Graders, collect, send
 from tinystory.evaluate.intervals import is_within_error, mean_of
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.rl.policy import Policy, rollout, rollout_means
@@ -21,7 +21,7 @@ from tinystory.run.errors import Stop
 from tinystory.run.files import atomic_write
 from tinystory.run.records import EVALUATIONS, SAMPLES, Record, read_records
 from tinystory.student.generate import Story
-from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, highest_score, score_means
+from tinystory.teacher.grade import NOT_ASKED, Grade, highest_score, score_means
 
 # Index of the first story of an evaluation. All evaluations use the same random numbers, and no
 # training step uses them.
@@ -95,29 +95,28 @@ def evaluate(
     policy: Policy,
     step: int,
     openings: Sequence[str],
-    grader: Grader,
-    judge: Grader | None,
+    graders: Graders,
     stop: Stop,
 ) -> tuple[list[Story], list[Grade], list[Record]]:
     """Stories, grades and records of an evaluation: --eval-stories stories that continue the
     held-out openings. Grades are NOT_ASKED with --no-eval-graded. The records include the second
-    judge's scores. judge: None without --judge, and on ranks other than 0. Raises Interrupted on
-    `stop`."""
+    judge's scores. Raises Interrupted on `stop`."""
     config = policy.config
     prompts = [openings[i % len(openings)] for i in range(config.eval_stories)]
 
     def on_story(story: Story) -> None:
         if config.eval_graded:
-            send(grader, story)
+            send(graders.examiner, story)
 
     stories = rollout(policy, prompts, FIRST_INDEX, on_story)
     grades = [NOT_ASKED] * len(stories)
     if config.eval_graded:
-        grades = collect(grader, stop)
+        grades = collect(graders.examiner, stop)
     rewards = story_rewards(config, stories, [grade.score for grade in grades])
     records = story_records(step, stories, grades, rewards, policy.history)
     if config.judge:
         pairs = [(story.opening, story.text) for story in stories]
+        judge = graders.judge
         judged = distributed.rank0_value(lambda: judge.grade_each(pairs) if judge else [])
         for record, grade in zip(records, judged, strict=True):
             record["judge"] = grade.score  # 0..1, only reported, never part of a reward

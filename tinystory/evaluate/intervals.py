@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from statistics import NormalDist, fmean, stdev
 
 Z = 1.959964  # two-sided 95 % quantile of the normal distribution
+# 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom
+T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -30,6 +32,18 @@ def mean_ci(values: Sequence[float]) -> tuple[float, float]:
     middle = fmean(values)
     half = Z * (standard_error(values) or 0.0)
     return middle - half, middle + half
+
+
+def t_quantile(values: int) -> float:
+    """The 97.5 % quantile of Student's t distribution for the mean of `values` values, at least 2. For
+    more than 13 values, the quantile is up to 11 % too large."""
+    return T_QUANTILES[min(values - 1, len(T_QUANTILES)) - 1]
+
+
+def prediction_half(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval, around the mean of the values, of one more value from the
+    same normal distribution. values: two or more."""
+    return t_quantile(len(values)) * stdev(values) * math.sqrt(1 + 1 / len(values))
 
 
 def with_ci(

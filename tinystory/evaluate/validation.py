@@ -1,7 +1,7 @@
 """Validation during pretraining (a loss and a story), and bits per byte on any corpus."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from tinystory.run.records import Record
 from tinystory.student.generate import Story, encode_opening, generate
 from tinystory.student.model import Student
 
+FIT_DOCUMENTS = 64  # documents on which the best temperature is fitted
+TEMPERATURES = (0.25, 4.0)  # range of the best temperature
+SEARCH_STEPS = 16  # of the search for it, which narrow the range of its logarithm to 0.001
 MAX_TOKENS = 500_000  # maximum number of tokens of a corpus for bits per byte
 OPENING = "Once upon a time,"  # opening of the story at each validation
 STORY_TOKENS = 80
@@ -99,3 +102,53 @@ def bits_per_byte(
     file = TokenFile(stream, words=np.empty(0), offsets=np.array([0, len(stream)]))
     _, bits = validate(student, file, tokenizer.token_sizes, None, batch=16, packing="stream")
     return {"bits_per_byte": bits, "tokens": len(file)}
+
+
+@torch.no_grad()
+def best_temperature_bits(
+    student: Student, tokenizer: Tokenizer, documents: Sequence[str]
+) -> tuple[float, list[float]]:
+    """The temperature of a student with the fewest bits on the first FIT_DOCUMENTS documents, and
+    bits per byte of each document at that temperature. A document that exceeds the context is
+    cut."""
+    weight = student.unembedding
+    hidden, targets, sizes = [], [], []
+    for document in documents:
+        tokens, _ = encode(tokenizer, [document])
+        row = np.concatenate([[tokenizer.eos], tokens]).astype(np.int64)[: student.config.context]
+        inputs = upload(torch.from_numpy(row), weight.device)
+        hidden.append(student.hidden(inputs[None, :-1])[0])
+        targets.append(inputs[1:])
+        sizes.append(int(tokenizer.token_sizes[row[1:]].sum()))
+
+    def nats(temperature: float, count: int) -> list[float]:
+        scaled = torch.cat(hidden[:count]) / temperature
+        logprobs, _ = ops.token_logprob(scaled, weight, torch.cat(targets[:count]))
+        parts = logprobs.double().split([len(target) for target in targets[:count]])
+        return [-float(part.sum()) for part in parts]
+
+    def fitted_nats(log_temperature: float) -> float:
+        return sum(nats(math.exp(log_temperature), FIT_DOCUMENTS))
+
+    low, high = map(math.log, TEMPERATURES)
+    temperature = math.exp(golden_section(fitted_nats, low, high))
+    values = nats(temperature, len(documents))
+    bits = [value / math.log(2) / size for value, size in zip(values, sizes, strict=True)]
+    return temperature, bits
+
+
+def golden_section(function: Callable[[float], float], low: float, high: float) -> float:
+    """The place of the minimum, within [low, high], of a function with one minimum."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    for _ in range(SEARCH_STEPS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+    return (low + high) / 2

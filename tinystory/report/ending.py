@@ -5,15 +5,17 @@ from pathlib import Path
 
 from tinystory.config import InteractConfig, PretrainConfig, RunConfig, given_again
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.control import read_comparisons
 from tinystory.human.progress import read_progress
 from tinystory.report.before_after import summary
 from tinystory.report.commands import next_command
+from tinystory.report.control import claims, how_to, sentence, table
 from tinystory.report.page import count
-from tinystory.report.run import scorer
+from tinystory.report.run import scorer, write_report
 from tinystory.run.folder import read_config
 from tinystory.run.paths import hint
 from tinystory.run.records import Record
-from tinystory.run.terminal import wrapped
+from tinystory.run.terminal import aligned, wrapped
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.teacher.probe import HUMAN
@@ -29,6 +31,8 @@ def print_interaction(config: InteractConfig) -> None:
     """What a finished interaction changed, and what comes next."""
     folder = Path(config.out)
     print(summary(folder))
+    said = claims(folder)
+    print(wrapped("\n".join(said)) if said else how_to(folder))
     print(printable(f"report: {folder / 'report.html'}"))
     label = "next: "
     if scorer(read_config(folder)) == HUMAN and (pairs := read_progress(folder).pairs):
@@ -36,6 +40,17 @@ def print_interaction(config: InteractConfig) -> None:
         print(printable(f"next:   compare {count(len(pairs), 'pair')} of stories at {url}"))
         label = "then: "
     print(f"{label}  {hint('scripts/sample.py', checkpoint.find(folder))}")
+
+
+def print_control(config: InteractConfig) -> None:
+    """What a finished control says about its run, whose report is written again."""
+    run = Path(config.control[0])
+    for comparison in read_comparisons(run):
+        if comparison.name == config.control[1]:
+            header, rows = table(comparison)
+            print("\n".join(aligned([header, *rows])))
+            print(wrapped(sentence(comparison)))
+    print(printable(f"report: {write_report(run)}"))
 
 
 def print_pretraining(config: PretrainConfig, metrics: Record, tokenizer: Tokenizer) -> None:

@@ -21,6 +21,7 @@ from tinystory.report import page
 from tinystory.report.before_after import doubt, followed, from_start, read_before_after, teaching
 from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.commands import recorded_next_command
+from tinystory.report.control import control_section
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
@@ -199,6 +200,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     scored_by = f"The scores are by {name}. This scorer {verdict(config)}." if name else ""
     return [
         first_screen(run, metrics, curves),
+        control_section(run),
         section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
         section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),

@@ -14,18 +14,22 @@ from tinystory.run.errors import UserError
 class Budget:
     """Limits of a run on words and cost. milestones: words in, by name. most_words: upper bound on
     the words of all replies about one story. affords(n): whether --budget-cost suffices for grading
-    n more stories; the cost is checked again before each request."""
+    n more stories; the cost is checked again before each request. steps: number of steps for which
+    the grader has scores."""
 
     config: InteractConfig
     openings: Openings
     milestones: Mapping[str, int]
     most_words: int
     affords: Callable[[int], bool]
+    steps: float
 
     def exhausted(self, state: RunState, evaluations: int = 1, trial: int = 0) -> str:
         """The limit that one more step would exceed, together with `evaluations` evaluations and a
         trial of `trial` stories; "" if none. On rank 0 only."""
         config = self.config
+        if state.step >= self.steps:
+            return f"the record of {config.control[0]}"
         evaluated = evaluations * config.eval_stories
         graded = grades_of_step(config, state.step, state.asked)
         if config.eval_graded:

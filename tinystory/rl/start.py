@@ -34,8 +34,11 @@ INTERACTION_CHECKPOINTS["chck_1M"] = 1_000_000
 
 def starting_checkpoint(config: InteractConfig) -> Path:
     """The checkpoint that --init names; by default the checkpoint of the newest run in
-    PRETRAIN_RUNS and in their numbered successors (runs/pretrain-2). Raises UserError if there is
-    none, or if --resume must start from the first checkpoint again and --init is missing."""
+    PRETRAIN_RUNS and in their numbered successors (runs/pretrain-2). With --control, the first
+    checkpoint of the run. Raises UserError if there is none, or if --resume must start from the
+    first checkpoint again and --init is missing."""
+    if config.control:
+        return checkpoint.find(Path(config.control[0]) / "checkpoints" / "start")
     if config.init:
         return checkpoint.find(Path(config.init))
     if config.resume:

@@ -21,6 +21,7 @@ from tinystory.run.records import CONFIG, FIELDS, METRICS, SAMPLES, STORIES, Rec
 from tinystory.run.text import printable
 
 LOCK = ".lock"
+CONTROL_RUNS = "controls"  # folder in a run, with a folder for each of the controls
 
 
 class Taken(UserError):
@@ -38,7 +39,9 @@ def newest_run() -> Path:
     runs = []
     for config in Path("runs").glob(f"**/{CONFIG}"):
         run = config.parent
-        if not (run / "model.safetensors").exists():  # not an export
+        is_export = (run / "model.safetensors").exists()
+        is_control = run.parent.name == CONTROL_RUNS
+        if not is_export and not is_control:
             runs.append(run)
     if not runs:
         raise UserError(

@@ -49,6 +49,8 @@ HISTORY: Fields = {
     "interaction_words_out": (int, None),
     "corpus": (list, None),
     "preset": (str, None),
+    "val_fraction": (int, float, None),
+    "seed": (int, None),
 }
 # Types of a trainer's counters, and bounds on the other values in the trainer's files, which may
 # come from somebody else too. Within these bounds no sum of squares overflows.

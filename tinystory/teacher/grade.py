@@ -1,5 +1,6 @@
 """The grade of a story, the interface of graders, and metrics of a step's grades."""
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -49,6 +50,8 @@ NOT_ASKED = Grade(None, None, error="the teacher was not asked")
 class Grader:
     """Interface of graders. The default methods are those of a grader without cost and without
     words in the replies. facts: facts about the grader for config.json."""
+
+    steps: float = math.inf  # number of steps of a run for which the grader has scores
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts

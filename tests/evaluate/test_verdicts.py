@@ -1,0 +1,112 @@
+"""What the differences between a run and its controls say."""
+
+import random
+from collections import Counter
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import tiny_stories
+
+from tinystory.config import InteractConfig
+from tinystory.evaluate.control import Comparison, difference, verdict
+from tinystory.evaluate.intervals import prediction_half
+from tinystory.evaluate.validation import best_temperature_bits
+from tinystory.report.control import sentence
+from tinystory.run.errors import UserError
+from tinystory.student import checkpoint
+from tinystory.teacher.control import RecordedScores, shuffled
+from tinystory.teacher.grade import Submission
+
+
+def test_scores_in_random_order_are_a_function_of_the_key():
+    scores = [0.1, None, 0.2, 0.3, None, 0.4, 0.5, 0.6]
+    one, same, other = (shuffled(scores, key) for key in ("a", "a", "b"))
+    assert one == same != other
+    assert Counter(one) == Counter(scores)
+    assert [row for row, score in enumerate(one) if score is None] == [1, 4]
+
+
+def test_every_story_gets_every_score_equally_often():
+    """A permutation that never left a score in its place would say something about the story."""
+    orders = [shuffled([0.0, 0.5, 1.0], str(key)) for key in range(600)]
+    for row in range(3):
+        counts = Counter(order[row] for order in orders)
+        assert set(counts) == {0.0, 0.5, 1.0} and min(counts.values()) > 130  # 5.5 deviations
+
+
+def test_a_step_with_another_number_of_graded_stories_is_refused():
+    config = InteractConfig(control=["run", "shuffled"], stories_per_step=4)
+    grader = RecordedScores("shuffled", [[0.1, 0.2]], config)
+    submissions = [Submission("Once", "story", row) for row in range(3)]
+    with pytest.raises(UserError, match="2 graded stories, and the control has 3"):
+        grader.grades(submissions)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [
+        (0.3, 0.2, "more than its control"),
+        (-0.3, 0.2, "less than its control"),
+        (0.1, 0.2, "as its control"),
+        (0.1, 0.35, "not told apart at this size"),
+    ],
+)
+def test_a_verdict_is_a_function_of_the_interval(mean, half, said):
+    assert verdict(mean, half, small=0.4) == said
+
+
+def rows_of(controls, openings=100, run=0.0):
+    """Values of stories: noise of each opening, and the mean of each student."""
+    rng = random.Random(0)
+    return [[rng.gauss(0, 1) + mean for mean in (-1, run, *controls)] for _ in range(openings)]
+
+
+def test_from_three_controls_on_the_interval_includes_chance_between_trainings():
+    controls = [-0.5, 0.0, 0.5]
+    narrow, wide = (difference(rows_of(each)) for each in (controls[:2], controls))
+    assert narrow.half < 0.5 < wide.half
+    columns = [*zip(*rows_of(controls), strict=True)][2:]
+    assert wide.half == pytest.approx(prediction_half([fmean(column) for column in columns]))
+    assert prediction_half([0.0, 1.0, 2.0]) == pytest.approx(4.303 * (4 / 3) ** 0.5)
+
+
+def test_the_level_of_a_verdict_is_as_stated():
+    """Students that differ by chance: of 2000 verdicts with three controls, 5 % say more or less,
+    within five deviations; with one control, most do."""
+    rng = random.Random(0)
+    wrong = Counter()
+    for _ in range(2000):
+        means = [rng.gauss(0, 1) for _ in range(4)]
+        for count in (1, 3):
+            rows = [[0.0, *means[: 1 + count]], [1e-3, *means[: 1 + count]]]
+            wrong[count] += "than" in difference(rows).verdict
+    assert abs(wrong[3] - 100) < 50
+    assert wrong[1] > 1900
+
+
+def comparison(control, run=0.74):
+    measures = [
+        {"reward": [value] * 4 + [value + 0.1], "words": [9.0] * 5} for value in (0.5, run, control)
+    ]
+    return Comparison("shuffled", 5, measures[0], measures[1], [measures[2]])
+
+
+def test_the_sentence_splits_the_gain():
+    assert sentence(comparison(0.53)) == (
+        "Of the gain of 0.24 in mean reward, 0.21 ± 0 comes from the teacher’s scores; 0.03 comes with the same "
+        "scores in random order."
+    )
+    assert "gained nothing in mean reward (-0.1)" in sentence(comparison(0.5, run=0.4))
+
+
+def test_bits_per_byte_do_not_depend_on_a_scale_of_the_logits(place):
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    texts = tiny_stories(12)
+    temperature, bits = best_temperature_bits(student, tokenizer, texts)
+    assert 0.3 < temperature < 1.9, "so that both searches end within the range"
+    with torch.no_grad():
+        student.divide_logits(0.5)
+    doubled, same_bits = best_temperature_bits(student, tokenizer, texts)
+    assert doubled == pytest.approx(2 * temperature, rel=0.01)
+    assert same_bits == pytest.approx(bits, rel=1e-3)

@@ -1,0 +1,159 @@
+"""How much of a run's gain comes from the teacher's scores, for the terminal and the report: the run
+beside its controls."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from tinystory.evaluate.control import (
+    FEWEST_CONTROLS,
+    MEASURES,
+    Comparison,
+    control_folders,
+    read_comparisons,
+)
+from tinystory.evaluate.held_out import evaluations_by_step
+from tinystory.evaluate.intervals import Z, mean_of, standard_error
+from tinystory.report import page
+from tinystory.report.charts import Line, chart, number
+from tinystory.run.folder import read_config
+from tinystory.run.paths import hint
+
+# Names of the measures in evaluate.control.CLAIMED, within a sentence.
+CLAIMED = {"reward": "mean reward", "judge": "the second judge’s mean score"}
+TITLE = "How much of it was the teacher?"
+# What the student of each control learned from.
+LEARNED_FROM = {
+    "shuffled": "with the same scores in random order",
+    "constant": "with the mean score of each step for every story",
+    "likelihood": "with the stories’ likelihood as the score",
+}
+NAMES = {
+    "shuffled": "scores in random order",
+    "constant": "equal scores",
+    "likelihood": "likelihood",
+}
+COLOURS = {"shuffled": "plain", "constant": "coherence", "likelihood": "creativity"}
+NOTE = (
+    "Run and controls have the same start, seeds and options. Each last student writes {stories} stories for held-out "
+    "openings, with the same random numbers. “More” or “less”: the 95 % interval of the difference excludes 0. “As”: "
+    "the interval lies within a third of a standard deviation of the stories before interaction. {interval} Bits per "
+    "byte are each student’s at its best temperature."
+)
+OF_OPENINGS = (
+    "The interval is over held-out openings (bits per byte: texts), for these two trainings. How much two trainings "
+    "differ by chance is not in it: give the same command until there are three controls."
+)
+OF_TRAININGS = (
+    "The interval includes how much trainings differ by chance: it is the prediction interval of one more control, "
+    "by Student’s t distribution. So each verdict “more” or “less” is wrong in one of twenty runs whose scores say "
+    "nothing about the stories."
+)
+LIMITS = (
+    "A control cannot show everything. What all scores have in common, such as endings and length, is learned with "
+    "scores in random order too. A judge that is fooled is fooled in both."
+)
+
+
+def is_control(run: Path) -> bool:
+    return bool(read_config(run).get("options", {}).get("control"))
+
+
+def sentence(comparison: Comparison) -> str:
+    """How much of the gain comes from the teacher's scores; "" if no story has a score."""
+    measure = comparison.claimed()
+    if not measure:
+        return ""
+    title = CLAIMED[measure]
+    of = comparison.differences()[measure]
+    by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
+    learned = LEARNED_FROM[comparison.name]
+    if of.gain > 0:
+        return (
+            f"Of the gain of {number(of.gain)} in {title}, {by_teacher} comes from the teacher’s scores; "
+            f"{number(of.control - of.before)} comes {learned}."
+        )
+    return (
+        f"The run gained nothing in {title} ({number(of.gain)}). The difference from the same run {learned} is "
+        f"{by_teacher}."
+    )
+
+
+def claims(run: Path) -> list[str]:
+    """The sentences on the controls of a run."""
+    return [*filter(None, map(sentence, read_comparisons(run)))]
+
+
+def how_to(run: Path) -> str:
+    """The command for the control of a run, after a question."""
+    return f"{TITLE} See with: {hint('train_interact.py', '--control', run)}"
+
+
+def control_section(run: Path) -> str:
+    """The report's section on the controls of a run, as HTML; "" for a control."""
+    if is_control(run):
+        return ""
+    comparisons = read_comparisons(run)
+    if not comparisons:
+        note = f'<p class="note">{escape(how_to(run))}</p>'
+        return f"<section><h2>{TITLE}</h2>{note}</section>"
+    body = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
+    body += page.grid([picture(run, comparisons)])
+    for comparison in comparisons:
+        body += page.table(*table(comparison))
+    for comparison in comparisons:
+        has_enough = len(comparison.controls) >= FEWEST_CONTROLS
+        note = NOTE.format(
+            stories=number(len(comparison.run["words"])),
+            interval=OF_TRAININGS if has_enough else OF_OPENINGS,
+        )
+    body += f'<p class="note">{note}</p><p class="note">{LIMITS}</p>'
+    return f"<section><h2>{TITLE}</h2>{body}</section>"
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the measures, with the verdicts."""
+    controls = page.count(len(comparison.controls), "control")
+    header = [f"{controls}: {NAMES[comparison.name]}", "before", "run", "control"]
+    header += ["run minus control", "verdict: the run is"]
+    rows = []
+    for name, of in comparison.differences().items():
+        means = [number(mean) for mean in (of.before, of.run, of.control)]
+        by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
+        rows.append([MEASURES[name].title, *means, by_teacher, of.verdict])
+    return header, rows
+
+
+def picture(run: Path, comparisons: Sequence[Comparison]) -> str:
+    """The claimed measure of held-out stories with 95 % intervals, for the run and the first control
+    of each kind: of every evaluation; if the run's evaluations do not have it, before and after."""
+    key = comparisons[0].claimed()
+    if not key:
+        return ""
+    evaluations = values_by_step(run, key)
+    last = max(evaluations, default=1)
+    ends = {0: comparisons[0].before[key], last: comparisons[0].run[key]}
+    has_evaluations = any(value is not None for value in evaluations.get(last, ()))
+    lines = [curve(evaluations if has_evaluations else ends, "reward", "run")]
+    for comparison in comparisons:
+        values = {0: comparison.before[key], last: comparison.controls[0][key]}
+        if has_evaluations:
+            values = values_by_step(control_folders(run, comparison.name)[0], key)
+        lines.append(curve(values, COLOURS[comparison.name], NAMES[comparison.name]))
+    return chart(f"Held-out stories: {MEASURES[key].title}", lines, size=(560, 300))
+
+
+def values_by_step(run: Path, key: str) -> dict[int, list[float | None]]:
+    """A value of the stories of each evaluation of a run, by step."""
+    evaluations = evaluations_by_step(run)
+    return {step: [record.get(key) for record in evaluations[step]] for step in evaluations}
+
+
+def curve(values: Mapping[int, Sequence[float | None]], colour: str, name: str) -> Line:
+    """Mean and half the width of the 95 % interval of the values at each step."""
+    halves = []
+    for column in values.values():
+        error = standard_error(column)
+        halves.append(None if error is None else Z * error)
+    means = [mean_of(column) for column in values.values()]
+    return Line([*values], means, colour, name, halves)
