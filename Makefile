@@ -5,11 +5,13 @@ PY := .venv/bin/python
         lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
         gpu-synccheck gpu-speeds
 
-# From nothing to a student that tells better stories, in minutes on two cores (README.md).
+# From nothing to a student that tells better stories, in minutes on two cores (README.md). A demo that was stopped goes
+# on; one that ended is replaced.
+goes_on = $$(test ! -e runs/demo/$(1)/config.json || echo --resume)
 demo: .venv/ready
-	rm -rf runs/demo
-	$(PY) train_pretrain.py --out runs/demo/pretrain
-	$(PY) train_interact.py --init runs/demo/pretrain --out runs/demo/interact
+	test ! -e runs/demo/interact/samples.jsonl || rm -rf runs/demo
+	$(PY) train_pretrain.py --out runs/demo/pretrain $(call goes_on,pretrain)
+	$(PY) train_interact.py --init runs/demo/pretrain --out runs/demo/interact $(call goes_on,interact)
 
 # Style, types, native tests, Python tests.
 test: .venv/ready

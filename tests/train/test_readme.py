@@ -79,7 +79,41 @@ def test_help_lists_the_options_of_the_readmes_commands():
 def demo() -> list[str]:
     """The commands of `make demo` that train."""
     recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
-    return re.findall(r"\$\(PY\) (.*)", recipe[1])
+    return re.findall(r"\$\(PY\) (.*?)(?: \$\(call .*)?$", recipe[1], re.M)
+
+
+# In place of Python: it begins a run as a train command does, and is stopped if there is such a
+# file.
+STAND_IN = """#!/bin/sh
+echo "$@" >> commands
+for out; do test "$before" = --out && break; before=$out; done
+mkdir -p "$out" && touch "$out/config.json"
+rm stop 2>/dev/null && kill -INT $$
+test "$1" = train_pretrain.py || touch "$out/samples.jsonl"
+"""
+
+
+def test_a_demo_that_was_stopped_goes_on_and_one_that_ended_is_replaced(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in ("pyproject.toml", ".venv/ready", "stop"):
+        (tmp_path / name).touch()
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    make = ["make", "-C", tmp_path, "PY=./python", "demo"]
+    pretraining, interaction = demo()
+
+    assert subprocess.run(make, capture_output=True).returncode != 0
+    subprocess.run(make, capture_output=True, check=True)
+    subprocess.run(make, capture_output=True, check=True)
+    assert (tmp_path / "commands").read_text().splitlines() == [
+        pretraining,
+        f"{pretraining} --resume",
+        interaction,
+        pretraining,
+        interaction,
+    ]
 
 
 def run(command: str, url: str = "") -> None:
