@@ -47,6 +47,7 @@ def amused(monkeypatch):
 
 def test_checkpoints_are_measured_side_by_side(student, tokenizer, tmp_path, capsys, amused):
     run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         history = {"words": step * 1_000_000}
         checkpoint.save(

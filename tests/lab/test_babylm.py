@@ -289,6 +289,7 @@ def test_a_reading_file_of_another_kind_is_named(student, tokenizer, tmp_path):
 
 def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys):
     run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         history = {"words": step * 1_000_000}
         checkpoint.save(

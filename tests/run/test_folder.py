@@ -273,13 +273,19 @@ def test_a_full_disk_is_one_clear_sentence():
     journal.close()
 
 
-def test_a_run_whose_folder_is_deleted_meanwhile_does_not_go_on_into_nothing(tmp_path):
-    with RunLog(tmp_path / "run", resume_step=None) as log:
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("move", [shutil.rmtree, lambda run: run.rename(run.with_name("moved"))])
+def test_a_run_whose_folder_is_moved_or_deleted_meanwhile_does_not_go_on(tmp_path, move, replaced):
+    run = tmp_path / "run"
+    with RunLog(run, resume_step=None) as log:
         log.metrics(step=1)
-        shutil.rmtree(tmp_path / "run")
-        with pytest.raises(UserError, match=r"metrics\.jsonl was deleted while it was written to"):
+        move(run)
+        if replaced:
+            run.mkdir()
+            (run / "metrics.jsonl").touch()
+        with pytest.raises(UserError, match=r"metrics\.jsonl was moved or deleted while it was"):
             log.metrics(step=2)
-    assert not (tmp_path / "run").exists()
+    assert run.exists() == replaced
 
 
 def test_no_such_folder_and_a_file_in_the_way(tmp_path):

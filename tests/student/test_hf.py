@@ -428,6 +428,7 @@ def test_a_step_after_which_the_student_computes_nothing_is_refused(student, mon
 
 @pytest.fixture
 def run(tmp_path, student, tokenizer) -> Path:
+    (tmp_path / "run").mkdir()
     for step, name in enumerate(("chck_2M", "chck_10M", "step_0000003")):
         with torch.no_grad():
             student.wte.weight[0, 0] = step

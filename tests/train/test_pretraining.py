@@ -126,6 +126,34 @@ def test_a_signal_ends_pretraining_by_the_signal_after_it_saved(place, tmp_path)
     assert checkpoint.read_counters(checkpoint.newest(run))["step"] == metrics(run)[-1]["step"]
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_that_is_moved_ends_and_can_go_on_in_its_new_place(
+    place, tmp_path, monkeypatch, capsys, stops
+):
+    """Also if it is asked to stop before it writes again."""
+    run, moved = tmp_path / "p", tmp_path / "moved"
+    argv = [*SMALL, *cli("--corpus {} --words 2000", place / "corpus.txt")]
+    pretrain.main([*argv, "--out", str(tmp_path / "whole")])
+    log = pretrain.RunLog.metrics
+
+    def moving(self, *, step, **values):
+        record = log(self, step=step, **values)
+        if step == 9:
+            run.rename(moved)
+        if step == 9 and stops:
+            signal.raise_signal(signal.SIGINT)
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.RunLog, "metrics", moving)
+        line = fails(pretrain.main, [*argv, "--save-every", "4", "--out", str(run)], capsys)
+    assert ("No such file" if stops else f"{run}/metrics.jsonl was moved or deleted") in line
+    assert not run.exists()
+    again = cli("--corpus {} --out {}", place / "corpus.txt", moved)
+    pretrain.main(["--resume", *again])
+    assert_same_run(tmp_path / "whole", moved)
+
+
 def test_pretraining_tells_a_story_before_its_first_step_and_at_each_validation(
     place, tmp_path, capsys
 ):

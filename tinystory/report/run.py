@@ -109,7 +109,7 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
     try:
         yield update
     finally:
-        if writes:
+        if writes and run.is_dir():  # it may have been moved
             write_report(run)
 
 

@@ -59,15 +59,21 @@ class Journal:
                 "another name, or move the file away"
             )
 
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write all the records or none."""
         text = "".join(json.dumps(record) + "\n" for record in records)
         lines = text.encode()
         size = self._file.seek(0, os.SEEK_END)
-        if not os.fstat(self._file.fileno()).st_nlink:
+        if not self._is_in_place():
             raise UserError(
-                f"{self.path} was deleted while it was written to, and the records are lost: start "
-                "again"
+                f"{self.path} was moved or deleted while it was written to: resume in its new place, "
+                "or start again"
             )
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk

@@ -81,7 +81,8 @@ def save(
     replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     with atomic_folder(folder) as partial:
-        partial.mkdir(parents=True)
+        partial.parent.mkdir(exist_ok=True)  # not the run's folder, which may have been moved
+        partial.mkdir()
         hf.write_tensors(partial / "model.safetensors", student.state_dict())
         hf.write_tensors(partial / "trainer.safetensors", state)
         record = asdict(student.config) | {"history": history}
