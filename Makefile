@@ -13,8 +13,8 @@ demo: .venv/ready
 	$(PY) train_pretrain.py --out runs/demo/pretrain $(call goes_on,pretrain)
 	$(PY) train_interact.py --init runs/demo/pretrain --out runs/demo/interact $(call goes_on,interact)
 
-# Style, types, native tests, Python tests.
-test: .venv/ready
+# Style, types, native tests, Python tests. The first time, also the tests' packages.
+test: .venv/tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -27,7 +27,7 @@ test: .venv/ready
 # pytest as on other machines: first the kernels and torch as on a processor without AVX-512 and bfloat16, with one
 # thread; then five threads beside four busy processes. Tests in random order; --randomly-seed=N repeats one. Then `luck`.
 elsewhere = .venv/bin/pytest -v -p randomly
-test-elsewhere: .venv/ready
+test-elsewhere: .venv/tests
 	CXX='c++ -march=x86-64-v3' ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	  OMP_NUM_THREADS=1 $(elsewhere)
 	for i in 1 2 3 4; do yes > /dev/null & busy="$$busy $$!"; done; trap 'kill $$busy' EXIT; \
@@ -37,33 +37,33 @@ test-elsewhere: .venv/ready
 # The tests in which a student writes, once per value of luck: other weights, last bits, seeds or dtypes
 # (tests/luck/luck.py). About three minutes each on two cores; make luck LUCKS=7 repeats one value.
 LUCKS := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
-luck: .venv/ready
+luck: .venv/tests
 	for luck in $(LUCKS); do \
 	  LUCK=$$luck PYTHONPATH=tests/luck .venv/bin/pytest -p luck --students --ignore tests/data --ignore tests/ops || \
 	    { echo "make luck LUCKS=$$luck repeats this failure"; exit 1; }; done
 
 # What takes longer; the hosted workflow runs it. One bug at a time in the CUDA kernels, which their tests must catch:
-planted-bugs: .venv/ready
+planted-bugs: .venv/tests
 	$(PY) tests/planted_bugs.py simt
 
 # A GPU's host path (copies, streams, graphs, waits) on a simulated device, and bugs planted in it. No GPU.
-gpu-host-check: .venv/ready
+gpu-host-check: .venv/tests
 	.venv/bin/pytest -m '' tests/cuda_device
 	$(PY) tests/planted_bugs.py host
 
 # Property tests, with fifty times as many examples as in `make test`.
-fuzz: .venv/ready
+fuzz: .venv/tests
 	TINYSTORY_FUZZ=50 .venv/bin/pytest -m hypothesis
 
 # The page on which a person grades, in a real browser. Debian: apt install chromium
-browser-check: .venv/ready
+browser-check: .venv/tests
 	.venv/bin/pytest -m slow tests/human/test_browser.py
 
-slow-tests: .venv/ready
+slow-tests: .venv/tests
 	.venv/bin/pytest -m slow --ignore tests/human/test_browser.py --ignore tests/cuda_device
 
 # The native tests of the CPU kernels under AddressSanitizer and UBSan, then under ThreadSanitizer.
-sanitize: .venv/ready
+sanitize: .venv/tests
 	for kind in address thread; do \
 	  .venv/bin/cmake -S . -B build/$$kind -DSANITIZE=$$kind && .venv/bin/cmake --build build/$$kind -j 2 && \
 	  .venv/bin/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
@@ -76,7 +76,7 @@ native = .venv/bin/cmake -S . -B build/$(1) -DSIMT=OFF $(2) && .venv/bin/cmake -
          .venv/bin/ctest --test-dir build/$(1) --output-on-failure
 aarch64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
           -DCMAKE_EXE_LINKER_FLAGS=-static
-portable-check: .venv/ready
+portable-check: .venv/tests
 	$(call native,x86-64-v3,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64-v3)
 	$(call native,x86-64,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64)
 	$(call native,aarch64,$(aarch64) -DARCH= -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-cpu;cortex-a72')
@@ -116,14 +116,14 @@ cuda-build:
 	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest -m '' --no-skips tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
 
 # Every CUDA kernel as nvcc compiles it, its PTX interpreted; then bugs planted in the inline PTX. Skipped without nvcc.
-ptx-check: .venv/ready
+ptx-check: .venv/tests
 	.venv/bin/cmake -S tests/native/ptx -B build/ptx && .venv/bin/cmake --build build/ptx -j 2
 	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
 	{ $(PY) tests/planted_bugs.py ptx || [ $$? = 77 ]; }
 
 # What the CUDA kernels do to memory, per source line, and their machine code, beside their budgets; the latter needs nvcc
 # and pip install '.[cuda-tools]'. What attention loses because its blocks do not end together.
-kernel-report: .venv/ready
+kernel-report: .venv/tests
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 	$(PY) tests/native/simt/grid_report.py
@@ -131,7 +131,7 @@ kernel-report: .venv/ready
 # On a machine with a GPU, in about nine minutes: its tests, these under compute-sanitizer, and speeds, one JSON object a
 # line in build/gpu-check.jsonl. What fails does not stop the rest.
 GPU_TESTS := $(PY) -m pytest -q -m gpu
-gpu-check: .venv/ready
+gpu-check: .venv/tests
 	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch can use no GPU: see scripts/doctor.py')"
 	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-racecheck gpu-synccheck gpu-speeds
 
@@ -158,6 +158,13 @@ clean:
 .venv/ready: pyproject.toml
 	@python3 -c 'import ensurepip, venv' || { echo "python3 has no venv: install it (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
 	@command -v c++ >/dev/null || { echo "no C++ compiler: install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"; exit 2; }
+	@echo "installing into .venv, 1 GB; on Linux PyPI's torch adds 4 GB of CUDA libraries, which the CPU's wheel leaves out:"
+	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 	python3 -m venv .venv
+	.venv/bin/pip install --quiet --editable .
+	@touch $@
+
+.venv/tests: .venv/ready
+	@echo "installing the packages of the tests into .venv, 0.8 GB"
 	.venv/bin/pip install --quiet --editable '.[test]'
 	@touch $@

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import tinystory  # isort: skip  # noqa: F401  (first: it says which package is missing)
 from tqdm import tqdm
 
 from tinystory.config import InteractConfig, typed_config

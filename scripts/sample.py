@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.config import SEEDS
 from tinystory.data.openings import Openings, load_openings
-from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops.compute import pick_device
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
@@ -27,9 +25,8 @@ from tinystory.run.options import add_number, script_parser
 from tinystory.run.paths import hint
 from tinystory.run.terminal import story_text
 from tinystory.run.text import printable
-from tinystory.student import checkpoint
-from tinystory.student.generate import Story, encode_opening, generate
-from tinystory.student.model import Student
+from tinystory.storyteller import Storyteller, load
+from tinystory.student.generate import Story
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -87,12 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         require_output(options.out)
 
-    folder = checkpoint.find(options.checkpoint or newest_run())
-    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
+    storyteller = load(options.checkpoint or newest_run(), device=options.device)
     openings = load_openings(options.opening or "builtin")
     if not options.opening:
         openings = Openings(openings, seed=0).held_out
-    stories = continuations(student, tokenizer, openings, 0, options)
+    stories = continuations(storyteller, openings, 0, options)
     if options.out:
         lines = []
         for story in stories:
@@ -106,9 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     if not options.opening and sys.stdin.isatty() and sys.stdout.isatty():
         for number, opening in enumerate(iter(typed_opening, ""), 1):
             try:
-                print_stories(
-                    continuations(student, tokenizer, [opening], number * options.stories, options)
-                )
+                first_index = number * options.stories
+                print_stories(continuations(storyteller, [opening], first_index, options))
             except UserError as error:  # such as an opening that is too long
                 print(f"error: {error}")
 
@@ -131,23 +126,16 @@ def print_stories(stories: Sequence[Story]) -> None:
 
 
 def continuations(
-    student: Student,
-    tokenizer: Tokenizer,
+    storyteller: Storyteller,
     texts: Sequence[str],
     first_index: int,
     options: argparse.Namespace,
 ) -> list[Story]:
     """--stories stories; the texts are used as openings in turn."""
-    openings = list(islice(cycle(texts), options.stories))
-    longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
-    room = max(student.config.context - longest, 1)
-    return generate(
-        student,
-        None,
-        tokenizer,
-        openings,
+    return storyteller.generate(
+        list(islice(cycle(texts), options.stories)),
         first_index=first_index,
-        max_new_tokens=options.max_new_tokens or room,
+        max_new_tokens=options.max_new_tokens,
         seed=options.seed,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tinystory  # isort: skip  # noqa: F401  (first: it says which package is missing)
+from tqdm import tqdm
 
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import PARTS, Rubric

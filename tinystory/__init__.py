@@ -1,42 +1,24 @@
-"""tinystory: a small language model learns to tell stories by interacting with a teacher."""
+"""tinystory: a small language model learns to tell stories by interacting with a teacher.
 
-import gc
-import os
-import signal
-import sys
-from pathlib import Path
-from types import FrameType
+`tinystory.load("runs/demo/interact")` returns a trained student, which generates stories and scores
+them (tinystory/storyteller.py)."""
 
-# Read by GNU OpenMP when torch is imported, so this package comes first. By default its threads
-# spin for milliseconds while they wait for one another: beside other programs they keep the core
-# from the thread that they wait for.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from tinystory.run import startup as _startup
 
+_startup.set_up()  # before torch is imported
 
-def end_by(signum: int, frame: FrameType | None = None) -> None:
-    """End the process by a signal, so that a shell's loop, `&&` and make end too. Handles Ctrl-C
-    while a command still imports its modules, which takes seconds: an exception could be swallowed
-    in an import, or end in a traceback."""
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
-
-
-def is_command() -> bool:
-    """Whether the running program is one of this project's."""
-    program = Path(getattr(sys.modules["__main__"], "__file__", None) or os.devnull).resolve()
-    root = Path(__file__).resolve().parents[1]
-    if program.parent == root:
-        return program.name in ("train_pretrain.py", "train_interact.py")
-    in_clone = program.parent in (root / "scripts", root / "lab")
-    return in_clone or program.name.startswith("tinystory-")  # or an installed entry point
-
-
-# Other programs that import this package keep their collector and their handler of Ctrl-C.
-# `run.errors.command` restores both.
-if is_command():
-    gc.disable()  # imports take half as long without it, and they leave hardly any garbage
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_by)
-
+__all__ = ["load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`load`, imported at its first use, because PyTorch takes seconds to import."""
+    if name == "load":
+        from tinystory.storyteller import load
+
+        return load
+    raise AttributeError(f"module 'tinystory' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

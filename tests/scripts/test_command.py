@@ -19,7 +19,7 @@ import tinystory
 from lab import babylm, compare
 from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
-from tinystory.run import errors, paths
+from tinystory.run import errors, paths, startup
 from tinystory.run.errors import UserError, command
 from tinystory.student import checkpoint
 
@@ -198,7 +198,7 @@ def test_another_program_keeps_its_handler_of_ctrl_c(tmp_path):
 
 
 def test_a_command_that_has_begun_handles_ctrl_c_itself():
-    before = signal.signal(signal.SIGINT, tinystory.end_by)
+    before = signal.signal(signal.SIGINT, startup.end_by)
     try:
         with pytest.raises(SystemExit, match="130"):
             command(signal.raise_signal)(signal.SIGINT)

@@ -140,6 +140,12 @@ def recorded_corpus(names: Sequence[str] | None, folder: Path) -> Sequence[str]:
     return names
 
 
+def story_corpora(corpus: Sequence[str]) -> list[str]:
+    """The corpora among `corpus` that contain stories, to which the rubric is fitted; all if none
+    does."""
+    return [name for name in corpus if name not in NO_STORIES] or list(corpus)
+
+
 def _generated(name: str) -> Part:
     generate, words = BUILTIN[name]
     plots = hashlib.sha256()

@@ -25,7 +25,7 @@ if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes
         "--install)"
     )
 
-from tinystory import end_by, is_command
+from tinystory.run.startup import end_by, is_command
 from tinystory.run.text import printable
 
 P = ParamSpec("P")

@@ -99,11 +99,12 @@ def save(
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu"
+    folder: Path | str, device: torch.device | str = "cpu"
 ) -> tuple[Student, Tokenizer, dict[str, Any]]:
     """Student, tokenizer and history ({} for a folder saved by transformers). Raises UserError if
     the checkpoint is incomplete or malformed, before more memory is allocated than the weights
     fill."""
+    folder = Path(folder)
     history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)

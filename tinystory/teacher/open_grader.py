@@ -9,7 +9,7 @@ from typing import Any
 
 from tinystory.config import InteractConfig, changed_options, is_url
 from tinystory.data import babylm
-from tinystory.data.corpus import NO_STORIES
+from tinystory.data.corpus import story_corpora
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.records import NO_FIELDS, parse_object
@@ -138,12 +138,6 @@ def open_judge(
         yield stack.enter_context(
             open_grader(options, corpus=corpus, replies=replies, examples=examples)
         )
-
-
-def story_corpora(corpus: Sequence[str]) -> list[str]:
-    """The corpora among `corpus` that contain stories, to which the rubric is fitted; all if none
-    does."""
-    return [name for name in corpus if name not in NO_STORIES] or list(corpus)
 
 
 def load_extra(text: str) -> dict[str, Any]:
