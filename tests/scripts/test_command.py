@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, fails
 
-import tinystory
 from lab import babylm, compare
 from scripts import doctor, evaluate, export_hf, sample
 from tinystory.evaluate.stories import read_samples
