@@ -31,11 +31,11 @@ def set_up() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not is_command():
         return
-    _require_packages()
     # `run.errors.command` restores both
     gc.disable()  # imports take half as long without it, and they leave hardly any garbage
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_by)
+    _require_packages()
 
 
 def is_command() -> bool:
