@@ -22,6 +22,7 @@ def demo(place, tmp_path, monkeypatch):
     folder = tmp_path / "runs/demo/interact/checkpoints/best"
     history |= {"corpus": ["builtin", "dull"]}
     counters = {"step": 1}
+    folder.parent.mkdir(parents=True)
     checkpoint.save(folder, student, tokenizer, history=history, state={}, counters=counters)
     return folder
 
