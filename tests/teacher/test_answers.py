@@ -99,9 +99,11 @@ def test_a_model_that_was_about_to_say_something_else_gave_no_answer(listed):
 @pytest.mark.parametrize(
     "reply, answer",
     [("yes", True), ("Yes.", True), ("**NO**", False), ("No!\n", False)]
-    + [(text, None) for text in ("", "yes and no", "Maybe", "The answer is yes.", "1 2 3", "ja")],
+    + [("Yes, it does.", True), ("no dog ran", False), ('{"answer": "no"}', False)]
+    + [(text, None) for text in ("", "yes and no", "Maybe", "The answer is yes.", "1 2 3", "ja")]
+    + [(text, None) for text in ("No-one", "Yes/no", "yesterday", '{"answer": "yes", "x": "no"}')],
 )
-def test_an_answer_in_words_is_exactly_yes_or_no(reply, answer):
+def test_an_answer_in_words_begins_with_yes_or_no(reply, answer):
     assert parse_answer(reply) is answer
 
 

@@ -67,7 +67,7 @@ class SlowServer:
                     async with self.processors:
                         await asyncio.sleep(self.seconds / 10)
             self.answered += 1
-            return Reply("2 1 3", thought=False, alternatives=self.alternatives)
+            return [Reply("2 1 3", thought=False, alternatives=self.alternatives)]
         finally:
             self.in_flight -= 1
 

@@ -49,7 +49,7 @@ LADDER = {
     # name: (what the server refuses or thinks about, the fields that are kept)
     "vLLM, SGLang and llama.cpp obey the template": (
         lambda asked: None if "chat_template_kwargs" in asked else thinking(asked),
-        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
     ),
     "Ollama ignores the template's arguments": (
         lambda asked: None if asked.get("reasoning_effort") == "none" else thinking(asked),

@@ -8,6 +8,7 @@ of the reply. If a server gives no log-probabilities, the question is asked seve
 log-odds are computed from the fraction of yes."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
@@ -23,16 +24,19 @@ EDITOR = (
     "You are a strict editor of stories for children. A beginner was given an opening, and wrote how the story goes "
     "on."
 )
-YES_OR_NO = {"yes": True, "no": False}
+JSON_ANSWER = re.compile(r'\s*\{\s*"answer"\s*:\s*"(yes|no)"\s*\}\s*')
+FIRST_WORD = re.compile(r"[\W_]*(yes|no)(?![\w'’-])(?!/|\W+(and|or)\b)", re.IGNORECASE)
 # Minimum standard deviation of a question's log-odds, so that nearly equal answers do not become
 # very different scores.
 LEAST_SPREAD = 0.1
 
 
 def parse_answer(reply: str) -> bool | None:
-    """True for a reply "yes", False for a reply "no", in upper or lower case and with any
-    punctuation; None for any other reply."""
-    return YES_OR_NO.get(letters(reply[:LONGEST_REPLY]))
+    """True for a reply whose first word is yes, or the JSON of `YesNo.constraint` with yes; False
+    for no; None for any other reply."""
+    text = reply[:LONGEST_REPLY]
+    answer = JSON_ANSWER.fullmatch(text) or FIRST_WORD.match(text)
+    return answer[1].lower() == "yes" if answer else None
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,17 @@ class YesNo(Protocol):
 
     def constraint(self, held_to: str) -> dict[str, Any]:
         if held_to == "json":
-            return json_constraint({"answer": {"type": "string", "enum": list(YES_OR_NO)}})
+            return json_constraint({"answer": {"type": "string", "enum": ["yes", "no"]}})
         return grammar_constraint("yes|no", '"yes" | "no"')
 
     def reads(self, reply: CachedReply, by_logprobs: bool) -> bool:
         if by_logprobs:
             return reply.log_odds is not None
         return parse_answer(reply.text) is not None
+
+    def is_bare(self, reply: CachedReply) -> bool:
+        is_json = JSON_ANSWER.fullmatch(reply.text) is not None
+        return is_json or letters(reply.text) in ("yes", "no")
 
     def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
         """Scores: TOP times the logistic function of the standardised log-odds of the good answer.

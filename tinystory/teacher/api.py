@@ -57,13 +57,14 @@ class Failure(Exception):
     busy: bool = False  # the server needs fewer requests
     fatal: bool = False  # every other story would fail in the same way
     unreachable: bool = False  # no connection could be made
+    lost: bool = False  # the connection was closed before the whole answer came
     retry_after: float = 0.0  # seconds to wait, as the server asks
     url: str = ""  # URL of the server, set when the request is given up
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The first choice of a chat completion."""
+    """One choice of a chat completion."""
 
     text: str  # "" if the server sends no text
     thought: bool  # whether the model reasoned before the reply, visibly or not
@@ -129,8 +130,9 @@ class ChatClient:
             raise Failure(NOT_OPENAI, status=200) from None
         return [name for name in names if name]
 
-    async def chat(self, body: Mapping[str, Any]) -> Reply:
-        """The server's reply to a chat request. body: all fields of the request. Raises Failure."""
+    async def chat(self, body: Mapping[str, Any]) -> list[Reply]:
+        """The choices of the server's answer to a chat request, at least one. body: all fields of
+        the request. Raises Failure."""
         # The package openai sends extra_body unchanged. It would check the types of other
         # arguments.
         try:
@@ -141,17 +143,47 @@ class ChatClient:
             )
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
-                return Reply("", thought=True)
+                return [Reply("", thought=True)]
             raise
+        replies = []
         match answer:
-            case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
-                content = message.get("content") or ""
-            case _:
-                content = None
-        if not isinstance(content, str):
+            case {"choices": [*choices], **rest}:
+                tokens = _tokens(rest.get("usage"))
+                for choice in choices:
+                    match choice:
+                        case {"message": {**message}}:
+                            content = message.get("content") or ""
+                        case _:
+                            break
+                    if not isinstance(content, str):
+                        break
+                    replies.append(self._reply(content, message, choice, tokens))
+                    tokens = None  # the count is for all choices
+        if not replies:
             error = self.one_line("; ".join(_error_texts(answer)))
             reason = f"answers, but not with a chat completion ({error or 'nor an error'})"
             raise Failure(reason, status=200, again=True)
+        return replies
+
+    async def respond(self, body: Mapping[str, Any]) -> Reply:
+        """The server's reply by OpenAI's other API, /v1/responses, with log-probabilities. Raises
+        Failure."""
+        answer = await self._answer(
+            lambda client: client.responses.with_streaming_response.create(extra_body=body)
+        )
+        match answer:
+            case {"output": [*_, {"content": [{"text": str(text), **part}, *_]}], **rest}:
+                choice = {"logprobs": {"content": part.get("logprobs")}}
+                return self._reply(text, {}, choice, _tokens(rest.get("usage")))
+        raise Failure("answers /responses, but not with a text", status=200)
+
+    def _reply(
+        self,
+        content: str,
+        message: Mapping[Any, Any],
+        choice: Mapping[str, Any],
+        tokens: tuple[int, int] | None,
+    ) -> Reply:
         # JSON can contain lone surrogates, which cannot be encoded
         content = content.encode(errors="replace").decode()
         # some servers leave the reasoning in the text
@@ -166,7 +198,7 @@ class ChatClient:
         return Reply(
             text,
             thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
-            tokens=_tokens(rest.get("usage")),
+            tokens=tokens,
             alternatives=_alternatives(choice.get("logprobs")),
         )
 
@@ -202,7 +234,7 @@ class ChatClient:
             advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
             message = f"cannot be reached ({message}): {advice}"
             raise Failure(message, again=True, unreachable=True)
-        raise Failure(f"lost the connection ({message})", again=True)
+        raise Failure(f"lost the connection ({message})", again=True, lost=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:
         """Hook that is called with each response, before the body is read. Raises Failure for any
@@ -279,11 +311,13 @@ def parse_json(body: bytes | str) -> object:
 def _tokens(usage: object) -> tuple[int, int] | None:
     """Numbers of (prompt, completion) tokens in a response's `usage`; None if it has none."""
     match usage:
-        case {"prompt_tokens": prompt, "completion_tokens": reply} if is_count_pair(
-            [prompt, reply]
-        ):
-            return prompt, reply
-    return None
+        case {"prompt_tokens": prompt, "completion_tokens": reply}:
+            pass
+        case {"input_tokens": prompt, "output_tokens": reply}:  # of /v1/responses
+            pass
+        case _:
+            return None
+    return (prompt, reply) if is_count_pair([prompt, reply]) else None
 
 
 def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:

@@ -375,8 +375,12 @@ class Teacher(Grader):
                 if self._fatal is not None:
                     raise self._fatal
                 request = missing[0]
-                reply = await endpoint.chat(request.messages, request.seed)
-                keep(request, CachedReply.of(reply), tokens=reply.tokens)
+                together = [request]
+                if endpoint.probe and endpoint.probe.choices:
+                    together = [each for each in missing if each.name == request.name]
+                replies = await endpoint.chat(request.messages, request.seed, len(together))
+                for each, reply in zip(together, replies, strict=False):
+                    keep(each, CachedReply.of(reply), tokens=reply.tokens)
                 yield
 
         def keep(request: _Request, reply: CachedReply, **about: object) -> None:

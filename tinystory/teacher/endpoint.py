@@ -22,6 +22,7 @@ BUSY_COSTS = 0.5  # slots lost per refused request
 # limit, because the number of requests in flight no longer rises once an answer takes a quarter of
 # it.
 PATIENCE = 16
+RESPONSES_LOGPROBS = "message.output_text.logprobs"  # what /v1/responses is asked to include
 PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
@@ -62,6 +63,9 @@ class Probe:
     # number of likeliest tokens to request with log-probabilities; 0 if the server gives no
     # log-probabilities, or if the replies are grades
     top_logprobs: int = 0
+    # whether the log-probabilities come from OpenAI's other API, /v1/responses
+    responses: bool = False
+    choices: bool = False  # whether one request can have several replies (`n`)
     reply: str = ""  # the reply to the probe's story
     scored: bool = False  # whether this reply has scores, or an answer
     thinks: bool = False  # whether the model reasons before the reply, unless `quiet` prevents it
@@ -86,7 +90,10 @@ class Probe:
         if self.thinks:
             findings.append("reasons")
         if self.top_logprobs:
-            findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens")
+            place = " in /responses" if self.responses else ""
+            findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens{place}")
+        if self.choices:
+            findings.append("several replies to one request")
         if self.quiet:
             findings.append(f"reasoning reduced by {json.dumps(self.quiet)}")
         findings.append(f"{self.seconds:.2f} s per answer")
@@ -197,31 +204,46 @@ class Endpoint:
             determined_by["extra"] = self.options.extra_json
         return cache_key(self.model, messages, fence, determined_by)
 
-    async def chat(self, messages: list[dict], seed: int) -> Reply:
-        """The server's reply to a request for scores, or for an answer, in the form of the
-        probe."""
+    async def chat(self, messages: list[dict], seed: int, count: int = 1) -> list[Reply]:
+        """The server's replies, one to `count`, to a request for scores, or for an answer, in the
+        form of the probe."""
         form = self.probe
         assert form is not None
         fields = self.sampling(seed)
         cap = max(fields.pop("max_tokens"), form.least_tokens)
+        if count > 1:
+            # some servers would draw each reply with the same seed
+            fields["n"] = count
+            del fields["seed"]
         if form.held_to != "nothing":
             fields |= self.options.protocol.constraint(form.held_to)
         fields |= form.quiet
-        if form.top_logprobs:
-            fields |= {"logprobs": True, "top_logprobs": form.top_logprobs}
-        fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
         texts = [message["content"] for message in messages]
         if not form.system and messages[0]["role"] == "system":
-            first = {"role": "user", "content": "\n\n".join(texts[:2])}
-            fields["messages"] = [first, *messages[2:]]
+            messages = [{"role": "user", "content": "\n\n".join(texts[:2])}, *messages[2:]]
+        fields["model"] = self.model
+        if form.responses:
+            fields |= {"input": messages, "max_output_tokens": cap, "include": [RESPONSES_LOGPROBS]}
+            fields |= {"top_logprobs": form.top_logprobs}
+            del fields["seed"]
+        else:
+            fields |= {"messages": messages, form.token_cap: cap}
+            if form.top_logprobs:
+                fields |= {"logprobs": True, "top_logprobs": form.top_logprobs}
         for name in form.refused:
             fields.pop(name, None)
         fields |= self.options.extra
-        with self.ledger.request(self.most_prompt_tokens(texts), cap) as charge:
-            reply = await in_time(self.client.chat(fields), self.timeout_s)
-            if reply.tokens:
-                charge["tokens_in"], charge["tokens_out"] = reply.tokens
-        return reply
+        with self.ledger.request(self.most_prompt_tokens(texts), cap * count) as charge:
+            replies = await in_time(self._send(fields), self.timeout_s)
+            if replies[0].tokens:
+                charge["tokens_in"], charge["tokens_out"] = replies[0].tokens
+        return replies
+
+    async def _send(self, fields: Mapping[str, Any]) -> list[Reply]:
+        assert self.probe is not None
+        if self.probe.responses:
+            return [await self.client.respond(fields)]
+        return await self.client.chat(fields)
 
     def most_prompt_tokens(self, texts: Sequence[str]) -> int:
         """Upper bound on the number of tokens of a prompt. A token is at least one byte, and the

@@ -2,6 +2,7 @@
 accept an option and ignore it."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -51,18 +52,23 @@ OFF_TOPIC = [
 ]
 # Pattern of names of models that cannot chat.
 NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)
-# Fields that make a model reason less, tried in this order. The first is an argument of the chat
-# template (vLLM, SGLang, llama.cpp). The others are efforts (Ollama, and later versions of the
-# three servers). gpt-oss and Gemini have no "none"; GPT-5 has nothing below "minimal".
+# Fields that make a model reason less, tried in this order: arguments of the chat template (vLLM,
+# SGLang, llama.cpp; Qwen's template has the first name, DeepSeek's and Kimi's the second); efforts
+# (OpenAI, Ollama, and later versions of the three servers); a field of DeepSeek's, Kimi's and GLM's
+# own APIs. gpt-oss and Gemini have no effort "none"; GPT-5 has nothing below "minimal".
 QUIETER: tuple[dict[str, Any], ...] = (
-    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
     {"reasoning_effort": "none"},
+    {"thinking": {"type": "disabled"}},
     {"reasoning_effort": "minimal"},
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
 REFUSABLE = ("temperature", "seed")
 MOST_LOGPROBS = 20  # maximum of `Protocol.top_logprobs`
+FEWER_LOGPROBS = 10  # for mlx_lm.server, which closes the connection above 11
+# Token limit for a model that begins with white space, where a reply is read by its first token.
+SPACED_TOKENS = 4
 # Field of a probe -> test of the value, in addition to the type.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "model": str.isprintable,
@@ -85,7 +91,7 @@ LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
 MOST_LISTED = re.compile(
-    r"top_logprobs\D*(?:<=?|at most|less than or equal to|maximum|between 0 and|up to)\D{0,12}([0-9]{1,2})\b"
+    r"logprobs.*?(?:<=?|at most|less than or equal to|max(?:imum)?\b|between 0 and|up to|\[0,)\D{0,12}([0-9]{1,2})\b"
 )
 # Pattern in a server's error message -> function that returns the fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
@@ -119,9 +125,12 @@ def load_probe(text: str, url: str) -> Probe | None:
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
-    """`form` with the change that the server's error message demands. Raises `failure` if no entry
-    of REMEDIES changes the form."""
-    if failure.status in (400, 422, 500):
+    """`form` with the change that the server's error message demands. If the connection was lost:
+    with fewer log-probabilities, then none. Raises `failure` if neither changes the form."""
+    if failure.lost and form.top_logprobs:
+        few = FEWER_LOGPROBS if form.top_logprobs > FEWER_LOGPROBS else 0
+        return replace(form, top_logprobs=few)
+    if failure.status in (400, 403, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
                 changed = replace(form, **change(form, match))
@@ -246,14 +255,16 @@ class Prober:
         self.endpoint.probe = Probe(
             url=self.endpoint.url, model=model, top_logprobs=self.protocol.top_logprobs
         )
-        reply = await self._first_reply()
+        reply = await self._accepted_reply()
+        if reply.thought and self.endpoint.by_logprobs:
+            reply = await self._spaced_reply(reply)
         thinks = reply.thought
         if thinks and not self._scored(reply):
             reply = await self._reply_without_thoughts()
-        if self.protocol.top_logprobs:
-            reply = await self._reply_with_logprobs(reply)
-        else:
-            await self._find_structure(json_too=not self._scored(reply))
+        if self.protocol.top_logprobs and not self._has_logprobs(reply):
+            reply = await self._reply_by_other_means()
+        if not self.endpoint.by_logprobs:
+            await self._find_structure(json_too=not self.protocol.is_bare(CachedReply.of(reply)))
             if self.form.held_to != "nothing" and not self._scored(reply):
                 reply = await self._ask(self.messages)
         self.change_form(tokens=reply.tokens)
@@ -262,6 +273,10 @@ class Prober:
         if not scored:
             self.notes.append(
                 f"{model} gave no score for the first story; it replied {reply.text[:80]!r}"
+            )
+        elif not self.endpoint.by_logprobs and not self.protocol.is_bare(CachedReply.of(reply)):
+            self.notes.append(
+                f"{model} replies {reply.text[:40]!r}, and nothing constrains its replies: the first word counts"
             )
         return replace(
             self.form,
@@ -272,12 +287,15 @@ class Prober:
             notes=self.notes,
         )
 
-    async def _ask(self, messages: list[dict]) -> Reply:
+    async def _ask(self, messages: list[dict], count: int = 1) -> Reply:
+        """The first of `count` replies. Sets whether one request can have several replies."""
         now = asyncio.get_running_loop().time
         start = now()
-        reply = await self.endpoint.chat(messages, self.options.seed)
+        replies = await self.endpoint.chat(messages, self.options.seed, count)
         self.seconds.append(now() - start)
-        return reply
+        if count > 1:
+            self.change_form(choices=len(replies) == count)
+        return replies[0]
 
     async def _try(self, messages: list[dict]) -> Reply | None:
         """The reply to these messages; None after a failure that concerns only this request."""
@@ -297,19 +315,38 @@ class Prober:
         by_logprobs = bool(probe.top_logprobs)
         return probe.scored or any(self.protocol.reads(reply, by_logprobs) for reply in replies)
 
-    async def _first_reply(self) -> Reply:
+    def _has_logprobs(self, reply: Reply) -> bool:
+        return self.endpoint.by_logprobs and len(reply.alternatives) > 1
+
+    async def _accepted_reply(self) -> Reply:
         """The reply to the first story, after changing the form until the server accepts the
         request."""
         pool = ServerPool([self.endpoint])
 
         async def request(_: Endpoint) -> AsyncIterator[Reply]:
-            yield await self._ask(self.messages)
+            try:
+                yield await self._ask(self.messages)
+            except Failure as failure:
+                if failure.lost and self.form.top_logprobs:  # see `remedy`
+                    failure.again = False
+                raise
 
         while True:
             try:
                 return await pool.ask(request)
             except Failure as failure:
                 self.endpoint.probe = remedy(self.form, failure)
+
+    async def _spaced_reply(self, reply: Reply) -> Reply:
+        """A longer reply if the model begins with white space, else `reply`: a model that reasons
+        looks the same if the reply has one token."""
+        least_tokens = self.form.least_tokens
+        self.change_form(least_tokens=max(least_tokens, SPACED_TOKENS))
+        longer = await self._try(self.messages)
+        if longer is not None and not longer.thought:
+            return longer
+        self.change_form(least_tokens=least_tokens)
+        return reply
 
     async def _seconds_per_answer(self) -> float:
         """Seconds per answer while TIMED_STORIES are graded at once. If the server refuses one of
@@ -328,17 +365,22 @@ class Prober:
         reasoning, else with a token limit of THINKING_TOKENS. Raises Failure if both fail."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
-            self.change_form(quiet=quiet)
-            reply = await self._try(self.messages)
-            if reply is None:
+            # a parameter that was refused may be accepted without reasoning
+            top_logprobs = self.protocol.top_logprobs
+            self.change_form(quiet=quiet, refused=[], top_logprobs=top_logprobs)
+            try:
+                reply = await self._accepted_reply()
+            except Failure as failure:
+                if failure.fatal or failure.unreachable:
+                    raise
                 continue
             if self._scored(reply) or not reply.thought:
                 return reply
             accepted = quiet
-        self.change_form(quiet=accepted, least_tokens=THINKING_TOKENS)
-        reply = await self._try(self.messages)
+        self.change_form(quiet=accepted, least_tokens=THINKING_TOKENS, top_logprobs=0)
+        reply = await self._accepted_reply()
         model = self.endpoint.model
-        if reply is None or (reply.thought and not self._scored(reply)):
+        if reply.thought and not self._scored(reply):
             raise Failure(
                 f"has a model, {model}, that reasons before it answers and gives no scores within {THINKING_TOKENS} "
                 "tokens: choose a model that does not reason, or switch reasoning off on the server"
@@ -349,28 +391,31 @@ class Prober:
         self.notes.append(note)
         return reply
 
-    async def _reply_with_logprobs(self, reply: Reply) -> Reply:
-        """`reply` if it has log-probabilities, else a new reply that is requested without them."""
-        if (
-            self.form.top_logprobs
-            and len(reply.alternatives) > 1
-            and self.form.least_tokens < THINKING_TOKENS
-        ):
-            return reply
-        if self.form.top_logprobs:
-            self.change_form(top_logprobs=0)
-            reply = await self._ask(self.messages)
+    async def _reply_by_other_means(self) -> Reply:
+        """A reply if a chat completion has no log-probabilities: by /v1/responses, which may have
+        them (LM Studio), else one of several draws, in one request if the server can."""
+        can_be_quiet = self.form.least_tokens < THINKING_TOKENS
+        if can_be_quiet:
+            self.change_form(responses=True, top_logprobs=self.protocol.top_logprobs)
+            with contextlib.suppress(Failure):
+                reply = await self._ask(self.messages)
+                if self._has_logprobs(reply):
+                    return reply
+        self.change_form(responses=False, top_logprobs=0)
+        draws = self.protocol.draws
         self.notes.append(
             f"{self.endpoint.url} gives no log-probabilities of {self.endpoint.model}: each question is asked "
-            f"{self.protocol.draws} times, and the fraction of yes is the answer"
+            f"{draws} times, and the fraction of yes is the answer"
         )
-        return reply
+        with contextlib.suppress(Failure):
+            return await self._ask(self.messages, draws)
+        return await self._ask(self.messages)
 
     async def _find_structure(self, json_too: bool) -> None:
         """Set `held_to` to the first constraint that the server obeys, if any."""
         for structure in ["grammar", "json"] if json_too else ["grammar"]:
             self.change_form(held_to=structure)
             reply = await self._try(OFF_TOPIC)
-            if reply is not None and self._scored(reply):
+            if reply is not None and self.protocol.is_bare(CachedReply.of(reply)):
                 return
         self.change_form(held_to="nothing")

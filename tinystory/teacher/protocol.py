@@ -61,6 +61,10 @@ class Protocol:
         were requested."""
         raise NotImplementedError
 
+    def is_bare(self, reply: CachedReply) -> bool:
+        """Whether the reply holds nothing but what is read, so that it needs no constraint."""
+        return self.reads(reply, by_logprobs=False)
+
     def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
         """The grade of a story. replies: by the name of the request, all readable."""
         raise NotImplementedError
