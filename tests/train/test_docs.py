@@ -13,7 +13,7 @@ from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS += [ROOT / "lab" / name for name in ("README.md", "results.md", "paper.md")]
-OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port --model --model_alias"
+OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --max-logprobs --port --model --model_alias"
 OTHERS += " --gpu-memory-utilization --take_final --padding_side --no-deps"
 
 
