@@ -116,7 +116,7 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
     typed = {name: value for name, value in vars(options).items() if name in AGAIN}
     pooled: list[Record] = []
     for run in runs:
-        unused = ["init", "corpus"] if options.corpus else ["init"]
+        unused = ["init", "control", *(["corpus"] if options.corpus else [])]
         config: InteractConfig = recorded_config(InteractConfig, run, typed, unused)
         corpus = options.corpus or config.corpus or own_corpus(run)
         compute = resolve(config.device, config.dtype)

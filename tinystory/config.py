@@ -49,6 +49,7 @@ KEPT_ON_RESUME = (
     *("openings", "temperature", "kl_coef"),
 )
 SEEDS = "[0, 4294967295]"
+MOST_WORDS = 10**15  # of a budget
 FEWEST_GRADES = 8  # minimum of --grades
 LEAST_TEMPERATURE = 0.01
 # Flags of both commands, by names that nanoGPT and TRL have for them.
@@ -623,13 +624,15 @@ def control_config(typed: dict[str, Any]) -> "InteractConfig":
             f"--out does not go with --control: a control is in {folder}: leave --out out"
         )
 
-    # the run's temperature is folded into its first checkpoint
-    changes: dict[str, Any] = {"temperature": 1.0, "eval_graded": True, "calibrate": False}
+    # The run's temperature is folded into its first checkpoint. The control ends after as many steps
+    # as the run, whatever it writes.
+    changes: dict[str, Any] = {"temperature": 1.0, "budget_words_out": MOST_WORDS}
+    changes |= {"eval_graded": True, "calibrate": False}
     teachers = ("teacher_url", "reward")
     is_free = all(_may_be_recorded(fields[each], recorded.get(each)) for each in teachers)
     if not is_free and not typed.keys() & set(teachers):
-        changes = {each: getattr(InteractConfig(), each) for each in OF_TEACHER}
-        changes |= {"temperature": 1.0, "eval_graded": False, "judge": "rubric"}
+        changes = {each: getattr(InteractConfig(), each) for each in OF_TEACHER} | changes
+        changes |= {"eval_graded": False, "judge": "rubric"}
     unused = ("init", "judge", "judge_model", "judge_prompt")
     config: InteractConfig = recorded_config(
         InteractConfig, run, changes | typed, unused=unused, kept=()

@@ -61,7 +61,7 @@ def test_each_step_has_the_runs_scores_in_another_order(run, capsys):
     assert scores[0] != scores[1]
     options = [json.loads((each / "config.json").read_text())["options"] for each in (run, folder)]
     assert {name for name in options[0] if options[0][name] != options[1][name]} == {
-        *("control", "out", "init", "temperature", "scored_by"),
+        *("control", "out", "init", "temperature", "budget_words_out", "scored_by"),
     }
     # the terminal and the run's report state the same gain
     said = [line for line in capsys.readouterr().out.splitlines() if "mean reward" in line]
@@ -138,6 +138,13 @@ def test_with_grades_the_score_model_learns_from_the_reordered_grades(place, tmp
         assert sorted(s["score"] for s in graded[0]) == sorted(s["score"] for s in graded[1])
         assert all(s["reward"] is not None for s in of_step(folder, step))
     assert [m["predicted"] for m in metrics(folder)] == [m["predicted"] for m in metrics(run)]
+
+
+def test_a_control_ends_after_as_many_steps_as_its_run(run, capsys):
+    lines = (run / "stories.jsonl").read_text().splitlines(keepends=True)
+    (run / "stories.jsonl").write_text("".join(lines[:18]))  # as if a budget had ended the run
+    assert len(metrics(control(run))) == 3
+    assert f"the record of {run} does not suffice for another step" in capsys.readouterr().out
 
 
 def test_likelihood_scores_the_stories_and_the_newest_run_is_no_control(run, tmp_path, monkeypatch):

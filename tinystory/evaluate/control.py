@@ -49,7 +49,8 @@ FEWEST_CONTROLS = 3  # for an interval that includes how much trainings differ b
 
 
 class Measure(NamedTuple):
-    """A measure of a story or, for bits per byte, of a text. is_sum: the measure of a student is the
+    """A measure of a story or, for bits per byte, of a text. title: with a place for the number of
+    stories in a group. is_sum: the measure of a student is the
     sum over a group of stories, not the mean."""
 
     title: str
@@ -61,7 +62,7 @@ MEASURES: Mapping[str, Measure] = {
     "score": Measure("score, 0 to 1"),
     "judge": Measure("second judge, 0 to 1"),
     "ended": Measure("ended"),
-    "clusters": Measure("clusters in a group", is_sum=True),
+    "clusters": Measure("clusters among {group} stories", is_sum=True),
     "words": Measure("words"),
     "bits_per_byte": Measure("bits per byte"),
 }
@@ -150,14 +151,17 @@ def held_out_texts(config: InteractConfig, history: Mapping[str, Any]) -> list[s
     if "builtin" in corpus:
         return unseen_stories(DOCUMENTS)
     names = config.corpus or [name for name in corpus if name in NAMES]
-    if len(names) < max(len(corpus), 1) or "val_fraction" not in history:
-        print(
-            "bits per byte are not measured, because the texts held out from pretraining are not known: "
-            "give the student's --corpus"
-        )
-        return []
-    documents = held_out_documents(open_corpus(names), history["val_fraction"], history["seed"])
-    return list(itertools.islice(documents, DOCUMENTS))
+    reason = "the texts held out from pretraining are not known; give the student's --corpus"
+    if len(names) == len(corpus) > 0 and {"val_fraction", "seed"} <= history.keys():
+        try:
+            documents = held_out_documents(
+                open_corpus(names), history["val_fraction"], history["seed"]
+            )
+            return list(itertools.islice(documents, DOCUMENTS))
+        except UserError as error:  # such as a download that fails
+            reason = str(error)
+    print(f"bits per byte are not measured: {reason}")
+    return []
 
 
 def note_on_grades(config: InteractConfig, examiner: Grader, openings: Openings) -> str:
@@ -268,18 +272,26 @@ def verdict(mean: float, half: float, small: float) -> str:
 
 
 def read_comparisons(run: Path) -> list[Comparison]:
-    """The comparisons of a run with its controls, in the order of CONTROLS. Raises UserError for a
-    file that `compare` cannot have written, and for controls with other numbers of stories."""
+    """The comparisons of a run with its controls, in the order of CONTROLS. Controls with another
+    number of stories than the first (--eval-stories) are left out. Raises UserError for a file that
+    `compare` cannot have written."""
     comparisons = []
     for name in CONTROLS:
         paths = [folder / COMPARISON for folder in control_folders(run, name)]
         records = [read_comparison(path) for path in paths if path.exists()]
         if records:
             first = records[0]
-            controls = [record["control"] for record in records]
+            controls = [record["control"] for record in records if are_alike(record, first)]
             comparison = Comparison(name, first["group"], first["before"], first["run"], controls)
             comparisons.append(comparison)
     return comparisons
+
+
+def are_alike(record: Record, other: Record) -> bool:
+    """Whether two records by `compare` have the same numbers of stories and texts."""
+    names = record["run"].keys() & other["run"].keys() & MEASURES.keys()
+    sizes = [[len(each["run"][name]) for name in sorted(names)] for each in (record, other)]
+    return record["group"] == other["group"] and sizes[0] == sizes[1]
 
 
 def control_folders(run: Path, name: str) -> list[Path]:

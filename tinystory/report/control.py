@@ -97,30 +97,30 @@ def control_section(run: Path) -> str:
     if not comparisons:
         note = f'<p class="note">{escape(how_to(run))}</p>'
         return f"<section><h2>{TITLE}</h2>{note}</section>"
-    body = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
-    body += page.grid([picture(run, comparisons)])
-    for comparison in comparisons:
-        body += page.table(*table(comparison))
-    for comparison in comparisons:
-        has_enough = len(comparison.controls) >= FEWEST_CONTROLS
-        note = NOTE.format(
-            stories=number(len(comparison.run["words"])),
-            interval=OF_TRAININGS if has_enough else OF_OPENINGS,
-        )
-    body += f'<p class="note">{note}</p><p class="note">{LIMITS}</p>'
+    claimed = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
+    few = min(len(each.controls) for each in comparisons) < FEWEST_CONTROLS
+    note = NOTE.format(
+        stories=number(len(comparisons[0].run["words"])),
+        interval=OF_OPENINGS if few else OF_TRAININGS,
+    )
+    claimed += f'<p class="note">{note}</p><p class="note">{LIMITS}</p>'
+    measured = picture(run, comparisons)
+    measured += "".join(page.table(*table(each)) for each in comparisons)
+    body = page.block("hero", f"<div>{claimed}</div><div>{measured}</div>")
     return f"<section><h2>{TITLE}</h2>{body}</section>"
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the measures, with the verdicts."""
     controls = page.count(len(comparison.controls), "control")
-    header = [f"{controls}: {NAMES[comparison.name]}", "before", "run", "control"]
-    header += ["run minus control", "verdict: the run is"]
+    header = [f"{controls}: {NAMES[comparison.name]}", "verdict: the run is"]
+    header += ["run minus control", "before", "run", "control"]
     rows = []
     for name, of in comparison.differences().items():
         means = [number(mean) for mean in (of.before, of.run, of.control)]
         by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
-        rows.append([MEASURES[name].title, *means, by_teacher, of.verdict])
+        title = MEASURES[name].title.format(group=comparison.group)
+        rows.append([title, of.verdict, by_teacher, *means])
     return header, rows
 
 
@@ -139,7 +139,8 @@ def picture(run: Path, comparisons: Sequence[Comparison]) -> str:
         values = {0: comparison.before[key], last: comparison.controls[0][key]}
         if has_evaluations:
             values = values_by_step(control_folders(run, comparison.name)[0], key)
-        lines.append(curve(values, COLOURS[comparison.name], NAMES[comparison.name]))
+        name = "control" if comparison.name == "shuffled" else NAMES[comparison.name]
+        lines.append(curve(values, COLOURS[comparison.name], name))
     return chart(f"Held-out stories: {MEASURES[key].title}", lines, size=(560, 300))
 
 

@@ -183,6 +183,7 @@ dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
   .pair > article + article { padding-top: 0; }
   .hero svg.chart text { font-size: 15px; }
-  .hero table { font-size: .68rem; } .hero td, .hero th + th { padding-left: .2rem; } }
+  .hero table { font-size: .68rem; } .hero td { white-space: normal; }
+  .hero td, .hero th + th { padding-left: .2rem; } }
 @media print { details:not([open]) { display: none; } }
 """
