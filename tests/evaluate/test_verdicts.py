@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from statistics import fmean
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from conftest import tiny_stories
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.control import Comparison, difference, verdict
-from tinystory.evaluate.intervals import prediction_half
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.report.control import sentence
 from tinystory.run.errors import UserError
@@ -56,40 +54,31 @@ def test_a_verdict_is_a_function_of_the_interval(mean, half, said):
     assert verdict(mean, half, small=0.4) == said
 
 
-def rows_of(controls, openings=100, run=0.0):
-    """Values of stories: noise of each opening, and the mean of each student."""
+def test_without_other_trainings_there_is_an_interval_over_openings_and_no_verdict():
+    rows = [[0.0, gain, 0.0] for gain in (0.2, 0.4, 0.6)]
+    alone = difference(rows, [0.0, 0.1])
+    assert alone.verdict == "" and alone.half == pytest.approx(1.959964 * 0.2 / 3**0.5)
+
+
+@pytest.mark.parametrize("controls", [1, 3])
+def test_the_level_of_a_verdict_is_as_stated(controls):
+    """Trainings that differ by chance: of 2000 verdicts 5 % say more or less, within five standard
+    deviations, with three controls and with one beside three others."""
     rng = random.Random(0)
-    return [[rng.gauss(0, 1) + mean for mean in (-1, run, *controls)] for _ in range(openings)]
-
-
-def test_from_three_controls_on_the_interval_includes_chance_between_trainings():
-    controls = [-0.5, 0.0, 0.5]
-    narrow, wide = (difference(rows_of(each)) for each in (controls[:2], controls))
-    assert narrow.half < 0.5 < wide.half
-    columns = [*zip(*rows_of(controls), strict=True)][2:]
-    assert wide.half == pytest.approx(prediction_half([fmean(column) for column in columns]))
-    assert prediction_half([0.0, 1.0, 2.0]) == pytest.approx(4.303 * (4 / 3) ** 0.5)
-
-
-def test_the_level_of_a_verdict_is_as_stated():
-    """Students that differ by chance: of 2000 verdicts with three controls, 5 % say more or less,
-    within five deviations; with one control, most do."""
-    rng = random.Random(0)
-    wrong = Counter()
+    wrong = 0
     for _ in range(2000):
-        means = [rng.gauss(0, 1) for _ in range(4)]
-        for count in (1, 3):
-            rows = [[0.0, *means[: 1 + count]], [1e-3, *means[: 1 + count]]]
-            wrong[count] += "than" in difference(rows).verdict
-    assert abs(wrong[3] - 100) < 50
-    assert wrong[1] > 1900
+        run, *trainings = (rng.gauss(0, 1) for _ in range(4))
+        compared = trainings if controls == 3 else [rng.gauss(0, 1)]
+        rows = [[0.0, run, *compared], [1e-3, run, *compared]]
+        wrong += "than" in difference(rows, trainings).verdict
+    assert abs(wrong - 100) < 50
 
 
 def comparison(control, run=0.74):
     measures = [
         {"reward": [value] * 4 + [value + 0.1], "words": [9.0] * 5} for value in (0.5, run, control)
     ]
-    return Comparison("shuffled", 5, measures[0], measures[1], [measures[2]])
+    return Comparison("shuffled", 5, measures[0], measures[1], measures[2:], measures[2:])
 
 
 def test_the_sentence_splits_the_gain():

@@ -66,7 +66,7 @@ def test_each_step_has_the_runs_scores_in_another_order(run, capsys):
     # the terminal and the run's report state the same gain
     said = [line for line in capsys.readouterr().out.splitlines() if "mean reward" in line]
     page = (run / "report.html").read_text()
-    assert said and said[-1][:40] in page and "verdict: the run is" in page
+    assert said and said[-1][:40] in page and "needs 3 controls" in page
 
 
 def test_a_second_control_has_another_order_and_constant_has_none(run, capsys):
@@ -79,6 +79,9 @@ def test_a_second_control_has_another_order_and_constant_has_none(run, capsys):
     ]
     assert orders[0] != orders[1]
     assert "2 controls: scores in random order" in capsys.readouterr().out
+    control(run)
+    printed = capsys.readouterr().out
+    assert "3 controls: scores in random order" in printed and "needs 3 controls" not in printed
     control(run, "constant")
     constant = run / "controls" / "constant"
     for step in range(1, 5):

@@ -18,7 +18,7 @@ from tinystory.data.shards import held_out_documents
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.graders import Graders, collect, send
 from tinystory.evaluate.held_out import is_evaluated
-from tinystory.evaluate.intervals import Z, prediction_half, standard_error
+from tinystory.evaluate.intervals import Z, mean_of, standard_error, t_quantile
 from tinystory.evaluate.stories import cluster_ids
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.rl.policy import Policy, rollout
@@ -45,13 +45,12 @@ FIRST_INDEX = 4 * 10**9
 # Half the width, in standard deviations of the stories before interaction, of the range of
 # differences that are too small to matter.
 SMALL = 1 / 3
-FEWEST_CONTROLS = 3  # for an interval that includes how much trainings differ by chance
+FEWEST_CONTROLS = 3  # with scores in random order, for a verdict
 
 
 class Measure(NamedTuple):
-    """A measure of a story or, for bits per byte, of a text. title: with a place for the number of
-    stories in a group. is_sum: the measure of a student is the
-    sum over a group of stories, not the mean."""
+    """A measure of a story or, for bits per byte, of a text. title: may have a place for the number
+    of stories in a group. is_sum: the measure of a student is the sum over a group, not the mean."""
 
     title: str
     is_sum: bool = False
@@ -196,7 +195,7 @@ def total(metrics: Sequence[Record], key: str) -> float:
 
 class Difference(NamedTuple):
     """Means of a measure: before interaction, after the run, after the controls; and half the width
-    of the 95 % interval of run minus control. verdict: see `verdict`."""
+    of the 95 % interval of run minus control. verdict: see `verdict`; "" with too few controls."""
 
     before: float
     run: float
@@ -217,25 +216,35 @@ class Difference(NamedTuple):
 class Comparison:
     """A run beside its controls of one kind. name: of the kind, one of CONTROLS. group: number of
     stories in a group. before, run, controls: measures by name, of the student before, after the
-    run, and after each control."""
+    run, and after each control. shuffled: the same of the controls with scores in random order,
+    which show how much trainings differ by chance."""
 
     name: str
     group: int
     before: Measures
     run: Measures
     controls: Sequence[Measures]
+    shuffled: Sequence[Measures]
+
+    @property
+    def has_verdicts(self) -> bool:
+        return len(self.shuffled) >= FEWEST_CONTROLS
 
     def differences(self) -> dict[str, Difference]:
         """The measures that all students have, by name."""
+        students = (self.before, self.run, *self.controls)
         result = {}
         for name, measure in MEASURES.items():
-            students = (self.before, self.run, *self.controls)
             columns = [student[name] for student in students if name in student]
-            if len(columns) == len(students):
-                rows = [row for row in zip(*columns, strict=True) if None not in row]
-                if len(rows) > 1:
-                    scale = self.group if measure.is_sum else 1
-                    result[name] = difference(rows, scale)
+            if len(columns) < len(students):
+                continue
+            rows = [row for row in zip(*columns, strict=True) if None not in row]
+            if len(rows) > 1:
+                trainings = []
+                if self.has_verdicts:
+                    trainings = [mean_of(student.get(name, ())) for student in self.shuffled]
+                scale = self.group if measure.is_sum else 1
+                result[name] = difference(rows, trainings, scale)
         return result
 
     def claimed(self) -> str:
@@ -244,17 +253,25 @@ class Comparison:
         return next((name for name in CLAIMED if name in known), "")
 
 
-def difference(rows: Sequence[Sequence[float]], scale: float = 1.0) -> Difference:
-    """Means and verdict from rows of values for the same opening, (before, run, control, ...). From
-    FEWEST_CONTROLS controls on, the interval includes how much trainings differ by chance: under
-    the hypothesis that the scores say nothing about the stories, the run is one more control."""
+def difference(
+    rows: Sequence[Sequence[float]], trainings: Sequence[float | None] = (), scale: float = 1.0
+) -> Difference:
+    """Means and verdict from rows of values for the same opening, (before, run, control, ...).
+
+    trainings: means after several trainings that differ only by chance. With them, the interval is
+    at least the prediction interval of run minus control under the hypothesis that the scores say
+    nothing about the stories: run and controls then are further such trainings. Without them, the
+    interval is only over the openings, and there is no verdict, because trainings differ more by
+    chance than stories do."""
     paired = [row[1] - fmean(row[2:]) for row in rows]
     half = Z * (standard_error(paired) or 0.0)
     before, run, *controls = (fmean(column) for column in zip(*rows, strict=True))
-    if len(controls) >= FEWEST_CONTROLS:
-        half = max(half, prediction_half(controls))
-    small = SMALL * stdev(row[0] for row in rows)
-    says = verdict(fmean(paired), half, small)
+    known = [mean for mean in trainings if mean is not None]
+    says = ""
+    if len(known) >= FEWEST_CONTROLS:
+        by_chance = stdev(known) * math.sqrt(1 + 1 / len(controls))
+        half = max(half, t_quantile(len(known)) * by_chance)
+        says = verdict(fmean(paired), half, SMALL * stdev(row[0] for row in rows))
     return Difference(scale * before, scale * run, scale * fmean(controls), scale * half, says)
 
 
@@ -275,15 +292,25 @@ def read_comparisons(run: Path) -> list[Comparison]:
     """The comparisons of a run with its controls, in the order of CONTROLS. Controls with another
     number of stories than the first (--eval-stories) are left out. Raises UserError for a file that
     `compare` cannot have written."""
-    comparisons = []
+    by_kind: dict[str, list[Record]] = {}
     for name in CONTROLS:
         paths = [folder / COMPARISON for folder in control_folders(run, name)]
         records = [read_comparison(path) for path in paths if path.exists()]
         if records:
-            first = records[0]
-            controls = [record["control"] for record in records if are_alike(record, first)]
-            comparison = Comparison(name, first["group"], first["before"], first["run"], controls)
-            comparisons.append(comparison)
+            by_kind[name] = records
+    comparisons = []
+    for name, (first, *others) in by_kind.items():
+        controls = [first, *(record for record in others if are_alike(record, first))]
+        shuffled = [record for record in by_kind.get("shuffled", ()) if are_alike(record, first)]
+        comparison = Comparison(
+            name=name,
+            group=first["group"],
+            before=first["before"],
+            run=first["run"],
+            controls=[record["control"] for record in controls],
+            shuffled=[record["control"] for record in shuffled],
+        )
+        comparisons.append(comparison)
     return comparisons
 
 

@@ -40,12 +40,6 @@ def t_quantile(values: int) -> float:
     return T_QUANTILES[min(values - 1, len(T_QUANTILES)) - 1]
 
 
-def prediction_half(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval, around the mean of the values, of one more value from the
-    same normal distribution. values: two or more."""
-    return t_quantile(len(values)) * stdev(values) * math.sqrt(1 + 1 / len(values))
-
-
 def with_ci(
     value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = ""
 ) -> str:

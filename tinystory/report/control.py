@@ -36,18 +36,18 @@ NAMES = {
 COLOURS = {"shuffled": "plain", "constant": "coherence", "likelihood": "creativity"}
 NOTE = (
     "Run and controls have the same start, seeds and options. Each last student writes {stories} stories for held-out "
-    "openings, with the same random numbers. “More” or “less”: the 95 % interval of the difference excludes 0. “As”: "
-    "the interval lies within a third of a standard deviation of the stories before interaction. {interval} Bits per "
-    "byte are each student’s at its best temperature."
+    "openings, with the same random numbers. Bits per byte are each student’s at its best temperature."
 )
 OF_OPENINGS = (
-    "The interval is over held-out openings (bits per byte: texts), for these two trainings. How much two trainings "
-    "differ by chance is not in it: give the same command until there are three controls."
+    "± is the 95 % interval over held-out openings, paired, for these two trainings. It does not include how much two "
+    "trainings differ by chance, which is often more: verdicts need {fewest} controls with scores in random order, "
+    "and each call of the command adds one."
 )
 OF_TRAININGS = (
-    "The interval includes how much trainings differ by chance: it is the prediction interval of one more control, "
-    "by Student’s t distribution. So each verdict “more” or “less” is wrong in one of twenty runs whose scores say "
-    "nothing about the stories."
+    "± is half the 95 % interval. It includes how much trainings differ by chance, by Student’s t distribution over "
+    "the controls with scores in random order. “More” or “less”: the interval excludes 0. “As”: it lies within a third "
+    "of a standard deviation of the stories before interaction. If the scores say nothing about the stories, one "
+    "verdict in twenty is a wrong “more” or “less”."
 )
 LIMITS = (
     "A control cannot show everything. What all scores have in common, such as endings and length, is learned with "
@@ -86,7 +86,16 @@ def claims(run: Path) -> list[str]:
 
 def how_to(run: Path) -> str:
     """The command for the control of a run, after a question."""
-    return f"{TITLE} See with: {hint('train_interact.py', '--control', run)}"
+    return f"{TITLE} See with: {command(run)}"
+
+
+def command(run: Path) -> str:
+    return hint("train_interact.py", "--control", run)
+
+
+def interval_note(comparison: Comparison) -> str:
+    """What the ± of a comparison is."""
+    return OF_TRAININGS if comparison.has_verdicts else OF_OPENINGS.format(fewest=FEWEST_CONTROLS)
 
 
 def control_section(run: Path) -> str:
@@ -98,12 +107,12 @@ def control_section(run: Path) -> str:
         note = f'<p class="note">{escape(how_to(run))}</p>'
         return f"<section><h2>{TITLE}</h2>{note}</section>"
     claimed = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
-    few = min(len(each.controls) for each in comparisons) < FEWEST_CONTROLS
-    note = NOTE.format(
-        stories=number(len(comparisons[0].run["words"])),
-        interval=OF_OPENINGS if few else OF_TRAININGS,
+    note = NOTE.format(stories=number(len(comparisons[0].run["words"])))
+    claimed += (
+        f'<p class="note">{interval_note(comparisons[0])} {note}</p><p class="note">{LIMITS}</p>'
     )
-    claimed += f'<p class="note">{note}</p><p class="note">{LIMITS}</p>'
+    if not comparisons[0].has_verdicts:
+        claimed += f'<p class="note">{escape(command(run))}</p>'
     measured = picture(run, comparisons)
     measured += "".join(page.table(*table(each)) for each in comparisons)
     body = page.block("hero", f"<div>{claimed}</div><div>{measured}</div>")
@@ -120,7 +129,8 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         means = [number(mean) for mean in (of.before, of.run, of.control)]
         by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
         title = MEASURES[name].title.format(group=comparison.group)
-        rows.append([title, of.verdict, by_teacher, *means])
+        verdict = of.verdict or f"needs {FEWEST_CONTROLS} controls"
+        rows.append([title, verdict, by_teacher, *means])
     return header, rows
 
 
