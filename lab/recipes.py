@@ -48,7 +48,7 @@ from lab.runs import (
     interact_config,
     pretrain_config,
     train,
-    train_control,
+    train_controls,
     words_of,
 )
 from lab.second_judge import best_of_n
@@ -225,7 +225,7 @@ def train_students(
             argv += corpus_of_teacher(pretrained, config)
             train(run, argv, arm.words)
         if is_control:
-            run = train_control(run, arm.control, again_for_control(pretrained, config))
+            run = train_controls(run, arm.control, again_for_control(pretrained, config))
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
 

@@ -3,6 +3,7 @@ Finished runs are not repeated, and stopped runs are resumed."""
 
 import shlex
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import train_interact
@@ -17,7 +18,7 @@ from tinystory.config import (
 )
 from tinystory.data.openings import load_openings
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONTROL_RUNS
+from tinystory.run.folder import CONTROL_RUNS, numbered
 from tinystory.run.records import CONFIG, SAMPLES
 from tinystory.student import checkpoint
 
@@ -86,19 +87,21 @@ def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int 
     return last
 
 
-def train_control(run: Path, name: str, again: Sequence[str]) -> Path:
-    """The folder of a control of a finished run, after finishing the control. name: one of CONTROLS.
-    again: options that no record may give. Raises UserError if the control is stopped."""
-    folder = run / CONTROL_RUNS / name
-    if not is_finished(folder, 0):
-        print(f"{folder} ...", flush=True)
-        resume = ["--resume"] if (folder / CONFIG).exists() else []
-        train_interact.main(["--control", str(run), name, *resume, *again])
-    if not is_finished(folder, 0):
-        raise UserError(
-            f"{folder} was stopped before its end: run the same command again to continue"
-        )
-    return folder
+def train_controls(run: Path, name: str, again: Sequence[str] = (), count: int = 1) -> Path:
+    """The folder of the first of `count` controls of a finished run, after finishing all. name: one
+    of CONTROLS. again: options that no record may give. Raises UserError if a control is
+    stopped."""
+    folders = [*islice(numbered(run / CONTROL_RUNS / name), count)]
+    for folder in folders:
+        if not is_finished(folder, 0):
+            print(f"{folder} ...", flush=True)
+            resume = ["--resume", "--out", str(folder)] if (folder / CONFIG).exists() else []
+            train_interact.main(["--control", str(run), name, *resume, *again])
+        if not is_finished(folder, 0):
+            raise UserError(
+                f"{folder} was stopped before its end: run the same command again to continue"
+            )
+    return folders[0]
 
 
 def is_finished(out: Path, words: int) -> bool:

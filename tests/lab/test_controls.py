@@ -4,7 +4,8 @@ import pytest
 from conftest import SHORT, metrics, read_lines
 
 import train_interact
-from lab import controls
+from lab import controls, verdicts
+from tinystory.evaluate.control import Comparison
 from tinystory.run.errors import UserError
 
 
@@ -50,3 +51,15 @@ def test_a_control_stands_before_the_options():
     assert controls.split("--teacher-url http://127.0.0.1:9")[0] == ""
     with pytest.raises(UserError, match="'mixed' is not a control: give one of shuffled"):
         controls.split("mixed: --grades 64")
+
+
+def test_verdicts_are_counted_by_measure(capsys):
+    """Three controls that differ much, and a first control far below the run."""
+
+    def measures(words):
+        return {"words": [words - 0.1, words, words + 0.1]}
+
+    controls = [measures(words) for words in (1.0, 5.0, 9.0)]
+    one = Comparison("shuffled", 40, measures(0.0), measures(5.0), controls, controls)
+    verdicts.print_table([one, one])
+    assert capsys.readouterr().out.splitlines()[-1] == "| words | 0 | 0 | 0 | 2 | 2 |"
