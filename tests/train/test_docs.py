@@ -13,8 +13,8 @@ from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS += [ROOT / "lab" / name for name in ("README.md", "results.md", "paper.md")]
-OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --max-logprobs --port --model --model_alias"
-OTHERS += " --gpu-memory-utilization --take_final --padding_side --no-deps"
+OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port"
+OTHERS += " --max-logprobs --model --model_alias --gpu-memory-utilization --take_final --padding_side --no-deps"
 
 
 def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):
