@@ -6,6 +6,7 @@ from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, s
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
+from tinystory.teacher import api
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.open_grader import open_grader
 
@@ -68,3 +69,17 @@ def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
         assert teacher.probes()[0].model == "qwen3-8b"
     with FaultServer(models=listed[:2]) as server, Teacher(server.url) as teacher:
         assert teacher.probes()[0].model == listed[0]  # nothing else is there: let it say why not
+
+
+def test_a_long_list_of_models_is_not_cleaned_name_by_name(monkeypatch):
+    """Cleaning a text reads the environment for secrets: 75 s for 100,000 models."""
+    cleaned = []
+    redacted = api.redacted
+    monkeypatch.setattr(api, "redacted", lambda *texts: cleaned.append(texts) or redacted(*texts))
+    models = [f"embed-{i}" for i in range(100_000)]
+    with FaultServer(models=[*models, "sk\x1b-ok"]) as server, Teacher(server.url) as teacher:
+        assert teacher.probes()[0].model == "sk-ok"
+    with FaultServer(models=models) as server, Teacher(server.url, "other") as teacher:
+        (note,) = teacher.probes()[0].notes
+    assert "does not list other" in note and "embed-0, embed-1" in note and len(note) < 600
+    assert len(cleaned) < 100

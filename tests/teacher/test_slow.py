@@ -57,6 +57,9 @@ class SlowServer:
             raise Failure("is overloaded or failing", status=BUSY[1], again=True, busy=True)
         return ["slow"]
 
+    def one_line(self, text):
+        return text
+
     async def chat(self, body):
         self.received += 1
         self.in_flight += 1
@@ -80,7 +83,7 @@ def teacher_of(monkeypatch):
     monkeypatch.setattr(asyncio, "new_event_loop", SimulatedLoop)
 
     def open_teacher(server: SlowServer, **options) -> Teacher:
-        monkeypatch.setattr(client, "ChatClient", lambda url, key: server)
+        monkeypatch.setattr(client, "ChatClient", lambda url, key, role: server)
         return Teacher("http://x", concurrency=CONCURRENCY, **options)
 
     return open_teacher

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import SHORT, assert_same_bits, metrics, read_lines
-from fault_server import FaultServer
+from fault_server import FaultServer, error
 
 import train_interact as interact
 from tinystory.report.before_after import summary
@@ -68,6 +68,30 @@ def test_a_judges_errors_name_the_option_judge(tmp_path):
             open_judge(interact.InteractConfig(judge=judge), corpus=[]) as grader,
         ):
             grader.grade("Once", ["a cat ran."])
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"judge": "http://127.0.0.1:9"}, "the judge at http://127.0.0.1:9/v1 cannot be reached"),
+        ({"judge": "http://127.0.0.1:9?x=1"}, "the judge's URL must look like"),
+        ({"judge_prompt": "none.json"}, "--judge-prompt none.json is neither one of"),
+        ({"judge_prompt": "event", "preset": "babylm-2026-strict"}, "--judge-prompt event asks yes-or-no"),
+        ({"models": ()}, "the judge at .* or name one with --judge-model"),
+        ({"script": lambda story, n: error(404, "no")}, "the judge at .* --judge-model"),
+    ],
+)
+def test_errors_of_a_judge_at_a_url_name_its_own_options(options, words):
+    models = options.pop("models", ("m",))
+    script = options.pop("script", lambda story, n: "2 1 3")
+    with (
+        FaultServer(script, models=models) as server,
+        pytest.raises(UserError, match=words) as caught,
+        open_judge(interact.InteractConfig(**{"judge": server.url} | options), corpus=[]) as judge,
+    ):
+        judge.grade("Once", ["a cat ran."])
+    assert "teacher" not in str(caught.value)
 
 
 def test_a_judges_url_may_be_in_capitals(short_pauses):

@@ -247,14 +247,15 @@ def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
 
 
 def grade_known(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-    """Grades of (opening, story) pairs. Raises UserError if the first FIRST_TEXTS of them get no score, because
-    then each further text would cost as many requests for nothing."""
+    """Grades of (opening, story) pairs. Raises UserError if the first FIRST_TEXTS of them get no
+    score, because then each further text would cost as many requests for nothing."""
     grades = grader.grade_each(pairs[:FIRST_TEXTS])
     if all(grade.score is None for grade in grades):
         replies = dict.fromkeys(repr((grade.reply or grade.error or "")[:80]) for grade in grades)
+        role = grader.options.role if isinstance(grader, Teacher) else "teacher"
         raise UserError(
-            f"the teacher gave no score for the first {len(grades)} of {len(pairs)} texts, but "
-            f"{'; '.join(replies)}: choose another --teacher-prompt or another model"
+            f"the {role} gave no score for the first {len(grades)} of {len(pairs)} texts, but "
+            f"{'; '.join(replies)}: choose another --{role}-prompt or another model"
         )
     return grades + grader.grade_each(pairs[FIRST_TEXTS:])
 

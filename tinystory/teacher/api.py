@@ -77,11 +77,13 @@ class Reply:
 
 class ChatClient:
     """Client of the server at `url` (including /v1), for use on one event loop. Only connecting has
-    a time limit here; callers limit the time of a request."""
+    a time limit here; callers limit the time of a request. role: "teacher" or "judge", for errors
+    that name an option."""
 
-    def __init__(self, url: str, key: str):
+    def __init__(self, url: str, key: str, role: str = "teacher"):
         self._url = url
         self._key = key.strip()
+        self._role = role
 
     @functools.cached_property
     def _client(self) -> "openai.AsyncOpenAI":
@@ -120,15 +122,15 @@ class ChatClient:
             await self._client.close()
 
     async def models(self) -> list[str]:
-        """The names of the models that the server lists, in the server's order."""
+        """The names of the models that the server lists, in the server's order. Untrusted text."""
         answer: Any = await self._answer(
             lambda client: client.models.with_streaming_response.list()
         )
         try:
-            names = [self.one_line(str(entry["id"])) for entry in answer["data"]]
+            names = [str(entry["id"]) for entry in answer["data"]]
         except (TypeError, KeyError):
             raise Failure(NOT_OPENAI, status=200) from None
-        return [name for name in names if name]
+        return [name for name in names if name.strip()]
 
     async def chat(self, body: Mapping[str, Any]) -> list[Reply]:
         """The choices of the server's answer to a chat request, at least one. body: all fields of
@@ -262,7 +264,7 @@ class ChatClient:
                 retry_after=_retry_after(headers),
             )
         elif status == 404:
-            message = f"has no such page or model ({error}): check the URL and --teacher-model"
+            message = f"has no such page or model ({error}): check the URL and --{self._role}-model"
         elif NO_CONTEXT.search(error):
             message = (
                 f"has too short a context for the prompt with opening and story ({error}): give the "

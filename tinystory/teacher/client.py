@@ -94,14 +94,15 @@ class Teacher(Grader):
         **options: Any,
     ):
         super().__init__({})  # `probes` fills in the facts
-        urls = [base_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        self.options = Options(**options)
+        role = self.options.role
+        urls = [base_url(url, role) for url in ([urls] if isinstance(urls, str) else urls)]
         names: Sequence[str | None] = [models] if isinstance(models, str) else models or [None]
         if len(names) not in (1, len(urls)) or len(set(urls)) < len(urls):
             raise UserError(
                 f"{len(urls)} URLs, {len(set(urls))} of them different, and {len(names)} models do not match: give "
                 "each --teacher-url once, and one --teacher-model for all URLs or one for each"
             )
-        self.options = Options(**options)
         self.per_second = 0.0  # measured rate of answers; 0 until there are enough
         self.concurrency = concurrency
         self.max_unscored = max_unscored
@@ -110,7 +111,7 @@ class Teacher(Grader):
         self.endpoints: list[Endpoint] = []
         for i, url in enumerate(urls):
             own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
-            client = ChatClient(url, own_key or os.environ.get("OPENAI_API_KEY", ""))
+            client = ChatClient(url, own_key or os.environ.get("OPENAI_API_KEY", ""), role)
             model = names[i % len(names)]
             endpoint = Endpoint(url, model, client, concurrency, self.ledger, self.options)
             self.endpoints.append(endpoint)
@@ -310,7 +311,7 @@ class Teacher(Grader):
             if failure is None:
                 continue
             if all(failures):
-                raise UserError(f"the teacher at {endpoint.url} {failure}")
+                raise UserError(f"{endpoint} {failure}")
             leave_out(endpoint, failure)
 
     async def _grade(self, submission: Submission, afresh: bool) -> Grade:
@@ -398,9 +399,9 @@ class Teacher(Grader):
             await self.pool.ask(send_missing)
         except Failure as failure:
             if failure.fatal or failure.unreachable:  # no other story can be graded either
-                self._fatal = UserError(f"the teacher at {failure.url} {failure}")
+                self._fatal = UserError(f"the {self.options.role} at {failure.url} {failure}")
                 raise self._fatal from None
-            keep(missing[0], CachedReply("", error=f"the teacher {failure}"))
+            keep(missing[0], CachedReply("", error=f"the {self.options.role} {failure}"))
 
     def _with_score(self, story: "_Story") -> Grade:
         """The grade of a story. All last replies of the story must be readable."""

@@ -31,6 +31,7 @@ URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IG
 class Options:
     """Options of requests, the same for every server."""
 
+    role: str = "teacher"  # or "judge": what messages call the model, and how its options begin
     protocol: Protocol = field(default_factory=Grades)
     temperature: float = 0.2
     seed: int = 0
@@ -129,6 +130,9 @@ class Endpoint:
             f"{options.protocol}{options.extra_json}"
         )
         self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def __str__(self) -> str:
+        return f"the {self.options.role} at {self.url}"
 
     @property
     def timeout_s(self) -> float:
@@ -254,13 +258,13 @@ class Endpoint:
         return self.probe.tokens[0] + len(texts[-1].encode())
 
 
-def base_url(url: str) -> str:
+def base_url(url: str, role: str = "teacher") -> str:
     """The base URL of an API: `url`, with the path /v1 if it has no path. Raises UserError if `url`
     is not an http or https URL, or has a user name, a query or a fragment."""
     parts = URL.fullmatch(url.strip())
     if parts is None or not url.isprintable():
         raise UserError(
-            "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1, without a key: set the "
+            f"the {role}'s URL must look like http://127.0.0.1:8000/v1 or https://host/v1, without a key: set the "
             "key in OPENAI_API_KEY"
         )
     return parts["server"] + (parts["path"].rstrip("/") or "/v1")

@@ -36,9 +36,10 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def load_protocol(name: str | os.PathLike) -> Protocol:
+def load_protocol(name: str | os.PathLike, option: str = "--teacher-prompt") -> Protocol:
     """The protocol with this name in PROTOCOLS, or the protocol in the JSON file with this name
-    (docs/teachers.md); grades for "". Raises UserError if the file is missing or invalid."""
+    (docs/teachers.md); grades for "". Raises UserError if the file is missing or invalid. option:
+    the option that named it."""
     if not name:
         return PROTOCOLS["grades"]
     if name in PROTOCOLS:
@@ -47,7 +48,7 @@ def load_protocol(name: str | os.PathLike) -> Protocol:
         return _protocol(json.loads(read_text(Path(name))))
     except (UserError, ValueError, RecursionError) as error:
         raise UserError(
-            f"--teacher-prompt {name} is neither one of {', '.join(PROTOCOLS)} nor a valid template file: "
+            f"{option} {name} is neither one of {', '.join(PROTOCOLS)} nor a valid template file: "
             f"{error}"
         ) from None
 

@@ -45,12 +45,13 @@ def open_grader(
     replies: Path | None = None,
     likelihood: Callable[[], Grader] | None = None,
     examples: Callable[[], Sequence[Example]] | None = None,
+    role: str = "teacher",
 ) -> Iterator[Grader]:
     """Yields the grader that the options describe, ready to use. Raises UserError if the grader
     cannot be opened. corpus: names of the corpora to which the built-in teacher is fitted; it is
     used if the options name no grader. replies: cache file of a teacher. likelihood: constructs the
     grader of --reward likelihood. examples: returns the worked examples for a --teacher-prompt that
-    shows examples."""
+    shows examples. role: "teacher" or "judge", for messages."""
     extra = load_extra(config.teacher_extra)  # a secret in it is an error with every grader
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
@@ -66,12 +67,13 @@ def open_grader(
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
-            protocol = load_protocol(config.teacher_prompt)
+            prompt_flag = f"--{role}-prompt"
+            protocol = load_protocol(config.teacher_prompt, prompt_flag)
             if protocol.top_logprobs and config.preset in babylm.TRACKS:
                 raise UserError(
-                    f"--teacher-prompt {config.teacher_prompt} asks yes-or-no questions and reads probabilities from "
-                    f"the answers, but BabyLM (--preset {config.preset}) does not allow the teacher's probabilities "
-                    "to reach the student: use a --teacher-prompt that asks for grades"
+                    f"{prompt_flag} {config.teacher_prompt} asks yes-or-no questions and reads probabilities from "
+                    f"the answers, but BabyLM (--preset {config.preset}) does not allow a model's probabilities "
+                    f"to reach the student: use a {prompt_flag} that asks for grades"
                 )
             for name, flag in changed_options(config).items():
                 is_for_grades = name in ("teacher_temperature", "teacher_max_tokens")
@@ -85,6 +87,7 @@ def open_grader(
             teacher = Teacher(
                 urls,
                 config.teacher_model,
+                role=role,
                 protocol=protocol,
                 extra=extra,
                 seed=config.seed,
@@ -100,7 +103,7 @@ def open_grader(
             )
             stack.enter_context(teacher)
             for probe in teacher.probes():
-                print(f"teacher: {probe}")
+                print(f"{role}: {probe}")
                 for note in probe.notes:
                     print(f"warning: {note}")
             yield teacher
@@ -136,7 +139,7 @@ def open_judge(
             yield CallableGrader(score, judge)
             return
         yield stack.enter_context(
-            open_grader(options, corpus=corpus, replies=replies, examples=examples)
+            open_grader(options, corpus=corpus, replies=replies, examples=examples, role="judge")
         )
 
 

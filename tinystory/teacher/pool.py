@@ -112,6 +112,4 @@ class ServerPool:
 def leave_out(endpoint: Endpoint, failure: Failure) -> None:
     """Send no further requests to this server, and print a warning."""
     endpoint.is_open = False
-    tqdm.write(
-        f"warning: the teacher at {endpoint.url} {failure}; the other servers take over its requests"
-    )
+    tqdm.write(f"warning: {endpoint} {failure}; the other servers take over its requests")

@@ -22,6 +22,7 @@ from tinystory.teacher.prompt import fence
 
 HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
 HUMAN_S = 20.0  # seconds per grade by a human, assumed in forecasts
+SHOWN_MODELS = 40  # of a server's list, in a message
 LOADING_PAUSE_S = 2.0  # seconds between two questions whether a server has loaded its model
 PATIENCE_S = 3 * 86_400.0  # time limit in seconds for a human's grade
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
@@ -149,6 +150,7 @@ class Prober:
         self.endpoint = replace(server)
         self.options = server.options
         self.protocol = server.options.protocol
+        self.model_flag = f"--{self.options.role}-model"
         self.messages = self._messages(*FIRST_STORY)
         self.notes: list[str] = []
         self.seconds: list[float] = []
@@ -176,7 +178,7 @@ class Prober:
                 self.cache.put(server.probe_key, reply, again=True, charged=charged)
         except Failure as failure:
             if not failure.unreachable:
-                reasons = [f"the teacher at {server.url} {failure}", *self.notes]
+                reasons = [f"{server} {failure}", *self.notes]
                 raise UserError("; ".join(reasons)) from None
             if probe is None:
                 return failure
@@ -185,12 +187,12 @@ class Prober:
                 # server when the server can be reached again.
                 message = (
                     f"{failure} (the cached replies are by {probe.model}: to use them, give "
-                    f"--teacher-model {probe.model})"
+                    f"{self.model_flag} {probe.model})"
                 )
                 return Failure(message, unreachable=True)
             server.model = probe.model
             tqdm.write(
-                f"warning: the teacher at {server.url} {failure}; cached replies are used until a new one is needed"
+                f"warning: {server} {failure}; cached replies are used until a new one is needed"
             )
         server.probe = probe
         if server.model == HUMAN:  # a human may take a break
@@ -207,9 +209,7 @@ class Prober:
             if failure.status is None:
                 raise
             if endpoint.model is None:
-                message = (
-                    f"{failure} (if the server does not list models, name one with --teacher-model)"
-                )
+                message = f"{failure} (if the server does not list models, name one with {self.model_flag})"
                 raise Failure(message, status=failure.status) from None
             self.notes.append(
                 f"{endpoint.url} {failure}; {endpoint.model} is used although the server gave no list of models"
@@ -217,11 +217,11 @@ class Prober:
             return endpoint.model
         if endpoint.model is None:
             if not models:
-                raise Failure("lists no model: load one, or name one with --teacher-model")
+                raise Failure(f"lists no model: load one, or name one with {self.model_flag}")
             chat_models = [name for name in models if not NO_CHAT.search(name)]
-            endpoint.model = (chat_models or models)[0]
+            endpoint.model = endpoint.client.one_line((chat_models or models)[0])
         elif endpoint.model not in models:
-            listed = endpoint.client.one_line(", ".join(models)) or "none"
+            listed = endpoint.client.one_line(", ".join(models[:SHOWN_MODELS])) or "none"
             self.notes.append(
                 f"{endpoint.url} does not list {endpoint.model}, which is used anyway; listed models: {listed}"
             )
@@ -385,9 +385,17 @@ class Prober:
                 f"has a model, {model}, that reasons before it answers and gives no scores within {THINKING_TOKENS} "
                 "tokens: choose a model that does not reason, or switch reasoning off on the server"
             )
-        note = f"reasoning of {model} cannot be switched off: a reply may cost up to {THINKING_TOKENS} tokens"
+        note = (
+            f"reasoning of {model} cannot be switched off by {len(QUIETER)} known fields: a reply may cost up to "
+            f"{THINKING_TOKENS} tokens"
+        )
         if reply.tokens:
             note += f"; the first reply cost {reply.tokens[1]}"
+        if self.options.role == "teacher":  # a judge has no such option
+            note += (
+                "; if the server has another field for it, give that field, for example --teacher-extra "
+                '\'{"reasoning_effort": "none"}\''
+            )
         self.notes.append(note)
         return reply
 
