@@ -77,7 +77,10 @@ def test_a_judges_errors_name_the_option_judge(tmp_path):
         ({"judge": "http://127.0.0.1:9"}, "the judge at http://127.0.0.1:9/v1 cannot be reached"),
         ({"judge": "http://127.0.0.1:9?x=1"}, "the judge's URL must look like"),
         ({"judge_prompt": "none.json"}, "--judge-prompt none.json is neither one of"),
-        ({"judge_prompt": "event", "preset": "babylm-2026-strict"}, "--judge-prompt event asks yes-or-no"),
+        (
+            {"judge_prompt": "event", "preset": "babylm-2026-strict"},
+            "--judge-prompt event asks yes-or-no",
+        ),
         ({"models": ()}, "the judge at .* or name one with --judge-model"),
         ({"script": lambda story, n: error(404, "no")}, "the judge at .* --judge-model"),
     ],
