@@ -17,9 +17,10 @@ from typing import Any
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate import control, held_out
-from tinystory.evaluate.forecast import open_budget
-from tinystory.evaluate.graders import Graders, collect_scored, open_graders, send
-from tinystory.evaluate.temperature import choose_temperature
+from tinystory.evaluate.forecast import print_forecast
+from tinystory.evaluate.graders import Graders, open_graders
+from tinystory.evaluate.story_records import held_out_metrics, step_means, story_records
+from tinystory.evaluate.temperature import choose_temperature, trial_stories
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.ending import print_control, print_interaction, print_stopped
 from tinystory.report.run import live_report
@@ -27,7 +28,7 @@ from tinystory.rl import learners, ppo, score_model
 from tinystory.rl.batch import Batch, collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import story_rewards
+from tinystory.rl.reward import differences, story_rewards
 from tinystory.rl.start import (
     load_students,
     open_openings,
@@ -46,7 +47,7 @@ from tinystory.run.step_log import ProgressBar, Stages
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
-from tinystory.teacher.grade import NOT_ASKED, Grade
+from tinystory.teacher.grade import NOT_ASKED, Grade, require_scores
 
 
 @command
@@ -90,7 +91,7 @@ def interact(run: InteractionRun) -> None:
     config, policy, state, stages = run.config, run.policy, run.state, run.stages
     with contextlib.suppress(Interrupted), run.bar:
         if held_out.is_evaluated(config, state.step):
-            evaluate(run)
+            evaluate_late(run)
         while goes_on(run):
             stages.begin("rollout")
             indices = range(state.written, state.written + config.stories_per_step)
@@ -99,8 +100,7 @@ def interact(run: InteractionRun) -> None:
 
             stages.begin("reference")  # while the teacher grades
             batch = collate(stories, run.compute.device)
-            with run.compute.autocast():
-                batch = ppo.with_reference(policy, batch, run.reference)
+            batch = ppo.with_reference(policy, batch, run.reference)
 
             stages.begin("teacher")
             try:
@@ -110,7 +110,8 @@ def interact(run: InteractionRun) -> None:
                 raise
 
             stages.begin("update")
-            rewards = story_rewards(config, stories, scores)
+            difference = differences([story.text for story in stories])
+            rewards = story_rewards(config, stories, scores, difference)
             statistics = ppo.step(policy, batch, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 
@@ -120,17 +121,18 @@ def interact(run: InteractionRun) -> None:
             state.end_step(stories, words_in, asked=len(grades) - grades.count(NOT_ASKED))
             scored = len(stories) - rewards.count(None)
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], scored, config)
-            record = log_step(run, stories, grades, scores, rewards, statistics | prediction)
+            records = story_records(
+                state.step, stories, grades, rewards, difference, policy.history
+            )
+            log_stories(run, records, grades, scores)
             save_milestones(run, words_before)
-            if state.step % config.save_every == 0:
-                save(run)
-            if held_out.is_evaluated(config, state.step):
-                record |= evaluate(run)
+            means = step_means(stories, grades, records)
+            record = end_step(run, statistics | prediction | means)
             run.update_report()
             if warn(run, record):
                 break
         if not distributed.stop_signal(run.stop):
-            evaluate(run)
+            evaluate_late(run)
     save(run, replace=True)
 
 
@@ -152,7 +154,7 @@ def on_story(run: InteractionRun, story: Story) -> None:
     """Send a finished story to the teacher at once. With --grades the stories to grade are chosen
     later."""
     if not run.config.grades:
-        send(run.graders.teacher, story)
+        run.graders.teacher.send(story)
     run.bar.update()
 
 
@@ -169,7 +171,7 @@ def grade_stories(
     count = score_model.grades_of_step(run.config, state.step, state.asked)
     chosen = distributed.rank0_value(lambda: model.choose(features, count))
     for row in chosen:
-        send(run.graders.teacher, stories[row])
+        run.graders.teacher.send(stories[row])
     grades = collect_grades(run, chosen)
     known = [grade.score for grade in grades]
     scores, prediction = score_model.with_predictions(model, features, stories, known, chosen)
@@ -180,37 +182,50 @@ def grade_stories(
 def collect_grades(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
     """The step's grades, one per story; NOT_ASKED for rows that are not in `sent`. Raises UserError
     if too many grades have no score."""
-    received = collect_scored(run.config, run.graders.teacher, run.stop)
-    grades = [NOT_ASKED] * run.config.stories_per_step
+    config = run.config
+    received = run.graders.teacher.collect(run.stop)
+    tolerated = config.max_unscored
+    if config.grades:  # one grade without a score must not stop a run that asks for a few
+        tolerated = max(tolerated, 1 / max(len(received), 1))
+    require_scores(received, tolerated)
+    grades = [NOT_ASKED] * config.stories_per_step
     for row, grade in zip(sent, received, strict=True):
         grades[row] = grade
     return grades
 
 
-def log_step(
+def log_stories(
     run: InteractionRun,
-    stories: Sequence[Story],
-    grades: list[Grade],
+    records: list[Record],
+    grades: Sequence[Grade],
     scores: Sequence[float | None],
-    rewards: list[float | None],
-    statistics: dict[str, Any],
-) -> Record:
-    """The step's metrics, after writing them and the stories to the log. scores: the teacher's
-    scores and the predicted ones."""
-    state = run.state
-    records = held_out.story_records(state.step, stories, grades, rewards, run.policy.history)
+) -> None:
+    """Write the step's stories to the log. scores: the teacher's scores and the predicted ones."""
     if run.config.grades:
         for record, grade, score in zip(records, grades, scores, strict=True):
             record["predicted"] = score if grade == NOT_ASKED else None
     run.log.append(STORIES, records)
-    metrics = statistics | held_out.step_means(stories, grades, records)
-    metrics |= {"words_in": state.words_in, "words_out": state.words_out}
-    metrics |= run.stages.seconds
-    metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
-    metrics |= run.graders.teacher.stats()
+
+
+def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
+    """The step's record, which is written after the evaluation that follows the step, if there is
+    one. Then a checkpoint is written. If the evaluation fails or is interrupted, both are written
+    without the evaluation, which a resumed run repeats."""
+    config, state = run.config, run.state
+    is_evaluated = held_out.is_evaluated(config, state.step)
     shown = {"reward": "reward_mean", "words": "length_mean", "kl": "kl"}
     run.bar.end_step({name: metrics[key] for name, key in shown.items()})
-    return run.log.metrics(step=state.step, **metrics)
+    metrics |= {"step": state.step, "words_in": state.words_in, "words_out": state.words_out}
+    metrics |= run.stages.seconds
+    metrics["peak_memory_mb"] = peak_memory_mb(run.compute.device)
+    try:
+        if is_evaluated:
+            metrics |= evaluate(run)
+    finally:
+        record = run.log.metrics(**metrics, **run.graders.examiner.stats())
+        if is_evaluated or state.step % config.save_every == 0:
+            save(run)
+    return record
 
 
 def warn(run: InteractionRun, record: Record) -> bool:
@@ -223,14 +238,9 @@ def warn(run: InteractionRun, record: Record) -> bool:
 
 
 def evaluate(run: InteractionRun) -> dict[str, Any]:
-    """Metrics of stories that continue the held-out openings; {} if this step was evaluated before.
-    Adds the metrics to the record of the last step, and saves the student as the checkpoint `best`
-    if it is the best so far. Raises Interrupted."""
+    """Metrics of stories that continue the held-out openings. Saves the student as the checkpoint
+    `best` if it is the best so far. Raises Interrupted."""
     config, state, log = run.config, run.state, run.log
-    if state.evaluated_before > state.step:
-        return {}
-    if state.step:
-        save(run)
     stories, grades, records = held_out.evaluate(
         run.policy, state.step, run.openings.held_out, run.graders, run.stop
     )
@@ -242,19 +252,29 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
     if held_out.becomes_best(config, log.folder, state.step):
         state.best_step = state.step
         save(run, checkpoint.BEST, replace=True)
+    words = {"words_in": state.words_in, "words_out": state.words_out}
+    return held_out_metrics(records) | words
 
-    metrics = held_out.held_out_metrics(records)
-    metrics |= {"words_in": state.words_in, "words_out": state.words_out}
-    if state.step:  # the costs of grading before the first step go to the record of that step
-        log.add_metrics(state.step, metrics, run.graders.examiner.stats())
-    return metrics
+
+def evaluate_late(run: InteractionRun) -> None:
+    """Evaluate the student before the first step, and after a step that was recorded without its
+    evaluation, because the evaluation was interrupted or the step turned out to be the last one.
+    The record of the step gets the result; the costs of grading before the first step go to the
+    record of that step."""
+    state = run.state
+    if state.evaluated_before > state.step:
+        return
+    if state.step:
+        save(run)
+    metrics = evaluate(run)
+    if state.step:
+        run.log.add_metrics(state.step, metrics, run.graders.examiner.stats())
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
-    """Write a checkpoint of the last step. Called every --save-every steps, before an evaluation,
+    """Write a checkpoint of the last step. Called every --save-every steps, after an evaluation,
     when the teacher fails, and at the end. So a failing teacher loses no finished step, and a
-    killed process loses fewer than --save-every steps. A resumed run repeats an evaluation that the
-    checkpoint does not include."""
+    killed process loses fewer than --save-every steps, or the step that it evaluates."""
     folder = run.log.folder / "checkpoints" / (name or f"step_{run.state.step:07d}")
     run.policy.save(folder, run.state, replace=replace)
 
@@ -286,7 +306,13 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     with contextlib.ExitStack() as stack:
         opening_graders = open_graders(config, start, policy, reference, openings)
         graders, facts = stack.enter_context(opening_graders)
-        budget = open_budget(config, state, openings, milestones, graders.teacher)
+        teacher = graders.teacher
+        print_forecast(config, state, teacher, openings)
+        budget = Budget(
+            config, openings, milestones, teacher.most_words, teacher.affords, teacher.steps
+        )
+        trial = trial_stories(config, state)
+        distributed.rank0_value(lambda: budget.require_first_step(state, trial))
         if config.control:
             print(control.note_on_grades(config, graders.examiner, openings))
 
@@ -313,9 +339,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         )
 
         if not newest and not config.temperature:
-            facts["tried_temperatures"] = choose_temperature(
-                policy, reference, openings, graders.teacher, state
-            )
+            facts |= choose_temperature(policy, reference, openings, teacher, state)
         log.config(recorded_options(config, compute, policy, start, newest) | facts)
         if not newest:
             save(run, "start")

@@ -30,7 +30,7 @@ from tinystory.run.step_log import ProgressBar, StepLog
 from tinystory.run.terminal import story_text, wrapped
 from tinystory.student import checkpoint, hf, memory, pretraining
 from tinystory.student.model import Student, student_config, to_device
-from tinystory.student.optim import make_optimizer, set_learning_rate
+from tinystory.student.optim import clip_gradients, make_optimizer, set_learning_rate
 from tinystory.student.pretraining import TOO_LARGE, PretrainState
 
 
@@ -160,10 +160,8 @@ def train_step(
     distributed.all_reduce_gradients(student.parameters())
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(gradients)
-    # The optimizer divides by the scale when it reads the gradient, so clipping takes no extra pass
-    # over memory.
-    scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    if config.grad_clip:
+        clip_gradients(optimizer, grad_norm, config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm

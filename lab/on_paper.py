@@ -168,9 +168,7 @@ def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
     policy = new_policy(config, student, RandomTokenizer(320), {}, compute)
 
     def step() -> None:
-        batch = collate(stories, CUDA)
-        with policy.autocast():
-            batch = ppo.with_reference(policy, batch, reference)
+        batch = ppo.with_reference(policy, collate(stories, CUDA), reference)
         ppo.step(policy, batch, [0.1 * i for i in range(rows)], config.kl_coef)
 
     return counted(step)

@@ -63,7 +63,7 @@ from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
-from tinystory.rl.reward import story_rewards
+from tinystory.rl.reward import differences, story_rewards
 from tinystory.run.errors import command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
@@ -320,14 +320,15 @@ def measure(
         keys = [(story.ended == "eos", float(story.logprobs.mean())) for story in candidates]
         chosen = best_of_n(keys, len(openings))
     elif row.chosen_by == "reward":
-        candidate_rewards = story_rewards(config, candidates, candidate_scores)
+        among_candidates = differences([story.text for story in candidates])
+        candidate_rewards = story_rewards(config, candidates, candidate_scores, among_candidates)
         chosen = best_of_n(candidate_rewards, len(openings))
 
     stories = [candidates[i] for i in chosen]
     scores = [candidate_scores[i] for i in chosen]
-    rewards = story_rewards(config, stories, scores)
-    score = mean_of(scores)
     texts = [story.text for story in stories]
+    rewards = story_rewards(config, stories, scores, differences(texts))
+    score = mean_of(scores)
     starts = range(0, max(len(texts) - CLUSTERED, 0) + 1, CLUSTERED)
     groups = [texts[start : start + CLUSTERED] for start in starts]
     sizes = [cluster_sizes(group) for group in groups]

@@ -55,8 +55,8 @@ from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
-from tinystory.evaluate.held_out import learned_dull_text
 from tinystory.evaluate.intervals import mean_of
+from tinystory.evaluate.story_records import learned_dull_text
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page

@@ -127,8 +127,7 @@ def ppo_iteration(setup: Setup) -> Run:
         stories = write(setup, student, policy.value_head, tokenizer)
         batch = collate(stories, device)
         after_rollout = now(device)
-        with policy.autocast():
-            batch = ppo.with_reference(policy, batch, reference)
+        batch = ppo.with_reference(policy, batch, reference)
         after_reference = now(device)
         ppo.step(policy, batch, rewards, options.kl_coef)
         end = now(device)

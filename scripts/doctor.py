@@ -176,7 +176,7 @@ def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
 def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:
     """`count` texts by the student at --init; twice as many if the built-in grammar can classify
     them as stories and dull text."""
-    from tinystory.evaluate.held_out import learned_dull_text
+    from tinystory.evaluate.story_records import learned_dull_text
     from tinystory.ops.compute import pick_device
     from tinystory.student import checkpoint
     from tinystory.student.generate import generate

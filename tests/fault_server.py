@@ -8,7 +8,9 @@ import threading
 import time
 import traceback
 from collections import Counter
+from types import SimpleNamespace
 
+import torch
 from aiohttp import web
 from conftest import LIMIT_S
 
@@ -199,6 +201,12 @@ def closed_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def written(index, opening, text, tokens=()):
+    """A story as `Grader.send` takes it."""
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    return SimpleNamespace(index=index, opening=opening, text=text, tokens=tokens)
 
 
 def assert_one_clean_sentence(caught, *words):

@@ -69,8 +69,17 @@ OTHER_NAMES = {
     "out-dir": ["--out"],
     "init-from": ["--init", "--resume"],
 }
-# the keys of the table in tinystory/rl/learners.py, which imports this file
-LEARNER_NAMES = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "dpo", "sft-best")
+# The learners of the table in tinystory/rl/learners.py, which imports this file, with the option
+# values that each brings, as measured on the demo (lab/results.md).
+LEARNER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ridge": {},
+    "gae": {},
+    "rloo": dict(stories_per_opening=8),
+    "grpo": dict(stories_per_opening=8),
+    "dr_grpo": dict(stories_per_opening=8),
+    "dpo": dict(stories_per_opening=2, learning_rate=4e-4, kl_coef=0.1),
+    "sft-best": dict(epochs=4),
+}
 # the named ways to ask a teacher: PROTOCOLS in tinystory/teacher/named_protocols.py
 PROMPTS = ("event", "examples", "sense", "thread", "grades")
 # options for a teacher at --teacher-url
@@ -440,10 +449,11 @@ class InteractConfig(RunConfig):
     learner: str = option(
         "ridge",
         "learning algorithm: PPO with values by ridge regression (ridge) or by a value head (gae); "
-        "rloo; grpo; dr_grpo; dpo, on the best and the worst story for an opening (with "
-        "--learning-rate 4e-4 --kl-coef 0.1); or sft-best, cross-entropy on the best quarter of a "
-        "step's stories",
-        LEARNER_NAMES,
+        "rloo, grpo and dr_grpo (with --stories-per-opening 8); dpo, on the best and the worst story "
+        "for an opening (with --stories-per-opening 2 --learning-rate 4e-4 --kl-coef 0.1); or "
+        "sft-best, cross-entropy on the best quarter of a step's stories (with --epochs 4). The "
+        "values in parentheses are the learner's defaults",
+        tuple(LEARNER_DEFAULTS),
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(
@@ -533,7 +543,8 @@ def parse(
         given = presets.get(typed.get("preset", "demo"), {}) | typed
         config = config_class(**given)
         check(config)
-        brought = {name: value for name, value in brings(config).items() if name not in given}
+        usual = LEARNER_DEFAULTS.get(given.get("learner", ""), {}) | brings(config)
+        brought = {name: value for name, value in usual.items() if name not in given}
         config = config_class(**brought | given)
         check(config)
         config.brought = " ".join(arguments(config_class, brought))

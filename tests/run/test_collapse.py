@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tinystory.rl.policy import rollout_means
+from tinystory.evaluate.story_records import score_relations
 from tinystory.run.collapse import FEW, WINDOW, CollapseDetector
 from tinystory.student.generate import Story
 from tinystory.teacher.callable import random_scores
@@ -134,11 +134,11 @@ def stories(count: int) -> list[Story]:
 
 def test_random_scores_are_told_from_those_that_follow_the_story():
     by_length = [
-        rollout_means(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)
+        score_relations(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)
     ]
     assert all(r["score_length"] == pytest.approx(1) and r["scored"] >= 64 for r in by_length)
     by_chance = [
-        rollout_means(stories(n), random_scores("", [s.text for s in stories(n)]))
+        score_relations(stories(n), random_scores("", [s.text for s in stories(n)]))
         for n in range(64, 69)
     ]
     assert kinds([dict(step=1, **relations) for relations in by_length]) == set()
@@ -149,9 +149,9 @@ def test_random_scores_are_told_from_those_that_follow_the_story():
 
 def test_relations_that_are_undefined_are_none():
     for scores in ([None] * 3, [0.5] * 3, [None, None, 0.2]):
-        relations = rollout_means(stories(3), scores)
+        relations = score_relations(stories(3), scores)
         assert relations["score_length"] is None and relations["score_logprob"] is None
-    assert rollout_means(stories(3), [0.1, None, 0.4])["scored"] == 2
+    assert score_relations(stories(3), [0.1, None, 0.4])["scored"] == 2
 
 
 def test_few_large_steps_are_enough_for_a_warning():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import SHORT, metrics, read_lines
+from fault_server import written
 
 import train_interact as interact
 from tinystory.config import InteractConfig
@@ -52,7 +53,7 @@ def test_the_tokens_that_the_student_drew_are_scored_and_not_those_of_their_text
     assert len(letters) > len(fewest) and tokenizer.decode(letters) == f" {text}"
     drawn = [letters, [*fewest, tokenizer.eos]]
     for index, tokens in enumerate(drawn):
-        grader.send(index, "Once", text, tokens)
+        grader.send(written(index, "Once", text, tokens))
     grades = grader.collect(Stop())
     for grade, tokens in zip(grades, drawn, strict=True):
         with torch.no_grad():

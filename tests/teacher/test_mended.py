@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import read_lines
-from fault_server import FaultServer
+from fault_server import FaultServer, written
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import Stop, UserError
@@ -26,7 +26,7 @@ def test_replies_and_a_probe_without_scores_are_asked_again_once_the_teacher_is_
         config = InteractConfig(teacher_url=[server.url])
         with open_grader(config, replies=replies) as grader:
             for i in range(4):
-                grader.send(i, "Once", f"Dog {i} ran.")
+                grader.send(written(i, "Once", f"Dog {i} ran."))
             grades = grader.collect(again)
             return grades, grader
 
@@ -75,7 +75,7 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
             config = InteractConfig(teacher_url=[server.url])
             with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
                 for i in range(20):
-                    grader.send(i, "Once", f"Dog {i} ran.")
+                    grader.send(written(i, "Once", f"Dog {i} ran."))
                 grades = grader.collect(Stop())
                 assert [i for i, grade in enumerate(grades) if grade.score is None] == [7]
         assert server.good["Dog 7 ran."] == 3

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from conftest import ROOT
-from fault_server import FaultServer
+from fault_server import FaultServer, written
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.run.errors import Interrupted, Stop, UserError
@@ -25,7 +25,7 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
             assert grader.most_words == 30 and grader.affords(10**6)
             assert grader.forecast(7, "Once").startswith("7 stories")
             for index, text in ((4, "A dog ran."), (3, "A cat ran.")):
-                grader.send(index, "Once", text)
+                grader.send(written(index, "Once", text))
             grades = grader.collect(Stop())
             assert [grade.score for grade in grades] == [pytest.approx(1 / 3), 1.0]
             assert [grade.reply_words for grade in grades] == [3, 3]
@@ -40,7 +40,7 @@ def test_the_wait_for_grades_ends_when_a_stop_is_requested():
     with FaultServer(lambda story, n: "hang") as server:
         config = InteractConfig(teacher_url=[server.url])
         with open_grader(config) as grader:
-            grader.send(0, "Once", "A dog ran.")
+            grader.send(written(0, "Once", "A dog ran."))
             with pytest.raises(Interrupted):
                 grader.collect(stop)
 
@@ -51,9 +51,9 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
     )
     config = InteractConfig(reward=f"{tmp_path / 'r.py'}:f")
     with open_grader(config) as grader:
-        grader.send(1, "One", "abc")
-        grader.send(0, "Two", "?")
-        grader.send(2, "One", "abcd")
+        grader.send(written(1, "One", "abc"))
+        grader.send(written(0, "Two", "?"))
+        grader.send(written(2, "One", "abcd"))
         grades = grader.collect(Stop())
         assert [grade.score for grade in grades] == [None, 0.6, 0.7] and grades[1].scores is None
         assert grader.collect(Stop()) == []

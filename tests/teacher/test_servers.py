@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
-from fault_server import FaultServer, assert_one_clean_sentence, closed_port, error
+from fault_server import FaultServer, assert_one_clean_sentence, closed_port, error, written
 from test_faults import honest
 
 from tinystory.config import InteractConfig
@@ -62,7 +62,7 @@ def test_every_story_is_graded_once_though_a_server_dies(capsys):
             opened.grade("Once", stories(20))
             assert sum(dies.good.values()) > 3
         for i, story in enumerate(stories(30, "Cat")):
-            opened.send(i, "Once", story)
+            opened.send(written(i, "Once", story))
         assert all(grade.scores for grade in opened.collect(Stop()))
         assert all(stays.good[story] == 1 for story in stories(30, "Cat"))
         assert "the other servers take over its requests" in capsys.readouterr().out

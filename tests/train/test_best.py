@@ -77,9 +77,9 @@ def test_a_run_that_falls_keeps_the_start_as_the_best_student(place, tmp_path, c
     rewards = [[0.8, 0.3, 0.7, 0.4], [0.4, 0.6, 0.3, 0.7], [0.3, 0.7, 0.3, 0.7]]
     done = []
 
-    def falling(config, stories, scores):
+    def falling(config, stories, *more):
         if stories[0].index < held_out.FIRST_INDEX:
-            return story_rewards(config, stories, scores)
+            return story_rewards(config, stories, *more)
         done.append(stories)
         return rewards[(len(done) - 1) % 3]
 

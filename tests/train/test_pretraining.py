@@ -72,6 +72,16 @@ def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(m
     assert len(set(seeds)) == 6 and seeds[:2] == seeds[6:]
 
 
+def test_an_optimizer_that_would_not_clip_is_refused():
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+    batch, config = torch.randint(64, (4, 9)), PretrainConfig()
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):  # not fused
+        with pytest.raises(TypeError, match=f"{optimizer.__name__} reads no grad_scale"):
+            pretrain.train_step(
+                student, optimizer(student.parameters(), lr=0.1), batch, config, torch.float32, 0
+            )
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_clipped_step_is_one_with_the_scaled_gradient(optimizer, monkeypatch):
     monkeypatch.setattr("tinystory.student.optim.EPS", 1.0)

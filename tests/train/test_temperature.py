@@ -46,11 +46,11 @@ def test_the_temperature_with_the_highest_reward_is_chosen(place, tmp_path, monk
     means = [0.1, 0.2, 0.5, 0.3, 0.2]  # one per temperature that is tried
     sizes = []
 
-    def rewards_of(config, stories, scores):
+    def rewards_of(config, stories, *more):
         sizes.append(len(stories))
         if len(sizes) <= len(means):
             return [means[len(sizes) - 1]] * len(stories)
-        return story_rewards(config, stories, scores)
+        return story_rewards(config, stories, *more)
 
     monkeypatch.setattr(temperature, "story_rewards", rewards_of)
     run = tmp_path / "i"

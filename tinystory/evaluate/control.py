@@ -16,13 +16,13 @@ from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.openings import Openings
 from tinystory.data.shards import held_out_documents
 from tinystory.evaluate.corruptions import unseen_stories
-from tinystory.evaluate.graders import Graders, collect, send
+from tinystory.evaluate.graders import Graders
 from tinystory.evaluate.held_out import is_evaluated
 from tinystory.evaluate.intervals import Z, mean_of, standard_error, t_quantile
 from tinystory.evaluate.stories import cluster_ids
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.rl.policy import Policy, rollout
-from tinystory.rl.reward import story_rewards
+from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.files import atomic_write
@@ -92,7 +92,7 @@ def compare(
     record: Record = {"group": size, "temperatures": {}}
     for name, student in students.items():
         one = replace(policy, student=student)
-        stories = rollout(one, prompts, FIRST_INDEX, lambda story: None)
+        stories = rollout(one, prompts, FIRST_INDEX)
         measures: dict[str, list[float | None]] = defaultdict(list)
         for first in range(0, len(stories), size):
             group = stories[first : first + size]
@@ -121,17 +121,18 @@ def story_values(
     }
     if config.eval_graded:
         values["score"] = scores_of(stories, graders.examiner, stop)
-        values["reward"] = [*story_rewards(config, stories, values["score"])]
-    if config.judge:
-        values["judge"] = scores_of(stories, graders.judge or graders.examiner, stop)
+        difference = differences([story.text for story in stories])
+        values["reward"] = [*story_rewards(config, stories, values["score"], difference)]
+    if graders.judge:
+        values["judge"] = scores_of(stories, graders.judge, stop)
     return values
 
 
 def scores_of(stories: Sequence[Story], grader: Grader, stop: Stop) -> Values:
     """The scores of stories on every rank, 0..1. Raises Interrupted on `stop`."""
     for story in stories:
-        send(grader, story)
-    return [grade.score for grade in collect(grader, stop)]
+        grader.send(story)
+    return [grade.score for grade in grader.collect(stop)]
 
 
 def last_student(run: Path) -> Path:

@@ -1,6 +1,5 @@
-"""Forecast of the cost of a run's grades, before the run begins, and the budget of the run."""
+"""Forecast of the cost of a run's grades, before the run begins."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,30 +7,12 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate.held_out import is_evaluated
 from tinystory.evaluate.temperature import trial_stories
-from tinystory.rl.budget import Budget
 from tinystory.rl.policy import RunState
-from tinystory.run import distributed
 from tinystory.teacher.grade import Grader
 
 # Options of a run with few grades (docs/teachers.md, "Few grades"), which the forecast of a run
 # with all grades suggests.
 FEW_GRADES: dict[str, Any] = {"grades": 64, "steps": 8, "eval_every": 0}
-
-
-def open_budget(
-    config: InteractConfig,
-    state: RunState,
-    openings: Openings,
-    milestones: Mapping[str, int],
-    grader: Grader,
-) -> Budget:
-    """The budget of a run. Prints a forecast of the cost of the grades. Raises UserError if the
-    budget does not suffice for the first step."""
-    print_forecast(config, state, grader, openings)
-    budget = Budget(config, openings, milestones, grader.most_words, grader.affords, grader.steps)
-    trial = trial_stories(config, state)
-    distributed.rank0_value(lambda: budget.require_first_step(state, trial))
-    return budget
 
 
 def print_forecast(

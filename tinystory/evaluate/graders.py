@@ -12,13 +12,11 @@ from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
-from tinystory.run.errors import Stop
 from tinystory.run.folder import read_config
 from tinystory.run.text import printable
-from tinystory.student.generate import Story
 from tinystory.student.model import Student
 from tinystory.teacher.control import RecordedScores, read_scores
-from tinystory.teacher.grade import Grade, Grader, require_scores
+from tinystory.teacher.grade import Grader
 from tinystory.teacher.likelihood import Likelihood
 from tinystory.teacher.open_grader import open_grader, open_judge
 from tinystory.teacher.protocol import Example
@@ -27,7 +25,7 @@ from tinystory.teacher.protocol import Example
 class Graders(NamedTuple):
     """The graders of a run. teacher: of the stories of each step. examiner: of held-out stories;
     the teacher, except with --control. judge: the second judge; None without --judge. On ranks
-    other than 0, teacher and examiner are idle, and the judge is None."""
+    other than 0, all are idle."""
 
     teacher: Grader
     examiner: Grader
@@ -74,7 +72,7 @@ def open_graders(
         def enter() -> Graders:
             idle = Grader({"scored_by": ""})
             if not distributed.is_rank0():
-                return Graders(idle, idle, None)
+                return Graders(idle, idle, idle if config.judge else None)
             needs_teacher = config.eval_graded or not config.control
             examiner = stack.enter_context(opening_teacher) if needs_teacher else idle
             teacher = open_control(config, openings, likelihood) if config.control else examiner
@@ -110,29 +108,6 @@ def open_control(
     grader = likelihood()
     grader.steps = len(by_step)
     return grader
-
-
-def send(grader: Grader, story: Story) -> None:
-    """Send a story to the teacher. Does nothing on ranks other than 0."""
-    if distributed.is_rank0():
-        grader.send(story.index, story.opening, story.text, story.tokens.tolist())
-
-
-def collect(grader: Grader, stop: Stop) -> list[Grade]:
-    """Grades of all stories sent, in the order of their indices, on every rank. Raises Interrupted
-    on `stop`, and UserError if the teacher fails."""
-    return distributed.rank0_value(lambda: grader.collect(stop))
-
-
-def collect_scored(config: InteractConfig, grader: Grader, stop: Stop) -> list[Grade]:
-    """The grades of `collect`. Raises UserError if more than --max-unscored of them have no
-    score."""
-    grades = collect(grader, stop)
-    tolerated = config.max_unscored
-    if config.grades:  # one grade without a score must not stop a run that asks for a few
-        tolerated = max(tolerated, 1 / max(len(grades), 1))
-    require_scores(grades, tolerated)
-    return grades
 
 
 def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:

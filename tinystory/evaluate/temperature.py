@@ -1,16 +1,15 @@
 """--temperature 0: choice of the temperature at which a student starts the interaction. The teacher
 grades a few stories at each temperature, and the highest mean reward wins."""
 
-import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate.intervals import mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import story_rewards
+from tinystory.rl.reward import differences, story_rewards
 from tinystory.rl.start import begin_at
-from tinystory.run import distributed
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
 
@@ -34,28 +33,25 @@ def trial_stories(config: InteractConfig, state: RunState) -> int:
 
 def choose_temperature(
     policy: Policy, reference: Student, openings: Openings, grader: Grader, state: RunState
-) -> dict[str, float]:
-    """The mean reward at each of TEMPERATURES. Folds the best temperature into policy and
-    reference, and sets config.temperature to it. The words of the trial are counted in `state`."""
+) -> dict[str, Any]:
+    """Facts for config.json: the best of TEMPERATURES, and the mean reward at each. Folds the best
+    temperature into policy and reference. The words of the trial are counted in `state`."""
     config = policy.config
     count = stories_per_temperature(config)
     texts = [openings[index] for index in range(count)]
     rewards: dict[float, list[float | None]] = {}
     for temperature in TEMPERATURES:
-        stories = rollout(policy, texts, FIRST_INDEX, lambda story: None, temperature)
-        pairs = [(story.opening, story.text) for story in stories]
-        grades = distributed.rank0_value(functools.partial(grader.grade_each, pairs))
+        stories = rollout(policy, texts, FIRST_INDEX, temperature=temperature)
+        grades = grader.grade_each([(story.opening, story.text) for story in stories])
         state.spend(stories, sum(grade.reply_words for grade in grades))
         scores = [grade.score for grade in grades]
-        rewards[temperature] = story_rewards(config, stories, scores)
-    config.temperature = best_temperature(rewards)
-    begin_at(config.temperature, reference, policy)
+        all_differences = differences([story.text for story in stories])
+        rewards[temperature] = story_rewards(config, stories, scores, all_differences)
+    best = best_temperature(rewards)
+    begin_at(best, reference, policy)
     means = {str(key): round(mean_of(values) or 0.0, 3) for key, values in rewards.items()}
-    print(
-        f"temperature {config.temperature}; mean reward of {count} stories at each temperature: "
-        f"{means}"
-    )
-    return means
+    print(f"temperature {best}; mean reward of {count} stories at each temperature: {means}")
+    return {"temperature": best, "tried_temperatures": means}
 
 
 def best_temperature(rewards: Mapping[float, Sequence[float | None]]) -> float:

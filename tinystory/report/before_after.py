@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinystory.evaluate.held_out import (
+from tinystory.evaluate.held_out import evaluations_by_step
+from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
+from tinystory.evaluate.story_records import (
     evaluation_means,
-    evaluations_by_step,
     held_out_metrics,
     reward_mean,
     shown_score,
 )
-from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config

@@ -39,8 +39,7 @@ class Packing:
             return out.flatten(0, 1).index_select(0, self.positions)
 
         sequence = tokens.flatten()[self.positions]
-        positions_in_row = self.positions % columns
-        return student.trunk(student.wte(sequence) + student.wpe(positions_in_row), attend)
+        return student.trunk(student.embed(sequence, self.positions % columns), attend)
 
 
 class Unpack(torch.autograd.Function):

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 import torch
@@ -202,7 +201,7 @@ def rollout(
     policy: Policy,
     openings: Sequence[str],
     first_index: int,
-    on_story: Callable[[Story], None],
+    on_story: Callable[[Story], None] | None = None,
     temperature: float = 1.0,
 ) -> list[Story]:
     """Stories that continue these openings, with indices first_index, first_index + 1, ..., on
@@ -224,37 +223,8 @@ def rollout(
             on_story=on_story if is_rank0 else None,
         )
     stories = distributed.all_gather_list(own_stories)
-    if is_rank0:
+    if is_rank0 and on_story:
         for story in stories:
             if story.index - first_index not in shard:
                 on_story(story)
     return stories
-
-
-def rollout_means(
-    stories: Sequence[Story], scores: Sequence[float | None]
-) -> dict[str, float | None]:
-    """Means over the stories of a rollout. entropy: mean entropy per story of the sampling
-    distributions, in nats, summed over the tokens. scored: number of stories with a score.
-    score_length, score_logprob: Pearson's correlation, over these stories, of the score with the
-    number of words, and with the mean log-probability per token as sampled; None if undefined."""
-    scored = [
-        (story, score) for story, score in zip(stories, scores, strict=True) if score is not None
-    ]
-    known_scores = [score for _, score in scored]
-    words = [story.words for story, _ in scored]
-    mean_logprobs = [float(story.logprobs.mean()) for story, _ in scored]
-    return {
-        "entropy": fmean(float(story.entropies.sum()) for story in stories),
-        "scored": len(scored),
-        "score_length": correlation_or_none(known_scores, words),
-        "score_logprob": correlation_or_none(known_scores, mean_logprobs),
-    }
-
-
-def correlation_or_none(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation; None for fewer than two values, or if all x or all y are equal."""
-    try:
-        return correlation(x, y)
-    except StatisticsError:
-        return None

@@ -29,6 +29,9 @@ from tinystory.student.model import Student
 # which a minibatch is skipped (ratio_threshold).
 CLIP_VALUE = 0.2
 MAX_RATIO = 10.0
+# An update ends, and the learning rates are halved, when the KL from the rollout policy exceeds
+# this multiple of --kl-target.
+MAX_UPDATE_KL = 1.0
 # Metrics that `backward` sums over the tokens of a minibatch.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
@@ -73,7 +76,7 @@ def with_reference(policy: Policy, batch: Batch, reference: Student) -> Batch:
     logprobs = torch.zeros_like(batch.logprobs)
     hidden = logprobs.new_zeros(len(logprobs), width)
     micro_batches = [*by_length(batch.input_lengths, config.micro_batch_size)]
-    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
+    with policy.autocast(), reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(micro_batches):
             part_logprobs, part_hidden = response_logprobs(reference, batch.rows(rows))
             indices = batch.token_indices(rows)
@@ -208,6 +211,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
 
     totals = dict.fromkeys((*STATISTICS, "grad_norm"), 0.0)
     ratio_error = 0.0
+    update_kl = 0.0
     updates = 0
     skipped = 0
     for epoch in range(config.epochs):
@@ -228,6 +232,8 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
+            tokens_per_story = batch.lengths[minibatch].mean()
+            update_kl = max(update_kl, statistics["approx_kl"] * tokens_per_story)
             if not statistics["mean_ratio"] <= MAX_RATIO:  # also true for NaN
                 skipped += 1
                 continue
@@ -250,6 +256,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
+        "update_kl": update_kl,
         "explained_variance": explained_variance,
     }
 

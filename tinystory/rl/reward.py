@@ -13,13 +13,15 @@ from tinystory.student.generate import Story
 
 
 def story_rewards(
-    config: InteractConfig, stories: Sequence[Story], scores: Sequence[float | None]
+    config: InteractConfig,
+    stories: Sequence[Story],
+    scores: Sequence[float | None],
+    differences: Sequence[float],
 ) -> list[float | None]:
-    """The reward of each story of a step; None for a story without a score, which still counts in
-    `differences`."""
+    """The reward of each story of a step; None for a story without a score. differences: those of
+    all stories of the step."""
     rewards: list[float | None] = []
-    all_differences = differences([story.text for story in stories])
-    for story, score, difference in zip(stories, scores, all_differences, strict=True):
+    for story, score, difference in zip(stories, scores, differences, strict=True):
         reward = None
         if score is not None:
             ended = story.ended == "eos"

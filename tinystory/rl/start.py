@@ -81,7 +81,7 @@ def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
 
 
 def load_students(
-    config: InteractConfig, compute: Compute, start: Path, newest: Path | None
+    config: InteractConfig, compute: Compute, start: Path, newest: Path | None = None
 ) -> tuple[Student, Policy, RunState]:
     """The frozen reference for the KL penalty, the policy, and the state of the run. In a new run,
     reference and policy have the same weights. start, newest: see `starting_point`."""

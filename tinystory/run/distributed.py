@@ -27,6 +27,7 @@ T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
 # timeout of a collective: other ranks wait while rank 0 waits for the teacher
 TIMEOUT = datetime.timedelta(hours=6)
+_is_alone = False  # whether rank 0 is inside the `make` of rank0_value
 
 
 def start(device: str) -> None:
@@ -121,15 +122,20 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
 
 def rank0_value(make: Callable[[], T]) -> T:
     """The value of `make()`, which runs only on rank 0, on every rank. A UserError or Interrupted
-    from `make` is raised on every rank."""
-    if world_size() == 1:
+    from `make` is raised on every rank. Inside `make`, where only rank 0 is, this calls its
+    argument."""
+    global _is_alone
+    if world_size() == 1 or _is_alone:
         return make()
     message: list[Any] = [None, None]  # the value, and the error
     if is_rank0():
+        _is_alone = True
         try:
             message[0] = make()
         except (UserError, Interrupted) as error:
             message[1] = error
+        finally:
+            _is_alone = False
     dist.broadcast_object_list(message, 0)
     value, failure = message
     if failure is not None:

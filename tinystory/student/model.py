@@ -300,6 +300,13 @@ class Student(nn.Module):
         """The dropout seed of a layer in a forward pass, different for every layer and pass."""
         return seed * len(self.blocks) + layer
 
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embeddings (..., C) of tokens (...), the sum of those of token and position. positions:
+        (...) int64; None: 0, 1, ... in each row of tokens (B, T)."""
+        if positions is None:
+            return self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        return self.wte(tokens) + self.wpe(positions)
+
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Final hidden states (B, T, C) of whole sequences, tokens (B, T) int64 with T <= context.
         dropout: rate, where `trunk` applies it and for the attention weights, where `seed`
@@ -308,8 +315,7 @@ class Student(nn.Module):
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, self.layer_seed(seed, i))
 
-        embedded = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-        return self.trunk(embedded, attend, dropout, seed)
+        return self.trunk(self.embed(tokens), attend, dropout, seed)
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
@@ -358,8 +364,7 @@ class Student(nn.Module):
         CPU. The prompts fill the cache's prefix."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
         padded = pad_sequence(list(prompts), batch_first=True)
-        T = padded.shape[1]
-        is_token = torch.arange(T, device="cpu") < lengths[:, None]
+        is_token = torch.arange(padded.shape[1], device="cpu") < lengths[:, None]
         # Indices of the tokens that are not padding in the flattened table, and of each prompt's
         # last token. With a mask instead of indices, the host would have to wait for the GPU.
         device = self.wte.weight.device
@@ -372,8 +377,7 @@ class Student(nn.Module):
             cache.prefix[i, : len(inside)] = keys_and_values.index_select(0, inside)
             return ops.causal_attention(qkv)
 
-        embedded = self.wte(upload(padded, device)) + self.wpe.weight[:T]
-        hidden = self.trunk(embedded, attend)
+        hidden = self.trunk(self.embed(upload(padded, device)), attend)
         return hidden.flatten(0, 1).index_select(0, last)
 
     @torch.no_grad()
@@ -387,7 +391,7 @@ class Student(nn.Module):
             )
 
         prompt_lengths = cache.spans[:, 1] - cache.spans[:, 0]
-        embedded = self.wte(tokens) + self.wpe(prompt_lengths + cache.lengths)
+        embedded = self.embed(tokens, prompt_lengths + cache.lengths)
         hidden = self.trunk(embedded, attend)
         cache.lengths += 1
         return hidden

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tinystory.config import PretrainConfig
@@ -37,6 +38,16 @@ def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype)
     if config.optimizer != "muon":
         return torch.optim.AdamW(groups, **options)
     return MuonAdamW(blocks, groups, heads=student.config.n_head, dtype=dtype, **options)
+
+
+def clip_gradients(optimizer: Optimizer, grad_norm: Tensor, max_norm: float) -> None:
+    """Make the next step of `make_optimizer`'s optimizer clip the gradient to a norm of at most
+    max_norm. Both optimizers divide the gradient when they read it, so clipping takes no extra pass
+    over memory. Raises TypeError for an optimizer that would ignore the divisor."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise TypeError(f"{type(optimizer).__name__} reads no grad_scale: use a fused optimizer")
+    scale = (grad_norm / max_norm).clamp(min=1.0)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
 
 def set_learning_rate(optimizer: Optimizer, config: PretrainConfig, words: int) -> float:

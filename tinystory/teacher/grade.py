@@ -8,8 +8,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tinystory.run import distributed
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
+from tinystory.student.generate import Story
 from tinystory.teacher.prompt import CRITERIA, TOP
 
 LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
@@ -48,8 +50,11 @@ NOT_ASKED = Grade(None, None, error="the teacher was not asked")
 
 
 class Grader:
-    """Interface of graders. The default methods are those of a grader without cost and without
-    words in the replies. facts: facts about the grader for config.json."""
+    """A grader has three verbs: `send` a story as soon as it ends, `collect` the grades of all
+    stories sent, and `grade_each` of some texts. Only rank 0 grades: on other ranks, a plain Grader
+    is idle and receives the grades. A class of graders implements `grades` and, if it grades a
+    story at once, `submit`. The other default methods are those of a grader without cost and
+    without words in the replies. facts: facts about the grader for config.json."""
 
     steps: float = math.inf  # number of steps of a run for which the grader has scores
 
@@ -77,9 +82,10 @@ class Grader:
         """Metrics since the last call."""
         return {}
 
-    def send(self, index: int, opening: str, story: str, tokens: Sequence[int] = ()) -> None:
-        """Hand over a story as soon as it ends. tokens: the story as the student's tokens."""
-        submission = Submission(opening, story, index, tuple(tokens))
+    def send(self, story: Story) -> None:
+        """Hand over a story as soon as it ends."""
+        tokens = tuple(story.tokens.tolist())
+        submission = Submission(story.opening, story.text, story.index, tokens)
         self.sent[submission] = self.submit(submission)
 
     def submit(self, submission: Submission) -> Future[Grade] | None:
@@ -87,11 +93,11 @@ class Grader:
         collects stories and grades them together."""
         return None
 
-    def collect(self, stop: Stop) -> list[Grade]:
-        """Grades of all stories sent, in the order of their indices. Raises Interrupted on `stop`,
-        and UserError after a failure that would affect every story."""
+    def collect(self, stop: Stop | None = None) -> list[Grade]:
+        """Grades of all stories sent, in the order of their indices, on every rank. Raises
+        Interrupted on `stop`, and UserError after a failure that would affect every story."""
         submissions = sorted(self.sent, key=lambda submission: submission.number)
-        grades = self.grades(submissions, stop)
+        grades = distributed.rank0_value(lambda: self.grades(submissions, stop))
         self.sent.clear()
         return grades
 
@@ -100,8 +106,9 @@ class Grader:
         return self.grade_each([(opening, story) for story in stories])
 
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grades of (opening, story) pairs, in order."""
-        return self.grades([Submission(*pair, index) for index, pair in enumerate(pairs)])
+        """Grades of (opening, story) pairs, in order, on every rank."""
+        submissions = [Submission(*pair, index) for index, pair in enumerate(pairs)]
+        return distributed.rank0_value(lambda: self.grades(submissions))
 
     def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
         """Grades of the submissions, in order. The score of an empty story is 0. Raises Interrupted
