@@ -121,6 +121,7 @@ def interact(run: InteractionRun) -> None:
             state.end_step(stories, words_in, asked=len(grades) - grades.count(NOT_ASKED))
             scored = len(stories) - rewards.count(None)
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, statistics["kl"], scored, config)
+            state.undone += int(statistics["undone"])
             records = story_records(
                 state.step, stories, grades, rewards, difference, policy.history
             )
@@ -230,6 +231,12 @@ def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
 
 def warn(run: InteractionRun, record: Record) -> bool:
     """Whether a new warning ends the run. Prints new warnings."""
+    if record["undone"]:
+        run.bar.write(
+            f"step {run.state.step}: optimizer steps undone, because they moved the student by more than "
+            f"--kl-target {run.config.kl_target:g} nats per story: {record['undone']}; each halved the "
+            "learning rates for the rest of the run"
+        )
     warnings = distributed.rank0_value(lambda: run.detector.add(record))
     for warning in warnings.values():
         run.bar.write(warning)

@@ -5,6 +5,7 @@ prints the largest absolute difference of each quantity.
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def start() -> Student:
 @pytest.mark.parametrize("setting", FACTS["settings"])
 def test_four_updates_of_each_learner_are_trls(setting, monkeypatch):
     monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)  # TRL undoes no step
     options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12)
     options = INTERACT_PRESETS["paper"] | options | FACTS["settings"][setting]
     monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))

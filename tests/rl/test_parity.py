@@ -7,6 +7,7 @@ largest absolute difference of each quantity.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
     options = FACTS["settings"][setting]
     options = INTERACT_PRESETS["paper"] | options
     monkeypatch.setattr(policies, "EPS", options.pop("adam_eps"))
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)  # TRL undoes no step
     monkeypatch.setattr(ppo, "CLIP_VALUE", options.pop("clip_value"))
     # TRL has no micro-batches: they must not matter
     config = InteractConfig(**options, micro_batch_size=5)

@@ -273,8 +273,35 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
+def test_a_step_that_moves_the_policy_too_far_is_undone_and_halves_the_rates(student):
+    """The first optimizer step is too large; the second one repeats it at half of the rate."""
+    config = dataclasses.replace(
+        CONFIG, epochs=2, minibatch_size=0, learning_rate=0.05, lr_decay=False, kl_target=1.0
+    )
+    batch = random_batch([9, 12], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs, _ = ppo.response_logprobs(student, batch)
+    before = copy.deepcopy(student.state_dict())
+    head = ValueHead(student.config.n_embd)
+    optimizer = SharpAdam(student, head, config)
+    learner = policy(student, head, optimizer, config)
+    batch = with_targets(batch, torch.randn(21, generator=torch.Generator().manual_seed(1)))
+    stats = ppo.update(learner, batch, 0.0)
+    assert stats["update_kl"] > 1 and stats["undone"] == 1
+    assert all(torch.equal(before[name], x) for name, x in student.state_dict().items())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [0.025, config.sharpness_rate / 2]
+
+    small = dataclasses.replace(config, learning_rate=1e-5)
+    learner = policy(student, head, SharpAdam(student, head, small), small)
+    stats = ppo.update(learner, batch, 0.0)
+    assert stats["undone"] == 0 and stats["update_kl"] < 1
+    assert not all(torch.equal(before[name], x) for name, x in student.state_dict().items())
+
+
 def test_every_gradient_is_clipped(student, monkeypatch):
     monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)
     config = dataclasses.replace(CONFIG, epochs=3, minibatch_size=1, grad_clip=1e-3)
     batch = random_batch([4, 6], student.config.vocab_size)
     head = ValueHead(student.config.n_embd)
@@ -339,7 +366,7 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     """One token is rewarded: its probability rises, and the value head learns to predict the
     return."""
-    config = dataclasses.replace(CONFIG, epochs=4)
+    config = dataclasses.replace(CONFIG, epochs=4, kl_target=1e6)
     batch = random_batch([10] * 8, student.config.vocab_size)
     batch.tokens[::2] = 42
     head = ValueHead(64)
@@ -372,6 +399,7 @@ def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, mon
     )
     optimizer = SharpAdam(student, head, config)
     monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         learner = policy(student, head, optimizer, config)
@@ -383,6 +411,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student, m
     """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch
     under each of two."""
     monkeypatch.setattr(ppo, "MAX_RATIO", 1e9)
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)
     batch = random_batch([12, 20], student.config.vocab_size)
     start, ends = copy.deepcopy(student.state_dict()), []
     for calls, epochs in ((1, 2), (2, 1)):

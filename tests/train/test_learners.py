@@ -5,7 +5,7 @@ from conftest import SHORT, assert_same_bits, cli, metrics
 from runs import interrupted_at
 
 import train_interact as interact
-from tinystory.config import INTERACT_PRESETS, LEARNER_NAMES, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, LEARNER_DEFAULTS, InteractConfig, parse
 from tinystory.rl import learners
 from tinystory.rl.learners import check
 from tinystory.run.errors import UserError
@@ -47,7 +47,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, tmp_path, options):
 
 
 def test_the_command_line_offers_the_learners_of_the_table():
-    assert tuple(learners.LEARNERS) == LEARNER_NAMES
+    assert list(learners.LEARNERS) == list(LEARNER_DEFAULTS)
 
 
 def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
@@ -63,13 +63,36 @@ def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
             assert metrics(tmp_path / learner)[-1]["explained_variance"] is None
 
 
+def test_a_learner_brings_its_defaults_which_a_preset_and_the_user_override():
+    def options(argv):
+        config = parse(InteractConfig, INTERACT_PRESETS, argv.split())
+        check(config)
+        return config.stories_per_opening, config.learning_rate, config.kl_coef
+
+    default = InteractConfig()
+    assert options("") == (1, default.learning_rate, default.kl_coef)
+    assert options("--learner grpo") == (8, default.learning_rate, default.kl_coef)
+    assert options("--learner dpo") == (2, 4e-4, 0.1)
+    assert options("--learner dpo --learning-rate 1e-4 --stories-per-opening 4") == (4, 1e-4, 0.1)
+    paper = INTERACT_PRESETS["paper"]
+    assert options("--learner dpo --preset paper") == (2, paper["learning_rate"], paper["kl_coef"])
+    for learner in LEARNER_DEFAULTS:
+        options(f"--learner {learner}")
+
+
 def test_a_refusal_names_what_to_give():
     for argv, words in (
         ("--learner gae --value-coef 0", ("--value-coef",)),
         ("--value-coef 1", ("--value-coef", "gae")),
-        ("--learner grpo", ("--stories-per-opening 2", "--stories-per-step")),
+        (
+            "--learner grpo --stories-per-opening 1",
+            ("--stories-per-opening 2", "--stories-per-step"),
+        ),
         ("--learner sft-best --lam 0.5", ("--lam", "ridge or gae")),
-        ("--learner dpo", ("--stories-per-opening 2", "--stories-per-step")),
+        (
+            "--learner dpo --stories-per-opening 1",
+            ("--stories-per-opening 2", "--stories-per-step"),
+        ),
         ("--learner dpo --stories-per-opening 2 --kl-coef 0", ("--kl-coef 0", "beta")),
         ("--learner dpo --stories-per-opening 2 --kl-in loss", ("--kl-in", "rloo")),
         ("--learner dpo --stories-per-opening 2 --minibatch-size 3", ("--minibatch-size", "even")),

@@ -97,10 +97,10 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--learner head
 --judge likelihood|--judge random|--reward random --teacher-url http://127.0.0.1:9
 --stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
---learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
+--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
 --kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
 --learner grpo --stories-per-opening 2 --lam 1
---learner dpo|--learner dpo --stories-per-opening 7|--learner dpo --stories-per-opening 2 --kl-coef 0
+--learner dpo --stories-per-opening 1|--learner dpo --stories-per-opening 7|--learner dpo --kl-coef 0
 --learner dpo --stories-per-opening 2 --kl-in loss|--learner dpo --stories-per-opening 2 --clip-ratio 0.1
 --learner dpo --stories-per-opening 2 --minibatch-size 3|--learner dpo --stories-per-opening 2 --micro-batch-size 1
 --grades 7|--grades 1537|--stories-per-step 8 --grades 9

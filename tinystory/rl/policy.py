@@ -41,6 +41,7 @@ class RunState:
     words_in: int = 0
     words_out: int = 0
     best_step: int = 0
+    undone: int = 0  # optimizer steps that were undone; each halved the learning rates
     evaluated_before: int = 0  # evaluations of earlier steps are counted in the words
 
     def spend(self, stories: Sequence[Story], words_in: int) -> None:
@@ -185,6 +186,12 @@ class Policy:
         """Raises UserError if the step made weights that are not finite, or too large."""
         hf.require_finite(step, self.student, self.trainer_state(), TOO_LARGE)
 
+    def halve_learning_rates(self, times: int = 1) -> None:
+        """Halve the learning rates `times` times, for the rest of the run."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5**times
+            group["initial_lr"] *= 0.5**times
+
     def restore(self, folder: Path) -> RunState:
         """The run state of a checkpoint, after loading all tensors of the policy from it."""
         checkpoint.restore(self.student, folder)
@@ -194,6 +201,7 @@ class Policy:
             self.critic.load_state_dict({name: tensors[f"critic.{name}"] for name in names})
             self.score_model.restore(tensors, self.student.config.n_embd)
             checkpoint.unpack_optimizer(self.optimizer, tensors)
+        self.halve_learning_rates(state.undone)
         return state
 
 

@@ -29,8 +29,7 @@ from tinystory.student.model import Student
 # which a minibatch is skipped (ratio_threshold).
 CLIP_VALUE = 0.2
 MAX_RATIO = 10.0
-# An update ends, and the learning rates are halved, when the KL from the rollout policy exceeds
-# this multiple of --kl-target.
+# An optimizer step is undone if the KL from the rollout policy exceeds this multiple of --kl-target.
 MAX_UPDATE_KL = 1.0
 # Metrics that `backward` sums over the tokens of a minibatch.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
@@ -201,7 +200,11 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
     with one optimizer step per minibatch.
 
     kl_coef: weight of the KL penalty with --kl-in loss, or beta of DPO. steps: number of steps done
-    before this one. PyTorch's global generator draws the order of the minibatches. Gradients are
+    before this one. An optimizer step is undone, and the learning rates are halved for the rest of
+    the run, if the next minibatch shows a KL from the rollout policy above --kl-target: a student
+    that another rate would suit is not destroyed by a few updates.
+
+    PyTorch's global generator draws the order of the minibatches. Gradients are
     summed over micro-batches and processes, and divided by the number of tokens of the minibatch.
     So --micro-batch-size and the number of processes affect only memory and speed."""
     student, optimizer, config = policy.student, policy.optimizer, policy.config
@@ -214,6 +217,8 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
     update_kl = 0.0
     updates = 0
     skipped = 0
+    undone = 0
+    weights_before: list[Tensor] = []  # before the last optimizer step
     for epoch in range(config.epochs):
         minibatches = shuffled_minibatches(
             len(batch), config.minibatch_size, policy.learner.together
@@ -232,15 +237,23 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
                 ratio_error = float(largest_ratio_error)
             sums = distributed.all_reduce_sum(sums)
             statistics = dict(zip(STATISTICS, sums.tolist(), strict=True))
-            tokens_per_story = batch.lengths[minibatch].mean()
-            update_kl = max(update_kl, statistics["approx_kl"] * tokens_per_story)
-            if not statistics["mean_ratio"] <= MAX_RATIO:  # also true for NaN
+            kl = statistics["approx_kl"] * float(batch.lengths[minibatch].mean())
+            update_kl = max(update_kl, kl)
+            if weights_before and not kl <= MAX_UPDATE_KL * config.kl_target:  # also true for NaN
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, weights_before)
+                weights_before = []
+                policy.halve_learning_rates()
+                undone += 1
+                continue
+            if not statistics["mean_ratio"] <= MAX_RATIO:
                 skipped += 1
                 continue
 
             distributed.all_reduce_gradients(parameters)
             max_norm = config.grad_clip or math.inf
             statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+            weights_before = [p.detach().clone() for p in parameters]
             optimizer.step()
             updates += 1
             for name in totals:
@@ -256,6 +269,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
     return means | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
+        "undone": undone,
         "update_kl": update_kl,
         "explained_variance": explained_variance,
     }
