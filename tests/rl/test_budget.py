@@ -1,5 +1,7 @@
 """A run's budget, from the numbers that a grader reports."""
 
+import math
+
 import pytest
 
 from tinystory.config import InteractConfig
@@ -12,7 +14,8 @@ from tinystory.run.errors import UserError
 def budget(affordable=10**6, **options) -> Budget:
     config = InteractConfig(stories_per_step=6, eval_stories=4, max_new_tokens=10, **options)
     openings = Openings(["Once upon a time"], seed=0)
-    return Budget(config, openings, {"a": 10, "b": 20}, 3, lambda stories: stories <= affordable)
+    affords = lambda stories: stories <= affordable  # noqa: E731
+    return Budget(config, openings, {"a": 10, "b": 20}, 3, affords, math.inf)
 
 
 @pytest.mark.parametrize(
