@@ -75,18 +75,21 @@ def test_the_level_of_a_verdict_is_as_stated(controls):
 
 
 def comparison(control, run=0.74):
-    measures = [
-        {"reward": [value] * 4 + [value + 0.1], "words": [9.0] * 5} for value in (0.5, run, control)
-    ]
-    return Comparison("shuffled", 5, measures[0], measures[1], measures[2:], measures[2:])
+    """Five stories per student; those of the run differ."""
+
+    def measures(mean, spread=0.0):
+        return {"reward": [mean - spread] * 4 + [mean + 4 * spread], "words": [9.0] * 5}
+
+    controls = [measures(control)]
+    return Comparison("shuffled", 5, measures(0.5), measures(run, 0.02), controls, controls)
 
 
 def test_the_sentence_splits_the_gain():
     assert sentence(comparison(0.53)) == (
-        "Of the gain of 0.24 in mean reward, 0.21 ± 0 comes from the teacher’s scores; 0.03 comes with the same "
-        "scores in random order."
+        "Of the gain of 0.240 in mean reward, 0.210 ± 0.039 comes from the teacher’s scores; 0.030 comes with the "
+        "same scores in random order."
     )
-    assert "gained nothing in mean reward (-0.1)" in sentence(comparison(0.5, run=0.4))
+    assert "gained nothing in mean reward (-0.100)" in sentence(comparison(0.5, run=0.4))
 
 
 def test_bits_per_byte_do_not_depend_on_a_scale_of_the_logits(place):

@@ -1,6 +1,7 @@
 """How much of a run's gain comes from the teacher's scores, for the terminal and the report: the run
 beside its controls."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,6 +10,7 @@ from tinystory.evaluate.control import (
     FEWEST_CONTROLS,
     MEASURES,
     Comparison,
+    Difference,
     control_folders,
     read_comparisons,
 )
@@ -66,17 +68,28 @@ def sentence(comparison: Comparison) -> str:
         return ""
     title = CLAIMED[measure]
     of = comparison.differences()[measure]
-    by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
+    digits = decimals(of.half)
     learned = LEARNED_FROM[comparison.name]
     if of.gain > 0:
         return (
-            f"Of the gain of {number(of.gain)} in {title}, {by_teacher} comes from the teacher’s scores; "
-            f"{number(of.control - of.before)} comes {learned}."
+            f"Of the gain of {of.gain:.{digits}f} in {title}, {with_half(of)} comes from the teacher’s scores; "
+            f"{of.control - of.before:.{digits}f} comes {learned}."
         )
     return (
-        f"The run gained nothing in {title} ({number(of.gain)}). The difference from the same run {learned} is "
-        f"{by_teacher}."
+        f"The run gained nothing in {title} ({of.gain:.{digits}f}). The difference from the same run {learned} is "
+        f"{with_half(of)}."
     )
+
+
+def with_half(of: Difference) -> str:
+    """Run minus control with half the width of the interval, such as 0.279 ± 0.032."""
+    digits = decimals(of.half)
+    return f"{of.by_teacher:.{digits}f} ± {of.half:.{digits}f}"
+
+
+def decimals(half: float) -> int:
+    """Number of decimals that show two digits of half the width of an interval."""
+    return max(1 - math.floor(math.log10(half)), 0) if half > 0 else 3
 
 
 def claims(run: Path) -> list[str]:
@@ -127,10 +140,9 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, of in comparison.differences().items():
         means = [number(mean) for mean in (of.before, of.run, of.control)]
-        by_teacher = f"{number(of.by_teacher)} ± {of.half:.2g}"
         title = MEASURES[name].title.format(group=comparison.group)
         verdict = of.verdict or f"needs {FEWEST_CONTROLS} controls"
-        rows.append([title, verdict, by_teacher, *means])
+        rows.append([title, verdict, with_half(of), *means])
     return header, rows
 
 
