@@ -76,7 +76,7 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     assert "from step 0: ▁▃▆█" in terminal
     for text in (terminal, page):
         assert text.index("story 0 2") < text.index("story 2 2")
-    first_screen = page.split("One opening at every evaluation")[0]
+    first_screen = page.split("One opening during interaction")[0]
     assert "story 2 4" not in first_screen and "reward 0.6:" in terminal
 
 
@@ -348,12 +348,14 @@ def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
 
 def test_a_terminals_summary_fits_eighty_columns_and_colours_the_gain(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    measures = {"judge": 0.25, "score": 0.5}
     records = [
-        *evaluation(0, dict.fromkeys(GAINS, 0.5)),
-        *evaluation(2, dict.fromkeys(GAINS, 0.58)),
+        *evaluation(0, dict.fromkeys(GAINS, 0.5), **measures),
+        *evaluation(2, dict.fromkeys(GAINS, 0.58), **measures),
     ]
     write(run / EVALUATIONS, records)
     assert max(map(len, summary(run).split("\n"))) <= 80
+    assert summary(run).count("stories for held-out openings") == 1, "the table is not broken"
 
     plain = summary(run)
     monkeypatch.delenv("NO_COLOR", raising=False)

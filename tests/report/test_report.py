@@ -253,10 +253,27 @@ def test_one_opening_is_followed_over_the_evaluations(tmp_path):
     evaluated_run(tmp_path, [[0.2, 0.3, 0.4], [0.2, 0.3, 0.5], [0.5, 0.3, 0.5]])
     assert [record["index"] for record in followed(tmp_path)] == [1, 1, 1]
     text = Page(write_report(tmp_path)).text
-    followed_text = text.split("One opening at every evaluation")[1].split(
+    followed_text = text.split("One opening during interaction")[1].split(
         "Diversity and mode collapse"
     )[0]
     assert all(f"word {step}" in followed_text for step in range(3))
+
+
+def test_a_followed_story_that_hardly_changed_is_shown_first_and_last_only(tmp_path):
+    words = " ".join(f"word{i}" for i in range(40))
+    texts = [words, f"{words} more", f"{words} again", f"another {words[::-1]}", words]
+    interaction_run(tmp_path, 4)
+    with RunLog(tmp_path, resume_step=4) as log:
+        log.append(EVALUATIONS, [story(step, 0, story=text) for step, text in enumerate(texts)])
+    assert [record["step"] for record in followed(tmp_path)] == [0, 3, 4]
+
+
+def test_a_line_of_a_command_breaks_between_its_words(tmp_path):
+    """A browser breaks `--gguf` after a hyphen, and a copied line then has a space there."""
+    interaction_run(tmp_path, 1, [story(1, 0)])
+    text = write_report(tmp_path).read_text()
+    assert "<span>--gguf</span> <span>OUT.gguf</span></code>" in text
+    assert "code span { display: inline-block;" in text
 
 
 def test_rewards_of_evaluations_have_standard_errors(tmp_path):

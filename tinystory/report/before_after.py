@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
+from tinystory.evaluate.stories import cluster_sizes
 from tinystory.evaluate.story_records import (
     evaluation_means,
     held_out_metrics,
@@ -103,13 +104,12 @@ class BeforeAfter:
         return rule, pairs[(len(pairs) - 1) // 2]
 
     def table(self, coloured: bool = False) -> list[list[str]]:
-        """A header, and a row of means for before and for after; the means in COMPARED have
-        standard errors. coloured: colour the cells of these means for a terminal, if they
-        `changed`."""
+        """A header, and a row for each measure with the means before and after; the means in
+        COMPARED have standard errors. coloured: colour the cells of these means for a terminal, if
+        they `changed`."""
         before_means, before_errors = evaluation_means(self.before), group_errors(self.before)
         after_means, after_errors = evaluation_means(self.after), group_errors(self.after)
-        header = [f"{len(self.before)} stories for held-out openings"]
-        before_row, after_row = ([name] for name in self.names)
+        rows = [[f"{len(self.before)} stories for held-out openings", *self.names]]
         for key, title in COLUMNS.items():
             before = before_means.get(key)
             after = after_means.get(key)
@@ -118,15 +118,13 @@ class BeforeAfter:
             if key == "score_mean":
                 records = self.before + self.after
                 title = f"score of {max(highest_score(record['scores']) for record in records)}"
-            header.append(title)
-            before_row.append(with_error(before, before_errors.get(key)))
             cell = with_error(after, after_errors.get(key))
             if coloured and key in COMPARED:
                 direction = changed([*self.gains(key).values()])
                 if direction:
                     cell = colour(cell, "better" if direction == "rose" else "worse")
-            after_row.append(cell)
-        return [header, before_row, after_row]
+            rows.append([title, with_error(before, before_errors.get(key)), cell])
+        return rows
 
     def styles(self) -> str:
         """A sentence on the styles of the texts before and after; "" if the run does not record
@@ -267,13 +265,19 @@ def best_step(run: Path) -> int | None:
 
 
 def followed(run: Path) -> Sequence[Record]:
-    """One story per evaluation, all for the last opening without an empty story. (A human teacher
-    compares stories for the first openings without labels, so these are not shown.)"""
+    """One story per evaluation, all for the last opening without an empty story, without stories
+    between the first and the last that are similar to the one before. (A human teacher compares
+    stories for the first openings without labels, so these are not shown.)"""
     chosen: Sequence[Record] = ()
     for stories in zip(*evaluations_by_step(run).values(), strict=False):
         if not any(is_blank(record["story"]) for record in stories):
             chosen = stories
-    return chosen
+    shown = [*chosen[:1]]
+    for story in chosen[1:]:
+        is_new = len(cluster_sizes([shown[-1]["story"], story["story"]])) == 2
+        if is_new or story is chosen[-1]:
+            shown.append(story)
+    return shown
 
 
 # Values of a story by the key of their mean. Reports compare these means with standard errors.

@@ -117,8 +117,7 @@ def control_section(run: Path) -> str:
         return ""
     comparisons = read_comparisons(run)
     if not comparisons:
-        note = f'<p class="note">{escape(how_to(run))}</p>'
-        return f"<section><h2>{TITLE}</h2>{note}</section>"
+        return page.section(TITLE, "See with:", page.command(command(run)))
     claimed = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
     note = NOTE.format(stories=number(len(comparisons[0].run["words"])))
     claimed += (

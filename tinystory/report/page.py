@@ -64,12 +64,25 @@ def count(n: int, one: str, many: str = "") -> str:
 def facts(rows: Iterable[tuple[str, object]]) -> str:
     """An HTML list of names and values. Text is shown unchanged, an empty value as a dash, and any
     other value as JSON."""
-    entries = ""
+    cells = []
     for name, value in rows:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        cell = number(None) if text in ("", "null", "[]") else clip(text)
+        cells.append((name, number(None) if text in ("", "null", "[]") else clip(text)))
+    return definitions(cells)
+
+
+def definitions(cells: Iterable[tuple[str, str]]) -> str:
+    """An HTML list of names and HTML values."""
+    entries = ""
+    for name, cell in cells:
         entries += f"<div><dt>{escape(name)}</dt><dd>{cell}</dd></div>"
     return f'<dl class="facts">{entries}</dl>'
+
+
+def command(text: str) -> str:
+    """A command as HTML. Lines break between words only, as far as a word fits a line."""
+    words = " ".join(f"<span>{clip(word)}</span>" for word in text.split(" "))
+    return f"<code>{words}</code>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -133,9 +146,11 @@ body { margin: 0 auto; padding: 1.6rem 1.25rem 4rem; max-width: 76rem; backgroun
   font: 15px/1.5 var(--sans); font-variant-numeric: tabular-nums; }
 h1, h2, summary { font-family: var(--serif); font-weight: 600; line-height: 1.2; margin: 0; text-wrap: balance;
   overflow-wrap: anywhere; }
-h1 { font-size: clamp(1.4rem, 3vw, 2rem); }
+h1 { font-size: clamp(1.4rem, 3vw, 2rem); text-wrap: pretty; }
 h2, summary { font-size: 1.35rem; }
 p { overflow-wrap: break-word; }
+code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--ink); }
+code span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 section, details { margin-top: 3rem; }
 details + details { margin-top: 1rem; }
 .note { margin: .3rem 0 .6rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
@@ -168,7 +183,11 @@ summary { cursor: pointer; }
 summary + * { margin-top: 1.4rem; }
 .facts { columns: 24rem; column-gap: 3rem; font-size: .85rem; margin-bottom: 0; }
 .facts div { display: flex; gap: 1rem; break-inside: avoid; padding: .16rem 0; }
-.wide { overflow-x: auto; }
+/* a shadow at each end that hides columns, covered where the table ends */
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, var(--paper) 1rem, transparent 3rem) local,
+  linear-gradient(270deg, var(--paper) 1rem, transparent 3rem) local,
+  linear-gradient(90deg, var(--grey), transparent 1rem), linear-gradient(270deg, var(--grey), transparent 1rem); }
 table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: bottom; white-space: nowrap; }
 th { font-weight: 600; }
@@ -182,8 +201,7 @@ dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
   .pair > article + article { padding-top: 0; }
-  .hero svg.chart text { font-size: 15px; }
-  .hero table { font-size: .68rem; } .hero td { white-space: normal; }
-  .hero td, .hero th + th { padding-left: .2rem; } }
+  .hero svg.chart text { font-size: 15px; } .hero td { white-space: normal; } }
+@media (max-width: 30rem) { .hero svg.chart text { font-size: 16px; } .hero svg.chart text.title { font-size: 20px; } }
 @media print { details:not([open]) { display: none; } }
 """

@@ -58,7 +58,8 @@ SAMPLES_NOTE = (
 )
 FOLLOWED_NOTE = (
     "These stories are for the last held-out opening without an empty story; the opening was not chosen by how good "
-    "the stories are. At every evaluation the student samples with the same random numbers."
+    "the stories are. At every evaluation the student samples with the same random numbers. Between the first and the "
+    "last evaluation, a story that is similar to the one before it is left out."
 )
 BARS_NOTE = "Bars are one standard error over an evaluation’s stories."
 CURVES_NOTE = (
@@ -201,7 +202,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     return [
         first_screen(run, metrics, curves),
         control_section(run),
-        section("One opening at every evaluation", FOLLOWED_NOTE, cards(followed(run))),
+        section("One opening during interaction", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
         section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
         section("The student", "", curve_charts(metrics, student_curves(metrics))),
@@ -230,7 +231,7 @@ def next_commands(run: Path, interaction: str = "") -> str:
         "evaluation": f"python scripts/evaluate.py {folder} --stories 200",
         "export to transformers and llama.cpp": f"python scripts/export_hf.py {folder} OUT --gguf OUT.gguf",
     }
-    return page.facts(commands.items())
+    return page.definitions((name, page.command(text)) for name, text in commands.items())
 
 
 def cards(records: Iterable[Record]) -> str:
