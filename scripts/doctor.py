@@ -69,9 +69,13 @@ PACKAGES = (
     "transformers",  # the last two are optional
 )
 GRADER = (
-    "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward"
+    "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency "
+    "price_in price_out reward"
 ).split()
 STUDENT = "init openings temperature max_new_tokens device".split()
+DEMO_OPENING = (
+    "Once upon a time, a fox lived in a hole under the old oak. One day, the fox found a map."
+)
 FIRST_INDEX = 4 * 10**9  # of the student's first text: no other texts use these random numbers
 
 
@@ -109,8 +113,12 @@ def main(argv: list[str] | None = None) -> None:
         calibrate(config, options)
     elif config.teacher_url or config.reward:
         print(f"{'requests':10} about four short ones", flush=True)
-        with open_grader(config):
-            pass
+        from tinystory.evaluate.forecast import demo_stories  # imports torch
+
+        with open_grader(config) as grader:
+            forecast = grader.forecast(demo_stories(config.teacher_prompt), DEMO_OPENING)
+            if forecast:
+                print(f"{'the demo':10} {forecast}")
 
 
 def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:

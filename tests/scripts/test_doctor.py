@@ -88,5 +88,12 @@ def test_it_shows_what_a_teacher_obeys(capsys):
     with FaultServer(other=lambda asked: "0 1 2" if "grammar" in asked else "A fox.") as server:
         line = told(capsys, "--teacher-url", server.url, "--teacher-model", "second")["teacher:"]
     assert line.startswith(
-        f"second at {server.url}: scored a story, max_tokens, reply constraint: numbers"
+        f"second at {server.url}: scored a story, max_tokens, reply constraint: grammar"
     )
+
+
+def test_it_says_what_the_demo_would_cost(capsys):
+    with FaultServer() as server:
+        prices = ("--price-in", "1", "--price-out", "0.5")
+        line = told(capsys, "--teacher-url", server.url, *prices)["the"]
+    assert line.startswith("demo") and "1,800 stories" in line and ", cost " in line

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -17,9 +18,12 @@ from conftest import LIMIT_S, ROOT, metrics, tiny_stories
 from fault_server import FaultServer
 
 import train_interact
-from tinystory.config import FIRST
+from tinystory.config import FIRST, InteractConfig
+from tinystory.evaluate.forecast import demo_stories, stories_to_grade
+from tinystory.rl.policy import RunState
 from tinystory.run.folder import read_config, write_config
 from tinystory.student import checkpoint
+from tinystory.teacher.ledger import Ledger
 
 # What is appended to each command, so that it takes seconds.
 SMALLER = {
@@ -33,7 +37,7 @@ SMALLER = {
 }
 FEWER_GRADES = "--grades 8 --stories-per-step 16"
 # Models of README's servers, which a local server replaces.
-MODELS = ("llama3.1:8b", "gpt-4o-mini")
+MODELS = ("llama3.1:8b", "gpt-6-luna")
 COMMAND = re.compile(r"(?:# my_reward\.py +)?((?:make|python) .*?)(?: {2,}#.*)?")
 ROW = re.compile(r"\|.*\| (.*) \|")
 
@@ -54,6 +58,20 @@ def commands() -> list[str]:
             elif row[1].startswith("`--teacher-url"):
                 printed.append(f"python train_interact.py {row[1].strip('`')}")
     return printed
+
+
+def test_the_price_of_the_demo_follows_from_its_presets():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    grades, tokens = re.search(r"asks for (1 \d+) grades of (\d+) prompt tokens", text).groups()
+    demo = InteractConfig()
+    assert int(grades.replace(" ", "")) == stories_to_grade(demo, RunState(demo.kl_coef))
+    price_in, price_out = map(float, re.search(r"At the \$(.*?) and \$(.*?) per", text).groups())
+    cents = re.search(r"all grades cost about (\d+) cents, and 64 answers about (\d+) cent", text)
+    ledger = Ledger(price_in, price_out, 0.0, (0, 0, 0))
+    for way, reply_tokens, told in (("grades", 6, cents[1]), ("event", 1, cents[2])):
+        stories = demo_stories(way)
+        cost = ledger.price(stories * int(tokens), stories * reply_tokens)
+        assert math.ceil(100 * cost) == int(told)
 
 
 def test_the_commands_of_the_readme_are_found():

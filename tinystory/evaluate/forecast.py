@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from tinystory.config import InteractConfig
+from tinystory.config import MODEL_TEACHER, InteractConfig
 from tinystory.data.openings import Openings
+from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS
+from tinystory.evaluate.corruptions import DULL
 from tinystory.evaluate.held_out import is_evaluated
 from tinystory.evaluate.temperature import trial_stories
 from tinystory.rl.policy import RunState
@@ -35,6 +37,17 @@ def print_forecast(
     if config.teacher_url and not state.step and few < count:
         flags = " ".join(f"--{name.replace('_', '-')} {FEW_GRADES[name]}" for name in FEW_GRADES)
         print(f"with {flags}: {grader.forecast(few, opening)}")
+
+
+def demo_stories(teacher_prompt: str) -> int:
+    """Number of stories that a model grades in the demo, and of the texts by which the model is
+    measured before it. teacher_prompt: the way of asking; grades are given to all stories."""
+    options = MODEL_TEACHER | {"teacher_prompt": teacher_prompt}
+    if teacher_prompt in ("", "grades"):
+        options = {}
+    config = InteractConfig(**options)
+    known = CHEAP * len((*CHEAP_KINDS, DULL))
+    return stories_to_grade(config, RunState(config.kl_coef)) + known
 
 
 def stories_to_grade(config: InteractConfig, state: RunState) -> int:
