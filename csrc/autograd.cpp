@@ -47,6 +47,12 @@ void mark_non_differentiable(AutogradContext* ctx, const variable_list& outputs)
   ctx->set_materialize_grads(false);
 }
 
+// Refuses a backward pass with create_graph=True: a gradient of the gradients would be 0 or lack terms, without an error.
+void require_first_order(const char* op) {
+  TORCH_CHECK(!at::GradMode::is_enabled(), op, ": there are no second derivatives; call backward() or grad() without ",
+              "create_graph, or set TINYSTORY_KERNELS=reference");
+}
+
 struct CausalAttention : Function<CausalAttention> {
   static variable_list forward(AutogradContext* ctx, const Tensor& qkv, double dropout_p, const SymInt& seed) {
     static const auto op = find_operator<Two(const Tensor&, double, SymInt)>("tinystory::causal_attention");
@@ -57,6 +63,7 @@ struct CausalAttention : Function<CausalAttention> {
     return {out, lse};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("causal_attention");
     static const auto op =
         find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, SymInt)>(
             "tinystory::causal_attention_backward");
@@ -79,6 +86,7 @@ struct TokenLogprob : Function<TokenLogprob> {
     return {logprob, entropy, lse, logits};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("token_logprob");
     static const auto op =
         find_operator<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           const Tensor&, const Tensor&)>("tinystory::token_logprob_backward");
@@ -102,6 +110,7 @@ struct CrossEntropy : Function<CrossEntropy> {
     return {loss, grad_hidden, grad_weight};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("cross_entropy");
     if (!grads[0].defined()) return variable_list(3);
     const auto saved = ctx->get_saved_variables();
     return {saved[0] * grads[0], saved[1] * grads[0], Tensor()};
@@ -121,6 +130,7 @@ struct Linear : Function<Linear> {
     return {y, slope};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("linear");
     static const auto op =
         find_operator<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, ScalarType)>(
             "tinystory::linear_backward");
@@ -144,6 +154,7 @@ struct LoweredLinear : Function<LoweredLinear> {
     return gelu ? at::gelu(y, "tanh") : y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("lowered_linear");
     static const auto gelu_backward = find_operator<Two(const Tensor&, const Tensor&)>("tinystory::gelu_backward");
     if (!grads[0].defined()) return variable_list(6);
     const auto saved = ctx->get_saved_variables();
@@ -181,6 +192,7 @@ struct AddLayerNorm : Function<AddLayerNorm> {
     return {sum, y, mean, scale};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_first_order("add_layer_norm");
     static const auto op = find_operator<Four(const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
                                               const Tensor&, const Tensor&, double, SymInt, std::optional<ScalarType>)>(
         "tinystory::add_layer_norm_backward");

@@ -40,8 +40,8 @@ inline Sums bfmmla(Sums c, Pairs a, Pairs b) {
 #endif
 
 constexpr int64_t kPacks = 4;  // number of pairs of a row that are read at once
-constexpr int64_t kColumns =
-    16;  // number of columns of the right operand that are interleaved and stay in the L1 cache
+// number of columns of the right operand that are interleaved and stay in the L1 cache
+constexpr int64_t kColumns = 16;
 
 // BFDOT on vectors of 4 sums, or of a multiple of 4.
 template <class Vec>

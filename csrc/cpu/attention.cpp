@@ -55,12 +55,13 @@ struct Head {
   };
 
   const Attention& x;
-  const int64_t T, D, padded, packs,
-      row_stride;  // padded: T rounded up to whole panels; also the row stride of a strip
+  // padded: T rounded up to whole panels; also the row stride of a strip
+  const int64_t T, D, padded, packs, row_stride;
   const Acc scale, drop_scale;
   const bool tiles = on_tiles<Policy>();
   Matrix Q, K, V, dO;
   Scores S, dS;
+  Acc* factors;   // (kStrip, padded), with dropout: the factor of each weight, 0 or drop_scale
   Pack* columns;  // P or dS by columns, for AMX tiles
   Acc* mixed;     // (kStrip, D): l times O, or dQ
   Acc *dK, *dV;   // (padded, D)
@@ -80,6 +81,7 @@ struct Head {
     V = matrix(m, backward, !backward);
     S = score_rows(m, backward);
     mixed = m.take<Acc>(kStrip * D);
+    factors = m.take<Acc>(x.dropout > 0 ? kStrip * padded : 0);
     if (!backward) return;
     dO = matrix(m, false, true);
     dS = score_rows(m, true);
@@ -180,8 +182,8 @@ struct Head {
       const int64_t rows = std::min(kStrip, T - i0);
       Acc l[kStrip];
       scores(S, Q, K, i0, rows);
+      if (x.dropout > 0) draw_factors(head, i0, rows);
       softmax(l, head, i0, rows);
-      if (x.dropout > 0) drop(head, i0, rows);
       mix(S, V, i0, rows);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t d = 0; d < D; d += L)
@@ -190,8 +192,21 @@ struct Head {
     }
   }
 
-  // Overwrites S by P = exp(S - m), and sets l to the sum of each row. With dropout, P is stored as elements, which
-  // `drop` then packs; else as Packs.
+  // Draws the factors of a strip. Beyond the 32 x 32 tiles of the diagonal they are 0.
+  void draw_factors(int64_t head, int64_t i0, int64_t rows) const {
+    float keep[32][32];
+    const int64_t end = round_up(i0 + rows, kKeys);
+    for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
+      for (int64_t j = 0; j < end; j += 32) {
+        if (j <= i + 31) dropout_tile(keep, x, head, i, j);
+        else std::memset(keep, 0, sizeof keep);
+        for (int64_t r = std::max(i, i0); r < std::min(i + 32, i0 + rows); ++r)
+          for (int64_t c = j; c < std::min(j + 32, end); ++c)
+            factors[(r - i0) * padded + c] = drop_scale * Acc(keep[r - i][c - j]);
+      }
+  }
+
+  // Overwrites S by P = exp(S - m) after dropout, and sets l to the sum of each row before dropout.
   void softmax(Acc (&l)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
       Acc* row = S.rows + r * padded;
@@ -202,38 +217,16 @@ struct Head {
       const Acc m = highest(top) * scale;
       Vec sums{};
       for (int64_t j = 0; j < n; j += L) {
-        const Vec p = exp2(fma(load<Vec>(row + j), splat<Vec>(scale), splat<Vec>(-m)) * Acc(kLog2e));
+        Vec p = exp2(fma(load<Vec>(row + j), splat<Vec>(scale), splat<Vec>(-m)) * Acc(kLog2e));
         sums += p;
-        if (x.dropout > 0) store(row + j, p);
-        else store_elements<Policy>(row, j, p);
+        if (x.dropout > 0) p *= load<Vec>(factors + r * padded + j);
+        store_elements<Policy>(row, j, p);
       }
       l[r] = sum(sums);
       lse(head, i0 + r) = m + Acc(std::log(l[r]));
-      zero_rest(row, round_up(n, L), round_up(i0 + rows, kKeys), x.dropout > 0);
+      // zeros beyond the diagonal, up to the padded end of the longest row of the strip
+      for (int64_t j = round_up(n, L); j < round_up(i0 + rows, kKeys); j += L) store_elements<Policy>(row, j, Vec{});
     }
-  }
-
-  // Zeroes the elements of a row beyond the diagonal, up to the padded end of the longest row of the strip.
-  static void zero_rest(Acc* row, int64_t j, int64_t end, bool unpacked) {
-    for (; j < end; j += L) {
-      if (unpacked) store(row + j, Vec{});
-      else store_elements<Policy>(row, j, Vec{});
-    }
-  }
-
-  void drop(int64_t head, int64_t i0, int64_t rows) const {
-    float keep[32][32];
-    const int64_t end = round_up(i0 + rows, kKeys);
-    for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
-      for (int64_t j0 = 0; j0 < end; j0 += 32) {
-        if (j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
-        for (int64_t r = std::max(i, i0) - i0; r < std::min(i + 32 - i0, rows); ++r)
-          for (int64_t j = j0; j < std::min(j0 + 32, end); j += L) {
-            Vec p = load<Vec>(S.rows + r * padded + j);
-            for (int l = 0; l < L; ++l) p[l] *= drop_scale * Acc(keep[i0 + r - i][j - j0 + l]);
-            store_elements<Policy>(S.rows + r * padded, j, p);
-          }
-      }
   }
 
   void backward(int64_t head) {
@@ -248,6 +241,7 @@ struct Head {
       Acc norm[kStrip], delta[kStrip];
       scores(S, Q, K, i0, rows);
       scores(dS, dO, V, i0, rows);
+      if (x.dropout > 0) draw_factors(head, i0, rows);
       recompute_weights(norm, delta, head, i0, rows);
       score_grads(norm, delta, i0, rows);
       mix(dS, K, i0, rows);
@@ -266,49 +260,31 @@ struct Head {
                  load<Vec>(from + r * D + d));
   }
 
-  // Overwrites S by P before dropout; an element that dropout zeroes is stored negated. The rows of P sum to 1 except
-  // for the rounding of lse, which the factor `norm` corrects. delta: the sum of P * dP of each row. P and dP are set
-  // to zero beyond the diagonal.
+  // Overwrites S by P before dropout, and dP by dP after dropout. The rows of P sum to 1 except for the rounding of lse,
+  // which the factor `norm` corrects. delta: the sum of P * dP of each row. P and dP are set to zero beyond the diagonal.
   void recompute_weights(Acc (&norm)[kStrip], Acc (&delta)[kStrip], int64_t head, int64_t i0, int64_t rows) const {
-    Vec index, sums[kStrip]{}, deltas[kStrip]{};
-    for (int l = 0; l < L; ++l) index[l] = Acc(l);
-    float keep[32][32];
     const int64_t end = round_up(i0 + rows, kKeys);
-    for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
-      for (int64_t j0 = 0; j0 < end; j0 += 32) {
-        if (x.dropout > 0 && j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
-        for (int64_t r = std::max(i, i0) - i0; r < std::min(i + 32 - i0, rows); ++r)
-          for (int64_t j = j0; j < std::min(j0 + 32, end); j += L) {
-            const int64_t valid = i0 + r + 1 - j;
-            Vec p{};
-            if (valid > 0) {
-              // fma rounds the difference once, so that the change of base loses no accuracy if p is large.
-              const Vec log_p =
-                  fma(load<Vec>(S.rows + r * padded + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
-              p = exp2(log_p * Acc(kLog2e));
-              if (valid < L) p = select<Vec>(index < splat<Vec>(Acc(valid)), p, Vec{});
-              sums[r] += p;
-              Vec dP = load<Vec>(dS.rows + r * padded + j);
-              if (valid < L) dP = select<Vec>(index < splat<Vec>(Acc(valid)), dP, Vec{});
-              store(dS.rows + r * padded + j, dP);
-              if (x.dropout > 0) {
-                Vec kept;
-                for (int l = 0; l < L; ++l) kept[l] = Acc(keep[i0 + r - i][j - j0 + l]);
-                dP *= kept * drop_scale;
-                p = select<Vec>(kept > Vec{}, p, -p);
-                deltas[r] = fma(max(p, Vec{}), dP, deltas[r]);
-              } else {
-                deltas[r] = fma(p, dP, deltas[r]);
-              }
-            } else {
-              store(dS.rows + r * padded + j, Vec{});
-            }
-            store(S.rows + r * padded + j, p);
-          }
-      }
     for (int64_t r = 0; r < rows; ++r) {
-      norm[r] = 1 / sum(sums[r]);
-      delta[r] = sum(deltas[r]) * norm[r];
+      Acc *s = S.rows + r * padded, *d = dS.rows + r * padded;
+      const int64_t n = i0 + r + 1;
+      fill_tail(s, n, Acc(-INFINITY));
+      fill_tail(d, n, Acc(0));
+      Vec sums{}, deltas{};
+      for (int64_t j = 0; j < n; j += L) {
+        // fma rounds the difference once, so that the change of base loses no accuracy if p is large.
+        const Vec log_p = fma(load<Vec>(s + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
+        const Vec p = exp2(log_p * Acc(kLog2e));
+        Vec dP = load<Vec>(d + j);
+        if (x.dropout > 0) dP *= load<Vec>(factors + r * padded + j);
+        sums += p;
+        deltas = fma(p, dP, deltas);
+        store(s + j, p);
+        store(d + j, dP);
+      }
+      fill_tail(s, n, Acc(0));  // in a row of NaN they are NaN
+      for (int64_t j = round_up(n, L); j < end; j += L) store(s + j, Vec{}), store(d + j, Vec{});
+      norm[r] = 1 / sum(sums);
+      delta[r] = sum(deltas) * norm[r];
     }
   }
 
@@ -320,16 +296,10 @@ struct Head {
       for (int64_t j = 0; j < end; j += L) {
         Vec p[2]{}, d[2]{};
         for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
-          p[e] = load<Vec>(S.rows + (r + e) * padded + j) * norm[r + e];
-          Vec dP = load<Vec>(dS.rows + (r + e) * padded + j);
-          if (x.dropout > 0) {
-            const Vec size = max(p[e], -p[e]);
-            dP = select<Vec>(p[e] > Vec{}, dP * drop_scale, Vec{});
-            p[e] = max(p[e], Vec{}) * drop_scale;
-            d[e] = size * (dP - delta[r + e]) * scale;
-          } else {
-            d[e] = p[e] * (dP - delta[r + e]) * scale;
-          }
+          const int64_t at = (r + e) * padded + j;
+          p[e] = load<Vec>(S.rows + at) * norm[r + e];
+          d[e] = p[e] * (load<Vec>(dS.rows + at) - delta[r + e]) * scale;
+          if (x.dropout > 0) p[e] *= load<Vec>(factors + at);
         }
         put(r, j, rows, p, d);
       }

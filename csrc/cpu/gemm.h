@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 constexpr int64_t kColumns = 64;                   // columns per item of work; callers pad columns to a multiple
 constexpr int64_t kMicroRows = 6;                  // rows of the micro-kernel's tile
 constexpr int64_t kTileRows = W == 16 ? 48 : 132;  // rows multiplied with a panel while panel and sums stay in L1
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(TINYSTORY_AVX512) || defined(__aarch64__)
 constexpr int kMicroVectors = 4;  // vectors per row of the tile: 6 * 4 sums and 4 columns fit 32 registers
 #else
 constexpr int kMicroVectors = 2;
@@ -246,8 +246,8 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
         const int64_t rows = std::min(together, last - first), width = std::min(kWidth, end - j);
         const int64_t depth = std::min(Policy::kReduce, n_k - k);
         const auto* part = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
-        const Prefetch next(part + depth * b.k_stride, depth * b.k_stride,
-                            rows);  // the next part of this panel, or panel
+        // the next part of this panel, or the next panel
+        const Prefetch next(part + depth * b.k_stride, depth * b.k_stride, rows);
         const Prefetch after(later, packs / parts, rows);
         later += packs / parts;
         gemm_panel<Policy>(rows, width / L, depth, a.part(first, k), part, b.k_stride, sums, kWidth, k > 0,
@@ -425,9 +425,9 @@ struct Arena {
   size_t used = 0;
   template <class T>
   T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base + used);
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += (n * sizeof(T) + 63) / 64 * 64;
-    return base ? p : nullptr;
+    return p;
   }
 };
 

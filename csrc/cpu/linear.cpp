@@ -218,7 +218,7 @@ const char* instructions() {
 #endif
 #if defined(__AVX512BF16__)
   return "AVX-512, its dot product for bfloat16";
-#elif defined(__AVX512F__)
+#elif defined(TINYSTORY_AVX512)
   return "AVX-512";
 #elif defined(__FMA__)
   return "AVX2";

@@ -17,7 +17,9 @@
 
 namespace tinystory::cpu {
 
+// A processor with AVX-512F alone (Knights Landing) runs AVX2.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define TINYSTORY_AVX512
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -52,7 +54,7 @@ template <class Vec>
 inline Vec min(Vec a, Vec b) {
   return a < b ? a : b;
 }
-#if defined(__AVX512F__)  // one instruction each; for the templates above, GCC emits a comparison and a blend
+#if defined(TINYSTORY_AVX512)  // one instruction each; for the templates above, GCC emits a comparison and a blend
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX__)
@@ -100,7 +102,7 @@ Vec zip(Vec a, Vec b) {
 }
 
 inline vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
+#if defined(TINYSTORY_AVX512)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -125,7 +127,7 @@ inline auto highest(Vec v) {
   for (int i = 1; i < lanes<Vec>; ++i) a = v[i] > a ? v[i] : a;
   return a;
 }
-#if defined(__AVX512F__)
+#if defined(TINYSTORY_AVX512)
 inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float highest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 #elif defined(__AVX__)
@@ -141,15 +143,16 @@ inline float highest(vf v) {
 }
 #endif
 
-// 2^x for x <= 127; 0 if 2^x is below the smallest normal number.
+// 2^x for x <= 127; 0 if 2^x is below the smallest normal number; NaN for NaN.
 inline vf exp2(vf x) {
   const vf magic = splat<vf>(kRounder);
-  const vf shifted = max(x, splat<vf>(-126.0f)) + magic;
-  const vf f = max(x, splat<vf>(-126.0f)) - (shifted - magic);
+  const vf clamped = max(splat<vf>(-126.0f), x);  // in this order, max returns NaN for NaN
+  const vf shifted = clamped + magic;
+  const vf f = clamped - (shifted - magic);
   vf p = splat<vf>(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = fma(p, f, splat<vf>(kExp2[i]));
   const vf r = (vf)((vi)p + ((vi)shifted << 23));
-  return select<vf>(x < -126.0f, vf{}, r);
+  return select<vf>(x >= -126.0f, r, clamped + 126.0f);
 }
 inline vd exp2(vd x) {
   for (int i = 0; i < lanes<vd>; ++i) x[i] = std::exp2(x[i]);
@@ -227,7 +230,7 @@ inline uint16_t to_f16(float f) {
   return sign | uint16_t((bits - 0x38000000) >> 13);
 }
 inline vf from_f16(vh x) {
-#if defined(__AVX512F__)
+#if defined(TINYSTORY_AVX512)
   return (vf)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__F16C__) && defined(__AVX__)
   return (vf)_mm256_cvtph_ps((__m128i)x);
@@ -238,7 +241,7 @@ inline vf from_f16(vh x) {
 #endif
 }
 inline vh to_f16(vf x) {
-#if defined(__AVX512F__)
+#if defined(TINYSTORY_AVX512)
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__) && defined(__AVX__)
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
@@ -275,7 +278,7 @@ inline void store_as(void* p, DType, vd x) { store(p, x); }
 // store would first read the cache line from memory. The type is f32 or bf16, and p is aligned to the stored vector.
 // Call end_streams before another thread reads the data.
 inline void stream_as(void* p, DType t, vf x) {
-#if defined(__AVX512F__)
+#if defined(TINYSTORY_AVX512)
   if (t == DType::f32) _mm512_stream_ps(static_cast<float*>(p), (__m512)x);
   else _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)to_bf16(x));
 #elif defined(__AVX__)

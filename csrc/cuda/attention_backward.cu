@@ -11,7 +11,7 @@
 //   dQ = scale dS K,  dK = scale dS^T Q,  dV = (Z * P)^T dO.
 // The loop leaves out the dropout scale: it computes dP and delta divided by the dropout scale, and the final sums are
 // multiplied by the dropout scale.
-#include "tiles.cuh"
+#include "attention.cuh"
 
 namespace tinystory::cuda {
 namespace {

@@ -6,7 +6,7 @@
 // in units of log2, so that exp is the hardware's ex2. m may lag behind the true row maximum: O and l are rescaled by
 // exp(m_old - m_new) only when a score exceeds m by more than kSlack, as in FlashAttention-4. So P is at most 2^kSlack,
 // which every dtype can represent.
-#include "tiles.cuh"
+#include "attention.cuh"
 
 namespace tinystory::cuda {
 namespace {

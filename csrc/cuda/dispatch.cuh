@@ -13,9 +13,13 @@ void dispatch_dtype(DType dtype, const char* op, const F& f) {
   else throw std::invalid_argument(std::string(op) + " on CUDA: float64 is not implemented");
 }
 
-// Calls f.run<E, D>() for a dtype and a head size.
+// Calls f.run<E, D>() for a dtype and a head size: those of this library, see AttentionKernels, or in native tests any.
 template <class F>
-void dispatch_attention(DType dtype, int64_t D, const char* op, const F& f) {
+void dispatch_attention([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t D, [[maybe_unused]] const char* op,
+                        const F& f) {
+#ifdef TINYSTORY_DTYPE
+  f.template run<TINYSTORY_DTYPE, TINYSTORY_HEAD_SIZE>();
+#else
   dispatch_dtype(dtype, op, [&](auto e) {
     using Element = decltype(e);
     if (D == 32) f.template run<Element, 32>();
@@ -25,6 +29,7 @@ void dispatch_attention(DType dtype, int64_t D, const char* op, const F& f) {
       throw std::invalid_argument(std::string(op) + " on CUDA: head size must be 32, 64 or 128, not " +
                                   std::to_string(D));
   });
+#endif
 }
 
 }  // namespace tinystory::cuda

@@ -21,6 +21,18 @@ void attention_backward(const Attention&, float* workspace, cudaStream_t);
 int64_t decode_attention_workspace(const DecodeAttention&);
 void decode_attention(const DecodeAttention&, float* workspace, cudaStream_t);
 
+// The functions above. Attention is compiled for one dtype and one head size at a time, when an operator first needs
+// them, into a library that hands its functions to the library of the operators (attention_library.cpp, ops.cpp).
+struct AttentionKernels {
+  DType dtype;
+  int64_t D;
+  decltype(&attention_forward) forward = attention_forward;
+  decltype(&attention_backward_workspace) backward_workspace = attention_backward_workspace;
+  decltype(&attention_backward) backward = attention_backward;
+  decltype(&decode_attention_workspace) decode_workspace = decode_attention_workspace;
+  decltype(&decode_attention) decode = decode_attention;
+};
+
 void sample(const Sample&, cudaStream_t);
 
 // The steps of TokenLogprob between the GEMMs, for a chunk of rows. All pointers point to the first row of the chunk.

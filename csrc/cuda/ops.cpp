@@ -29,10 +29,24 @@ struct DeviceScope {
   }
 };
 
+// --- attention -------------------------------------------------------------------------------------------------------
+// By dtype, and by head size: 32, 64 or 128. Null until Python has loaded the library (tinystory/ops/cuda.py).
+const cuda::AttentionKernels* attention_kernels[4][3];
+
+void add_attention(const cuda::AttentionKernels& kernels) {
+  attention_kernels[int(kernels.dtype)][kernels.D / 64] = &kernels;
+}
+
+const cuda::AttentionKernels& kernels_for(DType dtype, int64_t D, const char* op) {
+  const cuda::AttentionKernels* kernels = attention_kernels[int(dtype)][D / 64];
+  TORCH_CHECK(kernels, op, ": no kernels are loaded for this dtype and head size ", D, "; call tinystory.ops.", op);
+  return *kernels;
+}
+
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
   const DeviceScope on(qkv, "causal_attention", "qkv");
   const AttentionForward f(qkv, dropout_p, seed);
-  cuda::attention_forward(f.x, on.stream);
+  kernels_for(f.x.dtype, f.x.D, "causal_attention").forward(f.x, on.stream);
   return {f.out, f.lse};
 }
 
@@ -40,8 +54,9 @@ Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
                                  double dropout_p, int64_t seed) {
   const DeviceScope on(qkv, "causal_attention_backward", "qkv");
   const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
-  const Tensor workspace = at::empty({cuda::attention_backward_workspace(f.x)}, lse.options());
-  cuda::attention_backward(f.x, workspace.data_ptr<float>(), on.stream);
+  const auto& kernels = kernels_for(f.x.dtype, f.x.D, "causal_attention");
+  const Tensor workspace = at::empty({kernels.backward_workspace(f.x)}, lse.options());
+  kernels.backward(f.x, workspace.data_ptr<float>(), on.stream);
   return f.grad_qkv;
 }
 
@@ -49,10 +64,13 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& s
                         const Tensor& lengths) {
   const DeviceScope on(qkv, "decode_attention", "qkv");
   const Decode f(qkv, prefix, spans, cache, lengths);
-  const Tensor workspace = at::empty({cuda::decode_attention_workspace(f.x)}, qkv.options().dtype(at::kFloat));
-  cuda::decode_attention(f.x, workspace.data_ptr<float>(), on.stream);
+  const auto& kernels = kernels_for(f.x.dtype, f.x.D, "decode_attention");
+  const Tensor workspace = at::empty({kernels.decode_workspace(f.x)}, qkv.options().dtype(at::kFloat));
+  kernels.decode(f.x, workspace.data_ptr<float>(), on.stream);
   return f.out;
 }
+
+// --- sample ----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
                                           double temperature, int64_t top_k, double top_p) {
@@ -64,14 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, co
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
 // The operands of GEMMs have the dtype of hidden. Logits, sums over chunks and results are float32.
-#ifndef TINYSTORY_CHUNK_BYTES  // tests define a small value
-#define TINYSTORY_CHUNK_BYTES (128 << 20)
-#endif
+int64_t chunk_bytes = 128 << 20;  // bytes of logits per chunk, enough rows to fill the device
+
 struct Logprob {
-  // Bytes of logits per chunk, enough rows to fill the device; and, for 16-bit types, the number of chunks with
-  // gradients in the same GEMMs.
-  static constexpr int64_t kChunkBytes = TINYSTORY_CHUNK_BYTES;
-  static constexpr int64_t kChunksTogether = 4;
+  static constexpr int64_t kChunksTogether = 4;  // for 16-bit types: number of chunks with gradients in the same GEMMs
 
   const DeviceScope on;
   const Tensor hidden, weight, targets;
@@ -111,7 +125,7 @@ struct Logprob {
     const auto rows_of = [&](int64_t rows, const at::TensorOptions& options) {
       return at::empty({rows, stride}, options).narrow(1, 0, V);
     };
-    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, stride * int64_t(sizeof(float))));
+    const int64_t fit = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, stride * int64_t(sizeof(float))));
     const DType dtype = dtype_of(hidden, "token_logprob", "hidden");
     const bool wide = dtype == DType::f32;
     const Tensor memory = rows_of(std::min(fit, N), float_options);
@@ -233,5 +247,10 @@ TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
 
 }  // namespace tinystory
 
-// Python imports the library as a module. The import registers the kernels above; the module has no functions.
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "tinystory's CUDA kernels, registered with torch."; }
+// Python imports the library as a module. The import registers the kernels above.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace tinystory;
+  m.def("add_attention",
+        [](uintptr_t kernels) { add_attention(*reinterpret_cast<const cuda::AttentionKernels*>(kernels)); });
+  m.def("set_chunk_bytes", [](int64_t bytes) { chunk_bytes = bytes; });  // lab/kernels.py compares sizes
+}

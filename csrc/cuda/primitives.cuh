@@ -16,6 +16,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxSharedBytes = 99 << 10;  // per block on sm_86, sm_89 and sm_120; other GPUs have more
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+using f32 = float;
 struct bf16 {
   uint16_t bits;
 };
@@ -263,12 +264,14 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
   kernel<<<unsigned(blocks), unsigned(threads), shared_bytes, stream>>>(params);
   check(cudaGetLastError());
 }
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int64_t l2_bytes() { return device_attribute(cudaDevAttrL2CacheSize); }
 
 }  // namespace tinystory::cuda
 #else

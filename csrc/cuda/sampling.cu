@@ -57,6 +57,40 @@ struct Cut {
   uint64_t ties;
 };
 
+// The rest of a search, in the order of the tokens, for the first token at which the cumulative weight of the truncated
+// vocabulary exceeds a draw.
+template <bool kCuts>
+struct Search {
+  uint64_t draw;        // minus the weights of the tokens passed
+  uint64_t ties;        // number of tokens equal to the threshold that may still be kept
+  uint64_t tie_weight;  // weight of such a token
+
+  // Each lane has a group of tokens: the weight of those above the threshold, and the number of those equal to it. The
+  // lane of the group with the token sought, which is passed up to this group; or -1, and all groups are passed.
+  __device__ __forceinline__ int find_lane(uint64_t weight, uint32_t equal) {
+    const uint32_t equals = kCuts ? warp_prefix_sum(equal) : 0, before = equals - equal;
+    const uint64_t free = ties > before ? ties - before : 0;
+    if (kCuts) weight += (equal < free ? equal : free) * tie_weight;
+    const uint64_t weights = warp_prefix_sum(weight);
+    const uint32_t found = ballot(weights > draw);
+    const int lane = found ? lowest_bit(found) : kWarpSize - 1;
+    draw -= shuffle(found ? weights - weight : weights, lane);
+    if (kCuts) {
+      const uint32_t passed = shuffle(found ? before : equals, lane);
+      ties = ties > passed ? ties - passed : 0;
+    }
+    return found ? lane : -1;
+  }
+
+  // Whether the next token is the one sought; else it is passed.
+  __device__ __forceinline__ bool find(uint64_t weight, bool equal) {
+    if (equal && ties) weight = tie_weight, --ties;
+    if (draw < weight) return true;
+    draw -= weight;
+    return false;
+  }
+};
+
 struct SharedState {
   uint64_t histogram[kBuckets], sums[kMaxWarps];
   uint32_t equal[kMaxWarps];
@@ -177,12 +211,25 @@ struct RowSampler {
     if (kCuts) equal += key == cut.key;
   }
 
+  // The token sought among this lane's tokens, which begin with v.
+  __device__ __forceinline__ int find_in_lane(const float (&x)[kVec], int v, const Cut& cut,
+                                              Search<kCuts> search) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (v + i >= row.V) continue;
+      uint64_t weight = 0;
+      uint32_t equal = 0;
+      count(x[i], cut, weight, equal);
+      if (search.find(weight, equal)) return v + i;
+    }
+    return -1;  // not reached: draw < the lane's weight
+  }
+
   // The first token at which the cumulative weight within the truncated vocabulary exceeds `draw`. One lane of the
   // block returns the token; all other lanes return -1. above: total weight of this thread's tokens; with a cut, it is
   // computed again.
   __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw, uint64_t above) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
-    const uint64_t cut_weight = kCuts ? weight_of_key(cut.key) : 0;
     if (kCuts) {
       uint32_t equal = above = 0;
       for_each([&](float x) { count(x, cut, above, equal); });
@@ -193,46 +240,20 @@ struct RowSampler {
     if (lane == 0) shared.sums[warp] = above;
     sync_block();
 
-    // Find the warp with the token in its segment, and the number of ties that are left for this segment.
-    uint64_t ties = cut.ties;
-    const auto select = [&](uint64_t weight, uint32_t equal) {  // over the lanes in order
-      const uint32_t equals = kCuts ? warp_prefix_sum(equal) : 0, before = equals - equal;
-      const uint64_t free = ties > before ? ties - before : 0;
-      if (kCuts) weight += (equal < free ? equal : free) * cut_weight;
-      const uint64_t weights = warp_prefix_sum(weight);
-      const uint32_t found = ballot(weights > draw);
-      const int lane = found ? lowest_bit(found) : kWarpSize - 1;
-      draw -= shuffle(found ? weights - weight : weights, lane);
-      if (kCuts) {
-        const uint32_t passed = shuffle(found ? before : equals, lane);
-        ties = ties > passed ? ties - passed : 0;
-      }
-      return found ? lane : -1;
-    };
+    Search<kCuts> search{draw, cut.ties, kCuts ? weight_of_key(cut.key) : 0};
     // lanes beyond the last warp have arbitrary values, but the search ends before them
-    if (select(shared.sums[lane], kCuts ? shared.equal[lane] : 0) != warp) return -1;
-    for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kVec) {
-      const int v = v0 + lane * kVec;
+    if (search.find_lane(shared.sums[lane], kCuts ? shared.equal[lane] : 0) != warp) return -1;
+    for (int first = warp_begin; first < warp_end; first += kWarpSize * kVec) {
+      const int v = first + lane * kVec;
       float x[kVec];
       row.load(x, v, -INFINITY);
-      uint64_t above = 0;
+      uint64_t weight = 0;
       uint32_t equal = 0;
 #pragma unroll
       for (int i = 0; i < kVec; ++i)
-        if (v + i < row.V) count(x[i], cut, above, equal);
-      const int owner = select(above, equal);
-      if (owner < 0) continue;
-      if (owner != lane) return -1;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (v + i >= row.V) continue;
-        uint64_t weight = 0;
-        uint32_t tied = 0;
-        count(x[i], cut, weight, tied);
-        if (tied && ties) weight = cut_weight, --ties;
-        if (draw < weight) return v + i;
-        draw -= weight;
-      }
+        if (v + i < row.V) count(x[i], cut, weight, equal);
+      const int owner = search.find_lane(weight, equal);
+      if (owner >= 0) return owner == lane ? find_in_lane(x, v, cut, search) : -1;
     }
     return -1;  // not reached: draw < total
   }

@@ -221,7 +221,8 @@ def install_project(kernels: str = "") -> None:
     kernel_library."""
     from tinystory.ops import backend, cuda
 
-    cuda.load = lambda: None  # there is nothing to compile
+    # there is nothing to compile
+    cuda.load = cuda.load_attention = lambda *_: None
     if backend.load() is None:  # TINYSTORY_KERNELS=reference
         return
     if kernels:  # their binding, compiled for CPU tensors, replaces the CPU's

@@ -18,11 +18,11 @@ from tinystory.config import (
 )
 from tinystory.data import babylm
 from tinystory.evaluate.temperature import TEMPERATURES
+from tinystory.ops import cuda
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_config
 from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
-from tinystory.student.model import CUDA_HEAD_SIZES
 
 # The settings of arXiv 2509.15714 and of the paper's code.
 PAPER_PRETRAIN = dict(n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1)
@@ -56,7 +56,7 @@ def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
     options = [["--preset", name] for name in PRETRAIN_PRESETS]
     options += [scale.pretrain.split() for scale in SCALES.values()]
     configs = [parse(PretrainConfig, PRETRAIN_PRESETS, argv) for argv in options]
-    assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEAD_SIZES)
+    assert {config.n_embd // config.n_head for config in configs} <= set(cuda.HEAD_SIZES)
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):

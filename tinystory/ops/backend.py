@@ -16,6 +16,7 @@ REFERENCE = "plain PyTorch runs in place of the kernels"
 # Operators that spend nearly all time in a matmul. On a Mac, PyTorch's float32 matmul is
 # Accelerate, which uses Apple's matrix units.
 MATMULS = ("cross_entropy", "linear", "token_logprob")
+ATTENTION = ("causal_attention", "decode_attention")  # compiled by dtype and head size
 ACCELERATE = sys.platform == "darwin"
 
 
@@ -45,17 +46,20 @@ def current() -> str:
 
 def implementation(op: str, x: Tensor) -> str:
     """The implementation that runs an operator on x: "kernel", "pytorch" or "reference"."""
-    return _implementation(op, x.device.type, x.dtype)
+    head_size = x.shape[-1] if op in ATTENTION and x.is_cuda else 0
+    return _implementation(op, x.device.type, x.dtype, head_size)
 
 
 @torch.compiler.assume_constant_result
-def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
+def _implementation(op: str, device: str, dtype: torch.dtype, head_size: int) -> str:
     kernels = current()
     if kernels == "reference":
         return "reference"
     build.load()
     if device == "cuda":
         cuda.load()
+        if head_size:
+            cuda.load_attention(str(dtype).removeprefix("torch."), head_size)
     accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
     if accelerated and kernels == "auto" and op in MATMULS:
         return "pytorch"

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -71,28 +71,73 @@ def cpu_sources() -> list[Path]:
     return sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])
 
 
-def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
+def build(
+    name: str,
+    sources: list[Path],
+    gpus: str = "",
+    toolkit: str = "",
+    defines: Sequence[str] = (),
+) -> ModuleType:
     """The module of a library, which is compiled first if necessary. gpus: compute capabilities of
-    a CUDA library, such as "8.0;9.0". toolkit: version of nvcc, part of the key. Raises UserError
-    if the library cannot be built."""
-    folder = library_folder(name, sources, gpus, toolkit)
+    a CUDA library, such as "8.0;9.0". toolkit: version of nvcc, part of the key. defines: flags of
+    the preprocessor. Raises UserError if the library cannot be built; if a build has failed before
+    with the same key, at once with the same message."""
+    folder = library_folder(name, sources, gpus, toolkit, defines)
     library = folder / f"{name}.so"
+    failed = folder / "failed"
     with locked(folder):
         try:
             if intact(library):
                 with contextlib.suppress(ImportError):
                     return imported(name, library)
-            target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
+            if failed.exists():
+                raise UserError(failed.read_text())
+            target = "kernels for this processor"
+            if gpus:
+                target = f"{name.removeprefix('tinystory_')} kernels for {gpus}"
             with announced(folder, target, len(sources)):
-                module = compiled(name, sources, folder, gpus)
+                module = compiled(name, sources, folder, gpus, defines)
             # mark the library as built, unless a source was changed during the build
-            if library_folder(name, sources, gpus, toolkit) == folder:
+            if library_folder(name, sources, gpus, toolkit, defines) == folder:
                 (folder / "built").write_text(file_hash(library))
             return module
-        except (RuntimeError, OSError, ImportError) as error:
-            raise UserError(
-                f"the kernels cannot be built here:\n{str(error)[-4000:]}\n({INSTEAD})"
-            ) from None
+        except (RuntimeError, OSError, ImportError, ValueError) as error:
+            problem = build_problem(str(error), folder)
+            passing = any(
+                words in str(error) for words in ("No space left", "Killed", "out of memory")
+            )
+            if gpus and not passing:  # nvcc takes minutes to fail
+                failed.write_text(problem)
+            raise UserError(problem) from None
+
+
+# What nvcc or PyTorch says if it does not fit the machine, and what to do.
+MISFITS = {
+    "exception specification is incompatible": (
+        "this CUDA toolkit does not know the C library of this system (glibc 2.42 needs CUDA 13.2): "
+        "install a newer CUDA toolkit"
+    ),
+    "unsupported gpu architecture": (
+        "nvcc does not know this GPU: install a newer CUDA toolkit, and a PyTorch for its version"
+    ),
+    "unknown cuda arch": "this PyTorch does not know this GPU: install a newer PyTorch",
+    "unsupported gnu version": (
+        "nvcc refuses this C++ compiler: name an older one, as in CC=gcc-13 CXX=g++-13"
+    ),
+}
+
+
+def build_problem(output: str, folder: Path) -> str:
+    """The message of a failed build: why in the first line, then the end of the compiler's
+    output."""
+    lowered = output.lower()
+    reasons = [sentence for words, sentence in MISFITS.items() if words in lowered]
+    errors = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line)]
+    reason = (reasons or errors or output.splitlines() or ["no message"])[0]
+    again = f"to try again, delete {folder}"
+    return (
+        f"the kernels cannot be built here: {reason[:500]}\n{output[-4000:]}\n({again}; {INSTEAD})"
+    )
 
 
 def say(sentence: str) -> None:
@@ -145,7 +190,9 @@ def intact(library: Path) -> bool:
     return library.exists() and built.exists() and built.read_text() == file_hash(library)
 
 
-def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
+def compiled(
+    name: str, sources: list[Path], folder: Path, gpus: str, defines: Sequence[str]
+) -> ModuleType:
     """The module of a library, compiled in this folder."""
     from torch.utils import cpp_extension  # here, because the import takes half a second
 
@@ -168,8 +215,8 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
         return cpp_extension.load(
             name,
             [str(source) for source in sources],
-            extra_cflags=[*flags, pybind],
-            extra_cuda_cflags=["-std=c++20", "-O3"],
+            extra_cflags=[*flags, pybind, *defines],
+            extra_cuda_cflags=["-std=c++20", "-O3", *defines],
             extra_ldflags=flags[-1:],
             build_directory=str(folder),
             with_cuda=bool(gpus),
@@ -219,13 +266,19 @@ def macros(command: list[str]) -> str:
     return process.stdout if process.returncode == 0 else ""
 
 
-def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
+def library_folder(
+    name: str,
+    sources: list[Path],
+    gpus: str = "",
+    toolkit: str = "",
+    defines: Sequence[str] = (),
+) -> Path:
     """The folder of a library. The name contains a hash of everything that the machine code depends
     on."""
     parts = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
     compiler = command()
     parts += compiler
-    parts += [macros(compiler), gpus, toolkit]
+    parts += [macros(compiler), gpus, toolkit, *defines]
     files: list[Path] = []
     for folder in {CSRC} | {source.parent for source in sources}:
         files += folder.glob("[!.]*.[ch]*")  # without hidden copies of an editor

@@ -62,6 +62,8 @@ def pick_device(name: str) -> torch.device:
         problem = f"--device {name} cannot be used here ({reason})"
         raise UserError(f"{problem}; try --device cpu") from error
     if device.type == "cuda" and backend.load() is not None:
+        if torch.version.cuda:
+            cuda.require_capability(device)
         cuda.load()
     return device
 
@@ -72,5 +74,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     has_bf16 = cpu_has_bf16()
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
     return torch.bfloat16 if has_bf16 else torch.float32

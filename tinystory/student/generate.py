@@ -25,7 +25,8 @@ ROWS = 32
 LARGE_ROWS = 128
 CACHE = 32 << 20
 
-STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to read one
+# Token steps of a GPU that the host reads together, while the next ones run.
+READ_TOGETHER = 8
 
 
 @dataclass
@@ -204,8 +205,8 @@ class EngineDecoder:
 
 class StudentDecoder:
     """Decoder that uses PyTorch and our kernels on any device, inside `Student.lowered`. On CUDA
-    the steps are captured graphs, and the host launches STEPS_AHEAD graphs before it reads the
-    tokens of the first."""
+    the steps are captured graphs. The host reads READ_TOGETHER steps at once, after it has launched
+    as many more, so it waits once for all of them."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
         self.student = student
@@ -219,32 +220,44 @@ class StudentDecoder:
         self.token_step = token_step(self.student, self.head, count, prompt_tokens, self.sampling)
         self.token_step.start(prompts, prompt_of, offset)
         self.offset = offset
-        self.t = 0  # number of tokens of each story that the host has read
         self.batch = torch.arange(count, device="cpu")  # the story in each row of the batch
         self.alive = torch.ones(count, dtype=torch.bool, device="cpu")
-        self.launched = deque([(self.batch, Download(self.token_step.drawn))])
+        # what the host has read of each story: see TokenStep.outputs
+        self.outputs = torch.zeros(4, count, self.sampling.max_new_tokens, device="cpu")
+        self.launched = 0  # number of tokens of each story of which a read is launched
+        self.reads: deque[tuple[int, int, Download]] = deque()  # (begin, end, outputs) in order
 
     def step(self) -> list[tuple[int, list[Tensor]]]:
-        """Pairs (i, columns) of the stories that end in this step: see EngineDecoder.step."""
-        last_step = self.sampling.max_new_tokens - 1
-        ahead = STEPS_AHEAD if self.token_step.on_graph else 0
-        while len(self.launched) <= min(ahead, last_step - self.t):
-            self.token_step.advance()
-            self.launched.append((self.batch, Download(self.token_step.drawn)))
+        """Pairs (i, columns) of the stories that end in the next steps that are read: see
+        EngineDecoder.step."""
+        ahead = 1 if self.token_step.on_graph else 0
+        while len(self.reads) <= ahead and self.launched < self.sampling.max_new_tokens:
+            self.launch()
+        begin, end, download = self.reads.popleft()
+        self.outputs[:, :, begin:end] = download.wait()
 
-        stories, download = self.launched.popleft()
-        tokens = download.wait()
-        alive = self.alive[stories]
-        ops.require_drawn(tokens[alive], stories[alive] + self.offset)
-        ends = (tokens == self.sampling.eos) | (self.t == last_step)
-        ended = stories[alive & ends]
-        self.alive[ended] = False
-        self.t += 1
-        if not len(ended):
-            return []
-        outputs = self.token_step.read(ended, self.t).unbind()
-        self.shrink()
-        return [(story, columns_of(outputs, i, self.t)) for i, story in enumerate(ended.tolist())]
+        ended: list[tuple[int, int]] = []  # story and length
+        for t in range(begin, end):
+            stories = self.alive.nonzero().squeeze(1)
+            tokens = self.outputs[0, stories, t]
+            ops.require_drawn(tokens, stories + self.offset)
+            is_last = t == self.sampling.max_new_tokens - 1
+            ends = stories[(tokens == self.sampling.eos) | is_last]
+            self.alive[ends] = False
+            ended += [(story, t + 1) for story in ends.tolist()]
+        if ended:
+            self.shrink()
+        return [(story, columns_of(self.outputs, story, length)) for story, length in ended]
+
+    def launch(self) -> None:
+        """Launch the next steps, and the read of their outputs."""
+        begin = self.launched
+        together = READ_TOGETHER if self.token_step.on_graph else 1
+        self.launched = min(begin + together, self.sampling.max_new_tokens)
+        for _ in range(max(begin, 1), self.launched):  # `start` has drawn the first token
+            self.token_step.advance()
+        read = self.token_step.read(len(self.alive), begin, self.launched)
+        self.reads.append((begin, self.launched, read))
 
     def shrink(self) -> None:
         """Drop ended rows if a smaller batch pays. Some ended rows may stay, to fill the batch."""

@@ -24,11 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.config import PretrainConfig
-from tinystory.ops import backend
+from tinystory.ops import backend, cuda
 from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 
-CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
 POSITION_STD = 1.5  # standard deviation of the initial sinusoids; token embeddings have 1
 # Scales of the initial queries and keys for the channels that they read: attention starts more by
 # position than by content.
@@ -81,9 +80,9 @@ def to_device(student: "Student", device: torch.device | str) -> "Student":
     """The student on the device. Raises UserError if no CUDA kernel has the student's head size."""
     head = student.config.n_embd // student.config.n_head
     on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
+    if on_gpu and head not in cuda.HEAD_SIZES and backend.current() != "reference":
         raise UserError(
-            f"this student's heads have size {head}, and the CUDA kernels support {CUDA_HEAD_SIZES}: choose --n-head "
+            f"this student's heads have size {head}, and the CUDA kernels support {cuda.HEAD_SIZES}: choose --n-head "
             "so that --n-embd / --n-head is one of these sizes, or use --device cpu"
         )
     return student.to(device)
@@ -95,7 +94,8 @@ class KVCache:
     prefix (n_layer, P, 2, H, D): keys and values of the prompts, each prompt once. spans (B, 2)
     int64: begin and end of each row's prompt in `prefix`. own (n_layer, B, capacity, 2, H, D): keys
     and values of each row after the prompt. lengths (B,) int64: number of filled positions of each
-    row in `own`."""
+    row in `own`. positions (B,) int64: position of each row's next token, after prompt and
+    `own`."""
 
     def __init__(
         self,
@@ -112,21 +112,22 @@ class KVCache:
         D = config.n_embd // H
         self.prefix = torch.zeros(L, prefix, 2, H, D, dtype=dtype, device=spans.device)
         own = torch.zeros(L, B, capacity, 2, H, D, dtype=dtype, device=spans.device)
-        lengths = torch.zeros(B, dtype=torch.int64, device=spans.device)
-        self.memory = own, lengths, spans
+        counters = torch.zeros(2, B, dtype=torch.int64, device=spans.device)
+        self.memory = own, counters, spans
         self.use(B)
 
     def use(self, rows: int) -> None:
         """Use the first `rows` rows of the memory as the batch."""
-        own, lengths, spans = self.memory
+        own, counters, spans = self.memory
         self.own = own[:, :rows]
-        self.lengths = lengths[:rows]
+        self.counters = counters[:, :rows]  # lengths and positions
+        self.lengths, self.positions = self.counters
         self.spans = spans[:rows]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except `rows`, (R,) int64, which move to the front of the same memory."""
         self.own[:, : len(rows)] = self.own[:, rows]
-        self.lengths[: len(rows)] = self.lengths[rows]
+        self.counters[:, : len(rows)] = self.counters[:, rows]
         self.spans[: len(rows)] = self.spans[rows]
         self.use(len(rows))
 
@@ -135,6 +136,7 @@ class KVCache:
         self.use(len(spans))
         self.spans.copy_(spans)
         self.lengths.zero_()
+        torch.sub(self.spans[:, 1], self.spans[:, 0], out=self.positions)
 
 
 class Linear(nn.Linear):
@@ -390,10 +392,9 @@ class Student(nn.Module):
                 qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths
             )
 
-        prompt_lengths = cache.spans[:, 1] - cache.spans[:, 0]
-        embedded = self.embed(tokens, prompt_lengths + cache.lengths)
+        embedded = self.embed(tokens, cache.positions)
         hidden = self.trunk(embedded, attend)
-        cache.lengths += 1
+        cache.counters += 1
         return hidden
 
 

@@ -1,6 +1,7 @@
 """The token step of `StudentDecoder`, by PyTorch and our kernels. On CUDA it is captured as graphs,
 which are reused for a whole run."""
 
+import contextlib
 import functools
 import math
 import weakref
@@ -60,8 +61,9 @@ class TokenStep:
     their addresses for a whole run: the parameters, the cache, the outputs, and the state (3,
     rows). A batch uses the first R columns of the state.
 
-    outputs (4, rows + 1, max_new_tokens) float32: tokens (exact in float32), logprobs, values,
-    entropies. Ended rows write to the extra last row."""
+    outputs (4, rows, max_new_tokens) float32: tokens (exact in float32; negative if the draw
+    failed, see `ops.sample`), logprobs, values, entropies. A row that has ended goes on to write
+    behind its story, which nobody reads."""
 
     def __init__(
         self,
@@ -98,7 +100,8 @@ class TokenStep:
         )
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.batch_size = rows
-        self.outputs = torch.zeros(4, rows + 1, sampling.max_new_tokens, device=device)
+        self.outputs = torch.zeros(4, rows, sampling.max_new_tokens, device=device)
+        self.no_values = torch.zeros(rows, device=device)  # without a value head
         # warmed_up: numbers of rows with which the step has run once. graphs: the captured graph
         # for each number of rows. All graphs share the memory pool of the first.
         self.warmed_up: set[int] = set()
@@ -160,7 +163,8 @@ class TokenStep:
         """Draw each row's next token from its final hidden state, (R, C)."""
         steps = self.cache.lengths  # (R,): the cache holds all tokens drawn before
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
-        logits[:, self.student.config.vocab_size :] = -math.inf
+        if logits.shape[1] > self.student.config.vocab_size:
+            logits[:, self.student.config.vocab_size :] = -math.inf
         tokens, logprobs, entropies = ops.sample(
             logits,
             seed=self.sampling.seed,
@@ -170,19 +174,16 @@ class TokenStep:
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,
         )
-        values = torch.zeros_like(logprobs) if self.head is None else self.head(hidden)
+        values = self.head(hidden) if self.head else self.no_values[: self.batch_size]
         columns = torch.stack([tokens.float(), logprobs, values, entropies])
         self.outputs[:, self.output_rows, steps] = columns
-        self.drawn.copy_(tokens)
-        has_ended = tokens == self.sampling.eos
-        self.output_rows.masked_fill_(has_ended, self.rows)
+        # A negative token marks a failed draw. If the row is still alive, the host raises an error
+        # when it reads the token.
+        torch.clamp_min(tokens, 0, out=self.drawn)
 
     def run(self) -> None:
         """Draw a token for each row, without a graph."""
-        # A negative token marks a failed draw. If the row is still alive, the host raises an error
-        # when it reads the token.
-        tokens = self.drawn.clamp_min(0)
-        hidden = self.student.step(tokens, self.cache)
+        hidden = self.student.step(self.drawn, self.cache)
         self.draw(hidden)
 
     def advance(self) -> None:
@@ -204,7 +205,7 @@ class TokenStep:
         cannot be loaded during a capture."""
         device = self.state.device
         main = torch.cuda.current_stream(device)
-        side = side_stream(device, "capture")
+        side = capture_stream(device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             self.run()
@@ -216,12 +217,16 @@ class TokenStep:
         allocator's cache.)"""
         graph = torch.cuda.CUDAGraph()
         pools = [other.pool() for other in self.graphs.values()]
-        with torch.cuda.stream(side_stream(self.state.device, "capture")):
+        with torch.cuda.stream(capture_stream(self.state.device)):
             graph.capture_begin(pool=pools[0] if pools else None, capture_error_mode="thread_local")
             try:
                 self.run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # the capture is invalid, and its own error would hide this one
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     def keep(self, rows: Tensor) -> None:
@@ -231,14 +236,10 @@ class TokenStep:
         self.state[:, : len(rows)] = self.state[:, rows]
         self.batch_size = len(rows)
 
-    def read(self, rows: Tensor, length: int) -> Tensor:
-        """(4, n, length) float32 on the CPU: the first `length` entries of `rows`, (n,) int64 on
-        the CPU. No later step may write to these entries. Launched steps are not waited for."""
-        device = self.outputs.device
-        stream = side_stream(device, "reading") if device.type == "cuda" else None
-        with torch.cuda.stream(stream):  # None has no effect
-            stories = self.outputs[:, :, :length].index_select(1, upload(rows, device))
-            return Download(stories).wait()
+    def read(self, count: int, begin: int, end: int) -> Download:
+        """A copy of the outputs of the first `count` stories in the steps from `begin` to `end`,
+        (4, count, end - begin), when the launched steps have run."""
+        return Download(self.outputs[:, :count, begin:end].contiguous())
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -246,7 +247,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 @functools.cache
-def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """The stream for a purpose, "capture" or "reading". There is only one per purpose, because
-    cuBLAS keeps a workspace for every stream that it has seen."""
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for captures. There is only one, because cuBLAS keeps a workspace for every stream
+    that it has seen."""
     return torch.cuda.Stream(device)

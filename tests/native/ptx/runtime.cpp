@@ -90,5 +90,10 @@ int cudaFuncSetAttribute(const void* stub, int, int bytes) {
 int cudaGetLastError() { return 0; }
 const char* cudaGetErrorString(int) { return "invalid value"; }
 int cudaGetDevice(int* device) { return *device = 0, 0; }
-int cudaDeviceGetAttribute(int* value, int, int) { return *value = simt::multiprocessors(), 0; }
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  constexpr int kMultiprocessors = 16, kL2Bytes = 38;  // of cudaDeviceAttr
+  if (attribute != kMultiprocessors && attribute != kL2Bytes) return 1;
+  *value = attribute == kL2Bytes ? simt::l2_bytes() : simt::multiprocessors();
+  return 0;
+}
 }

@@ -64,6 +64,7 @@ struct Machine {
   Random random;
   bool at_page_end = true;
   int multiprocessors = 4;
+  int l2_bytes = 40 << 20;  // an A100's
   bool trusting = false;
   int64_t conflicts = 0;
   std::vector<std::pair<const char*, size_t>> buffers;
@@ -243,8 +244,10 @@ void set_seed(uint64_t seed) {
   m.at_page_end = seed % 2 == 0;
 }
 void set_multiprocessors(int count) { m.multiprocessors = count; }
+void set_l2_bytes(int bytes) { m.l2_bytes = bytes; }
 void trust_global_memory() { m.trusting = true; }
 int multiprocessors() { return m.multiprocessors; }
+int l2_bytes() { return m.l2_bytes; }
 uint32_t random() { return m.random(); }
 int64_t bank_conflicts() { return m.conflicts; }
 

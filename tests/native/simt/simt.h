@@ -46,6 +46,7 @@ struct Site {
 // --- for tests -------------------------------------------------------------------------------------------------------
 void set_seed(uint64_t seed);  // of the schedule; odd or even decides on which side buffers touch a protected page
 void set_multiprocessors(int count);
+void set_l2_bytes(int bytes);
 void trust_global_memory();  // from now on kernels may access any, since others allocate it
 int64_t bank_conflicts();    // extra passes of all ldmatrix so far, because rows of a matrix shared banks
 
@@ -93,6 +94,7 @@ constexpr int kWarpSize = 32;
 [[noreturn]] void fail(const Site&, const std::string& why);
 char* shared_memory();
 int multiprocessors();
+int l2_bytes();
 uint32_t random();  // of the schedule
 
 // Accesses of `bytes` bytes, aligned to as many. Each is checked, and traced as one access of the lane.

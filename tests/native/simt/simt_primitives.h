@@ -200,5 +200,6 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
                [&] { kernel(params); });
 }
 inline int multiprocessors() { return simt::multiprocessors(); }
+inline int64_t l2_bytes() { return simt::l2_bytes(); }
 
 }  // namespace tinystory::cuda

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <set>
 
-#include "../../../csrc/cuda/tiles.cuh"
+#include "../../../csrc/cuda/order.cuh"
 #include "check.h"
 
 using namespace tinystory;
@@ -161,10 +161,14 @@ void test_order() {
     }
     check(in_order && int(seen.size()) == heads * tiles, "order of " + std::to_string(heads) + " heads");
   }
-  // Groups that fit 32 MB: all heads; two equal groups; single heads that are larger.
+  // Groups that fit 32 MB of an A100's 40 MB: all heads; two equal groups; single heads that are larger. An RTX 3060 has
+  // 3 MB.
   check(cuda::heads_per_group(192, 128 << 10) == 192, "one group");
   check(cuda::heads_per_group(192, 256 << 10) == 96, "two groups");
   check(cuda::heads_per_group(5, 64 << 20) == 1, "groups of one head");
+  simt::set_l2_bytes(3 << 20);
+  check(cuda::heads_per_group(192, 128 << 10) == 18, "groups on a GPU with a small cache");
+  simt::set_l2_bytes(40 << 20);
 }
 
 // Unsupported arguments raise an error instead of giving a wrong result.

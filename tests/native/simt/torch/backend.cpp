@@ -8,9 +8,14 @@
 
 #define is_cuda is_cpu
 #define CUDA CPU
-#define TINYSTORY_CHUNK_BYTES 512  // so that token_logprob computes in many chunks here
 #include "../../../../csrc/cuda/ops.cpp"
 
 namespace {
-[[maybe_unused]] const bool trusted = (simt::trust_global_memory(), true);
-}
+[[maybe_unused]] const bool ready = [] {
+  simt::trust_global_memory();
+  tinystory::chunk_bytes = 512;  // so that token_logprob computes in many chunks here
+  for (const auto dtype : {tinystory::DType::f32, tinystory::DType::bf16, tinystory::DType::f16})
+    for (const int64_t D : {32, 64, 128}) tinystory::add_attention(*new tinystory::cuda::AttentionKernels{dtype, D});
+  return true;
+}();
+}  // namespace
