@@ -2,8 +2,7 @@
 PY := .venv/bin/python
 
 .PHONY: demo test test-elsewhere luck planted-bugs gpu-host-check fuzz browser-check slow-tests sanitize portable-check \
-        lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
-        gpu-synccheck gpu-speeds
+        lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-day
 
 # From nothing to a student that tells better stories, in minutes on two cores (README.md). A demo that was stopped goes
 # on; one that ended is replaced.
@@ -128,29 +127,10 @@ kernel-report: .venv/tests
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 	$(PY) tests/native/simt/grid_report.py
 
-# On a machine with a GPU, in about nine minutes: its tests, these under compute-sanitizer, and speeds, one JSON object a
-# line in build/gpu-check.jsonl. What fails does not stop the rest.
-GPU_TESTS := $(PY) -m pytest -q -m gpu
-gpu-check: .venv/tests
-	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch can use no GPU: see scripts/doctor.py')"
-	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-racecheck gpu-synccheck gpu-speeds
-
-gpu-tests:
-	$(GPU_TESTS)
-
-# A sanitizer makes a kernel tens of times slower.
-gpu-memcheck: CHOSEN := not device_sees and not interaction
-gpu-racecheck gpu-synccheck: CHOSEN := same_bits
-gpu-memcheck gpu-racecheck gpu-synccheck: gpu-%:
-	TINYSTORY_TEST_SHAPES=12 timeout 150 compute-sanitizer --tool $* --error-exitcode 1 $(GPU_TESTS) -k "$(CHOSEN)"
-
-gpu-speeds:
-	mkdir -p build
-	for shape in small gpt2s; do \
-	  for work in "kernels --batch 32 --runs 20" "rollout --batch 360" "ppo --batch 64" "pretrain --batch 32"; do \
-	    $(PY) lab/bench.py $$work --shape $$shape --device cuda; \
-	  done; \
-	done | tee build/gpu-check.jsonl
+# On a machine with a GPU: doctor, build, a launch of each kernel, speeds, tests, sanitizers, in this order, and each
+# result at once in build/gpu-day.json. Without .venv, the python3 that has PyTorch for CUDA runs it (scripts/gpu_day.py).
+gpu-day:
+	$$(test -x $(PY) && echo $(PY) || echo python3) scripts/gpu_day.py
 
 clean:
 	rm -rf .venv build runs/demo

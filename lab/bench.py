@@ -42,7 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("bench", choices=("kernels", *WORK, "peers"))
-    add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
+    add(
+        "--shape",
+        choices=SHAPES,
+        default="small",
+        help="small: 4 layers of 256; gpt2s: GPT-2-small",
+    )
     add_number(
         parser, "--batch", 0, "[0, 1e6]", "number of sequences or stories; 0: as in lab/results.md"
     )

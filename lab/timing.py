@@ -1,7 +1,9 @@
 """Times work with random weights (pretraining step, rollout, PPO iteration), and computes the limit
 set by PyTorch's GEMMs."""
 
+import functools
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,11 +24,15 @@ from tinystory.student.optim import make_optimizer
 from train_pretrain import train_step
 
 SHAPES = {
+    # to try the commands
+    "tiny": StudentConfig(n_layer=2, n_head=1, n_embd=64, context=64, vocab_size=320),
     "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
 PROMPT = 20  # tokens of a prompt
 GEMM_RUNS = 5
+GEMM_CALLS = 20  # of a run on a GPU
+SLEEP = 2_000_000  # clock cycles, a millisecond, in which the host queues work for the GPU
 # Function that does the work once and returns seconds and `tokens`.
 Run: TypeAlias = Callable[[], dict[str, float]]
 
@@ -153,9 +159,9 @@ class Work:
 
 
 WORK = {
-    "pretrain": Work(pretrain_step, "step_s", {"small": 16, "gpt2s": 4}),
-    "rollout": Work(rollout, "rollout_s", {"small": 64, "gpt2s": 64}),
-    "ppo": Work(ppo_iteration, "total_s", {"small": 64, "gpt2s": 16}),
+    "pretrain": Work(pretrain_step, "step_s", {"tiny": 4, "small": 16, "gpt2s": 4}),
+    "rollout": Work(rollout, "rollout_s", {"tiny": 8, "small": 64, "gpt2s": 64}),
+    "ppo": Work(ppo_iteration, "total_s", {"tiny": 4, "small": 64, "gpt2s": 16}),
 }
 
 
@@ -182,10 +188,27 @@ def gemm_seconds(setup: Setup, rows: int, k: int, n: int, trains: bool) -> float
     for m, inner, out in products:
         x = torch.randn(m, inner, dtype=setup.compute.dtype, device=device)
         weight = torch.randn(out, inner, dtype=setup.compute.dtype, device=device)
-        laps = []
-        for _ in range(GEMM_RUNS):
-            start = now(device)
-            F.linear(x, weight)
-            laps.append(now(device) - start)
+        product = functools.partial(F.linear, x, weight)
+        calls = GEMM_CALLS if device.type == "cuda" else 1
+        laps = [timed(product, device, calls)[0] for _ in range(GEMM_RUNS)]
         seconds += statistics.median(laps)
     return seconds
+
+
+def timed(work: Callable[[], Any], device: torch.device, calls: int = 1) -> tuple[float, Any]:
+    """Seconds per call, and the last result. On a GPU the time is between two events, and the GPU
+    sleeps before the first while the host queues the calls, so that no time is the host's."""
+    result = None
+    if device.type != "cuda":
+        before = time.perf_counter()
+        for _ in range(calls):
+            result = work()
+        return (time.perf_counter() - before) / calls, result
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP)
+    start.record()
+    for _ in range(calls):
+        result = work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls, result

@@ -76,12 +76,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.step:
         sys.path.insert(0, str(ROOT))
-        return STEPS[args.step](args.argument) or 0
+        from tinystory.run.errors import command
 
-    began = time.monotonic()
+        return command(STEPS[args.step])(args.argument) or 0
+
     record: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit()}
     record["steps"] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     for step in steps(args):
         left = 60 * args.minutes - (time.monotonic() - began)
         run_step(step, left, record, lambda: save(record, args.out))
@@ -354,7 +356,7 @@ def problems(dtype: Any) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     norm = [torch.randn(70, 256), randn(70, 256), torch.randn(256), torch.randn(256)]
     logits = [randn(5, 3000), torch.arange(5)]
     layer = [torch.randn(70, 64), torch.randn(256, 64) / 8, torch.randn(256)]
-    table = {
+    table: dict[str, tuple[Callable[..., Any], list[Any]]] = {
         "causal_attention": (lambda x: ops.causal_attention(x), [qkv]),
         "causal_attention, dropout": (lambda x: ops.causal_attention(x, 0.1, 3), [qkv]),
         "decode_attention": (
@@ -365,7 +367,10 @@ def problems(dtype: Any) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         ),
         "token_logprob": (ops.token_logprob, vocabulary),
         "cross_entropy": (ops.cross_entropy, vocabulary),
-        "add_layer_norm": (lambda *x: ops.add_layer_norm(*x, 0.1, 3), norm),
+        "add_layer_norm": (
+            lambda *x: torch.ops.tinystory.add_layer_norm(*x, 0.1, 3, dtype)[:2],
+            norm,
+        ),
         "sample": (lambda x, rows: ops.sample(x, seed=1, rows=rows, step=2), logits),
         "sample, top-k and top-p": (
             lambda x, rows: ops.sample(x, seed=1, rows=rows, step=2, top_k=40, top_p=0.9),

@@ -79,9 +79,7 @@ def test_every_learner_dtype_and_script():
 def test_the_cuda_kernels_under_the_whole_host_path():
     kernels = str(kernel_library())
     on_device(HERE / "more_runs.py", CUDA_DEVICE_KERNELS=kernels)
-    names = (
-        "copies_of_weights or the_sum_and_its_norm or gradient_wide or several_chunks and not 9000"
-    )
+    names = "copies_of_weights or the_sum_and_its_norm or gradient_wide or several_chunks and not 9000 or nan"
     few = ["-m", "gpu", "-k", names]
     on_device(ROOT / "tests/ops/test_gpu.py", *few, CUDA_DEVICE_KERNELS=kernels)
 

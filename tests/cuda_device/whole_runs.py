@@ -198,6 +198,26 @@ def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(
         assert not step.fits(head, 80, 9, step.sampling)
 
 
+def test_an_error_in_a_capture_is_not_hidden_by_that_of_the_broken_capture(
+    student, tokenizer, monkeypatch
+):
+    run, capture_end = TokenStep.run, torch.cuda.CUDAGraph.capture_end
+
+    def fails_in_a_capture(step):
+        run(step)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("the cause")
+
+    def breaks(graph):
+        capture_end(graph)
+        raise RuntimeError("capture_end: the capture is invalid")
+
+    monkeypatch.setattr(TokenStep, "run", fails_in_a_capture)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", breaks)
+    with pytest.raises(ValueError, match="the cause"):
+        rollout(student, tokenizer, ["Once"])
+
+
 def test_only_waits_of_autograds_threads_count_as_waits_in_backward(device_machine):
     on_device = torch.ones(3).to("cuda")  # waits in the test itself
     assert device_machine.waits.total() == 1 and waits_within("backward") == []

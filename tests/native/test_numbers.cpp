@@ -42,6 +42,11 @@ int main() {
     CHECK(std::fabs(got / std::exp2(double(x)) - 1) < 1.5e-7, "2^%g = %g", x, got);
   }
   CHECK(exp2(splat<vf>(-INFINITY))[0] == 0 && exp2(splat<vf>(-1000.0f))[0] == 0 && exp2(vf{})[0] == 1);
+  for (const uint32_t bits : {0x7fc00000u, 0xffc00000u, 0xffffffffu}) {  // NaN stays NaN
+    float nan;
+    std::memcpy(&nan, &bits, 4);
+    CHECK(std::isnan(exp2(splat<vf>(nan))[0]), "2^%08x", bits);
+  }
   {  // Order-preserving keys.
     const float sorted[] = {-INFINITY, -3e38f, -1, -1e-40f, 0, 1e-40f, 0.5f, 1, 3e38f};
     uint32_t last = 0;

@@ -172,6 +172,25 @@ def test_large_scores_do_not_overflow_and_masked_values_do_not_leak():
     assert torch.equal(ops.causal_attention(qkv)[:, :40], ops.causal_attention(changed)[:, :40])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_of_nan_attends_to_nothing_and_changes_no_other_row(dtype):
+    """Not to all keys alike, which a loss would not show."""
+    qkv, step = torch.randn(1, 40, 3, 1, 32).to(dtype), torch.randn(3, 3, 1, 32).to(dtype)
+    cache, lengths = torch.randn(3, 9, 2, 1, 32).to(dtype), torch.tensor([4, 6, 0])
+    spans = torch.zeros(3, 2, dtype=torch.int64)
+
+    def outputs():
+        decoded = ops.decode_attention(step, cache[0, :0], spans, cache.clone(), lengths)
+        return ops.causal_attention(qkv)[0], decoded
+
+    before = outputs()
+    qkv[0, 17, 0] = step[1, 0] = float("nan")
+    for row, a, b in zip((17, 1), before, outputs(), strict=True):
+        assert b[row].isnan().all()
+        others = torch.arange(len(a)) != row
+        assert torch.equal(a[others], b[others])
+
+
 @pytest.mark.parametrize(
     "qkv, p, words",
     [

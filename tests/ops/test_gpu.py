@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SHORT, SMALL, assert_no_worse, metrics
 from test_attention import (  # noqa: F401
+    test_a_query_of_nan_attends_to_nothing_and_changes_no_other_row,
     test_decode_within_twice_pytorchs_error,
     test_dropout_forward_and_backward_draw_the_definitions_mask,
     test_dropout_leaves_the_mean_alone,
@@ -37,6 +38,7 @@ from test_student import test_reading_and_writing_agree  # noqa: F401
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory import ops
+from tinystory.ops import cuda
 from tinystory.student.generate import generate
 from tinystory.student.model import ValueHead
 from tinystory.student.token_step import TokenStep
@@ -50,6 +52,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_gpu():
+    for dtype in cuda.DTYPES:  # opcheck calls operators directly
+        for head_size in cuda.HEAD_SIZES:
+            cuda.load_attention(dtype, head_size)
     with torch.device("cuda"):
         yield
 

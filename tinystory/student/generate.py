@@ -247,7 +247,8 @@ class StudentDecoder:
             ended += [(story, t + 1) for story in ends.tolist()]
         if ended:
             self.shrink()
-        return [(story, columns_of(self.outputs, story, length)) for story, length in ended]
+        columns = self.outputs.unbind()
+        return [(story, columns_of(columns, story, length)) for story, length in ended]
 
     def launch(self) -> None:
         """Launch the next steps, and the read of their outputs."""
