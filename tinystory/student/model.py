@@ -114,7 +114,7 @@ class KVCache:
         own = torch.zeros(L, B, capacity, 2, H, D, dtype=dtype, device=spans.device)
         counters = torch.zeros(2, B, dtype=torch.int64, device=spans.device)
         self.memory = own, counters, spans
-        self.use(B)
+        self.restart(spans)
 
     def use(self, rows: int) -> None:
         """Use the first `rows` rows of the memory as the batch."""
