@@ -44,7 +44,7 @@ from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics
 from tinystory.run.step_log import ProgressBar, Stages
-from tinystory.student import checkpoint
+from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story
 from tinystory.student.model import Student
 from tinystory.teacher.grade import NOT_ASKED, Grade, require_scores
@@ -305,6 +305,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
+    config.micro_batch_size = memory.micro_batch_size(config, compute.device)
     start, newest = starting_point(config)
     reference, policy, state = load_students(config, compute, start, newest)
     openings = open_openings(config, policy)

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--new", 90, "[1, 1e6]", "tokens per story")
     add(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "tf32", "bfloat16"),
         default="auto",
         help="dtype of the GEMMs",
     )
@@ -121,7 +121,7 @@ def conditions(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "bench": args.bench,
         "shape": args.shape,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(setup.compute.dtype).removeprefix("torch."),
+        "dtype": setup.compute.recorded["dtype"],
         "runs": args.runs,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),

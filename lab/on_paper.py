@@ -31,7 +31,7 @@ from tinystory.rl import ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.start import new_policy
 from tinystory.run.device import Download
-from tinystory.student.generate import Story
+from tinystory.student.generate import READ_TOGETHER, Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
 from tinystory.student.optim import make_optimizer
 from tinystory.student.token_step import Sampling, TokenStep
@@ -202,7 +202,8 @@ def rollout(name: str, s: Shape, rows: int, new: int, head: bool) -> Work:
     cache = rows * new * (s.prompt + new / 2) * 2 * s.C * s.L * s.dtype.itemsize
     moved = weights + cache + new * (s.activations(rows) + 8 * rows * s.V)
     graphs = f"{new} graphs of {count_token_step(s, head)}"
-    return Work(f"{name}: rollout, {rows} x {new}", s, flops, moved, graphs, f"{new} + endings")
+    waits = str(-(-new // READ_TOGETHER))
+    return Work(f"{name}: rollout, {rows} x {new}", s, flops, moved, graphs, waits)
 
 
 def learning(name: str, s: Shape, config: InteractConfig) -> Work:
@@ -233,7 +234,10 @@ def main() -> None:
     install()
     install_project()
     demo, large = Shape(3, 192, 2048, 256, prompt=8), Shape(12, 768, 16_000, 512, prompt=20)
-    ours, paper_ppo = InteractConfig(), InteractConfig(**INTERACT_PRESETS["paper"])
+    # micro-batches as on a large GPU: tinystory/student/memory.py
+    ours = InteractConfig(micro_batch_size=96)
+    paper_ppo = InteractConfig(**INTERACT_PRESETS["paper"], micro_batch_size=120)
+    sixty_four = replace(paper_ppo, stories_per_step=64, micro_batch_size=64)
     paper32 = replace(large, dtype=torch.float32)
     table = [
         pretraining("demo", demo, PretrainConfig()),
@@ -241,7 +245,7 @@ def main() -> None:
         learning("demo", demo, ours),
         pretraining("gpt2s", large, PretrainConfig(batch_size=32)),
         rollout("gpt2s", large, 360, 90, True),
-        learning("gpt2s", large, replace(paper_ppo, stories_per_step=64)),
+        learning("gpt2s", large, sixty_four),
         pretraining("paper", large, PretrainConfig(**PRETRAIN_PRESETS["paper"])),
         rollout("paper", paper32, 360, 90, True),
         learning("paper", paper32, paper_ppo),

@@ -413,6 +413,7 @@ def tests(expression: str) -> int:
             if report.when == "call" or report.outcome != "passed":
                 error = {"error": str(report.longrepr)[-2000:]} if report.failed else {}
                 seconds = round(report.duration, 2)
+                print(file=sys.__stdout__)  # after pytest's dots
                 emit(test=report.nodeid, outcome=report.outcome, seconds=seconds, **error)
 
     options = [

@@ -202,10 +202,11 @@ MODEL_TEACHER: dict[str, Any] = dict(
 class RunConfig:
     """Options of both commands."""
 
-    # Two facts about the command line, which a run's record must not set: whether --out was given,
-    # and the flags that other options brought.
+    # Three facts about the command line, which a run's record must not set: whether --out was given,
+    # the flags that other options brought, and whether micro_batch_size is neither given nor recorded.
     names_out = False
     brought = ""
+    sizes_micro_batch = False
 
     preset: str = option("demo", "named set of option values", tuple(PRESETS), group="run")
     out: str = option("runs/pretrain", OUT_HELP)
@@ -218,8 +219,8 @@ class RunConfig:
     device: str = option("auto", "device: auto, cpu, cuda or cuda:N")
     dtype: str = option(
         "auto",
-        "precision of the matmuls; weights and optimiser states are float32",
-        ("auto", "float32", "bfloat16"),
+        "precision of the matmuls; weights and optimiser states are float32; tf32 needs a GPU",
+        ("auto", "float32", "tf32", "bfloat16"),
     )
     save_every: int = option(200, SAVE_HELP, "[1, 1e9]")
 
@@ -441,7 +442,10 @@ class InteractConfig(RunConfig):
         96, "stories per gradient step; 0: all stories of the step", "[0, 1e9]"
     )
     micro_batch_size: int = option(
-        32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
+        32,
+        "stories per forward pass; gradients are accumulated over a minibatch (default on a GPU "
+        "with 16 GB: up to 128)",
+        "[1, 1e9]",
     )
     grad_clip: float = option(0.0, "maximum gradient norm; 0: no clipping", "[0, 1e9]")
 
@@ -548,6 +552,7 @@ def parse(
         config = config_class(**brought | given)
         check(config)
         config.brought = " ".join(arguments(config_class, brought))
+        config.sizes_micro_batch = "micro_batch_size" not in given
     config.names_out = names_out
     return config
 

@@ -154,6 +154,21 @@ def test_a_gpu_that_is_not_the_first_is_judged_by_its_own_capability(machine):
     assert pick_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
 
 
+def test_tf32_is_an_option_on_a_gpu(machine, monkeypatch):
+    precision = torch.backends.cuda.matmul.fp32_precision
+    machine()
+    try:
+        chosen = compute.resolve("cuda", "tf32")
+        assert (chosen.dtype, chosen.recorded["dtype"]) == (torch.float32, "tf32")
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        compute.resolve("cuda", "float32")
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+    with pytest.raises(UserError, match=r"--dtype tf32 needs an NVIDIA GPU .* is on cpu"):
+        compute.resolve("cpu", "tf32")
+
+
 def test_attention_is_compiled_for_the_dtype_and_head_size_that_an_operator_needs(
     machine, monkeypatch
 ):

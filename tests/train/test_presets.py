@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import SHORT, SMALL, cli, fails, metrics
 
 import train_interact as interact
@@ -22,7 +23,7 @@ from tinystory.ops import cuda
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_config
 from tinystory.run.records import write_manifest
-from tinystory.student import checkpoint
+from tinystory.student import checkpoint, memory
 
 # The settings of arXiv 2509.15714 and of the paper's code.
 PAPER_PRETRAIN = dict(n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1)
@@ -169,3 +170,23 @@ def test_a_checkpoint_names_one_of_the_presets(place, tmp_path, preset):
     write_manifest(folder)
     with pytest.raises(UserError, match="impossible history of the student: its 'preset' is"):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "argv, memory_gb, device, size",
+    [
+        ([], 80, "cpu", 32),
+        ([], 80, "cuda", 96),
+        ([], 8, "cuda", 32),
+        (["--preset", "paper"], 80, "cuda", 120),  # a third of 360
+        (["--minibatch-size", "0", "--stories-per-step", "129"], 80, "cuda", 66),  # even
+        (["--micro-batch-size", "8"], 80, "cuda", 8),
+        (["--minibatch-size", "20"], 80, "cuda", 20),
+    ],
+)
+def test_a_large_gpu_reads_more_stories_at_once_unless_a_number_is_given(
+    argv, memory_gb, device, size, monkeypatch
+):
+    monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
+    config = parse(InteractConfig, INTERACT_PRESETS, argv)
+    assert memory.micro_batch_size(config, torch.device(device)) == size

@@ -34,6 +34,7 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
     if module:  # because the next training step allocates the same memory again (csrc/memory.h)
         module.keep_freed_memory()
     dtype = pick_dtype(dtype_name, device)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
     if dtype_name == "auto":
         dtype_name = str(dtype).removeprefix("torch.")
     return Compute(device, dtype, dict(device=str(device), dtype=dtype_name))
@@ -69,7 +70,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls. auto: bfloat16 if the hardware supports it, else float32."""
+    """The dtype of the matmuls' operands. auto: bfloat16 if the hardware supports it, else float32.
+    Raises UserError for TF32 without a GPU that has it."""
+    if name == "tf32":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(
+                f"--dtype tf32 needs an NVIDIA GPU of compute capability 8.0 or more, and the run is "
+                f"on {device}: use --dtype float32"
+            )
+        return torch.float32
     if name != "auto":
         return getattr(torch, name)
     has_bf16 = cpu_has_bf16()
