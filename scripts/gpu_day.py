@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Step:
     command: list[str]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The number of steps that did not end well; 0 if all did."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,7 +73,7 @@ def main() -> int:
     add("--tests", default="", metavar="EXPRESSION", help="only these tests, as pytest's -k")
     add("--step", choices=STEPS, help=argparse.SUPPRESS)  # a step's own process
     add("--argument", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.step:
         sys.path.insert(0, str(ROOT))
         from tinystory.run.errors import command
@@ -106,7 +106,7 @@ def steps_of(part: str, args: argparse.Namespace) -> Iterator[Step]:
     elif part == "build":
         yield Step(part, "build", 600, own("build"))
     elif part == "launch":
-        yield Step(part, "launch", 120, own("launch"))
+        yield Step(part, "launch", 120, own("tests", "launch_of_each_kernel"))
     elif part == "speeds":
         yield Step(part, "clocks before", 30, own("clocks"))
         for shape in args.shapes:
@@ -308,102 +308,6 @@ def build_all(_: str) -> int:
     return sum(process.wait() != 0 for process in processes)
 
 
-def launch(_: str) -> int:
-    """Launch each kernel once, forward and backward, and compare the results with the CPU's. The
-    number of kernels that failed."""
-    import torch
-
-    failures = 0
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, (operator, inputs) in problems(dtype).items():
-            error = ""
-            began = time.monotonic()
-            try:
-                error = difference(
-                    operator, inputs, tolerance=0.02 if dtype.itemsize == 2 else 1e-4
-                )
-            except RuntimeError as problem:
-                error = str(problem)[:2000]
-            failures += bool(error)
-            seconds = round(time.monotonic() - began, 3)
-            emit(kernel=name, dtype=str(dtype), error=error, seconds=seconds)
-    return failures
-
-
-def problems(dtype: Any) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    """Every operator with a CUDA kernel, as a function of tensors on one device, and inputs on the
-    CPU. Inputs of a floating-point type get gradients, if the operator has a gradient."""
-    import torch
-    import torch.nn.functional as F
-
-    from tinystory import ops
-
-    def randn(*shape: int) -> Any:
-        return torch.randn(shape).to(dtype)
-
-    def lowered_linear(x: Any, w: Any, b: Any) -> Any:
-        if not x.is_cuda:
-            return F.gelu(F.linear(x, w, b), approximate="tanh")
-        copies = w.detach().bfloat16(), b.detach().bfloat16()
-        return ops.lowered_linear(x, w, b, copies, True).float()
-
-    torch.manual_seed(0)
-    qkv = randn(2, 200, 3, 2, 64)
-    token = [randn(5, 3, 2, 64), randn(9, 2, 2, 64), randn(5, 12, 2, 2, 64)]
-    spans = torch.tensor([[0, 7], [0, 7], [2, 9], [4, 4], [1, 9]])
-    lengths = torch.tensor([3, 0, 8, 1, 5])
-    vocabulary = [randn(70, 64), randn(1000, 64) / 8, torch.randint(1000, (70,))]
-    norm = [torch.randn(70, 256), randn(70, 256), torch.randn(256), torch.randn(256)]
-    logits = [randn(5, 3000), torch.arange(5)]
-    layer = [torch.randn(70, 64), torch.randn(256, 64) / 8, torch.randn(256)]
-    table: dict[str, tuple[Callable[..., Any], list[Any]]] = {
-        "causal_attention": (lambda x: ops.causal_attention(x), [qkv]),
-        "causal_attention, dropout": (lambda x: ops.causal_attention(x, 0.1, 3), [qkv]),
-        "decode_attention": (
-            lambda new, prefix, cache, spans, lengths: ops.decode_attention(
-                new, prefix, spans, cache.detach(), lengths
-            ),
-            [*token, spans, lengths],
-        ),
-        "token_logprob": (ops.token_logprob, vocabulary),
-        "cross_entropy": (ops.cross_entropy, vocabulary),
-        "add_layer_norm": (
-            lambda *x: torch.ops.tinystory.add_layer_norm(*x, 0.1, 3, dtype)[:2],
-            norm,
-        ),
-        "sample": (lambda x, rows: ops.sample(x, seed=1, rows=rows, step=2), logits),
-        "sample, top-k and top-p": (
-            lambda x, rows: ops.sample(x, seed=1, rows=rows, step=2, top_k=40, top_p=0.9),
-            logits,
-        ),
-    }
-    if dtype == torch.bfloat16:
-        table["lowered_linear, gelu_backward"] = (lowered_linear, layer)
-    return table
-
-
-def difference(operator: Callable[..., Any], inputs: Sequence[Any], tolerance: float) -> str:
-    """What differs between the GPU's outputs and gradients and the CPU's; "" if they agree."""
-    import torch
-
-    def results(device: str) -> list[Any]:
-        leaves = [x.to(device) for x in inputs]
-        learned = [x.requires_grad_() for x in leaves if x.is_floating_point()]
-        outputs = operator(*leaves)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        gradients: Sequence[Any] = []
-        if any(x.requires_grad for x in outputs):
-            total = sum(x.float().square().sum() for x in outputs)
-            gradients = torch.autograd.grad(total, learned)
-        return [x.detach().cpu().double() for x in [*outputs, *gradients]]
-
-    for i, (there, here) in enumerate(zip(results("cuda"), results("cpu"), strict=True)):
-        error = float((there - here).norm() / here.norm())
-        if not error < tolerance:
-            return f"result {i} differs from the CPU's by {error:.2e} of its norm"
-    return ""
-
-
 def tests(expression: str) -> int:
     """Run the tests of the GPU; a result per test."""
     import pytest
@@ -431,7 +335,7 @@ def tests(expression: str) -> int:
 
 
 STEPS: dict[str, Callable[[str], int | None]] = {
-    f.__name__: f for f in (doctor, clocks, build, build_all, launch, tests)
+    f.__name__: f for f in (doctor, clocks, build, build_all, tests)
 }
 
 if __name__ == "__main__":

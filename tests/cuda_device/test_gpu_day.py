@@ -61,8 +61,7 @@ def test_a_whole_day(gpu_day, tmp_path):
     assert facts["gpu"] == "simulated" and facts["nvidia_smi"]["clocks.sm"] == "1980 MHz"
     assert {"torch", "cuda", "l2_bytes", "capability", "multiprocessors"} <= facts.keys()
 
-    launched = {result["kernel"] for result in steps["launch"]["results"]}
-    assert len(launched) == 9 and not any(r["error"] for r in steps["launch"]["results"])
+    assert record["test_totals"]["launch"] == {"passed": 18}
 
     speeds = [step["results"] for step in record["steps"] if step["part"] == "speeds"]
     benches = [result for results in speeds for result in results if "bench" in result]
@@ -94,10 +93,9 @@ def test_a_step_that_hangs_ends_with_all_that_it_has_started(gpu_day):
     assert outcomes == ["time limit", "no time left", "no time left"]
 
 
-@pytest.mark.parametrize("step", ["doctor", "launch"])
-def test_without_a_gpu_it_says_so(step, tmp_path):
+def test_without_a_gpu_it_says_so(tmp_path):
     out = tmp_path / "gpu-day.json"
-    command = [sys.executable, ROOT / "scripts/gpu_day.py", "--parts", step, "--out", out]
+    command = [sys.executable, ROOT / "scripts/gpu_day.py", "--parts", "doctor", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     (recorded,) = json.loads(out.read_text())["steps"]
     assert done.returncode == 1 and recorded["outcome"] != "ok"

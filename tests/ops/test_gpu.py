@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHORT, SMALL, assert_no_worse, metrics
 from test_attention import (  # noqa: F401
     test_a_query_of_nan_attends_to_nothing_and_changes_no_other_row,
@@ -50,15 +51,88 @@ if not torch.cuda.is_available():
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_the_gpu():
-    for dtype in cuda.DTYPES:  # opcheck calls operators directly
-        for head_size in cuda.HEAD_SIZES:
-            cuda.load_attention(dtype, head_size)
+@pytest.fixture(autouse=True)
+def on_the_gpu(request):
+    if "opcheck" in request.node.name:  # which calls operators directly
+        for dtype in cuda.DTYPES:
+            for head_size in cuda.HEAD_SIZES:
+                cuda.load_attention(dtype, head_size)
     with torch.device("cuda"):
         yield
 
 
+# --- one launch of each kernel, which `make gpu-day` runs before the speeds --------------------------
+def lowered_linear(x, w, b):
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, w, b), approximate="tanh")
+    return ops.lowered_linear(x, w, b, (w.detach().bfloat16(), b.detach().bfloat16()), True).float()
+
+
+def launches(dtype):
+    """Every operator as a function of tensors, and such tensors on the CPU, those of floats in the
+    operator's dtypes. Heads have the presets' size."""
+    torch.manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape).to(dtype)
+
+    qkv = randn(2, 200, 3, 2, 64)
+    token = [randn(5, 3, 2, 64), randn(9, 2, 2, 64), randn(5, 12, 2, 2, 64)]
+    token += [torch.tensor([[0, 7], [0, 7], [2, 9], [4, 4], [1, 9]]), torch.tensor([3, 0, 8, 1, 5])]
+    vocabulary = [randn(70, 64), randn(1000, 64) / 8, torch.randint(1000, (70,))]
+    norm = [torch.randn(70, 256), randn(70, 256), torch.randn(256), torch.randn(256)]
+    logits, draw = [randn(5, 3000), torch.arange(5)], dict(seed=1, step=2)
+    return {
+        "causal_attention": (ops.causal_attention, [qkv]),
+        "causal_attention, dropout": (lambda x: ops.causal_attention(x, 0.1, 3), [qkv]),
+        "decode_attention": (
+            lambda new, prefix, cache, *rest: ops.decode_attention(
+                new, prefix, rest[0], cache.detach(), rest[1]
+            ),
+            token,
+        ),
+        "token_logprob": (ops.token_logprob, vocabulary),
+        "cross_entropy": (ops.cross_entropy, vocabulary),
+        "add_layer_norm": (
+            lambda *x: torch.ops.tinystory.add_layer_norm(*x, 0.1, 3, dtype)[:2],
+            norm,
+        ),
+        "sample": (lambda x, rows: ops.sample(x, rows=rows, **draw), logits),
+        "sample, cuts": (
+            lambda x, rows: ops.sample(x, rows=rows, top_k=40, top_p=0.9, **draw),
+            logits,
+        ),
+        "lowered_linear": (
+            lowered_linear,
+            [torch.randn(70, 64), torch.randn(256, 64) / 8, torch.randn(256)],
+        ),
+    }
+
+
+def outputs_and_gradients(operator, inputs, device):
+    leaves = [x.detach().to(device) for x in inputs]
+    learned = [x.requires_grad_() for x in leaves if x.is_floating_point()]
+    outputs = operator(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    gradients = []
+    if any(x.requires_grad for x in outputs):
+        gradients = torch.autograd.grad(sum(x.float().square().sum() for x in outputs), learned)
+    return [x.detach().cpu().double() for x in [*outputs, *gradients]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", launches(torch.float32))
+def test_a_launch_of_each_kernel_gives_what_the_cpu_gives(name, dtype):
+    with torch.device("cpu"):
+        operator, inputs = launches(dtype)[name]
+        here = outputs_and_gradients(operator, inputs, "cpu")
+        there = outputs_and_gradients(operator, inputs, "cuda")
+    bound = 1e-4 if dtype == torch.float32 and name != "lowered_linear" else 0.02
+    for i, (a, b) in enumerate(zip(here, there, strict=True)):
+        assert float((b - a).norm() / a.norm()) < bound, f"result {i}"
+
+
+# --- everything -------------------------------------------------------------------------------------
 def problems():
     """Every op with inputs large enough for many blocks: name -> (function of a leaf tensor, that
     tensor)."""
