@@ -180,6 +180,7 @@ def test_a_checkpoint_names_one_of_the_presets(place, tmp_path, preset):
         ([], 8, "cuda", 32),
         (["--preset", "paper"], 80, "cuda", 120),  # a third of 360
         (["--minibatch-size", "0", "--stories-per-step", "129"], 80, "cuda", 66),  # even
+        (["--max-new-tokens", "1000"], 80, "cuda", 32),
         (["--micro-batch-size", "8"], 80, "cuda", 8),
         (["--minibatch-size", "20"], 80, "cuda", 20),
     ],

@@ -14,10 +14,10 @@ from tinystory.student.model import Student, student_config
 TRAINED = 3 * 4  # bytes per parameter: itself, its gradient and one moment at least
 # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
 ACTIVATIONS = 10
-# A GPU with LARGE bytes reads up to STORIES in a forward pass of the interaction: launches take
-# longer than the work of few stories of a small student. GPT-2-small needs 9 GB for 128 stories of
-# 110 tokens.
+# A GPU with LARGE bytes reads up to STORIES and NEW_TOKENS in a forward pass of the interaction:
+# launches take longer than the work of few stories of a small student. GPT-2-small needs 12 GB.
 STORIES = 128
+NEW_TOKENS = 20_000
 LARGE = 15 << 30
 
 
@@ -40,7 +40,8 @@ def micro_batch_size(config: InteractConfig, device: torch.device) -> int:
     if not config.sizes_micro_batch or device.type != "cuda" or total(device) < LARGE:
         return config.micro_batch_size
     minibatch = config.minibatch_size or config.stories_per_step
-    parts = math.ceil(minibatch / STORIES)
+    most = max(config.micro_batch_size, min(STORIES, NEW_TOKENS // config.max_new_tokens))
+    parts = math.ceil(minibatch / most)
     part = math.ceil(minibatch / parts)
     return part + part % 2  # pairs of stories stay together
 
