@@ -22,6 +22,7 @@ from tinystory.evaluate.graders import Graders, open_graders
 from tinystory.evaluate.story_records import held_out_metrics, step_means, story_records
 from tinystory.evaluate.temperature import choose_temperature, trial_stories
 from tinystory.ops.compute import Compute, resolve
+from tinystory.report.before_after import from_start
 from tinystory.report.ending import print_control, print_interaction, print_stopped
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo, score_model
@@ -81,7 +82,6 @@ class InteractionRun:
     log: RunLog
     stop: Stop
     update_report: Callable[[], None]
-    detector: CollapseDetector
     bar: ProgressBar
     stages: Stages
 
@@ -92,6 +92,8 @@ def interact(run: InteractionRun) -> None:
     with contextlib.suppress(Interrupted), run.bar:
         if held_out.is_evaluated(config, state.step):
             evaluate_late(run)
+        past = from_start(run.log.folder, read_metrics(run.log.folder))
+        detector = CollapseDetector(past, config.kl_target)
         while goes_on(run):
             stages.begin("rollout")
             indices = range(state.written, state.written + config.stories_per_step)
@@ -130,7 +132,7 @@ def interact(run: InteractionRun) -> None:
             means = step_means(stories, grades, records)
             record = end_step(run, statistics | prediction | means)
             run.update_report()
-            if warn(run, record):
+            if warn(run, detector, record):
                 break
         if not distributed.stop_signal(run.stop):
             evaluate_late(run)
@@ -229,7 +231,7 @@ def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
     return record
 
 
-def warn(run: InteractionRun, record: Record) -> bool:
+def warn(run: InteractionRun, detector: CollapseDetector, record: Record) -> bool:
     """Whether a new warning ends the run. Prints new warnings."""
     if record["undone"]:
         run.bar.write(
@@ -237,7 +239,7 @@ def warn(run: InteractionRun, record: Record) -> bool:
             f"--kl-target {run.config.kl_target:g} nats per story: {record['undone']}; each halved the "
             "learning rates for the rest of the run"
         )
-    warnings = distributed.rank0_value(lambda: run.detector.add(record))
+    warnings = distributed.rank0_value(lambda: detector.add(record))
     for warning in warnings.values():
         run.bar.write(warning)
     is_serious = bool(warnings.keys() & {"collapse", "kl"})
@@ -341,7 +343,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             log=log,
             stop=stack.enter_context(Stop().listening()),
             update_report=stack.enter_context(live_report(folder, distributed.is_rank0())),
-            detector=CollapseDetector(read_metrics(folder), config.kl_target),
             bar=bar,
             stages=Stages(bar, compute.device),
         )

@@ -262,6 +262,9 @@ def open_run(config: PretrainConfig) -> PretrainingRun:
             f"{config.words / corpus_words:.2f} times the corpus"
         )
     )
+    warning = pretraining.too_many_passes(config.words, corpus_words)
+    if warning:
+        print(wrapped(warning))
     bar = ProgressBar(
         total=config.words,
         initial=min(state.words, config.words),

@@ -86,12 +86,12 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     state = "running" if running else "over"
     lines = textwrap.wrap(f"{printable(str(run))}: {last}, {state}", width)
 
-    detector = CollapseDetector(metrics, number_option(config, "kl_target") or math.inf)
+    curves = from_start(run, metrics)
+    detector = CollapseDetector(curves, number_option(config, "kl_target") or math.inf)
     for step, warning in detector.warnings.values():
         lines.append("")
         lines += textwrap.wrap(f"Warning at step {step}: {warning}", width)
 
-    curves = from_start(run, metrics)
     if curves:
         lines.append("")
     for key, name in CURVES.items():

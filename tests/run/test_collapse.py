@@ -201,3 +201,45 @@ def test_a_judge_can_disagree_with_a_teacher_that_grades_no_evaluation():
         }
     step, sentence = CollapseDetector(records).warnings["judge"]
     assert step == 3 and "the reward rose (0.4 to 0.6)" in sentence
+
+
+def test_one_step_far_beyond_the_kl_target_is_said_at_once():
+    """As after the first update of a student with too high a learning rate."""
+    records = [dict(step=1, kl=0.0), dict(step=2, kl=6.1)]
+    step, warning = CollapseDetector(records, 2.0).warnings["kl"]
+    assert step == 2 and "the KL runs away (6.1 nats per story, target 2)" in warning
+    assert kinds([dict(step=1, kl=0.0), dict(step=2, kl=5.9)]) == set()
+
+
+FIRST = dict(held_out_distinct_4=0.867, held_out_diversity_mean=0.9, held_out_story_clusters=30)
+FIRST |= dict(held_out_teller_story=0.92)
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [
+        (dict(held_out_distinct_4=0.498), "the held-out stories become alike (0.867 to 0.498)"),
+        (dict(held_out_diversity_mean=0.5), "become similar to one another (0.9 to 0.5)"),
+        (dict(held_out_story_clusters=11), "few clusters of held-out stories are left (30 to 11)"),
+        (dict(held_out_teller_story=0.29), "more held-out stories are dull text (8% to 71%)"),
+        (dict(held_out_distinct_4=0.6, held_out_teller_story=0.7, held_out_diversity_mean=0.6), ""),
+    ],
+)
+def test_the_last_evaluation_is_compared_with_the_one_before_training(last, sentence):
+    records = [dict(step=0) | FIRST, dict(step=1, kl=0.1), dict(step=2) | FIRST | last]
+    warnings = CollapseDetector(records).warnings
+    if sentence:
+        step, warning = warnings["collapse"]
+        assert step == 2 and sentence in warning and "--kl-coef" in warning
+    else:
+        assert warnings == {}
+
+
+def test_a_validation_loss_that_rises_is_said():
+    losses = [7.0, None, 5.0, 5.9, None, 6.1, 8.85]
+    records = [
+        dict(step=step, words=1000 * step, val_loss=loss) for step, loss in enumerate(losses, 1)
+    ]
+    step, warning = CollapseDetector(records).warnings["validation"]
+    assert step == 6 and "--words" in warning
+    assert "its validation loss was 5 after 3,000 words and is 6.1 after 6,000" in warning

@@ -11,6 +11,7 @@ from runs import run_interact, spoiling, stops_by
 
 import train_interact as interact
 from tinystory.evaluate import held_out
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.records import EVALUATIONS, read_records, write_manifest
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
@@ -105,13 +106,19 @@ def test_an_older_checkpoint_is_resumed(place, whole, tmp_path):
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
-    def news(self, record):
-        return {"collapse": "all the same"} if record["step"] == 3 else {}
+    steps = []
 
-    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
+    class Detector(CollapseDetector):
+        def add(self, record):
+            steps.append(record["step"])
+            return {"collapse": "all the same"} if record["step"] == 3 else {}
+
+    monkeypatch.setattr(interact, "CollapseDetector", Detector)
     run_interact(place, tmp_path / "on")
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("all the same") == 1
+    # later evaluations are compared with the one before training
+    assert steps == [0, 1, 2, 3, 4]
     assert len(metrics(tmp_path / "on")) == 4
     run_interact(
         place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20"

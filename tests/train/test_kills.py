@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -114,8 +115,8 @@ def ignored(stage):
 
 
 class KillingTeacher(FaultServer):
-    """Grades a story by its letters. Before it answers, it calls `on_request(stage)`, where the
-    stage is what the run in `out` is doing."""
+    """Grades a story by its letters, and low if its words are shuffled. Before it answers, it calls
+    `on_request(stage)`, where the stage is what the run in `out` is doing."""
 
     def __init__(self):
         super().__init__(script=self.reply, models=["graders"])
@@ -124,7 +125,9 @@ class KillingTeacher(FaultServer):
 
     def reply(self, story, n):
         self.on_request(self.stage())
-        return f"{len(story) % 4} {story.count('e') % 4} {story.count(' ') % 4}"
+        is_shuffled = re.search(r"\. [a-z]", story)
+        sense = 0 if is_shuffled else 2 + len(story) % 2
+        return f"{sense} {sense} {story.count('e') % 4}"
 
     def stage(self):
         if (self.out / "evaluations.jsonl").exists():

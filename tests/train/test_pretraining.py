@@ -164,6 +164,23 @@ def test_a_run_that_is_moved_ends_and_can_go_on_in_its_new_place(
     assert_same_run(tmp_path / "whole", moved)
 
 
+@pytest.mark.parametrize("passes, warned", [(9.9, False), (10.1, True)])
+def test_too_many_passes_over_a_corpus_are_said_with_what_would_suit(
+    place, tmp_path, capsys, monkeypatch, passes, warned
+):
+    corpus = place / "corpus.txt"
+    _, _, history = checkpoint.load(checkpoint.newest(place / "p"))
+    words = int(passes * history["corpus_words"])
+    argv = [*SMALL, *cli("--corpus {} --words {} --out {}", corpus, words, tmp_path / "p")]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "pretrain", lambda run: None)
+        patch.setattr(pretrain, "finish", lambda run: None)
+        pretrain.main(argv)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("10 passes over a corpus of" in printed) == warned
+    assert (f"give --words {4 * history['corpus_words']} (4 passes)" in printed) == warned
+
+
 def test_pretraining_tells_a_story_before_its_first_step_and_at_each_validation(
     place, tmp_path, capsys
 ):

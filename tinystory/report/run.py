@@ -121,7 +121,8 @@ def write_report(run: Path, live: bool = False) -> Path:
     config = read_config(run)
     target = number_option(config, "kl_target") or math.inf
     sections: list[str] = []
-    for step, sentence in CollapseDetector(metrics, target).warnings.values():
+    detector = CollapseDetector(from_start(run, metrics), target)
+    for step, sentence in detector.warnings.values():
         warning = f"<b>From step {number(step)}:</b> {escape(sentence)}"
         sections.insert(0, f'<p class="warning">{warning}</p>')
     if not metrics:

@@ -1,5 +1,5 @@
 """Warnings from metrics.jsonl, once per kind: the stories collapse, the KL runs away, the loss
-explodes, the scores have no signal, or a second judge disagrees."""
+explodes, the student overfits, the scores have no signal, or a second judge disagrees."""
 
 import math
 from collections import deque
@@ -28,10 +28,21 @@ SIGNS = (
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
 )
+# Metric of an evaluation, text and factor relative to the first evaluation. An evaluation has few
+# stories, but the same openings and random numbers each time.
+HELD_OUT_SIGNS = (
+    ("held_out_distinct_4", "the held-out stories become alike", 0.6),
+    ("held_out_diversity_mean", "the held-out stories become similar to one another", 0.6),
+    ("held_out_story_clusters", "few clusters of held-out stories are left", 0.4),
+)
+DULL_RISE = 0.3  # rise of the fraction of held-out stories that are dull text
+OVERFITTED = 1.2  # ratio of the validation loss to its lowest value
+FAR = 3  # ratio of the KL to its target
 ADVICE = {
     "collapse": "more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate",
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
+    "validation": "fewer --words, or a larger corpus",
     "predicted": "more --grades, or another --teacher-prompt if the teacher was not calibrated, or only "
     "just above chance",
     "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
@@ -45,8 +56,9 @@ FEW = 160  # with fewer scores in a window, no correlation is significant
 
 
 class CollapseDetector:
-    """Finds warnings in a run's records, one record at a time. warnings: step and sentence of the
-    first warning of each kind."""
+    """Finds warnings in a run's records, one record at a time; a record of step 0 has the metrics
+    of the evaluation before training. warnings: step and sentence of the first warning of each
+    kind."""
 
     def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
         self.kl_target = kl_target
@@ -54,6 +66,8 @@ class CollapseDetector:
         self._last: deque[dict] = deque(maxlen=WINDOW)
         self._losses: deque[Any] = deque(maxlen=LOSS_STEPS)
         self._base: dict[str, float] = {}
+        self._first_evaluation: dict[str, float] = {}
+        self._lowest_validation = (math.inf, 0)  # the loss, and the words until then
         # (reward, second judge's score) of the last evaluations that have both
         self._evaluations: deque[tuple[float, float]] = deque(maxlen=3)
         for record in records:
@@ -61,6 +75,9 @@ class CollapseDetector:
 
     def add(self, record: dict) -> dict[str, str]:
         """The sentences of new warnings, by kind, that the record of a further step causes."""
+        if record["step"] == 0:
+            self._held_out_signs(record)
+            return {}
         self._last.append(record)
         self._losses.append(record.get("loss"))
         while self._stories() - graded_stories(self._last[0]) >= STORIES:
@@ -76,13 +93,24 @@ class CollapseDetector:
             is_beyond = mean > factor * base if factor > 1 else mean < factor * base
             if is_beyond:
                 signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
-        kl = self._mean("kl")
-        if kl is not None and kl > 3 * self.kl_target:
+        signs["collapse"] += self._held_out_signs(record)
+        kl = record.get("kl")
+        if kl is not None and kl > FAR * self.kl_target:
             signs["kl"].append(
                 f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})"
             )
         if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
             signs["loss"].append("every step skips minibatches")
+        validation = record.get("val_loss")
+        if validation is not None:
+            words = record.get("words") or 0
+            self._lowest_validation = min(self._lowest_validation, (validation, words))
+            lowest, words_then = self._lowest_validation
+            if validation > OVERFITTED * lowest:
+                signs["validation"].append(
+                    f"the student overfits: its validation loss was {lowest:.3g} after {words_then:,} "
+                    f"words and is {validation:.3g} after {words:,}"
+                )
         r_squared = record.get("score_r_squared")
         if r_squared is not None and r_squared < LEAST_R_SQUARED:
             signs["predicted"].append(
@@ -121,6 +149,25 @@ class CollapseDetector:
         if None in values or not is_full:
             return None
         return fmean(values)
+
+    def _held_out_signs(self, record: dict) -> list[str]:
+        """Sentences on how the record's evaluation, if there is one, differs from the first."""
+        sentences = []
+        for metric, text, factor in HELD_OUT_SIGNS:
+            value = record.get(metric)
+            if value is None:
+                continue
+            first = self._first_evaluation.setdefault(metric, value)
+            if value < factor * first:
+                sentences.append(f"{text} ({first:.3g} to {value:.3g})")
+        story = record.get("held_out_teller_story")
+        if story is not None:
+            first = self._first_evaluation.setdefault("held_out_teller_story", story)
+            if story < first - DULL_RISE:
+                sentences.append(
+                    f"more held-out stories are dull text ({1 - first:.0%} to {1 - story:.0%})"
+                )
+        return sentences
 
     def _disagreement(self, record: dict) -> str:
         """A sentence if, in each of the last two evaluations, the reward rose and the second

@@ -15,6 +15,12 @@ from tinystory.student.model import Student
 TOO_LARGE = "lower --learning-rate or --muon-learning-rate, or give --grad-clip 1"
 
 
+# With four passes over a corpus, the loss is nearly that of as much new text (Muennighoff et al. 2023,
+# arXiv 2305.16264). BabyLM allows ten.
+GOOD_PASSES = 4
+MOST_PASSES = 10
+
+
 @dataclass
 class PretrainState:
     """words, tokens: trained on, counting repeats."""
@@ -23,6 +29,17 @@ class PretrainState:
     step: int = 0
     words: int = 0
     tokens: int = 0
+
+
+def too_many_passes(words: int, corpus_words: int) -> str:
+    """A warning if --words is more than MOST_PASSES times the words of the corpus; else ""."""
+    if words <= MOST_PASSES * corpus_words:
+        return ""
+    return (
+        f"warning: {words:,} words are {words / corpus_words:.0f} passes over a corpus of "
+        f"{corpus_words:,}, so the student will overfit: give --words {GOOD_PASSES * corpus_words} "
+        f"({GOOD_PASSES} passes), or a larger corpus"
+    )
 
 
 def save(
