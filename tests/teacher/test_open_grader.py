@@ -100,6 +100,18 @@ def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monk
     assert corpora == [["mine.txt"]]
 
 
+@pytest.mark.parametrize("preset", ["demo", "babylm-2026-strict"])
+def test_a_reward_function_on_a_babylm_track_is_warned_of_probabilities(preset, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def score(o, stories): return [0.5 for _ in stories]\n")
+    config = InteractConfig(preset=preset, reward=str(tmp_path / "r.py"))
+    with open_grader(config) as grader:
+        assert grader.grade("Once", ["a dog ran."])[0].score == 0.5
+    warned = (
+        "does not allow a model's probabilities to reach the student" in capsys.readouterr().out
+    )
+    assert warned == (preset != "demo")
+
+
 @pytest.mark.parametrize("flags", ["--teacher-temperature 1", "--teacher-max-tokens 99"])
 def test_an_option_of_grades_is_refused_beside_a_question(flags):
     url = ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "event"]

@@ -2,8 +2,8 @@
 12e16f8, 20 July 2026; table in docs/evaluation.md).
 
 The student may see 100 M words (Strict) or 10 M words (Strict-Small), including the teacher's
-words, each up to ten times. Words are separated by white space. The teacher may pass only text to
-the student."""
+words, each up to ten times. Words are separated by white space. That the teacher may pass only text
+to the student stands in the guidelines of 2025."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.records import NO_FIELDS, parse_object
 from tinystory.teacher.builtin import builtin_teacher
-from tinystory.teacher.callable import CallableGrader, load_score
+from tinystory.teacher.callable import CONTROLS, CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.named_protocols import load_protocol
@@ -56,6 +56,11 @@ def open_grader(
     if config.reward == "likelihood" and likelihood:
         yield likelihood()
     elif config.reward:
+        if config.preset in babylm.TRACKS and config.reward not in CONTROLS:
+            print(
+                f"warning: BabyLM (--preset {config.preset}) does not allow a model's probabilities to reach the "
+                f"student: --reward {config.reward} must not compute its scores from them"
+            )
         with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
     else:
