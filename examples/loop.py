@@ -13,6 +13,7 @@ Where this PPO is not TRL's PPOTrainer:
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,8 +29,8 @@ from tinystory.student import checkpoint
 from tinystory.teacher.open_grader import open_grader
 
 
-def main(init: str, *urls: str, steps: int = 4, stories_per_step: int = 384) -> None:
-    config = InteractConfig(teacher_url=list(urls), steps=steps, stories_per_step=stories_per_step)
+def main(init: str, *urls: str, **options: Any) -> None:
+    config = InteractConfig(teacher_url=list(urls), **options)
     compute = resolve(config.device, config.dtype)
     reference, policy, state = load_students(config, compute, checkpoint.find(Path(init)))
     openings = open_openings(config, policy)
@@ -52,7 +53,9 @@ def main(init: str, *urls: str, steps: int = 4, stories_per_step: int = 384) -> 
             reward, kl = statistics["reward_mean"], statistics["kl"]
             print(f"step {state.step}: reward {reward:.3f}, KL {kl:.1f} nats per story")
             print(f"    {stories[0].opening} {stories[0].text}\n")
-    policy.save(Path("runs/loop/checkpoints/last"), state, replace=True)
+    folder = Path("runs/loop/checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(folder / f"step_{state.step:07d}", state, replace=True)
 
 
 if __name__ == "__main__":
