@@ -57,10 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     learners.check(config)
     distributed.start(config.device)
     if config.brought and distributed.is_rank0():
-        print(
-            f"--teacher-url brings {config.brought}; to have all stories graded: --teacher-prompt grades"
-        )
-    with distributed.run_folder(config), open_run(config) as run:
+        advice = "to have all stories graded: --teacher-prompt grades" if config.teacher_url else ""
+        print(f"the options given bring {config.brought}; {advice or 'give one to change it'}")
+    with distributed.run_folder(config) as config, open_run(config) as run:
         interact(run)
         finish(run)
     distributed.end_if_stopped(run.stop)

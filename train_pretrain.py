@@ -38,7 +38,7 @@ from tinystory.student.pretraining import TOO_LARGE, PretrainState
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.run_folder(config):
+    with distributed.run_folder(config) as config:
         run = open_run(config)
         pretrain(run)
         finish(run)

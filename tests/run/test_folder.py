@@ -96,7 +96,7 @@ from tinystory.run.folder import locked_run
 config = types.SimpleNamespace(out=sys.argv[1], resume=False, names_out=False)
 print("ready", flush=True)
 sys.stdin.readline()
-with locked_run(config):
+with locked_run(config) as config:
     print(config.out, flush=True)
     sys.stdin.read()
 """

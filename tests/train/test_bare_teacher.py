@@ -62,7 +62,7 @@ def test_a_bare_url_ends_with_a_result(students, place, tmp_path, capsys):
         argv += "--steps 3 --stories-per-step 64 --max-new-tokens 16 --opening Once".split()
         interact.main([*argv, "--eval-stories", "4", "--device", "cpu"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "--teacher-url brings --teacher-prompt event --grades 64 --no-eval-graded" in printed
+    assert "the options given bring --teacher-prompt event --grades 64 --no-eval-graded" in printed
     assert "The mean score by the second judge" in printed
     assert 'first was asked "Does something unexpected happen in this story' in printed
     assert "Before the run it scores a story above" in printed

@@ -229,7 +229,7 @@ def collectives(rank: int, folder: str) -> None:
         distributed.rank0_first(refused)
 
     config = pretrain.PretrainConfig(out=f"{folder}/seen-by-{rank}")
-    with distributed.run_folder(config):
+    with distributed.run_folder(config) as config:
         assert config.out == f"{folder}/seen-by-0" and not config.names_out
         assert distributed.rank0_value(lambda: lock_holder(Path(config.out)))
 

@@ -16,7 +16,9 @@ def test_the_loop_on_one_page_learns_as_the_command_does(place, tmp_path, monkey
         loop = runpy.run_path(str(ROOT / "examples" / "loop.py"))
         loop["main"](str(place / "p"), server.url, **options)
         printed = capsys.readouterr().out
-        more = cli("--init {} --teacher-url {} --teacher-prompt grades --out i", place / "p", server.url)
+        more = cli(
+            "--init {} --teacher-url {} --teacher-prompt grades --out i", place / "p", server.url
+        )
         interact.main([*SHORT, *more, "--steps", "2", "--no-eval-graded"])
     assert printed.count("KL") == 2 and "Once" in printed
     assert_same_bits(tmp_path / "runs" / "loop", tmp_path / "i")

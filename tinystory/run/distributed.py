@@ -166,18 +166,12 @@ def end_if_stopped(stop: Stop) -> None:
 
 
 @contextlib.contextmanager
-def run_folder(config: Any) -> Iterator[None]:
-    """Context of `locked_run` on rank 0; every rank takes rank 0's options. If each rank looked for
+def run_folder(config: Any) -> Iterator[Any]:
+    """Context of `locked_run` on rank 0; yields rank 0's options on every rank. If each rank looked for
     itself, another command could change between two looks which folder is free, or which run is the
     newest."""
     with contextlib.ExitStack() as stack:
-
-        def choose() -> dict[str, Any]:
-            stack.enter_context(locked_run(config))
-            return vars(config)
-
-        vars(config).update(rank0_value(choose))
-        yield
+        yield rank0_value(lambda: stack.enter_context(locked_run(config)))
 
 
 def open_log(folder: Path, resume_step: int | None, evaluated_before: int | None = None) -> RunLog:

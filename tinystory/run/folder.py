@@ -1,6 +1,7 @@
 """Run folders: whether a folder holds a run, which process writes to it, and config.json."""
 
 import contextlib
+import copy
 import datetime
 import itertools
 import json
@@ -170,9 +171,10 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked_run(config: Any) -> Iterator[None]:
-    """Lock the folder config.out of a run for the block. A new run without --out takes the first
-    free folder of `numbered`, sets config.out to it, and prints this."""
+def locked_run(config: Any) -> Iterator[Any]:
+    """Lock the folder config.out of a run for the block, and yield the options. A new run without
+    --out takes the first free folder of `numbered`, which is then `out` of the yielded options, and
+    prints this."""
     folder = Path(config.out)
     takes_free = not (config.resume or config.names_out)
     with contextlib.ExitStack() as stack:
@@ -189,8 +191,9 @@ def locked_run(config: Any) -> Iterator[None]:
             print(printable(f"{folder} is taken, so the folder of this run is {candidate}"))
         elif config.resume and not config.names_out:
             print(printable(f"--resume: the newest run without --out is {folder}"))
-        config.out = str(candidate)
-        yield
+        taken = copy.copy(config)
+        taken.out = str(candidate)
+        yield taken
 
 
 def lock_holder(folder: Path) -> str:
