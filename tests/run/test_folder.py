@@ -414,10 +414,8 @@ def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):
 def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys, out):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(
-        evaluate.checkpoint, "find", lambda path: pytest.fail("it has begun to work")
-    )
-    monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
+    begun = lambda path: pytest.fail("it has begun to work")  # noqa: E731
+    monkeypatch.setattr("tinystory.student.checkpoint.find", begun)
     for command, argv in ((evaluate, ["run", "--corpus", "builtin"]), (sample, ["run"])):
         assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
 
