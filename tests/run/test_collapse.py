@@ -235,6 +235,15 @@ def test_the_last_evaluation_is_compared_with_the_one_before_training(last, sent
         assert warnings == {}
 
 
+def test_a_speed_that_falls_far_below_that_of_the_start_is_said():
+    speeds = [3000.0] * WINDOW + [1000.0] * WINDOW
+    records = [dict(step=step, tokens_per_s=speed) for step, speed in enumerate(speeds, 1)]
+    assert kinds(records) == set()
+    slow = [dict(step=2 * WINDOW + 1 + step, tokens_per_s=300.0) for step in range(WINDOW)]
+    _, warning = CollapseDetector([*records, *slow]).warnings["speed"]
+    assert "tokens per second fall (3e+03 to" in warning and "OMP_NUM_THREADS" in warning
+
+
 def test_a_validation_loss_that_rises_is_said():
     losses = [7.0, None, 5.0, 5.9, None, 6.1, 8.85]
     records = [
