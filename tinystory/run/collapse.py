@@ -23,6 +23,7 @@ SIGNS = (
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
+    ("speed", "tokens_per_s", "the tokens per second fall", 0.25),
     # where dull text pauses, the loss rises to 1.7 times its lowest average (demo, 3 seeds)
     ("loss", "loss", "the loss explodes", 2.2),
     ("loss", "value_loss", "the value loss explodes", 10),
@@ -43,6 +44,7 @@ ADVICE = {
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "validation": "fewer --words, or a larger corpus",
+    "speed": "to end other programs, or fewer threads (OMP_NUM_THREADS=1)",
     "predicted": "more --grades, or another --teacher-prompt if the teacher was not calibrated, or only "
     "just above chance",
     "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
