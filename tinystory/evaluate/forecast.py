@@ -26,7 +26,7 @@ def print_forecast(
     opening = openings[0]
     count = stories_to_grade(config, state)
     forecast = grader.forecast(count, opening)
-    if not forecast:
+    if not forecast or not config.teacher_url:  # the built-in teacher costs a minute, not tokens
         return
     print(f"forecast: {forecast}")
     if config.grades:
@@ -34,7 +34,7 @@ def print_forecast(
         print(f"without --grades: {grader.forecast(whole, opening)}")
         return
     few = stories_to_grade(replace(config, **FEW_GRADES), state)
-    if config.teacher_url and not state.step and few < count:
+    if not state.step and few < count:
         flags = " ".join(f"--{name.replace('_', '-')} {FEW_GRADES[name]}" for name in FEW_GRADES)
         print(f"with {flags}: {grader.forecast(few, opening)}")
 

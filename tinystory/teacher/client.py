@@ -254,6 +254,8 @@ class Teacher(Grader):
         probes = self.probes()
         first = probes[0]
         requests = stories * self.requests_per_story
+        if first.model == HUMAN:
+            return f"{stories:,} stories, about {requests * HUMAN_S / 60:.0f} min of grading"
         submission = Submission(*FIRST_STORY, number=0)
         messages = self._requests(submission, attempt=0)[0].messages
         # without counts by the server: about four characters per token of the prompt, and two per
@@ -273,9 +275,6 @@ class Teacher(Grader):
         bound = "at most"
         if self.per_second:
             per_second = self.per_second
-            bound = "about"
-        if first.model == HUMAN:
-            per_second = 1 / HUMAN_S
             bound = "about"
         minutes = requests / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"

@@ -108,7 +108,8 @@ def open_grader(
             )
             stack.enter_context(teacher)
             for probe in teacher.probes():
-                print(f"{role}: {probe}")
+                if config.teacher_url:  # how to ask the built-in teacher is known
+                    print(f"{role}: {probe}")
                 for note in probe.notes:
                     print(f"warning: {note}")
             yield teacher
