@@ -194,6 +194,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
     counters = read_object(folder / "trainer.json", {"step": (int,)})
     if type(counters.get("evaluated")) is int:  # by older versions; -1 before the first evaluation
         counters["evaluated_before"] = counters.pop("evaluated") + 1
+        counters["undone"] = 0
     return counters
 
 
