@@ -94,6 +94,7 @@ CONTROLS = ("shuffled", "constant", "likelihood")  # controls of a finished run,
 OF_TEACHER = (
     *("teacher_url", "teacher_model", "teacher_concurrency", "teacher_temperature"),
     *("teacher_extra", "teacher_max_tokens", "teacher_timeout", "teacher_prompt"),
+    "teacher_per_minute",
     *("price_in", "price_out", "budget_cost", "reward", "calibrate", "require_judgement"),
 )
 OF_CONTROL = (
@@ -332,6 +333,11 @@ class InteractConfig(RunConfig):
     )
     teacher_concurrency: int = option(
         16, "maximum number of requests in flight per server", "[1, 10000]"
+    )
+    teacher_per_minute: int = option(
+        0,
+        "maximum number of requests per minute to each server (default: as many as it allows)",
+        "[0, 1000000]",
     )
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_extra: str = option(

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from aiohttp import web
-from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, error
+from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, completion, error
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -17,6 +17,26 @@ from tinystory.teacher.grade import Submission
 from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+@pytest.mark.parametrize(
+    "headers, seconds",
+    [
+        ({}, 0),
+        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "6m0s"}, 0),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "120ms"}, 0.12),
+        ({"x-ratelimit-remaining-tokens": "99", "x-ratelimit-reset-tokens": "2m59.5s"}, 179.5),
+        ({"x-ratelimit-remaining-tokens": "-9", "x-ratelimit-reset-tokens": "soon"}, 0),
+    ],
+)
+def test_a_limit_per_minute_is_read_in_the_headers(headers, seconds):
+    answer = lambda story, n: web.Response(  # noqa: E731
+        text=completion("2 1 3"), content_type="application/json", headers=headers
+    )
+    with FaultServer(answer) as server, Teacher(server.url) as teacher:
+        assert teacher.grade("Once", ["A dog ran."])[0].scores
+        assert teacher.endpoints[0].client.pause_s == pytest.approx(seconds)
 
 
 NOT_ONE = "not as an OpenAI-compatible API"

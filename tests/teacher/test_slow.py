@@ -13,6 +13,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Criterion
 
 CONCURRENCY = 16
+IN_FLIGHT = 5 * (CONCURRENCY - 1)  # at most, when a limit is reached in each of five minutes
 
 
 class JumpingSelector(selectors.DefaultSelector):
@@ -36,6 +37,41 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         return self.selector.now
 
 
+class LimitedServer:
+    """A server that stands in for ChatClient and takes `most` requests per minute. announces:
+    whether its answers say when none is left."""
+
+    def __init__(self, most: int, announces: bool):
+        self.most, self.announces = most, announces
+        self.began, self.taken, self.refused = 0.0, 0, 0
+        self.pause_s = 0.0
+
+    def load(self):
+        pass
+
+    async def models(self):
+        return ["limited"]
+
+    def one_line(self, text):
+        return text
+
+    async def chat(self, body):
+        await asyncio.sleep(0.5)
+        now = asyncio.get_running_loop().time()
+        if now - self.began >= 60:
+            self.began, self.taken = now, 0
+        left_s = self.began + 60 - now
+        if self.taken == self.most:
+            self.refused += 1
+            raise Failure("busy", status=429, again=True, busy=True, retry_after=left_s)
+        self.taken += 1
+        self.pause_s = left_s if self.announces and self.taken == self.most else 0.0
+        return [Reply("2 1 3", thought=False)]
+
+    async def close(self):
+        pass
+
+
 class SlowServer:
     """A server that stands in for ChatClient. It computes `slots` answers at once, on `processors`
     processors that the answers share, and an answer takes `seconds` of one processor."""
@@ -45,6 +81,7 @@ class SlowServer:
         self.processors = asyncio.Semaphore(processors)
         self.seconds = seconds
         self.alternatives = alternatives
+        self.pause_s = 0.0
         self.loading = 0  # number of requests that are refused while the model is loaded
         self.in_flight = self.most_in_flight = self.received = self.answered = 0
 
@@ -111,6 +148,20 @@ def test_a_forecast_is_an_upper_bound_until_the_rate_is_measured(teacher_of):
         assert "at most 50 min of grading" in teacher.forecast(300, "Once")
         teacher.grade("Once", [f"Dog {i} ran." for i in range(400)])
         assert "about 7 min of grading" in teacher.forecast(300, "Once")
+
+
+@pytest.mark.parametrize(
+    "announces, options, most_refused",
+    [(True, {}, IN_FLIGHT), (False, {}, IN_FLIGHT), (False, {"per_minute": 10}, 0)],
+)
+def test_a_limit_per_minute_is_kept(teacher_of, announces, options, most_refused):
+    """A hundred stories at 20 a minute: a limit that is announced, one that is only enforced, and
+    one that the user gives. Requests that are in flight when the limit is reached are refused."""
+    server = LimitedServer(20, announces)
+    with teacher_of(server, **options) as teacher:
+        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(100)])
+    assert all(grade.scores for grade in grades)
+    assert server.refused <= most_refused
 
 
 def test_the_time_limit_is_per_reply(teacher_of):

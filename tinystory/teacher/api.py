@@ -27,6 +27,9 @@ KEEP_ALIVE_S = 2.0
 LEAST_LOGPROB = -1e4  # smallest accepted log-probability; OpenAI gives -9999 for impossible tokens
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
+TOKENS_OF_A_REQUEST = 1000  # about as many as a request needs
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}  # of a duration such as 2m59.5s, in seconds
+
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 WRONG_KEY = "no_db_connection"  # type of litellm's error 400 for a wrong key
 NOT_OPENAI = "answers, but not as an OpenAI-compatible API: check the URL"
@@ -84,6 +87,7 @@ class ChatClient:
         self._url = url
         self._key = key.strip()
         self._role = role
+        self.pause_s = 0.0  # seconds for which the server's last answer allows no further request
 
     @functools.cached_property
     def _client(self) -> "openai.AsyncOpenAI":
@@ -243,6 +247,7 @@ class ChatClient:
         status except 2xx."""
         status = response.status_code
         headers = response.headers
+        self.pause_s = _pause(headers)
         if 200 <= status < 300:
             return
         if status < 400:
@@ -369,6 +374,19 @@ def _error_texts(answer: object) -> list[str]:
                 else:
                     texts[text] = None
     return list(texts)
+
+
+def _pause(headers: Mapping[str, str]) -> float:
+    """Seconds until the server allows another request, from the headers x-ratelimit-* of OpenAI and
+    those who follow it; 0 if it allows one now, or does not say."""
+    pause = 0.0
+    for kind, needed in (("requests", 1), ("tokens", TOKENS_OF_A_REQUEST)):
+        remaining = headers.get(f"x-ratelimit-remaining-{kind}", "")
+        if re.fullmatch("[0-9]{1,9}", remaining) and int(remaining) < needed:
+            reset = headers.get(f"x-ratelimit-reset-{kind}", "")
+            parts = re.findall(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)(ms|s|m|h)", reset)
+            pause = max(pause, sum(float(number) * UNITS[unit] for number, unit in parts))
+    return pause
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -265,7 +265,8 @@ class Teacher(Grader):
         opening_words = len(opening.split())
         probed_words = len(" ".join(FIRST_STORY).split())
         more_words = opening_words + STORY_WORDS - probed_words
-        tokens_in = requests * (prompt_tokens + more_words * TOKENS_PER_WORD)
+        prompts = requests // self._present[0].draws if first.choices else requests
+        tokens_in = prompts * (prompt_tokens + more_words * TOKENS_PER_WORD)
         tokens_out = requests * reply_tokens
         words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
@@ -276,7 +277,9 @@ class Teacher(Grader):
         if self.per_second:
             per_second = self.per_second
             bound = "about"
-        minutes = requests / per_second / 60
+        if self.options.per_minute:
+            per_second = min(per_second, self.options.per_minute / 60 * len(probes))
+        minutes = prompts / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "

@@ -1,6 +1,7 @@
 """One model on one server: the capabilities of the model, the form of requests, and the request
 itself."""
 
+import asyncio
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from tinystory.teacher.protocol import Protocol
 
 TEMPLATE_TOKENS = 256  # upper bound on the tokens that a chat template adds to two messages
 FIRST_SLOTS = 2  # requests in flight until the first answer
+LONGEST_HOLD_S = 60.0  # maximum seconds without a request to a server at its limit per minute
 BUSY_COSTS = 0.5  # slots lost per refused request
 # A request has at least this multiple of the probe's seconds per answer. No request comes near this
 # limit, because the number of requests in flight no longer rises once an answer takes a quarter of
@@ -40,6 +42,7 @@ class Options:
     extra: dict[str, Any] = field(default_factory=dict)
     # time limit of a reply, all retries included; a slow server gets more time, see `Endpoint`
     deadline_s: float = 300.0
+    per_minute: int = 0  # maximum number of requests per minute to a server; 0: no limit
     attempts: int = 3  # maximum number of replies to a request until a reply is readable
 
     @property
@@ -123,6 +126,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.limit = float(min(FIRST_SLOTS, self.most))
         self.was_busy = False
+        self.next_at = 0.0  # on the event loop's clock: when the next request may be sent
         # key in the cache of this server's probe with these options
         options = self.options
         text = (
@@ -238,10 +242,29 @@ class Endpoint:
             fields.pop(name, None)
         fields |= self.options.extra
         with self.ledger.request(self.most_prompt_tokens(texts), cap * count) as charge:
-            replies = await in_time(self._send(fields), self.timeout_s)
+            await self._wait_turn()
+            try:
+                replies = await in_time(self._send(fields), self.timeout_s)
+            except Failure as failure:
+                self._hold(failure.retry_after)
+                raise
+            self._hold(self.client.pause_s)
             if replies[0].tokens:
                 charge["tokens_in"], charge["tokens_out"] = replies[0].tokens
         return replies
+
+    async def _wait_turn(self) -> None:
+        """Wait until the limits per minute, of the server and of the user, allow a request."""
+        now = asyncio.get_running_loop().time
+        while self.next_at > now():
+            await asyncio.sleep(self.next_at - now())
+        if self.options.per_minute:
+            self._hold(60 / self.options.per_minute)
+
+    def _hold(self, seconds: float) -> None:
+        """Send no request for this time."""
+        now = asyncio.get_running_loop().time()
+        self.next_at = max(self.next_at, now + min(seconds, LONGEST_HOLD_S))
 
     async def _send(self, fields: Mapping[str, Any]) -> list[Reply]:
         assert self.probe is not None

@@ -100,6 +100,7 @@ def open_grader(
                 max_tokens=config.teacher_max_tokens,
                 concurrency=config.teacher_concurrency,
                 deadline_s=config.teacher_timeout,
+                per_minute=config.teacher_per_minute,
                 max_unscored=config.max_unscored,
                 cache=replies,
                 price_in=config.price_in,
@@ -133,6 +134,7 @@ def open_judge(
         teacher_prompt=config.judge_prompt,
         teacher_concurrency=config.teacher_concurrency,
         teacher_timeout=config.teacher_timeout,
+        teacher_per_minute=config.teacher_per_minute,
     )
     with contextlib.ExitStack() as stack:
         print(f"second judge: {judge}")
