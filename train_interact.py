@@ -313,7 +313,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     milestones = words_of_milestones(config, policy.history)
 
     with contextlib.ExitStack() as stack:
-        opening_graders = open_graders(config, start, policy, reference, openings)
+        opening_graders = open_graders(config, start, policy, reference, openings, state.step)
         graders, facts = stack.enter_context(opening_graders)
         teacher = graders.teacher
         print_forecast(config, state, teacher, openings)

@@ -7,11 +7,11 @@ missing.
     python scripts/doctor.py --reward my_reward.py:score --calibrate  how well a function can judge
     python scripts/doctor.py --calibrate                              how well the built-in teacher can
 
-The command builds nothing and changes nothing. Probing a teacher takes about four short requests.
+The command builds nothing and changes nothing. Probing a teacher takes about six short requests.
 --calibrate measures how well a teacher judges texts of known quality, and with --init texts by that
 student. Without --teacher-prompt it compares all ways of asking, each with about 200 requests or
-more (--per-kind sets the number). To test a human teacher, run scripts/teach.py and give the URL of
-its page."""
+more (--per-kind sets the number). Replies are kept, so after Ctrl-C the same command continues. To
+test a human teacher, run scripts/teach.py and give the URL of its page."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 
-from tinystory.config import InteractConfig, typed_config
+from tinystory.config import MODEL_TEACHER, InteractConfig, arguments, given_again, typed_config
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import BUILTIN
 from tinystory.data.openings import Openings, load_openings
@@ -45,7 +45,7 @@ from tinystory.evaluate.corruptions import (
 )
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, script_parser
-from tinystory.run.paths import cache_dir
+from tinystory.run.paths import cache_dir, hint
 from tinystory.run.terminal import aligned
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         "--replies",
         type=Path,
         metavar="FILE",
-        help="file for the teacher's replies, so that the same command continues after a stop",
+        help="file for the teacher's replies (default: in the cache folder)",
     )
     add_options(parser, InteractConfig, STUDENT)
     options = parser.parse_args(argv)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.calibrate:
         calibrate(config, options)
     elif config.teacher_url or config.reward:
-        print(f"{'requests':10} about four short ones", flush=True)
+        print(f"{'requests':10} about six short ones", flush=True)
         from tinystory.evaluate.forecast import demo_stories  # imports torch
 
         with open_grader(config) as grader:
@@ -129,36 +129,64 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
     if config.init:
         known += student_texts(config, options.per_kind)
     ways = [config.teacher_prompt]
-    if config.teacher_url and not config.teacher_prompt:
-        ways = list(PROTOCOLS)
-    elif not config.teacher_url and not config.reward:
+    replies = options.replies
+    if config.teacher_url:
+        ways = [config.teacher_prompt] if config.teacher_prompt else list(PROTOCOLS)
+        replies = replies or kept_replies()
+    elif not config.reward:
         fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
         print(f"{'fitting':10} {fitting}", flush=True)
 
-    results = {}
-    for way in ways:
-        print(f"{'asking':10} {way or config.reward or 'the teacher'}", flush=True)
-        with open_grader(
-            replace(config, teacher_prompt=way),
-            corpus=options.corpus,
-            replies=options.replies,
-            examples=lambda: worked_examples(corpus_documents(options.corpus)),
-        ) as grader:
-            results[way or config.reward or "teacher"] = measured(grader, known)
-            if isinstance(grader, Teacher) and grader.model == HUMAN:
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for way in ways:
+            name = way or config.reward or "the teacher"
+            print(f"{'asking':10} {name}", flush=True)
+            with open_grader(
+                replace(config, teacher_prompt=way, any_model=True),
+                corpus=options.corpus,
+                replies=replies,
+                examples=lambda: worked_examples(corpus_documents(options.corpus)),
+            ) as grader:
+                is_human = isinstance(grader, Teacher) and grader.model == HUMAN
+                if is_human:
+                    ways = [way]
+                if way == ways[0]:
+                    print_forecast(grader, known, len(ways))
+                try:
+                    results[name] = measured(grader, known)
+                except calibration.NoScores as error:
+                    print(f"{'':10} {error}", flush=True)
+            if len(ways) > 1 and name in results:
+                print_table({name: results[name]})
+            if is_human:
                 break
+    except KeyboardInterrupt:
+        if replies:
+            print(
+                f"{'stopped':10} all replies so far are kept in {replies}: the same command continues"
+            )
+        raise
 
-    columns = [calibration.table(way, result) for way, result in results.items()]
-    rows = [[line[0][0], *(cells[-1] for cells in line)] for line in zip(*columns, strict=True)]
-    for line in aligned(rows):
-        print(f"{'':10} {line}")
-    print_choice(results)
+    print_table(results)
+    print_choice(config, options.corpus, results)
+
+
+def kept_replies() -> Path:
+    """The default of --replies."""
+    return cache_dir() / "doctor_replies.jsonl"
+
+
+def print_forecast(grader: Grader, known: Sequence[KnownStory], ways: int) -> None:
+    """Print what all ways of asking cost together. A way of asking has at most as many requests as
+    the first one."""
+    forecast = grader.forecast(ways * len(known), known[0].opening) or f"{len(known)} texts"
+    title = f"{ways} ways of asking x {len(known)} texts: " if ways > 1 else ""
+    print(f"{'forecast':10} {title}{forecast}", flush=True)
 
 
 def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
     """The result of calibrating a grader, with the seconds per text."""
-    forecast = grader.forecast(len(known), known[0].opening) or f"{len(known)} texts"
-    print(f"{'forecast':10} {forecast}", flush=True)
     began = time.perf_counter()
     calibration.fit_scale(grader, known)
     result = calibration.calibrate(calibration.of_grader(grader), known)
@@ -166,19 +194,36 @@ def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
     return result
 
 
-def print_choice(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print which way of asking judges best: on the student's own texts, if --init gives a
-    student."""
+def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print one column for each way of asking."""
+    columns = [calibration.table(way, result) for way, result in results.items()]
+    rows = [[line[0][0], *(cells[-1] for cells in line)] for line in zip(*columns, strict=True)]
+    for line in aligned(rows):
+        print(f"{'':10} {line}", flush=True)
+
+
+def print_choice(
+    config: InteractConfig, corpus: Sequence[str], results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Print which way of asking judges best (on the student's own texts, if --init gives a student),
+    and the command for a run with it."""
     known = {way: result for way, result in results.items() if result["judgement"] is not None}
     if not known:
         print(f"{'judgement':10} this teacher gave no scores: choose another model")
         return
     best = max(known, key=lambda way: calibration.value_as_teacher(known[way]))
-    print(f"{'judgement':10} the teacher {calibration.verdict(known[best])}")
+    way = f", asked {best}," if len(results) > 1 else ""
+    print(f"{'judgement':10} the teacher{way} {calibration.verdict(known[best])}")
     if not calibration.can_judge(known[best]):
         print(f"{'':10} choose another model, or test more texts (--per-kind)")
-    elif len(results) > 1:
-        print(f"{'':10} best way of asking: train_interact.py --teacher-prompt {best}")
+    elif config.teacher_url:
+        words = arguments(InteractConfig, MODEL_TEACHER | {"teacher_prompt": best})
+        words += given_again(replace(config, teacher_prompt=""))
+        if config.init:
+            words += ["--init", config.init]
+        if list(corpus) != ["builtin"]:
+            words += ["--corpus", *corpus]
+        print(f"{'next':10} {hint('train_interact.py', *words)}")
 
 
 def student_texts(config: InteractConfig, count: int) -> list[KnownStory]:

@@ -56,12 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
         rubric = Rubric(documents, bar.update)
     seconds = time.monotonic() - start
-    print(
-        f"this teacher is a rule-based scorer, not an LLM, fitted to {names} in {seconds:.1f} s",
-        file=sys.stderr,
-        flush=True,
-    )
-    if options.die_with_parent:
+    if not options.die_with_parent:  # the parent says what it is
+        print(
+            f"this teacher is a rule-based scorer, not an LLM, fitted to {names} in {seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
         yield_cores()  # not earlier: the parent waits until the teacher is fitted
     asyncio.run(_serve(rubric, options.port, options.die_with_parent))
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import uuid
 from pathlib import Path
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
@@ -133,6 +134,13 @@ def tiny_stories(count: int) -> list[str]:
 def seeded() -> None:
     """A test's random numbers do not depend on those that ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_replies(monkeypatch, tmp_path_factory) -> None:
+    """The doctor finds no replies of other tests, and none of the user's."""
+    path = tmp_path_factory.getbasetemp() / f"{uuid.uuid4()}.jsonl"
+    monkeypatch.setattr("scripts.doctor.kept_replies", lambda: path)
 
 
 @pytest.fixture(scope="session")

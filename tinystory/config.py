@@ -326,6 +326,11 @@ class InteractConfig(RunConfig):
         [],
         "model name of the teacher, or one name per --teacher-url (default: the server's first model)",
     )
+    any_model: bool = option(
+        False,
+        "whether replies may come from another model than at the beginning of the run, although "
+        "its scores may not be comparable",
+    )
     corpus: list[str] = option(
         [],
         "corpora or files to which the built-in teacher is fitted, and from which --teacher-url's "
@@ -588,6 +593,7 @@ def recorded_config(
             options[f.name] = recorded[f.name]
         elif f.name not in (*typed, "out") and f.name not in unused:
             again += _arguments(f, recorded[f.name])
+    options.pop("any_model", None)  # each resume must insist on it
     if "tried_temperatures" in recorded and typed.get("temperature") == 0:
         typed = typed | {"temperature": recorded["temperature"]}  # the chosen temperature
     config = config_class(**options | {"resume": False} | typed | {"out": str(run)})

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import random
+import signal
 from collections import Counter
 
 import numpy as np
@@ -201,6 +202,46 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
     assert "generic sentences" in printed
     known = known_stories(unseen_stories(1500), 12, (*KINDS, DULL))
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
+
+
+def test_the_doctor_says_the_whole_cost_first_and_each_result_at_once_and_keeps_what_it_has(
+    capsys, monkeypatch, short_pauses
+):
+    """It is stopped by Ctrl-C while it asks in the third way, and the same command continues."""
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    measured = doctor.measured
+    calls = []
+
+    def stopped(grader, known):
+        calls.append(grader)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(grader, known)
+
+    monkeypatch.setattr(doctor, "measured", stopped)
+    with FaultServer(
+        lambda story, n: "3 3 3" if story in REALS else "1 0 1", other=_answers
+    ) as server:
+        argv = ["--teacher-url", server.url, "--calibrate", "--per-kind", "16"]
+        with pytest.raises(SystemExit) as ended:
+            doctor.main(argv)
+        assert ended.value.code in (130, -signal.SIGINT)
+        lines = capsys.readouterr().out.splitlines()
+        forecast = next(i for i, line in enumerate(lines) if line.startswith("forecast"))
+        assert "5 ways of asking x 144 texts: 720 stories, " in lines[forecast]
+        asked = [line.split()[1] for line in lines if line.startswith("asking")]
+        assert asked == ["event", "examples", "sense"]
+        first_table = next(i for i, line in enumerate(lines) if "words shuffled" in line)
+        assert forecast < first_table < lines.index("asking     examples")
+        assert f"kept in {doctor.kept_replies()}" in lines[-1]
+
+        sent = len(server.others)
+        doctor.main(argv)
+        assert len(server.others) - sent < 4 * 144  # sense, thread, and the probes
+    command = capsys.readouterr().out.splitlines()[-1]
+    for words in (f"--teacher-url {server.url}", "--teacher-prompt ", "--grades 64 ", "--steps 8 "):
+        assert words in command
+    assert command.startswith("next") and "--judge rubric" in command
 
 
 def test_the_doctor_calibrates_a_callable(capsys, monkeypatch):

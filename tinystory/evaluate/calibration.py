@@ -48,6 +48,11 @@ TOO_EASY = (GENERIC, ESSAY, PLEA)
 # The better kind to which a kind is compared, if it is not REAL. None: the kind is not compared.
 BETTER = {REAL: None, STUDENT_STORY: None, STUDENT_DULL: STUDENT_STORY}
 
+
+class NoScores(UserError):
+    """None of the first FIRST_TEXTS texts got a score."""
+
+
 # Function from (opening, story) pairs to scores. A teacher's scores are fractions of the highest
 # possible score; None is a missing score.
 GradeKnown = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
@@ -247,13 +252,13 @@ def fit_scale(grader: Grader, known: Sequence[KnownStory]) -> None:
 
 
 def grade_known(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-    """Grades of (opening, story) pairs. Raises UserError if the first FIRST_TEXTS of them get no
+    """Grades of (opening, story) pairs. Raises NoScores if the first FIRST_TEXTS of them get no
     score, because then each further text would cost as many requests for nothing."""
     grades = grader.grade_each(pairs[:FIRST_TEXTS])
     if all(grade.score is None for grade in grades):
         replies = dict.fromkeys(repr((grade.reply or grade.error or "")[:80]) for grade in grades)
         role = grader.options.role if isinstance(grader, Teacher) else "teacher"
-        raise UserError(
+        raise NoScores(
             f"the {role} gave no score for the first {len(grades)} of {len(pairs)} texts, but "
             f"{'; '.join(replies)}: choose another --{role}-prompt or another model"
         )

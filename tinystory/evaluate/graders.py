@@ -12,9 +12,11 @@ from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
+from tinystory.run.errors import UserError
 from tinystory.run.folder import read_config
 from tinystory.run.text import printable
 from tinystory.student.model import Student
+from tinystory.teacher.client import Teacher
 from tinystory.teacher.control import RecordedScores, read_scores
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.likelihood import Likelihood
@@ -34,10 +36,15 @@ class Graders(NamedTuple):
 
 @contextlib.contextmanager
 def open_graders(
-    config: InteractConfig, start: Path, policy: Policy, reference: Student, openings: Openings
+    config: InteractConfig,
+    start: Path,
+    policy: Policy,
+    reference: Student,
+    openings: Openings,
+    step: int,
 ) -> Iterator[tuple[Graders, dict[str, Any]]]:
-    """Yields the graders, and facts about the teacher for config.json. Raises UserError if a grader
-    cannot grade."""
+    """Yields the graders, and facts about the teacher for config.json. step: the last step of a
+    resumed run. Raises UserError if a grader cannot grade."""
     folder = Path(config.out)
     corpus = known_corpus(config, policy.history)
     recorded: dict[str, Any] = {}
@@ -83,7 +90,10 @@ def open_graders(
         teacher, examiner, judge = graders
 
         def prepare() -> dict[str, Any]:
-            facts: dict[str, Any] = {}
+            models = taught_by(config, examiner, recorded.get("taught_by"), step)
+            facts: dict[str, Any] = {"taught_by": models} if models else {}
+            if models and models != recorded.get("taught_by"):
+                recorded.pop("answer_scale", None)  # it belongs to another model
             for grader, name in ((examiner, "answer_scale"), (judge, "judge_scale")):
                 scale = scaled(grader, corpus, recorded.get(name)) if grader else {}
                 if scale:
@@ -108,6 +118,27 @@ def open_control(
     grader = likelihood()
     grader.steps = len(by_step)
     return grader
+
+
+def taught_by(
+    config: InteractConfig, teacher: Grader, recorded: Any, step: int
+) -> list[dict[str, Any]]:
+    """Which model taught after which step, for config.json. recorded: this list in the config.json of
+    a resumed run. Raises UserError if the model has changed, unless --any-model is given."""
+    if not isinstance(teacher, Teacher):
+        return []
+    model = ", ".join(dict.fromkeys(probe.taught_by for probe in teacher.probes()))
+    match recorded:
+        case [*_, {"model": str(last), "after_step": int(_)}]:
+            if last == model:
+                return recorded
+            if config.any_model:
+                return [*recorded, {"model": model, "after_step": step}]
+            raise UserError(
+                f"the teacher of this run was {last}, and the server now has {model}, whose scores cannot be "
+                f"compared: serve {last} again, or give --any-model"
+            )
+    return [{"model": model, "after_step": step}]
 
 
 def known_corpus(config: InteractConfig, history: dict[str, Any]) -> list[str]:

@@ -176,6 +176,9 @@ def number_option(config: Record, name: str) -> float | None:
 def scorer(config: Record) -> str:
     """The name of the model or callable that scored the stories; "" if it is not recorded."""
     options = config.get("options", {})
+    match options.get("taught_by"):
+        case [{"model": str(_)}, _, *_] as models:
+            return ", then ".join(str(each.get("model")) for each in models)
     teacher = options.get("teacher")
     if isinstance(teacher, dict) and teacher.get("model"):
         return str(teacher["model"])

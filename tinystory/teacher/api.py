@@ -76,6 +76,7 @@ class Reply:
     # (token, log-probability) of the likeliest first tokens of the text; () if the server sends
     # none
     alternatives: tuple[tuple[str, float], ...] = ()
+    model: str = ""  # name of the model that replied; "" if the server does not say
 
 
 class ChatClient:
@@ -163,7 +164,7 @@ class ChatClient:
                             break
                     if not isinstance(content, str):
                         break
-                    replies.append(self._reply(content, message, choice, tokens))
+                    replies.append(self._reply(content, message, choice, tokens, rest))
                     tokens = None  # the count is for all choices
         if not replies:
             error = self.one_line("; ".join(_error_texts(answer)))
@@ -180,7 +181,7 @@ class ChatClient:
         match answer:
             case {"output": [*_, {"content": [{"text": str(text), **part}, *_]}], **rest}:
                 choice = {"logprobs": {"content": part.get("logprobs")}}
-                return self._reply(text, {}, choice, _tokens(rest.get("usage")))
+                return self._reply(text, {}, choice, _tokens(rest.get("usage")), rest)
         raise Failure("answers /responses, but not with a text", status=200)
 
     def _reply(
@@ -189,6 +190,7 @@ class ChatClient:
         message: Mapping[Any, Any],
         choice: Mapping[str, Any],
         tokens: tuple[int, int] | None,
+        answer: Mapping[Any, Any],
     ) -> Reply:
         # JSON can contain lone surrogates, which cannot be encoded
         content = content.encode(errors="replace").decode()
@@ -206,6 +208,7 @@ class ChatClient:
             thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
             tokens=tokens,
             alternatives=_alternatives(choice.get("logprobs")),
+            model=self.one_line(str(answer.get("model") or "")),
         )
 
     async def _answer(

@@ -44,6 +44,7 @@ class Options:
     deadline_s: float = 300.0
     per_minute: int = 0  # maximum number of requests per minute to a server; 0: no limit
     attempts: int = 3  # maximum number of replies to a request until a reply is readable
+    any_model: bool = False  # whether replies may come from another model than the probe's
 
     @property
     def extra_json(self) -> str:
@@ -57,6 +58,7 @@ class Probe:
 
     url: str
     model: str
+    served: str = ""  # the model's name in replies; "" if the server does not say
     token_cap: str = "max_tokens"  # name of the token limit: max_tokens or max_completion_tokens
     least_tokens: int = 0  # the smallest token limit that is sent
     # parameters that the server refuses; they are left out of requests
@@ -81,6 +83,11 @@ class Probe:
     # seconds per answer while two different stories are graded at once; 0 during the probe
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # warnings for the user
+
+    @property
+    def taught_by(self) -> str:
+        """The name of the model that replies."""
+        return self.served or self.model
 
     def __str__(self) -> str:
         reply = "scored a story" if self.scored else f"gave no score but {self.reply[:60]!r}"
@@ -203,14 +210,14 @@ class Endpoint:
 
     def reply_key(self, messages: list[dict], fence: str, seed: int) -> str:
         """Key in the cache of the reply to these messages."""
-        assert self.model is not None and self.probe is not None
+        assert self.probe is not None
         determined_by = self.sampling(seed) | {"held_to": self.probe.held_to}
         if self.probe.top_logprobs:
             determined_by["top_logprobs"] = self.probe.top_logprobs
             del determined_by["seed"]  # probabilities do not depend on what is drawn
         if self.options.extra:
             determined_by["extra"] = self.options.extra_json
-        return cache_key(self.model, messages, fence, determined_by)
+        return cache_key(self.probe.taught_by, messages, fence, determined_by)
 
     async def chat(self, messages: list[dict], seed: int, count: int = 1) -> list[Reply]:
         """The server's replies, one to `count`, to a request for scores, or for an answer, in the
@@ -251,6 +258,14 @@ class Endpoint:
             self._hold(self.client.pause_s)
             if replies[0].tokens:
                 charge["tokens_in"], charge["tokens_out"] = replies[0].tokens
+        model = replies[0].model
+        is_other = bool(form.served and model) and model != form.served
+        if is_other and not self.options.any_model:
+            raise Failure(
+                f"now replies with the model {model} instead of {form.served}, whose scores "
+                f"cannot be compared: serve {form.served} again, or continue with --resume --any-model",
+                fatal=True,
+            )
         return replies
 
     async def _wait_turn(self) -> None:

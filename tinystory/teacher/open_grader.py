@@ -101,6 +101,7 @@ def open_grader(
                 concurrency=config.teacher_concurrency,
                 deadline_s=config.teacher_timeout,
                 per_minute=config.teacher_per_minute,
+                any_model=config.any_model,
                 max_unscored=config.max_unscored,
                 cache=replies,
                 price_in=config.price_in,

@@ -73,6 +73,7 @@ SPACED_TOKENS = 4
 # Field of a probe -> test of the value, in addition to the type.
 PROBE_VALUES: dict[str, Callable[[Any], object]] = {
     "model": str.isprintable,
+    "served": str.isprintable,
     "token_cap": ("max_tokens", "max_completion_tokens").__contains__,
     "least_tokens": range(THINKING_TOKENS + 1).__contains__,
     "refused": lambda names: all(name in REFUSABLE for name in names),
@@ -171,7 +172,9 @@ class Prober:
         try:
             server.model = await self.choose_model()
             # A cached probe without scores is repeated, unless other cached replies have scores.
-            if not probe or probe.model != server.model or not self._has_scores(probe):
+            if probe and (self.options.any_model or probe.model != server.model):
+                probe = None
+            if not probe or not self._has_scores(probe):
                 probe = await self.probe()
                 reply = CachedReply(json.dumps(asdict(probe)))
                 charged = server.ledger.charged
@@ -267,7 +270,7 @@ class Prober:
             await self._find_structure(json_too=not self.protocol.is_bare(CachedReply.of(reply)))
             if self.form.held_to != "nothing" and not self._scored(reply):
                 reply = await self._ask(self.messages)
-        self.change_form(tokens=reply.tokens)
+        self.change_form(tokens=reply.tokens, served=reply.model)
         seconds = await self._seconds_per_answer()
         scored = self._scored(reply)
         if not scored:
