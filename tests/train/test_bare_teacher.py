@@ -65,7 +65,7 @@ def test_a_bare_url_ends_with_a_result(students, place, tmp_path, capsys):
     assert "the options given bring --teacher-prompt event --grades 64 --no-eval-graded" in printed
     assert "The mean score by the second judge" in printed
     assert 'first was asked "Does something unexpected happen in this story' in printed
-    assert "Before the run it scores a story above" in printed
+    assert "The calibration found that it scores a story above" in printed
     assert "rule-based" not in printed
     assert "Mean score by the second judge, 0 to 1" in (out / "report.html").read_text()
     assert read_config(out)["options"]["grades"] == 64

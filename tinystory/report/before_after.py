@@ -238,7 +238,7 @@ def teaching(config: Record, metrics: Sequence[Record]) -> str:
     )
     match config["options"].get("calibration"):
         case {"verdict": str(verdict)}:
-            sentence += f" Before the run it {printable(verdict)}."
+            sentence += f" The calibration found that it {printable(verdict)}."
     return sentence
 
 
