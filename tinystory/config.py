@@ -626,9 +626,12 @@ def control_config(typed: dict[str, Any]) -> "InteractConfig":
     itself, and for an option that a control cannot have."""
     run, name = _run_and_control(typed["control"])
     folder = run / CONTROL_RUNS / name
+    if not (run / SAMPLES).exists():  # the last file that an interaction writes
+        raise UserError(
+            f"--control {run}: the folder holds no finished interaction: give the folder of a run of "
+            "train_interact.py; finish a stopped run with --resume first"
+        )
     recorded = require_config(run)["options"]
-    if not (run / SAMPLES).exists():
-        raise UserError(f"--control {run}: this run is not finished: finish it with --resume first")
     if recorded.get("control"):
         raise UserError(f"--control {run}: this run is a control: give the run that it repeats")
     fields = {f.name: f for f in dataclasses.fields(InteractConfig)}
@@ -640,10 +643,13 @@ def control_config(typed: dict[str, Any]) -> "InteractConfig":
             )
     typed = typed | {"control": [str(run), name]}
     if typed.get("resume"):
+        begun = newest_first(folder)
         if "out" in typed:
             folder = Path(typed["out"])
-        elif begun := newest_first(folder):
+        elif begun:
             folder = begun[0]
+        if folder.parent != run / CONTROL_RUNS:
+            raise UserError(f"--out {folder} is no control of {run}: leave --out out")
         resumed: InteractConfig = recorded_config(InteractConfig, folder, typed, unused=["init"])
         resumed.names_out = True
         return resumed

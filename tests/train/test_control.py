@@ -223,13 +223,14 @@ def renamed(run):
 @pytest.mark.parametrize(
     ("change", "more", "said"),
     [
-        (unfinished, "", "not finished"),
+        (unfinished, "", "holds no finished interaction"),
         (a_control, "", "is a control"),
         (too_high, "", "not a number from 0 to 1"),
         (cut, "", "its last step is not complete"),
         (renamed, "", "another opening"),
         (None, "--learning-rate 1", "--learning-rate does not go with --control"),
         (None, "--out elsewhere", "--out does not go with --control"),
+        (None, "--resume --out elsewhere", "elsewhere is no control of"),
         (None, "--steps 2", "--steps does not go with --control"),
     ],
 )
