@@ -92,8 +92,9 @@ CONTROLS = ("shuffled", "constant", "likelihood")  # controls of a finished run,
 # Options of the teacher, which a control does not need, and all that --control may set. Other options
 # have the run's values.
 OF_TEACHER = (
-    *("teacher_url", "teacher_model", "teacher_concurrency", "teacher_temperature"),
-    *("teacher_extra", "teacher_max_tokens", "teacher_timeout", "teacher_prompt"),
+    *("teacher_url", "teacher_model", "any_model", "teacher_concurrency", "teacher_per_minute"),
+    *("teacher_temperature", "teacher_extra", "teacher_max_tokens", "teacher_timeout"),
+    "teacher_prompt",
     "teacher_per_minute",
     *("price_in", "price_out", "budget_cost", "reward", "calibrate", "require_judgement"),
 )
@@ -661,12 +662,14 @@ def control_config(typed: dict[str, Any]) -> "InteractConfig":
     # The run's temperature is folded into its first checkpoint. The control ends after as many steps
     # as the run, whatever it writes.
     changes: dict[str, Any] = {"temperature": 1.0, "budget_words_out": MOST_WORDS}
-    changes |= {"eval_graded": True, "calibrate": False}
+    changes |= {"eval_graded": True, "calibrate": False, "require_judgement": 0.0}
     teachers = ("teacher_url", "reward")
     is_free = all(_may_be_recorded(fields[each], recorded.get(each)) for each in teachers)
     if not is_free and not typed.keys() & set(teachers):
         changes = {each: getattr(InteractConfig(), each) for each in OF_TEACHER} | changes
         changes |= {"eval_graded": False, "judge": "rubric"}
+    if "judge" not in typed:  # a record may give no judge but the rubric
+        changes |= {"judge_model": "", "judge_prompt": ""}
     unused = ("init", "judge", "judge_model", "judge_prompt")
     config: InteractConfig = recorded_config(
         InteractConfig, run, changes | typed, unused=unused, kept=()
