@@ -203,6 +203,11 @@ def closed_port():
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
+def graded(teacher, opening, stories):
+    """The grades of stories that share an opening."""
+    return teacher.grade_each([(opening, story) for story in stories])
+
+
 def written(index, opening, text, tokens=()):
     """A story as `Grader.send` takes it."""
     tokens = torch.tensor(tokens, dtype=torch.int64)
@@ -231,5 +236,5 @@ class Picky(FaultServer):
 
 
 def scored(teacher) -> bool:
-    (grade,) = teacher.grade("Once", ["A dog ran."])
+    (grade,) = graded(teacher, "Once", ["A dog ran."])
     return grade.scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fault_server import FaultServer
+from fault_server import FaultServer, graded
 
 from scripts import doctor
 from tests.teacher.test_answers import with_logprobs
@@ -328,15 +328,15 @@ def test_the_scale_of_a_teachers_answers_belongs_to_the_run(short_pauses, tmp_pa
         with open_grader(config) as grader:
             scale = scaled(grader, ["builtin"])
             assert list(scale) == ["event"] and scale["event"] != (0.0, 1.0)
-            (score,) = [grade.score for grade in grader.grade("Once", ["A dog ran."])]
+            (score,) = [grade.score for grade in graded(grader, "Once", ["A dog ran."])]
             calibrated(config, grader, ["builtin"])
-            assert grader.grade("Once", ["A dog ran."])[0].score == score
+            assert graded(grader, "Once", ["A dog ran."])[0].score == score
         recorded = json.loads(json.dumps(scale))
         with open_grader(config) as grader:
             asked = len(server.others)
             assert scaled(grader, ["builtin"], recorded) == scale
             assert len(server.others) == asked
-            assert grader.grade("Once", ["A dog ran."])[0].score == score
+            assert graded(grader, "Once", ["A dog ran."])[0].score == score
         for damaged in ({}, {"sense": [0.0, 1.0]}, {"event": [0.0, 0.0]}, {"event": ["0", 1.0]}, 1):
             with open_grader(config) as grader:
                 assert scaled(grader, ["builtin"], damaged) == scale

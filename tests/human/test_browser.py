@@ -240,7 +240,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
-    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]])"
+    asker += "with Teacher(sys.argv[1]) as t:\n t.grade_each([('Once upon a time,', sys.argv[2])])"
     story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200 + EVIL
     client = subprocess.Popen(
         [sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT
@@ -274,7 +274,7 @@ def test_a_page_for_keyboards_and_screen_readers(page, tmp_path):
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
-    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once', ['A fox ran.', 'A cow ran.'])"
+    asker += "with Teacher(sys.argv[1]) as t:\n t.grade_each([('Once', 'A fox ran.'), ('Once', 'A cow ran.')])"
     url = f"http://127.0.0.1:{port}"
     client = subprocess.Popen([sys.executable, "-c", asker, f"{url}/v1"], cwd=ROOT)
     focus = "document.activeElement.closest('fieldset')?.getAttribute('aria-label')"

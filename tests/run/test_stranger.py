@@ -15,7 +15,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from conftest import SHORT, SMALL, fails, read_lines
-from fault_server import FaultServer
+from fault_server import FaultServer, graded
 from safetensors.torch import load_file, save_file
 
 import train_interact as interact
@@ -348,7 +348,7 @@ def test_a_forged_probe_is_not_taken(tmp_path, forged):
         path.write_text(json.dumps(line) + "\n")
         with Teacher(server.url, cache=path) as teacher:
             probe = teacher.probes()[0]
-            assert teacher.grade("Once", ["A dog ran."])[0].scores
+            assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert len(server.requests) == 3  # the probe was repeated
         for name in ("quiet", "token_cap", "refused", "least_tokens", "held_to", "url"):
             assert getattr(probe, name) == getattr(honest, name)

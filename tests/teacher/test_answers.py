@@ -5,7 +5,7 @@ import math
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, error
+from fault_server import FaultServer, error, graded
 
 from scripts import doctor
 from tinystory.config import PROMPTS, InteractConfig
@@ -135,7 +135,7 @@ def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
     chance = {"first": 0.5, "second": 0.8}
     other = answers(lambda asked: chance[asked.split("Is it ")[1].split("?")[0]])
     with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         body = server.others[-1]
     assert grade.log_odds == {"first": 0.0, "second": pytest.approx(math.log(4))}
     assert grade.scores == {"first": 1.5, "second": pytest.approx(0.8 * TOP)}
@@ -152,7 +152,7 @@ def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row(
     ):
         teacher.probes()
         probes = len(server.others)
-        teacher.grade("Once", ["A dog ran.", "A cat sat.", "A hen flew."])
+        graded(teacher, "Once", ["A dog ran.", "A cat sat.", "A hen flew."])
         conversations = [body["messages"] for body in server.others[probes:]]
     for first, second in zip(conversations[::2], conversations[1::2], strict=True):
         assert first[:-1] == second[:-1]
@@ -167,7 +167,7 @@ def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer():
         return answers(lambda asked: 0.2)(body)
 
     with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert teacher.probes()[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
     assert grade.log_odds["first"] == pytest.approx(math.log(0.25))
 
@@ -186,7 +186,7 @@ def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses):
     with FaultServer(other=other) as server, Teacher(server.url, protocol=one) as teacher:
         (probe,) = teacher.probes()
         drawn.clear()
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert probe.top_logprobs == 0 and any("fraction of yes" in note for note in probe.notes)
     assert len(set(drawn)) == len(drawn) == YesNo.draws and grade.attempts == YesNo.draws
     yes = sum(seed % 4 > 0 for seed in drawn)
@@ -212,7 +212,7 @@ def test_a_reply_that_is_no_answer_gives_no_score(reply):
         return web.Response(text=reply.text, content_type="application/json")
 
     with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
-        dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
+        dog, cat = graded(teacher, "Once", ["A dog ran.", "A cat sat."])
         # Equal requests have equal probabilities, so each is sent once.
         asked = [body["messages"][-1]["content"] for body in server.others]
     assert (dog.score, dog.scores, dog.log_odds) == (None, None, None) and "no score" in dog.error
@@ -234,7 +234,7 @@ def unsure(text, mass=0.05):
 @pytest.mark.parametrize("text", ["yes", "no"])
 def test_a_sampled_word_is_no_answer_where_log_probabilities_were_requested(text):
     with FaultServer(other=unsure(text)) as server, Teacher(server.url, protocol=TWO) as teacher:
-        dog, cat = teacher.grade("Once", ["A dog ran.", "A cat sat."])
+        dog, cat = graded(teacher, "Once", ["A dog ran.", "A cat sat."])
     assert dog.score is None and cat.score == 0.5
 
 
@@ -242,7 +242,7 @@ def test_a_server_that_has_lost_its_log_probabilities_gives_no_scores(tmp_path):
     with FaultServer(other=answers(lambda asked: 0.5)) as server:
         for stories in (["A cat sat."], ["A cat sat.", "A hen flew."]):
             with Teacher(server.url, protocol=TWO, cache=tmp_path / "replies.jsonl") as teacher:
-                grades = teacher.grade("Once", stories)
+                grades = graded(teacher, "Once", stories)
             server.other = lambda body: "Yes"  # the server is restarted without them
     assert [grade.score for grade in grades] == [0.5, None]
 
@@ -255,7 +255,7 @@ def test_servers_that_give_no_log_probabilities_are_left_out_beside_one_that_doe
     ):
         teacher.probes()
         probes = len(other.others)
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(20)])
+        grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(20)])
         assert len(other.others) == probes
     assert [grade.log_odds["first"] for grade in grades] == pytest.approx([math.log(4)] * 20)
     assert f"{other.url} gives no log-probabilities" in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_one_candidate_is_no_list_of_log_probabilities():
     one = lambda body: with_logprobs("Yes", [("Yes", -0.1)]) if body.get("logprobs") else "Yes"  # noqa: E731
     with FaultServer(other=one) as server, Teacher(server.url, protocol=TWO) as teacher:
         assert teacher.probes()[0].top_logprobs == 0
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.log_odds["first"] == pytest.approx(math.log(8.5 / 0.5))
 
 
@@ -276,10 +276,10 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
     chance = answers(lambda asked: 1 / (3 + len(asked) % 7))
     with FaultServer(other=chance) as server:
         with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
-            grades = teacher.grade("Once", stories)
+            grades = graded(teacher, "Once", stories)
         url, asked = server.url, len(server.others)
     with Teacher(url, "first", protocol=TWO, cache=cache) as teacher:
-        again = teacher.grade("Once", stories)
+        again = graded(teacher, "Once", stories)
     assert [(each.scores, each.score) for each in again] == [
         (each.scores, each.score) for each in grades
     ]
@@ -290,12 +290,12 @@ def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with FaultServer(other=answers(lambda asked: 0.5)) as server:
         with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
-            teacher.grade("Once", ["A dog ran."])
+            graded(teacher, "Once", ["A dog ran."])
         lines = cache.read_text().splitlines(keepends=True)
         cache.write_text("".join(lines[:-1]))  # killed between the two questions
         before = len(server.others)
         with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
-            (grade,) = teacher.grade("Once", ["A dog ran."])
+            (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert len(server.others) == before + 1 and grade.score == 0.5
 
 
@@ -311,12 +311,12 @@ def test_no_is_the_good_answer_to_a_question_that_says_so(tmp_path):
         FaultServer(other=answers(lambda asked: 0.8)) as server,
         Teacher(server.url, protocol=protocol) as teacher,
     ):
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.scores["impossible"] == pytest.approx(0.2 * TOP)
         assert grade.log_odds["impossible"] == pytest.approx(math.log(4))  # of yes, as asked
         known = [Grade({}, 0.5, log_odds={"impossible": odds}) for odds in (1.0, 5.0)]
         teacher.options.protocol = protocol.fitted(known)
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         expected = TOP / (1 + math.exp((math.log(4) - 3) / 2))
         assert grade.scores["impossible"] == pytest.approx(expected)
 

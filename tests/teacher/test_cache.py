@@ -4,7 +4,7 @@ import contextlib
 import resource
 
 import pytest
-from fault_server import FaultServer
+from fault_server import FaultServer, graded
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.cache import Cache, CachedReply
@@ -19,12 +19,12 @@ def test_no_reply_is_paid_for_twice(tmp_path):
     script = lambda story, n: "hm" if "1" in story and n == 0 else f"{n} 1 1"  # noqa: E731
     with FaultServer(script) as server:
         with Teacher(server.url, cache=kept) as teacher:
-            before = teacher.grade("Once", stories[:20])
+            before = graded(teacher, "Once", stories[:20])
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
             # other indices: the fence is not part of the key
-            after = teacher.grade("Once", stories[::-1])[::-1]
+            after = graded(teacher, "Once", stories[::-1])[::-1]
             assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
@@ -36,10 +36,10 @@ def test_no_reply_is_paid_for_twice(tmp_path):
             assert old.reply_words == new.reply_words
         for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"models": "second"}):
             with Teacher(server.url, cache=kept, **other) as teacher:
-                teacher.grade("Once", stories[:1])
+                graded(teacher, "Once", stories[:1])
                 assert teacher.ledger.total["cached"] == 0
         with Teacher(server.url, cache=kept) as teacher:
-            teacher.grade("Twice", stories[:1])
+            graded(teacher, "Twice", stories[:1])
             assert teacher.ledger.total["cached"] == 0
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from fault_server import FaultServer, closed_port, error, time_out_hanging_requests
+from fault_server import FaultServer, closed_port, error, graded, time_out_hanging_requests
 from tqdm import tqdm
 
 from tinystory.teacher import api, pool
@@ -48,7 +48,7 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
         time_out_hanging_requests(server, monkeypatch)
         teacher.probes()[0]
         probes = teacher.ledger.total["requests"]
-        grades = teacher.grade("Once", list(plan))
+        grades = graded(teacher, "Once", list(plan))
         assert 2 < server.most_in_flight <= 32
     assert len(grades) == 200
     for story, grade in zip(plan, grades, strict=True):
@@ -70,7 +70,7 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
 
 def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
     assert grade.error == "the teacher is overloaded or failing (HTTP 500: oops)"
     assert server.seen["A dog ran."] == pool.FAILURES
@@ -81,7 +81,7 @@ def test_a_hanging_request_is_cut_at_its_deadline():
         probe = teacher.probes()[0]
         teacher.endpoints[0].probe = replace(probe, seconds=0.6 / 2 / PATIENCE)
         teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error
     assert server.seen["A dog ran."] <= 2  # fewer if a request was cut before the server read it
 
@@ -92,7 +92,7 @@ def test_the_client_waits_as_long_as_the_server_asks():
         FaultServer(lambda story, n: "3 3 3" if n else busy) as server,
         Teacher(server.url) as teacher,
     ):
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores == dict.fromkeys(CRITERIA, 3)
     assert server.times[-1] - server.times[-2] >= 0.3
 
@@ -102,13 +102,13 @@ def test_what_is_no_number_of_seconds_asks_for_no_wait():
     busy = {f"Dog {i}.": error(429, "slow", {"Retry-After": x}) for i, x in enumerate(nonsense)}
     script = lambda story, n: "3 3 3" if n else busy[story]  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url) as teacher:
-        assert all(grade.scores for grade in teacher.grade("Once", list(busy)))
+        assert all(grade.scores for grade in graded(teacher, "Once", list(busy)))
 
 
 def test_what_is_sent():
     with FaultServer(lambda story, n: "hm" if n == 0 else "1 1 1") as server:
         with Teacher(server.url, "second", seed=7, temperature=0.5, max_tokens=9) as teacher:
-            assert teacher.grade("Once", ["A dog\x00 ran."])[0].attempts == 2
+            assert graded(teacher, "Once", ["A dog\x00 ran."])[0].attempts == 2
         first, second = server.requests[1:]
         assert first["model"] == "second"
         assert first["temperature"] == 0.5
@@ -120,9 +120,9 @@ def test_what_is_sent():
 
 def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
-        teacher.grade("Once", [f"Cat {i} ran." for i in range(600)])  # the limit rises
+        graded(teacher, "Once", [f"Cat {i} ran." for i in range(600)])  # the limit rises
         server.ready = lambda: server.most_in_flight >= 130  # held until all are sent
-        teacher.grade("Once", [f"Dog {i} ran." for i in range(140)])
+        graded(teacher, "Once", [f"Dog {i} ran." for i in range(140)])
     assert server.most_in_flight == 130
 
 
@@ -133,13 +133,13 @@ def test_words_beyond_max_tokens_do_not_count(monkeypatch):
         FaultServer(lambda story, n: "well " * 50) as server,
         Teacher(server.url, max_tokens=6) as teacher,
     ):
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores is None and grade.reply_words == 3 * 6
 
 
 def test_an_empty_story_needs_no_teacher():
     with FaultServer() as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", ["", " \n\t", "\x00\u200b"])
+        grades = graded(teacher, "Once", ["", " \n\t", "\x00\u200b"])
         assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0)] * 3
         assert len(server.requests) == 1  # the probe
 
@@ -167,7 +167,7 @@ def test_a_long_wait_is_not_silent(monkeypatch):
         monkeypatch.setattr(tqdm, "write", lambda text: told.append(text))
         teacher.probes()
         server.ready = lambda: told  # replies are held until the line is printed
-        assert all(grade.scores for grade in teacher.grade("Once", ["A dog ran.", "A cat ran."]))
+        assert all(grade.scores for grade in graded(teacher, "Once", ["A dog ran.", "A cat ran."]))
     assert told == ["first has graded 0 of 2 stories so far: the server, or this machine, is busy"]
 
 
@@ -176,7 +176,7 @@ def test_ctrl_c_ends_the_wait_for_grades():
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
         # background jobs start with SIGINT ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'])"
+        "with Teacher(sys.argv[1]) as teacher: teacher.grade_each([('Once', 'A dog ran.'), ('Once', 'A cat ran.')])"
     )
     with FaultServer(lambda story, n: "hang") as server:
         process = subprocess.Popen(
@@ -267,7 +267,7 @@ def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count
         return "3 1 2" if "Tom {story}" in str(request) else "0 0 1"
 
     with FaultServer(other=other) as server, Teacher(server.url, protocol=protocol) as teacher:
-        (grade,) = teacher.grade("Once", ["Tom {story}"])
+        (grade,) = graded(teacher, "Once", ["Tom {story}"])
     assert grade.scores == dict(zip(CRITERIA, (3, 1, 2), strict=True))
     assert grade.score == pytest.approx(6 / 9)
     content = "Opening Once|Story Tom {story}|Readability, Narrative, Creativity ="

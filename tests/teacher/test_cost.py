@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from fault_server import FaultServer, assert_one_clean_sentence, counted
+from fault_server import FaultServer, assert_one_clean_sentence, counted, graded
 
 from tinystory.run.errors import UserError
 from tinystory.teacher import client
@@ -32,7 +32,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
         teacher.probes()[0]
         teacher.ledger.stats()
-        assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2]))
+        assert all(grade.scores for grade in graded(teacher, "Once", stories + stories[:2]))
         stats = teacher.ledger.stats()
         sent = len(server.requests) - 1
         assert stats["requests"] == sent
@@ -99,10 +99,10 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
             tokens_in=teacher.ledger.total["tokens_in"],
             tokens_out=teacher.ledger.total["tokens_out"],
         )
-        teacher.grade("Once", stories[:1])
+        graded(teacher, "Once", stories[:1])
         assert teacher.affords(1) and not teacher.affords(400)
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", stories)
+            graded(teacher, "Once", stories)
         assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
         in_flight = teacher.concurrency * teacher.ledger.price(teacher.ledger.largest_in, 16)

@@ -8,7 +8,15 @@ import threading
 
 import pytest
 from aiohttp import web
-from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, completion, error
+from fault_server import (
+    KEY,
+    FaultServer,
+    assert_one_clean_sentence,
+    closed_port,
+    completion,
+    error,
+    graded,
+)
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -35,7 +43,7 @@ def test_a_limit_per_minute_is_read_in_the_headers(headers, seconds):
         text=completion("2 1 3"), content_type="application/json", headers=headers
     )
     with FaultServer(answer) as server, Teacher(server.url) as teacher:
-        assert teacher.grade("Once", ["A dog ran."])[0].scores
+        assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert teacher.endpoints[0].client.pause_s == pytest.approx(seconds)
 
 
@@ -72,7 +80,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
         Teacher(server.url, concurrency=4) as teacher,
     ):
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", [f"Dog {i} ran." for i in range(50)])
+            graded(teacher, "Once", [f"Dog {i} ran." for i in range(50)])
         assert_one_clean_sentence(caught, server.url, words)
         assert len(server.requests) <= 1 + 4  # only those in flight
         with pytest.raises(UserError):
@@ -108,7 +116,7 @@ def test_a_server_that_goes_away_stops_the_run():
         teacher = Teacher(server.url)
         teacher.probes()[0]
     with teacher, pytest.raises(UserError) as caught:
-        teacher.grade("Once", ["A dog ran.", "A cat ran."])
+        graded(teacher, "Once", ["A dog ran.", "A cat ran."])
     assert_one_clean_sentence(caught, "cannot be reached")
 
 
@@ -234,7 +242,7 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
         FaultServer(lambda story, n: f"your key is {KEY}") as server,
         Teacher(server.url, cache=kept) as teacher,
     ):
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
 
 
@@ -246,7 +254,7 @@ def test_a_header_from_the_environment_that_a_reply_echoes_is_not_kept(monkeypat
         FaultServer(lambda story, n: f"stories, {KEY}") as server,
         Teacher(server.url, cache=kept) as teacher,
     ):
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.reply == "stories, [key]" and KEY not in kept.read_text()
 
 
@@ -257,7 +265,7 @@ def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, t
     with FaultServer(lambda story, n: "3 1 0") as server:
         for again in (False, True):  # from the server, then from the file
             with Teacher(server.url, cache=kept) as teacher:
-                (grade,) = teacher.grade("Once", ["A dog ran."])
+                (grade,) = graded(teacher, "Once", ["A dog ran."])
             assert list(grade.scores.values()) == [3, 1, 0] and grade.reply == "3 1 0", again
         assert len(server.requests) == 2  # the probe's story and this one
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SHORT, metrics, read_lines
-from fault_server import written
+from fault_server import graded, written
 
 import train_interact as interact
 from tinystory.config import InteractConfig
@@ -20,7 +20,7 @@ def grader_of(student, tokenizer, max_new_tokens=16):
 
 
 def scores_of(grader, texts):
-    return [grade.score for grade in grader.grade("Once upon a time,", texts)]
+    return [grade.score for grade in graded(grader, "Once upon a time,", texts)]
 
 
 def save_ender(run, folder):

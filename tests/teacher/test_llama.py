@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, cli, metrics
-from fault_server import closed_port
+from fault_server import closed_port, graded
 
 import train_interact as interact
 from tinystory.run.errors import UserError
@@ -74,5 +74,5 @@ def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
 
 def test_a_story_too_long_for_its_context_is_one_sentence(url):
     with Teacher(url) as teacher, pytest.raises(UserError, match="too short a context") as caught:
-        teacher.grade("Once", ["The cat sat. " * 1500])
+        graded(teacher, "Once", ["The cat sat. " * 1500])
     assert "\n" not in str(caught.value)

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import read_lines
-from fault_server import FaultServer, written
+from fault_server import FaultServer, graded, written
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import Stop, UserError
@@ -84,7 +84,7 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
 def test_what_the_teacher_said_is_told_once():
     refusal = "I am sorry, but I cannot grade this."
     with FaultServer(lambda story, n: refusal) as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(5)])
+        grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(5)])
     with pytest.raises(UserError) as caught:
         require_scores(grades, 0.1)
     assert str(caught.value).count(refusal) == 1

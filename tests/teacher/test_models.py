@@ -2,7 +2,7 @@
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, scored
+from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, graded, scored
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -27,7 +27,7 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
     with FaultServer(models=models) as server:
         config = InteractConfig(teacher_url=[server.url], teacher_model=["claude"])
         with open_grader(config) as grader:
-            assert grader.grade("Once", ["A dog ran."])[0].scores
+            assert graded(grader, "Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["model"] == "claude"
         assert "warning" in capsys.readouterr().out
         with Teacher(server.url) as teacher, pytest.raises(UserError) as caught:

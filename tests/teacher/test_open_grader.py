@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from conftest import ROOT
-from fault_server import FaultServer, written
+from fault_server import FaultServer, graded, written
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.run.errors import Interrupted, Stop, UserError
@@ -29,7 +29,10 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
             grades = grader.collect(Stop())
             assert [grade.score for grade in grades] == [pytest.approx(1 / 3), 1.0]
             assert [grade.reply_words for grade in grades] == [3, 3]
-            assert [grade.score for grade in grader.grade("One day,", ["A dog.", ""])] == [1.0, 0.0]
+            assert [grade.score for grade in graded(grader, "One day,", ["A dog.", ""])] == [
+                1.0,
+                0.0,
+            ]
     assert len(replies.read_text().splitlines()) == 1 + 3  # the probe and three stories
     assert "teacher: first at" in capsys.readouterr().out
 
@@ -73,9 +76,9 @@ def test_an_empty_story_scores_0_whoever_grades(tmp_path):
         graders += [{"reward": name} for name in ("random", "constant", f"{tmp_path / 'r.py'}:f")]
         for options in graders:
             with open_grader(InteractConfig(**options), corpus=None) as grader:
-                *zeros, one = grader.grade("Once", [*empty, "One."])
+                *zeros, one = graded(grader, "Once", [*empty, "One."])
                 assert [grade.score for grade in zeros] == [0.0] * 3 and one.score is not None
-                assert [grade.score for grade in grader.grade("Once", empty)] == [0.0] * 3
+                assert [grade.score for grade in graded(grader, "Once", empty)] == [0.0] * 3
 
 
 def test_nothing_in_the_teachers_room_imports_the_rubric():
@@ -96,7 +99,7 @@ def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monk
         FaultServer() as server,
         open_grader(InteractConfig(), corpus=["mine.txt", "dull"]) as grader,
     ):
-        assert grader.grade("Once", ["A dog ran."])[0].scores
+        assert graded(grader, "Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]
 
 
@@ -105,7 +108,7 @@ def test_a_reward_function_on_a_babylm_track_is_warned_of_probabilities(preset, 
     (tmp_path / "r.py").write_text("def score(o, stories): return [0.5 for _ in stories]\n")
     config = InteractConfig(preset=preset, reward=str(tmp_path / "r.py"))
     with open_grader(config) as grader:
-        assert grader.grade("Once", ["a dog ran."])[0].score == 0.5
+        assert graded(grader, "Once", ["a dog ran."])[0].score == 0.5
     warned = (
         "does not allow a model's probabilities to reach the student" in capsys.readouterr().out
     )

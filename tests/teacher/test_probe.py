@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, assert_one_clean_sentence, completion, error
+from fault_server import FaultServer, assert_one_clean_sentence, completion, error, graded
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
@@ -63,7 +63,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
     ):
         assert teacher.probes()[0].held_to == "grammar"
         assert len(server.others) == 1
-        assert teacher.grade("Once", ["A dog ran."])[0].scores
+        assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
         assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
 
@@ -89,7 +89,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
         probe = teacher.probes()[0]
         assert probe.scored and probe.held_to == ("nothing" if plain else "json")
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
         assert ("response_format" in server.requests[-1]) != plain
         assert server.requests[-1]["max_tokens"] == teacher.longest_reply == (6 if plain else 44)
@@ -103,7 +103,7 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
         Teacher(server.url) as teacher,
     ):
         assert teacher.probes()[0].held_to == "nothing"
-        teacher.grade("Once", ["A dog ran."])
+        graded(teacher, "Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
 
 
@@ -125,7 +125,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
         assert probe.refused == ["seed", "temperature"]
         assert probe.token_cap == "max_completion_tokens"
         assert "no seed" in str(probe) and "no temperature" in str(probe)
-        assert teacher.grade("Once", ["A dog ran."])[0].error is None
+        assert graded(teacher, "Once", ["A dog ran."])[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()
 
 
@@ -163,6 +163,6 @@ def test_a_model_that_can_be_told_not_to_think_is():
         assert probe.quiet == {
             "chat_template_kwargs": {"enable_thinking": False, "thinking": False}
         }
-        assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(
+        assert graded(teacher, "Once", ["A dog ran."])[0].scores == dict(
             zip(CRITERIA, (2, 1, 3), strict=True)
         )

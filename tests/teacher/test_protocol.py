@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from fault_server import FaultServer
+from fault_server import FaultServer, graded
 
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade
@@ -56,7 +56,7 @@ def test_a_protocol_of_ones_own_is_one_class(tmp_path):
     with FaultServer(other=other) as server:
         for _ in range(2):
             with Teacher(server.url, protocol=Corrections(), cache=cache) as teacher:
-                cat, dog = teacher.grade("Once", ["A cat sit on mat.", "A dog ran."])
+                cat, dog = graded(teacher, "Once", ["A cat sit on mat.", "A dog ran."])
                 asked = len(server.others)
         assert len(server.others) == asked and server.others[-1]["max_tokens"] == 200
     assert cat.scores == {"kept": pytest.approx(3 * 2 / 5)} and math.isclose(cat.score, 2 / 5)

@@ -4,7 +4,15 @@ import json
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, Picky, assert_one_clean_sentence, completion, error, scored
+from fault_server import (
+    FaultServer,
+    Picky,
+    assert_one_clean_sentence,
+    completion,
+    error,
+    graded,
+    scored,
+)
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
@@ -115,7 +123,7 @@ def test_one_flagged_story_costs_the_story_not_the_run():
     )
     script = lambda story, n: flagged if "wolf" in story else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."])
+        grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."])
     assert [grade.score is None for grade in grades] == [False] * 19 + [True]
     assert "your input was flagged" in grades[-1].error and server.seen["A wolf ate."] == 1
     require_scores(grades, 0.1)
@@ -167,7 +175,7 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them():
         probe = teacher.probes()[0]
         assert (probe.least_tokens, teacher.longest_reply) == (16, 6)
         assert "at least 16" in str(probe)
-        dog, cat = teacher.grade("Once", list(replies))
+        dog, cat = graded(teacher, "Once", list(replies))
     assert dog.scores
     assert cat.scores is None
     assert cat.reply == replies["A cat ran."]

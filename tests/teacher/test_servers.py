@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
-from fault_server import FaultServer, assert_one_clean_sentence, closed_port, error, written
+from fault_server import FaultServer, assert_one_clean_sentence, closed_port, error, graded, written
 from test_faults import honest
 
 from tinystory.config import InteractConfig
@@ -46,7 +46,7 @@ def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
     with contextlib.ExitStack() as stack:
         (fast,), slow = stack.enter_context(servers(good)), stack.enter_context(Slow(models=("m",)))
         teacher = stack.enter_context(Teacher(urls([fast, slow]), concurrency=4, deadline_s=10_000))
-        assert all(grade.scores for grade in teacher.grade("Once", stories(80)))
+        assert all(grade.scores for grade in graded(teacher, "Once", stories(80)))
     answers = [sum(server.good[story] for story in stories(80)) for server in (fast, slow)]
     assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 2
     assert max(fast.most_in_flight, slow.most_in_flight) <= 4
@@ -59,7 +59,7 @@ def test_every_story_is_graded_once_though_a_server_dies(capsys):
             config = InteractConfig(teacher_url=urls([dies, stays]), teacher_concurrency=4)
             opened = stack.enter_context(open_grader(config))
             stays.ready = lambda: sum(dies.good.values()) > 3
-            opened.grade("Once", stories(20))
+            graded(opened, "Once", stories(20))
             assert sum(dies.good.values()) > 3
         for i, story in enumerate(stories(30, "Cat")):
             opened.send(written(i, "Once", story))
@@ -77,7 +77,7 @@ def test_a_server_that_only_fails_is_left_out(fault, capsys):
     ):
         teacher.probes()[0]
         fine.ready = lambda: len(broken.requests) > pool.FAILURES
-        assert all(grade.scores for grade in teacher.grade("Once", stories(120)))
+        assert all(grade.scores for grade in graded(teacher, "Once", stories(120)))
     assert "take over its requests" in capsys.readouterr().out
 
 
@@ -90,11 +90,11 @@ def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last
         servers(good, no) as (fine, refuses),
         Teacher(urls([fine, refuses]), concurrency=2) as teacher,
     ):
-        assert all(grade.scores for grade in teacher.grade("Once", stories(20)))
+        assert all(grade.scores for grade in graded(teacher, "Once", stories(20)))
         assert len(refuses.requests) <= 1 + 2
         fine.script = no
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", stories(20, "Cat"))
+            graded(teacher, "Once", stories(20, "Cat"))
     assert_one_clean_sentence(caught, fine.url, "no more")
 
 
@@ -104,7 +104,7 @@ def test_a_server_that_is_down_at_the_start_is_told_and_left_out(capsys):
         assert [probe.url for probe in teacher.probes()] == [there.url]
         told = capsys.readouterr().out
         assert away in told and told.count("warning: ") == 1 and "cannot be reached" in told
-        assert all(grade.scores for grade in teacher.grade("Once", stories(5)))
+        assert all(grade.scores for grade in graded(teacher, "Once", stories(5)))
     with (
         Teacher([away, closed_port()]) as teacher,
         pytest.raises(UserError, match="cannot be reached"),
@@ -118,12 +118,13 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
     with servers(script, script, script) as fleet:
         for count in (20, 50):
             with Teacher(urls(fleet), cache=kept, price_in=1.0) as teacher:
-                grades = teacher.grade("Once", stories(count))
+                grades = graded(teacher, "Once", stories(count))
         assert all(sum(server.good[story] for server in fleet) == 1 for story in stories(50))
         assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
         with Teacher(fleet[1].url, cache=kept) as teacher:  # with the one that is left
             assert (
-                teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
+                graded(teacher, "Once", stories(50)) == grades
+                or teacher.ledger.total["cached"] == 50
             )
     assert len(kept.read_text().splitlines()) == 50 + 3
     # with none at all, and no model named
@@ -134,7 +135,7 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
         capsys.readouterr()
         teacher.probes()
         assert capsys.readouterr().out.count("cached replies are used until") == 3
-        assert [grade.reply for grade in teacher.grade("Once", stories(50))] == [
+        assert [grade.reply for grade in graded(teacher, "Once", stories(50))] == [
             grade.reply for grade in grades
         ]
         assert teacher.ledger.total["requests"] == 0

@@ -5,6 +5,7 @@ import asyncio
 import selectors
 
 import pytest
+from fault_server import graded
 
 from tinystory.teacher import client
 from tinystory.teacher.answers import YesNo
@@ -133,7 +134,7 @@ def teacher_of(monkeypatch):
 def test_a_slow_server_loses_no_story_and_no_request(teacher_of, slots, processors, seconds):
     server = SlowServer(slots, processors, seconds)
     with teacher_of(server) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(40)])
+        grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(40)])
     assert all(grade.scores for grade in grades)
     assert server.received == server.answered == teacher.ledger.total["requests"]
     assert server.most_in_flight >= min(2, CONCURRENCY)
@@ -146,7 +147,7 @@ def test_a_forecast_is_an_upper_bound_until_the_rate_is_measured(teacher_of):
     server = SlowServer(16, 16, 20.0)
     with teacher_of(server) as teacher:
         assert "at most 50 min of grading" in teacher.forecast(300, "Once")
-        teacher.grade("Once", [f"Dog {i} ran." for i in range(400)])
+        graded(teacher, "Once", [f"Dog {i} ran." for i in range(400)])
         assert "about 7 min of grading" in teacher.forecast(300, "Once")
 
 
@@ -159,7 +160,7 @@ def test_a_limit_per_minute_is_kept(teacher_of, announces, options, most_refused
     one that the user gives. Requests that are in flight when the limit is reached are refused."""
     server = LimitedServer(20, announces)
     with teacher_of(server, **options) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(100)])
+        grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(100)])
     assert all(grade.scores for grade in grades)
     assert server.refused <= most_refused
 
@@ -168,7 +169,7 @@ def test_the_time_limit_is_per_reply(teacher_of):
     questions = tuple(Criterion(f"q{i}", "Is it a story?") for i in range(80))
     server = SlowServer(8, 8, 0.15, alternatives=(("Yes", -0.1), ("No", -2.5)))
     with teacher_of(server, protocol=YesNo(questions), deadline_s=9.0) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."])
+        (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.error is None and len(grade.scores) == 80
 
 

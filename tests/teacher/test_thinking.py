@@ -4,7 +4,7 @@ import json
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, Picky, error, scored
+from fault_server import FaultServer, Picky, error, graded, scored
 
 from tinystory.config import InteractConfig
 from tinystory.teacher.client import Teacher
@@ -109,7 +109,7 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
             teacher_url=[server.url], teacher_max_tokens=6, price_out=10.0, price_in=1.0
         )
         with open_grader(config) as grader:
-            assert grader.grade("Once", ["A dog ran."])[0].reply_words == 3
+            assert graded(grader, "Once", ["A dog ran."])[0].reply_words == 3
             assert grader.most_words == 3 * 6  # reasoning is not read by the student
             assert "321 reply tokens" in grader.forecast(1, "Once")
         output = capsys.readouterr().out
@@ -127,4 +127,4 @@ def test_thoughts_that_a_server_leaves_in_the_text_are_no_part_of_the_reply():
         FaultServer(lambda story, n: "2 1 3 <think>or 3 3 3</think>") as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.grade("Once", ["A dog ran."])[0].scores is None
+        assert graded(teacher, "Once", ["A dog ran."])[0].scores is None

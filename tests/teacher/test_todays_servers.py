@@ -1,6 +1,7 @@
 """Each server of today is asked in the cheapest way that it allows: tests/todays_servers.py."""
 
 import pytest
+from fault_server import graded
 from todays_servers import SERVERS, TodaysServer, most_logprobs
 
 from tinystory.teacher.answers import YesNo
@@ -57,7 +58,7 @@ def test_a_server_of_today_is_asked_in_its_cheapest_way(name):
         found = {key: getattr(probe, key) for key in findings}
         assert (found, len(server.requests)) == (findings, of_probe)
         said = server.reply_tokens
-        grades = teacher.grade("Once upon a time,", stories)
+        grades = graded(teacher, "Once upon a time,", stories)
         assert len(server.requests) == of_probe + requests
         assert reply_tokens in (server.reply_tokens - said, None)
     assert probe.scored and all(grade.score is not None for grade in grades)
@@ -88,7 +89,7 @@ def test_draws_that_are_missing_after_a_kill_are_asked_for_in_one_request(tmp_pa
     with TodaysServer(SERVERS["8 n choices"]) as server:
         for _ in range(2):
             with Teacher(server.url, protocol=PROTOCOLS["event"], cache=path) as teacher:
-                (grade,) = teacher.grade("Once", ["A dog ran."])
+                (grade,) = graded(teacher, "Once", ["A dog ran."])
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(lines[: 1 + 3]))  # the probe and three of the draws
         assert [body.get("n", 1) for body in server.requests[-2:]] == [DRAWS, DRAWS - 3]

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import SHORT, assert_same_bits, metrics, read_lines
-from fault_server import FaultServer, error
+from fault_server import FaultServer, error, graded
 
 import train_interact as interact
 from tinystory.report.before_after import summary
@@ -67,7 +67,7 @@ def test_a_judges_errors_name_the_option_judge(tmp_path):
             pytest.raises(UserError, match=words),
             open_judge(interact.InteractConfig(judge=judge), corpus=[]) as grader,
         ):
-            grader.grade("Once", ["a cat ran."])
+            graded(grader, "Once", ["a cat ran."])
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -93,7 +93,7 @@ def test_errors_of_a_judge_at_a_url_name_its_own_options(options, words):
         pytest.raises(UserError, match=words) as caught,
         open_judge(interact.InteractConfig(**{"judge": server.url} | options), corpus=[]) as judge,
     ):
-        judge.grade("Once", ["a cat ran."])
+        graded(judge, "Once", ["a cat ran."])
     assert "teacher" not in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_a_judges_url_may_be_in_capitals(short_pauses):
             interact.InteractConfig(judge=server.url.replace("http", "HTTP")), corpus=[]
         ) as grader,
     ):
-        assert grader.grade("Once", ["a cat ran."])[0].score is not None
+        assert graded(grader, "Once", ["a cat ran."])[0].score is not None
 
 
 def test_a_judge_that_is_not_there_is_one_sentence_before_anything_is_spent(

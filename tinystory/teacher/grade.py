@@ -101,10 +101,6 @@ class Grader:
         self.sent.clear()
         return grades
 
-    def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
-        """Grades of stories that share an opening, in order."""
-        return self.grade_each([(opening, story) for story in stories])
-
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grades of (opening, story) pairs, in order, on every rank."""
         submissions = [Submission(*pair, index) for index, pair in enumerate(pairs)]
