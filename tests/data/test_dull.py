@@ -8,7 +8,7 @@ import pytest
 
 from tinystory.data.builtin import dull, grammar
 from tinystory.data.corpus import BUILTIN
-from tinystory.evaluate.held_out import learned_dull_text, story_means, story_records
+from tinystory.evaluate.story_records import learned_dull_text, story_means, story_records
 from tinystory.teacher.grade import Grade
 
 
@@ -83,11 +83,11 @@ def test_a_run_records_who_tells_its_stories(documents):
     assert not learned_dull_text({"corpus": ["builtin"]}) and learned_dull_text(
         {"corpus": ["dull"]}
     )
-    records = story_records(1, stories, grades, [0.5] * 4, {"corpus": ["dull"]})
+    records = story_records(1, stories, grades, [0.5] * 4, [1.0] * 4, {"corpus": ["dull"]})
     expected = [dull.STORY, *map(dull.style_of, documents[:3])]
     assert [record["teller"] for record in records] == expected
     means = story_means(records)
     assert means["teller_story"] == 0.25
     assert sum(means[f"teller_{kind}"] for kind in dull.STYLES) == 1
-    unmixed = story_records(1, stories, grades, [0.5] * 4, {})
+    unmixed = story_records(1, stories, grades, [0.5] * 4, [1.0] * 4, {})
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])
