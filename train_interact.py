@@ -235,7 +235,7 @@ def warn(run: InteractionRun, detector: CollapseDetector, record: Record) -> boo
     if record["undone"]:
         run.bar.write(
             f"step {run.state.step}: optimizer steps undone, because they moved the student by more than "
-            f"twice --kl-target {run.config.kl_target:g} nats per story: {record['undone']}; each halved "
+            f"--kl-target {run.config.kl_target:g} nats per story: {record['undone']}; each halved "
             "the learning rates for the rest of the run"
         )
     warnings = distributed.rank0_value(lambda: detector.add(record))

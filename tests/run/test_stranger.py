@@ -124,7 +124,7 @@ def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
     kinds = get_type_hints(config_class)
     asked = set()
     for f in dataclasses.fields(config_class):
-        if f.name in ("out", "resume"):  # not read: they are on the command line
+        if f.name in ("out", "resume", "any_model"):  # from the command line alone
             continue
         is_text = kinds[f.name] in (str, list[str]) and not f.metadata["allowed"]
         for text in texts if is_text else texts[:1]:
@@ -144,7 +144,7 @@ def test_no_option_takes_from_a_folder_what_could_be_opened_executed_or_sent_to(
             (folder / "config.json").write_text(config)
     expected = {"device", "corpus"}
     if config_class is InteractConfig:
-        expected |= {"reward", "openings"}
+        expected |= {"reward", "openings", "control"}
         expected |= {"teacher_url", "teacher_model", "teacher_extra", "teacher_prompt"}
         expected |= {"judge", "judge_model", "judge_prompt"}
     assert asked == expected

@@ -70,7 +70,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_json_is_for_models_that_give_no_plain_numbers(plain):
-    graded = json.dumps(dict.fromkeys(CRITERIA, 2))
+    scores = json.dumps(dict.fromkeys(CRITERIA, 2))
 
     class Json(FaultServer):
         async def _chat(self, request):
@@ -79,7 +79,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
                 self.requests.append(asked)
                 schema = asked["response_format"]["json_schema"]["schema"]
                 assert set(schema["properties"]) == set(schema["required"]) == set(CRITERIA)
-                return web.Response(text=completion(graded), content_type="application/json")
+                return web.Response(text=completion(scores), content_type="application/json")
             if not plain and read_back(asked["messages"]):
                 return web.Response(
                     text=completion("Well, I like it!"), content_type="application/json"

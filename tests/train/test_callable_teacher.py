@@ -120,7 +120,7 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(
         corpus = ["--corpus", str(place / "corpus.txt"), "--words", "500"]
         pretrain.main([*corpus, *SMALL, "--out", str(tmp_path / "p")])
     elif command == "sample":
-        monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
+        monkeypatch.setattr("tinystory.storyteller.generate", lambda *_, **__: [story])
         sample.main([str(place / "p"), "--stories", "1", "--device", "cpu"])
     else:
         records = [

@@ -30,7 +30,7 @@ from tinystory.student.model import Student
 CLIP_VALUE = 0.2
 MAX_RATIO = 10.0
 # An optimizer step is undone if the KL from the rollout policy exceeds this multiple of --kl-target.
-MAX_UPDATE_KL = 2.0  # the demo's largest is 1.3
+MAX_UPDATE_KL = 1.0
 # Metrics that `backward` sums over the tokens of a minibatch.
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_ratio")
 
@@ -201,7 +201,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float, steps: int = 0) -> dict
 
     kl_coef: weight of the KL penalty with --kl-in loss, or beta of DPO. steps: number of steps done
     before this one. An optimizer step is undone, and the learning rates are halved for the rest of
-    the run, if the next minibatch shows a KL from the rollout policy above twice --kl-target: a student
+    the run, if the next minibatch shows a KL from the rollout policy above --kl-target: a student
     that another rate would suit is not destroyed by a few updates.
 
     PyTorch's global generator draws the order of the minibatches. Gradients are

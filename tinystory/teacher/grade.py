@@ -3,16 +3,17 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinystory.run import distributed
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.student.generate import Story
 from tinystory.teacher.prompt import CRITERIA, TOP
+
+if TYPE_CHECKING:
+    from tinystory.student.generate import Story
 
 LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
 
@@ -82,7 +83,7 @@ class Grader:
         """Metrics since the last call."""
         return {}
 
-    def send(self, story: Story) -> None:
+    def send(self, story: "Story") -> None:
         """Hand over a story as soon as it ends."""
         tokens = tuple(story.tokens.tolist())
         submission = Submission(story.opening, story.text, story.index, tokens)
@@ -97,19 +98,27 @@ class Grader:
         """Grades of all stories sent, in the order of their indices, on every rank. Raises
         Interrupted on `stop`, and UserError after a failure that would affect every story."""
         submissions = sorted(self.sent, key=lambda submission: submission.number)
-        grades = distributed.rank0_value(lambda: self.grades(submissions, stop))
+        grades = on_every_rank(lambda: self.grades(submissions, stop))
         self.sent.clear()
         return grades
 
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grades of (opening, story) pairs, in order, on every rank."""
         submissions = [Submission(*pair, index) for index, pair in enumerate(pairs)]
-        return distributed.rank0_value(lambda: self.grades(submissions))
+        return on_every_rank(lambda: self.grades(submissions))
 
     def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
         """Grades of the submissions, in order. The score of an empty story is 0. Raises Interrupted
         on `stop`, and UserError after a failure that would affect every story."""
         raise NotImplementedError
+
+
+def on_every_rank(grade: Callable[[], list[Grade]]) -> list[Grade]:
+    """The grades of `grade()`, which runs on rank 0 alone, on every rank."""
+    # imported here, because the first lines of scripts/doctor.py do not wait for torch
+    from tinystory.run import distributed
+
+    return distributed.rank0_value(grade)
 
 
 class LocalGrader(Grader):
