@@ -467,8 +467,8 @@ class InteractConfig(RunConfig):
         "learning algorithm: PPO with values by ridge regression (ridge) or by a value head (gae); "
         "rloo, grpo and dr_grpo (with --stories-per-opening 8); dpo, on the best and the worst story "
         "for an opening (with --stories-per-opening 2 --learning-rate 4e-4 --kl-coef 0.1); or "
-        "sft-best, cross-entropy on the best quarter of a step's stories (with --epochs 4). The "
-        "values in parentheses are the learner's defaults",
+        "sft-best, cross-entropy on the best quarter of a step's stories, in four passes. The values in "
+        "parentheses are the learner's defaults",
         tuple(LEARNER_DEFAULTS),
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
