@@ -273,7 +273,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
         assert config.out == str(out) and config.resume
         taken, said = getattr(config, name), record[name]
         assert (
-            name in ("out", "resume", "init")  # of the command line alone
+            name in ("out", "resume", "init", "any_model")  # of the command line alone
             or taken == said
             or said is None
             or not (taken or said)
