@@ -136,9 +136,9 @@ class Learner:
 
 @dataclass(kw_only=True)
 class Policy:
-    """Student, learner, critic and optimizer. critic: an empty module for learners without values. autocast:
-    context of the forward passes only; in this context, the backward pass would round the float32
-    gradient of the value head. history: the student's training history, for model.json."""
+    """Student, learner, critic and optimizer. critic: an empty module for learners without values.
+    autocast: context of the forward passes only; in this context, the backward pass would round the
+    float32 gradient of the value head. history: the student's training history, for model.json."""
 
     student: Student
     learner: Learner
