@@ -492,7 +492,6 @@ def links_to(folder, target):
 
 def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_path, student):
     """Somebody who sends a folder could have put such a link there."""
-    pytest.importorskip("gguf")
     private = tmp_path / "private"
     private.write_text("mine")
     (tmp_path / "run").mkdir()
