@@ -235,8 +235,8 @@ def warn(run: InteractionRun, detector: CollapseDetector, record: Record) -> boo
     if record["undone"]:
         run.bar.write(
             f"step {run.state.step}: optimizer steps undone, because they moved the student by more than "
-            f"--kl-target {run.config.kl_target:g} nats per story: {record['undone']}; each halved "
-            "the learning rates for the rest of the run"
+            f"{ppo.MAX_UPDATE_KL:g} times --kl-target {run.config.kl_target:g} nats per story: "
+            f"{record['undone']}; each halved the learning rates for the rest of the run"
         )
     warnings = distributed.rank0_value(lambda: detector.add(record))
     for warning in warnings.values():

@@ -413,7 +413,7 @@ def test_a_persons_half_hour_survives_closed_pages_and_killed_programs(page, pla
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_pair_fits_and_is_text(browser, tmp_path, width, scheme):
-    before = [f"There was a fox {i}. " * 9 + EVIL for i in range(COMPARED + 2)]
+    before = [EVIL + f"There was a fox {i}. " * 9 for i in range(COMPARED + 2)]
     after = [f"One night a fox {i} wanted the moon. " * 9 + "W" * 200 for i in range(COMPARED + 2)]
     run = Run(tmp_path / "runs" / "teach" / "interact")
     run.end_step(1)
@@ -429,6 +429,8 @@ def test_a_pair_fits_and_is_text(browser, tmp_path, width, scheme):
         page.wait_for_selector("#pair:not([hidden])")
         stories = page.text_content("#left-story") + page.text_content("#right-story")
         assert EVIL in stories and page.title() != "caught"
+        cut = page.locator("#pair .cut")  # the text that does not end with its sentence
+        assert cut.count() == 1 and cut.text_content().endswith("W")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         screenshot(page, f"pair_{width}_{scheme}")
         page.keyboard.press("2")

@@ -59,6 +59,7 @@ def with_advantages(batch, advantages, ref_logprobs=None):
 
 def gradient(student, config, batch, kl_coef=0.0) -> list[torch.Tensor]:
     student = copy.deepcopy(student)
+    config = dataclasses.replace(config, kl_target=math.inf)  # no step is undone
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.parameters()]
     ppo.update(policy(student, torch.nn.Module(), optimizer, config), batch, kl_coef)

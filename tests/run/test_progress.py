@@ -27,6 +27,22 @@ def test_a_file_gets_a_line_per_step_and_a_terminal_a_bar(capsys, monkeypatch):
     assert shown(capsys, monkeypatch, terminal=True).count("\r") > 100
 
 
+def test_the_time_left_counts_whole_steps(monkeypatch):
+    """Two stories a second are written, but with grading and learning a step of 10 takes 100 s."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    now = [0.0]
+    bar = ProgressBar(total=40, unit="story")
+    bar.dynamic_ncols = lambda file: (100, 24)
+    bar.start_t, bar._time = 0.0, lambda: now[0]
+    for _ in range(10):
+        now[0] += 0.5
+        bar.update()
+    assert "? left" in str(bar)
+    now[0] = 100.0
+    bar.end_step({})
+    assert "05:00 left" in str(bar)
+
+
 def words(monkeypatch, columns: int, **options) -> ProgressBar:
     """A progress bar of words on a terminal of so many columns, after a step that went beyond the
     total."""

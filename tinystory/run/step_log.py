@@ -25,17 +25,23 @@ BAR = 20  # minimum columns of a bar
 
 class ProgressBar(tqdm):  # type: ignore[misc]
     """A progress bar on a terminal; without a terminal, a line when a step ends, at most one line
-    in LINE_S. Only rank 0 shows it."""
+    in LINE_S. Only rank 0 shows it. The time left is known from the end of the first step: a step's
+    stories are counted while they are written, but the step also grades, learns and evaluates."""
 
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
         self.due = 0.0  # time of the next line
+        self.step_rate = 0.0  # progress per second until the end of the last step
         super().__init__(
             bar_format=LINE if self.lines else None,
             dynamic_ncols=True,
             disable=not distributed.is_rank0(),
             **options,
         )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return super().format_dict | {"rate": self.step_rate}
 
     def __str__(self) -> str:
         """The bar's text. The last fields are dropped if they would leave fewer than BAR columns
@@ -68,13 +74,18 @@ class ProgressBar(tqdm):  # type: ignore[misc]
         """Show the numbers of a step that has ended. advance: progress not yet passed to
         `update`."""
         # on a terminal `update` shows it, a few times a second
+        if self.disable:
+            return
         self.set_postfix(numbers, refresh=False)
+        # the last step's words may exceed the total, which tqdm would then no longer show
+        advance = min(advance, self.total - self.n)
+        done = self.n + advance - self.initial
+        self.step_rate = done / self.format_dict["elapsed"]
         if advance:
-            # the last step's words may exceed the total, which tqdm would then no longer show
-            self.update(min(advance, self.total - self.n))
+            self.update(advance)
         else:
             self.refresh()
-        if not self.lines or self.disable:
+        if not self.lines:
             return
         time_now = time.monotonic()
         if self.n >= self.total or time_now >= self.due:
