@@ -3,12 +3,13 @@
 python lab/babylm.py runs/demo/pretrain --blimp blimp_filtered --reading reading_data.csv
 python lab/babylm.py chck_* --babylm full_eval --predictions results/small    files to submit
 python lab/babylm.py runs/demo/pretrain --coreference 300                     names and pronouns
-python lab/babylm.py P1 I1 P2 I2 P3 I3 --changes --blimp blimp_filtered       what changed, by pairs
+python lab/babylm.py I1/checkpoints/start I1 I2/checkpoints/start I2 --changes --blimp blimp_filtered
 
 CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest
 run under runs/) or a folder saved by transformers. --changes takes pairs of checkpoints, before and
 after a training, one pair per seed, and adds the mean change of each measure with its 95 % interval
-over the pairs. If this interval is within ±d, the measure is the same within d. Data files are
+over the pairs. Give RUN/checkpoints/start as the student before an interaction: it has the run's
+temperature, which alone changes most measures. If this interval is within ±d, the measure is the same within d. Data files are
 BabyLM's own, gzipped or not. Measures are defined as in BabyLM's pipeline."""
 
 import functools

@@ -61,7 +61,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
-from tinystory.evaluate.validation import bits_per_byte
+from tinystory.evaluate.validation import best_temperature_bits, bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run.errors import command
@@ -80,8 +80,9 @@ FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these 
 COREFERENCE = 300  # number of unseen stories for coreference
 # fields of a record that the table leaves out
 NOT_SHOWN = ("name", "seed", "rewards", "senses")
-# Measures on the unseen stories. They are measured once per student, and not for controls.
-UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")
+# Measures on the unseen stories, at the row's temperature; best_bits are bits per byte at the
+# student's own best temperature. Rows that choose among stories have none.
+UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte", "best_bits")
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
 # names of rows in the figure; other rows have their options as names
 PLAIN_NAMES = {
@@ -344,8 +345,9 @@ def measure(
         "largest": fmean(map(max, sizes)),
     }
     measures |= dict.fromkeys(UNSEEN)
-    if row.chosen_by == "first" and row.temperature == 1:
-        measures |= unseen_measures(row.folder, unseen or unseen_stories(COREFERENCE))
+    if row.chosen_by == "first":
+        texts = unseen or unseen_stories(COREFERENCE)
+        measures |= unseen_measures(row.folder, row.temperature, texts)
     if reader:
         senses = reader.sense([(story.opening, story.text) for story in stories])
         measures["sense"], _ = mean_and_bootstrap_ci(senses)
@@ -364,10 +366,15 @@ def unseen_texts(config: PretrainConfig) -> list[str]:
     return [*islice(documents, COREFERENCE)]
 
 
-def unseen_measures(folder: Path, stories: Sequence[str]) -> Record:
-    """The measures UNSEEN of a student."""
+def unseen_measures(folder: Path, temperature: float, stories: Sequence[str]) -> Record:
+    """The measures UNSEEN of a student with a temperature folded in, as an interaction folds its
+    temperature into the student that it starts from."""
     student, tokenizer = load_student(folder, torch.device("cpu"))
-    measures = coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
+    student.divide_logits(temperature)
+    measures: Record = coreference(student, tokenizer, stories)
+    measures |= bits_per_byte(student, tokenizer, stories)
+    _, best_bits = best_temperature_bits(student, tokenizer, stories)
+    measures["best_bits"] = fmean(best_bits)
     return {name: measures[name] for name in UNSEEN}
 
 

@@ -47,6 +47,13 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     assert len(plain["rewards"]) == len(OPENINGS)
 
 
+def test_unseen_text_is_read_at_the_temperature_of_the_row(place):
+    start, texts = checkpoint.newest(place / "p"), recipes.unseen_stories(4)
+    plain, sharp = (recipes.unseen_measures(start, temperature, texts) for temperature in (1, 0.5))
+    assert plain["bits_per_byte"] != pytest.approx(sharp["bits_per_byte"], rel=1e-3)
+    assert plain["best_bits"] == pytest.approx(sharp["best_bits"], rel=1e-3)
+
+
 def test_a_corpus_without_the_grammar_is_measured_on_its_own_validation(place):
     corpus = [str(place / "corpus.txt")]
     config = PretrainConfig(corpus=corpus, vocab_size=320, val_fraction=0.3)
