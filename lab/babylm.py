@@ -8,9 +8,10 @@ python lab/babylm.py I1/checkpoints/start I1 I2/checkpoints/start I2 --changes -
 CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest
 run under runs/) or a folder saved by transformers. --changes takes pairs of checkpoints, before and
 after a training, one pair per seed, and adds the mean change of each measure with its 95 % interval
-over the pairs. Give RUN/checkpoints/start as the student before an interaction: it has the run's
-temperature, which alone changes most measures. If this interval is within ±d, the measure is the same within d. Data files are
-BabyLM's own, gzipped or not. Measures are defined as in BabyLM's pipeline."""
+over the pairs. If this interval is within ±d, the measure is the same within d. As the student
+before an interaction, give RUN/checkpoints/start: it has the run's temperature, which alone changes
+most measures. Data files are BabyLM's own, gzipped or not. Measures are defined as in BabyLM's
+pipeline."""
 
 import functools
 import json
