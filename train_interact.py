@@ -9,12 +9,13 @@ and the best student is kept."""
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate import control, held_out
 from tinystory.evaluate.forecast import print_forecast
@@ -35,6 +36,7 @@ from tinystory.rl.start import (
     open_openings,
     recorded_options,
     starting_point,
+    starting_temperature,
     teacher_defaults,
     words_of_milestones,
 )
@@ -53,12 +55,12 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, require_scores
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv, teacher_defaults)
+    config: InteractConfig = parse(InteractConfig, argv, teacher_defaults)
     learners.check(config)
     distributed.start(config.device)
-    if config.brought and distributed.is_rank0():
+    if config.defaults and distributed.is_rank0():
         advice = "to have all stories graded: --teacher-prompt grades" if config.teacher_url else ""
-        print(f"the options given bring {config.brought}; {advice or 'give one to change it'}")
+        print(f"defaults for these options: {config.defaults}; {advice or 'give one to change it'}")
     with distributed.run_folder(config) as config, open_run(config) as run:
         interact(run)
         finish(run)
@@ -224,7 +226,7 @@ def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
         if is_evaluated:
             metrics |= evaluate(run)
     finally:
-        record = run.log.metrics(**metrics, **run.graders.examiner.stats())
+        record = run.log.metrics(**metrics, **run.graders.evaluator.stats())
         if is_evaluated or state.step % config.save_every == 0:
             save(run)
     return record
@@ -276,7 +278,7 @@ def evaluate_late(run: InteractionRun) -> None:
         save(run)
     metrics = evaluate(run)
     if state.step:
-        run.log.add_metrics(state.step, metrics, run.graders.examiner.stats())
+        run.log.add_metrics(state.step, metrics, run.graders.evaluator.stats())
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
@@ -306,8 +308,12 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
-    config.micro_batch_size = memory.micro_batch_size(config, compute.device)
     start, newest = starting_point(config)
+    config = replace(
+        config,
+        micro_batch_size=memory.micro_batch_size(config, compute.device),
+        temperature=starting_temperature(config, newest),
+    )
     reference, policy, state = load_students(config, compute, start, newest)
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
@@ -323,7 +329,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         trial = trial_stories(config, state)
         distributed.rank0_value(lambda: budget.require_first_step(state, trial))
         if config.control:
-            print(control.note_on_grades(config, graders.examiner, openings))
+            print(control.note_on_grades(config, graders.evaluator, openings))
 
         folder = Path(config.out)
         resume_step = state.step if config.resume else None

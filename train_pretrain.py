@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tinystory import ops
-from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, parse
+from tinystory.config import PretrainConfig
+from tinystory.config.command_line import parse
 from tinystory.data import babylm
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import Dataset, prepare, print_documents
@@ -36,7 +37,7 @@ from tinystory.student.pretraining import TOO_LARGE, PretrainState
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
+    config: PretrainConfig = parse(PretrainConfig, argv)
     distributed.start(config.device)
     with distributed.run_folder(config) as config:
         run = open_run(config)

@@ -27,7 +27,7 @@ from lab.preference import (
     win_rate,
 )
 from scripts.evaluate import TYPED, add_sampling, name_of, openings_of, samples_of
-from tinystory.config import typed_config
+from tinystory.config.command_line import typed_config
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import pick_device
 from tinystory.run.errors import UserError, command

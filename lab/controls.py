@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from tinystory.config import CONTROLS
+from tinystory.config.control import CONTROLS
 from tinystory.rl import score_model
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run.errors import UserError

@@ -1,4 +1,4 @@
-"""Saves the result of a lab command about a run, for the run's report and model card."""
+"""Saves the result of a lab command about a run, for the run's report."""
 
 from collections.abc import Sequence
 from pathlib import Path

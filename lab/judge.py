@@ -24,7 +24,8 @@ import torch
 from lab import findings
 from lab.reader import PACKAGED, Reader, mean_and_bootstrap_ci
 from lab.second_judge import conclusion, judge_run, judged_rows
-from tinystory.config import InteractConfig, recorded_config
+from tinystory.config import InteractConfig
+from tinystory.config.record import recorded_config
 from tinystory.data.corpus import recorded_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import FULL, calibrate, table, verdict

@@ -25,7 +25,8 @@ from runtime import install, install_project
 import torch
 
 from lab.timing import RandomTokenizer
-from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.presets import INTERACT_PRESETS, PRETRAIN_PRESETS
 from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
 from tinystory.rl.batch import collate

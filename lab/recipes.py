@@ -52,7 +52,10 @@ from lab.runs import (
     words_of,
 )
 from lab.second_judge import best_of_n
-from tinystory.config import CONTROLS, REWARDS, InteractConfig, PretrainConfig, given_again
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.control import CONTROLS
+from tinystory.config.interaction import REWARDS
+from tinystory.config.record import given_again
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings, names_file

@@ -50,7 +50,8 @@ from lab.runs import (
     train,
     words_of,
 )
-from tinystory.config import PAPER_OPENING, InteractConfig, PretrainConfig
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.presets import PAPER_OPENING
 from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import train_interact
 import train_pretrain
-from tinystory.config import (
-    INTERACT_PRESETS,
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    given_again,
-    parse,
-)
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.command_line import parse
+from tinystory.config.record import given_again
 from tinystory.data.openings import load_openings
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONTROL_RUNS, numbered
@@ -46,14 +41,14 @@ def words_of(flag: str, text: str) -> list[str]:
 def pretrain_config(argv: Sequence[str]) -> PretrainConfig:
     """The options of a future pretraining run. Raises UserError for options that the run would
     refuse."""
-    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, list(argv))
+    config: PretrainConfig = parse(PretrainConfig, list(argv))
     return config
 
 
 def interact_config(argv: Sequence[str]) -> InteractConfig:
     """The options of a future interaction. Raises UserError for options or openings that the run
     would refuse."""
-    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, list(argv))
+    config: InteractConfig = parse(InteractConfig, list(argv))
     load_openings(config.openings)
     return config
 

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
 from tinystory.rl import ppo

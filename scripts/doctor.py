@@ -30,7 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 
-from tinystory.config import MODEL_TEACHER, InteractConfig, arguments, given_again, typed_config
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import typed_config
+from tinystory.config.presets import TEACHER_DEFAULTS
+from tinystory.config.record import given_again
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import BUILTIN
 from tinystory.data.openings import Openings, load_openings
@@ -44,7 +47,7 @@ from tinystory.evaluate.corruptions import (
     worked_examples,
 )
 from tinystory.run.errors import UserError, command
-from tinystory.run.options import add_number, add_options, script_parser
+from tinystory.run.options import add_number, add_options, arguments, script_parser
 from tinystory.run.paths import cache_dir, hint
 from tinystory.run.terminal import aligned
 from tinystory.teacher.client import Teacher
@@ -217,7 +220,7 @@ def print_choice(
     if not calibration.can_judge(known[best]):
         print(f"{'':10} choose another model, or test more texts (--per-kind)")
     elif config.teacher_url:
-        words = arguments(InteractConfig, MODEL_TEACHER | {"teacher_prompt": best})
+        words = arguments(InteractConfig, TEACHER_DEFAULTS | {"teacher_prompt": best})
         words += given_again(replace(config, teacher_prompt=""))
         if config.init:
             words += ["--init", config.init]

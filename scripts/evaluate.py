@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (first: it says which package is missing)
 from tqdm import tqdm
 
-from tinystory.config import InteractConfig, typed_config
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import typed_config
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.data.tokenizer import Tokenizer

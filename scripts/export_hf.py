@@ -4,7 +4,7 @@
     python scripts/export_hf.py RUN --gguf student.gguf         a GGUF file for llama.cpp
 
 For a run, the checkpoint `best` is exported, or else the newest. The folder has a model card,
-README.md, written from the records of the run. `hf upload NAME/REPO exported` uploads the folder to
+README.md, with its training data and licence. `hf upload NAME/REPO exported` uploads the folder to
 the Hub, and `hf upload NAME/REPO exported --revision chck_1M` to a branch.
 """
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         gguf.write(options.gguf, student, tokenizer)
         print(f'llama.cpp: llama-completion -m {options.gguf} -no-cnv -p "Once upon a time,"')
     if options.folder:
-        card = model_card(options.folder.name, source, student, history)
+        card = model_card(options.folder.name, student, history)
         with atomic_folder(options.folder) as partial:
             hf.write(partial, student, tokenizer)
             atomic_write(partial / "README.md", card)

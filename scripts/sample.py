@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tinystory.config import SEEDS
+from tinystory.config.base import SEEDS
 from tinystory.data.openings import Openings, load_openings
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write

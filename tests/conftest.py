@@ -279,7 +279,10 @@ def story_record(step: int, index: int = 0, **other) -> dict:
         story="Tim said “no”.\nHe ran.",
         reply="1 1 1",
         scores=None,
+        score=None,
     )
+    if other.get("scores"):
+        record["score"] = sum(other["scores"].values()) / 3 / len(other["scores"])
     return record | dict(reward=0.5, words=5, ended="eos") | other
 
 

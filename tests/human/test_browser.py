@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli, metrics, read_lines, story_record
+from conftest import ROOT, cli, metrics, read_lines
 from fault_server import closed_port
 from test_lesson import Run
 
@@ -24,7 +24,7 @@ from tinystory.report.findings import read_findings
 from tinystory.report.run import live_report, write_report
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.log import RunLog
-from tinystory.run.records import EVALUATIONS, FINDINGS, PAIRS, STORIES, read_stories
+from tinystory.run.records import PAIRS, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
 from tinystory.teacher.prompt import CRITERIA, clean
@@ -233,41 +233,6 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "human"
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
-    """Nothing is cut off on a telephone."""
-    port = closed_port().rpartition(":")[2]
-    server = start(tmp_path, port)
-    asker = "import sys; from tinystory.teacher.client import Teacher\n"
-    asker += "with Teacher(sys.argv[1]) as t:\n t.grade_each([('Once upon a time,', sys.argv[2])])"
-    story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200 + EVIL
-    client = subprocess.Popen(
-        [sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT
-    )
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    context.set_default_timeout(PATIENCE_MS)
-    try:
-        page = context.new_page()
-        page.goto(f"http://127.0.0.1:{port}/?who=ada")
-        # a story is text: &lt; stays so
-        assert clean(EVIL) in read(page, client) and page.title() != "caught"
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        page.keyboard.press("2")
-        assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
-        screenshot(page, f"teach_{width}_{scheme}")
-        page.keyboard.press("p")
-        # by no eval, which the page forbids
-        page.locator("#resting", has_text="Paused").wait_for(state="attached")
-    finally:
-        context.close()
-        for process in (client, server):
-            process.kill()
-            process.wait()
-
-
 def test_a_page_for_keyboards_and_screen_readers(page, tmp_path):
     """The focus stays where it was, a new story is announced, each group has a name, and Back is
     offered if it can do something."""
@@ -469,39 +434,3 @@ def test_the_report_of_a_run_that_goes_on_reloads_itself(browser, tmp_path, monk
         assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
     finally:
         context.close()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
-    """185 clusters, a word without a space and controls, on a phone and on a laptop."""
-    with RunLog(tmp_path, resume_step=None) as log:
-        log.config({"device": "cpu", "student": {"parameters": 10**6, "corpus": ["x" * 80]}})
-        log.metrics(step=1, reward_mean=0.5, held_out_reward=0.5)
-        log.append(
-            STORIES, [story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)]
-        )
-        log.append(
-            EVALUATIONS,
-            [
-                story_record(
-                    step, i, story=f"{i} {step}", scores={"readability": 2}, difference=0.5
-                )
-                for step in (0, 1)
-                for i in range(9)
-            ],
-        )
-        table = [["Stories", "Sense"], ["before, best of 4 by the teacher" * 9, "x" * 80]]
-        finding = {"title": "y" * 80, "step": 1, "sentences": ["z" * 200], "table": table}
-        log.append(FINDINGS, [finding])
-    page.set_viewport_size({"width": width, "height": 844})
-    page.goto(f"file://{write_report(tmp_path)}")
-    for folded in page.query_selector_all("details"):
-        folded.evaluate("element => element.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert (
-        page.evaluate(
-            "(table => table.scrollWidth - table.clientWidth)(document.querySelector('.hero .wide'))"
-        )
-        == 0
-    )
-    assert page.locator(".clusters i").count() == 185

@@ -1,115 +1,35 @@
-"""The experiment: which runs it starts, that it does nothing twice and loses nothing, and what the
-report says."""
+"""The experiment: the options of its runs, and what the report says."""
 
-import contextlib
-import itertools
-import json
 import re
-from pathlib import Path
+import shlex
 
 import pytest
 from conftest import cli, fails
 
 from lab import reproduce, runs
 from lab.reproduce import BEFORE, INTERACT, MILLION, MORE
-from tinystory.config import (
-    INTERACT_PRESETS,
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    parse,
-)
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.builtin import dull
 from tinystory.report.charts import Line, chart
 from tinystory.run.folder import locked
 from tinystory.student import checkpoint
-from tinystory.teacher.callable import CallableGrader, random_scores
+from tinystory.teacher.callable import random_scores
 from tinystory.teacher.grade import Grade, Grader
-
-# ---- runs of commands that train nothing ---------------------------------------------------------
-
-
-class Trainer:
-    """Replaces both train commands: writes the files of a finished run, and keeps the command
-    lines."""
-
-    def __init__(self):
-        self.calls, self.stops = [], set()
-
-    def __call__(self, argv):
-        options = dict(itertools.pairwise(argv))
-        out = Path(options["--out"])
-        self.calls.append((out, argv[2:]))
-        pretrains = out.name == "pretrain" or out.parent.name == MORE
-        assert ("--resume" in argv) == (out / "config.json").exists()
-        stopped = out.name in self.stops
-        words = (
-            {f"chck_{m // MILLION}M": m for m in MILESTONES}
-            if out.name == "pretrain"
-            else {"step_9": 10**9}
-        )
-        for step, name in enumerate(words, 1 if out.name == "pretrain" else 99):
-            counters = {
-                "step": step,
-                "words": words[name] * pretrains,
-                "words_in": 30,
-                "words_out": 400,
-            }
-            (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-            (out / "checkpoints" / name / "trainer.json").write_text(json.dumps(counters))
-        (out / "config.json").write_text("{}")
-        if not pretrains and not stopped:
-            (out / "samples.jsonl").write_text("")
-
-
-@pytest.fixture
-def trainer(monkeypatch):
-    trainer = Trainer()
-    monkeypatch.setattr(runs.train_pretrain, "main", trainer)
-    monkeypatch.setattr(runs.train_interact, "main", trainer)
-    monkeypatch.setattr(reproduce, "measure", lambda *_: {"score": 1.0})
-    grader = CallableGrader(random_scores, "<b>")
-    monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
-    return trainer
-
-
-def interactions(trainer):
-    """The configuration of each interaction, by the interaction's folder."""
-    return {
-        str(out.relative_to(out.parents[1])): parse(InteractConfig, INTERACT_PRESETS, argv)
-        for out, argv in trainer.calls
-        if out.name != "pretrain" and out.parent.name != MORE
-    }
 
 
 @pytest.mark.parametrize("name", reproduce.SCALES)
-def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, trainer, tmp_path):
+def test_every_scale_has_options_that_the_commands_know(name):
     scale = reproduce.SCALES[name]
-    reproduce.main(["--scale", name, "--out", str(tmp_path)])
-    pretrain = parse(PretrainConfig, PRETRAIN_PRESETS, trainer.calls[0][1])
+    pretrain = runs.pretrain_config(shlex.split(scale.pretrain))
     assert {start * MILLION for start in scale.starts} <= {
-        m for m in MILESTONES if m <= pretrain.words
+        words for words in MILESTONES if words <= pretrain.words
     }
-    configs = interactions(trainer)
-    assert len(configs) == (1 + len(scale.controls)) * len(scale.starts) * scale.seeds
-    for folder, config in configs.items():
-        arm, start, seed = re.fullmatch(r"(\w+)/(\d+M)-(\d)", folder).groups()
-        assert (config.init.rpartition("/")[2], config.seed) == (f"chck_{start}", int(seed))
-        assert config.reward == ("" if arm == INTERACT else arm)
-        paper = {
-            option: INTERACT_PRESETS["paper"][option]
-            for option in ("diversity", "unfinished", "openings")
-        }
-        assert name == "tiny" or {option: getattr(config, option) for option in paper} == paper
-
-
-def test_a_control_differs_in_the_reward_alone(trainer, tmp_path):
-    reproduce.main(["--scale", "small", "--interact", "--steps 7", "--out", str(tmp_path)])
-    configs = interactions(trainer)
-    real, control = vars(configs["interact/1M-1"]), vars(configs["random/1M-1"])
-    assert {name for name, value in control.items() if value != real[name]} == {"reward"}
-    assert real["steps"] == 7
+    interact = runs.interact_config(shlex.split(scale.interact))
+    paper = INTERACT_PRESETS["paper"]
+    names = ("diversity", "unfinished", "openings")
+    assert name == "tiny" or all(getattr(interact, each) == paper[each] for each in names)
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -138,74 +58,21 @@ def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(
-    argv, complaint, trainer, tmp_path, monkeypatch, capsys
+    argv, complaint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("it has begun to work"))
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "wug.jsonl").write_text('{"sentences": "a\\tb", "ratio": 0.5}')
     before = sorted(tmp_path.rglob("*"))
     assert complaint in fails(reproduce.main, argv, capsys)
-    assert trainer.calls == [] and sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\udc80"])
-def test_a_damaged_record_of_an_experiment_is_named(trainer, tmp_path, capsys, content):
-    argv = ["--out", str(tmp_path), "--milestones", "1", "--seeds", "1", "--controls"]
-    reproduce.main(argv)
-    kept = {path: path.read_bytes() for path in tmp_path.glob("e*/*.json")}
-    kept |= {path: path.read_bytes() for path in tmp_path.glob("*.json")}
-    assert len(kept) > 3
-    calls = len(trainer.calls)
-    for path in list(kept)[-2:]:  # an evaluation and experiment.json
-        path.write_bytes(content.encode(errors="surrogateescape"))
-        assert str(path) in fails(reproduce.main, argv, capsys)
-        path.write_bytes(kept[path])
-    assert len(trainer.calls) == calls
-
-
-def test_two_commands_do_not_work_on_one_experiment(trainer, tmp_path, capsys):
+def test_two_commands_do_not_work_on_one_experiment(tmp_path, capsys):
     with locked(tmp_path):
         assert "is in use by process" in fails(reproduce.main, ["--out", str(tmp_path)], capsys)
-    assert trainer.calls == []
-
-
-def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys):
-    reproduce.main(["--out", str(tmp_path)])
-    capsys.readouterr()
-    line = fails(reproduce.main, ["--interact", "--lam 0.9", "--out", str(tmp_path)], capsys)
-    assert "was begun with interact" in line and "--lam 0.9" in line and "another --out" in line
-
-
-def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer, tmp_path, capsys):
-    argv = cli("--out {} --milestones 1 --seeds 1 --controls --device cpu", tmp_path)
-    trainer.stops = {"1M-0"}
-    assert "interact/1M-0 was stopped before its end" in fails(reproduce.main, argv, capsys)
-    trainer.stops.clear()
-    reproduce.main(argv)
-    assert [out.name for out, _ in trainer.calls] == ["pretrain", "1M-0", "1M-0", "1M-0"]
-    assert trainer.calls[2][1] == ["--resume", "--device", "cpu"]
-    reproduce.main(argv)
-    assert len(trainer.calls) == 4
-
-
-def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(
-    trainer, tmp_path
-):
-    argv = cli("--out {} --milestones 1 --seeds 1 --controls --device cpu", tmp_path)
-    half_copied = tmp_path / MORE / "1M-0" / "checkpoints" / "chck_2M"
-    half_copied.mkdir(parents=True)
-    reproduce.main(argv)
-    out, options = trainer.calls[-1]
-    assert out == tmp_path / MORE / "1M-0"
-    assert options == "--resume --words 1000430 --device cpu".split()
-    assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
-    evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
-    assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
-        *((BEFORE, m, m) for m in MILESTONES),
-        (INTERACT, MILLION, MILLION + 30),
-        (MORE, MILLION, MILLION + 430),
-    }
 
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
@@ -303,14 +170,14 @@ def test_the_whole_experiment(tmp_path):
     argv += ["--controls", "random"]
     argv += ["--interact", "--steps 2 --stories-per-step 8 --max-new-tokens 40"]
     reproduce.main(argv)
-    runs = {
+    folders = {
         "pretrain",
         *(f"{arm}/1M-{seed}" for arm in (INTERACT, "random") for seed in (0, 1)),
         "more/1M-0",
     }
     assert {
         str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("config.json")
-    } == runs
+    } == folders
     rows = rows_of((tmp_path / "report.html").read_text())
     assert [row[:2] for row in rows[1:]] == [
         ["1 M pretrained", "1"],

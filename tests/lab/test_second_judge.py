@@ -1,14 +1,12 @@
 """A second judge: which stories are judged, and how much of a run's gain the report says that the
 judge sees."""
 
-import contextlib
 import json
-import runpy
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHORT, fails
+from conftest import SHORT, fails
 
 import train_interact
 from lab import judge, second_judge
@@ -33,7 +31,7 @@ from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
-from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.grade import Grade
 from tinystory.teacher.likelihood import Likelihood
 
 READER = ["--reader", "short-words"]
@@ -58,11 +56,6 @@ class Reader:
                 for _, text in stories
             ]
         )
-
-
-class Rubric:
-    def score(self, opening, story):
-        return dict.fromkeys("abc", 3 if story else 0)
 
 
 @pytest.fixture(scope="module")
@@ -234,38 +227,3 @@ def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
     assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
     assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
     assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
-
-
-@pytest.fixture
-def short_rubric(monkeypatch):
-    monkeypatch.setattr("tinystory.rubric.rubric.Rubric", lambda documents: Rubric())
-
-
-def test_two_judges_give_one_reward(short_rubric, monkeypatch):
-    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader("short-words"))
-    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
-    good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
-    assert nothing == 0 < good <= 1
-
-
-def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkeypatch):
-    """A story that it does not score has no reward."""
-
-    class Teacher(Grader):
-        def grade_each(self, pairs):
-            return [Grade(None, None if "no" in story else 1.0) for _, story in pairs]
-
-    opened = []
-
-    def open_grader(config, *, corpus, examples):
-        opened.append((config.teacher_url, config.teacher_prompt, corpus))
-        return contextlib.nullcontext(Teacher({}))
-
-    monkeypatch.setattr("tinystory.teacher.open_grader.open_grader", open_grader)
-    url = "http://127.0.0.1:9/v1"
-    options = f"--teacher-url {url} --teacher-prompt examples --no-calibrate"
-    monkeypatch.setenv("TEACHER", options)
-    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
-    assert opened == [([url], "examples", ["builtin"])]
-    first, second = score(["Once", "Once"], ["a b c.", "no"])
-    assert 0.5 <= first <= 1 and second is None

@@ -1,6 +1,4 @@
-"""lab/speedrun.py: which commands it times, in which order, and what becomes a record."""
-
-from pathlib import Path
+"""lab/speedrun.py: what becomes a record."""
 
 import pytest
 from conftest import ROOT, fails
@@ -29,23 +27,6 @@ def test_the_p_value_is_of_students_t(values, least, p):
 
 def test_one_seed_or_equal_ones_have_no_p_value():
     assert p_value([0.7], 0.65) is None and p_value([0.7, 0.7], 0.65) is None
-
-
-def test_both_commands_are_a_checkouts_own_with_an_empty_cache(tmp_path, monkeypatch):
-    started = []
-
-    def start(words, checkout, **variables):
-        cache = Path(variables["TINYSTORY_CACHE"])
-        started.append((words[1], checkout, words[-2:], [path.name for path in cache.iterdir()]))
-
-    monkeypatch.setattr(speedrun, "start", start)
-    checkout = tmp_path / "checkout"
-    seconds = speedrun.timed_run(checkout, tmp_path / "run", 7)
-    assert seconds.keys() == {"pretraining", "interaction"} and min(seconds.values()) >= 0
-    assert started == [
-        (name, checkout, ["--seed", "7"], ["kernels"])
-        for name in ("train_pretrain.py", "train_interact.py")
-    ]
 
 
 def side(commit, seconds, measures=GOOD):

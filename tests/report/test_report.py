@@ -41,6 +41,7 @@ def story(step, index, reward=0.5, **other):
         "story": f"a cat ran {step} {index}.",
         "reply": "2 1 2",
         "scores": {"readability": 2, "coherence": 1, "creativity": 2},
+        "score": 5 / 9,
         "reward": reward,
         "words": 5,
         "ended": "eos",
@@ -146,7 +147,7 @@ def test_the_page_sums_what_a_run_took(tmp_path):
 def test_what_models_and_servers_write_stays_text(tmp_path):
     stories = [
         story(1, 0, story=EVIL, opening=EVIL),
-        story(1, 1, reward=None, scores=None, reply=EVIL, story="x"),
+        story(1, 1, reward=None, scores=None, score=None, reply=EVIL, story="x"),
     ]
     interaction_run(tmp_path, 2, stories)
     unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
@@ -221,15 +222,6 @@ def test_the_page_shows_collapse(tmp_path):
     assert write_report(tmp_path).read_bytes() == first
 
 
-def test_every_cluster_is_drawn(tmp_path):
-    rng = random.Random(0)
-    different = [" ".join(f"w{rng.randrange(9999)}" for _ in range(20)) for _ in range(60)]
-    interaction_run(tmp_path, 1, told(1, different))
-    page = Page(write_report(tmp_path))
-    assert "Step 1: 60 clusters in 60 stories, the largest of 1" in page.text
-    assert page.attributes.count(("style", "flex-grow: 1")) == 60
-
-
 def evaluated_run(folder, rewards):
     """A run with an evaluation at each step from 0 on. rewards: of the evaluation's stories, per
     step."""
@@ -266,14 +258,6 @@ def test_a_followed_story_that_hardly_changed_is_shown_first_and_last_only(tmp_p
     with RunLog(tmp_path, resume_step=4) as log:
         log.append(EVALUATIONS, [story(step, 0, story=text) for step, text in enumerate(texts)])
     assert [record["step"] for record in followed(tmp_path)] == [0, 3, 4]
-
-
-def test_a_line_of_a_command_breaks_between_its_words(tmp_path):
-    """A browser breaks `--gguf` after a hyphen, and a copied line then has a space there."""
-    interaction_run(tmp_path, 1, [story(1, 0)])
-    text = write_report(tmp_path).read_text()
-    assert "<span>--gguf</span> <span>OUT.gguf</span></code>" in text
-    assert "code span { display: inline-block;" in text
 
 
 def test_rewards_of_evaluations_have_standard_errors(tmp_path):
@@ -320,7 +304,9 @@ def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path)
     with RunLog(tmp_path, resume_step=None) as log:
         for step in range(1, 4):
             log.metrics(step=step, reward_mean=step / 10, readability_mean=None, unscored=0)
-            log.append(STORIES, [story(step, 0, reward=step / 10, scores=None, reply="")])
+            log.append(
+                STORIES, [story(step, 0, reward=step / 10, scores=None, score=None, reply="")]
+            )
     text = Page(write_report(tmp_path)).text
     assert "drawn at random" in text and "Scores" not in text and "without a score" not in text
 
@@ -329,7 +315,7 @@ def test_a_card_says_how_the_reward_was_made(tmp_path):
     stories = [
         story(1, 0, scores=None, score=1.0, difference=0.5),
         story(1, 1, scores=None, score=None, difference=0.6, predicted=0.25),
-        story(1, 2),  # as older versions recorded it
+        story(1, 2),
     ]
     interaction_run(tmp_path, 1, stories)
     text = Page(write_report(tmp_path)).text
@@ -388,7 +374,8 @@ def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_
         for step in range(0, 1001, 100):
             text = f"{EVIL} at step {step}."
             log.append(
-                EVALUATIONS, [story(step, 0, story=text, scores=None, reward=None, reply=None)]
+                EVALUATIONS,
+                [story(step, 0, story=text, scores=None, score=None, reward=None, reply=None)],
             )
     page = Page(write_report(tmp_path))
     check_self_contained(page)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from test_ppo import policy, with_openings
 
 from tinystory import ops
-from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.rl import policy as policies
 from tinystory.rl import ppo
 from tinystory.rl.policy import SharpAdam

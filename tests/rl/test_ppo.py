@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import Batch, collate
 from tinystory.rl.policy import Policy, SharpAdam

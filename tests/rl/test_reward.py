@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.rl.reward import differences, phrases, story_reward
 
 PAPER = InteractConfig(**INTERACT_PRESETS["paper"])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.config import FEWEST_GRADES, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.interaction import FEWEST_GRADES
 from tinystory.rl import score_model
 from tinystory.rl.score_model import (
     FEWEST_SCORES,

@@ -93,7 +93,7 @@ def test_a_new_run_never_writes_over_an_old_one(tmp_path):
 STARTED = """
 import sys, types
 from tinystory.run.folder import locked_run
-config = types.SimpleNamespace(out=sys.argv[1], resume=False, names_out=False)
+config = types.SimpleNamespace(out=sys.argv[1], resume=False, given=set())
 print("ready", flush=True)
 sys.stdin.readline()
 with locked_run(config) as config:

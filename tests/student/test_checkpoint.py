@@ -50,18 +50,6 @@ def test_comes_back_as_it_went(tmp_path, student, tokenizer):
     assert loaded_tokenizer.encode(text) == tokenizer.encode(text)
 
 
-def test_an_older_checkpoint_is_of_a_tied_student(tmp_path, tokenizer):
-    shape = StudentConfig(
-        n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=tokenizer.vocab_size
-    )
-    folder = save(tmp_path / "chck_1M", Student(shape), tokenizer)
-    record = json.loads((folder / "model.json").read_text())
-    del record["tied"]
-    (folder / "model.json").write_text(json.dumps(record))
-    write_manifest(folder)
-    assert checkpoint.load(folder)[0].config == shape
-
-
 def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer, monkeypatch):
     save(tmp_path / "checkpoints" / "step_0000001", student, tokenizer, step=1)
 

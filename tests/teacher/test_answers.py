@@ -8,7 +8,8 @@ from aiohttp import web
 from fault_server import FaultServer, error, graded
 
 from scripts import doctor
-from tinystory.config import PROMPTS, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.interaction import PROMPTS
 from tinystory.evaluate.corruptions import (
     PLEA,
     PLEADING,

@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 from fault_server import FaultServer, graded, written
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
+from tinystory.config.presets import INTERACT_PRESETS
 from tinystory.run.errors import Interrupted, Stop, UserError
 from tinystory.teacher.open_grader import open_grader
 
@@ -118,7 +120,7 @@ def test_a_reward_function_on_a_babylm_track_is_warned_of_probabilities(preset, 
 @pytest.mark.parametrize("flags", ["--teacher-temperature 1", "--teacher-max-tokens 99"])
 def test_an_option_of_grades_is_refused_beside_a_question(flags):
     url = ["--teacher-url", "http://127.0.0.1:9", "--teacher-prompt", "event"]
-    config = parse(InteractConfig, INTERACT_PRESETS, [*url, *flags.split()])
+    config = parse(InteractConfig, [*url, *flags.split()])
     with (
         pytest.raises(UserError, match=f"{flags.split()[0]} has no effect .* event, which asks"),
         open_grader(config),
@@ -132,7 +134,7 @@ def test_an_option_of_grades_is_refused_beside_a_question(flags):
 )
 def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
     with pytest.raises(UserError, match=f"{flags.split()[0]} has no effect with --reward"):
-        parse(InteractConfig, INTERACT_PRESETS, ["--reward", "random", *flags.split()])
+        parse(InteractConfig, ["--reward", "random", *flags.split()])
     for preset in INTERACT_PRESETS:  # which set options of a teacher too
         flags = ["--preset", preset, "--reward", "random", "--teacher-timeout", "9"]
-        assert parse(InteractConfig, INTERACT_PRESETS, flags).teacher_timeout == 9
+        assert parse(InteractConfig, flags).teacher_timeout == 9

@@ -6,7 +6,9 @@ from conftest import cli, metrics
 
 import train_interact as interact
 from tests.train.test_scale import Answers
-from tinystory.config import INTERACT_PRESETS, MODEL_TEACHER, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
+from tinystory.config.presets import TEACHER_DEFAULTS
 from tinystory.rl.start import teacher_defaults
 from tinystory.run.folder import read_config
 from tinystory.student import checkpoint
@@ -29,29 +31,29 @@ def students(place, tmp_path_factory):
     return save
 
 
-def test_what_a_teachers_url_brings_depends_on_the_student_and_yields_to_what_is_typed(students):
+def test_the_defaults_for_a_teachers_url_depend_on_the_student_and_yield_to_what_is_typed(students):
     def options(init: str, *more: str) -> InteractConfig:
         argv = ["--init", init, "--teacher-url", URL, *more]
-        return parse(InteractConfig, INTERACT_PRESETS, argv, teacher_defaults)
+        return parse(InteractConfig, argv, teacher_defaults)
 
-    def brought(config: InteractConfig) -> dict:
-        return {name: getattr(config, name) for name in MODEL_TEACHER}
+    def values(config: InteractConfig) -> dict:
+        return {name: getattr(config, name) for name in TEACHER_DEFAULTS}
 
     demo = students("builtin", "dull")
-    usual = brought(InteractConfig())
-    assert brought(options(demo)) == MODEL_TEACHER
-    assert options(demo).brought == (
+    usual = values(InteractConfig())
+    assert values(options(demo)) == TEACHER_DEFAULTS
+    assert options(demo).defaults == (
         "--steps 8 --teacher-prompt event --grades 64 --no-eval-graded --judge rubric"
     )
     typed = options(demo, "--steps", "12", "--judge", "")
-    assert brought(typed) == MODEL_TEACHER | {"steps": 12, "judge": ""}
-    assert "--steps" not in typed.brought
-    assert brought(options(demo, "--teacher-prompt", "grades")) == usual | {
+    assert values(typed) == TEACHER_DEFAULTS | {"steps": 12, "judge": ""}
+    assert "--steps" not in typed.defaults
+    assert values(options(demo, "--teacher-prompt", "grades")) == usual | {
         "teacher_prompt": "grades"
     }
-    assert brought(options(students("builtin"))) == usual
-    assert brought(options(students("tinystories"))) == usual
-    assert brought(parse(InteractConfig, INTERACT_PRESETS, [], teacher_defaults)) == usual
+    assert values(options(students("builtin"))) == usual
+    assert values(options(students("tinystories"))) == usual
+    assert values(parse(InteractConfig, [], teacher_defaults)) == usual
 
 
 def test_a_bare_url_ends_with_a_result(students, place, tmp_path, capsys):
@@ -62,7 +64,9 @@ def test_a_bare_url_ends_with_a_result(students, place, tmp_path, capsys):
         argv += "--steps 3 --stories-per-step 64 --max-new-tokens 16 --opening Once".split()
         interact.main([*argv, "--eval-stories", "4", "--device", "cpu"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the options given bring --teacher-prompt event --grades 64 --no-eval-graded" in printed
+    assert (
+        "defaults for these options: --teacher-prompt event --grades 64 --no-eval-graded" in printed
+    )
     assert "The mean score by the second judge" in printed
     assert 'first was asked "Does something unexpected happen in this story' in printed
     assert "The calibration found that it scores a story above" in printed

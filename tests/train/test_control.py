@@ -9,7 +9,8 @@ from conftest import SHORT, assert_same_bits, cli, fails, metrics, read_lines
 from runs import interrupted_at, run_interact
 
 import train_interact as interact
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate.control import COMPARISON, note_on_grades
 from tinystory.run.errors import UserError
@@ -171,30 +172,26 @@ def test_the_teacher_in_the_record_is_neither_asked_nor_needed(run):
         }
 
     edit(run / "config.json", taught)
-    config = parse(InteractConfig, INTERACT_PRESETS, ["--control", str(run)])
+    config = parse(InteractConfig, ["--control", str(run)])
     assert (config.teacher_url, config.teacher_model, config.teacher_prompt) == ([], [], "")
     assert (config.eval_graded, config.judge, config.temperature) == (False, "rubric", 1.0)
     with pytest.raises(UserError, match="give these options again"):  # --teacher-model too
         parse(
             InteractConfig,
-            INTERACT_PRESETS,
             ["--control", str(run), "--teacher-url", "http://x/v1"],
         )
 
 
-def test_what_the_runs_teacher_would_cost_is_said(run):
-    """Three evaluations and three students, of four stories each, at 300 tokens per request."""
+def test_how_many_grades_the_runs_teacher_would_give_is_said(run):
+    """Three evaluations and three students, of four stories each."""
 
     def taught(record):
         record["options"] |= {"teacher_url": ["http://127.0.0.1:9/v1"], "reward": ""}
 
     edit(run / "config.json", taught)
-    lines = read_lines(run / "metrics.jsonl")
-    lines[0] |= {"teacher_requests": 2, "teacher_tokens_in": 600, "teacher_retries": "many"}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = parse(InteractConfig, INTERACT_PRESETS, ["--control", str(run)])
+    config = parse(InteractConfig, ["--control", str(run)])
     note = note_on_grades(config, Grader({"scored_by": ""}), Openings(["Once"], 0))
-    assert "second judge (rubric)" in note and "24 grades, about 7,200 prompt tokens" in note
+    assert "second judge (rubric)" in note and "for 24 grades by that teacher" in note
 
 
 def unfinished(run):

@@ -230,7 +230,7 @@ def collectives(rank: int, folder: str) -> None:
 
     config = pretrain.PretrainConfig(out=f"{folder}/seen-by-{rank}")
     with distributed.run_folder(config) as config:
-        assert config.out == f"{folder}/seen-by-0" and not config.names_out
+        assert config.out == f"{folder}/seen-by-0" and "out" not in config.given
         assert distributed.rank0_value(lambda: lock_holder(Path(config.out)))
 
 

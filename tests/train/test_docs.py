@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, SHORT, cli, metrics
 
 import train_interact
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +86,7 @@ def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_p
 
 
 def test_the_values_beside_trls_options_are_todays():
-    paper = parse(InteractConfig, INTERACT_PRESETS, ["--preset", "paper"])
+    paper = parse(InteractConfig, ["--preset", "paper"])
     compared = 0
     for line in (ROOT / "docs" / "from-trl.md").read_text().splitlines():
         cells = line.split(" | ")

@@ -12,7 +12,7 @@ from runs import run_interact, spoiling, stops_by
 import train_interact as interact
 from tinystory.evaluate import held_out
 from tinystory.run.collapse import CollapseDetector
-from tinystory.run.records import EVALUATIONS, read_records, write_manifest
+from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
 
@@ -88,21 +88,6 @@ def test_an_interrupted_evaluation_is_made_up_for(place, whole, tmp_path, monkey
     assert held_out_rewards[0] == held_out_rewards[1]
     for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
-
-
-def test_an_older_checkpoint_is_resumed(place, whole, tmp_path):
-    """It records the step of the last evaluation, which is -1 before the first."""
-    old = tmp_path / "old"
-    shutil.copytree(whole, old)
-    folder = old / "checkpoints"
-    shutil.rmtree(folder / "step_0000004")
-    shutil.rmtree(folder / "step_0000002", ignore_errors=True)
-    counters = checkpoint.read_counters(folder / "start")
-    del counters["evaluated_before"], counters["undone"]
-    (folder / "start/trainer.json").write_text(json.dumps(counters | {"evaluated": -1}))
-    write_manifest(folder / "start")
-    run_interact(place, old, "--resume")
-    assert_same_bits(whole, old)
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,9 @@ from conftest import SHORT, assert_same_bits, cli, metrics
 from runs import interrupted_at
 
 import train_interact as interact
-from tinystory.config import INTERACT_PRESETS, LEARNER_DEFAULTS, InteractConfig, parse
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import parse
+from tinystory.config.presets import INTERACT_PRESETS, LEARNER_DEFAULTS
 from tinystory.rl import learners
 from tinystory.rl.learners import check
 from tinystory.run.errors import UserError
@@ -63,9 +65,9 @@ def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
             assert metrics(tmp_path / learner)[-1]["explained_variance"] is None
 
 
-def test_a_learner_brings_its_defaults_which_a_preset_and_the_user_override():
+def test_a_learner_has_defaults_which_a_preset_and_the_user_override():
     def options(argv):
-        config = parse(InteractConfig, INTERACT_PRESETS, argv.split())
+        config = parse(InteractConfig, argv.split())
         check(config)
         return config.stories_per_opening, config.learning_rate, config.kl_coef
 
@@ -98,5 +100,5 @@ def test_a_refusal_names_what_to_give():
         ("--learner dpo --stories-per-opening 2 --minibatch-size 3", ("--minibatch-size", "even")),
     ):
         with pytest.raises(UserError) as error:
-            check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))
+            check(parse(InteractConfig, argv.split()))
         assert all(word in str(error.value) for word in words)

@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory.config import (
-    FIRST,
-    INTERACT_PRESETS,
-    KEPT_ON_RESUME,
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    check,
-    parse,
-)
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.command_line import FIRST, parse
+from tinystory.config.record import KEPT_ON_RESUME
 from tinystory.data.openings import builtin_openings
 from tinystory.rl import learners
 from tinystory.run.errors import UserError
@@ -32,7 +25,7 @@ from tinystory.run.options import Interval, flag_of
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening
 
-COMMANDS = {PretrainConfig: PRETRAIN_PRESETS, InteractConfig: INTERACT_PRESETS}
+COMMANDS = (PretrainConfig, InteractConfig)
 
 
 def options(config_class):
@@ -40,11 +33,11 @@ def options(config_class):
 
 
 def test_every_number_has_a_range_that_holds_every_preset():
-    for config_class, presets in COMMANDS.items():
+    for config_class in COMMANDS:
         for f in options(config_class):
             assert isinstance(f.metadata["allowed"], Interval) == (f.type in (int, float)), f.name
-        for preset in presets:
-            parse(config_class, presets, ["--preset", preset])
+        for preset in config_class.presets:
+            parse(config_class, ["--preset", preset])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +49,7 @@ def test_no_number_may_be_any_of_these(value):
             if isinstance(f.metadata["allowed"], Interval) and (f.type is int or value != 2.5):
                 config = dataclasses.replace(config_class(), **{f.name: value})
                 with pytest.raises(UserError, match=rf"{f.name.replace('_', '[-_]')} must be "):
-                    check(config)
+                    config.check()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +107,7 @@ def test_senseless_options_are_refused(argv):
         c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")}
     )
     with pytest.raises(UserError, match="--"):
-        config = parse(config_class, COMMANDS[config_class], argv)
+        config = parse(config_class, argv)
         learners.check(config)
 
 
@@ -138,19 +131,19 @@ def test_an_option_that_another_leaves_without_effect_is_refused(argv, flag):
     with pytest.raises(
         UserError, match=f"^{flag} has no effect (with|without|on) .*, or leave {flag} out"
     ):
-        parse(config_class, COMMANDS[config_class], argv.split())
+        parse(config_class, argv.split())
 
 
-@pytest.mark.parametrize("preset", INTERACT_PRESETS)
+@pytest.mark.parametrize("preset", InteractConfig.presets)
 def test_an_options_value_of_a_preset_may_be_without_effect(preset):
-    parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset, "--kl-coef", "0"])
-    parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset, "--judge", "HTTP://127.0.0.1:9"])
+    parse(InteractConfig, ["--preset", preset, "--kl-coef", "0"])
+    parse(InteractConfig, ["--preset", preset, "--judge", "HTTP://127.0.0.1:9"])
 
 
 @pytest.mark.parametrize("flag", ["--out", "--openings", "--device", "--teacher-url"])
 def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
     with pytest.raises(UserError, match=f"{flag} must be given: it is empty"):
-        parse(InteractConfig, INTERACT_PRESETS, [flag, ""])
+        parse(InteractConfig, [flag, ""])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +164,7 @@ def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
     if word in ("--epoch", "--batch-size"):
         config_class = InteractConfig
     with pytest.raises(UserError, match=words):
-        parse(config_class, COMMANDS[config_class], [word, "3"])
+        parse(config_class, [word, "3"])
 
 
 @pytest.mark.parametrize(
@@ -186,14 +179,14 @@ def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
 def test_a_value_that_does_not_exist_is_told_with_the_one_that_was_meant(argv, words):
     config_class = InteractConfig if "--learner" in argv else PretrainConfig
     with pytest.raises(UserError, match=words):
-        parse(config_class, COMMANDS[config_class], argv.split())
+        parse(config_class, argv.split())
 
 
 def test_another_prompt_needs_an_llm(tmp_path):
     argv = ["--teacher-prompt", str(tmp_path / "p.json")]
     with pytest.raises(UserError, match=r"--teacher-prompt has no effect on .*--teacher-url"):
-        parse(InteractConfig, INTERACT_PRESETS, argv)
-    parse(InteractConfig, INTERACT_PRESETS, [*argv, "--teacher-url", "http://127.0.0.1:9"])
+        parse(InteractConfig, argv)
+    parse(InteractConfig, [*argv, "--teacher-url", "http://127.0.0.1:9"])
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)
@@ -201,7 +194,7 @@ def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, 
     texts = {}
     for flag in ("--help", "--help-all"):
         with pytest.raises(SystemExit):
-            parse(config_class, COMMANDS[config_class], [flag])
+            parse(config_class, [flag])
         texts[flag] = " ".join(capsys.readouterr().out.split())
         assert "(default: )" not in texts[flag]
         assert "1000000000" not in texts[flag]
@@ -217,15 +210,12 @@ def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, 
 
 def test_the_learning_rate_of_adamw_follows_the_optimizer():
     for optimizer, rate in (("muon", 0.024), ("adamw", 0.0024)):
-        assert (
-            parse(PretrainConfig, PRETRAIN_PRESETS, ["--optimizer", optimizer]).learning_rate
-            == rate
-        )
+        assert parse(PretrainConfig, ["--optimizer", optimizer]).learning_rate == rate
 
 
 def test_whole_numbers_are_exact():
     def seed(text):
-        return parse(PretrainConfig, PRETRAIN_PRESETS, ["--words", text]).words
+        return parse(PretrainConfig, ["--words", text]).words
 
     expected = [10**6, 1000, 2 * 10**6, 1500, 10**15 - 1]
     assert [seed(text) for text in ("1e6", "1_000", "2M", "1.5k", "999999999999999")] == expected
@@ -264,7 +254,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     name = data.draw(st.sampled_from(sorted(record)))
     record[name] = data.draw(JUNK | st.sampled_from(["\0", "\ud800", 2**70, -1]))
     try:
-        config = parse(config_class, COMMANDS[config_class], recorded(out, record))
+        config = parse(config_class, recorded(out, record))
     except UserError as error:
         assert str(out) in str(error)
         # JSON with Infinity
@@ -292,10 +282,8 @@ def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it
     with pytest.raises(
         UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"
     ):
-        parse(config_class, COMMANDS[config_class], [*resume, "--preset", preset])
-    assert (
-        parse(config_class, COMMANDS[config_class], [*resume, "--preset", "demo"]).preset == "demo"
-    )
+        parse(config_class, [*resume, "--preset", preset])
+    assert parse(config_class, [*resume, "--preset", "demo"]).preset == "demo"
 
 
 # Per option that a resumed run keeps: a value that is not the default.
@@ -324,23 +312,23 @@ def test_an_option_that_a_resumed_run_keeps_is_refused_and_its_recorded_value_is
     for f in kept:
         flag, value = flag_of(f), OTHERWISE.get(f.name, 320)
         with pytest.raises(UserError) as caught:
-            parse(config_class, COMMANDS[config_class], [*resume, flag, str(value)])
+            parse(config_class, [*resume, flag, str(value)])
         said = f"{flag} {value} does not go with --resume: "
         assert str(caught.value).startswith(said), f.name
         assert f"begun with {begun[f.name]!r}; leave it out" in str(caught.value)
-        same = parse(config_class, COMMANDS[config_class], [*resume, flag, str(begun[f.name])])
+        same = parse(config_class, [*resume, flag, str(begun[f.name])])
         assert getattr(same, f.name) == begun[f.name]
 
 
 def test_a_resumed_run_may_be_given_again_the_zeros_that_stood_for_a_choice(tmp_path):
     resume = recorded(tmp_path, asdict(PretrainConfig()))
-    assert parse(PretrainConfig, PRETRAIN_PRESETS, [*resume, "--n-head", "0"]).n_head == 3
+    assert parse(PretrainConfig, [*resume, "--n-head", "0"]).n_head == 3
     begun = asdict(InteractConfig(temperature=0.5))
     zero = ["--temperature", "0"]
     resume = recorded(tmp_path, begun | {"tried_temperatures": {"0.5": 0.4}})
-    assert parse(InteractConfig, INTERACT_PRESETS, [*resume, *zero]).temperature == 0.5
+    assert parse(InteractConfig, [*resume, *zero]).temperature == 0.5
     with pytest.raises(UserError, match=r"--temperature 0\.0 does not go with --resume"):
-        parse(InteractConfig, INTERACT_PRESETS, [*recorded(tmp_path, begun), *zero])
+        parse(InteractConfig, [*recorded(tmp_path, begun), *zero])
 
 
 @pytest.mark.parametrize(
@@ -348,7 +336,7 @@ def test_a_resumed_run_may_be_given_again_the_zeros_that_stood_for_a_choice(tmp_
 )
 def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tmp_path):
     with pytest.raises(UserError, match="the run was begun by another command"):
-        parse(config_class, COMMANDS[config_class], recorded(tmp_path, asdict(other())))
+        parse(config_class, recorded(tmp_path, asdict(other())))
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)
@@ -359,7 +347,7 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
         with pytest.raises(
             UserError, match=r"config\.json has no seed: the run was begun by another"
         ):
-            parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
+            parse(config_class, [*recorded(tmp_path, record), *more])
 
 
 def test_likelihood_needs_a_temperature(place, tmp_path, capsys):
@@ -475,7 +463,7 @@ KEY = "planted-0123456789"
 def test_a_key_of_the_environment_is_no_option(variable, flag, text, monkeypatch, tmp_path):
     monkeypatch.setenv(variable, f"X-Api-Key: {KEY}" if "HEADERS" in variable else KEY)
     with pytest.raises(UserError, match=rf"{flag} holds the value of {variable}") as caught:
-        parse(InteractConfig, INTERACT_PRESETS, [flag, text % KEY])
+        parse(InteractConfig, [flag, text % KEY])
     assert KEY not in str(caught.value)
 
 
@@ -487,9 +475,9 @@ def test_a_key_that_a_run_recorded_before_is_not_shown_on_resume_and_a_flag_repl
     resume = [*recorded(tmp_path, asdict(begun)), "--teacher-url", url]
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UserError, match=r"records --teacher-extra") as error:
-        parse(InteractConfig, INTERACT_PRESETS, resume)
+        parse(InteractConfig, resume)
     assert KEY not in str(error.value)
-    config = parse(InteractConfig, INTERACT_PRESETS, [*resume, "--teacher-extra", "{}"])
+    config = parse(InteractConfig, [*resume, "--teacher-extra", "{}"])
     assert config.teacher_extra == "{}"
 
 
@@ -498,9 +486,9 @@ def test_a_key_that_a_run_recorded_before_is_not_shown_on_resume_and_a_flag_repl
 )
 def test_a_dummy_key_and_what_is_no_key_may_be_in_options(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    assert parse(InteractConfig, INTERACT_PRESETS, ["--opening", f"{value} ran."]).openings
+    assert parse(InteractConfig, ["--opening", f"{value} ran."]).openings
 
 
 def test_a_path_is_no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("DEPLOY_KEY", str(tmp_path))
-    assert parse(InteractConfig, INTERACT_PRESETS, ["--out", f"{tmp_path}/run"]).out
+    assert parse(InteractConfig, ["--out", f"{tmp_path}/run"]).out

@@ -10,13 +10,9 @@ from conftest import SHORT, SMALL, cli, fails, metrics
 import train_interact as interact
 import train_pretrain as pretrain
 from lab.reproduce import SCALES
-from tinystory.config import (
-    INTERACT_PRESETS,
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    parse,
-)
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.command_line import parse
+from tinystory.config.presets import PRETRAIN_PRESETS
 from tinystory.data import babylm
 from tinystory.evaluate.temperature import TEMPERATURES
 from tinystory.ops import cuda
@@ -43,11 +39,11 @@ PAPER_INTERACT |= dict(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0)
 
 
 def test_the_papers_preset_has_the_papers_figures():
-    reading = parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", "paper"])
+    reading = parse(PretrainConfig, ["--preset", "paper"])
     assert {name: getattr(reading, name) for name in PAPER_PRETRAIN} == PAPER_PRETRAIN
     assert reading.batch_size * reading.context == 131_072
     for preset in ("paper", *babylm.TRACKS):
-        writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset])
+        writing = parse(InteractConfig, ["--preset", preset])
         assert {name: getattr(writing, name) for name in PAPER_INTERACT} == PAPER_INTERACT
     three_words_a_reply = 360 * 3 * 920 + len(writing.openings.split())
     assert three_words_a_reply <= writing.budget_words < three_words_a_reply + 10 * 360 * 3
@@ -56,12 +52,12 @@ def test_the_papers_preset_has_the_papers_figures():
 def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
     options = [["--preset", name] for name in PRETRAIN_PRESETS]
     options += [scale.pretrain.split() for scale in SCALES.values()]
-    configs = [parse(PretrainConfig, PRETRAIN_PRESETS, argv) for argv in options]
+    configs = [parse(PretrainConfig, argv) for argv in options]
     assert {config.n_embd // config.n_head for config in configs} <= set(cuda.HEAD_SIZES)
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):
-    config = parse(InteractConfig, INTERACT_PRESETS, "--preset paper --lam 1 --steps 3".split())
+    config = parse(InteractConfig, "--preset paper --lam 1 --steps 3".split())
     assert (config.preset, config.lam, config.steps, config.kl_coef) == ("paper", 1.0, 3, 0.2)
 
 
@@ -127,8 +123,8 @@ def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
 
 @pytest.mark.parametrize("track", babylm.TRACKS)
 def test_a_tracks_preset_leaves_the_teacher_its_words(track):
-    reading = parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", track])
-    writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", track])
+    reading = parse(PretrainConfig, ["--preset", track])
+    writing = parse(InteractConfig, ["--preset", track])
     corpus = round((1 - reading.val_fraction) * babylm.TRACKS[track])
     babylm.check_pretraining(track, corpus, reading.words, reading.batch_size * reading.context)
     babylm.check_interaction(
@@ -189,5 +185,5 @@ def test_a_large_gpu_reads_more_stories_at_once_unless_a_number_is_given(
     argv, memory_gb, device, size, monkeypatch
 ):
     monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
-    config = parse(InteractConfig, INTERACT_PRESETS, argv)
+    config = parse(InteractConfig, argv)
     assert memory.micro_batch_size(config, torch.device(device)) == size

@@ -18,7 +18,8 @@ from conftest import LIMIT_S, ROOT, metrics, tiny_stories
 from fault_server import FaultServer
 
 import train_interact
-from tinystory.config import FIRST, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.command_line import FIRST
 from tinystory.evaluate.forecast import demo_stories, stories_to_grade
 from tinystory.rl.policy import RunState
 from tinystory.run.folder import read_config, write_config

@@ -11,25 +11,24 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from tinystory.config import CONTROLS, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.control import CONTROLS
 from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.openings import Openings
 from tinystory.data.shards import held_out_documents
+from tinystory.evaluate import held_out
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.graders import Graders
-from tinystory.evaluate.held_out import is_evaluated
 from tinystory.evaluate.intervals import Z, mean_of, standard_error, t_quantile
 from tinystory.evaluate.stories import cluster_ids
 from tinystory.evaluate.validation import best_temperature_bits
-from tinystory.rl.policy import Policy, rollout
-from tinystory.rl.reward import differences, story_rewards
+from tinystory.rl.policy import Policy
 from tinystory.run import distributed
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import CONTROL_RUNS, newest_first, read_config
-from tinystory.run.records import LARGEST, Fields, Record, plain, read_metrics, read_object
+from tinystory.run.records import LARGEST, Fields, Record, plain, read_object
 from tinystory.student import checkpoint
-from tinystory.student.generate import Story
 from tinystory.student.model import Student
 from tinystory.teacher.control import control_number
 from tinystory.teacher.grade import Grader
@@ -47,28 +46,21 @@ FIRST_INDEX = 4 * 10**9
 SMALL = 1 / 3
 FEWEST_CONTROLS = 3  # with scores in random order, for a verdict
 
-
-class Measure(NamedTuple):
-    """A measure of a story or, for bits per byte, of a text. title: may have a place for the number
-    of stories in a group. is_sum: the measure of a student is the sum over a group, not the mean."""
-
-    title: str
-    is_sum: bool = False
-
-
-MEASURES: Mapping[str, Measure] = {
-    "reward": Measure("reward, 0 to 1"),
-    "score": Measure("score, 0 to 1"),
-    "judge": Measure("second judge, 0 to 1"),
-    "ended": Measure("ended"),
-    "clusters": Measure("clusters among {group} stories", is_sum=True),
-    "words": Measure("words"),
-    "bits_per_byte": Measure("bits per byte"),
+# Titles of the measures of a story or, for bits per byte, of a text. group: number of stories in a
+# group.
+MEASURES = {
+    "reward": "reward, 0 to 1",
+    "score": "score, 0 to 1",
+    "judge": "second judge, 0 to 1",
+    "ended": "ended",
+    "clusters": "clusters among {group} stories",
+    "words": "words",
+    "bits_per_byte": "bits per byte",
 }
 CLAIMED = ("reward", "judge")  # the first of these that is measured is the gain of the sentence
 
-Values = list[float | None]  # one per story or text; None: unscored
-Measures = Mapping[str, Values]  # by name in MEASURES
+# Values of the stories or texts by name in MEASURES. None: not scored.
+Measures = Mapping[str, Sequence[float | None]]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -80,68 +72,47 @@ def compare(
     """Write COMPARISON, the measures of the three students, into the folder of a finished control.
     reference: the student before interaction. Raises Interrupted on `stop`."""
     config = policy.config
-    last = last_student(Path(config.control[0]))
+    run = Path(config.control[0])
+    # The checkpoint `best` is chosen by its held-out stories, which is an advantage that the control
+    # would not have.
+    last = checkpoint.newest(run)
+    assert last is not None, "the control began with a checkpoint of the run"
     run_student, _, _ = checkpoint.load(last, reference.wte.weight.device)
     students = dict(zip(STUDENTS, (reference, run_student, policy.student), strict=True))
-    size = config.eval_stories
-    groups = 1 if config.teacher_url else math.ceil(STORIES / size)
-    held_out = openings.held_out
-    prompts = [held_out[i % len(held_out)] for i in range(groups * size)]
     texts = held_out_texts(config, policy.history)
-
-    record: Record = {"group": size, "temperatures": {}}
+    record: Record = {"group": config.eval_stories}
     for name, student in students.items():
-        one = replace(policy, student=student)
-        stories = rollout(one, prompts, FIRST_INDEX)
-        measures: dict[str, list[float | None]] = defaultdict(list)
-        for first in range(0, len(stories), size):
-            group = stories[first : first + size]
-            for measure, column in story_values(config, group, graders, stop).items():
-                measures[measure] += column
+        policy_of_student = replace(policy, student=student)
+        measures = story_measures(policy_of_student, openings.held_out, graders, stop)
         if texts:
-            temperature, bits = best_temperature_bits(student, policy.tokenizer, texts)
-            record["temperatures"][name] = temperature
-            measures["bits_per_byte"] += bits
+            _, measures["bits_per_byte"] = best_temperature_bits(student, policy.tokenizer, texts)
         record[name] = measures
     if distributed.is_rank0():
         atomic_write(Path(config.out) / COMPARISON, json.dumps(plain(record)) + "\n")
 
 
-def story_values(
-    config: InteractConfig, stories: Sequence[Story], graders: Graders, stop: Stop
-) -> dict[str, Values]:
-    """The measures of a group of stories, by name; without scores or a judge, fewer. A story in a
-    cluster of n stories has the value 1 / n, so that the sum is the number of clusters."""
-    clusters = cluster_ids([story.text for story in stories])
-    sizes = Counter(clusters)
-    values: dict[str, Values] = {
-        "ended": [float(story.ended == "eos") for story in stories],
-        "clusters": [1 / sizes[cluster] for cluster in clusters],
-        "words": [float(story.words) for story in stories],
-    }
-    if config.eval_graded:
-        values["score"] = scores_of(stories, graders.examiner, stop)
-        difference = differences([story.text for story in stories])
-        values["reward"] = [*story_rewards(config, stories, values["score"], difference)]
-    if graders.judge:
-        values["judge"] = scores_of(stories, graders.judge, stop)
-    return values
-
-
-def scores_of(stories: Sequence[Story], grader: Grader, stop: Stop) -> Values:
-    """The scores of stories on every rank, 0..1. Raises Interrupted on `stop`."""
-    for story in stories:
-        grader.send(story)
-    return [grade.score for grade in grader.collect(stop)]
-
-
-def last_student(run: Path) -> Path:
-    """The last checkpoint of a run. The checkpoint `best` is chosen by its held-out stories, which
-    is an advantage that the control would not have."""
-    folder = checkpoint.newest(run)
-    if folder is None:
-        raise UserError(f"{run} has no checkpoint: give --control a run with its checkpoints")
-    return folder
+def story_measures(
+    policy: Policy, openings: Sequence[str], graders: Graders, stop: Stop
+) -> dict[str, Any]:
+    """The measures of a student's stories, by name. A story in a cluster of n stories has the value
+    1 / n times the size of the group, so the mean is the number of clusters in a group."""
+    config = policy.config
+    size = config.eval_stories
+    groups = 1 if config.teacher_url else math.ceil(STORIES / size)
+    measures: dict[str, Any] = defaultdict(list)
+    for first in range(0, groups * size, size):
+        prompts = [openings[i % len(openings)] for i in range(first, first + size)]
+        _, _, records = held_out.evaluate(policy, 0, prompts, graders, stop, FIRST_INDEX + first)
+        clusters = cluster_ids([record["story"] for record in records])
+        cluster_sizes = Counter(clusters)
+        for record, cluster in zip(records, clusters, strict=True):
+            measures["reward"].append(record["reward"])
+            measures["score"].append(record["score"])
+            measures["judge"].append(record.get("judge"))
+            measures["ended"].append(float(record["ended"] == "eos"))
+            measures["clusters"].append(size / cluster_sizes[cluster])
+            measures["words"].append(record["words"])
+    return measures
 
 
 def held_out_texts(config: InteractConfig, history: Mapping[str, Any]) -> list[str]:
@@ -164,31 +135,21 @@ def held_out_texts(config: InteractConfig, history: Mapping[str, Any]) -> list[s
     return []
 
 
-def note_on_grades(config: InteractConfig, examiner: Grader, openings: Openings) -> str:
+def note_on_grades(config: InteractConfig, teacher: Grader, openings: Openings) -> str:
     """A sentence on who grades the held-out stories of a control, and on the cost if that is a
-    teacher on the command line, or if it could be the run's."""
-    evaluations = sum(is_evaluated(config, step) for step in range(config.steps + 1))
+    teacher on the command line, or on the number of grades if it could be the run's."""
+    evaluations = sum(held_out.is_evaluated(config, step) for step in range(config.steps + 1))
     grades = (evaluations + len(STUDENTS)) * config.eval_stories
     if config.eval_graded:
-        by = f"held-out stories are graded by {examiner.facts['scored_by']}"
-        return f"{by}: {examiner.forecast(grades, openings[0])}" if config.teacher_url else by
+        note = f"held-out stories are graded by {teacher.facts['scored_by']}"
+        return f"{note}: {teacher.forecast(grades, openings[0])}" if config.teacher_url else note
     run = Path(config.control[0])
-    by = f"held-out stories are graded by the second judge ({config.judge}), not by the teacher of {run}"
-    if not read_config(run)["options"]["teacher_url"]:
-        return f"{by}; to ask that function, give --reward again"
-    cost = f"{grades:,} grades"
-    metrics = read_metrics(run)
-    requests = total(metrics, "teacher_requests")
-    if requests:
-        tokens = grades * total(metrics, "teacher_tokens_in") / requests
-        cost += f", about {tokens:,.0f} prompt tokens"
-    return f"{by}; to ask that teacher, give --teacher-url again: {cost}"
-
-
-def total(metrics: Sequence[Record], key: str) -> float:
-    """The sum of the numbers among a metric's values, which a server may have reported."""
-    values = [record.get(key) for record in metrics]
-    return float(sum(value for value in values if isinstance(value, int | float)))
+    has_url = read_config(run)["options"]["teacher_url"]
+    flag = "--teacher-url" if has_url else "--reward"
+    return (
+        f"held-out stories are graded by the second judge ({config.judge}), not by the teacher of {run}; "
+        f"for {grades:,} grades by that teacher, give {flag} again"
+    )
 
 
 # ---- what the differences say --------------------------------------------------------------------
@@ -216,9 +177,9 @@ class Difference(NamedTuple):
 @dataclass(frozen=True)
 class Comparison:
     """A run beside its controls of one kind. name: of the kind, one of CONTROLS. group: number of
-    stories in a group. before, run, controls: measures by name, of the student before, after the
-    run, and after each control. shuffled: the same of the controls with scores in random order,
-    which show how much trainings differ by chance."""
+    stories in a group. before, run, controls: measures of the student before, after the run, and
+    after each control. shuffled: measures after each control with scores in random order, which
+    show how much trainings differ by chance."""
 
     name: str
     group: int
@@ -232,20 +193,16 @@ class Comparison:
         return len(self.shuffled) >= FEWEST_CONTROLS
 
     def differences(self) -> dict[str, Difference]:
-        """The measures that all students have, by name."""
-        students = (self.before, self.run, *self.controls)
+        """The measures for which at least two stories or texts have a value of every student, by
+        name."""
         result = {}
-        for name, measure in MEASURES.items():
-            columns = [student[name] for student in students if name in student]
-            if len(columns) < len(students):
-                continue
+        for name in MEASURES:
+            students = (self.before, self.run, *self.controls)
+            columns = [student.get(name, ()) for student in students]
             rows = [row for row in zip(*columns, strict=True) if None not in row]
             if len(rows) > 1:
-                trainings = []
-                if self.has_verdicts:
-                    trainings = [mean_of(student.get(name, ())) for student in self.shuffled]
-                scale = self.group if measure.is_sum else 1
-                result[name] = difference(rows, trainings, scale)
+                trainings = [mean_of(student.get(name, ())) for student in self.shuffled]
+                result[name] = difference(rows, trainings)
         return result
 
     def claimed(self) -> str:
@@ -255,15 +212,15 @@ class Comparison:
 
 
 def difference(
-    rows: Sequence[Sequence[float]], trainings: Sequence[float | None] = (), scale: float = 1.0
+    rows: Sequence[Sequence[float]], trainings: Sequence[float | None] = ()
 ) -> Difference:
     """Means and verdict from rows of values for the same opening, (before, run, control, ...).
 
-    trainings: means after several trainings that differ only by chance. With them, the interval is
-    at least the prediction interval of run minus control under the hypothesis that the scores say
-    nothing about the stories: run and controls then are further such trainings. Without them, the
-    interval is only over the openings, and there is no verdict, because trainings differ more by
-    chance than stories do."""
+    trainings: means after several trainings that differ only by chance. With FEWEST_CONTROLS of
+    them, the interval is at least the prediction interval of run minus control under the hypothesis
+    that the scores say nothing about the stories: run and controls then are further such trainings.
+    With fewer, the interval is only over the openings, and there is no verdict, because trainings
+    differ more by chance than stories do."""
     paired = [row[1] - fmean(row[2:]) for row in rows]
     half = Z * (standard_error(paired) or 0.0)
     before, run, *controls = (fmean(column) for column in zip(*rows, strict=True))
@@ -273,7 +230,7 @@ def difference(
         by_chance = stdev(known) * math.sqrt(1 + 1 / len(controls))
         half = max(half, t_quantile(len(known)) * by_chance)
         says = verdict(fmean(paired), half, SMALL * stdev(row[0] for row in rows))
-    return Difference(scale * before, scale * run, scale * fmean(controls), scale * half, says)
+    return Difference(before, run, fmean(controls), half, says)
 
 
 def verdict(mean: float, half: float, small: float) -> str:
@@ -289,66 +246,66 @@ def verdict(mean: float, half: float, small: float) -> str:
     return "not told apart at this size"
 
 
+# ---- reading -------------------------------------------------------------------------------------
+
+
 def read_comparisons(run: Path) -> list[Comparison]:
-    """The comparisons of a run with its controls, in the order of CONTROLS. Controls with another
-    number of stories than the first (--eval-stories) are left out. Raises UserError for a file that
+    """The comparisons of a run with its controls, in the order of CONTROLS. Controls with other
+    numbers of stories than the first (--eval-stories) are left out. Raises UserError for a file that
     `compare` cannot have written."""
-    by_kind: dict[str, list[Record]] = {}
-    for name in CONTROLS:
-        paths = [folder / COMPARISON for folder in control_folders(run, name)]
-        records = [read_comparison(path) for path in paths if path.exists()]
-        if records:
-            by_kind[name] = records
+    records = {name: read_records_of_kind(run, name) for name in CONTROLS}
     comparisons = []
-    for name, (first, *others) in by_kind.items():
-        controls = [first, *(record for record in others if are_alike(record, first))]
-        shuffled = [record for record in by_kind.get("shuffled", ()) if are_alike(record, first)]
-        comparison = Comparison(
-            name=name,
-            group=first["group"],
-            before=first["before"],
-            run=first["run"],
-            controls=[record["control"] for record in controls],
-            shuffled=[record["control"] for record in shuffled],
-        )
-        comparisons.append(comparison)
+    for name in CONTROLS:
+        if records[name]:
+            first = records[name][0]
+            comparison = Comparison(
+                name=name,
+                group=first["group"],
+                before=first["before"],
+                run=first["run"],
+                controls=controls_like(first, records[name]),
+                shuffled=controls_like(first, records["shuffled"]),
+            )
+            comparisons.append(comparison)
     return comparisons
 
 
-def are_alike(record: Record, other: Record) -> bool:
-    """Whether two records by `compare` have the same numbers of stories and texts."""
-    names = record["run"].keys() & other["run"].keys() & MEASURES.keys()
-    sizes = [[len(each["run"][name]) for name in sorted(names)] for each in (record, other)]
-    return record["group"] == other["group"] and sizes[0] == sizes[1]
+def controls_like(first: Record, records: Sequence[Record]) -> list[Measures]:
+    """The measures of the controls with the numbers of stories and texts of the record `first`."""
+    return [record["control"] for record in records if sizes(record) == sizes(first)]
 
 
-def control_folders(run: Path, name: str) -> list[Path]:
-    """The folders of a run's controls of one kind: shuffled, shuffled-2, ..."""
-    return sorted(newest_first(run / CONTROL_RUNS / name), key=control_number)
+def sizes(record: Record) -> list[int]:
+    """Number of stories in a group, and of the values of each measure."""
+    return [record["group"], *(len(record["run"][name]) for name in MEASURES)]
+
+
+def read_records_of_kind(run: Path, name: str) -> list[Record]:
+    """The records by `compare` of a run's controls of one kind: shuffled, shuffled-2, ..."""
+    folders = sorted(newest_first(run / CONTROL_RUNS / name), key=control_number)
+    paths = [folder / COMPARISON for folder in folders]
+    return [read_comparison(path) for path in paths if path.exists()]
 
 
 def read_comparison(path: Path) -> Record:
-    """A record by `compare`: group, and the measures of each student. Raises UserError unless all
-    values are numbers or None, and all columns of a measure have one length."""
+    """A record by `compare`: group, and the measures of each student; [] for a measure that the
+    record lacks. Raises UserError unless all values are numbers or None, as many for each
+    student."""
     fields: Fields = dict.fromkeys(STUDENTS, (dict,))
     record = read_object(path, {"group": (int,)} | fields)
-    try:
-        for name in MEASURES:
-            columns = [record[student].get(name, []) for student in STUDENTS]
-            if any(not isinstance(column, list) for column in columns):
-                raise ValueError(f"its {name!r} is not a list")
-            if not all(is_value(value) for column in columns for value in column):
-                raise ValueError(f"its {name!r} is not a list of numbers")
-            if len({len(column) for column in columns}) > 1:
-                raise ValueError(f"its {name!r} has different lengths")
-        if not record["run"].get("words"):
-            raise ValueError("it has no stories")
-    except ValueError as error:
-        raise UserError(
-            f"{path} cannot be read: {error}; delete the folder {path.parent} and run the control again"
-        ) from None
+    for name in MEASURES:
+        columns = [record[student].setdefault(name, []) for student in STUDENTS]
+        if not all(map(is_column, columns)) or len(set(map(len, columns))) > 1:
+            raise UserError(
+                f"{path} cannot be read: its {name!r} is not a list of numbers for each student, all of "
+                f"one length; delete the folder {path.parent} and run the control again"
+            )
     return record
 
 
-def is_value(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and -LARGEST < value < LARGEST)
+def is_column(values: object) -> bool:
+    """Whether the values are a list of numbers and None."""
+    if not isinstance(values, list):
+        return False
+    known = [value for value in values if value is not None]
+    return all(type(value) in (int, float) and abs(value) < LARGEST for value in known)

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from tinystory.config import MODEL_TEACHER, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.presets import TEACHER_DEFAULTS
 from tinystory.data.openings import Openings
 from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS
 from tinystory.evaluate.corruptions import DULL
@@ -42,7 +43,7 @@ def print_forecast(
 def demo_stories(teacher_prompt: str) -> int:
     """Number of stories that a model grades in the demo, and of the texts by which the model is
     measured before it. teacher_prompt: the way of asking; grades are given to all stories."""
-    options = MODEL_TEACHER | {"teacher_prompt": teacher_prompt}
+    options = TEACHER_DEFAULTS | {"teacher_prompt": teacher_prompt}
     if teacher_prompt in ("", "grades"):
         options = {}
     config = InteractConfig(**options)

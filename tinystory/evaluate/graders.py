@@ -25,12 +25,12 @@ from tinystory.teacher.protocol import Example
 
 
 class Graders(NamedTuple):
-    """The graders of a run. teacher: of the stories of each step. examiner: of held-out stories;
+    """The graders of a run. teacher: of the stories of each step. evaluator: of held-out stories;
     the teacher, except with --control. judge: the second judge; None without --judge. On ranks
     other than 0, all are idle."""
 
     teacher: Grader
-    examiner: Grader
+    evaluator: Grader
     judge: Grader | None
 
 
@@ -81,24 +81,24 @@ def open_graders(
             if not distributed.is_rank0():
                 return Graders(idle, idle, idle if config.judge else None)
             needs_teacher = config.eval_graded or not config.control
-            examiner = stack.enter_context(opening_teacher) if needs_teacher else idle
-            teacher = open_control(config, openings, likelihood) if config.control else examiner
+            evaluator = stack.enter_context(opening_teacher) if needs_teacher else idle
+            teacher = open_control(config, openings, likelihood) if config.control else evaluator
             judge = stack.enter_context(opening_judge) if config.judge else None
-            return Graders(teacher, examiner, judge)
+            return Graders(teacher, evaluator, judge)
 
         graders = distributed.rank0_first(enter)
-        teacher, examiner, judge = graders
+        teacher, evaluator, judge = graders
 
         def prepare() -> dict[str, Any]:
-            models = taught_by(config, examiner, recorded.get("taught_by"), step)
+            models = taught_by(config, evaluator, recorded.get("taught_by"), step)
             facts: dict[str, Any] = {"taught_by": models} if models else {}
             if models and models != recorded.get("taught_by"):
                 recorded.pop("answer_scale", None)  # it belongs to another model
-            for grader, name in ((examiner, "answer_scale"), (judge, "judge_scale")):
+            for grader, name in ((evaluator, "answer_scale"), (judge, "judge_scale")):
                 scale = scaled(grader, corpus, recorded.get(name)) if grader else {}
                 if scale:
                     facts[name] = scale
-            return facts | calibrated(config, examiner, corpus)
+            return facts | calibrated(config, evaluator, corpus)
 
         facts = distributed.rank0_value(prepare)
         print(printable(f"student {start}, scored by {teacher.facts['scored_by']}"))

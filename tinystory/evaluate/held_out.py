@@ -36,24 +36,26 @@ def evaluate(
     openings: Sequence[str],
     graders: Graders,
     stop: Stop,
+    first_index: int = FIRST_INDEX,
 ) -> tuple[list[Story], list[Grade], list[Record]]:
     """Stories, grades and records of an evaluation: --eval-stories stories that continue the
     held-out openings. Grades are NOT_ASKED with --no-eval-graded. The records include the second
-    judge's scores. Raises Interrupted on `stop`."""
+    judge's scores. first_index: index of the first story. Raises Interrupted on `stop`."""
     config = policy.config
     prompts = [openings[i % len(openings)] for i in range(config.eval_stories)]
-    on_story = graders.examiner.send if config.eval_graded else None
-    stories = rollout(policy, prompts, FIRST_INDEX, on_story)
+    on_story = graders.evaluator.send if config.eval_graded else None
+    stories = rollout(policy, prompts, first_index, on_story)
     grades = [NOT_ASKED] * len(stories)
     if config.eval_graded:
-        grades = graders.examiner.collect(stop)
+        grades = graders.evaluator.collect(stop)
     difference = differences([story.text for story in stories])
     scores = [grade.score for grade in grades]
     rewards = story_rewards(config, stories, scores, difference)
     records = story_records(step, stories, grades, rewards, difference, policy.history)
     if graders.judge:
-        judged = graders.judge.grade_each([(story.opening, story.text) for story in stories])
-        for record, grade in zip(records, judged, strict=True):
+        for story in stories:
+            graders.judge.send(story)
+        for record, grade in zip(records, graders.judge.collect(stop), strict=True):
             record["judge"] = grade.score  # 0..1, only reported, never part of a reward
     return stories, grades, records
 

@@ -57,7 +57,6 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     means: dict[str, float | None] = {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
-        # records of older versions have no differences
         "diversity_mean": mean_of(record.get("difference") for record in records),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
@@ -128,13 +127,9 @@ def held_out_metrics(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def shown_score(record: Record) -> float | None:
-    """The score of a story as shown to users, from 0 to `highest_score`; None without a score.
-    Records of older versions contain only the scores of the criteria."""
-    scores = record["scores"] or {}
-    score = record.get("score")
-    if score is not None:
-        return float(score * highest_score(scores))
-    return float(sum(scores.values())) if scores else None
+    """The score of a story as shown to users, from 0 to `highest_score`; None without a score."""
+    score = record["score"]
+    return None if score is None else float(score * highest_score(record["scores"]))
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:

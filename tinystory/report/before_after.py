@@ -1,7 +1,6 @@
 """Comparison of stories for held-out openings before and after interaction: means, and a pair of
-stories, for the terminal, the report and the model card."""
+stories, for the terminal and the report."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,13 +241,12 @@ def teaching(config: Record, metrics: Sequence[Record]) -> str:
     return sentence
 
 
-def read_before_after(run: Path, step: float = math.inf) -> BeforeAfter | None:
-    """The comparison of step 0 with the last evaluation up to `step`. Default: with the evaluation
-    of `best`, or with the latest if `best` is step 0 or the run is unfinished. None if there are
-    fewer than two evaluations."""
+def read_before_after(run: Path) -> BeforeAfter | None:
+    """The comparison of step 0 with the evaluation of `best`, or with the latest if `best` is step 0
+    or the run is unfinished. None if there are fewer than two evaluations."""
     evaluations = evaluations_by_step(run)
-    latest = max((at for at in evaluations if at <= step), default=0)
-    best = best_step(run) if step == math.inf else None
+    latest = max(evaluations, default=0)
+    best = best_step(run)
     before = evaluations.get(0)
     after = evaluations.get(best or latest)
     if latest == 0 or not before or not after:

@@ -4,7 +4,8 @@ import contextlib
 from dataclasses import fields
 from pathlib import Path
 
-from tinystory.config import InteractConfig, PretrainConfig, check, given_again
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.record import given_again
 from tinystory.data.openings import load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
@@ -44,6 +45,6 @@ def recorded_next_command(run: Path, record: Record) -> str:
         return ""
     with contextlib.suppress(UserError):
         config = PretrainConfig(**{name: options[name] for name in names} | {"out": str(run)})
-        check(config)
+        config.check()
         return next_command(config, Tokenizer.load(newest / "tokenizer.json"))
     return ""

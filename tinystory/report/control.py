@@ -2,40 +2,46 @@
 beside its controls."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from tinystory.evaluate.control import (
     FEWEST_CONTROLS,
     MEASURES,
     Comparison,
     Difference,
-    control_folders,
+    Measures,
     read_comparisons,
 )
-from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import Z, mean_of, standard_error
 from tinystory.report import page
 from tinystory.report.charts import Line, chart, number
 from tinystory.run.folder import read_config
 from tinystory.run.paths import hint
+from tinystory.run.terminal import wrapped
 
 # Names of the measures in evaluate.control.CLAIMED, within a sentence.
 CLAIMED = {"reward": "mean reward", "judge": "the second judge’s mean score"}
 TITLE = "How much of it was the teacher?"
-# What the student of each control learned from.
-LEARNED_FROM = {
-    "shuffled": "with the same scores in random order",
-    "constant": "with the mean score of each step for every story",
-    "likelihood": "with the stories’ likelihood as the score",
+
+
+class Kind(NamedTuple):
+    """A kind of control. learned: what its student learned from, after "gain comes"."""
+
+    title: str
+    learned: str
+    colour: str
+
+
+KINDS = {
+    "shuffled": Kind("scores in random order", "with the same scores in random order", "plain"),
+    "constant": Kind(
+        "equal scores", "with the mean score of each step for every story", "coherence"
+    ),
+    "likelihood": Kind("likelihood", "with the stories’ likelihood as the score", "creativity"),
 }
-NAMES = {
-    "shuffled": "scores in random order",
-    "constant": "equal scores",
-    "likelihood": "likelihood",
-}
-COLOURS = {"shuffled": "plain", "constant": "coherence", "likelihood": "creativity"}
 NOTE = (
     "Run and controls have the same start, seeds and options. Each last student writes {stories} stories for held-out "
     "openings, with the same random numbers. Bits per byte are each student’s at its best temperature."
@@ -57,10 +63,6 @@ LIMITS = (
 )
 
 
-def is_control(run: Path) -> bool:
-    return bool(read_config(run).get("options", {}).get("control"))
-
-
 def sentence(comparison: Comparison) -> str:
     """How much of the gain comes from the teacher's scores; "" if no story has a score."""
     measure = comparison.claimed()
@@ -69,7 +71,7 @@ def sentence(comparison: Comparison) -> str:
     title = CLAIMED[measure]
     of = comparison.differences()[measure]
     digits = decimals(of.half)
-    learned = LEARNED_FROM[comparison.name]
+    learned = KINDS[comparison.name].learned
     if of.gain > 0:
         return (
             f"Of the gain of {of.gain:.{digits}f} in {title}, {with_half(of)} comes from the teacher’s scores; "
@@ -92,17 +94,15 @@ def decimals(half: float) -> int:
     return max(1 - math.floor(math.log10(half)), 0) if half > 0 else 3
 
 
-def claims(run: Path) -> list[str]:
-    """The sentences on the controls of a run."""
-    return [*filter(None, map(sentence, read_comparisons(run)))]
-
-
-def how_to(run: Path) -> str:
-    """The command for the control of a run, after a question."""
-    return f"{TITLE} See with: {command(run)}"
+def answer(run: Path) -> str:
+    """The sentences on the controls of a run, for the terminal; without a control, the command for
+    one."""
+    sentences = filter(None, map(sentence, read_comparisons(run)))
+    return wrapped("\n".join(sentences)) or f"{TITLE} See with: {command(run)}"
 
 
 def command(run: Path) -> str:
+    """The command for a control of a run."""
     return hint("train_interact.py", "--control", run)
 
 
@@ -111,9 +111,9 @@ def interval_note(comparison: Comparison) -> str:
     return OF_TRAININGS if comparison.has_verdicts else OF_OPENINGS.format(fewest=FEWEST_CONTROLS)
 
 
-def control_section(run: Path) -> str:
-    """The report's section on the controls of a run, as HTML; "" for a control."""
-    if is_control(run):
+def control_section(run: Path, steps: int) -> str:
+    """The report's section on the controls of a run of `steps` steps, as HTML; "" for a control."""
+    if read_config(run).get("options", {}).get("control"):
         return ""
     comparisons = read_comparisons(run)
     if not comparisons:
@@ -125,7 +125,7 @@ def control_section(run: Path) -> str:
     )
     if not comparisons[0].has_verdicts:
         claimed += f'<p class="note">{escape(command(run))}</p>'
-    measured = picture(run, comparisons)
+    measured = picture(steps, comparisons)
     measured += "".join(page.table(*table(each)) for each in comparisons)
     body = page.block("hero", f"<div>{claimed}</div><div>{measured}</div>")
     return f"<section><h2>{TITLE}</h2>{body}</section>"
@@ -134,48 +134,35 @@ def control_section(run: Path) -> str:
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the measures, with the verdicts."""
     controls = page.count(len(comparison.controls), "control")
-    header = [f"{controls}: {NAMES[comparison.name]}", "verdict: the run is"]
+    header = [f"{controls}: {KINDS[comparison.name].title}", "verdict: the run is"]
     header += ["run minus control", "before", "run", "control"]
     rows = []
     for name, of in comparison.differences().items():
         means = [number(mean) for mean in (of.before, of.run, of.control)]
-        title = MEASURES[name].title.format(group=comparison.group)
+        title = MEASURES[name].format(group=comparison.group)
         verdict = of.verdict or f"needs {FEWEST_CONTROLS} controls"
         rows.append([title, verdict, with_half(of), *means])
     return header, rows
 
 
-def picture(run: Path, comparisons: Sequence[Comparison]) -> str:
-    """The claimed measure of held-out stories with 95 % intervals, for the run and the first control
-    of each kind: of every evaluation; if the run's evaluations do not have it, before and after."""
-    key = comparisons[0].claimed()
+def picture(steps: int, comparisons: Sequence[Comparison]) -> str:
+    """The claimed measure before interaction and after `steps` steps, with 95 % intervals, of the
+    run and of the first control of each kind."""
+    first = comparisons[0]
+    key = first.claimed()
     if not key:
         return ""
-    evaluations = values_by_step(run, key)
-    last = max(evaluations, default=1)
-    ends = {0: comparisons[0].before[key], last: comparisons[0].run[key]}
-    has_evaluations = any(value is not None for value in evaluations.get(last, ()))
-    lines = [curve(evaluations if has_evaluations else ends, "reward", "run")]
-    for comparison in comparisons:
-        values = {0: comparison.before[key], last: comparison.controls[0][key]}
-        if has_evaluations:
-            values = values_by_step(control_folders(run, comparison.name)[0], key)
-        name = "control" if comparison.name == "shuffled" else NAMES[comparison.name]
-        lines.append(curve(values, COLOURS[comparison.name], name))
-    return chart(f"Held-out stories: {MEASURES[key].title}", lines, size=(560, 300))
+    lines = [line(key, first.before, first.run, steps, "reward", "run")]
+    for each in comparisons:
+        kind = KINDS[each.name]
+        name = "control" if each.name == "shuffled" else kind.title
+        lines.append(line(key, each.before, each.controls[0], steps, kind.colour, name))
+    return chart(f"Held-out stories: {MEASURES[key]}", lines, size=(560, 300))
 
 
-def values_by_step(run: Path, key: str) -> dict[int, list[float | None]]:
-    """A value of the stories of each evaluation of a run, by step."""
-    evaluations = evaluations_by_step(run)
-    return {step: [record.get(key) for record in evaluations[step]] for step in evaluations}
-
-
-def curve(values: Mapping[int, Sequence[float | None]], colour: str, name: str) -> Line:
-    """Mean and half the width of the 95 % interval of the values at each step."""
-    halves = []
-    for column in values.values():
-        error = standard_error(column)
-        halves.append(None if error is None else Z * error)
-    means = [mean_of(column) for column in values.values()]
-    return Line([*values], means, colour, name, halves)
+def line(key: str, before: Measures, after: Measures, steps: int, colour: str, name: str) -> Line:
+    """Means with half the width of the 95 % interval, before interaction and after it."""
+    columns = [before[key], after[key]]
+    means = [mean_of(column) for column in columns]
+    halves = [Z * (standard_error(column) or 0.0) for column in columns]
+    return Line([0, steps], means, colour, name, halves)

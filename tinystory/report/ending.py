@@ -3,13 +3,14 @@ next."""
 
 from pathlib import Path
 
-from tinystory.config import InteractConfig, PretrainConfig, RunConfig, given_again
+from tinystory.config import InteractConfig, PretrainConfig, RunConfig
+from tinystory.config.record import given_again
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.control import read_comparisons
 from tinystory.human.progress import read_progress
 from tinystory.report.before_after import summary
 from tinystory.report.commands import next_command
-from tinystory.report.control import claims, command, how_to, interval_note, sentence, table
+from tinystory.report.control import answer, command, interval_note, sentence, table
 from tinystory.report.page import count
 from tinystory.report.run import scorer, write_report
 from tinystory.run.folder import read_config
@@ -31,8 +32,7 @@ def print_interaction(config: InteractConfig) -> None:
     """What a finished interaction changed, and what comes next."""
     folder = Path(config.out)
     print(summary(folder))
-    said = claims(folder)
-    print(wrapped("\n".join(said)) if said else how_to(folder))
+    print(answer(folder))
     print(printable(f"report: {folder / 'report.html'}"))
     label = "next: "
     if scorer(read_config(folder)) == HUMAN and (pairs := read_progress(folder).pairs):

@@ -205,7 +205,7 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     scored_by = f"The scores are by {name}. This scorer {verdict(config)}." if name else ""
     return [
         first_screen(run, metrics, curves),
-        control_section(run),
+        control_section(run, metrics[-1]["step"]),
         section("One opening during interaction", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
         section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinystory.config import InteractConfig, changed_options
+from tinystory.config import InteractConfig
 from tinystory.rl.batch import Batch
 from tinystory.rl.critic import RidgeCritic
 from tinystory.rl.policy import Learner
@@ -185,6 +186,9 @@ def without_critic(batch: Batch, advantages: Tensor) -> Batch:
 
 # ---- the table -----------------------------------------------------------------------------------
 
+# Learners that compare stories, with the clipped ratio of PPO.
+IN_GROUPS: dict[str, Any] = {"compares": True, "options": ("clip_ratio", "kl_in")}
+
 LEARNERS = {
     "ridge": Learner(
         ridge_targets,
@@ -198,26 +202,10 @@ LEARNERS = {
         critic=ValueHead,
         options=("clip_ratio", "kl_in", "gamma", "lam", "value_coef"),
     ),
-    "rloo": Learner(
-        partial(group_targets, rloo),
-        story_ratio_loss,
-        weights=per_story,
-        compares=True,
-        options=("clip_ratio", "kl_in"),
-    ),
-    "grpo": Learner(
-        partial(group_targets, grpo),
-        clipped_loss,
-        weights=per_story,
-        compares=True,
-        options=("clip_ratio", "kl_in"),
-    ),
+    "rloo": Learner(partial(group_targets, rloo), story_ratio_loss, weights=per_story, **IN_GROUPS),
+    "grpo": Learner(partial(group_targets, grpo), clipped_loss, weights=per_story, **IN_GROUPS),
     "dr_grpo": Learner(
-        partial(group_targets, dr_grpo),
-        clipped_loss,
-        weights=per_token_limit,
-        compares=True,
-        options=("clip_ratio", "kl_in"),
+        partial(group_targets, dr_grpo), clipped_loss, weights=per_token_limit, **IN_GROUPS
     ),
     "dpo": Learner(
         partial(group_targets, best_against_worst),
@@ -243,7 +231,7 @@ def check(config: InteractConfig) -> None:
     name = config.learner
     learner = LEARNERS[name]
     group = config.stories_per_opening
-    for option, flag in changed_options(config).items():
+    for option, flag in config.changed_options().items():
         readers = [each for each in LEARNERS if option in LEARNERS[each].options]
         if readers and name not in readers:
             raise UserError(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinystory.config import FEWEST_GRADES, InteractConfig
+from tinystory.config import InteractConfig
+from tinystory.config.interaction import FEWEST_GRADES
 from tinystory.rl.batch import Batch
 from tinystory.run import distributed
 from tinystory.run.errors import UserError

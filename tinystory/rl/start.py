@@ -9,13 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from tinystory.config import (
-    MODEL_TEACHER,
-    PRETRAIN_PRESETS,
-    InteractConfig,
-    PretrainConfig,
-    changed_options,
-)
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config.presets import PRETRAIN_PRESETS, TEACHER_DEFAULTS
 from tinystory.data import babylm
 from tinystory.data.corpus import BUILTIN
 from tinystory.data.openings import Openings, load_openings
@@ -63,27 +58,35 @@ def starting_checkpoint(config: InteractConfig) -> Path:
 
 
 def teacher_defaults(config: InteractConfig) -> dict[str, Any]:
-    """MODEL_TEACHER, if the options name a --teacher-url and no --teacher-prompt, and the student has
-    learned the demo's corpora; else {}."""
+    """TEACHER_DEFAULTS, if the options name a --teacher-url and no --teacher-prompt, and the student
+    has learned the demo's corpora; else {}."""
     if not config.teacher_url or config.teacher_prompt or config.preset != "demo":
         return {}
     history = checkpoint.read_history(starting_checkpoint(config))
-    return MODEL_TEACHER if set(history.get("corpus", [])) == set(BUILTIN) else {}
+    return TEACHER_DEFAULTS if set(history.get("corpus", [])) == set(BUILTIN) else {}
 
 
 def starting_point(config: InteractConfig) -> tuple[Path, Path | None]:
     """The checkpoint from which the run started, and the checkpoint from which it is resumed. The
-    latter is None for a new run, and for a run that was stopped before the first checkpoint, which
-    repeats its trial of temperatures if it had one."""
+    latter is None for a new run, and for a run that was stopped before the first checkpoint."""
     folder = Path(config.out)
     newest = None
     if config.resume:
         newest = distributed.rank0_value(lambda: checkpoint.newest_whole(folder))
     if newest:
         return folder / "checkpoints" / "start", newest
-    if config.resume and "tried_temperatures" in read_config(folder)["options"]:
-        config.temperature = 0.0  # repeat the trial, whose words only a checkpoint holds
     return starting_checkpoint(config), None
+
+
+def starting_temperature(config: InteractConfig, newest: Path | None) -> float:
+    """The temperature at which the run starts; 0: it is chosen by a trial. A run that was stopped
+    after its trial and before the first checkpoint repeats the trial, whose words only a checkpoint
+    holds. newest: see `starting_point`."""
+    if config.resume and not newest:
+        recorded = read_config(Path(config.out))["options"]
+        if "tried_temperatures" in recorded:
+            return 0.0
+    return config.temperature
 
 
 def load_students(
@@ -137,7 +140,7 @@ def learning_rate_for(config: InteractConfig, width: int) -> float:
     wider one: a step of Adam changes each weight by the learning rate, so the change of a logit
     grows with the width (Yang et al. 2022, arXiv 2203.03466)."""
     preset_width = PRETRAIN_PRESETS[config.preset].get("n_embd", PretrainConfig.n_embd)
-    if width <= preset_width or "learning_rate" in changed_options(config):
+    if width <= preset_width or "learning_rate" in config.changed_options():
         return config.learning_rate
     rate = config.learning_rate * preset_width / width
     print(

@@ -176,7 +176,7 @@ def locked_run(config: Any) -> Iterator[Any]:
     --out takes the first free folder of `numbered`, which is then `out` of the yielded options, and
     prints this."""
     folder = Path(config.out)
-    takes_free = not (config.resume or config.names_out)
+    takes_free = not (config.resume or "out" in config.given)
     with contextlib.ExitStack() as stack:
         for candidate in numbered(folder):
             if takes_free and holds_run(candidate):  # only a resume may lock it
@@ -189,7 +189,7 @@ def locked_run(config: Any) -> Iterator[Any]:
                     raise
         if candidate != folder:
             print(printable(f"{folder} is taken, so the folder of this run is {candidate}"))
-        elif config.resume and not config.names_out:
+        elif config.resume and "out" not in config.given:
             print(printable(f"--resume: the newest run without --out is {folder}"))
         taken = copy.copy(config)
         taken.out = str(candidate)

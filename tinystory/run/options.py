@@ -57,6 +57,30 @@ def flag_of(f: dataclasses.Field) -> str:
     return "--" + f.name.replace("_", "-")
 
 
+def arguments(config_class: type, values: Mapping[str, Any]) -> list[str]:
+    """The command-line arguments that give the options of a config class these values."""
+    words: list[str] = []
+    for f in dataclasses.fields(config_class):
+        if f.name in values:
+            words += argument(f, values[f.name])
+    return words
+
+
+def argument(f: dataclasses.Field, value: Any) -> list[str]:
+    """The command-line arguments that give an option this value."""
+    if isinstance(value, bool):
+        return [flag_of(f) if value else flag_of(f).replace("--", "--no-")]
+    words = list(map(str, value)) if isinstance(value, list) else [str(value)]
+    if words[0].startswith("-"):
+        words[0] = f"{flag_of(f)}={words[0]}"
+        return words
+    return [flag_of(f), *words]
+
+
+def is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ STORY_FIELDS: Fields = {
     "reward": NUMBER,
     "words": (int,),
     "ended": (str,),
-    "score": (*NUMBER, None),  # older versions did not record `score` and `difference`
+    "score": NUMBER,
     "difference": (*NUMBER, None),
     "predicted": (*NUMBER, None),
     "judge": (*NUMBER, None),

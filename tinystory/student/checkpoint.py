@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tinystory.config import PRESETS
+from tinystory.config.presets import PRETRAIN_PRESETS
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.files import atomic_folder
@@ -112,7 +112,6 @@ def load(
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
         history = _history(folder, record.pop("history", {}))
-        record.setdefault("tied", True)  # older checkpoints do not record it
         wrong = wrong_shape(record)
         if wrong:
             raise UserError(f"{folder / 'model.json'} describes an impossible student: {wrong}")
@@ -135,7 +134,7 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
         check_fields(history, HISTORY)
-        if "preset" in history and history["preset"] not in PRESETS:
+        if "preset" in history and history["preset"] not in PRETRAIN_PRESETS:
             raise ValueError("its 'preset' is not a preset's name")
         for name in history.get("corpus", []):
             if not isinstance(name, str) or "\0" in name:
@@ -191,11 +190,7 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
 def read_counters(folder: Path) -> dict[str, Any]:
     """The `counters` given to `save`, which have at least `step`. Raises UserError if they cannot
     be read."""
-    counters = read_object(folder / "trainer.json", {"step": (int,)})
-    if type(counters.get("evaluated")) is int:  # by older versions; -1 before the first evaluation
-        counters["evaluated_before"] = counters.pop("evaluated") + 1
-        counters["undone"] = 0
-    return counters
+    return read_object(folder / "trainer.json", {"step": (int,)})
 
 
 @contextlib.contextmanager

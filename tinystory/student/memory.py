@@ -35,9 +35,9 @@ def total(device: torch.device) -> int:
 
 
 def micro_batch_size(config: InteractConfig, device: torch.device) -> int:
-    """The number of stories per forward pass: on a large GPU, unless it is set, equal parts of the
+    """The number of stories per forward pass: on a large GPU, unless it is given, equal parts of the
     minibatch."""
-    if not config.sizes_micro_batch or device.type != "cuda" or total(device) < LARGE:
+    if "micro_batch_size" in config.given or device.type != "cuda" or total(device) < LARGE:
         return config.micro_batch_size
     minibatch = config.minibatch_size or config.stories_per_step
     most = max(config.micro_batch_size, min(STORIES, NEW_TOKENS // config.max_new_tokens))

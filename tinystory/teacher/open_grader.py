@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystory.config import InteractConfig, changed_options, is_url
+from tinystory.config import InteractConfig
 from tinystory.data import babylm
 from tinystory.data.corpus import story_corpora
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
+from tinystory.run.options import is_url
 from tinystory.run.records import NO_FIELDS, parse_object
 from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.callable import CONTROLS, CallableGrader, load_score
@@ -80,7 +81,7 @@ def open_grader(
                     f"the answers, but BabyLM (--preset {config.preset}) does not allow a model's probabilities "
                     f"to reach the student: use a {prompt_flag} that asks for grades"
                 )
-            for name, flag in changed_options(config).items():
+            for name, flag in config.changed_options().items():
                 is_for_grades = name in ("teacher_temperature", "teacher_max_tokens")
                 if is_for_grades and protocol.top_logprobs:
                     raise UserError(
