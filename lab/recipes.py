@@ -349,8 +349,8 @@ def measure(
     }
     measures |= dict.fromkeys(UNSEEN)
     if row.chosen_by == "first":
-        texts = unseen or unseen_stories(COREFERENCE)
-        measures |= unseen_measures(row.folder, row.temperature, texts)
+        documents = unseen or unseen_stories(COREFERENCE)
+        measures |= unseen_measures(row.folder, row.temperature, documents)
     if reader:
         senses = reader.sense([(story.opening, story.text) for story in stories])
         measures["sense"], _ = mean_and_bootstrap_ci(senses)
