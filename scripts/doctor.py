@@ -51,10 +51,10 @@ from tinystory.run.options import add_number, add_options, arguments, script_par
 from tinystory.run.paths import cache_dir, hint
 from tinystory.run.terminal import aligned
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.endpoint import HUMAN
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.named_protocols import PROTOCOLS
 from tinystory.teacher.open_grader import open_grader
-from tinystory.teacher.probe import HUMAN
 
 PACKAGES = (
     "pybind11",

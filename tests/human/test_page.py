@@ -84,7 +84,7 @@ def shown(url, who="ada"):
 
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
-        probe = teacher.probes()[0]
+        probe = teacher.probes[0]
         assert probe.model == HUMAN and probe.scored
         # 20 s each
         assert teacher.forecast(64, "Once") == "64 stories, about 21 min of grading"
@@ -119,7 +119,6 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
     with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request
-        teacher.probes()[0]
         future = teacher.submit(Submission("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(7)
@@ -135,11 +134,8 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
 
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Grades((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
-    with (
-        Teacher(url, protocol=humour) as teacher,
-        pytest.raises(UserError, match="same --teacher-prompt"),
-    ):
-        teacher.probes()[0]
+    with pytest.raises(UserError, match="same --teacher-prompt"):
+        Teacher(url, protocol=humour)
 
 
 @pytest.mark.parametrize(

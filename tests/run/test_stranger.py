@@ -30,7 +30,8 @@ from tinystory.data.openings import names_file
 from tinystory.run.errors import UserError
 from tinystory.run.records import write_manifest
 from tinystory.student import checkpoint
-from tinystory.teacher.cache import Cache, CachedReply
+from tinystory.teacher.api import Reply
+from tinystory.teacher.cache import Cache
 from tinystory.teacher.client import Teacher
 
 GRADED = [*SHORT, "--stories-per-step", "12", "--grades", "8", "--diversity", "0"]
@@ -318,7 +319,7 @@ def test_replies_are_not_written_through_a_link(tmp_path, name):
     private.write_text("a line without an end")
     (tmp_path / name).symlink_to(private)
     with pytest.raises(UserError, match=f"{name} is a symbolic link"):
-        Cache(tmp_path / name).put("question", CachedReply("1 1 1"))
+        Cache(tmp_path / name).put("question", Reply("1 1 1"), (0, 0, 0))
     assert private.read_text() == "a line without an end"
 
 
@@ -328,7 +329,8 @@ def test_replies_are_not_written_through_a_link(tmp_path, name):
         {"quiet": {"n": 128}},
         {"quiet": {"extra_headers": {"X-Forged": "1"}}},
         {"token_cap": "n"},
-        {"notes": ["\x1b[2J"]},
+        {"refused": ["messages"]},
+        {"model": "\x1b[2J"},
         {"url": "http://elsewhere"},
         {"more": 1},
     ],
@@ -338,12 +340,12 @@ def test_a_forged_probe_is_not_taken(tmp_path, forged):
     path = tmp_path / "replies.jsonl"
     with FaultServer() as server:
         with Teacher(server.url, cache=path) as teacher:
-            honest = teacher.probes()[0]
+            honest = teacher.probes[0]
         (line,) = read_lines(path)
         line["reply"] = json.dumps(json.loads(line["reply"]) | forged)
         path.write_text(json.dumps(line) + "\n")
         with Teacher(server.url, cache=path) as teacher:
-            probe = teacher.probes()[0]
+            probe = teacher.probes[0]
             assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert len(server.requests) == 3  # the probe was repeated
         for name in ("quiet", "token_cap", "refused", "least_tokens", "held_to", "url"):
@@ -351,21 +353,21 @@ def test_a_forged_probe_is_not_taken(tmp_path, forged):
         assert all("n" not in body and "messages" in body for body in server.requests)
 
 
-@pytest.mark.parametrize("tokens", [[-1, 5], [1, 10**9], [1.5, 2], [1], "12"])
-def test_counts_of_tokens_that_no_server_gives_are_refused(tmp_path, tokens):
+REPLY = {"key": "a", "reply": "1 1 1", "logprobs": None, "error": None, "charged": [0, 0, 0]}
+COUNTS = [[-1, 5, 5], [1, 1, 10**12], [1.5, 2, 2], [1, 1], "12"]
+LOGPROBS = [["yes"], [["yes", 0.5]], [["yes", "x"]], [[1, -1.0]], {}]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("error", 3)] + [("charged", it) for it in COUNTS] + [("logprobs", it) for it in LOGPROBS],
+)
+def test_a_reply_that_no_server_gives_is_refused(tmp_path, field, value):
     path = tmp_path / "replies.jsonl"
-    lines = [{"key": "a", "reply": "1 1 1"}, {"key": "b", "reply": "1 1 1", "tokens": tokens}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (REPLY, REPLY | {field: value})))
     with pytest.raises(
-        UserError, match=r"line 2 of .*replies\.jsonl is not a record of this file .*tok"
+        UserError, match=rf"line 2 of .*replies\.jsonl is not a record of this file .*{field}"
     ):
-        Cache(path)
-
-
-def test_an_error_that_was_not_written_here_is_refused(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    path.write_text(json.dumps({"key": "a", "reply": "1 1 1", "error": 3}) + "\n")
-    with pytest.raises(UserError, match="line 1 of "):
         Cache(path)
 
 

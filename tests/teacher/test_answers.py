@@ -20,11 +20,16 @@ from tinystory.evaluate.corruptions import (
     worked_examples,
 )
 from tinystory.run.errors import UserError
-from tinystory.teacher.answers import YesNo, parse_answer
-from tinystory.teacher.cache import CachedReply
+from tinystory.teacher.answers import (
+    YesNo,
+    log_odds,
+    log_odds_of_share,
+    log_odds_of_token,
+    parse_answer,
+)
+from tinystory.teacher.api import Reply
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, Submission
-from tinystory.teacher.log_odds import log_odds, odds_of_share
 from tinystory.teacher.named_protocols import PROTOCOLS, load_protocol
 from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.prompt import TOP, Criterion
@@ -71,30 +76,32 @@ def test_the_log_odds_sum_over_the_spellings_of_yes_and_of_no():
         ("\u0120no.", 0.1),
         ("The", 0.2),
     ]
-    odds = log_odds([(token, math.log(p)) for token, p in listed])
+    odds = log_odds_of_token([(token, math.log(p)) for token, p in listed])
     assert odds == pytest.approx(math.log(0.45 / 0.3))
 
 
 def test_a_word_that_is_not_listed_is_as_likely_as_the_least_likely_token():
     listed = [("yes", math.log(0.9)), ("y", math.log(0.06)), ("The", math.log(0.01))]
-    assert log_odds(listed) == pytest.approx(math.log(0.9 / 0.01))
-    assert log_odds([("no", math.log(0.9)), ("N", -3.0)]) == pytest.approx(-3.0 - math.log(0.9))
-    assert log_odds([("yes", 0.0), ("no", -9999.0)]) == 20  # bounded
+    assert log_odds_of_token(listed) == pytest.approx(math.log(0.9 / 0.01))
+    assert log_odds_of_token([("no", math.log(0.9)), ("N", -3.0)]) == pytest.approx(
+        -3.0 - math.log(0.9)
+    )
+    assert log_odds_of_token([("yes", 0.0), ("no", -9999.0)]) == 20  # bounded
 
 
 def test_a_word_that_is_not_listed_has_at_most_the_probability_that_is_left():
-    assert log_odds([("yes", math.log(0.8))]) == pytest.approx(math.log(0.8 / 0.2))
-    assert log_odds([("No", math.log(0.6)), ("Nope", math.log(0.3))]) == pytest.approx(
+    assert log_odds_of_token([("yes", math.log(0.8))]) == pytest.approx(math.log(0.8 / 0.2))
+    assert log_odds_of_token([("No", math.log(0.6)), ("Nope", math.log(0.3))]) == pytest.approx(
         math.log(0.1 / 0.6)
     )
-    assert log_odds([("no", 0.0)]) == -20  # nothing is left
+    assert log_odds_of_token([("no", 0.0)]) == -20  # nothing is left
 
 
 @pytest.mark.parametrize(
     "listed", [[], [("The", -0.1), ("Story", -2.5)], [("The", -0.01), ("yes", -5.0), ("no", -6.0)]]
 )
 def test_a_model_that_was_about_to_say_something_else_gave_no_answer(listed):
-    assert log_odds(listed) is None
+    assert log_odds_of_token(listed) is None
 
 
 @pytest.mark.parametrize(
@@ -109,14 +116,19 @@ def test_an_answer_in_words_begins_with_yes_or_no(reply, answer):
 
 
 def test_the_share_of_yes_gives_finite_log_odds():
-    assert odds_of_share([True] * 8) == pytest.approx(math.log(8.5 / 0.5))
-    assert odds_of_share([True, False]) == 0 and odds_of_share([False]) == -odds_of_share([True])
+    assert log_odds_of_share(8, 8) == pytest.approx(math.log(8.5 / 0.5))
+    assert log_odds_of_share(1, 2) == 0 and log_odds_of_share(0, 1) == -log_odds_of_share(1, 1)
+    assert log_odds([Reply("Yes."), Reply("no")]) == 0
+    assert log_odds([Reply("Yes."), Reply("hm")]) is log_odds([Reply("Yes.", [])]) is None
 
 
 def test_a_scale_standardises_the_log_odds_of_known_texts():
+    def pair(odds):
+        yes, no = -math.log1p(math.exp(-odds)), -math.log1p(math.exp(odds))
+        return [("yes", yes), ("no", no)]
+
     def scores(protocol, first, second):
-        replies = {"first": [CachedReply("", None, first)]}
-        replies |= {"second": [CachedReply("", None, second)]}
+        replies = {"first": [Reply("", pair(first))], "second": [Reply("", pair(second))]}
         return protocol.grade(Submission("Once", "A dog ran.", 0), replies).scores
 
     assert scores(TWO, 0.0, 0.0)["first"] == TOP / 2  # not measured: the probability of yes
@@ -142,7 +154,7 @@ def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
     assert grade.scores == {"first": 1.5, "second": pytest.approx(0.8 * TOP)}
     assert grade.score == pytest.approx((0.5 + 3 * 0.8) / 4)
     assert grade.reply == "no no" and grade.reply_words == 2
-    sampling = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 1.0}
+    sampling = {"logprobs": True, "top_logprobs": 10, "max_tokens": 1, "temperature": 1.0}
     assert sampling.items() <= body.items() and "grammar" not in body
 
 
@@ -151,7 +163,6 @@ def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row(
         FaultServer(other=answers(lambda asked: 0.5)) as server,
         Teacher(server.url, protocol=TWO, concurrency=1) as teacher,
     ):
-        teacher.probes()
         probes = len(server.others)
         graded(teacher, "Once", ["A dog ran.", "A cat sat.", "A hen flew."])
         conversations = [body["messages"] for body in server.others[probes:]]
@@ -169,26 +180,26 @@ def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer():
 
     with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
-        assert teacher.probes()[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
+        assert teacher.probes[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
     assert grade.log_odds["first"] == pytest.approx(math.log(0.25))
 
 
 @pytest.mark.parametrize("refuses", [True, False])
-def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses):
+def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses, capsys):
     drawn = []
 
     def other(body):
         if body.get("logprobs") and refuses:
             return error(400, "logprobs is not supported by this model")
-        drawn.append(body["seed"])
-        return "Yes." if body["seed"] % 4 else "no"  # in silence, if they are asked for
+        drawn.append(body.get("seed", 1))
+        return "Yes." if drawn[-1] % 4 else "no"  # in silence, if they are asked for
 
     one = YesNo((Criterion("first", "Is it first?"),))
     with FaultServer(other=other) as server, Teacher(server.url, protocol=one) as teacher:
-        (probe,) = teacher.probes()
+        (probe,) = teacher.probes
         drawn.clear()
         (grade,) = graded(teacher, "Once", ["A dog ran."])
-    assert probe.top_logprobs == 0 and any("fraction of yes" in note for note in probe.notes)
+    assert probe.top_logprobs == 0 and "fraction of yes" in capsys.readouterr().out
     assert len(set(drawn)) == len(drawn) == YesNo.draws and grade.attempts == YesNo.draws
     yes = sum(seed % 4 > 0 for seed in drawn)
     assert grade.log_odds["first"] == pytest.approx(
@@ -254,19 +265,18 @@ def test_servers_that_give_no_log_probabilities_are_left_out_beside_one_that_doe
         FaultServer(other=lambda body: "Yes.") as other,
         Teacher([other.url, server.url], protocol=TWO) as teacher,
     ):
-        teacher.probes()
         probes = len(other.others)
         grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(20)])
         assert len(other.others) == probes
     assert [grade.log_odds["first"] for grade in grades] == pytest.approx([math.log(4)] * 20)
-    assert f"{other.url} gives no log-probabilities" in capsys.readouterr().out
+    assert f"{other.url} gives no log-probabilities, unlike" in capsys.readouterr().out
 
 
 def test_one_candidate_is_no_list_of_log_probabilities():
     """Servers that were asked for 20 tokens and list the sampled one alone."""
     one = lambda body: with_logprobs("Yes", [("Yes", -0.1)]) if body.get("logprobs") else "Yes"  # noqa: E731
     with FaultServer(other=one) as server, Teacher(server.url, protocol=TWO) as teacher:
-        assert teacher.probes()[0].top_logprobs == 0
+        assert teacher.probes[0].top_logprobs == 0
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.log_odds["first"] == pytest.approx(math.log(8.5 / 0.5))
 
@@ -284,7 +294,7 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
     assert [(each.scores, each.score) for each in again] == [
         (each.scores, each.score) for each in grades
     ]
-    assert not any(grade.asked for grade in again) and asked == len(server.others)
+    assert asked == len(server.others)
 
 
 def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):

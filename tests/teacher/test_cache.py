@@ -7,10 +7,12 @@ import pytest
 from fault_server import FaultServer, graded
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.cache import Cache, CachedReply
+from tinystory.teacher.api import Reply
+from tinystory.teacher.cache import Cache
 from tinystory.teacher.client import Teacher
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
+NOTHING = (0, 0, 0)  # charged
 
 
 def test_no_reply_is_paid_for_twice(tmp_path):
@@ -46,14 +48,14 @@ def test_no_reply_is_paid_for_twice(tmp_path):
 def test_the_first_reply_to_a_question_is_kept(tmp_path):
     cache = Cache(tmp_path / "replies.jsonl")
     assert (
-        cache.put("question", CachedReply("1 1 1"))
-        == cache.put("question", CachedReply("2 2 2"))
+        cache.put("question", Reply("1 1 1"), NOTHING)
+        == cache.put("question", Reply("2 2 2"), NOTHING)
         == cache.get("question")
-        == CachedReply("1 1 1")
+        == Reply("1 1 1")
     )
     cache.close()
     with contextlib.closing(Cache(tmp_path / "replies.jsonl")) as cache:
-        assert cache.get("question") == CachedReply("1 1 1")
+        assert cache.get("question") == Reply("1 1 1")
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 1
 
 
@@ -62,14 +64,16 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     path = tmp_path / "replies.jsonl"
     with contextlib.closing(Cache(path)) as cache:
         for i in range(5):
-            cache.put(str(i), CachedReply("\u2028 1 1\n" * i))
+            cache.put(str(i), Reply("\u2028 1 1\n" * i), NOTHING)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     with contextlib.closing(Cache(path)) as cache:
         left = whole[: len(whole) - cut].count(b"\n")
-        assert [*cache.items()] == [(str(i), CachedReply("\u2028 1 1\n" * i)) for i in range(left)]
+        kept = [cache.get(str(i)) for i in range(left)]
+        assert kept == [Reply("\u2028 1 1\n" * i) for i in range(left)]
+        assert cache.get(str(left)) is None
         for i in range(5):
-            cache.put(str(i), CachedReply("\u2028 1 1\n" * i))
+            cache.put(str(i), Reply("\u2028 1 1\n" * i), NOTHING)
     assert path.read_bytes() == whole
 
 
@@ -83,24 +87,24 @@ def test_another_file_is_not_a_cache(tmp_path, line):
         Cache(path)
     assert path.read_bytes() == line
     with pytest.raises(UserError, match=r"cannot write .*: (Not a directory|File exists)"):
-        Cache(path / "replies.jsonl").put("question", CachedReply("1 1 1"))
+        Cache(path / "replies.jsonl").put("question", Reply("1 1 1"), NOTHING)
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
     path = tmp_path / "replies.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Cache(path)) as cache:
-        cache.put("question", CachedReply("1 1 1"))
+        cache.put("question", Reply("1 1 1"), NOTHING)
         whole = path.read_bytes()
         try:
             for room in (10, 0):  # a line that is written in part, and one that is not written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
                 with pytest.raises(UserError, match="cannot write"):
-                    cache.put("another", CachedReply("2 2 2"))
+                    cache.put("another", Reply("2 2 2"), NOTHING)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == whole and cache.get("another") is None
-        cache.put("another", CachedReply("2 2 2"))
+        cache.put("another", Reply("2 2 2"), NOTHING)
     with contextlib.closing(Cache(path)) as cache:
-        assert cache.get("question") == CachedReply("1 1 1")
-        assert cache.get("another") == CachedReply("2 2 2")
+        assert cache.get("question") == Reply("1 1 1")
+        assert cache.get("another") == Reply("2 2 2")

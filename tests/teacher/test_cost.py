@@ -30,7 +30,6 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
         return "500" if story == stories[3] and n == 0 else counted("2 1 3")
 
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
-        teacher.probes()[0]
         teacher.ledger.stats()
         assert all(grade.scores for grade in graded(teacher, "Once", stories + stories[:2]))
         stats = teacher.ledger.stats()
@@ -47,7 +46,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     # earlier costs still count
     with Counting() as server, Teacher(server.url, **prices) as teacher:
         kept = 10 * (500 * 2 + 6 * 8) / 1e6
-        assert kept <= teacher.ledger.cost <= spent
+        assert kept <= teacher.ledger.price(*teacher.cache.charged[:2]) <= spent
 
 
 def test_a_forecast_is_the_probe_times_the_stories():
@@ -59,9 +58,9 @@ def test_a_forecast_is_the_probe_times_the_stories():
             (0.01, "at most 1 min of grading"),
             (0.3, "at most 40 min of grading"),
         ):
-            teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=seconds)
+            teacher.probes[0] = dataclasses.replace(teacher.probes[0], seconds=seconds)
             assert teacher.forecast(8000, "Once").endswith(words)
-        teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=3.6)
+        teacher.probes[0] = dataclasses.replace(teacher.probes[0], seconds=3.6)
         forecasts = [teacher.forecast(8000, opening) for opening in ("Once", "Once " * 50)]
         assert len(server.requests) == 1  # the probe's
         longer = client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
@@ -94,7 +93,6 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
         Counting(script) as server,
         Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher,
     ):
-        teacher.probes()[0]
         billed.update(
             tokens_in=teacher.ledger.total["tokens_in"],
             tokens_out=teacher.ledger.total["tokens_out"],

@@ -13,13 +13,13 @@ from fault_server import (
     FaultServer,
     assert_one_clean_sentence,
     closed_port,
-    completion,
     error,
     graded,
 )
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
+from tinystory.teacher import api
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
 from tinystory.teacher.open_grader import open_grader
@@ -36,15 +36,13 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "120ms"}, 0.12),
         ({"x-ratelimit-remaining-tokens": "99", "x-ratelimit-reset-tokens": "2m59.5s"}, 179.5),
         ({"x-ratelimit-remaining-tokens": "-9", "x-ratelimit-reset-tokens": "soon"}, 0),
+        ({"x-ratelimit-remaining-tokens": "9", "x-ratelimit-reset-tokens": "soon"}, 0),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "nan"}, 0),
     ],
 )
 def test_a_limit_per_minute_is_read_in_the_headers(headers, seconds):
-    answer = lambda story, n: web.Response(  # noqa: E731
-        text=completion("2 1 3"), content_type="application/json", headers=headers
-    )
-    with FaultServer(answer) as server, Teacher(server.url) as teacher:
-        assert graded(teacher, "Once", ["A dog ran."])[0].scores
-        assert teacher.endpoints[0].client.pause_s == pytest.approx(seconds)
+    assert api.requested_pause(headers) == pytest.approx(seconds)
 
 
 NOT_ONE = "not as an OpenAI-compatible API"
@@ -93,8 +91,8 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
 
 def test_nothing_there():
     url = closed_port()
-    with Teacher(url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()[0]
+    with pytest.raises(UserError) as caught:
+        Teacher(url)
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
 
 
@@ -104,8 +102,8 @@ def test_nothing_there():
 def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
     proxy = closed_port()
     monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.replace("//", f"//me:{KEY}@"))
-    with Teacher(f"{scheme}://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()[0]
+    with pytest.raises(UserError) as caught:
+        Teacher(f"{scheme}://teacher.example/v1")
     assert_one_clean_sentence(
         caught, "teacher.example", proxy.rpartition(":")[2], "any proxy", "NO_PROXY"
     )
@@ -114,7 +112,6 @@ def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
 def test_a_server_that_goes_away_stops_the_run():
     with FaultServer() as server:
         teacher = Teacher(server.url)
-        teacher.probes()[0]
     with teacher, pytest.raises(UserError) as caught:
         graded(teacher, "Once", ["A dog ran.", "A cat ran."])
     assert_one_clean_sentence(caught, "cannot be reached")
@@ -131,11 +128,8 @@ def test_not_http_at_all():
                     connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
 
         threading.Thread(target=greet, daemon=True).start()
-        with (
-            Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/") as teacher,
-            pytest.raises(UserError) as caught,
-        ):
-            teacher.probes()[0]
+        with pytest.raises(UserError) as caught:
+            Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/")
     assert_one_clean_sentence(caught, "lost the connection")
 
 
@@ -156,10 +150,9 @@ def test_not_http_at_all():
 def test_no_openai_compatible_api(models, words):
     with (
         FaultServer(models=models) as server,
-        Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()[0]
+        Teacher(server.url)
     assert_one_clean_sentence(caught, server.url, words)
 
 
@@ -185,8 +178,8 @@ def test_invalid_urls(url):
     "url", ["http://h:x/v1", "http://h:99999", "http://[", f"http://{'a' * 300}/v1", "http://a..b"]
 )
 def test_urls_that_no_server_can_have_are_one_sentence(url):
-    with Teacher(url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()
+    with pytest.raises(UserError) as caught:
+        Teacher(url)
     assert_one_clean_sentence(caught, url)
 
 
@@ -204,8 +197,8 @@ def test_urls_that_no_server_can_have_are_one_sentence(url):
 )
 def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
-    with Teacher("http://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()
+    with pytest.raises(UserError) as caught:
+        Teacher("http://teacher.example/v1")
     assert_one_clean_sentence(caught, "the proxies (HTTP_PROXY")
 
 
@@ -215,9 +208,9 @@ def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(
     name, value, monkeypatch
 ):
     monkeypatch.setenv(name, value)
-    with FaultServer() as server, Teacher(server.url) as teacher:
+    with FaultServer() as server:
         with pytest.raises(UserError) as caught:
-            teacher.probes()
+            Teacher(server.url)
         assert_one_clean_sentence(caught, "OPENAI_API_KEY and other variables")
         assert not server.requests
 
@@ -228,10 +221,9 @@ def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, monk
     no = lambda: error(400, "No connected db.", type="no_db_connection", code="400")  # noqa: E731
     with (
         FaultServer(models=no) as server,
-        Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()
+        Teacher(server.url)
     assert_one_clean_sentence(caught, server.url, "refuses the key", "set OPENAI_API_KEY")
 
 

@@ -62,9 +62,9 @@ def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
         for reply in ("Nice!", "2 1 3", "Oh"):
             first = reply
             with Teacher(server.url, cache=replies) as teacher:
-                assert teacher.probes()[0].scored == (reply != "Nice!") or reply == "Oh"
+                assert teacher.probes[0].scored == (reply != "Nice!") or reply == "Oh"
                 # that one is kept
-                assert teacher.probes()[0].reply == ("2 1 3" if reply == "Oh" else reply)
+                assert teacher.probes[0].reply == ("2 1 3" if reply == "Oh" else reply)
 
 
 def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):

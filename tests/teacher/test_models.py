@@ -30,8 +30,8 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
             assert graded(grader, "Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["model"] == "claude"
         assert "warning" in capsys.readouterr().out
-        with Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-            teacher.probes()[0]
+        with pytest.raises(UserError) as caught:
+            Teacher(server.url)
     assert_one_clean_sentence(caught, server.url)
     assert "--teacher-model" in str(caught.value)
 
@@ -44,42 +44,44 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
         ("a/b", "a/b:nitro"),
     ],
 )
-def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(listed, named):
+def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(
+    listed, named, capsys
+):
     with FaultServer(models=[listed]) as server, Teacher(server.url, named) as teacher:
         assert scored(teacher) and server.requests[-1]["model"] == named
-        (note,) = teacher.probes()[0].notes
-        assert named in note and listed in note
+    note = capsys.readouterr().out
+    assert named in note and listed in note
 
 
-def test_a_model_that_no_server_has_is_one_sentence_with_those_that_are_listed():
+def test_a_model_that_no_server_has_is_one_sentence_beside_those_that_are_listed(capsys):
     with (
         Picky(
             lambda asked: error(404, "The model `third` does not exist", code="model_not_found")
         ) as server,
-        Teacher(server.url, "third") as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()[0]
-    assert_one_clean_sentence(caught, "does not list third", "first, second")
+        Teacher(server.url, "third")
+    assert_one_clean_sentence(caught, "has no such page or model")
+    assert "does not list third" in (said := capsys.readouterr().out) and "first, second" in said
 
 
 def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
     listed = ["text-embedding-nomic-embed-text-v1.5", "bge-m3", "whisper-1", "qwen3-8b", "llama3.1"]
     with FaultServer(models=listed) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].model == "qwen3-8b"
+        assert teacher.probes[0].model == "qwen3-8b"
     with FaultServer(models=listed[:2]) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].model == listed[0]  # nothing else is there: let it say why not
+        assert teacher.probes[0].model == listed[0]  # nothing else is there: let it say why not
 
 
-def test_a_long_list_of_models_is_not_cleaned_name_by_name(monkeypatch):
+def test_a_long_list_of_models_is_not_cleaned_name_by_name(monkeypatch, capsys):
     """Cleaning a text reads the environment for secrets: 75 s for 100,000 models."""
     cleaned = []
     redacted = api.redacted
     monkeypatch.setattr(api, "redacted", lambda *texts: cleaned.append(texts) or redacted(*texts))
     models = [f"embed-{i}" for i in range(100_000)]
     with FaultServer(models=[*models, "sk\x1b-ok"]) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].model == "sk-ok"
-    with FaultServer(models=models) as server, Teacher(server.url, "other") as teacher:
-        (note,) = teacher.probes()[0].notes
+        assert teacher.probes[0].model == "sk-ok"
+    with FaultServer(models=models) as server, Teacher(server.url, "other"):
+        note = capsys.readouterr().out
     assert "does not list other" in note and "embed-0, embed-1" in note and len(note) < 600
     assert len(cleaned) < 100

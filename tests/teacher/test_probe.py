@@ -19,15 +19,14 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
-        probe = teacher.probes()[0]
-        assert probe is teacher.probes()[0]  # once
+        probe = teacher.probes[0]
         assert probe.url == server.url
         assert probe.model == "first"
         assert probe.token_cap == "max_tokens"
         assert probe.refused == []
         assert probe.reply == "2 1 3"
         assert probe.scored is True
-        assert probe.thinks is False
+        assert probe.quiet == {}
         assert probe.tokens is None
         assert probe.held_to == "nothing"
         assert load_probe(json.dumps(asdict(probe)), server.url) == probe
@@ -43,10 +42,10 @@ def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                probe = teacher.probes()[0]
+                probe = teacher.probes[0]
         assert probe.scored and len(server.requests) == len(server.others) == 1
         with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
-            assert teacher.probes()[0].model == "second"
+            assert teacher.probes[0].model == "second"
         assert len(server.requests) == 2
 
 
@@ -61,7 +60,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.probes()[0].held_to == "grammar"
+        assert teacher.probes[0].held_to == "grammar"
         assert len(server.others) == 1
         assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
@@ -87,7 +86,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
             return await super()._chat(request)
 
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
-        probe = teacher.probes()[0]
+        probe = teacher.probes[0]
         assert probe.scored and probe.held_to == ("nothing" if plain else "json")
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
@@ -102,7 +101,7 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
         FaultServer(other=lambda asked: dice.choice(animals)) as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.probes()[0].held_to == "nothing"
+        assert teacher.probes[0].held_to == "nothing"
         graded(teacher, "Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
 
@@ -121,7 +120,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
             return await super()._chat(request)
 
     with Strict() as server, Teacher(server.url) as teacher:
-        probe = teacher.probes()[0]
+        probe = teacher.probes[0]
         assert probe.refused == ["seed", "temperature"]
         assert probe.token_cap == "max_completion_tokens"
         assert "no seed" in str(probe) and "no temperature" in str(probe)
@@ -143,8 +142,8 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
             self.requests.append(await request.json())
             return thought(*answer)
 
-    with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()[0]
+    with Thinker() as server, pytest.raises(UserError) as caught:
+        Teacher(server.url)
     assert_one_clean_sentence(caught, server.url, "reasons before it answers", "4096 tokens")
     assert len(server.requests) == 1 + 5 + 1  # as it is, asked five times, and with more tokens
 
@@ -158,8 +157,8 @@ def test_a_model_that_can_be_told_not_to_think_is():
             return await super()._chat(request)
 
     with Qwen() as server, Teacher(server.url) as teacher:
-        probe = teacher.probes()[0]
-        assert probe.thinks and probe.scored and "reasoning reduced by" in str(probe)
+        probe = teacher.probes[0]
+        assert probe.scored and "reasoning reduced by" in str(probe)
         assert probe.quiet == {
             "chat_template_kwargs": {"enable_thinking": False, "thinking": False}
         }

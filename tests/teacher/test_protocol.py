@@ -34,7 +34,7 @@ class Corrections(Protocol):
     def max_tokens(self, limit, held_to):
         return 200
 
-    def reads(self, reply, by_logprobs):
+    def reads(self, reply):
         return reply.text.endswith(".")
 
     def grade(self, submission, replies):

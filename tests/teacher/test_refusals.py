@@ -74,13 +74,12 @@ def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
         return SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None
 
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].refused == ["seed"] and scored(teacher)
+        assert teacher.probes[0].refused == ["seed"] and scored(teacher)
     with (
         Picky(lambda asked: SHAPES[shape](400, "the moon is full")) as server,
-        Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()[0]
+        Teacher(server.url)
     assert_one_clean_sentence(caught, "the moon is full", "HTTP 400")
 
 
@@ -99,7 +98,7 @@ def test_a_parameter_that_is_named_only_by_its_place_is_left_out():
         return web.json_response({"message": body}, status=422) if "seed" in asked else None
 
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probes()[0].refused == ["seed"]
+        assert teacher.probes[0].refused == ["seed"]
 
 
 def test_an_error_nested_without_end_is_read_to_a_depth():
@@ -109,10 +108,9 @@ def test_an_error_nested_without_end_is_read_to_a_depth():
     refuse = lambda asked: web.json_response(body, status=400)  # noqa: E731
     with (
         Picky(refuse) as server,
-        Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()[0]
+        Teacher(server.url)
     assert_one_clean_sentence(caught, "around")
 
 
@@ -135,10 +133,9 @@ def test_a_server_that_forbids_everything_is_one_sentence():
     refuse = lambda asked: error(403, "Forbidden")  # noqa: E731
     with (
         Picky(refuse) as server,
-        Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probes()[0]
+        Teacher(server.url)
     assert_one_clean_sentence(caught, "HTTP 403", "OPENAI_API_KEY")
 
 
@@ -172,7 +169,7 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them():
     }
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
-        probe = teacher.probes()[0]
+        probe = teacher.probes[0]
         assert (probe.least_tokens, teacher.longest_reply) == (16, 6)
         assert "at least 16" in str(probe)
         dog, cat = graded(teacher, "Once", list(replies))
@@ -213,8 +210,8 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
             return await super()._chat(request)
 
     with Merged(refuse) as server, Teacher(server.url) as teacher:
-        assert scored(teacher) and not teacher.probes()[0].system
-        assert "no system message" in str(teacher.probes()[0])
+        assert scored(teacher) and not teacher.probes[0].system
+        assert "no system message" in str(teacher.probes[0])
         (message,) = server.requests[-1]["messages"]
         # refused once, and not retried
         assert "A dog ran." in message["content"] and len(server.all) == 1 + 1

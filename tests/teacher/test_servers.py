@@ -75,7 +75,6 @@ def test_a_server_that_only_fails_is_left_out(fault, capsys):
         servers(*scripts) as (fine, broken),
         Teacher(urls([fine, broken]), concurrency=8) as teacher,
     ):
-        teacher.probes()[0]
         fine.ready = lambda: len(broken.requests) > pool.FAILURES
         assert all(grade.scores for grade in graded(teacher, "Once", stories(120)))
     assert "take over its requests" in capsys.readouterr().out
@@ -101,15 +100,12 @@ def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last
 def test_a_server_that_is_down_at_the_start_is_told_and_left_out(capsys):
     away = closed_port()
     with servers(good) as (there,), Teacher([away, there.url], concurrency=2) as teacher:
-        assert [probe.url for probe in teacher.probes()] == [there.url]
+        assert [probe.url for probe in teacher.probes] == [there.url]
         told = capsys.readouterr().out
         assert away in told and told.count("warning: ") == 1 and "cannot be reached" in told
         assert all(grade.scores for grade in graded(teacher, "Once", stories(5)))
-    with (
-        Teacher([away, closed_port()]) as teacher,
-        pytest.raises(UserError, match="cannot be reached"),
-    ):
-        teacher.probes()[0]
+    with pytest.raises(UserError, match="cannot be reached"):
+        Teacher([away, closed_port()])
 
 
 def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, capsys):
@@ -128,12 +124,11 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
             )
     assert len(kept.read_text().splitlines()) == 50 + 3
     # with none at all, and no model named
-    with Teacher(urls(fleet), cache=kept) as teacher, pytest.raises(UserError) as caught:
-        teacher.probes()
+    with pytest.raises(UserError) as caught:
+        Teacher(urls(fleet), cache=kept)
     assert_one_clean_sentence(caught, "cannot be reached", "m", "--teacher-model")
+    capsys.readouterr()
     with Teacher(urls(fleet), "m", cache=kept) as teacher:
-        capsys.readouterr()
-        teacher.probes()
         assert capsys.readouterr().out.count("cached replies are used until") == 3
         assert [grade.reply for grade in graded(teacher, "Once", stories(50))] == [
             grade.reply for grade in grades

@@ -10,7 +10,7 @@ from fault_server import graded
 
 from tinystory.teacher import client
 from tinystory.teacher.answers import YesNo
-from tinystory.teacher.api import BUSY, Failure, Reply
+from tinystory.teacher.api import BUSY, ChatClient, Failure, Reply
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Criterion
 
@@ -39,23 +39,17 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         return self.selector.now
 
 
-class LimitedServer:
-    """A server that stands in for ChatClient and takes `most` requests per minute. announces:
+class LimitedServer(ChatClient):
+    """A server that stands in for ChatClient, and takes `most` requests per minute. announces:
     whether its answers say when none is left."""
 
     def __init__(self, most: int, announces: bool):
         self.most, self.announces = most, announces
+        super().__init__("http://x", "")
         self.began, self.taken, self.refused = 0.0, 0, 0
-        self.pause_s = 0.0
-
-    def load(self):
-        pass
 
     async def models(self):
         return ["limited"]
-
-    def one_line(self, text):
-        return text
 
     async def chat(self, body):
         await asyncio.sleep(0.5)
@@ -65,39 +59,32 @@ class LimitedServer:
         left_s = self.began + 60 - now
         if self.taken == self.most:
             self.refused += 1
-            raise Failure("busy", status=429, again=True, busy=True, retry_after=left_s)
+            self.pause(left_s)
+            raise Failure("busy", status=429, again=True, busy=True)
         self.taken += 1
-        self.pause_s = left_s if self.announces and self.taken == self.most else 0.0
-        return [Reply("2 1 3", thought=False)]
-
-    async def close(self):
-        pass
+        if self.announces and self.taken == self.most:
+            self.pause(left_s)
+        return [Reply("2 1 3")]
 
 
-class SlowServer:
+class SlowServer(ChatClient):
     """A server that stands in for ChatClient. It computes `slots` answers at once, on `processors`
     processors that the answers share, and an answer takes `seconds` of one processor."""
 
-    def __init__(self, slots: int, processors: int, seconds: float, alternatives=()):
+    def __init__(self, slots: int, processors: int, seconds: float, logprobs=None):
+        super().__init__("http://x", "")
         self.slots = asyncio.Semaphore(slots)
         self.processors = asyncio.Semaphore(processors)
         self.seconds = seconds
-        self.alternatives = alternatives
-        self.pause_s = 0.0
+        self.logprobs = logprobs
         self.loading = 0  # number of requests that are refused while the model is loaded
         self.in_flight = self.most_in_flight = self.received = self.answered = 0
-
-    def load(self):
-        pass
 
     async def models(self):
         if self.loading:
             self.loading -= 1
             raise Failure("is overloaded or failing", status=BUSY[1], again=True, busy=True)
         return ["slow"]
-
-    def one_line(self, text):
-        return text
 
     async def chat(self, body):
         self.received += 1
@@ -109,12 +96,9 @@ class SlowServer:
                     async with self.processors:
                         await asyncio.sleep(self.seconds / 10)
             self.answered += 1
-            return [Reply("2 1 3", thought=False, alternatives=self.alternatives)]
+            return [Reply("2 1 3", self.logprobs)]
         finally:
             self.in_flight -= 1
-
-    async def close(self):
-        pass
 
 
 @pytest.fixture
@@ -170,7 +154,7 @@ def test_a_limit_per_minute_is_kept(teacher_of, announces, options, most_refused
 
 def test_the_time_limit_is_per_reply(teacher_of):
     questions = tuple(Criterion(f"q{i}", "Is it a story?") for i in range(80))
-    server = SlowServer(8, 8, 0.15, alternatives=(("Yes", -0.1), ("No", -2.5)))
+    server = SlowServer(8, 8, 0.15, logprobs=(("Yes", -0.1), ("No", -2.5)))
     with teacher_of(server, protocol=YesNo(questions), deadline_s=9.0) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.error is None and len(grade.scores) == 80
@@ -180,4 +164,4 @@ def test_a_server_that_loads_its_model_is_waited_for(teacher_of):
     server = SlowServer(8, 8, 0.15)
     server.loading = 20
     with teacher_of(server) as teacher:
-        assert teacher.probes()[0].model == "slow"
+        assert teacher.probes[0].model == "slow"

@@ -72,8 +72,7 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
     with Picky(refuse) as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                probe = teacher.probes()[0]
-                assert probe.thinks
+                probe = teacher.probes[0]
                 assert probe.scored
                 assert probe.quiet == kept
                 assert not probe.least_tokens

@@ -28,8 +28,8 @@ from tinystory.evaluate.corruptions import (
 from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.endpoint import HUMAN
 from tinystory.teacher.grade import Grade, Grader
-from tinystory.teacher.probe import HUMAN
 
 # Texts per kind: scripts/doctor.py --calibrate, and the calibration before a run.
 FULL = 24

@@ -16,8 +16,9 @@ from aiohttp.typedefs import Handler
 from tinystory.human.grading_queue import GradingQueue
 from tinystory.human.lesson import Lesson
 from tinystory.teacher.chat_server import HOST, Refused, application, listening, parse_body
+from tinystory.teacher.endpoint import HUMAN
 from tinystory.teacher.grades import read_back
-from tinystory.teacher.probe import FIRST_STORY, HUMAN
+from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP
 
 DESCRIPTION = "A human who grades stories on a page. This server answers no other requests."

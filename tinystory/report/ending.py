@@ -20,7 +20,7 @@ from tinystory.run.terminal import aligned, wrapped
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening
-from tinystory.teacher.probe import HUMAN
+from tinystory.teacher.endpoint import HUMAN
 
 
 def print_stopped(config: RunConfig, command: str, after: str) -> None:

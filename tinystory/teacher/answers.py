@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import Any
 
-from tinystory.teacher.cache import CachedReply
+from tinystory.teacher.api import Reply
 from tinystory.teacher.grade import LONGEST_REPLY, Grade, Submission
-from tinystory.teacher.log_odds import MOST_ODDS, letters, odds_of_share
 from tinystory.teacher.prompt import FENCED, TOP, chat, fence, user_message
 from tinystory.teacher.protocol import Example, Protocol, grammar_constraint, json_constraint
 
@@ -26,6 +25,11 @@ EDITOR = (
 )
 JSON_ANSWER = re.compile(r'\s*\{\s*"answer"\s*:\s*"(yes|no)"\s*\}\s*')
 FIRST_WORD = re.compile(r"[\W_]*(yes|no)(?![\w'’-])(?!/|\W+(and|or)\b)", re.IGNORECASE)
+# If yes and no together have a lower probability, the reply is not an answer.
+LEAST_MASS = 0.1
+# Bound on the absolute value of a log-odds; some servers give -9999 for an impossible token.
+MOST_ODDS = 20.0
+LEAST_PROBABILITY = 1e-12
 # Minimum standard deviation of a question's log-odds, so that nearly equal answers do not become
 # very different scores.
 LEAST_SPREAD = 0.1
@@ -48,7 +52,8 @@ class YesNo(Protocol):
     preface: str = EDITOR
     shows_examples: bool = False
     examples: tuple[Example, ...] = ()
-    top_logprobs = 20  # the maximum of OpenAI and vLLM; other servers have a lower maximum
+    # OpenAI and vLLM allow 20. mlx_lm.server closes the connection above 11.
+    top_logprobs = 10
     draws = 8
     has_scale = True
     # At 1, log-probabilities before and after the temperature are the same, and the fraction of yes
@@ -82,34 +87,28 @@ class YesNo(Protocol):
             return json_constraint({"answer": {"type": "string", "enum": ["yes", "no"]}})
         return grammar_constraint("yes|no", '"yes" | "no"')
 
-    def reads(self, reply: CachedReply, by_logprobs: bool) -> bool:
-        if by_logprobs:
-            return reply.log_odds is not None
-        return parse_answer(reply.text) is not None
+    def reads(self, reply: Reply) -> bool:
+        return log_odds([reply]) is not None
 
-    def is_bare(self, reply: CachedReply) -> bool:
+    def is_bare(self, reply: Reply) -> bool:
         is_json = JSON_ANSWER.fullmatch(reply.text) is not None
         return is_json or letters(reply.text) in ("yes", "no")
 
-    def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
+    def grade(self, submission: Submission, replies: Mapping[str, Sequence[Reply]]) -> Grade:
         """Scores: TOP times the logistic function of the standardised log-odds of the good answer.
         Without a scale, the log-odds are not standardised, so the score is TOP times the
         probability of the good answer."""
-        log_odds = {}
+        odds = {}
         scores = {}
         for criterion in self.criteria:
             name = criterion.name
-            answers = replies[name]
-            odds = answers[0].log_odds
-            if odds is None:
-                odds = odds_of_share([bool(parse_answer(answer.text)) for answer in answers])
+            odds[name] = log_odds(replies[name]) or 0.0
             mean, spread = self.scale.get(name, (0.0, 1.0))
-            standardised = (odds - mean) / spread
+            standardised = (odds[name] - mean) / spread
             if criterion.good == "no":
                 standardised = -standardised
-            log_odds[name] = odds
             scores[name] = TOP / (1 + math.exp(-standardised))
-        return Grade(scores, self.score(scores), log_odds=log_odds)
+        return Grade(scores, self.score(scores), log_odds=odds)
 
     def fitted(self, grades: Sequence[Grade]) -> "YesNo":
         answers = [grade.log_odds for grade in grades if grade.log_odds]
@@ -133,3 +132,53 @@ class YesNo(Protocol):
 
     def with_examples(self, examples: Callable[[], Sequence[Example]]) -> "YesNo":
         return replace(self, examples=tuple(examples())) if self.shows_examples else self
+
+
+def log_odds(replies: Sequence[Reply]) -> float | None:
+    """ln p(yes) - ln p(no), from the replies to one question. None if a reply is no answer. If
+    log-probabilities were requested, the first reply counts, and by them alone."""
+    if replies[0].logprobs is not None:
+        return log_odds_of_token(replies[0].logprobs)
+    answers = [parse_answer(reply.text) for reply in replies]
+    return None if None in answers else log_odds_of_share(answers.count(True), len(answers))
+
+
+def log_odds_of_token(logprobs: Sequence[tuple[str, float]]) -> float | None:
+    """ln p(yes) - ln p(no), at most MOST_ODDS in absolute value; None if both words together have a
+    probability below LEAST_MASS, because then the model was about to say something else.
+
+    logprobs: (token, log-probability) pairs that a server lists. The probability of a word is
+    summed over all spellings in the list. A word that is not listed is at most as likely as the
+    least likely listed token, and as all tokens that are not listed. Its probability is set to this
+    upper bound, which makes the log-odds smaller in absolute value."""
+    of_word: dict[str, list[float]] = {"yes": [], "no": []}
+    for token, logprob in logprobs:
+        word = letters(token)
+        if word in of_word:
+            of_word[word].append(logprob)
+    spelled = of_word["yes"] + of_word["no"]
+    if not spelled or math.exp(_log_sum(spelled)) < LEAST_MASS:
+        return None
+    listed = [logprob for _, logprob in logprobs]
+    mass_left = max(1 - math.exp(_log_sum(listed)), LEAST_PROBABILITY)
+    bound = [min(*listed, math.log(mass_left))]
+    odds = _log_sum(of_word["yes"] or bound) - _log_sum(of_word["no"] or bound)
+    return min(max(odds, -MOST_ODDS), MOST_ODDS)
+
+
+def log_odds_of_share(yes: int, count: int) -> float:
+    """ln p(yes) - ln p(no), from `yes` answers yes among `count` answers. Half an answer is added
+    to yes and to no, so that the log-odds are finite (Haldane 1956)."""
+    return math.log(yes + 0.5) - math.log(count - yes + 0.5)
+
+
+def letters(text: str) -> str:
+    """The letters of a text in lower case. Other characters are dropped, because tokenizers mark
+    the space before a word in different ways."""
+    return re.sub("[^a-z]", "", text.casefold())
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    """The logarithm of the sum of the probabilities."""
+    largest = max(logprobs)
+    return largest + math.log(math.fsum(math.exp(logprob - largest) for logprob in logprobs))

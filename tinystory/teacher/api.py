@@ -6,12 +6,12 @@ import asyncio
 import functools
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tinystory.run.credentials import redacted
+from tinystory.run.credentials import SHORTEST_SECRET, redacted
 from tinystory.run.text import printable
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ LONGEST_ANSWER = 4 * 2**20
 # uvicorn, and so for vLLM), so that the server does not close a connection while we send.
 KEEP_ALIVE_S = 2.0
 LEAST_LOGPROB = -1e4  # smallest accepted log-probability; OpenAI gives -9999 for impossible tokens
+LONGEST_PAUSE_S = 60.0  # maximum seconds without a request because the server asks for a pause
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 TOKENS_OF_A_REQUEST = 1000  # about as many as a request needs
+NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"  # in a header
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}  # of a duration such as 2m59.5s, in seconds
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -60,8 +62,6 @@ class Failure(Exception):
     busy: bool = False  # the server needs fewer requests
     fatal: bool = False  # every other story would fail in the same way
     unreachable: bool = False  # no connection could be made
-    lost: bool = False  # the connection was closed before the whole answer came
-    retry_after: float = 0.0  # seconds to wait, as the server asks
     url: str = ""  # URL of the server, set when the request is given up
 
 
@@ -70,12 +70,13 @@ class Reply:
     """One choice of a chat completion."""
 
     text: str  # "" if the server sends no text
-    thought: bool  # whether the model reasoned before the reply, visibly or not
+    # (token, log-probability) of the likeliest first tokens of the text; empty if the server sends
+    # none; None if none were requested
+    logprobs: Sequence[tuple[str, float]] | None = None
+    error: str | None = None  # why the request was given up
+    thought: bool = False  # whether the model reasoned before the reply, visibly or not
     # numbers of (prompt, completion) tokens that the server reports; None without a report
     tokens: tuple[int, int] | None = None
-    # (token, log-probability) of the likeliest first tokens of the text; () if the server sends
-    # none
-    alternatives: tuple[tuple[str, float], ...] = ()
     model: str = ""  # name of the model that replied; "" if the server does not say
 
 
@@ -88,7 +89,7 @@ class ChatClient:
         self._url = url
         self._key = key.strip()
         self._role = role
-        self.pause_s = 0.0  # seconds for which the server's last answer allows no further request
+        self.next_at = 0.0  # on the event loop's clock: when the next request may be sent
 
     @functools.cached_property
     def _client(self) -> "openai.AsyncOpenAI":
@@ -139,77 +140,71 @@ class ChatClient:
 
     async def chat(self, body: Mapping[str, Any]) -> list[Reply]:
         """The choices of the server's answer to a chat request, at least one. body: all fields of
-        the request. Raises Failure."""
+        the request. If the body has `input` instead of `messages`, it is sent to OpenAI's other
+        API, /v1/responses. Raises Failure."""
+
         # The package openai sends extra_body unchanged. It would check the types of other
         # arguments.
+        def request(client: "openai.AsyncOpenAI") -> AbstractAsyncContextManager[Any]:
+            if "input" in body:
+                return client.responses.with_streaming_response.create(extra_body=body)
+            completions = client.chat.completions.with_streaming_response
+            return completions.create(model="", messages=[], extra_body=body)
+
         try:
-            answer = await self._answer(
-                lambda client: client.chat.completions.with_streaming_response.create(
-                    model="", messages=[], extra_body=body
-                )
-            )
+            answer = await self._answer(request)
         except Failure as failure:
-            if failure.status == 400 and CUT_SHORT in failure.message:
-                return [Reply("", thought=True)]
-            raise
+            if CUT_SHORT not in failure.message:
+                raise
+            return [Reply("", thought=True)]
+        match answer:
+            case {"output": [*_, {"content": [{"text": text, "logprobs": listed}, *_]}], **rest}:
+                choice = {"message": {"content": text}, "logprobs": {"content": listed}}
+                answer = {"choices": [choice], **rest}
         replies = []
         match answer:
             case {"choices": [*choices], **rest}:
-                tokens = _tokens(rest.get("usage"))
                 for choice in choices:
                     match choice:
                         case {"message": {**message}}:
-                            content = message.get("content") or ""
-                        case _:
-                            break
-                    if not isinstance(content, str):
-                        break
-                    replies.append(self._reply(content, message, choice, tokens, rest))
-                    tokens = None  # the count is for all choices
+                            replies.append(self._reply(message, choice, rest, body))
         if not replies:
             error = self.one_line("; ".join(_error_texts(answer)))
             reason = f"answers, but not with a chat completion ({error or 'nor an error'})"
             raise Failure(reason, status=200, again=True)
         return replies
 
-    async def respond(self, body: Mapping[str, Any]) -> Reply:
-        """The server's reply by OpenAI's other API, /v1/responses, with log-probabilities. Raises
-        Failure."""
-        answer = await self._answer(
-            lambda client: client.responses.with_streaming_response.create(extra_body=body)
-        )
-        match answer:
-            case {"output": [*_, {"content": [{"text": str(text), **part}, *_]}], **rest}:
-                choice = {"logprobs": {"content": part.get("logprobs")}}
-                return self._reply(text, {}, choice, _tokens(rest.get("usage")), rest)
-        raise Failure("answers /responses, but not with a text", status=200)
-
     def _reply(
         self,
-        content: str,
         message: Mapping[Any, Any],
-        choice: Mapping[str, Any],
-        tokens: tuple[int, int] | None,
+        choice: Mapping[Any, Any],
         answer: Mapping[Any, Any],
+        body: Mapping[str, Any],
     ) -> Reply:
+        """The reply in one choice of an answer to the request `body`."""
+        content = message.get("content")
         # JSON can contain lone surrogates, which cannot be encoded
-        content = content.encode(errors="replace").decode()
+        whole = content.encode(errors="replace").decode() if isinstance(content, str) else ""
         # some servers leave the reasoning in the text
-        before, _, text = content.rpartition("</think>")
+        before, _, text = whole.rpartition("</think>")
         thoughts = before.replace("<think>", "").strip()
         if before:
             text = text.lstrip()
-        # keys shorter than SHORTEST_SECRET stay: a dummy key such as "1" may equal a score
-        text = redacted(text, self._key)
         apart = message.get("reasoning_content") or message.get("reasoning")
         cut = choice.get("finish_reason") == "length" and not text.strip()
         return Reply(
-            text,
+            # keys shorter than SHORTEST_SECRET stay: a dummy key such as "1" may equal a score
+            redacted(text, self._key),
+            _logprobs(choice.get("logprobs")) if "top_logprobs" in body else None,
             thought=bool(apart or thoughts) or cut or "<think>" in text[:20],
-            tokens=tokens,
-            alternatives=_alternatives(choice.get("logprobs")),
+            tokens=_tokens(answer.get("usage")),
             model=self.one_line(str(answer.get("model") or "")),
         )
+
+    def pause(self, seconds: float) -> None:
+        """Allow no request for this time."""
+        now = asyncio.get_running_loop().time()
+        self.next_at = max(self.next_at, now + min(seconds, LONGEST_PAUSE_S))
 
     async def _answer(
         self,
@@ -243,14 +238,14 @@ class ChatClient:
             advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
             message = f"cannot be reached ({message}): {advice}"
             raise Failure(message, again=True, unreachable=True)
-        raise Failure(f"lost the connection ({message})", again=True, lost=True)
+        raise Failure(f"lost the connection ({message})", again=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:
         """Hook that is called with each response, before the body is read. Raises Failure for any
         status except 2xx."""
         status = response.status_code
         headers = response.headers
-        self.pause_s = _pause(headers)
+        self.pause(requested_pause(headers))
         if 200 <= status < 300:
             return
         if status < 400:
@@ -269,7 +264,6 @@ class ChatClient:
                 status=status,
                 again=True,
                 busy=status in BUSY,
-                retry_after=_retry_after(headers),
             )
         elif status == 404:
             message = f"has no such page or model ({error}): check the URL and --{self._role}-model"
@@ -327,35 +321,36 @@ def _tokens(usage: object) -> tuple[int, int] | None:
             pass
         case _:
             return None
-    return (prompt, reply) if is_count_pair([prompt, reply]) else None
+    return (prompt, reply) if are_counts([prompt, reply], 2) else None
 
 
-def _alternatives(logprobs: object) -> tuple[tuple[str, float], ...]:
+def are_counts(values: Sequence[object], number: int) -> bool:
+    """Whether the values can be this number of counts of tokens."""
+    are_natural = all(type(value) is int and 0 <= value < 10**12 for value in values)
+    return len(values) == number and are_natural
+
+
+def _logprobs(listed: object) -> list[tuple[str, float]]:
     """(token, log-probability) of the likeliest tokens at the first position with a token that is
-    not white space; () without such a position. Values that cannot be log-probabilities, such as
+    not white space; [] without such a position. Values that cannot be log-probabilities, such as
     NaN, are left out."""
-    positions = logprobs.get("content") if isinstance(logprobs, dict) else None
+    positions = listed.get("content") if isinstance(listed, dict) else None
     for position in positions if isinstance(positions, list) else ():
         match position:
             case {"token": str(token), "top_logprobs": [*entries]} if token.strip():
                 break
     else:
-        return ()
-    alternatives = []
+        return []
+    logprobs = []
     for entry in entries:
         match entry:
-            case {"token": str(token), "logprob": float() | int() as logprob}:
-                if LEAST_LOGPROB <= logprob <= 0:
-                    alternatives.append((token, float(logprob)))
-    return tuple(alternatives)
+            case {"token": str(token), "logprob": logprob} if is_logprob(logprob):
+                logprobs.append((token[: SHORTEST_SECRET - 1], float(logprob)))
+    return logprobs
 
 
-def is_count_pair(value: object) -> bool:
-    """Whether `value` can be the numbers of tokens of a prompt and a reply."""
-    match value:
-        case [_, _] as pair:
-            return all(type(count) is int and 0 <= count < 10**9 for count in pair)
-    return False
+def is_logprob(value: object) -> bool:
+    return isinstance(value, float | int) and LEAST_LOGPROB <= value <= 0
 
 
 def _error_texts(answer: object) -> list[str]:
@@ -379,20 +374,18 @@ def _error_texts(answer: object) -> list[str]:
     return list(texts)
 
 
-def _pause(headers: Mapping[str, str]) -> float:
-    """Seconds until the server allows another request, from the headers x-ratelimit-* of OpenAI and
-    those who follow it; 0 if it allows one now, or does not say."""
-    pause = 0.0
+def requested_pause(headers: Mapping[str, str]) -> float:
+    """Seconds until the server allows another request, from the headers Retry-After and
+    x-ratelimit-* (OpenAI's, and those of servers that follow it); 0 if it allows one now, or does
+    not say."""
+    pauses = [0.0]
+    wait = headers.get("retry-after", "")
+    if re.fullmatch(NUMBER, wait):
+        pauses.append(float(wait))
     for kind, needed in (("requests", 1), ("tokens", TOKENS_OF_A_REQUEST)):
         remaining = headers.get(f"x-ratelimit-remaining-{kind}", "")
-        if re.fullmatch("[0-9]{1,9}", remaining) and int(remaining) < needed:
+        if re.fullmatch(NUMBER, remaining) and float(remaining) < needed:
             reset = headers.get(f"x-ratelimit-reset-{kind}", "")
-            parts = re.findall(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)(ms|s|m|h)", reset)
-            pause = max(pause, sum(float(number) * UNITS[unit] for number, unit in parts))
-    return pause
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds to wait, from the header Retry-After; 0 without this header."""
-    value = headers.get("retry-after", "")
-    return float(value) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value) else 0.0
+            parts = re.findall(f"({NUMBER})(ms|s|m|h)", reset)
+            pauses.append(sum(float(number) * UNITS[unit] for number, unit in parts))
+    return max(pauses)

@@ -8,24 +8,25 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
-from tinystory.teacher.api import ChatClient, Failure
-from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import Endpoint, Options, Probe, base_url
+from tinystory.teacher.api import ChatClient, Failure, Reply
+from tinystory.teacher.cache import Cache, cache_key
+from tinystory.teacher.endpoint import ATTEMPTS, HUMAN, Endpoint, Options, Probe, base_url
 from tinystory.teacher.grade import LONGEST_REPLY, Grade, Grader, Submission, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.pool import ServerPool, leave_out
-from tinystory.teacher.probe import FIRST_STORY, HUMAN, HUMAN_S, Prober
+from tinystory.teacher.probe import FIRST_STORY, Prober
 from tinystory.teacher.prompt import fence
 
+T = TypeVar("T")
 MEASURED = 16  # minimum number of requests by which the rate of answers is measured
 SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # assumed length of a story in a forecast
@@ -35,34 +36,13 @@ TOKENS_PER_WORD = 1.4
 
 @dataclass(eq=False)
 class _Request:
-    """A request about a story. name: of the request, by the protocol. draw: number of the request
-    among equal requests, which have different seeds. key: key of the reply in the cache."""
+    """A request about a story. place: (the protocol's name of the request, number of the request
+    among equal requests, which have different seeds). key: key of the reply in the cache."""
 
-    name: str
-    draw: int
+    place: tuple[str, int]
     messages: list[dict]
     seed: int
     key: str
-
-
-@dataclass(eq=False)
-class _Story:
-    """State of a story that is being graded. last: (name of a request, draw) -> last reply."""
-
-    submission: Submission
-    afresh: bool
-    asked: bool = False
-    error: str | None = None
-    replies: list[str] = field(default_factory=list)
-    last: dict[tuple[str, int], CachedReply] = field(default_factory=dict)
-
-    def add(self, request: _Request, reply: CachedReply) -> None:
-        """Record a reply to a request about this story."""
-        if reply.error is not None:
-            self.error = reply.error
-            return
-        self.replies.append(reply.text)
-        self.last[request.name, request.draw] = reply
 
 
 class Teacher(Grader):
@@ -93,11 +73,10 @@ class Teacher(Grader):
         budget_cost: float = 0.0,
         **options: Any,
     ):
-        super().__init__({})  # `probes` fills in the facts
         self.options = Options(**options)
         role = self.options.role
         urls = [base_url(url, role) for url in ([urls] if isinstance(urls, str) else urls)]
-        names: Sequence[str | None] = [models] if isinstance(models, str) else models or [None]
+        names = [models] if isinstance(models, str) else models or [""]
         if len(names) not in (1, len(urls)) or len(set(urls)) < len(urls):
             raise UserError(
                 f"{len(urls)} URLs, {len(set(urls))} of them different, and {len(names)} models do not match: give "
@@ -112,25 +91,39 @@ class Teacher(Grader):
         for i, url in enumerate(urls):
             own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
             client = ChatClient(url, own_key or os.environ.get("OPENAI_API_KEY", ""), role)
-            model = names[i % len(names)]
-            endpoint = Endpoint(url, model, client, concurrency, self.ledger, self.options)
+            named = Probe(url=url, model=names[i % len(names)])
+            endpoint = Endpoint(named, client, concurrency, self.ledger, self.options)
             self.endpoints.append(endpoint)
         self.pool = ServerPool(self.endpoints)
         self._fatal: UserError | None = None  # once set, no further story can be graded
-        # The endpoints that were probed. Model and probe of the first one are part of all cache
-        # keys.
-        self._present: list[Endpoint] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
+        try:
+            # those of all servers that can be reached
+            self.probes = self._run(self._probe_all())
+        except BaseException:
+            self.close()
+            raise
+        # All servers are asked in the same way. The first one's model is part of all cache keys.
+        self.by_logprobs = self.probes[0].top_logprobs > 0
+        self.draws = 1 if self.by_logprobs else self.options.protocol.draws
+        self.attempts = 1 if self.by_logprobs else ATTEMPTS
+        self.requests_per_story = len(self._requests(Submission(*FIRST_STORY, 0), attempt=0))
+        criteria = self.options.protocol.criteria
+        super().__init__(
+            {
+                "scored_by": ", ".join(f"{probe.model} at {probe.url}" for probe in self.probes),
+                "teacher": asdict(self.probes[0]),
+                "questions": {criterion.name: criterion.question for criterion in criteria},
+            }
+        )
 
     # ---- called by a run -------------------------------------------------------------------------
 
-    def submit(self, submission: Submission, afresh: bool = False) -> Future[Grade]:
-        """The future grade of a story, which is sent at once. afresh: ignore replies from earlier
-        processes."""
-        self.probes()
-        return asyncio.run_coroutine_threadsafe(self._grade(submission, afresh), self._loop)
+    def submit(self, submission: Submission) -> Future[Grade]:
+        """The future grade of a story, which is sent at once."""
+        return asyncio.run_coroutine_threadsafe(self._grade(submission), self._loop)
 
     def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
         """Grades of the submissions, in order. If too many stories have no score, requests are
@@ -144,11 +137,20 @@ class Teacher(Grader):
         if are_all_new and requests >= MEASURED:
             self.per_second = requests / (self._loop.time() - began)
         if too_few_scores(grades, self.max_unscored):
-            old = [i for i, grade in enumerate(grades) if grade.score is None and not grade.asked]
-            futures = [self.submit(submissions[i], afresh=True) for i in old]
+            unscored = [i for i, grade in enumerate(grades) if grade.score is None]
+            old = [i for i in unscored if self._forget_replies(submissions[i])]
+            futures = [self.submit(submissions[i]) for i in old]
             for i, grade in zip(old, self._wait(futures, stop), strict=True):
                 grades[i] = grade
         return grades
+
+    def _forget_replies(self, submission: Submission) -> bool:
+        """Whether the cache had replies about a story from an earlier process."""
+        forgotten = False
+        for attempt in range(self.attempts):
+            for request in self._requests(submission, attempt):
+                forgotten |= self.cache.forget(request.key)
+        return forgotten
 
     def _wait(self, futures: Sequence[Future[Grade]], stop: Stop | None) -> list[Grade]:
         """The results of the futures. Prints progress. Raises Interrupted on `stop`."""
@@ -177,51 +179,17 @@ class Teacher(Grader):
                     stop.check()
         return [future.result() for future in futures]
 
-    def probes(self) -> list[Probe]:
-        """The probes of all servers that can be reached. The first call probes each server, with
-        about four requests, or with one request if the cache has a probe. A cached probe is used
-        even if the server cannot be reached. The first probe is part of all cache keys. Raises
-        UserError if no server can be reached, or if a server has no OpenAI-compatible API, lacks
-        the model, refuses the request or does not reply in time."""
-        if not self._present:
-            asyncio.run_coroutine_threadsafe(self._probe_all(), self._loop).result()
-            kept = [key for key, _ in self.cache.items()]
-
-            def order(endpoint: Endpoint) -> tuple[bool, bool, int]:
-                """The servers of earlier processes first, then those with log-probabilities."""
-                is_new = self.cache.get(endpoint.probe_key, earlier=False) is not None
-                return is_new, not endpoint.by_logprobs, kept.index(endpoint.probe_key)
-
-            present = [endpoint for endpoint in self.endpoints if endpoint.probe]
-            first, *others = sorted(present, key=order)
-            self._present = [first]
-            for endpoint in others:
-                if endpoint.by_logprobs == first.by_logprobs:
-                    self._present.append(endpoint)
-                else:  # its answers cannot be compared
-                    gives = "gives" if endpoint.by_logprobs else "gives no"
-                    leave_out(endpoint, Failure(f"{gives} log-probabilities, unlike {first.url}"))
-            if len({endpoint.model for endpoint in present}) > 1:
-                tqdm.write(
-                    f"warning: the servers' models have different names ({self.model}) and are treated as one model"
-                )
-        probes = [endpoint.probe for endpoint in self._present if endpoint.probe]
-        if not self.facts:
-            scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
-            criteria = self.options.protocol.criteria
-            self.facts |= {
-                "scored_by": scored_by,
-                "teacher": asdict(probes[0]),
-                "questions": {criterion.name: criterion.question for criterion in criteria},
-            }
-        return probes
-
     @property
     def model(self) -> str:
-        """The name of the model; "" until it is known; several names, joined by ", ", if the
-        servers use different names."""
-        names = dict.fromkeys(endpoint.model for endpoint in self.endpoints)
-        return ", ".join(name for name in names if name)
+        """The name of the model; several names, joined by ", ", if the servers use different
+        names."""
+        return ", ".join(dict.fromkeys(probe.model for probe in self.probes))
+
+    @property
+    def taught_by(self) -> str:
+        """As `model`, but the names in the servers' last replies."""
+        names = dict.fromkeys(each.taught_by for each in self.endpoints if each.taught_by)
+        return ", ".join(names or dict.fromkeys(probe.taught_by for probe in self.probes))
 
     @property
     def longest_reply(self) -> int:
@@ -229,19 +197,13 @@ class Teacher(Grader):
         return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     @property
-    def requests_per_story(self) -> int:
-        """Number of requests per story if every reply is readable."""
-        return len(self._requests(Submission(*FIRST_STORY, number=0), attempt=0))
-
-    @property
     def most_words(self) -> int:
-        self.probes()
-        replies = self.requests_per_story * self._present[0].attempts
-        return self.longest_reply * replies  # a word is at least one token
+        # a word is at least one token
+        return self.longest_reply * self.requests_per_story * self.attempts
 
     def affords(self, stories: int) -> bool:
-        thoughts = max(probe.least_tokens for probe in self.probes())
-        requests = stories * self.requests_per_story * self._present[0].attempts
+        thoughts = max(probe.least_tokens for probe in self.probes)
+        requests = stories * self.requests_per_story * self.attempts
         tokens_out = requests * max(self.longest_reply, thoughts)
         return self.ledger.affords(requests * self.ledger.largest_in, tokens_out)
 
@@ -251,46 +213,44 @@ class Teacher(Grader):
     def forecast(self, stories: int, opening: str) -> str:
         """One sentence on the cost of grading `stories` stories, estimated from the first probe.
         Assumes one readable reply per request. All replies count as words for the student."""
-        probes = self.probes()
-        first = probes[0]
+        first = self.probes[0]
         requests = stories * self.requests_per_story
+        prompts = requests // self.draws if first.choices else requests
+        # the probe had two requests in flight; with more, the server may be faster
+        bound = "about" if self.per_second else "at most"
+        per_second = self.per_second or sum(1 / probe.seconds for probe in self.probes)
+        if self.options.per_minute:
+            per_second = min(per_second, self.options.per_minute / 60 * len(self.probes))
+        minutes = prompts / per_second / 60
+        duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         if first.model == HUMAN:
-            return f"{stories:,} stories, about {requests * HUMAN_S / 60:.0f} min of grading"
-        submission = Submission(*FIRST_STORY, number=0)
-        messages = self._requests(submission, attempt=0)[0].messages
+            return f"{stories:,} stories, about {duration} of grading"
         # without counts by the server: about four characters per token of the prompt, and two per
         # token of a reply, which has digits and spaces
+        messages = self._requests(Submission(*FIRST_STORY, 0), attempt=0)[0].messages
         estimate = len(str(messages)) / 4, len(first.reply) / 2
         prompt_tokens, reply_tokens = first.tokens or estimate
         opening_words = len(opening.split())
-        probed_words = len(" ".join(FIRST_STORY).split())
-        more_words = opening_words + STORY_WORDS - probed_words
-        prompts = requests // self._present[0].draws if first.choices else requests
+        more_words = opening_words + STORY_WORDS - len(" ".join(FIRST_STORY).split())
         tokens_in = prompts * (prompt_tokens + more_words * TOKENS_PER_WORD)
         tokens_out = requests * reply_tokens
         words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
-        # the probe had two requests in flight; with more, the server may be faster
-        per_second = sum(1 / probe.seconds for probe in probes)
-        bound = "at most"
-        if self.per_second:
-            per_second = self.per_second
-            bound = "about"
-        if self.options.per_minute:
-            per_second = min(per_second, self.options.per_minute / 60 * len(probes))
-        minutes = prompts / per_second / 60
-        duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
             f"{words_in:,} words for the student{cost}, {bound} {duration} of grading"
         )
 
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine that runs in the thread of the requests."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
     def close(self) -> None:
         """Cancel all requests in flight, and close the connections and the cache."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self._run(self._cancel_all())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -304,9 +264,12 @@ class Teacher(Grader):
 
     # ---- in the thread of the requests -----------------------------------------------------------
 
-    async def _probe_all(self) -> None:
-        """Probe all servers. Leaves out servers that cannot be reached; raises UserError if no
-        server can be reached."""
+    async def _probe_all(self) -> list[Probe]:
+        """The probes of all servers, which take about four requests each, or one request if the
+        cache has a probe. Leaves out servers that cannot be reached, and servers without
+        log-probabilities beside servers that have them. Raises UserError if no server can be
+        reached, or if a server has no OpenAI-compatible API, lacks the model, refuses the request
+        or does not reply in time."""
         probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
         failures = await asyncio.gather(*probers)
         for endpoint, failure in zip(self.endpoints, failures, strict=True):
@@ -315,8 +278,19 @@ class Teacher(Grader):
             if all(failures):
                 raise UserError(f"{endpoint} {failure}")
             leave_out(endpoint, failure)
+        present = [endpoint for endpoint in self.endpoints if endpoint.is_open]
+        if len({endpoint.probe.model for endpoint in present}) > 1:
+            names = ", ".join(endpoint.probe.model for endpoint in present)
+            tqdm.write(
+                f"warning: the servers' models have different names ({names}) and are treated as one model"
+            )
+        by_logprobs = any(endpoint.by_logprobs for endpoint in present)
+        for endpoint in present:
+            if endpoint.by_logprobs != by_logprobs:
+                leave_out(endpoint, Failure("gives no log-probabilities, unlike another server"))
+        return [endpoint.probe for endpoint in present if endpoint.is_open]
 
-    async def _grade(self, submission: Submission, afresh: bool) -> Grade:
+    async def _grade(self, submission: Submission) -> Grade:
         """The grade of one story. Each request about the story is sent up to `attempts` times,
         until the reply is readable."""
         # After a fatal failure the other tasks are not awaited. The callback retrieves their
@@ -328,107 +302,99 @@ class Teacher(Grader):
         if is_blank(submission.story):
             return Grade(dict.fromkeys(protocol.names, 0), 0.0)  # as the instructions demand
 
-        story = _Story(submission, afresh)
-        by_logprobs = self._present[0].by_logprobs
-        read: set[tuple[str, int]] = set()
-        for attempt in range(self._present[0].attempts):
+        read: dict[tuple[str, int], Reply] = {}
+        texts: list[str] = []
+        error = None
+        for attempt in range(self.attempts):
             requests = self._requests(submission, attempt)
-            unread = [each for each in requests if (each.name, each.draw) not in read]
-            await self._ask(story, unread)
-            if story.error is not None:
-                return self._without_score(story, story.error)
-            read = {
-                each for each, reply in story.last.items() if protocol.reads(reply, by_logprobs)
-            }
-            if len(read) == len(requests):
-                return self._with_score(story)
-        return self._without_score(story, f"no score in {len(story.replies)} replies")
+            replies = await self._replies([each for each in requests if each.place not in read])
+            for place, reply in replies.items():
+                if reply.error:
+                    error = reply.error
+                    continue
+                texts.append(reply.text)
+                if protocol.reads(reply):
+                    read[place] = reply
+            if error or len(read) == len(requests):
+                break
+        else:
+            error = f"no score in {len(texts)} replies"
+
+        grade = Grade(None, None, error=error)
+        if error is None:
+            by_name: dict[str, list[Reply]] = {}
+            for (name, _), reply in read.items():
+                by_name.setdefault(name, []).append(reply)
+            grade = protocol.grade(submission, by_name)
+        # A word is at least one token, so a reply has at most longest_reply words. Some servers
+        # ignore max_tokens and send more words; the additional words are not used and not counted.
+        words = sum(min(len(text.split()), self.longest_reply) for text in texts)
+        last = " ".join(texts[-self.requests_per_story :])[:LONGEST_REPLY]
+        return replace(grade, reply=last, attempts=len(texts), reply_words=words)
 
     def _requests(self, submission: Submission, attempt: int) -> list["_Request"]:
         """The requests about a story: those of the protocol, `draws` times each. Seeds differ
         between attempts."""
         options = self.options
-        first = self._present[0]
         mark = fence(options.seed, submission.number, f"{submission.opening}\n{submission.story}")
         messages_by_name = options.protocol.messages(submission.opening, submission.story, mark)
+        determined_by = {
+            "temperature": options.temperature,
+            "max_tokens": options.max_tokens,
+            "extra": options.extra,
+            "logprobs": self.by_logprobs,
+        }
         requests = []
         for name, messages in messages_by_name.items():
-            for draw in range(first.draws):
-                seed = options.seed + draw * options.attempts + attempt
-                key = first.reply_key(messages, mark, seed)
-                requests.append(_Request(name, draw, messages, seed, key))
+            for draw in range(self.draws):
+                seed = options.seed + draw * ATTEMPTS + attempt
+                sampling = determined_by | {"seed": seed}
+                key = cache_key(self.probes[0].taught_by, messages, mark, sampling)
+                requests.append(_Request((name, draw), messages, seed, key))
         return requests
 
-    async def _ask(self, story: "_Story", requests: Sequence["_Request"]) -> None:
-        """Add the replies to these requests to the story. Each reply is cached before it is used.
+    async def _replies(self, requests: Sequence["_Request"]) -> dict[tuple[str, int], Reply]:
+        """Replies to requests about one story, by place. Each reply is cached before it is used.
         Requests without a cached reply are sent one after the other in one slot, so that a server
-        with a prefix cache processes the story once. Stops at the first failure, which becomes
-        `story.error`."""
-        missing = []
+        with a prefix cache processes the story once. Stops at the first failure: a reply with an
+        error."""
+        replies: dict[tuple[str, int], Reply] = {}
+        missing: list[_Request] = []
         for request in requests:
-            kept = self.cache.find(request.key, story.submission.number, earlier=not story.afresh)
-            if kept is None:
+            cached = self.cache.get(request.key)
+            if cached is None:
                 missing.append(request)
                 continue
             self.ledger.total["cached"] += 1
-            story.add(request, kept)
+            replies[request.place] = cached
+
+        def keep(request: _Request, reply: Reply) -> None:
+            replies[request.place] = self.cache.put(request.key, reply, self.ledger.charged)
+            missing.remove(request)
 
         async def send_missing(endpoint: Endpoint) -> AsyncIterator[None]:
             while missing:
                 if self._fatal is not None:
                     raise self._fatal
-                request = missing[0]
-                together = [request]
-                if endpoint.probe and endpoint.probe.choices:
-                    together = [each for each in missing if each.name == request.name]
-                replies = await endpoint.chat(request.messages, request.seed, len(together))
-                for each, reply in zip(together, replies, strict=False):
-                    keep(each, CachedReply.of(reply), tokens=reply.tokens)
+                first = missing[0]
+                together = [first]
+                if endpoint.probe.choices:
+                    together = [each for each in missing if each.place[0] == first.place[0]]
+                sent = await endpoint.chat(first.messages, first.seed, len(together))
+                for request, reply in zip(together, sent, strict=False):
+                    keep(request, reply)
                 yield
 
-        def keep(request: _Request, reply: CachedReply, **about: object) -> None:
-            about["charged"] = self.ledger.charged
-            kept = self.cache.keep(
-                request.key, story.submission.number, reply, again=story.afresh, **about
-            )
-            story.add(request, kept)
-            missing.remove(request)
-
-        if not missing or story.error is not None:
-            return
-        story.asked = True
+        if not missing or any(reply.error for reply in replies.values()):
+            return replies
         try:
             await self.pool.ask(send_missing)
         except Failure as failure:
             if failure.fatal or failure.unreachable:  # no other story can be graded either
                 self._fatal = UserError(f"the {self.options.role} at {failure.url} {failure}")
                 raise self._fatal from None
-            keep(missing[0], CachedReply("", error=f"the {self.options.role} {failure}"))
-
-    def _with_score(self, story: "_Story") -> Grade:
-        """The grade of a story. All last replies of the story must be readable."""
-        replies: dict[str, list[CachedReply]] = {}
-        for (name, _), reply in story.last.items():
-            replies.setdefault(name, []).append(reply)
-        grade = self.options.protocol.grade(story.submission, replies)
-        return self._with_counts(story, grade)
-
-    def _without_score(self, story: "_Story", error: str) -> Grade:
-        return self._with_counts(story, Grade(None, None, error=error))
-
-    def _with_counts(self, story: "_Story", grade: Grade) -> Grade:
-        """The grade with the story's replies and their number."""
-        # A word is at least one token, so a reply has at most longest_reply words. Some servers
-        # ignore max_tokens and send more words; the additional words are not used and not counted.
-        words = sum(min(len(text.split()), self.longest_reply) for text in story.replies)
-        last = " ".join(reply.text for reply in story.last.values())
-        return replace(
-            grade,
-            reply=last[:LONGEST_REPLY],
-            attempts=len(story.replies),
-            reply_words=words,
-            asked=story.asked,
-        )
+            keep(missing[0], Reply("", error=f"the {self.options.role} {failure}"))
+        return replies
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

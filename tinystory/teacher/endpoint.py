@@ -2,7 +2,6 @@
 itself."""
 
 import asyncio
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,21 +10,21 @@ from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import BUSY, ChatClient, Failure, Reply, in_time
-from tinystory.teacher.cache import cache_key
 from tinystory.teacher.grades import Grades
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.protocol import Protocol
 
+ATTEMPTS = 3  # maximum number of replies to a request until a reply is readable
 TEMPLATE_TOKENS = 256  # upper bound on the tokens that a chat template adds to two messages
 FIRST_SLOTS = 2  # requests in flight until the first answer
-LONGEST_HOLD_S = 60.0  # maximum seconds without a request to a server at its limit per minute
 BUSY_COSTS = 0.5  # slots lost per refused request
 # A request has at least this multiple of the probe's seconds per answer. No request comes near this
 # limit, because the number of requests in flight no longer rises once an answer takes a quarter of
 # it.
 PATIENCE = 16
+HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
+HUMAN_PATIENCE_S = 3 * 86_400.0  # time limit in seconds for a human's grade: a human takes breaks
 RESPONSES_LOGPROBS = "message.output_text.logprobs"  # what /v1/responses is asked to include
-PROBE = "probe "  # prefix of a probe's key in the cache
 URL = re.compile(r"(?P<server>https?://[^\s/?#@]+)(?P<path>(/[^\s?#]*)?)", re.IGNORECASE)
 
 
@@ -43,13 +42,11 @@ class Options:
     # time limit of a reply, all retries included; a slow server gets more time, see `Endpoint`
     deadline_s: float = 300.0
     per_minute: int = 0  # maximum number of requests per minute to a server; 0: no limit
-    attempts: int = 3  # maximum number of replies to a request until a reply is readable
     any_model: bool = False  # whether replies may come from another model than the probe's
 
-    @property
-    def extra_json(self) -> str:
-        """`extra` as JSON with sorted keys; "" if empty."""
-        return json.dumps(self.extra, sort_keys=True) if self.extra else ""
+    def __post_init__(self) -> None:
+        if self.protocol.temperature is not None:
+            self.temperature = self.protocol.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +69,15 @@ class Probe:
     # whether the log-probabilities come from OpenAI's other API, /v1/responses
     responses: bool = False
     choices: bool = False  # whether one request can have several replies (`n`)
-    reply: str = ""  # the reply to the probe's story
-    scored: bool = False  # whether this reply has scores, or an answer
-    thinks: bool = False  # whether the model reasons before the reply, unless `quiet` prevents it
     # The constraint on a reply: "grammar", "json" or "nothing". "json" makes replies longer, and is
     # used only if replies cannot be read without it.
     held_to: str = "nothing"
+    reply: str = ""  # the reply to the probe's story
+    scored: bool = False  # whether this reply has scores, or an answer
     # numbers of (prompt, completion) tokens for the probe's story; None without a report
     tokens: Sequence[int] | None = None
     # seconds per answer while two different stories are graded at once; 0 during the probe
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)  # warnings for the user
 
     @property
     def taught_by(self) -> str:
@@ -93,71 +88,71 @@ class Probe:
         reply = "scored a story" if self.scored else f"gave no score but {self.reply[:60]!r}"
         least = f" at least {self.least_tokens}" if self.least_tokens else ""
         findings = [reply, self.token_cap + least]
-        if not self.top_logprobs:  # answers with log-probabilities need no constraint
-            findings.append(f"reply constraint: {self.held_to}")
         findings += [f"no {name}" for name in self.refused]
         if not self.system:
             findings.append("no system message")
-        if self.thinks:
-            findings.append("reasons")
+        if self.quiet:
+            findings.append(f"reasoning reduced by {json.dumps(self.quiet)}")
         if self.top_logprobs:
             place = " in /responses" if self.responses else ""
             findings.append(f"gives the log-probabilities of {self.top_logprobs} tokens{place}")
+        else:  # answers with log-probabilities need no constraint
+            findings.append(f"reply constraint: {self.held_to}")
         if self.choices:
             findings.append("several replies to one request")
-        if self.quiet:
-            findings.append(f"reasoning reduced by {json.dumps(self.quiet)}")
         findings.append(f"{self.seconds:.2f} s per answer")
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
 
 @dataclass(eq=False, repr=False)
 class Endpoint:
-    """One model on the server at `url` (normalised by `base_url`), with a limit on the requests in
-    flight. The limit begins at two, and each answer raises it by one slot (TCP's slow start). Each
-    request that is refused as busy, or takes too long, lowers the limit by half a slot; from then
-    on, each full round of answers raises it by one slot. So a round with a refused fraction s
-    scales the limit by 1 - s/2, as in DCTCP (RFC 8257)."""
+    """One model on one server, with a limit on the requests in flight. The limit begins at two, and
+    each answer raises it by one slot (TCP's slow start). Each request that is refused as busy, or
+    takes too long, lowers the limit by half a slot; from then on, each full round of answers raises
+    it by one slot. So a round with a refused fraction s scales the limit by 1 - s/2, as in DCTCP
+    (RFC 8257)."""
 
-    url: str
-    model: str | None  # None until the server has listed its models
+    probe: Probe  # at first only with the server's URL, and with the model that the user named
     client: ChatClient
     most: int  # maximum number of requests in flight
     ledger: Ledger
     options: Options
-    probe: Probe | None = None  # None until the server has been probed
     is_open: bool = True  # whether requests are sent to this server
     taken: int = 0  # number of requests in flight
     failures: int = 0  # number of transient failures since the last answer
+    was_busy: bool = False
+    taught_by: str = ""  # name of the model that sent the last reply; "" before the first reply
 
     def __post_init__(self) -> None:
         self.limit = float(min(FIRST_SLOTS, self.most))
-        self.was_busy = False
-        self.next_at = 0.0  # on the event loop's clock: when the next request may be sent
-        # key in the cache of this server's probe with these options
-        options = self.options
-        text = (
-            f"{self.url} {options.max_tokens} {options.temperature} "
-            f"{options.protocol}{options.extra_json}"
-        )
-        self.probe_key = PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def __str__(self) -> str:
-        return f"the {self.options.role} at {self.url}"
+        return f"the {self.options.role} at {self.probe.url}"
+
+    @property
+    def deadline_s(self) -> float:
+        """Time limit in seconds of a reply, all retries included."""
+        if self.probe.model == HUMAN:
+            return HUMAN_PATIENCE_S
+        return max(self.options.deadline_s, ATTEMPTS * PATIENCE * self.probe.seconds)
 
     @property
     def timeout_s(self) -> float:
         """Time limit in seconds of one request. The first request, which may have to wait until the
         server has loaded the model, has all of --teacher-timeout."""
-        seconds = self.probe.seconds if self.probe else 0.0
-        part = self.options.deadline_s / self.options.attempts
-        return max(part, PATIENCE * seconds) if seconds else self.options.deadline_s
+        return self.deadline_s / ATTEMPTS if self.probe.seconds else self.deadline_s
 
     @property
-    def deadline_s(self) -> float:
-        """Time limit in seconds of a reply, all retries included."""
-        seconds = self.probe.seconds if self.probe else 0.0
-        return max(self.options.deadline_s, PATIENCE * seconds * self.options.attempts)
+    def by_logprobs(self) -> bool:
+        """Whether log-probabilities are requested. Then a reply is read by them alone."""
+        return self.probe.top_logprobs > 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Token limit of a reply that the protocol reads."""
+        if self.by_logprobs:
+            return 1
+        return self.options.protocol.max_tokens(self.options.max_tokens, self.probe.held_to)
 
     def answered(self, seconds: float) -> None:
         """Count an answer that took `seconds`: the limit rises if all slots were in use, and if
@@ -176,122 +171,64 @@ class Endpoint:
         if failure.again and failure.status not in BUSY:
             self.failures += 1
 
-    @property
-    def by_logprobs(self) -> bool:
-        """Whether log-probabilities are requested. Then a reply is read by them alone."""
-        return self.probe is not None and self.probe.top_logprobs > 0
-
-    @property
-    def draws(self) -> int:
-        """Number of equal requests, which differ only in the seed."""
-        return 1 if self.by_logprobs else self.options.protocol.draws
-
-    @property
-    def attempts(self) -> int:
-        """Maximum number of times that a request is sent until the reply is readable."""
-        return 1 if self.by_logprobs else self.options.attempts
-
-    @property
-    def max_tokens(self) -> int:
-        """Token limit of a reply that the protocol reads."""
-        if self.by_logprobs:
-            return 1
-        held_to = self.probe.held_to if self.probe else "nothing"
-        return self.options.protocol.max_tokens(self.options.max_tokens, held_to)
-
-    def sampling(self, seed: int) -> dict[str, Any]:
-        """Fields of a request that determine the reply."""
-        fixed = self.options.protocol.temperature
-        return {
-            "temperature": self.options.temperature if fixed is None else fixed,
-            "seed": seed % 2**31,  # servers take 32 bits
-            "max_tokens": self.max_tokens,
-        }
-
-    def reply_key(self, messages: list[dict], fence: str, seed: int) -> str:
-        """Key in the cache of the reply to these messages."""
-        assert self.probe is not None
-        determined_by = self.sampling(seed) | {"held_to": self.probe.held_to}
-        if self.probe.top_logprobs:
-            determined_by["top_logprobs"] = self.probe.top_logprobs
-            del determined_by["seed"]  # probabilities do not depend on what is drawn
-        if self.options.extra:
-            determined_by["extra"] = self.options.extra_json
-        return cache_key(self.probe.taught_by, messages, fence, determined_by)
-
     async def chat(self, messages: list[dict], seed: int, count: int = 1) -> list[Reply]:
         """The server's replies, one to `count`, to a request for scores, or for an answer, in the
         form of the probe."""
         form = self.probe
-        assert form is not None
-        fields = self.sampling(seed)
-        cap = max(fields.pop("max_tokens"), form.least_tokens)
-        if count > 1:
-            # some servers would draw each reply with the same seed
-            fields["n"] = count
-            del fields["seed"]
-        if form.held_to != "nothing":
-            fields |= self.options.protocol.constraint(form.held_to)
-        fields |= form.quiet
         texts = [message["content"] for message in messages]
         if not form.system and messages[0]["role"] == "system":
             messages = [{"role": "user", "content": "\n\n".join(texts[:2])}, *messages[2:]]
-        fields["model"] = self.model
+        cap = max(self.max_tokens, form.least_tokens)
+        fields = {"model": form.model, "temperature": self.options.temperature, **form.quiet}
+        if form.held_to != "nothing":
+            fields |= self.options.protocol.constraint(form.held_to)
         if form.responses:
             fields |= {"input": messages, "max_output_tokens": cap, "include": [RESPONSES_LOGPROBS]}
-            fields |= {"top_logprobs": form.top_logprobs}
-            del fields["seed"]
         else:
             fields |= {"messages": messages, form.token_cap: cap}
-            if form.top_logprobs:
-                fields |= {"logprobs": True, "top_logprobs": form.top_logprobs}
+        # Log-probabilities do not depend on what is drawn. Some servers would draw each of several
+        # replies with the same seed.
+        if self.by_logprobs:
+            fields["top_logprobs"] = form.top_logprobs
+            if not form.responses:
+                fields["logprobs"] = True
+        elif count > 1:
+            fields["n"] = count
+        else:
+            fields["seed"] = seed % 2**31  # servers take 32 bits
         for name in form.refused:
             fields.pop(name, None)
         fields |= self.options.extra
         with self.ledger.request(self.most_prompt_tokens(texts), cap * count) as charge:
             await self._wait_turn()
-            try:
-                replies = await in_time(self._send(fields), self.timeout_s)
-            except Failure as failure:
-                self._hold(failure.retry_after)
-                raise
-            self._hold(self.client.pause_s)
+            replies = await in_time(self.client.chat(fields), self.timeout_s)
             if replies[0].tokens:
                 charge["tokens_in"], charge["tokens_out"] = replies[0].tokens
-        model = replies[0].model
-        is_other = bool(form.served and model) and model != form.served
-        if is_other and not self.options.any_model:
+        served = form.served
+        model = replies[0].model or served
+        if served and model != served and not self.options.any_model:
             raise Failure(
-                f"now replies with the model {model} instead of {form.served}, whose scores "
-                f"cannot be compared: serve {form.served} again, or continue with --resume --any-model",
+                f"now replies with the model {model} instead of {served}, whose scores cannot be compared: serve "
+                f"{served} again, or continue with --resume --any-model",
                 fatal=True,
             )
+        if served:
+            self.taught_by = model
         return replies
 
     async def _wait_turn(self) -> None:
         """Wait until the limits per minute, of the server and of the user, allow a request."""
         now = asyncio.get_running_loop().time
-        while self.next_at > now():
-            await asyncio.sleep(self.next_at - now())
+        while self.client.next_at > now():
+            await asyncio.sleep(self.client.next_at - now())
         if self.options.per_minute:
-            self._hold(60 / self.options.per_minute)
-
-    def _hold(self, seconds: float) -> None:
-        """Send no request for this time."""
-        now = asyncio.get_running_loop().time()
-        self.next_at = max(self.next_at, now + min(seconds, LONGEST_HOLD_S))
-
-    async def _send(self, fields: Mapping[str, Any]) -> list[Reply]:
-        assert self.probe is not None
-        if self.probe.responses:
-            return [await self.client.respond(fields)]
-        return await self.client.chat(fields)
+            self.client.pause(60 / self.options.per_minute)
 
     def most_prompt_tokens(self, texts: Sequence[str]) -> int:
         """Upper bound on the number of tokens of a prompt. A token is at least one byte, and the
         chat template adds a few tokens. If the server counted the tokens of the probe's prompt,
         which begins with the same rubric, this count replaces the bound for the system message."""
-        if self.probe is None or not self.probe.tokens or len(texts) != 2:
+        if not self.probe.tokens or len(texts) != 2:
             return len("".join(texts).encode()) + TEMPLATE_TOKENS
         return self.probe.tokens[0] + len(texts[-1].encode())
 

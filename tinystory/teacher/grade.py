@@ -36,13 +36,12 @@ class Grade:
     scores: Mapping[str, float] | None
     # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
     score: float | None
-    # the last replies to all requests, joined, at most LONGEST_REPLY characters
+    # the last replies, one per request, joined, at most LONGEST_REPLY characters
     reply: str = ""
     attempts: int = 0  # number of replies received, unreadable ones included
     # Number of whitespace-separated words in all replies, at most max_tokens per reply. These words
     # count as words in.
     reply_words: int = 0
-    asked: bool = False  # whether a request was sent; False if all replies came from the cache
     error: str | None = None  # why there is no score
     log_odds: Mapping[str, float] | None = None  # log-odds of yes, by question; None for grades
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinystory.teacher.cache import CachedReply
+from tinystory.teacher.api import Reply
 from tinystory.teacher.grade import LONGEST_REPLY, Grade, Submission
 from tinystory.teacher.prompt import (
     BEFORE,
@@ -143,10 +143,10 @@ class Grades(Protocol):
         digits = [f"[0-{TOP}]"] * len(self.names)
         return grammar_constraint(" ".join(digits), ' " " '.join(digits))
 
-    def reads(self, reply: CachedReply, by_logprobs: bool) -> bool:
+    def reads(self, reply: Reply) -> bool:
         return parse_scores(reply.text, self.names) is not None
 
-    def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
+    def grade(self, submission: Submission, replies: Mapping[str, Sequence[Reply]]) -> Grade:
         ((reply,),) = replies.values()
         scores = parse_scores(reply.text, self.names)
         assert scores is not None

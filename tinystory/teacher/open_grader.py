@@ -110,11 +110,9 @@ def open_grader(
                 budget_cost=config.budget_cost,
             )
             stack.enter_context(teacher)
-            for probe in teacher.probes():
-                if config.teacher_url:  # how to ask the built-in teacher is known
+            if config.teacher_url:  # how to ask the built-in teacher is known
+                for probe in teacher.probes:
                     print(f"{role}: {probe}")
-                for note in probe.notes:
-                    print(f"warning: {note}")
             yield teacher
 
 

@@ -19,7 +19,6 @@ FAILURES = 8
 # Seconds before the first retry; doubled for each further retry, up to LONGEST_PAUSE_S, with
 # jitter.
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-LONGEST_RETRY_AFTER_S = 60.0
 
 
 class ServerPool:
@@ -89,11 +88,10 @@ class ServerPool:
 
             failures += 1
             pause = min(PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
-            pause += min(failure.retry_after, LONGEST_RETRY_AFTER_S)
             tries_left = failures < FAILURES or failure.busy
             too_late = now() + pause > began + endpoint.deadline_s
             if not failure.again or not tries_left or too_late:
-                failure.url = endpoint.url
+                failure.url = endpoint.probe.url
                 raise failure
             endpoint.ledger.total["retries"] += 1
             await asyncio.sleep(pause)

@@ -3,9 +3,10 @@ accept an option and ignore it."""
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,18 +14,16 @@ from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.run.records import Fields, parse_object
-from tinystory.teacher.api import BUSY, NO_SYSTEM, Failure, Reply, in_time, is_count_pair
-from tinystory.teacher.cache import Cache, CachedReply
-from tinystory.teacher.endpoint import Endpoint, Probe
+from tinystory.teacher.api import BUSY, NO_SYSTEM, Failure, Reply, are_counts, in_time
+from tinystory.teacher.cache import Cache
+from tinystory.teacher.endpoint import HUMAN, Endpoint, Options, Probe
 from tinystory.teacher.grade import LONGEST_REPLY
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence
 
-HUMAN = "human"  # name of the model if a human grades (scripts/teach.py)
 HUMAN_S = 20.0  # seconds per grade by a human, assumed in forecasts
 SHOWN_MODELS = 40  # of a server's list, in a message
 LOADING_PAUSE_S = 2.0  # seconds between two questions whether a server has loaded its model
-PATIENCE_S = 3 * 86_400.0  # time limit in seconds for a human's grade
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Two stories of the usual length, which are graded at once to measure the time per answer.
 TIMED_STORIES = (
@@ -64,31 +63,24 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "minimal"},
     {"reasoning_effort": "low"},
 )
-THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
-REFUSABLE = ("temperature", "seed")
-MOST_LOGPROBS = 20  # maximum of `Protocol.top_logprobs`
-FEWER_LOGPROBS = 10  # for mlx_lm.server, which closes the connection above 11
 # Token limit for a model that begins with white space, where a reply is read by its first token.
 SPACED_TOKENS = 4
-# Field of a probe -> test of the value, in addition to the type.
-PROBE_VALUES: dict[str, Callable[[Any], object]] = {
-    "model": str.isprintable,
-    "served": str.isprintable,
-    "token_cap": ("max_tokens", "max_completion_tokens").__contains__,
-    "least_tokens": range(THINKING_TOKENS + 1).__contains__,
-    "refused": lambda names: all(name in REFUSABLE for name in names),
-    "quiet": ({}, *QUIETER).__contains__,
-    "top_logprobs": range(MOST_LOGPROBS + 1).__contains__,
-    "held_to": ("grammar", "json", "nothing").__contains__,
-    "tokens": lambda counts: counts is None or is_count_pair(counts),
-    "seconds": lambda seconds: 0 < seconds < LONGEST_S,
-    "notes": lambda notes: all(isinstance(note, str) and note.isprintable() for note in notes),
+THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
+REFUSABLE = ("seed", "temperature")
+# Field of a cached probe -> the values that a server can have caused.
+POSSIBLE: dict[str, Sequence[object]] = {
+    "token_cap": ("max_tokens", "max_completion_tokens"),
+    "least_tokens": range(THINKING_TOKENS + 1),
+    "refused": ([], ["seed"], ["temperature"], ["seed", "temperature"]),
+    "quiet": ({}, *QUIETER),
+    "top_logprobs": range(100),
+    "held_to": ("grammar", "json", "nothing"),
 }
+LONGEST_S = 1e6  # upper bound on the duration of an answer in seconds
 PROBE_FIELDS: Fields = {
     name: (type(value),) for name, value in asdict(Probe(url="", model="")).items()
 }
 PROBE_FIELDS |= {"tokens": (list, type(None)), "seconds": (int, float)}
-LONGEST_S = 1e6  # upper bound on the duration of an answer in seconds
 LEAST = re.compile(
     r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"
 )
@@ -120,18 +112,17 @@ def load_probe(text: str, url: str) -> Probe | None:
         record = parse_object(text, PROBE_FIELDS)
     except ValueError:
         return None
-    is_possible = all(fits(record[name]) for name, fits in PROBE_VALUES.items())
-    if record["url"] != url or record.keys() != PROBE_FIELDS.keys() or not is_possible:
-        return None
-    return Probe(**record)
+    has_fields = record["url"] == url and record.keys() == PROBE_FIELDS.keys()
+    has_names = record["model"].isprintable() and record["served"].isprintable()
+    has_counts = record["tokens"] is None or are_counts(record["tokens"], 2)
+    has_measures = has_counts and 0 < record["seconds"] < LONGEST_S
+    is_possible = all(record[name] in values for name, values in POSSIBLE.items())
+    return Probe(**record) if has_fields and has_names and has_measures and is_possible else None
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
-    """`form` with the change that the server's error message demands. If the connection was lost:
-    with fewer log-probabilities, then none. Raises `failure` if neither changes the form."""
-    if failure.lost and form.top_logprobs:
-        few = FEWER_LOGPROBS if form.top_logprobs > FEWER_LOGPROBS else 0
-        return replace(form, top_logprobs=few)
+    """`form` with the change that the server's error message demands. Raises `failure` if it
+    demands none."""
     if failure.status in (400, 403, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
@@ -144,48 +135,43 @@ def remedy(form: Probe, failure: Failure) -> Probe:
 class Prober:
     """Probes one server. All methods raise Failure if the server gives no usable answer."""
 
-    def __init__(self, server: Endpoint, cache: Cache):
-        self.server = server
+    def __init__(self, endpoint: Endpoint, cache: Cache):
+        self.endpoint = endpoint  # its probe changes with each experiment
         self.cache = cache
-        # a copy of the endpoint; its probe changes with each experiment
-        self.endpoint = replace(server)
-        self.options = server.options
-        self.protocol = server.options.protocol
-        self.model_flag = f"--{self.options.role}-model"
+        self.protocol = endpoint.options.protocol
+        self.model_flag = f"--{endpoint.options.role}-model"
         self.messages = self._messages(*FIRST_STORY)
-        self.notes: list[str] = []
-        self.seconds: list[float] = []
+        self.slowest = 0.0  # seconds of the slowest answer
 
     def _messages(self, opening: str, story: str) -> list[dict]:
         """The messages of the first request about a story."""
-        mark = fence(self.options.seed, -1, f"{opening}\n{story}")
+        mark = fence(self.endpoint.options.seed, -1, f"{opening}\n{story}")
         return next(iter(self.protocol.messages(opening, story, mark).values()))
 
     async def examine(self) -> Failure | None:
-        """None after the server's model and probe were set; else the failure to reach the server.
-        If the server cannot be reached, a cached probe is used if its model is the one that the
-        user named. Raises UserError for any other failure."""
-        server = self.server
-        server.client.load()
-        cached = self.cache.get(server.probe_key)
-        probe = load_probe(cached.text, server.url) if cached else None
+        """None after the endpoint's probe was set; else the failure to reach the server. If the
+        server cannot be reached, a cached probe is used if its model is the one that the user
+        named. Raises UserError for any other failure."""
+        endpoint = self.endpoint
+        url = endpoint.probe.url
+        model = endpoint.probe.model
+        key = probe_key(url, endpoint.options)
+        cached = self.cache.get(key)
+        probe = load_probe(cached.text, url) if cached else None
+        endpoint.client.load()
         try:
-            server.model = await self.choose_model()
-            # A cached probe without scores is repeated, unless other cached replies have scores.
-            if probe and (self.options.any_model or probe.model != server.model):
-                probe = None
-            if not probe or not self._has_scores(probe):
-                probe = await self.probe()
-                reply = CachedReply(json.dumps(asdict(probe)))
-                charged = server.ledger.charged
-                self.cache.put(server.probe_key, reply, again=True, charged=charged)
+            model = await self._choose_model()
+            any_model = endpoint.options.any_model
+            if probe is None or probe.model != model or not probe.scored or any_model:
+                probe = await self._probe(model)
+                self.cache.forget(key)
+                self.cache.put(key, Reply(json.dumps(asdict(probe))), endpoint.ledger.charged)
         except Failure as failure:
             if not failure.unreachable:
-                reasons = [f"{server} {failure}", *self.notes]
-                raise UserError("; ".join(reasons)) from None
+                raise UserError(f"{endpoint} {failure}") from None
             if probe is None:
                 return failure
-            if probe.model not in (server.model, HUMAN):
+            if probe.model not in (model, HUMAN):
                 # The name of the model is not taken from the file, because it would be sent to the
                 # server when the server can be reached again.
                 message = (
@@ -193,42 +179,38 @@ class Prober:
                     f"{self.model_flag} {probe.model})"
                 )
                 return Failure(message, unreachable=True)
-            server.model = probe.model
-            tqdm.write(
-                f"warning: {server} {failure}; cached replies are used until a new one is needed"
-            )
-        server.probe = probe
-        if server.model == HUMAN:  # a human may take a break
-            self.options.deadline_s = PATIENCE_S
+            self._warn(f"{failure}; cached replies are used until a new one is needed")
+        endpoint.probe = probe
         return None
 
-    async def choose_model(self) -> str:
+    def _warn(self, note: str) -> None:
+        """Print a warning about the server."""
+        tqdm.write(f"warning: {self.endpoint} {note}")
+
+    async def _choose_model(self) -> str:
         """The name of the model: the one that the user named, else the first chat model that the
         server lists."""
-        endpoint = self.endpoint
+        client = self.endpoint.client
+        named = self.endpoint.probe.model
         try:
             models = await self._list_models()
         except Failure as failure:
             if failure.status is None:
                 raise
-            if endpoint.model is None:
+            if not named:
                 message = f"{failure} (if the server does not list models, name one with {self.model_flag})"
                 raise Failure(message, status=failure.status) from None
-            self.notes.append(
-                f"{endpoint.url} {failure}; {endpoint.model} is used although the server gave no list of models"
-            )
-            return endpoint.model
-        if endpoint.model is None:
-            if not models:
-                raise Failure(f"lists no model: load one, or name one with {self.model_flag}")
-            chat_models = [name for name in models if not NO_CHAT.search(name)]
-            endpoint.model = endpoint.client.one_line((chat_models or models)[0])
-        elif endpoint.model not in models:
-            listed = endpoint.client.one_line(", ".join(models[:SHOWN_MODELS])) or "none"
-            self.notes.append(
-                f"{endpoint.url} does not list {endpoint.model}, which is used anyway; listed models: {listed}"
-            )
-        return endpoint.model
+            self._warn(f"{failure}; {named} is used although the server gave no list of models")
+            return named
+        if named:
+            if named not in models:
+                listed = client.one_line(", ".join(models[:SHOWN_MODELS])) or "none"
+                self._warn(f"does not list {named}, which is used anyway; listed models: {listed}")
+            return named
+        if not models:
+            raise Failure(f"lists no model: load one, or name one with {self.model_flag}")
+        chat_models = [name for name in models if not NO_CHAT.search(name)]
+        return client.one_line((chat_models or models)[0])
 
     async def _list_models(self) -> list[str]:
         """The names of the server's models. A server that is loading its model is asked again,
@@ -247,79 +229,54 @@ class Prober:
 
     @property
     def form(self) -> Probe:
-        assert self.endpoint.probe is not None
         return self.endpoint.probe
 
-    def change_form(self, **fields: Any) -> None:
+    def _change_form(self, **fields: Any) -> None:
         self.endpoint.probe = replace(self.form, **fields)
 
-    async def probe(self) -> Probe:
-        model = str(self.endpoint.model)
-        self.endpoint.probe = Probe(
-            url=self.endpoint.url, model=model, top_logprobs=self.protocol.top_logprobs
-        )
+    async def _probe(self, model: str) -> Probe:
+        self._change_form(model=model, top_logprobs=self.protocol.top_logprobs)
         reply = await self._accepted_reply()
-        if reply.thought and self.endpoint.by_logprobs:
-            reply = await self._spaced_reply(reply)
-        thinks = reply.thought
-        if thinks and not self._scored(reply):
+        if reply.thought and not self.protocol.reads(reply):
             reply = await self._reply_without_thoughts()
-        if self.protocol.top_logprobs and not self._has_logprobs(reply):
+        if self.protocol.top_logprobs and not has_logprobs(reply):
             reply = await self._reply_by_other_means()
         if not self.endpoint.by_logprobs:
-            await self._find_structure(json_too=not self.protocol.is_bare(CachedReply.of(reply)))
-            if self.form.held_to != "nothing" and not self._scored(reply):
-                reply = await self._ask(self.messages)
-        self.change_form(tokens=reply.tokens, served=reply.model)
-        seconds = await self._seconds_per_answer()
-        scored = self._scored(reply)
+            reply = await self._constrained_reply(reply)
+        scored = self.protocol.reads(reply)
         if not scored:
-            self.notes.append(
-                f"{model} gave no score for the first story; it replied {reply.text[:80]!r}"
+            self._warn(f"gave no score for the first story: {model} replied {reply.text[:80]!r}")
+        elif not self.endpoint.by_logprobs and not self.protocol.is_bare(reply):
+            self._warn(
+                f"has a model, {model}, that replies {reply.text[:40]!r}, and nothing constrains its replies: the "
+                "first word counts"
             )
-        elif not self.endpoint.by_logprobs and not self.protocol.is_bare(CachedReply.of(reply)):
-            self.notes.append(
-                f"{model} replies {reply.text[:40]!r}, and nothing constrains its replies: the first word counts"
-            )
-        return replace(
-            self.form,
+        self._change_form(
+            tokens=reply.tokens,
+            served=reply.model,
             reply=reply.text[:LONGEST_REPLY],
             scored=scored,
-            thinks=thinks,
-            seconds=seconds,
-            notes=self.notes,
         )
+        return replace(self.form, seconds=await self._seconds_per_answer())
 
     async def _ask(self, messages: list[dict], count: int = 1) -> Reply:
         """The first of `count` replies. Sets whether one request can have several replies."""
         now = asyncio.get_running_loop().time
         start = now()
-        replies = await self.endpoint.chat(messages, self.options.seed, count)
-        self.seconds.append(now() - start)
+        replies = await self.endpoint.chat(messages, self.endpoint.options.seed, count)
+        self.slowest = max(self.slowest, now() - start)
         if count > 1:
-            self.change_form(choices=len(replies) == count)
+            self._change_form(choices=len(replies) == count)
         return replies[0]
 
-    async def _try(self, messages: list[dict]) -> Reply | None:
-        """The reply to these messages; None after a failure that concerns only this request."""
+    async def _try(self, messages: list[dict], count: int = 1) -> Reply | None:
+        """As `_ask`; None after a failure that concerns only this request."""
         try:
-            return await self._ask(messages)
+            return await self._ask(messages, count)
         except Failure as failure:
             if failure.fatal or failure.unreachable:
                 raise
             return None
-
-    def _scored(self, reply: Reply) -> bool:
-        return self.protocol.reads(CachedReply.of(reply), self.endpoint.by_logprobs)
-
-    def _has_scores(self, probe: Probe) -> bool:
-        """Whether a cached reply, to the probe or to another request, can be read."""
-        replies = [reply for _, reply in self.cache.items()]
-        by_logprobs = bool(probe.top_logprobs)
-        return probe.scored or any(self.protocol.reads(reply, by_logprobs) for reply in replies)
-
-    def _has_logprobs(self, reply: Reply) -> bool:
-        return self.endpoint.by_logprobs and len(reply.alternatives) > 1
 
     async def _accepted_reply(self) -> Reply:
         """The reply to the first story, after changing the form until the server accepts the
@@ -327,12 +284,7 @@ class Prober:
         pool = ServerPool([self.endpoint])
 
         async def request(_: Endpoint) -> AsyncIterator[Reply]:
-            try:
-                yield await self._ask(self.messages)
-            except Failure as failure:
-                if failure.lost and self.form.top_logprobs:  # see `remedy`
-                    failure.again = False
-                raise
+            yield await self._ask(self.messages)
 
         while True:
             try:
@@ -340,93 +292,101 @@ class Prober:
             except Failure as failure:
                 self.endpoint.probe = remedy(self.form, failure)
 
-    async def _spaced_reply(self, reply: Reply) -> Reply:
-        """A longer reply if the model begins with white space, else `reply`: a model that reasons
-        looks the same if the reply has one token."""
-        least_tokens = self.form.least_tokens
-        self.change_form(least_tokens=max(least_tokens, SPACED_TOKENS))
-        longer = await self._try(self.messages)
-        if longer is not None and not longer.thought:
-            return longer
-        self.change_form(least_tokens=least_tokens)
-        return reply
-
-    async def _seconds_per_answer(self) -> float:
-        """Seconds per answer while TIMED_STORIES are graded at once. If the server refuses one of
-        them, and for a human, whose time is expensive: seconds of the slowest answer so far."""
-        slowest = max(self.seconds)
-        stories = TIMED_STORIES[: self.endpoint.most]
-        if self.form.model == HUMAN:
-            return slowest
-        now = asyncio.get_running_loop().time
-        start = now()
-        replies = await asyncio.gather(*(self._try(self._messages(*story)) for story in stories))
-        return slowest if None in replies else (now() - start) / len(stories)
-
     async def _reply_without_thoughts(self) -> Reply:
-        """The reply of a model that reasons: with the first entry of QUIETER that stops the
-        reasoning, else with a token limit of THINKING_TOKENS. Raises Failure if both fail."""
-        accepted: Mapping[str, Any] = {}
-        for quiet in QUIETER:
-            # a parameter that was refused may be accepted without reasoning
-            top_logprobs = self.protocol.top_logprobs
-            self.change_form(quiet=quiet, refused=[], top_logprobs=top_logprobs)
+        """The reply of a model that seems to reason: with a few tokens more, because a model that
+        begins with white space looks the same; with the first entry of QUIETER that stops the
+        reasoning; or with a token limit of THINKING_TOKENS. Raises Failure if all fail."""
+        # a parameter that was refused may be accepted without reasoning
+        form = replace(self.form, refused=[], top_logprobs=self.protocol.top_logprobs)
+        changes: list[dict[str, Any]] = [{"quiet": quiet} for quiet in QUIETER]
+        if self.endpoint.by_logprobs:
+            changes.insert(0, {"least_tokens": SPACED_TOKENS})
+        changes.append({"least_tokens": THINKING_TOKENS, "top_logprobs": 0})
+        for change in changes:
+            self.endpoint.probe = replace(form, **change)
             try:
                 reply = await self._accepted_reply()
             except Failure as failure:
                 if failure.fatal or failure.unreachable:
                     raise
                 continue
-            if self._scored(reply) or not reply.thought:
-                return reply
-            accepted = quiet
-        self.change_form(quiet=accepted, least_tokens=THINKING_TOKENS, top_logprobs=0)
-        reply = await self._accepted_reply()
-        model = self.endpoint.model
-        if reply.thought and not self._scored(reply):
+            if not reply.thought or self.protocol.reads(reply):
+                break
+            form = replace(form, quiet=self.form.quiet)
+        else:
             raise Failure(
-                f"has a model, {model}, that reasons before it answers and gives no scores within {THINKING_TOKENS} "
-                "tokens: choose a model that does not reason, or switch reasoning off on the server"
+                f"has a model, {self.form.model}, that reasons before it answers and gives no scores within "
+                f"{THINKING_TOKENS} tokens: choose a model that does not reason, or switch reasoning off on the "
+                "server"
             )
-        note = (
-            f"reasoning of {model} cannot be switched off by {len(QUIETER)} known fields: a reply may cost up to "
-            f"{THINKING_TOKENS} tokens"
-        )
-        if reply.tokens:
-            note += f"; the first reply cost {reply.tokens[1]}"
-        if self.options.role == "teacher":  # a judge has no such option
-            note += (
-                "; if the server has another field for it, give that field, for example --teacher-extra "
-                '\'{"reasoning_effort": "none"}\''
-            )
-        self.notes.append(note)
+        if self.form.least_tokens == THINKING_TOKENS:
+            self._warn(thinking_note(self.form.model, reply, self.endpoint.options.role))
         return reply
 
     async def _reply_by_other_means(self) -> Reply:
         """A reply if a chat completion has no log-probabilities: by /v1/responses, which may have
         them (LM Studio), else one of several draws, in one request if the server can."""
-        can_be_quiet = self.form.least_tokens < THINKING_TOKENS
-        if can_be_quiet:
-            self.change_form(responses=True, top_logprobs=self.protocol.top_logprobs)
+        if self.form.least_tokens < THINKING_TOKENS:
+            self._change_form(responses=True, top_logprobs=self.protocol.top_logprobs)
             with contextlib.suppress(Failure):
                 reply = await self._ask(self.messages)
-                if self._has_logprobs(reply):
+                if has_logprobs(reply):
                     return reply
-        self.change_form(responses=False, top_logprobs=0)
+        self._change_form(responses=False, top_logprobs=0)
         draws = self.protocol.draws
-        self.notes.append(
-            f"{self.endpoint.url} gives no log-probabilities of {self.endpoint.model}: each question is asked "
-            f"{draws} times, and the fraction of yes is the answer"
+        self._warn(
+            f"gives no log-probabilities of {self.form.model}: each question is asked {draws} times, and the "
+            "fraction of yes is the answer"
         )
-        with contextlib.suppress(Failure):
-            return await self._ask(self.messages, draws)
-        return await self._ask(self.messages)
+        return await self._try(self.messages, draws) or await self._ask(self.messages)
 
-    async def _find_structure(self, json_too: bool) -> None:
-        """Set `held_to` to the first constraint that the server obeys, if any."""
-        for structure in ["grammar", "json"] if json_too else ["grammar"]:
-            self.change_form(held_to=structure)
-            reply = await self._try(OFF_TOPIC)
-            if reply is not None and self.protocol.is_bare(CachedReply.of(reply)):
-                return
-        self.change_form(held_to="nothing")
+    async def _constrained_reply(self, reply: Reply) -> Reply:
+        """The reply to the first story with the first constraint that the server obeys, if any,
+        unless `reply` has scores without it."""
+        kinds = ["grammar"] if self.protocol.is_bare(reply) else ["grammar", "json"]
+        for kind in kinds:
+            self._change_form(held_to=kind)
+            held = await self._try(OFF_TOPIC)
+            if held is not None and self.protocol.is_bare(held):
+                return reply if self.protocol.reads(reply) else await self._ask(self.messages)
+        self._change_form(held_to="nothing")
+        return reply
+
+    async def _seconds_per_answer(self) -> float:
+        """Seconds per answer while TIMED_STORIES are graded at once. If the server refuses one of
+        them: seconds of the slowest answer so far."""
+        if self.form.model == HUMAN:  # whose time is expensive
+            return HUMAN_S
+        stories = TIMED_STORIES[: self.endpoint.most]
+        now = asyncio.get_running_loop().time
+        start = now()
+        replies = await asyncio.gather(*(self._try(self._messages(*story)) for story in stories))
+        return self.slowest if None in replies else (now() - start) / len(stories)
+
+
+def probe_key(url: str, options: Options) -> str:
+    """Key in the cache of a server's probe with these options."""
+    extra = json.dumps(options.extra, sort_keys=True)
+    text = f"{url} {options.max_tokens} {options.temperature} {options.protocol} {extra}"
+    return f"probe {hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def has_logprobs(reply: Reply) -> bool:
+    """Whether the server listed more tokens than the one that was drawn."""
+    return len(reply.logprobs or ()) > 1
+
+
+def thinking_note(model: str, reply: Reply, role: str) -> str:
+    """The end of the warning "the teacher at URL ..." about a model that always reasons."""
+    note = (
+        f"has a model, {model}, whose reasoning cannot be switched off by {len(QUIETER)} known fields: a reply may "
+        f"cost up to {THINKING_TOKENS} tokens"
+    )
+    if reply.tokens:
+        note += f"; the first reply cost {reply.tokens[1]}"
+    if role == "teacher":  # a judge has no such option
+        note += (
+            "; if the server has another field for it, give that field, for example --teacher-extra "
+            '\'{"reasoning_effort": "none"}\''
+        )
+    return note

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tinystory.teacher.cache import CachedReply
+from tinystory.teacher.api import Reply
 from tinystory.teacher.grade import Grade, Submission
 from tinystory.teacher.prompt import TOP, Criterion
 
@@ -31,7 +31,7 @@ class Protocol:
     preface: str
     scale: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     # Number of likeliest first tokens to request with log-probabilities. A server that gives them
-    # is sent each request once, and a reply is read by them alone.
+    # is sent each request once.
     top_logprobs: ClassVar[int] = 0
     draws: ClassVar[int] = 1  # number of replies to each request without log-probabilities
     temperature: ClassVar[float | None] = None  # None: as the user's options say
@@ -56,16 +56,15 @@ class Protocol:
             return limit
         return max(limit, JSON_TOKENS * len(self.criteria) + 8)
 
-    def reads(self, reply: CachedReply, by_logprobs: bool) -> bool:
-        """Whether the reply is as this protocol demands. by_logprobs: whether log-probabilities
-        were requested."""
+    def reads(self, reply: Reply) -> bool:
+        """Whether the reply is as this protocol demands."""
         raise NotImplementedError
 
-    def is_bare(self, reply: CachedReply) -> bool:
+    def is_bare(self, reply: Reply) -> bool:
         """Whether the reply holds nothing but what is read, so that it needs no constraint."""
-        return self.reads(reply, by_logprobs=False)
+        return self.reads(reply)
 
-    def grade(self, submission: Submission, replies: Mapping[str, Sequence[CachedReply]]) -> Grade:
+    def grade(self, submission: Submission, replies: Mapping[str, Sequence[Reply]]) -> Grade:
         """The grade of a story. replies: by the name of the request, all readable."""
         raise NotImplementedError
 
