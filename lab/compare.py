@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = run / "comparison_replies.jsonl" if run else None
     with Teacher(
         config.teacher_url,
-        config.teacher_model or None,
+        config.teacher_model,
         cache=cache,
         concurrency=config.teacher_concurrency,
         seed=config.seed,

@@ -299,7 +299,7 @@ def test_a_calibration_ends_when_its_first_texts_have_no_readable_answer(short_p
                 UserError, match="no score for the first 4 of 48 texts, but 'Perhaps"
             ):
                 scaled(grader, ["builtin"])
-            assert len(server.others) - probes <= FIRST_TEXTS * 8 * grader.options.attempts
+            assert len(server.others) - probes <= FIRST_TEXTS * 8 * grader.attempts
 
 
 # The scale of answers

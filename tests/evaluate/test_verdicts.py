@@ -9,11 +9,11 @@ from conftest import tiny_stories
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.control import Comparison, difference, verdict
+from tinystory.evaluate.recorded_scores import RecordedScores, shuffled
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.report.control import sentence
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
-from tinystory.teacher.control import RecordedScores, shuffled
 from tinystory.teacher.grade import Submission
 
 

@@ -136,7 +136,7 @@ def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the
         assert "a small language model" in page.inner_text("#who").lower()
         page.get_by_label("Your name").fill("ada")
         page.keyboard.press("Enter")
-        with Teacher(f"http://127.0.0.1:{port}/v1") as teacher:
+        with Teacher([f"http://127.0.0.1:{port}/v1"]) as teacher:
             teacher.submit(
                 Submission("Once upon a time,", "a little girl went to the park. " * 13, 0)
             )
@@ -239,7 +239,7 @@ def test_a_page_for_keyboards_and_screen_readers(page, tmp_path):
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
-    asker += "with Teacher(sys.argv[1]) as t:\n t.grade_each([('Once', 'A fox ran.'), ('Once', 'A cow ran.')])"
+    asker += "with Teacher([sys.argv[1]]) as t:\n t.grade_each([('Once', 'A fox ran.'), ('Once', 'A cow ran.')])"
     url = f"http://127.0.0.1:{port}"
     client = subprocess.Popen([sys.executable, "-c", asker, f"{url}/v1"], cwd=ROOT)
     focus = "document.activeElement.closest('fieldset')?.getAttribute('aria-label')"

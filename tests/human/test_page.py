@@ -83,7 +83,7 @@ def shown(url, who="ada"):
 
 
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
-    with Teacher(url) as teacher:
+    with Teacher([url]) as teacher:
         probe = teacher.probes[0]
         assert probe.model == HUMAN and probe.scored
         # 20 s each
@@ -118,7 +118,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 
 
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
-    with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request
+    with Teacher([url], deadline_s=6.0) as teacher:  # 2 s per request
         future = teacher.submit(Submission("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(7)
@@ -135,7 +135,7 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Grades((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     with pytest.raises(UserError, match="same --teacher-prompt"):
-        Teacher(url, protocol=humour)
+        Teacher([url], protocol=humour)
 
 
 @pytest.mark.parametrize(

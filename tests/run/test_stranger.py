@@ -339,12 +339,12 @@ def test_replies_are_not_written_through_a_link(tmp_path, name):
 def test_a_forged_probe_is_not_taken(tmp_path, forged):
     path = tmp_path / "replies.jsonl"
     with FaultServer() as server:
-        with Teacher(server.url, cache=path) as teacher:
+        with Teacher([server.url], cache=path) as teacher:
             honest = teacher.probes[0]
         (line,) = read_lines(path)
         line["reply"] = json.dumps(json.loads(line["reply"]) | forged)
         path.write_text(json.dumps(line) + "\n")
-        with Teacher(server.url, cache=path) as teacher:
+        with Teacher([server.url], cache=path) as teacher:
             probe = teacher.probes[0]
             assert graded(teacher, "Once", ["A dog ran."])[0].scores
         assert len(server.requests) == 3  # the probe was repeated

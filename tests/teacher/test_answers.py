@@ -147,7 +147,7 @@ def test_a_scale_standardises_the_log_odds_of_known_texts():
 def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
     chance = {"first": 0.5, "second": 0.8}
     other = answers(lambda asked: chance[asked.split("Is it ")[1].split("?")[0]])
-    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher([server.url], protocol=TWO) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         body = server.others[-1]
     assert grade.log_odds == {"first": 0.0, "second": pytest.approx(math.log(4))}
@@ -161,7 +161,7 @@ def test_a_story_is_asked_each_question_and_has_their_weighted_mean():
 def test_the_questions_of_a_story_differ_at_the_end_only_and_are_asked_in_a_row():
     with (
         FaultServer(other=answers(lambda asked: 0.5)) as server,
-        Teacher(server.url, protocol=TWO, concurrency=1) as teacher,
+        Teacher([server.url], protocol=TWO, concurrency=1) as teacher,
     ):
         probes = len(server.others)
         graded(teacher, "Once", ["A dog ran.", "A cat sat.", "A hen flew."])
@@ -178,7 +178,7 @@ def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer():
             return error(400, "top_logprobs must be less than or equal to 5")
         return answers(lambda asked: 0.2)(body)
 
-    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher([server.url], protocol=TWO) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert teacher.probes[0].top_logprobs == server.others[-1]["top_logprobs"] == 5
     assert grade.log_odds["first"] == pytest.approx(math.log(0.25))
@@ -195,7 +195,7 @@ def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses, capsy
         return "Yes." if drawn[-1] % 4 else "no"  # in silence, if they are asked for
 
     one = YesNo((Criterion("first", "Is it first?"),))
-    with FaultServer(other=other) as server, Teacher(server.url, protocol=one) as teacher:
+    with FaultServer(other=other) as server, Teacher([server.url], protocol=one) as teacher:
         (probe,) = teacher.probes
         drawn.clear()
         (grade,) = graded(teacher, "Once", ["A dog ran."])
@@ -223,7 +223,7 @@ def test_a_reply_that_is_no_answer_gives_no_score(reply):
             return reply
         return web.Response(text=reply.text, content_type="application/json")
 
-    with FaultServer(other=other) as server, Teacher(server.url, protocol=TWO) as teacher:
+    with FaultServer(other=other) as server, Teacher([server.url], protocol=TWO) as teacher:
         dog, cat = graded(teacher, "Once", ["A dog ran.", "A cat sat."])
         # Equal requests have equal probabilities, so each is sent once.
         asked = [body["messages"][-1]["content"] for body in server.others]
@@ -245,7 +245,7 @@ def unsure(text, mass=0.05):
 
 @pytest.mark.parametrize("text", ["yes", "no"])
 def test_a_sampled_word_is_no_answer_where_log_probabilities_were_requested(text):
-    with FaultServer(other=unsure(text)) as server, Teacher(server.url, protocol=TWO) as teacher:
+    with FaultServer(other=unsure(text)) as server, Teacher([server.url], protocol=TWO) as teacher:
         dog, cat = graded(teacher, "Once", ["A dog ran.", "A cat sat."])
     assert dog.score is None and cat.score == 0.5
 
@@ -253,7 +253,7 @@ def test_a_sampled_word_is_no_answer_where_log_probabilities_were_requested(text
 def test_a_server_that_has_lost_its_log_probabilities_gives_no_scores(tmp_path):
     with FaultServer(other=answers(lambda asked: 0.5)) as server:
         for stories in (["A cat sat."], ["A cat sat.", "A hen flew."]):
-            with Teacher(server.url, protocol=TWO, cache=tmp_path / "replies.jsonl") as teacher:
+            with Teacher([server.url], protocol=TWO, cache=tmp_path / "replies.jsonl") as teacher:
                 grades = graded(teacher, "Once", stories)
             server.other = lambda body: "Yes"  # the server is restarted without them
     assert [grade.score for grade in grades] == [0.5, None]
@@ -275,7 +275,7 @@ def test_servers_that_give_no_log_probabilities_are_left_out_beside_one_that_doe
 def test_one_candidate_is_no_list_of_log_probabilities():
     """Servers that were asked for 20 tokens and list the sampled one alone."""
     one = lambda body: with_logprobs("Yes", [("Yes", -0.1)]) if body.get("logprobs") else "Yes"  # noqa: E731
-    with FaultServer(other=one) as server, Teacher(server.url, protocol=TWO) as teacher:
+    with FaultServer(other=one) as server, Teacher([server.url], protocol=TWO) as teacher:
         assert teacher.probes[0].top_logprobs == 0
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.log_odds["first"] == pytest.approx(math.log(8.5 / 0.5))
@@ -286,10 +286,10 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
     stories = [f"Story {i}." for i in range(5)]
     chance = answers(lambda asked: 1 / (3 + len(asked) % 7))
     with FaultServer(other=chance) as server:
-        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
+        with Teacher([server.url], protocol=TWO, cache=cache) as teacher:
             grades = graded(teacher, "Once", stories)
         url, asked = server.url, len(server.others)
-    with Teacher(url, "first", protocol=TWO, cache=cache) as teacher:
+    with Teacher([url], ["first"], protocol=TWO, cache=cache) as teacher:
         again = graded(teacher, "Once", stories)
     assert [(each.scores, each.score) for each in again] == [
         (each.scores, each.score) for each in grades
@@ -300,12 +300,12 @@ def test_answers_are_replayed_to_the_last_bit_without_a_server(tmp_path):
 def test_half_of_a_storys_answers_are_not_asked_for_again(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with FaultServer(other=answers(lambda asked: 0.5)) as server:
-        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
+        with Teacher([server.url], protocol=TWO, cache=cache) as teacher:
             graded(teacher, "Once", ["A dog ran."])
         lines = cache.read_text().splitlines(keepends=True)
         cache.write_text("".join(lines[:-1]))  # killed between the two questions
         before = len(server.others)
-        with Teacher(server.url, protocol=TWO, cache=cache) as teacher:
+        with Teacher([server.url], protocol=TWO, cache=cache) as teacher:
             (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert len(server.others) == before + 1 and grade.score == 0.5
 
@@ -320,7 +320,7 @@ def test_no_is_the_good_answer_to_a_question_that_says_so(tmp_path):
     protocol = load_protocol(path)
     with (
         FaultServer(other=answers(lambda asked: 0.8)) as server,
-        Teacher(server.url, protocol=protocol) as teacher,
+        Teacher([server.url], protocol=protocol) as teacher,
     ):
         (grade,) = graded(teacher, "Once", ["A dog ran."])
         assert grade.scores["impossible"] == pytest.approx(0.2 * TOP)

@@ -20,11 +20,11 @@ def test_no_reply_is_paid_for_twice(tmp_path):
     stories = [f"Dog {i} ran." for i in range(30)]
     script = lambda story, n: "hm" if "1" in story and n == 0 else f"{n} 1 1"  # noqa: E731
     with FaultServer(script) as server:
-        with Teacher(server.url, cache=kept) as teacher:
+        with Teacher([server.url], cache=kept) as teacher:
             before = graded(teacher, "Once", stories[:20])
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
-        with Teacher(server.url, cache=kept) as teacher:
+        with Teacher([server.url], cache=kept) as teacher:
             # other indices: the fence is not part of the key
             after = graded(teacher, "Once", stories[::-1])[::-1]
             assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
@@ -36,11 +36,11 @@ def test_no_reply_is_paid_for_twice(tmp_path):
             assert old.reply == new.reply
             assert old.attempts == new.attempts
             assert old.reply_words == new.reply_words
-        for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"models": "second"}):
-            with Teacher(server.url, cache=kept, **other) as teacher:
+        for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"models": ["second"]}):
+            with Teacher([server.url], cache=kept, **other) as teacher:
                 graded(teacher, "Once", stories[:1])
                 assert teacher.ledger.total["cached"] == 0
-        with Teacher(server.url, cache=kept) as teacher:
+        with Teacher([server.url], cache=kept) as teacher:
             graded(teacher, "Twice", stories[:1])
             assert teacher.ledger.total["cached"] == 0
 

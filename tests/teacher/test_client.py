@@ -43,7 +43,7 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
 
     with (
         FaultServer(script) as server,
-        Teacher(server.url, concurrency=32, deadline_s=LONG_S) as teacher,
+        Teacher([server.url], concurrency=32, deadline_s=LONG_S) as teacher,
     ):
         time_out_hanging_requests(server, monkeypatch)
         probes = teacher.ledger.total["requests"]
@@ -61,14 +61,13 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
             assert grade.scores is None and grade.reply == "all good!" and grade.attempts == 3
             assert grade.reply_words == 6 and "3 replies" in grade.error
     assert teacher.ledger.total["requests"] == sum(server.seen.values()) - 1 + probes
-    assert teacher.ledger.total["failures"] == teacher.ledger.total["retries"]
-    assert teacher.ledger.total["failures"] == sum(
+    assert teacher.ledger.total["retries"] == sum(
         len([w for w in p if " " not in w]) for p in plan.values()
     )
 
 
 def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
-    with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
+    with FaultServer(lambda story, n: "500") as server, Teacher([server.url]) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
     assert grade.error == "the teacher is overloaded or failing (HTTP 500: oops)"
@@ -76,7 +75,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 
 
 def test_a_hanging_request_is_cut_at_its_deadline():
-    with FaultServer(lambda story, n: "drip") as server, Teacher(server.url) as teacher:
+    with FaultServer(lambda story, n: "drip") as server, Teacher([server.url]) as teacher:
         probe = teacher.probes[0]
         teacher.endpoints[0].probe = replace(probe, seconds=0.2 / PATIENCE)
         teacher.options.deadline_s = 0.6  # which a busy machine could take for the probe
@@ -89,7 +88,7 @@ def test_the_client_waits_as_long_as_the_server_asks():
     busy = error(429, "slow down", headers={"Retry-After": "0.3"})
     with (
         FaultServer(lambda story, n: "3 3 3" if n else busy) as server,
-        Teacher(server.url) as teacher,
+        Teacher([server.url]) as teacher,
     ):
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores == dict.fromkeys(CRITERIA, 3)
@@ -100,13 +99,13 @@ def test_what_is_no_number_of_seconds_asks_for_no_wait():
     nonsense = ["", "nan", "inf", "-5", "soon", "9" * 400, "Fri, 01 Jan 2027 00:00:00 GMT"]
     busy = {f"Dog {i}.": error(429, "slow", {"Retry-After": x}) for i, x in enumerate(nonsense)}
     script = lambda story, n: "3 3 3" if n else busy[story]  # noqa: E731
-    with FaultServer(script) as server, Teacher(server.url) as teacher:
+    with FaultServer(script) as server, Teacher([server.url]) as teacher:
         assert all(grade.scores for grade in graded(teacher, "Once", list(busy)))
 
 
 def test_what_is_sent():
     with FaultServer(lambda story, n: "hm" if n == 0 else "1 1 1") as server:
-        with Teacher(server.url, "second", seed=7, temperature=0.5, max_tokens=9) as teacher:
+        with Teacher([server.url], ["second"], seed=7, temperature=0.5, max_tokens=9) as teacher:
             assert graded(teacher, "Once", ["A dog\x00 ran."])[0].attempts == 2
         first, second = server.requests[1:]
         assert first["model"] == "second"
@@ -118,7 +117,7 @@ def test_what_is_sent():
 
 
 def test_as_many_requests_are_in_flight_as_allowed():
-    with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
+    with FaultServer() as server, Teacher([server.url], concurrency=130) as teacher:
         graded(teacher, "Once", [f"Cat {i} ran." for i in range(600)])  # the limit rises
         server.ready = lambda: server.most_in_flight >= 130  # held until all are sent
         graded(teacher, "Once", [f"Dog {i} ran." for i in range(140)])
@@ -130,14 +129,14 @@ def test_words_beyond_max_tokens_do_not_count(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", closed_port())
     with (
         FaultServer(lambda story, n: "well " * 50) as server,
-        Teacher(server.url, max_tokens=6) as teacher,
+        Teacher([server.url], max_tokens=6) as teacher,
     ):
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.scores is None and grade.reply_words == 3 * 6
 
 
 def test_an_empty_story_needs_no_teacher():
-    with FaultServer() as server, Teacher(server.url) as teacher:
+    with FaultServer() as server, Teacher([server.url]) as teacher:
         grades = graded(teacher, "Once", ["", " \n\t", "\x00\u200b"])
         assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0)] * 3
         assert len(server.requests) == 1  # the probe
@@ -145,7 +144,7 @@ def test_an_empty_story_needs_no_teacher():
 
 def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
-        teacher = Teacher(server.url, concurrency=8)
+        teacher = Teacher([server.url], concurrency=8)
         teacher.endpoints[0].limit = 8.0
         futures = [teacher.submit(Submission("Once", f"Dog {i} ran.", i)) for i in range(20)]
         while server.in_flight < 8:
@@ -161,7 +160,7 @@ def test_closing_leaves_nothing_in_flight():
 def test_a_long_wait_is_not_silent(monkeypatch):
     told = []
     monkeypatch.setattr("tinystory.teacher.client.SILENCE_S", 0.0)
-    with FaultServer() as server, Teacher(server.url) as teacher:
+    with FaultServer() as server, Teacher([server.url]) as teacher:
         monkeypatch.setattr(tqdm, "write", lambda text: told.append(text))
         server.ready = lambda: told  # replies are held until the line is printed
         assert all(grade.scores for grade in graded(teacher, "Once", ["A dog ran.", "A cat ran."]))
@@ -173,7 +172,7 @@ def test_ctrl_c_ends_the_wait_for_grades():
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
         # background jobs start with SIGINT ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "with Teacher(sys.argv[1]) as teacher: teacher.grade_each([('Once', 'A dog ran.'), ('Once', 'A cat ran.')])"
+        "with Teacher([sys.argv[1]]) as teacher: teacher.grade_each([('Once', 'A dog ran.'), ('Once', 'A cat ran.')])"
     )
     with FaultServer(lambda story, n: "hang") as server:
         process = subprocess.Popen(
@@ -263,7 +262,7 @@ def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count
     def other(request):
         return "3 1 2" if "Tom {story}" in str(request) else "0 0 1"
 
-    with FaultServer(other=other) as server, Teacher(server.url, protocol=protocol) as teacher:
+    with FaultServer(other=other) as server, Teacher([server.url], protocol=protocol) as teacher:
         (grade,) = graded(teacher, "Once", ["Tom {story}"])
     assert grade.scores == dict(zip(CRITERIA, (3, 1, 2), strict=True))
     assert grade.score == pytest.approx(6 / 9)

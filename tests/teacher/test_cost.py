@@ -29,7 +29,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     def script(story, n):
         return "500" if story == stories[3] and n == 0 else counted("2 1 3")
 
-    with Counting(script) as server, Teacher(server.url, **prices) as teacher:
+    with Counting(script) as server, Teacher([server.url], **prices) as teacher:
         teacher.ledger.stats()
         assert all(grade.scores for grade in graded(teacher, "Once", stories + stories[:2]))
         stats = teacher.ledger.stats()
@@ -44,7 +44,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
             "cost": spent,
         }
     # earlier costs still count
-    with Counting() as server, Teacher(server.url, **prices) as teacher:
+    with Counting() as server, Teacher([server.url], **prices) as teacher:
         kept = 10 * (500 * 2 + 6 * 8) / 1e6
         assert kept <= teacher.ledger.price(*teacher.cache.charged[:2]) <= spent
 
@@ -52,7 +52,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
 def test_a_forecast_is_the_probe_times_the_stories():
     with (
         Counting() as server,
-        Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher,
+        Teacher([server.url], concurrency=4, price_in=1.0, price_out=2.0) as teacher,
     ):
         for seconds, words in (
             (0.01, "at most 1 min of grading"),
@@ -91,7 +91,7 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
 
     with (
         Counting(script) as server,
-        Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher,
+        Teacher([server.url], price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher,
     ):
         billed.update(
             tokens_in=teacher.ledger.total["tokens_in"],
@@ -103,5 +103,5 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
             graded(teacher, "Once", stories)
         assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
-        in_flight = teacher.concurrency * teacher.ledger.price(teacher.ledger.largest_in, 16)
+        in_flight = 16 * teacher.ledger.price(teacher.ledger.largest_in, 16)
         assert teacher.ledger.cost > 0.06 - in_flight

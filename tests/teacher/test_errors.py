@@ -75,7 +75,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
     caplog.set_level(logging.DEBUG)
     with (
         FaultServer(lambda story, n: FATAL[words]()) as server,
-        Teacher(server.url, concurrency=4) as teacher,
+        Teacher([server.url], concurrency=4) as teacher,
     ):
         with pytest.raises(UserError) as caught:
             graded(teacher, "Once", [f"Dog {i} ran." for i in range(50)])
@@ -92,7 +92,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
 def test_nothing_there():
     url = closed_port()
     with pytest.raises(UserError) as caught:
-        Teacher(url)
+        Teacher([url])
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
 
 
@@ -103,7 +103,7 @@ def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
     proxy = closed_port()
     monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.replace("//", f"//me:{KEY}@"))
     with pytest.raises(UserError) as caught:
-        Teacher(f"{scheme}://teacher.example/v1")
+        Teacher([f"{scheme}://teacher.example/v1"])
     assert_one_clean_sentence(
         caught, "teacher.example", proxy.rpartition(":")[2], "any proxy", "NO_PROXY"
     )
@@ -111,7 +111,7 @@ def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
 
 def test_a_server_that_goes_away_stops_the_run():
     with FaultServer() as server:
-        teacher = Teacher(server.url)
+        teacher = Teacher([server.url])
     with teacher, pytest.raises(UserError) as caught:
         graded(teacher, "Once", ["A dog ran.", "A cat ran."])
     assert_one_clean_sentence(caught, "cannot be reached")
@@ -129,7 +129,7 @@ def test_not_http_at_all():
 
         threading.Thread(target=greet, daemon=True).start()
         with pytest.raises(UserError) as caught:
-            Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+            Teacher([f"http://127.0.0.1:{listener.getsockname()[1]}/"])
     assert_one_clean_sentence(caught, "lost the connection")
 
 
@@ -152,7 +152,7 @@ def test_no_openai_compatible_api(models, words):
         FaultServer(models=models) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, server.url, words)
 
 
@@ -170,7 +170,7 @@ def test_no_openai_compatible_api(models, words):
 )
 def test_invalid_urls(url):
     with pytest.raises(UserError, match="must look like") as caught:
-        Teacher(url)
+        Teacher([url])
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
 
 
@@ -179,7 +179,7 @@ def test_invalid_urls(url):
 )
 def test_urls_that_no_server_can_have_are_one_sentence(url):
     with pytest.raises(UserError) as caught:
-        Teacher(url)
+        Teacher([url])
     assert_one_clean_sentence(caught, url)
 
 
@@ -198,7 +198,7 @@ def test_urls_that_no_server_can_have_are_one_sentence(url):
 def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(UserError) as caught:
-        Teacher("http://teacher.example/v1")
+        Teacher(["http://teacher.example/v1"])
     assert_one_clean_sentence(caught, "the proxies (HTTP_PROXY")
 
 
@@ -210,7 +210,7 @@ def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(
     monkeypatch.setenv(name, value)
     with FaultServer() as server:
         with pytest.raises(UserError) as caught:
-            Teacher(server.url)
+            Teacher([server.url])
         assert_one_clean_sentence(caught, "OPENAI_API_KEY and other variables")
         assert not server.requests
 
@@ -223,7 +223,7 @@ def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, monk
         FaultServer(models=no) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, server.url, "refuses the key", "set OPENAI_API_KEY")
 
 
@@ -232,7 +232,7 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     kept = tmp_path / "replies.jsonl"
     with (
         FaultServer(lambda story, n: f"your key is {KEY}") as server,
-        Teacher(server.url, cache=kept) as teacher,
+        Teacher([server.url], cache=kept) as teacher,
     ):
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
@@ -244,7 +244,7 @@ def test_a_header_from_the_environment_that_a_reply_echoes_is_not_kept(monkeypat
     kept = tmp_path / "replies.jsonl"
     with (
         FaultServer(lambda story, n: f"stories, {KEY}") as server,
-        Teacher(server.url, cache=kept) as teacher,
+        Teacher([server.url], cache=kept) as teacher,
     ):
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert grade.reply == "stories, [key]" and KEY not in kept.read_text()
@@ -256,7 +256,7 @@ def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, t
     kept = tmp_path / "replies.jsonl"
     with FaultServer(lambda story, n: "3 1 0") as server:
         for again in (False, True):  # from the server, then from the file
-            with Teacher(server.url, cache=kept) as teacher:
+            with Teacher([server.url], cache=kept) as teacher:
                 (grade,) = graded(teacher, "Once", ["A dog ran."])
             assert list(grade.scores.values()) == [3, 1, 0] and grade.reply == "3 1 0", again
         assert len(server.requests) == 2  # the probe's story and this one

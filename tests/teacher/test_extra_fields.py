@@ -25,7 +25,7 @@ def test_extra_fields_are_merged_into_each_request(tmp_path, monkeypatch):
     extra = load_extra('{"provider": {"order": ["a"]}, "grammar": "mine"}')
     with Heard() as server:
         for more in (extra, {}):
-            with Teacher(server.url, extra=more, cache=tmp_path / "replies.jsonl") as teacher:
+            with Teacher([server.url], extra=more, cache=tmp_path / "replies.jsonl") as teacher:
                 assert scored(teacher)
         with_extra, without = server.requests[1], server.requests[3]
     # and other questions are others

@@ -305,15 +305,17 @@ def test_a_story_that_was_given_up_stays_so_until_the_teacher_is_mended(tmp_path
     submissions = [Submission("Once", "A cat ran.", number) for number in (1, 2)]
     with FaultServer(script) as server:
         for _ in range(2):
-            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+            with Teacher([server.url], cache=tmp_path / "replies.jsonl") as teacher:
                 grades = [teacher.grades([submission])[0] for submission in submissions]
             assert [grade.scores for grade in grades] == [None, None]
             assert server.seen["A cat ran."] == pool.FAILURES
-        with Teacher(server.url, cache=tmp_path / "replies.jsonl", max_unscored=0.5) as teacher:
+        with Teacher([server.url], cache=tmp_path / "replies.jsonl", max_unscored=0.5) as teacher:
             # asked again, since too few have a score
             assert teacher.grades(submissions[:1])[0].scores is not None
         assert server.seen["A cat ran."] == pool.FAILURES + 1
-    with Teacher(server.url, "first", cache=tmp_path / "replies.jsonl") as teacher:  # so it stays
+    with Teacher(
+        [server.url], ["first"], cache=tmp_path / "replies.jsonl"
+    ) as teacher:  # so it stays
         assert [grade.scores is None for grade in teacher.grades(submissions)] == [False, False]
 
 

@@ -73,6 +73,6 @@ def test_train_interact_learns_from_it(url, tokenizer, tmp_path):
 
 
 def test_a_story_too_long_for_its_context_is_one_sentence(url):
-    with Teacher(url) as teacher, pytest.raises(UserError, match="too short a context") as caught:
+    with Teacher([url]) as teacher, pytest.raises(UserError, match="too short a context") as caught:
         graded(teacher, "Once", ["The cat sat. " * 1500])
     assert "\n" not in str(caught.value)

@@ -61,7 +61,7 @@ def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
         server.script, server.first = (lambda story, n: first), (lambda: first)
         for reply in ("Nice!", "2 1 3", "Oh"):
             first = reply
-            with Teacher(server.url, cache=replies) as teacher:
+            with Teacher([server.url], cache=replies) as teacher:
                 assert teacher.probes[0].scored == (reply != "Nice!") or reply == "Oh"
                 # that one is kept
                 assert teacher.probes[0].reply == ("2 1 3" if reply == "Oh" else reply)
@@ -83,7 +83,7 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
 
 def test_what_the_teacher_said_is_told_once():
     refusal = "I am sorry, but I cannot grade this."
-    with FaultServer(lambda story, n: refusal) as server, Teacher(server.url) as teacher:
+    with FaultServer(lambda story, n: refusal) as server, Teacher([server.url]) as teacher:
         grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(5)])
     with pytest.raises(UserError) as caught:
         require_scores(grades, 0.1)

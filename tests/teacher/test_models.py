@@ -31,7 +31,7 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
         assert server.requests[-1]["model"] == "claude"
         assert "warning" in capsys.readouterr().out
         with pytest.raises(UserError) as caught:
-            Teacher(server.url)
+            Teacher([server.url])
     assert_one_clean_sentence(caught, server.url)
     assert "--teacher-model" in str(caught.value)
 
@@ -47,7 +47,7 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
 def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(
     listed, named, capsys
 ):
-    with FaultServer(models=[listed]) as server, Teacher(server.url, named) as teacher:
+    with FaultServer(models=[listed]) as server, Teacher([server.url], [named]) as teacher:
         assert scored(teacher) and server.requests[-1]["model"] == named
     note = capsys.readouterr().out
     assert named in note and listed in note
@@ -60,16 +60,16 @@ def test_a_model_that_no_server_has_is_one_sentence_beside_those_that_are_listed
         ) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url, "third")
+        Teacher([server.url], ["third"])
     assert_one_clean_sentence(caught, "has no such page or model")
     assert "does not list third" in (said := capsys.readouterr().out) and "first, second" in said
 
 
 def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
     listed = ["text-embedding-nomic-embed-text-v1.5", "bge-m3", "whisper-1", "qwen3-8b", "llama3.1"]
-    with FaultServer(models=listed) as server, Teacher(server.url) as teacher:
+    with FaultServer(models=listed) as server, Teacher([server.url]) as teacher:
         assert teacher.probes[0].model == "qwen3-8b"
-    with FaultServer(models=listed[:2]) as server, Teacher(server.url) as teacher:
+    with FaultServer(models=listed[:2]) as server, Teacher([server.url]) as teacher:
         assert teacher.probes[0].model == listed[0]  # nothing else is there: let it say why not
 
 
@@ -79,9 +79,9 @@ def test_a_long_list_of_models_is_not_cleaned_name_by_name(monkeypatch, capsys):
     redacted = api.redacted
     monkeypatch.setattr(api, "redacted", lambda *texts: cleaned.append(texts) or redacted(*texts))
     models = [f"embed-{i}" for i in range(100_000)]
-    with FaultServer(models=[*models, "sk\x1b-ok"]) as server, Teacher(server.url) as teacher:
+    with FaultServer(models=[*models, "sk\x1b-ok"]) as server, Teacher([server.url]) as teacher:
         assert teacher.probes[0].model == "sk-ok"
-    with FaultServer(models=models) as server, Teacher(server.url, "other"):
+    with FaultServer(models=models) as server, Teacher([server.url], ["other"]):
         note = capsys.readouterr().out
     assert "does not list other" in note and "embed-0, embed-1" in note and len(note) < 600
     assert len(cleaned) < 100

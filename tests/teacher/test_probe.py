@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def test_the_probe_says_what_it_found():
-    with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
+    with FaultServer() as server, Teacher([server.url.removesuffix("/v1")]) as teacher:
         probe = teacher.probes[0]
         assert probe.url == server.url
         assert probe.model == "first"
@@ -41,10 +41,10 @@ def test_the_probe_says_what_it_found():
 def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
-            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+            with Teacher([server.url], cache=tmp_path / "replies.jsonl") as teacher:
                 probe = teacher.probes[0]
         assert probe.scored and len(server.requests) == len(server.others) == 1
-        with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
+        with Teacher([server.url], ["second"], cache=tmp_path / "replies.jsonl") as teacher:
             assert teacher.probes[0].model == "second"
         assert len(server.requests) == 2
 
@@ -58,7 +58,7 @@ def numbers_if_held(asked, *fields):
 def test_a_server_that_obeys_is_held_to_numbers(field):
     with (
         FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
-        Teacher(server.url) as teacher,
+        Teacher([server.url]) as teacher,
     ):
         assert teacher.probes[0].held_to == "grammar"
         assert len(server.others) == 1
@@ -85,7 +85,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
                 )
             return await super()._chat(request)
 
-    with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
+    with Json() as server, Teacher([server.url], max_tokens=6) as teacher:
         probe = teacher.probes[0]
         assert probe.scored and probe.held_to == ("nothing" if plain else "json")
         (grade,) = graded(teacher, "Once", ["A dog ran."])
@@ -99,7 +99,7 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
     with (
         FaultServer(other=lambda asked: dice.choice(animals)) as server,
-        Teacher(server.url) as teacher,
+        Teacher([server.url]) as teacher,
     ):
         assert teacher.probes[0].held_to == "nothing"
         graded(teacher, "Once", ["A dog ran."])
@@ -119,7 +119,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
                     )
             return await super()._chat(request)
 
-    with Strict() as server, Teacher(server.url) as teacher:
+    with Strict() as server, Teacher([server.url]) as teacher:
         probe = teacher.probes[0]
         assert probe.refused == ["seed", "temperature"]
         assert probe.token_cap == "max_completion_tokens"
@@ -143,7 +143,7 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
             return thought(*answer)
 
     with Thinker() as server, pytest.raises(UserError) as caught:
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, server.url, "reasons before it answers", "4096 tokens")
     assert len(server.requests) == 1 + 5 + 1  # as it is, asked five times, and with more tokens
 
@@ -156,7 +156,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
                 return thought(None)
             return await super()._chat(request)
 
-    with Qwen() as server, Teacher(server.url) as teacher:
+    with Qwen() as server, Teacher([server.url]) as teacher:
         probe = teacher.probes[0]
         assert probe.scored and "reasoning reduced by" in str(probe)
         assert probe.quiet == {

@@ -55,7 +55,7 @@ def test_a_protocol_of_ones_own_is_one_class(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with FaultServer(other=other) as server:
         for _ in range(2):
-            with Teacher(server.url, protocol=Corrections(), cache=cache) as teacher:
+            with Teacher([server.url], protocol=Corrections(), cache=cache) as teacher:
                 cat, dog = graded(teacher, "Once", ["A cat sit on mat.", "A dog ran."])
                 asked = len(server.others)
         assert len(server.others) == asked and server.others[-1]["max_tokens"] == 200

@@ -73,13 +73,13 @@ def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
     def refuse(asked):
         return SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None
 
-    with Picky(refuse) as server, Teacher(server.url) as teacher:
+    with Picky(refuse) as server, Teacher([server.url]) as teacher:
         assert teacher.probes[0].refused == ["seed"] and scored(teacher)
     with (
         Picky(lambda asked: SHAPES[shape](400, "the moon is full")) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, "the moon is full", "HTTP 400")
 
 
@@ -97,7 +97,7 @@ def test_a_parameter_that_is_named_only_by_its_place_is_left_out():
     def refuse(asked):
         return web.json_response({"message": body}, status=422) if "seed" in asked else None
 
-    with Picky(refuse) as server, Teacher(server.url) as teacher:
+    with Picky(refuse) as server, Teacher([server.url]) as teacher:
         assert teacher.probes[0].refused == ["seed"]
 
 
@@ -110,7 +110,7 @@ def test_an_error_nested_without_end_is_read_to_a_depth():
         Picky(refuse) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, "around")
 
 
@@ -120,7 +120,7 @@ def test_one_flagged_story_costs_the_story_not_the_run():
         403, "Your chosen model requires moderation and your input was flagged", code=403
     )
     script = lambda story, n: flagged if "wolf" in story else "2 1 3"  # noqa: E731
-    with FaultServer(script) as server, Teacher(server.url) as teacher:
+    with FaultServer(script) as server, Teacher([server.url]) as teacher:
         grades = graded(teacher, "Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."])
     assert [grade.score is None for grade in grades] == [False] * 19 + [True]
     assert "your input was flagged" in grades[-1].error and server.seen["A wolf ate."] == 1
@@ -135,7 +135,7 @@ def test_a_server_that_forbids_everything_is_one_sentence():
         Picky(refuse) as server,
         pytest.raises(UserError) as caught,
     ):
-        Teacher(server.url)
+        Teacher([server.url])
     assert_one_clean_sentence(caught, "HTTP 403", "OPENAI_API_KEY")
 
 
@@ -143,7 +143,7 @@ def test_529_is_overload_and_gets_fewer_requests():
     def script(story, n):
         return error(529, "Overloaded", type="overloaded_error") if n < 12 else "2 1 3"
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=4) as teacher:
+    with FaultServer(script) as server, Teacher([server.url], concurrency=4) as teacher:
         assert scored(teacher)  # as with 429, it is no reason to give the story up
         assert teacher.endpoints[0].limit <= 2
     assert server.seen["A dog ran."] == 13
@@ -168,7 +168,7 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them():
         "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs.",
     }
     server = Picky(below_minimum, script=lambda story, n: replies[story])
-    with server, Teacher(server.url, max_tokens=6) as teacher:
+    with server, Teacher([server.url], max_tokens=6) as teacher:
         probe = teacher.probes[0]
         assert (probe.least_tokens, teacher.longest_reply) == (16, 6)
         assert "at least 16" in str(probe)
@@ -209,7 +209,7 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
                 return web.Response(text=completion("2 1 3"), content_type="application/json")
             return await super()._chat(request)
 
-    with Merged(refuse) as server, Teacher(server.url) as teacher:
+    with Merged(refuse) as server, Teacher([server.url]) as teacher:
         assert scored(teacher) and not teacher.probes[0].system
         assert "no system message" in str(teacher.probes[0])
         (message,) = server.requests[-1]["messages"]

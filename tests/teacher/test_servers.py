@@ -117,7 +117,7 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
                 grades = graded(teacher, "Once", stories(count))
         assert all(sum(server.good[story] for server in fleet) == 1 for story in stories(50))
         assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
-        with Teacher(fleet[1].url, cache=kept) as teacher:  # with the one that is left
+        with Teacher([fleet[1].url], cache=kept) as teacher:  # with the one that is left
             assert (
                 graded(teacher, "Once", stories(50)) == grades
                 or teacher.ledger.total["cached"] == 50
@@ -128,7 +128,7 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
         Teacher(urls(fleet), cache=kept)
     assert_one_clean_sentence(caught, "cannot be reached", "m", "--teacher-model")
     capsys.readouterr()
-    with Teacher(urls(fleet), "m", cache=kept) as teacher:
+    with Teacher(urls(fleet), ["m"], cache=kept) as teacher:
         assert capsys.readouterr().out.count("cached replies are used until") == 3
         assert [grade.reply for grade in graded(teacher, "Once", stories(50))] == [
             grade.reply for grade in grades
@@ -144,7 +144,7 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, ca
             ["x", "y", "z"],
             "2 URLs, 2 of them different, and 3 models",
         ),
-        (["http://a/v1", "http://a/v1"], None, "2 URLs, 1 of them different, and 1 models"),
+        (["http://a/v1", "http://a/v1"], (), "2 URLs, 1 of them different, and 1 models"),
     ],
 )
 def test_teachers_that_cannot_be_meant(url, model, words):

@@ -107,7 +107,7 @@ def teacher_of(monkeypatch):
 
     def open_teacher(server: SlowServer, **options) -> Teacher:
         monkeypatch.setattr(client, "ChatClient", lambda url, key, role: server)
-        return Teacher("http://x", concurrency=CONCURRENCY, **options)
+        return Teacher(["http://x"], concurrency=CONCURRENCY, **options)
 
     return open_teacher
 

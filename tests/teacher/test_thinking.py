@@ -71,14 +71,14 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
     refuse, kept = LADDER[name]
     with Picky(refuse) as server:
         for _ in range(2):
-            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+            with Teacher([server.url], cache=tmp_path / "replies.jsonl") as teacher:
                 probe = teacher.probes[0]
                 assert probe.scored
                 assert probe.quiet == kept
                 assert not probe.least_tokens
                 assert json.dumps(kept) in str(probe)
         assert len(server.all) <= 1 + 4 + 4  # each rung once, and the outcome is kept
-        with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+        with Teacher([server.url], cache=tmp_path / "replies.jsonl") as teacher:
             assert scored(teacher)
         assert kept.items() <= server.all[-1].items() and server.all[-1]["max_tokens"] == 16
         assert (
@@ -120,10 +120,10 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
 
 def test_thoughts_that_a_server_leaves_in_the_text_are_no_part_of_the_reply():
     thoughtful = lambda story, n: "<think>\nReadable: 3 3 3\n</think>\n\n2 1 3"  # noqa: E731
-    with FaultServer(thoughtful) as server, Teacher(server.url) as teacher:
+    with FaultServer(thoughtful) as server, Teacher([server.url]) as teacher:
         assert scored(teacher)
     with (
         FaultServer(lambda story, n: "2 1 3 <think>or 3 3 3</think>") as server,
-        Teacher(server.url) as teacher,
+        Teacher([server.url]) as teacher,
     ):
         assert graded(teacher, "Once", ["A dog ran."])[0].scores is None

@@ -52,7 +52,7 @@ def test_a_server_of_today_is_asked_in_its_cheapest_way(name):
     stories = [f"A dog number {i} ran home." for i in range(ANSWERS)]
     with (
         TodaysServer(SERVERS[name]) as server,
-        Teacher(server.url, protocol=PROTOCOLS["event"]) as teacher,
+        Teacher([server.url], protocol=PROTOCOLS["event"]) as teacher,
     ):
         (probe,) = teacher.probes
         found = {key: getattr(probe, key) for key in findings}
@@ -68,7 +68,7 @@ def test_a_server_of_today_is_asked_in_its_cheapest_way(name):
 def test_a_first_word_that_counts_is_said(capsys):
     with (
         TodaysServer(SERVERS["7 wordy, obeys nothing"]) as server,
-        Teacher(server.url, protocol=PROTOCOLS["event"]),
+        Teacher([server.url], protocol=PROTOCOLS["event"]),
     ):
         assert "the first word counts" in capsys.readouterr().out
 
@@ -79,7 +79,7 @@ def test_a_first_word_that_counts_is_said(capsys):
 def test_the_number_of_log_probabilities_is_read_in_a_refusal(message):
     with (
         TodaysServer(most_logprobs(message)) as server,
-        Teacher(server.url, protocol=PROTOCOLS["event"]) as teacher,
+        Teacher([server.url], protocol=PROTOCOLS["event"]) as teacher,
     ):
         assert teacher.probes[0].top_logprobs == 5
 
@@ -88,7 +88,7 @@ def test_draws_that_are_missing_after_a_kill_are_asked_for_in_one_request(tmp_pa
     path = tmp_path / "replies.jsonl"
     with TodaysServer(SERVERS["8 n choices"]) as server:
         for _ in range(2):
-            with Teacher(server.url, protocol=PROTOCOLS["event"], cache=path) as teacher:
+            with Teacher([server.url], protocol=PROTOCOLS["event"], cache=path) as teacher:
                 (grade,) = graded(teacher, "Once", ["A dog ran."])
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(lines[: 1 + 3]))  # the probe and three of the draws

@@ -20,6 +20,7 @@ from tinystory.evaluate import held_out
 from tinystory.evaluate.corruptions import unseen_stories
 from tinystory.evaluate.graders import Graders
 from tinystory.evaluate.intervals import Z, mean_of, standard_error, t_quantile
+from tinystory.evaluate.recorded_scores import control_number
 from tinystory.evaluate.stories import cluster_ids
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.rl.policy import Policy
@@ -30,7 +31,6 @@ from tinystory.run.folder import CONTROL_RUNS, newest_first, read_config
 from tinystory.run.records import LARGEST, Fields, Record, plain, read_object
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
-from tinystory.teacher.control import control_number
 from tinystory.teacher.grade import Grader
 
 COMPARISON = "comparison.json"

@@ -52,7 +52,7 @@ class Teacher(Grader):
     grade raises UserError, and no further story is sent.
 
     urls: one URL per server; keys are OPENAI_API_KEY_1, _2, ... in this order, else OPENAI_API_KEY.
-    models: one name for all servers or one per server; None: the first model that a server lists.
+    models: one name for all servers or one per server; none: the first model that a server lists.
     concurrency: maximum number of requests in flight per server.
     cache: file for replies (cache.py).
     max_unscored: tolerated fraction of stories without a score (see `grades`).
@@ -62,8 +62,8 @@ class Teacher(Grader):
 
     def __init__(
         self,
-        urls: str | Sequence[str],
-        models: str | Sequence[str] | None = None,
+        urls: Sequence[str],
+        models: Sequence[str] = (),
         *,
         concurrency: int = 16,
         cache: str | os.PathLike | None = None,
@@ -75,15 +75,14 @@ class Teacher(Grader):
     ):
         self.options = Options(**options)
         role = self.options.role
-        urls = [base_url(url, role) for url in ([urls] if isinstance(urls, str) else urls)]
-        names = [models] if isinstance(models, str) else models or [""]
+        urls = [base_url(url, role) for url in urls]
+        names = models or [""]
         if len(names) not in (1, len(urls)) or len(set(urls)) < len(urls):
             raise UserError(
                 f"{len(urls)} URLs, {len(set(urls))} of them different, and {len(names)} models do not match: give "
                 "each --teacher-url once, and one --teacher-model for all URLs or one for each"
             )
         self.per_second = 0.0  # measured rate of answers; 0 until there are enough
-        self.concurrency = concurrency
         self.max_unscored = max_unscored
         self.cache = Cache(cache)
         self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.charged)

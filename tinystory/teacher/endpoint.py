@@ -164,7 +164,6 @@ class Endpoint:
 
     def failed(self, failure: Failure) -> None:
         """Count a failure: the limit falls if the server is busy."""
-        self.ledger.total["failures"] += 1
         if failure.busy:
             self.limit = max(self.limit - BUSY_COSTS, 1.0)
             self.was_busy = True

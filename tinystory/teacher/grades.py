@@ -14,7 +14,6 @@ criteria readability, coherence, creativity:
         exactly these labels
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ _WHITESPACE = " \t\r\n"
 _SPACE = rf"[{_WHITESPACE}]"
 _BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
 _DIGIT = rf"[0-{TOP}]"  # not \d, which also matches digits of other scripts
-_FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
+_FENCED = re.compile(rf"\A```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```\Z", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
@@ -53,43 +52,25 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     three forms."""
     if len(reply) > LONGEST_REPLY:
         return None
-    text = reply.strip(_WHITESPACE)
+    text = _FENCED.sub(r"\1", reply.strip(_WHITESPACE))
+    is_json = text.startswith("{") and text.endswith("}")
+    quote = '"' if is_json else ""
+    text = text[1:-1].strip(_WHITESPACE) if is_json else text.removesuffix(".")
     number = f"({_DIGIT})"
     label = "|".join(map(re.escape, criteria))
-    item = f"({label}){_SPACE}*:{_SPACE}*{number}"
-    numbers = re.fullmatch(_BETWEEN.join([number] * len(criteria)) + r"\.?", text)
-    labelled = re.fullmatch(_BETWEEN.join([item] * len(criteria)) + r"\.?", text)
-    items: list[tuple[str, object]]
-    if numbers:
-        items = list(zip(criteria, map(int, numbers.groups()), strict=True))
-    elif labelled:
-        names = labelled.groups()[0::2]
-        items = list(zip(names, map(int, labelled.groups()[1::2]), strict=True))
+    item = f"{quote}({label}){quote}{_SPACE}*:{_SPACE}*{number}"
+    numbers = re.fullmatch(_BETWEEN.join([number] * len(criteria)), text)
+    labelled = re.fullmatch(_BETWEEN.join([item] * len(criteria)), text)
+    if labelled:
+        names, digits = labelled.groups()[0::2], labelled.groups()[1::2]
+    elif numbers and not is_json:
+        names, digits = tuple(criteria), numbers.groups()
     else:
-        items = _json_items(text)
-    scores: dict[str, int] = {}
-    for name, value in items:
-        # type(), because isinstance(True, int)
-        if type(value) is not int or not 0 <= value <= TOP or name in scores:
-            return None
-        scores[name] = value
-    if scores.keys() != set(criteria):
         return None
+    if set(names) != set(criteria):  # a criterion is repeated
+        return None
+    scores = dict(zip(names, map(int, digits), strict=True))
     return {name: scores[name] for name in criteria}
-
-
-def _json_items(text: str) -> list[tuple[str, object]]:
-    """The (key, value) pairs of a flat JSON object, repeated keys included; [] for any other
-    text."""
-    fenced = _FENCED.fullmatch(text)
-    if fenced:
-        text = fenced[1]
-    if not text.startswith("{") or text.count("{") != 1:
-        return []
-    try:
-        return json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError):  # not JSON, or JSON nested too deeply
-        return []
 
 
 @dataclass(frozen=True)

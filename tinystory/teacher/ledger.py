@@ -23,7 +23,7 @@ class Ledger:
         self.budget = budget
         self.largest_in = charged[2]  # upper bound on the tokens of the longest prompt so far
         # Keys: tokens_in and tokens_out (reported by the server, or else reserved), requests,
-        # failures, retries, cached.
+        # retries, cached.
         self.total = Counter(tokens_in=charged[0], tokens_out=charged[1])
         self._in_flight: Counter[str] = Counter()  # the reserved part of `total`
         self._before = self.total.copy()  # `total` at the last `stats`
