@@ -49,7 +49,7 @@ def test_nothing_is_learned_from_it(judged, place, tmp_path):
 
 
 def test_it_can_be_a_language_model_that_is_asked_in_its_own_way(place, tmp_path):
-    with FaultServer(other=lambda body: "yes" if body["seed"] % 2 else "no") as server:
+    with FaultServer(other=lambda body: "yes" if body.get("seed", 0) % 2 else "no") as server:
         out = run(place, tmp_path / "i", "--judge", server.url, "--judge-prompt", "event")
         assert all(record["judge"] is not None for record in read_lines(out / EVALUATIONS))
         assert any("unexpected happen" in body["messages"][-1]["content"] for body in server.others)

@@ -127,7 +127,7 @@ def taught_by(
     a resumed run. Raises UserError if the model has changed, unless --any-model is given."""
     if not isinstance(teacher, Teacher):
         return []
-    model = teacher.taught_by
+    model = teacher.model
     match recorded:
         case [*_, {"model": str(last), "after_step": int(_)}]:
             if last == model:

@@ -99,13 +99,13 @@ class Teacher(Grader):
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
         try:
-            # those of all servers that can be reached
-            self.probes = self._run(self._probe_all())
+            self.present = self._run(self._probe_all())
         except BaseException:
             self.close()
             raise
         # All servers are asked in the same way. The first one's model is part of all cache keys.
-        self.by_logprobs = self.probes[0].top_logprobs > 0
+        self.probes = [endpoint.probe for endpoint in self.present]
+        self.by_logprobs = self.present[0].by_logprobs
         self.draws = 1 if self.by_logprobs else self.options.protocol.draws
         self.attempts = 1 if self.by_logprobs else ATTEMPTS
         self.requests_per_story = len(self._requests(Submission(*FIRST_STORY, 0), attempt=0))
@@ -180,15 +180,9 @@ class Teacher(Grader):
 
     @property
     def model(self) -> str:
-        """The name of the model; several names, joined by ", ", if the servers use different
-        names."""
-        return ", ".join(dict.fromkeys(probe.model for probe in self.probes))
-
-    @property
-    def taught_by(self) -> str:
-        """As `model`, but the names in the servers' last replies."""
-        names = dict.fromkeys(each.taught_by for each in self.endpoints if each.taught_by)
-        return ", ".join(names or dict.fromkeys(probe.taught_by for probe in self.probes))
+        """The name of the model in its last reply; several names, joined by ", ", if the servers
+        use different names."""
+        return ", ".join(dict.fromkeys(endpoint.taught_by for endpoint in self.present))
 
     @property
     def longest_reply(self) -> int:
@@ -218,8 +212,6 @@ class Teacher(Grader):
         # the probe had two requests in flight; with more, the server may be faster
         bound = "about" if self.per_second else "at most"
         per_second = self.per_second or sum(1 / probe.seconds for probe in self.probes)
-        if self.options.per_minute:
-            per_second = min(per_second, self.options.per_minute / 60 * len(self.probes))
         minutes = prompts / per_second / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         if first.model == HUMAN:
@@ -263,10 +255,10 @@ class Teacher(Grader):
 
     # ---- in the thread of the requests -----------------------------------------------------------
 
-    async def _probe_all(self) -> list[Probe]:
-        """The probes of all servers, which take about four requests each, or one request if the
-        cache has a probe. Leaves out servers that cannot be reached, and servers without
-        log-probabilities beside servers that have them. Raises UserError if no server can be
+    async def _probe_all(self) -> list[Endpoint]:
+        """The servers that can be asked, after probing all servers with about four requests each,
+        or one request if the cache has a probe. Leaves out servers that cannot be reached, and
+        servers without log-probabilities beside servers that have them. Raises UserError if no server can be
         reached, or if a server has no OpenAI-compatible API, lacks the model, refuses the request
         or does not reply in time."""
         probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
@@ -278,16 +270,11 @@ class Teacher(Grader):
                 raise UserError(f"{endpoint} {failure}")
             leave_out(endpoint, failure)
         present = [endpoint for endpoint in self.endpoints if endpoint.is_open]
-        if len({endpoint.probe.model for endpoint in present}) > 1:
-            names = ", ".join(endpoint.probe.model for endpoint in present)
-            tqdm.write(
-                f"warning: the servers' models have different names ({names}) and are treated as one model"
-            )
         by_logprobs = any(endpoint.by_logprobs for endpoint in present)
         for endpoint in present:
             if endpoint.by_logprobs != by_logprobs:
                 leave_out(endpoint, Failure("gives no log-probabilities, unlike another server"))
-        return [endpoint.probe for endpoint in present if endpoint.is_open]
+        return [endpoint for endpoint in present if endpoint.is_open]
 
     async def _grade(self, submission: Submission) -> Grade:
         """The grade of one story. Each request about the story is sent up to `attempts` times,

@@ -121,7 +121,7 @@ class Endpoint:
     taken: int = 0  # number of requests in flight
     failures: int = 0  # number of transient failures since the last answer
     was_busy: bool = False
-    taught_by: str = ""  # name of the model that sent the last reply; "" before the first reply
+    taught_by: str = ""  # name of the model that replied last
 
     def __post_init__(self) -> None:
         self.limit = float(min(FIRST_SLOTS, self.most))

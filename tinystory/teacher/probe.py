@@ -141,7 +141,6 @@ class Prober:
         self.protocol = endpoint.options.protocol
         self.model_flag = f"--{endpoint.options.role}-model"
         self.messages = self._messages(*FIRST_STORY)
-        self.slowest = 0.0  # seconds of the slowest answer
 
     def _messages(self, opening: str, story: str) -> list[dict]:
         """The messages of the first request about a story."""
@@ -181,6 +180,7 @@ class Prober:
                 return Failure(message, unreachable=True)
             self._warn(f"{failure}; cached replies are used until a new one is needed")
         endpoint.probe = probe
+        endpoint.taught_by = probe.taught_by
         return None
 
     def _warn(self, note: str) -> None:
@@ -261,10 +261,7 @@ class Prober:
 
     async def _ask(self, messages: list[dict], count: int = 1) -> Reply:
         """The first of `count` replies. Sets whether one request can have several replies."""
-        now = asyncio.get_running_loop().time
-        start = now()
         replies = await self.endpoint.chat(messages, self.endpoint.options.seed, count)
-        self.slowest = max(self.slowest, now() - start)
         if count > 1:
             self._change_form(choices=len(replies) == count)
         return replies[0]
@@ -353,15 +350,14 @@ class Prober:
         return reply
 
     async def _seconds_per_answer(self) -> float:
-        """Seconds per answer while TIMED_STORIES are graded at once. If the server refuses one of
-        them: seconds of the slowest answer so far."""
+        """Seconds per answer while TIMED_STORIES are graded at once."""
         if self.form.model == HUMAN:  # whose time is expensive
             return HUMAN_S
         stories = TIMED_STORIES[: self.endpoint.most]
         now = asyncio.get_running_loop().time
         start = now()
-        replies = await asyncio.gather(*(self._try(self._messages(*story)) for story in stories))
-        return self.slowest if None in replies else (now() - start) / len(stories)
+        await asyncio.gather(*(self._try(self._messages(*story)) for story in stories))
+        return (now() - start) / len(stories)
 
 
 def probe_key(url: str, options: Options) -> str:
