@@ -10,10 +10,11 @@ AMX). For each number of words and each seed, a student is pretrained and then t
 of --options, as in lab/recipes.py; the first text is the interaction, further texts are controls.
 Finished runs and measured rows are not repeated.
 
-A reader that taught nobody (--reader) measures the sense of the stories, a coherence score
-(lab/reader.py). The gain is the sense after interaction minus the sense before it, at the
-temperature with the highest mean sense, paired by opening. The best of four stories by the
-interaction's teacher is a further control.
+A reader that taught nobody (--reader) measures the sense of the stories' first five sentences, a
+coherence score (lab/reader.py). The gain is the sense after interaction minus the sense before it,
+at the temperature with the highest mean sense, paired by opening. Names, pronouns and bits per byte
+of the student before interaction are measured at its temperature too. Further controls are the best
+of four stories by the interaction's teacher, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how much
 more the interaction gains than each control, over all students, paired by student; and
@@ -51,7 +52,11 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.open_grader import open_grader
 
 TEMPERATURES = (0.5, 0.4)  # of the student before interaction
-BEST_OF_4 = "before, best of 4 by the teacher"  # name of a row
+# names of rows: controls that choose among four stories, before and after interaction
+BEST_OF_4 = "before, best of 4 by the teacher"
+ENDED_OF_4 = "before, first of 4 that ends"
+BEST_OF_4_AFTER = "after, best of 4 by the teacher"
+CHOSEN = (BEST_OF_4, ENDED_OF_4, BEST_OF_4_AFTER)
 # measures of a row in the tables and in gain.json
 SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
 
@@ -131,12 +136,16 @@ def train_and_measure(
             # at temperature 1, only the measures on unseen texts are of interest
             sense_of = None if row.folder == start and row.temperature == 1 else reader
             by_name[row.name] = measured(row, rubric, sense_of)
+    arm_rows = [row for row in rows if row.folder != start]
     teaching = interact_config(next(iter(arms.values())).words)
     with open_grader(teaching, corpus=config.corpus) as teacher:
-        best = Row(BEST_OF_4, start, TEMPERATURES[0], n=4, chosen_by="reward")
-        by_name[best.name] = measured(best, teacher, reader)
+        for row in (
+            Row(BEST_OF_4, start, TEMPERATURES[0], n=4, chosen_by="reward"),
+            Row(ENDED_OF_4, start, TEMPERATURES[0], n=4, chosen_by="ended"),
+            Row(BEST_OF_4_AFTER, arm_rows[0].folder, n=4, chosen_by="reward"),
+        ):
+            by_name[row.name] = measured(row, teacher, reader)
 
-    arm_rows = [row for row in rows if row.folder != start]
     scores = first_scores(arm_rows[0].folder)
     return {
         "seed": seed,
@@ -157,7 +166,7 @@ def summarise(words: int, student: Record, before: str) -> Record:
     """A student's numbers for the tables. before: name of the row before interaction."""
     rows = student["rows"]
     gains = {}
-    for name in (BEST_OF_4, *student["arms"]):
+    for name in (*CHOSEN, *student["arms"]):
         gains[name] = paired_gain(rows[before]["senses"], rows[name]["senses"])
     measures = {}
     for name, row in rows.items():
@@ -184,7 +193,7 @@ def best_temperature(students: Sequence[Record]) -> str:
 
 def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     """Print the gains by words of pretraining, the other measures, and the fits."""
-    names = (BEST_OF_4, *arms)
+    names = (*CHOSEN, *arms)
     header = ["words", "sense before", *(f"gain: {name}" for name in names)]
     header += ["first scores: standard deviation", "mean"]
     print_row(header)
@@ -207,7 +216,7 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
                 cells.append("" if mean is None else f"{mean:.3f}")
             print_row(cells)
     print()
-    for control in arms[1:]:
+    for control in (BEST_OF_4, ENDED_OF_4, *arms[1:]):
         differences = [student["gain"][arms[0]] - student["gain"][control] for student in students]
         above = interval(differences)
         print(f"interaction above {control}: {above} over {len(students)} students")

@@ -14,7 +14,8 @@ rows are not repeated.
 Each student, before and after interaction, then writes a story for each held-out opening, and the
 built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
 the best of four stories by log-likelihood or by reward.
---reader adds the sense of the stories, a coherence score by a language model (lab/reader.py).
+--reader adds the sense of the first five sentences, a coherence score by a language model
+(lab/reader.py).
 Coreference is measured on unseen stories of the grammar or, for a student of another corpus, on its
 validation split.
 
@@ -61,7 +62,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings, names_file
 from tinystory.data.shards import held_out_documents
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.corruptions import split_sentences, unseen_stories
 from tinystory.evaluate.intervals import mean_of, standard_error
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import best_temperature_bits, bits_per_byte
@@ -86,6 +87,7 @@ NOT_SHOWN = ("name", "seed", "rewards", "senses")
 # Measures on the unseen stories, at the row's temperature; best_bits are bits per byte at the
 # student's own best temperature. Rows that choose among stories have none.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte", "best_bits")
+SENTENCES = 5  # sentences of a story whose sense is measured
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
 # names of rows in the figure; other rows have their options as names
 PLAIN_NAMES = {
@@ -105,8 +107,8 @@ class Row(NamedTuple):
     folder: Path
     temperature: float = 1.0
     n: int = 1  # stories per opening
-    # which of the n stories is chosen: the first, the likeliest ("likelihood") or the best
-    # ("reward")
+    # which of the n stories is chosen: the first, the first with an end ("ended"), the likeliest
+    # ("likelihood") or the best ("reward")
     chosen_by: str = "first"
 
 
@@ -312,7 +314,7 @@ def measure(
     unseen: Sequence[str] = (),
 ) -> Record:
     """The measures of a row. A reward compares a story with the other chosen stories, one per
-    opening. reader: adds the mean `sense` of the stories. unseen: texts for UNSEEN (default:
+    opening. reader: adds the mean `sense` of the beginnings of the stories. unseen: texts for UNSEEN (default:
     stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(
@@ -323,6 +325,8 @@ def measure(
         # whether a story has an end, then its mean log-probability
         keys = [(story.ended == "eos", float(story.logprobs.mean())) for story in candidates]
         chosen = best_of_n(keys, len(openings))
+    elif row.chosen_by == "ended":
+        chosen = best_of_n([story.ended == "eos" for story in candidates], len(openings))
     elif row.chosen_by == "reward":
         among_candidates = differences([story.text for story in candidates])
         candidate_rewards = story_rewards(config, candidates, candidate_scores, among_candidates)
@@ -352,11 +356,16 @@ def measure(
         documents = unseen or unseen_stories(COREFERENCE)
         measures |= unseen_measures(row.folder, row.temperature, documents)
     if reader:
-        senses = reader.sense([(story.opening, story.text) for story in stories])
+        senses = reader.sense([(story.opening, beginning(story.text)) for story in stories])
         measures["sense"], _ = mean_and_bootstrap_ci(senses)
         measures["senses"] = [None if math.isnan(sense) else float(sense) for sense in senses]
     measures["rewards"] = rewards
     return measures
+
+
+def beginning(text: str) -> str:
+    """The first sentences of a story, so that its length has no influence on its sense."""
+    return " ".join(split_sentences(text)[:SENTENCES])
 
 
 def unseen_texts(config: PretrainConfig) -> list[str]:

@@ -20,6 +20,8 @@ def record(words, seed):
         "before, temperature 0.5": [-0.5, None],
         "before, temperature 0.4": [-0.6, -0.6],
         gain.BEST_OF_4: [-0.5, -0.4],
+        gain.ENDED_OF_4: [-0.5, -0.4],
+        gain.BEST_OF_4_AFTER: [-0.3, -0.2],
         "the demo": [gained - 0.5, 3.0],
         "`shuffled: `": [-0.25, 7.0],
     }.items():

@@ -32,15 +32,15 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
         lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters"
     )
     start = checkpoint.newest(place / "p")
-    plain, likeliest, best = (
+    plain, ended, likeliest, best = (
         recipes.measure(
             recipes.Row("", start, n=4, chosen_by=choice), grader, recipes.CONFIG, OPENINGS
         )
-        for choice in ("first", "likelihood", "reward")
+        for choice in ("first", "ended", "likelihood", "reward")
     )
     assert plain.keys() == likeliest.keys() == best.keys()
     assert best["reward"] >= max(plain["reward"], likeliest["reward"])  # of the same candidates
-    assert likeliest["ended"] >= plain["ended"]
+    assert likeliest["ended"] == ended["ended"] >= plain["ended"]
     alone = recipes.measure(recipes.Row("", start), grader, recipes.CONFIG, OPENINGS)
     assert alone == plain and plain["bits_per_byte"] > 0
     assert sum(plain[kind] for kind in dull.STYLES) == pytest.approx(1)
@@ -62,10 +62,12 @@ def test_a_corpus_without_the_grammar_is_measured_on_its_own_validation(place):
     assert texts and len(texts) < len(documents) and set(texts) <= set(documents)
 
 
-def test_a_reader_adds_the_sense_of_the_stories(settings, place):
+def test_a_reader_adds_the_sense_of_the_first_five_sentences(settings, place):
     class Length:
         def sense(self, stories):
             return np.array([len(story) for _, story in stories], dtype=float)
+
+    assert recipes.beginning("A dog ran. " * 7) == " ".join(["A dog ran."] * 5)
 
     grader = CallableGrader(lambda opening, stories: [0.5] * len(stories), "constant")
     row = recipes.Row("", checkpoint.newest(place / "p"))
