@@ -19,7 +19,7 @@ from tinystory.config.command_line import parse
 from tinystory.data.openings import Openings
 from tinystory.evaluate import control, held_out
 from tinystory.evaluate.forecast import print_forecast
-from tinystory.evaluate.graders import Graders, open_graders
+from tinystory.evaluate.graders import Graders, open_graders, taught_by
 from tinystory.evaluate.story_records import held_out_metrics, step_means, story_records
 from tinystory.evaluate.temperature import choose_temperature, trial_stories
 from tinystory.ops.compute import Compute, resolve
@@ -44,6 +44,7 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import Interrupted, Stop, UserError, command
+from tinystory.run.folder import read_config
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, STORIES, Record, read_metrics
 from tinystory.run.step_log import ProgressBar, Stages
@@ -226,10 +227,21 @@ def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
         if is_evaluated:
             metrics |= evaluate(run)
     finally:
+        record_models(run)
         record = run.log.metrics(**metrics, **run.graders.evaluator.stats())
         if is_evaluated or state.step % config.save_every == 0:
             save(run)
     return record
+
+
+def record_models(run: InteractionRun) -> None:
+    """Record in config.json that another model replied in this step, which --any-model allows."""
+    if not run.config.any_model or not run.log.writes:
+        return
+    recorded = read_config(run.log.folder)["options"].get("taught_by")
+    models = taught_by(run.config, run.graders.evaluator, recorded, run.state.step - 1)
+    if models != recorded:
+        run.log.set_option("taught_by", models)
 
 
 def warn(run: InteractionRun, detector: CollapseDetector, record: Record) -> bool:

@@ -27,12 +27,12 @@ from lab.second_judge import (
 )
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grade
-from tinystory.teacher.likelihood import Likelihood
 
 READER = ["--reader", "short-words"]
 

@@ -168,13 +168,20 @@ def test_a_short_run_and_missing_values_say_nothing():
     assert math.inf == CollapseDetector().kl_target
 
 
-def test_predicted_scores_that_hardly_tell_stories_apart_are_said_once():
-    predicted = [
-        record | {"score_r_squared": r_squared}
-        for record, r_squared in zip(run(), [None, 0.4, 0.1, 0.05], strict=False)
-    ]
-    ((name, (step, warning)),) = CollapseDetector(predicted, 2.0).warnings.items()
-    assert (name, step) == ("predicted", 3) and "distinguish stories (R-squared 0.10)" in warning
+@pytest.mark.parametrize("judge", [None, [0.5, None, None, 0.4], [0.5, None, None, 0.6]])
+def test_predicted_scores_that_hardly_distinguish_stories_are_said_unless_they_taught(judge):
+    predicted = run()
+    for record, r_squared in zip(predicted, [None, 0.4, 0.1, 0.05], strict=False):
+        record["score_r_squared"] = r_squared
+    for record, score in zip(predicted, judge or (), strict=False):
+        record["held_out_judge"] = score
+    warnings = CollapseDetector(predicted, 2.0).warnings
+    if judge and judge[-1] > judge[0]:
+        assert not warnings
+    else:
+        ((name, (step, warning)),) = warnings.items()
+        assert (name, step) == ("predicted", 3)
+        assert "distinguish stories (R-squared 0.10)" in warning
 
 
 def test_a_judge_that_falls_while_the_reward_rises_is_said_once():

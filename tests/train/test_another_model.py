@@ -65,3 +65,16 @@ def test_a_server_that_lists_another_model_does_not_resume_a_run(place, tmp_path
         interact.main([*teacher, "--resume", "--steps", "2", "--any-model"])
     models = read_config(out)["options"]["taught_by"]
     assert [each["model"] for each in models] == ["old", "new"]
+
+
+def test_a_model_that_changes_within_a_run_is_listed_with_its_step(place, tmp_path):
+    """The new model replies from the second of four steps on; the server names it by its file."""
+    out = tmp_path / "run"
+    init = ["--init", str(checkpoint.newest(place / "p")), "--any-model"]
+    with Named("/models/new.gguf", after=1 + 4 + 6 + 3) as server:
+        interact.main([*init, *cli("--teacher-url {} --out {}", server.url, out), *SHORT])
+    assert read_config(out)["options"]["taught_by"] == [
+        {"model": "old", "after_step": 0},
+        {"model": "/models/new.gguf", "after_step": 1},
+    ]
+    assert "taught by old, then new.gguf" in (out / "report.html").read_text()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from tinystory.data.corpus import NO_STORIES
 from tinystory.evaluate.held_out import evaluations_by_step
@@ -184,12 +184,18 @@ def scorer(config: Record) -> str:
     options = config.get("options", {})
     match options.get("taught_by"):
         case [{"model": str(_)}, _, *_] as models:
-            return ", then ".join(str(each.get("model")) for each in models)
+            return ", then ".join(short_name(str(each.get("model"))) for each in models)
     teacher = options.get("teacher")
     if isinstance(teacher, dict) and teacher.get("model"):
-        return str(teacher["model"])
+        return short_name(str(teacher["model"]))
     scored_by = options.get("scored_by")
     return Path(scored_by).name if isinstance(scored_by, str) else ""
+
+
+def short_name(model: str) -> str:
+    """The name of a model. llama.cpp's server names a model by the path of its file, of which only
+    the file's name is returned."""
+    return PureWindowsPath(model).name if model.endswith(".gguf") else model
 
 
 def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:

@@ -66,6 +66,7 @@ class CollapseDetector:
         self._last: deque[dict] = deque(maxlen=WINDOW)
         self._losses: deque[Any] = deque(maxlen=LOSS_STEPS)
         self._base: dict[str, float] = {}
+        self._judge_rose = False  # whether the second judge's score is above its first one
         # (reward, second judge's score) of the last evaluations that have both
         self._evaluations: deque[tuple[float, float]] = deque(maxlen=3)
         for record in records:
@@ -98,8 +99,13 @@ class CollapseDetector:
             )
         if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
             signs["loss"].append("every step skips minibatches")
+        judge = record.get("held_out_judge")
+        if judge is not None:
+            self._judge_rose = judge > self._base.setdefault("held_out_judge", judge)
+        if self._judge_rose:  # the student learned from the predicted scores
+            self.warnings.pop("predicted", None)
         r_squared = record.get("score_r_squared")
-        if r_squared is not None and r_squared < LEAST_R_SQUARED:
+        if r_squared is not None and r_squared < LEAST_R_SQUARED and not self._judge_rose:
             signs["predicted"].append(
                 f"the scores predicted in step {record['step']} hardly distinguish stories "
                 f"(R-squared {r_squared:.2f})"

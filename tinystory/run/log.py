@@ -97,6 +97,12 @@ class RunLog(contextlib.ExitStack):
         text = json.dumps(record, default=str)
         write_config(self.folder, json.loads(redacted(without_passwords(text))))
 
+    def set_option(self, name: str, value: Any) -> None:
+        """Change one of the options in config.json, which a step found out."""
+        record = read_config(self.folder)
+        record["options"][name] = value
+        write_config(self.folder, record)
+
     def metrics(self, *, step: int, **values: Any) -> Record:
         """The record of a step, which is appended to metrics.jsonl. Floats keep 7 digits; NaN and
         infinity become null."""

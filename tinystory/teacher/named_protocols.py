@@ -1,8 +1,10 @@
 """The protocols that --teacher-prompt knows by name, and the protocol of a user's JSON file."""
 
+import contextlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +82,15 @@ def _protocol(value: object) -> Protocol:
 
 
 def _criterion(value: Any) -> Criterion:
-    match value:
-        case {"name": str(name), "question": question, **rest}:
-            weight: Any = rest.pop("weight", 1)
-            levels: Any = rest.pop("levels", ())
-            good: Any = rest.pop("good", "yes")
-            is_weight = type(weight) in (int, float) and 0 < weight <= LARGEST_WEIGHT
-            has_levels = levels == () or (isinstance(levels, list) and len(levels) == TOP + 1)
-            has_good = good == "yes" or (good == "no" and not levels)
-            is_known = NAME.fullmatch(name) and is_weight and has_levels and has_good and not rest
-            if is_known and all(map(_is_plain, [question, *levels])):
-                return Criterion(name, question, tuple(levels), good, float(weight))
+    with contextlib.suppress(TypeError):
+        criterion = Criterion(**value)  # raises TypeError for a missing or unknown field
+        levels, weight = criterion.levels, criterion.weight
+        has_levels = levels == () or (isinstance(levels, list) and len(levels) == TOP + 1)
+        has_good = criterion.good == "yes" or (criterion.good == "no" and not levels)
+        has_weight = type(weight) in (int, float) and 0 < weight <= LARGEST_WEIGHT
+        has_form = NAME.fullmatch(criterion.name) and has_levels and has_good and has_weight
+        if has_form and all(map(_is_plain, [criterion.question, *levels])):
+            return replace(criterion, levels=tuple(levels), weight=float(weight))
     raise ValueError(
         f'{_shortened(repr(value))} is not a valid criterion: it must have a "name" (one word of small letters, '
         'digits and _, no metric of metrics.jsonl) and a "question" of plain text; optional are a "weight" above 0, at '

@@ -66,6 +66,10 @@ QUIETER: tuple[dict[str, Any], ...] = (
 # Token limit for a model that begins with white space, where a reply is read by its first token.
 SPACED_TOKENS = 4
 THINKING_TOKENS = 4096  # token limit of a reply if no entry of QUIETER works
+OTHER_FIELD = (  # of a teacher; a judge has no such option
+    "; if the server has another field for it, give that field, for example --teacher-extra "
+    '\'{"reasoning_effort": "none"}\''
+)
 REFUSABLE = ("seed", "temperature")
 # Field of a cached probe -> the values that a server can have caused.
 POSSIBLE: dict[str, Sequence[object]] = {
@@ -202,15 +206,13 @@ class Prober:
                 raise Failure(message, status=failure.status) from None
             self._warn(f"{failure}; {named} is used although the server gave no list of models")
             return named
-        if named:
-            if named not in models:
-                listed = client.one_line(", ".join(models[:SHOWN_MODELS])) or "none"
-                self._warn(f"does not list {named}, which is used anyway; listed models: {listed}")
-            return named
-        if not models:
+        if named and named not in models:
+            listed = client.one_line(", ".join(models[:SHOWN_MODELS])) or "none"
+            self._warn(f"does not list {named}, which is used anyway; listed models: {listed}")
+        if not named and not models:
             raise Failure(f"lists no model: load one, or name one with {self.model_flag}")
         chat_models = [name for name in models if not NO_CHAT.search(name)]
-        return client.one_line((chat_models or models)[0])
+        return named or client.one_line((chat_models or models)[0])
 
     async def _list_models(self) -> list[str]:
         """The names of the server's models. A server that is loading its model is asked again,
@@ -317,7 +319,12 @@ class Prober:
                 "server"
             )
         if self.form.least_tokens == THINKING_TOKENS:
-            self._warn(thinking_note(self.form.model, reply, self.endpoint.options.role))
+            cost = f"; the first reply cost {reply.tokens[1]}" if reply.tokens else ""
+            is_judge = self.endpoint.options.role == "judge"
+            self._warn(
+                f"has a model, {self.form.model}, whose reasoning cannot be switched off by {len(QUIETER)} known "
+                f"fields: a reply may cost up to {THINKING_TOKENS} tokens{cost}{'' if is_judge else OTHER_FIELD}"
+            )
         return reply
 
     async def _reply_by_other_means(self) -> Reply:
@@ -370,19 +377,3 @@ def probe_key(url: str, options: Options) -> str:
 def has_logprobs(reply: Reply) -> bool:
     """Whether the server listed more tokens than the one that was drawn."""
     return len(reply.logprobs or ()) > 1
-
-
-def thinking_note(model: str, reply: Reply, role: str) -> str:
-    """The end of the warning "the teacher at URL ..." about a model that always reasons."""
-    note = (
-        f"has a model, {model}, whose reasoning cannot be switched off by {len(QUIETER)} known fields: a reply may "
-        f"cost up to {THINKING_TOKENS} tokens"
-    )
-    if reply.tokens:
-        note += f"; the first reply cost {reply.tokens[1]}"
-    if role == "teacher":  # a judge has no such option
-        note += (
-            "; if the server has another field for it, give that field, for example --teacher-extra "
-            '\'{"reasoning_effort": "none"}\''
-        )
-    return note

@@ -7,11 +7,11 @@ from fault_server import graded, written
 
 import train_interact as interact
 from tinystory.config import InteractConfig
+from tinystory.evaluate.likelihood import MEAN, SPREAD, Likelihood
 from tinystory.run.errors import Stop
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening
 from tinystory.teacher.callable import load_score
-from tinystory.teacher.likelihood import MEAN, SPREAD, Likelihood
 
 
 def grader_of(student, tokenizer, max_new_tokens=16):
