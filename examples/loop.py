@@ -26,7 +26,7 @@ from tinystory.rl.policy import rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.rl.start import load_students, open_openings
 from tinystory.student import checkpoint
-from tinystory.teacher.open_grader import open_grader
+from tinystory.evaluate.open_grader import open_grader
 
 
 def main(init: str, *urls: str, **options: Any) -> None:

@@ -42,6 +42,7 @@ from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
 from tinystory.evaluate.intervals import mean_of
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.report.charts import Line, chart
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
@@ -49,7 +50,6 @@ from tinystory.run.folder import locked
 from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record, read_stories
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.open_grader import open_grader
 
 TEMPERATURES = (0.5, 0.4)  # of the student before interaction
 # names of rows: controls that choose among four stories, before and after interaction

@@ -32,6 +32,7 @@ from tinystory.evaluate.calibration import FULL, calibrate, table, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.evaluate.intervals import with_ci
 from tinystory.evaluate.likelihood import Likelihood
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.evaluate.stories import Sample, read_samples
 from tinystory.ops.compute import resolve
 from tinystory.run.errors import command
@@ -40,7 +41,6 @@ from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.records import Record
 from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint
-from tinystory.teacher.open_grader import open_grader
 
 TITLE = "A judge that was not the teacher"
 NOTE = (

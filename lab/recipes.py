@@ -64,6 +64,7 @@ from tinystory.data.shards import held_out_documents
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.corruptions import split_sentences, unseen_stories
 from tinystory.evaluate.intervals import mean_of, standard_error
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import best_temperature_bits, bits_per_byte
 from tinystory.ops.compute import resolve
@@ -77,7 +78,6 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.open_grader import open_grader
 
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these random numbers

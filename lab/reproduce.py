@@ -57,6 +57,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.intervals import mean_of
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.evaluate.story_records import learned_dull_text
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
@@ -68,7 +69,6 @@ from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import CONFIG, Record, plain, read_object
 from tinystory.student import checkpoint
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.open_grader import open_grader
 
 MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte

@@ -31,11 +31,11 @@ import numpy as np
 
 from lab import recipes
 from tinystory.config import PretrainConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.device import device_name
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import script_parser
 from tinystory.run.paths import ROOT, cache_dir
-from tinystory.teacher.open_grader import open_grader
 
 RECORDS = ROOT / "lab" / "records.md"
 THREADS = 2

@@ -26,9 +26,9 @@ from lab.runs import interact_config, words_of
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.open_grader import open_grader
 
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 

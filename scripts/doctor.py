@@ -46,6 +46,7 @@ from tinystory.evaluate.corruptions import (
     known_stories,
     worked_examples,
 )
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number, add_options, arguments, script_parser
 from tinystory.run.paths import cache_dir, hint
@@ -54,7 +55,6 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import HUMAN
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.named_protocols import PROTOCOLS
-from tinystory.teacher.open_grader import open_grader
 
 PACKAGES = (
     "pybind11",

@@ -25,6 +25,7 @@ from tinystory.config.command_line import typed_config
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.evaluate.stories import (
     OPENINGS,
     Sample,
@@ -42,7 +43,6 @@ from tinystory.run.options import add_number, add_options, script_parser
 from tinystory.run.terminal import aligned
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
-from tinystory.teacher.open_grader import open_grader
 
 # Options of train_interact.py that this script has too.
 TYPED = (

@@ -37,8 +37,8 @@ from tinystory.evaluate.corruptions import (
     split_sentences,
     unseen_stories,
 )
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import UserError
-from tinystory.teacher.open_grader import open_grader
 
 STORIES = known_stories(unseen_stories(300), CHEAP)
 

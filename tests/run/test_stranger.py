@@ -208,7 +208,7 @@ def test_no_field_of_a_checkpoint_is_opened_executed_or_sent_to(
         raise UserError("no teacher here")
         yield
 
-    monkeypatch.setattr("tinystory.teacher.open_grader.builtin_teacher", teacher)
+    monkeypatch.setattr("tinystory.evaluate.open_grader.builtin_teacher", teacher)
     folder = shutil.copytree(own, tmp_path / "run")
     start, newest = folder / "checkpoints" / "start", checkpoint.newest(folder)
     record = json.loads((start / name).read_text())

@@ -19,6 +19,7 @@ from tinystory.evaluate.corruptions import (
     unseen_stories,
     worked_examples,
 )
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import UserError
 from tinystory.teacher.answers import (
     YesNo,
@@ -31,7 +32,6 @@ from tinystory.teacher.api import Reply
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, Submission
 from tinystory.teacher.named_protocols import PROTOCOLS, load_protocol
-from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.prompt import TOP, Criterion
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

@@ -18,11 +18,11 @@ from fault_server import (
 )
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import UserError
 from tinystory.teacher import api
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
-from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

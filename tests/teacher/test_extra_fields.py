@@ -6,9 +6,9 @@ import pytest
 from fault_server import FaultServer, assert_one_clean_sentence, scored
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import load_extra, open_grader
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.open_grader import load_extra, open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

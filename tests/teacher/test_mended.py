@@ -5,10 +5,10 @@ from conftest import read_lines
 from fault_server import FaultServer, graded, written
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import Stop, UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import require_scores
-from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

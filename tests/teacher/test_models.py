@@ -5,10 +5,10 @@ from aiohttp import web
 from fault_server import FaultServer, Picky, assert_one_clean_sentence, error, graded, scored
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import UserError
 from tinystory.teacher import api
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -1,9 +1,11 @@
 """A third protocol is one class: the client, the probe and the cache know none by name."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 from fault_server import FaultServer, graded
 
 from tinystory.teacher.client import Teacher
@@ -62,3 +64,11 @@ def test_a_protocol_of_ones_own_is_one_class(tmp_path):
     assert cat.scores == {"kept": pytest.approx(3 * 2 / 5)} and math.isclose(cat.score, 2 / 5)
     assert cat.attempts == 2 and cat.log_odds is None
     assert dog.score is None and dog.attempts == 3
+
+
+def test_the_teachers_package_needs_no_other_package_than_run():
+    """No options, corpora, students or rubric: evaluate/open_grader.py knows what the options mean."""
+    sources = (ROOT / "tinystory" / "teacher").glob("*.py")
+    text = "".join(path.read_text() for path in sources)
+    imported = set(re.findall(r"^from tinystory\.(\w+)", text, re.MULTILINE))
+    assert imported == {"run", "teacher"}

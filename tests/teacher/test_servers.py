@@ -8,10 +8,10 @@ from fault_server import FaultServer, assert_one_clean_sentence, closed_port, er
 from test_faults import honest
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import Stop, UserError
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

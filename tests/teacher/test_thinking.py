@@ -7,8 +7,8 @@ from aiohttp import web
 from fault_server import FaultServer, Picky, error, graded, scored
 
 from tinystory.config import InteractConfig
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.open_grader import open_grader
 from tinystory.teacher.probe import THINKING_TOKENS
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

@@ -5,11 +5,11 @@ from conftest import SHORT, assert_same_bits, metrics, read_lines
 from fault_server import FaultServer, error, graded
 
 import train_interact as interact
+from tinystory.evaluate.open_grader import open_judge
 from tinystory.report.before_after import summary
 from tinystory.run.errors import UserError
 from tinystory.run.records import EVALUATIONS, STORIES
 from tinystory.student import checkpoint
-from tinystory.teacher.open_grader import open_judge
 
 
 def run(place, out, *more: str):

@@ -11,6 +11,7 @@ from tinystory.data.openings import Openings
 from tinystory.evaluate.calibration import calibrated, scaled
 from tinystory.evaluate.corruptions import corpus_documents, worked_examples
 from tinystory.evaluate.likelihood import Likelihood
+from tinystory.evaluate.open_grader import open_grader, open_judge
 from tinystory.evaluate.recorded_scores import RecordedScores, read_scores
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
@@ -20,7 +21,6 @@ from tinystory.run.text import printable
 from tinystory.student.model import Student
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grader
-from tinystory.teacher.open_grader import open_grader, open_judge
 from tinystory.teacher.protocol import Example
 
 

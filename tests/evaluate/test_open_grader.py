@@ -4,14 +4,13 @@ import contextlib
 import signal
 
 import pytest
-from conftest import ROOT
 from fault_server import FaultServer, graded, written
 
 from tinystory.config import InteractConfig
 from tinystory.config.command_line import parse
 from tinystory.config.presets import INTERACT_PRESETS
+from tinystory.evaluate.open_grader import open_grader
 from tinystory.run.errors import Interrupted, Stop, UserError
-from tinystory.teacher.open_grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -83,11 +82,6 @@ def test_an_empty_story_scores_0_whoever_grades(tmp_path):
                 assert [grade.score for grade in graded(grader, "Once", empty)] == [0.0] * 3
 
 
-def test_nothing_in_the_teachers_room_imports_the_rubric():
-    sources = (ROOT / "tinystory" / "teacher").glob("*.py")
-    assert [path.name for path in sources if "tinystory.rubric" in path.read_text()] == []
-
-
 def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monkeypatch):
     corpora = []
 
@@ -96,7 +90,7 @@ def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monk
         corpora.append(corpus)
         yield server.url
 
-    monkeypatch.setattr("tinystory.teacher.open_grader.builtin_teacher", start)
+    monkeypatch.setattr("tinystory.evaluate.open_grader.builtin_teacher", start)
     with (
         FaultServer() as server,
         open_grader(InteractConfig(), corpus=["mine.txt", "dull"]) as grader,
