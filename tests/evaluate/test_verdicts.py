@@ -9,7 +9,7 @@ from conftest import tiny_stories
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.control import Comparison, difference, verdict
-from tinystory.evaluate.recorded_scores import RecordedScores, shuffled
+from tinystory.evaluate.recorded_scores import RecordedScores, reordered
 from tinystory.evaluate.validation import best_temperature_bits
 from tinystory.report.control import sentence
 from tinystory.run.errors import UserError
@@ -19,7 +19,7 @@ from tinystory.teacher.grade import Submission
 
 def test_scores_in_random_order_are_a_function_of_the_key():
     scores = [0.1, None, 0.2, 0.3, None, 0.4, 0.5, 0.6]
-    one, same, other = (shuffled(scores, key) for key in ("a", "a", "b"))
+    one, same, other = (reordered(scores, "shuffled", key) for key in ("a", "a", "b"))
     assert one == same != other
     assert Counter(one) == Counter(scores)
     assert [row for row, score in enumerate(one) if score is None] == [1, 4]
@@ -27,7 +27,7 @@ def test_scores_in_random_order_are_a_function_of_the_key():
 
 def test_every_story_gets_every_score_equally_often():
     """A permutation that never left a score in its place would say something about the story."""
-    orders = [shuffled([0.0, 0.5, 1.0], str(key)) for key in range(600)]
+    orders = [reordered([0.0, 0.5, 1.0], "shuffled", str(key)) for key in range(600)]
     for row in range(3):
         counts = Counter(order[row] for order in orders)
         assert set(counts) == {0.0, 0.5, 1.0} and min(counts.values()) > 130  # 5.5 deviations

@@ -5,47 +5,39 @@ the distribution of the scores in each step is the same, and only their relation
 lost (arXiv 2606.05932)."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import Stop, UserError
-from tinystory.run.records import STORIES, Record, read_records
+from tinystory.run.records import STORIES, read_records
 from tinystory.teacher.grade import NOT_ASKED, Grade, Grader, Submission
 
 Scores = list[float | None]  # of the graded stories of a step, in order; None: unscored
 
 
-def shuffled(scores: Scores, key: str) -> Scores:
-    """The scores in an order that depends on the key only. Unscored rows stay unscored. A
-    score may by chance stay where it is: in a permutation without fixed points, a story's own score
-    would be less probable than any other, which is information about the story."""
+def reordered(scores: Scores, name: str, key: str) -> Scores:
+    """The scores of the control `name`: shuffled, in an order that depends on the key only; or
+    constant, the mean in place of each score. Unscored rows stay unscored.
+
+    A score may by chance stay where it is: in a permutation without fixed points, a story's own
+    score would be less probable than any other, which is information about the story."""
     known = [score for score in scores if score is not None]
+    if known and name == "constant":
+        known = [fmean(known)] * len(known)
     random.Random(key).shuffle(known)
     order = iter(known)
     return [None if score is None else next(order) for score in scores]
 
 
-def constant(scores: Scores, key: str) -> Scores:
-    """The mean of the scores in place of each score."""
-    known = [score for score in scores if score is not None]
-    return [None if score is None else fmean(known) for score in scores]
-
-
-ORDERS: Mapping[str, Callable[[Scores, str], Scores]] = {
-    "shuffled": shuffled,
-    "constant": constant,
-}
-
-
 class RecordedScores(Grader):
-    """A grader that returns the scores of `by_step`, the scores of each step of a run, in the order
-    that ORDERS[name] gives. Text and tokens of the stories do not matter, only the step."""
+    """A grader that returns the scores of `by_step`, the scores of each step of a run, `reordered`.
+    Text and tokens of the stories do not matter, only the step."""
 
     def __init__(self, name: str, by_step: Sequence[Scores], config: InteractConfig):
         super().__init__({"scored_by": f"scores of another run ({name})"})
-        self.order = ORDERS[name]
+        self.name = name
         self.by_step = by_step
         self.config = config
         self.steps = len(by_step)
@@ -56,7 +48,7 @@ class RecordedScores(Grader):
             return []
         step = submissions[0].number // self.config.stories_per_step
         key = f"control {self.config.seed} {self.number} {step}"
-        scores = self.order(self.by_step[step], key)
+        scores = reordered(self.by_step[step], self.name, key)
         if len(scores) != len(submissions):
             raise UserError(
                 f"step {step + 1} of the run that --control names has {len(scores)} graded stories, and the "
@@ -80,7 +72,7 @@ def read_scores(run: Path, config: InteractConfig, openings: Sequence[str]) -> l
     count = config.stories_per_step
     row = 0  # number of stories so far
     path = run / STORIES
-    for record in read_records(path, check=require_score):
+    for record in read_records(path):
         if record["index"] != row or record["step"] != row // count + 1:
             raise UserError(
                 f"{path} cannot be repeated: story {row} must be in step {row // count + 1}, with "
@@ -93,17 +85,10 @@ def read_scores(run: Path, config: InteractConfig, openings: Sequence[str]) -> l
         if row % count == 0:
             by_step.append([])
         if record["reply"] != NOT_ASKED.error:
-            by_step[-1].append(record.get("score"))
+            by_step[-1].append(record["score"])
         row += 1
     if row % count:
         raise UserError(f"{path} cannot be repeated: its last step is not complete")
     if all(score is None for scores in by_step for score in scores):
         raise UserError(f"{path} records no score, so there is nothing to put in another order")
     return by_step
-
-
-def require_score(record: Record) -> None:
-    """Raises ValueError unless the score of a story is None or from 0 to 1."""
-    score = record.get("score")
-    if score is not None and not 0 <= score <= 1:
-        raise ValueError("its 'score' is not a number from 0 to 1")

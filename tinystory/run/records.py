@@ -117,6 +117,8 @@ def check_fields(record: Record, fields: Fields) -> None:
         for score in (record["scores"] or {}).values():
             if type(score) not in (int, float) or not 0 <= score <= 3:
                 raise ValueError("a score in it is not a number from 0 to 3")
+        if record["score"] is not None and not 0 <= record["score"] <= 1:
+            raise ValueError("its 'score' is not a number from 0 to 1")
 
 
 def check_size(name: str, value: Any) -> None:
