@@ -200,7 +200,7 @@ def test_without_log_probabilities_the_answer_is_the_share_of_yes(refuses, capsy
         drawn.clear()
         (grade,) = graded(teacher, "Once", ["A dog ran."])
     assert probe.top_logprobs == 0 and "fraction of yes" in capsys.readouterr().out
-    assert len(set(drawn)) == len(drawn) == YesNo.draws and grade.attempts == YesNo.draws
+    assert len(set(drawn)) == len(drawn) == YesNo.draws
     yes = sum(seed % 4 > 0 for seed in drawn)
     assert grade.log_odds["first"] == pytest.approx(
         math.log((yes + 0.5) / (YesNo.draws - yes + 0.5))

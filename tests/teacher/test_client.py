@@ -55,10 +55,10 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
         if len(unread) < 3:
             assert grade.error is None and grade.reply == honest(story)
             assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
-            assert grade.attempts == len(unread) + 1 == server.good[story]
+            assert server.good[story] == len(unread) + 1
             assert grade.reply_words == 3 + sum(len(reply.split()) for reply in unread)
         else:
-            assert grade.scores is None and grade.reply == "all good!" and grade.attempts == 3
+            assert grade.scores is None and grade.reply == "all good!" and server.good[story] == 3
             assert grade.reply_words == 6 and "3 replies" in grade.error
     assert teacher.ledger.total["requests"] == sum(server.seen.values()) - 1 + probes
     assert teacher.ledger.total["retries"] == sum(
@@ -69,7 +69,7 @@ def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
 def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher([server.url]) as teacher:
         (grade,) = graded(teacher, "Once", ["A dog ran."])
-    assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
+    assert grade.scores is None and grade.reply == "" and grade.reply_words == 0
     assert grade.error == "the teacher is overloaded or failing (HTTP 500: oops)"
     assert server.seen["A dog ran."] == pool.FAILURES
 
@@ -106,7 +106,7 @@ def test_what_is_no_number_of_seconds_asks_for_no_wait():
 def test_what_is_sent():
     with FaultServer(lambda story, n: "hm" if n == 0 else "1 1 1") as server:
         with Teacher([server.url], ["second"], seed=7, temperature=0.5, max_tokens=9) as teacher:
-            assert graded(teacher, "Once", ["A dog\x00 ran."])[0].attempts == 2
+            assert graded(teacher, "Once", ["A dog\x00 ran."])[0].scores
         first, second = server.requests[1:]
         assert first["model"] == "second"
         assert first["temperature"] == 0.5

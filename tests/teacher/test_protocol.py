@@ -52,7 +52,7 @@ def test_a_protocol_of_ones_own_is_one_class(tmp_path):
         prompt = body["messages"][-1]["content"]
         if "The corrected story:" not in prompt:
             return "owl"
-        return "A cat sat." if "cat" in prompt and body["seed"] else "I see"
+        return "A cat sat." if "cat" in prompt and body["seed"] == 1 else "I see"
 
     cache = tmp_path / "replies.jsonl"
     with FaultServer(other=other) as server:
@@ -62,8 +62,7 @@ def test_a_protocol_of_ones_own_is_one_class(tmp_path):
                 asked = len(server.others)
         assert len(server.others) == asked and server.others[-1]["max_tokens"] == 200
     assert cat.scores == {"kept": pytest.approx(3 * 2 / 5)} and math.isclose(cat.score, 2 / 5)
-    assert cat.attempts == 2 and cat.log_odds is None
-    assert dog.score is None and dog.attempts == 3
+    assert cat.log_odds is None and dog.score is None and "3 replies" in dog.error
 
 
 def test_the_teachers_package_needs_no_other_package_than_run():

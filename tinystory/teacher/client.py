@@ -316,7 +316,7 @@ class Teacher(Grader):
         # ignore max_tokens and send more words; the additional words are not used and not counted.
         words = sum(min(len(text.split()), self.longest_reply) for text in texts)
         last = " ".join(texts[-self.requests_per_story :])[:LONGEST_REPLY]
-        return replace(grade, reply=last, attempts=len(texts), reply_words=words)
+        return replace(grade, reply=last, reply_words=words)
 
     def _requests(self, submission: Submission, attempt: int) -> list["_Request"]:
         """The requests about a story: those of the protocol, `draws` times each. Seeds differ

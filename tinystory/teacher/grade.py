@@ -38,7 +38,6 @@ class Grade:
     score: float | None
     # the last replies, one per request, joined, at most LONGEST_REPLY characters
     reply: str = ""
-    attempts: int = 0  # number of replies received, unreadable ones included
     # Number of whitespace-separated words in all replies, at most max_tokens per reply. These words
     # count as words in.
     reply_words: int = 0
