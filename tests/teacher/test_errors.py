@@ -94,6 +94,7 @@ def test_nothing_there():
     with pytest.raises(UserError) as caught:
         Teacher([url])
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
+    assert "teacher" not in [thread.name for thread in threading.enumerate()]  # it is closed
 
 
 # of how openai hands aiohttp the proxy's password

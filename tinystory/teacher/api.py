@@ -60,7 +60,7 @@ class Failure(Exception):
     status: int | None = None  # HTTP status; None if no answer came
     again: bool = False  # a transient failure, worth a retry
     busy: bool = False  # the server needs fewer requests
-    fatal: bool = False  # every other story would fail in the same way
+    fatal: bool = False  # every other request to this server would fail in the same way
     unreachable: bool = False  # no connection could be made
     url: str = ""  # URL of the server, set when the request is given up
 
@@ -237,7 +237,7 @@ class ChatClient:
         if any(isinstance(cause, aiohttp.ClientConnectorError) for cause in causes):
             advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
             message = f"cannot be reached ({message}): {advice}"
-            raise Failure(message, again=True, unreachable=True)
+            raise Failure(message, again=True, fatal=True, unreachable=True)
         raise Failure(f"lost the connection ({message})", again=True)
 
     async def _check_status(self, response: "httpx2.Response") -> None:

@@ -203,8 +203,8 @@ def _checked(scores: Any, count: int) -> list[float | None]:
 
 
 def _score(value: Any) -> float | None:
-    """The score as a float. Scalars of NumPy and PyTorch count as numbers. Raises _Refused for any
-    other value."""
+    """The score as a float, or None. Scalars of NumPy and PyTorch count as numbers. Raises _Refused
+    for any other value."""
     plain = value.item() if hasattr(value, "item") else value
     if plain is None:
         return None

@@ -376,7 +376,7 @@ class Teacher(Grader):
         try:
             await self.pool.ask(send_missing)
         except Failure as failure:
-            if failure.fatal or failure.unreachable:  # no other story can be graded either
+            if failure.fatal:  # no other story can be graded either
                 self._fatal = UserError(f"the {self.options.role} at {failure.url} {failure}")
                 raise self._fatal from None
             keep(missing[0], Reply("", error=f"the {self.options.role} {failure}"))

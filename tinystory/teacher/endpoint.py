@@ -203,16 +203,15 @@ class Endpoint:
             replies = await in_time(self.client.chat(fields), self.timeout_s)
             if replies[0].tokens:
                 charge["tokens_in"], charge["tokens_out"] = replies[0].tokens
-        served = form.served
-        model = replies[0].model or served
-        if served and model != served and not self.options.any_model:
-            raise Failure(
-                f"now replies with the model {model} instead of {served}, whose scores cannot be compared: serve "
-                f"{served} again, or continue with --resume --any-model",
-                fatal=True,
-            )
-        if served:
+        model = replies[0].model
+        if form.served and model:
             self.taught_by = model
+            if model != form.served and not self.options.any_model:
+                raise Failure(
+                    f"now replies with the model {model} instead of {form.served}, whose scores cannot be compared: "
+                    f"serve {form.served} again, or continue with --resume --any-model",
+                    fatal=True,
+                )
         return replies
 
     async def _wait_turn(self) -> None:

@@ -273,7 +273,7 @@ class Prober:
         try:
             return await self._ask(messages, count)
         except Failure as failure:
-            if failure.fatal or failure.unreachable:
+            if failure.fatal:
                 raise
             return None
 
@@ -306,7 +306,7 @@ class Prober:
             try:
                 reply = await self._accepted_reply()
             except Failure as failure:
-                if failure.fatal or failure.unreachable:
+                if failure.fatal:
                     raise
                 continue
             if not reply.thought or self.protocol.reads(reply):
