@@ -8,7 +8,7 @@ and the best student is kept."""
 
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from tinystory.evaluate.temperature import choose_temperature, trial_stories
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import from_start
 from tinystory.report.ending import print_control, print_interaction, print_stopped
-from tinystory.report.run import report_at_end
+from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo, score_model
 from tinystory.rl.batch import Batch, collate
 from tinystory.rl.budget import Budget
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 @dataclass
 class InteractionRun:
     """An open run: students, teacher, limits and logs. reference: the starting checkpoint, frozen,
-    for the KL penalty."""
+    for the KL penalty. update_report: rewrites report.html if the last version is old enough."""
 
     config: InteractConfig
     compute: Compute
@@ -83,6 +83,7 @@ class InteractionRun:
     budget: Budget
     log: RunLog
     stop: Stop
+    update_report: Callable[[], None]
     bar: ProgressBar
     stages: Stages
 
@@ -132,6 +133,7 @@ def interact(run: InteractionRun) -> None:
             save_milestones(run, words_before)
             means = step_means(stories, grades, records)
             record = end_step(run, statistics | prediction | means)
+            run.update_report()
             if warn(run, detector, record):
                 break
         if not distributed.stop_signal(run.stop):
@@ -344,7 +346,6 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         folder = Path(config.out)
         resume_step = state.step if config.resume else None
         log = stack.enter_context(distributed.open_log(folder, resume_step, state.evaluated_before))
-        stack.enter_context(report_at_end(folder, distributed.is_rank0()))
         stories = config.steps * config.stories_per_step
         bar = ProgressBar(total=stories, initial=state.written, unit="stories")
         run = InteractionRun(
@@ -358,6 +359,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
             budget=budget,
             log=log,
             stop=stack.enter_context(Stop().listening()),
+            update_report=stack.enter_context(live_report(folder, distributed.is_rank0())),
             bar=bar,
             stages=Stages(bar, compute.device),
         )

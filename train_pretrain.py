@@ -20,7 +20,7 @@ from tinystory.data.windows import Curriculum, Windows, open_windows
 from tinystory.evaluate.validation import story_record, story_to_opening, validate
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.ending import print_pretraining, print_stopped
-from tinystory.report.run import report_at_end
+from tinystory.report.run import live_report
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Download, peak_memory_mb, upload
@@ -71,7 +71,7 @@ def pretrain(run: PretrainingRun) -> None:
     folder = run.log.folder
     next_batch = load_batch(run, state.step)
     writes = distributed.is_rank0()
-    with run.log, run.stop.listening(), report_at_end(folder, writes), run.bar:
+    with run.log, run.stop.listening(), live_report(folder, writes) as update_report, run.bar:
         if state.step == 0:
             tell_story(run)
         while state.words < config.words and not distributed.stop_signal(run.stop):
@@ -109,6 +109,7 @@ def pretrain(run: PretrainingRun) -> None:
             for name in names:
                 steps.write(0)  # first: a resumed run keeps the metrics up to its checkpoint
                 save(run, name)
+            update_report()
         steps.write(0)
         save(run, f"step_{state.step:07d}")
 

@@ -1,5 +1,5 @@
 """A person teaches a student: in a real browser, by keys alone, through a whole run and the
-comparisons at the end, while servers die.
+comparisons at the end, while servers die. The report of a running run reloads itself.
 
 The tests need playwright (a test extra) and a Chromium on the machine (Debian: apt install
 chromium)."""
@@ -21,7 +21,9 @@ from test_lesson import Run
 from tinystory.data.corpus import open_corpus
 from tinystory.human.progress import COMPARED, read_progress
 from tinystory.report.findings import read_findings
+from tinystory.report.run import live_report, write_report
 from tinystory.rubric.rubric import Rubric
+from tinystory.run.log import RunLog
 from tinystory.run.records import PAIRS, read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
@@ -406,3 +408,29 @@ def test_a_pair_fits_and_is_text(browser, tmp_path, width, scheme):
         context.close()
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_of_a_run_that_goes_on_reloads_itself(browser, tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr("tinystory.report.run.RELOAD_S", 1)
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    try:
+        with RunLog(tmp_path, resume_step=None) as log, live_report(tmp_path, True):
+            log.config({"steps": 9})
+            log.metrics(step=1, reward_mean=0.5, rollout_s=30.0)
+            write_report(tmp_path, live=True)
+            page.goto((tmp_path / "report.html").as_uri())
+            assert "1 step" in page.text_content("p.note")
+            log.metrics(step=2, reward_mean=0.6, rollout_s=30.0)
+            write_report(tmp_path, live=True)
+            page.wait_for_selector("text=2 steps")
+        page.wait_for_selector("text=running", state="detached")
+        page.evaluate("window.seen = true")  # no script of the page's, which allows none
+        page.wait_for_timeout(2500)
+        assert page.evaluate("window.seen")  # it reloads no more
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
+    finally:
+        context.close()

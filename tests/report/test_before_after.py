@@ -72,6 +72,7 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
         "non-empty stories that end.",
     ):
         assert said in terminal and said in page, said
+    assert "from step 0: ▁▃▆█" in terminal
     for text in (terminal, page):
         assert text.index("story 0 2") < text.index("story 2 2")
     first_screen = page.split("One opening during interaction")[0]
@@ -180,7 +181,7 @@ def test_a_run_without_graded_evaluations_shows_a_pair_and_no_empty_place(tmp_pa
         assert text.index("story 0 3") < text.index("story 1 3")
         assert "no pair" not in text and NOT_ASKED.error not in text and "no score" not in text
         assert "not graded" in text and "its evaluations have no rewards" in text
-    assert "\n\n\n" not in terminal
+    assert "every evaluation" not in terminal and "\n\n\n" not in terminal
     html = (tmp_path / "report.html").read_text()
     assert "<b></b>" not in html and "Bars are" not in page and "Do not compare" not in page
 
@@ -272,6 +273,43 @@ def test_a_gain_is_paired_by_opening(tmp_path):
     after = {i: reward + 0.01 for i, reward in reversed(rewards.items())}
     comparison = BeforeAfter(evaluation(0, rewards), evaluation(1, after))
     assert "The mean reward rose from 0.35 before" in comparison.conclusion()
+
+
+CHANCE = "cannot tell a story from shuffled words: it puts the story first with probability 0.5"
+
+
+@pytest.mark.parametrize(
+    "calibration, is_said",
+    [
+        ({"judgement_ci": [0.3, 0.7], "verdict": CHANCE}, True),
+        ({"judgement_ci": None, "verdict": CHANCE}, True),
+        ({"judgement_ci": [0.6, 0.9], "verdict": "puts a story above shuffled words"}, False),
+        (None, False),
+    ],
+)
+def test_that_a_teacher_cannot_judge_stands_beside_the_headline(run, calibration, is_said):
+    with RunLog(run, resume_step=3) as log:
+        log.config({"calibration": calibration})
+    terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
+    for text in (terminal, page):
+        _, _, after_headline = text.partition("-0.147 to 0.307.")
+        assert after_headline.startswith(f" But this teacher {CHANCE}.") == is_said
+        assert ("But this teacher" in text) == is_said
+
+
+def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(run):
+    """The report has the warnings above the headline."""
+    with RunLog(run, resume_step=3) as log:
+        for step in range(4, 10):
+            log.metrics(step=step, reward_mean=0.5, scored=200, score_mode=1.0, score_mean=4.5)
+    terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
+    warning = "had the same score (4.5 in the last), so the student learns nothing from the teacher"
+    assert (
+        terminal.index("-0.147 to 0.307.")
+        < terminal.index(warning)
+        < terminal.index("from step 0:")
+    )
+    assert page.index(warning) < page.index("-0.147 to 0.307.")
 
 
 def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):

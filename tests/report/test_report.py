@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tinystory.report.before_after import followed
-from tinystory.report.run import RANDOM, drawn, first_and_last, report_at_end, write_report
+from tinystory.report.run import RANDOM, drawn, first_and_last, live_report, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, STORIES
@@ -115,6 +115,24 @@ def check_self_contained(page):
     assert not names & {"src", "href", "xlink:href", "srcset", "action"}
     assert not any(n.startswith("on") for n in names)
     assert not any("url(" in (value or "") for _, value in page.attributes)
+
+
+def test_the_page_of_a_run_reloads_itself_until_the_run_is_over(tmp_path):
+    interaction_run(tmp_path, 12, [story(step, 0) for step in range(1, 13)])
+    with pytest.raises(UserError), live_report(tmp_path, True) as update:
+        update()
+        page = Page(tmp_path / "report.html")
+        assert ("http-equiv", "refresh") in page.attributes and ("content", "10") in page.attributes
+        assert "UTC · running" in page.text
+        check_self_contained(page)
+        (tmp_path / "report.html").unlink()
+        update()  # not due
+        assert not (tmp_path / "report.html").exists()
+        raise UserError("the teacher has gone")
+    page = Page(tmp_path / "report.html")
+    assert ("http-equiv", "refresh") not in page.attributes and "running" not in page.text
+    with live_report(tmp_path / "other rank", False) as update:
+        update()
 
 
 def test_the_page_sums_what_a_run_took(tmp_path):
@@ -363,13 +381,3 @@ def test_what_the_teacher_took_is_summed(tmp_path):
     page = Page(write_report(tmp_path / "run"))
     for words in ("teacher_requests350", "teacher_retries30", "200k", "2,000", "teacher_cost1.25"):
         assert words in page.text, words
-
-
-def test_a_run_that_ends_with_an_error_has_its_report(tmp_path):
-    interaction_run(tmp_path, 12, [story(step, 0) for step in range(1, 13)])
-    with pytest.raises(UserError), report_at_end(tmp_path, False):
-        raise UserError("the teacher has gone")
-    assert not (tmp_path / "report.html").exists()  # another rank
-    with pytest.raises(UserError), report_at_end(tmp_path, True):
-        raise UserError("the teacher has gone")
-    check_self_contained(Page(tmp_path / "report.html"))

@@ -53,11 +53,15 @@ def words(monkeypatch, columns: int, **options) -> ProgressBar:
     return bar
 
 
-def test_a_bar_takes_the_columns_that_are_left(monkeypatch):
-    for columns in (200, 100, 60):
+def test_a_bar_keeps_twenty_columns_and_drops_its_last_fields(monkeypatch):
+    for columns in (200, 100, 80, 60):
         text = str(words(monkeypatch, columns))
-        assert len(text) == columns and "100%" in text and "left" in text
+        assert len(text) == columns
+        assert text.count("█") >= step_log.BAR
+        assert "100%" in text and "left" in text
     assert "val=5.678, 3.00k of 3.00k word" in str(words(monkeypatch, 200))
+    narrow = str(words(monkeypatch, 70))
+    assert "loss=5.123" in narrow and "tok/s" not in narrow
 
 
 def test_a_step_beyond_the_total_ends_a_bar_that_still_knows_its_total(monkeypatch):

@@ -1,6 +1,7 @@
 """How an interaction ends: stopped, killed, out of budget, collapsed, and resumed."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -135,7 +136,7 @@ def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, bu
 
 
 def test_the_closing_evaluation_of_a_run_that_its_budget_ends_is_in_its_metrics(
-    place, tmp_path, monkeypatch
+    place, tmp_path, capsys, monkeypatch
 ):
     """Two steps and two evaluations of 16 words per story."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
@@ -145,3 +146,5 @@ def test_the_closing_evaluation_of_a_run_that_its_budget_ends_is_in_its_metrics(
     mean = sum(record["reward"] for record in evaluation) / len(evaluation)
     assert last["held_out_reward"] == pytest.approx(mean, abs=1e-6)
     assert "held_out_story_clusters" in last and "held_out_reward" not in first
+    (curve,) = re.findall("every evaluation, from step 0: (.*)", capsys.readouterr().out)
+    assert len(curve) == 2

@@ -13,7 +13,8 @@ from tinystory.evaluate.story_records import (
     reward_mean,
     shown_score,
 )
-from tinystory.report.charts import number, with_error
+from tinystory.report.charts import number, text_curve, with_error
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
 from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, total
 from tinystory.run.terminal import aligned, story_text, wrapped
@@ -200,6 +201,17 @@ def changed(gains: Sequence[float]) -> str:
     return "fell" if high < 0 else ""
 
 
+def doubt(config: Record) -> str:
+    """A sentence to show beside the conclusion if the calibration before the run found that the
+    teacher cannot judge; "" otherwise, or without a calibration."""
+    match config.get("options", {}).get("calibration"):
+        case {"judgement_ci": [float(low), _], "verdict": str(verdict)} if low <= 0.5:
+            return f"But this teacher {printable(verdict)}."
+        case {"judgement_ci": None, "verdict": str(verdict)}:
+            return f"But this teacher {printable(verdict)}."
+    return ""
+
+
 def teaching(config: Record, metrics: Sequence[Record]) -> str:
     """A sentence on a language model that taught: what it was asked, what that cost, and how well it
     judged known texts; "" for other teachers."""
@@ -288,10 +300,18 @@ def summary(run: Path) -> str:
     for name, record in zip(comparison.names, pair, strict=False):
         lines += ["", f"{name}, {grade_line(record)}:"]
         lines.append(story_text(record["opening"], record["story"]))
+    metrics = read_metrics(run)
+    without_signal = CollapseDetector(metrics).warnings.get("signal")
+    held_out = f"held_out_{comparison.measure}"
+    curve = text_curve([record.get(held_out) for record in from_start(run, metrics)])
+    measured = f"Mean {MEASURES.get(comparison.measure)} of every evaluation, from step 0: {curve}"
     sentences = [
         comparison.styles(),
         comparison.conclusion(),
-        teaching(read_config(run), read_metrics(run)),
+        teaching(read_config(run), metrics),
+        doubt(read_config(run)),
+        f"But from step {without_signal[0]}: {without_signal[1]}." if without_signal else "",
+        measured if curve else "",
         comparison.best_student(),
     ]
     lines += ["", *aligned(comparison.table()), *filter(None, sentences)]

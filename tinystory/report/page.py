@@ -17,14 +17,18 @@ from tinystory.run.text import printable
 LONGEST = 3000  # characters of a story that are shown
 
 
-def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Path:
+def write(
+    path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0
+) -> Path:
     """The path of the self-contained page that is written from the non-empty sections. All text
-    arguments are HTML."""
+    arguments are HTML. reload_s: seconds after which the page reloads itself; 0: never."""
+    reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
     text = PAGE.format(
         name=title,
         style=charts.palette() + charts.STYLE + STYLE,
         subtitle=subtitle,
         sections="\n".join(filter(None, sections)),
+        reload=reload,
     )
     atomic_write(path, text.encode("utf-8", "replace"))  # text of a model may hold lone surrogates
     return path
@@ -122,7 +126,7 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{name} · tinystory</title>
+{reload}<title>{name} · tinystory</title>
 <style>{style}</style>
 </head>
 <body>

@@ -1,13 +1,14 @@
 """report.html: a self-contained page about one run, without network access, scripts or other files.
 
-The page is written only from the records in the run's folder, so it can be rewritten at any
-time."""
+The page is written only from the records in the run's folder, so it can be rewritten at any time.
+During the run it is rewritten regularly and reloads itself."""
 
 import contextlib
 import math
 import random
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
@@ -17,7 +18,7 @@ from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
-from tinystory.report.before_after import followed, from_start, read_before_after, teaching
+from tinystory.report.before_after import doubt, followed, from_start, read_before_after, teaching
 from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.control import control_section
 from tinystory.report.findings import findings_sections
@@ -38,6 +39,7 @@ from tinystory.teacher.prompt import TOP
 
 RANDOM = 6  # stories shown
 HERO = (560, 300)  # size of the chart at the top, in pixels
+RELOAD_S = 10  # while the run goes on
 
 SAMENESS_CURVES = {
     "story_clusters": "Clusters of similar stories in a step",
@@ -97,18 +99,30 @@ PRETRAINING_CURVES = {
 
 
 @contextlib.contextmanager
-def report_at_end(run: Path, writes: bool) -> Iterator[None]:
-    """Context that writes a run's report when the block ends, in whatever way. writes: False in all
-    processes except one."""
+def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
+    """Yields a function that updates a run's report; call it after every step. When the block ends,
+    in whatever way, the page is written once more and no longer reloads itself. writes: False in
+    all processes except one."""
+    due = 0.0
+
+    def update() -> None:
+        nonlocal due
+        start = time.monotonic()
+        if writes and start >= due:
+            write_report(run, live=True)
+            seconds = time.monotonic() - start
+            due = start + max(RELOAD_S, 20 * seconds)  # at most a twentieth of the run's time
+
     try:
-        yield
+        yield update
     finally:
         if writes and run.is_dir():  # it may have been moved
             write_report(run)
 
 
-def write_report(run: Path) -> Path:
-    """The path of report.html, which is written into the folder of a finished or unfinished run."""
+def write_report(run: Path, live: bool = False) -> Path:
+    """The path of report.html, which is written into the folder of a finished or unfinished run.
+    live: the page reloads itself."""
     metrics = read_metrics(run)
     config = read_config(run)
     target = number_option(config, "kl_target") or math.inf
@@ -132,9 +146,11 @@ def write_report(run: Path) -> Path:
         sections.append(details("Options", "", facts))
         minute = config["started"][:16].replace("T", " ")
         notes += [config["device"], f"{minute} UTC"]
+    if live:
+        notes.append("running")
     title = page.clip(heading(metrics, config))
     note = page.clip(" · ".join(notes))
-    return page.write(run / "report.html", title, note, sections)
+    return page.write(run / "report.html", title, note, sections, RELOAD_S if live else 0)
 
 
 def is_interaction(metrics: list[Record]) -> bool:
@@ -245,6 +261,9 @@ def first_screen(run: Path, metrics: list[Record], curves: list[Record]) -> str:
     titles = [name.capitalize() for name in comparison.names]
     conclusion = comparison.conclusion()
     stories = f"<b>{escape(conclusion)}</b>" if conclusion else ""
+    warning = doubt(read_config(run))
+    if warning:
+        stories += f'<p class="warning">{escape(warning)}</p>'
     taught = escape(teaching(read_config(run), metrics))
     stories += page.note(taught, escape(comparison.best_student()), escape(rule))
     stories += block("pair", "".join(map(story_card, pair, titles)))

@@ -16,11 +16,11 @@ from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import Record
+from tinystory.run.terminal import WIDEST
 
 LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
 LINE_S = 10.0  # minimum seconds between two lines without a terminal
-# The bar takes the columns that are left; if there are none, the last fields are cut off.
-BAR = "{l_bar}{bar}| {remaining} left{postfix}, {n_fmt} of {total_fmt} {unit}"
+BAR = 20  # minimum columns of a bar
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]
@@ -33,7 +33,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
         self.due = 0.0  # time of the next line
         self.step_rate = 0.0  # progress per second until the end of the last step
         super().__init__(
-            bar_format=LINE if self.lines else BAR,
+            bar_format=LINE if self.lines else None,
             dynamic_ncols=True,
             disable=not distributed.is_rank0(),
             **options,
@@ -42,6 +42,25 @@ class ProgressBar(tqdm):  # type: ignore[misc]
     @property
     def format_dict(self) -> dict[str, Any]:
         return super().format_dict | {"rate": self.step_rate}
+
+    def __str__(self) -> str:
+        """The bar's text. The last fields are dropped if they would leave fewer than BAR columns
+        for the bar."""
+        if self.lines:
+            return str(super().__str__())
+        facts = self.format_dict
+        columns = facts["ncols"] or WIDEST
+        fields = ["{remaining} left"]
+        if self.postfix:
+            fields += self.postfix.split(", ")
+        fields.append("{n_fmt} of {total_fmt} {unit}")
+        for count in range(len(fields), -1, -1):
+            beside = f"| {', '.join(fields[:count])}"
+            facts |= {"ncols": None, "bar_format": f"{{l_bar}}{beside}"}
+            if len(self.format_meter(**facts)) + BAR <= columns:
+                break
+        facts |= {"ncols": columns, "bar_format": f"{{l_bar}}{{bar}}{beside}"}
+        return str(self.format_meter(**facts))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.lines:
