@@ -35,12 +35,12 @@ from tinystory.evaluate.stories import (
 )
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import pick_device
-from tinystory.report.evaluation import ROWS, comparison
+from tinystory.report.evaluation import ROWS, comparison, unequal_counts
 from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import newest_run, require_output
 from tinystory.run.options import add_number, add_options, script_parser
-from tinystory.run.terminal import aligned
+from tinystory.run.terminal import aligned, wrapped
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
 
@@ -144,6 +144,9 @@ def main(argv: list[str] | None = None) -> None:
             records.append(record)
     for line in aligned(comparison(records, ROWS)):
         print(line)
+    note = unequal_counts(records)
+    if note:
+        print(wrapped(note))
     if options.out:
         report = {"corpus": options.corpus, "checkpoints": records}
         atomic_write(options.out, json.dumps(report, indent=1) + "\n")

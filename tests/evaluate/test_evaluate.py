@@ -88,6 +88,12 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
     assert records[1]["stories"]["story_clusters"] == 10
     printed = capsys.readouterr().out
     assert "people.jsonl" in printed and re.search(r"^stories +10 +10 +10$", printed, re.M)
+
+    files[1].write_text("".join(files[1].read_text().splitlines(keepends=True)[:5]))
+    evaluate.main([*map(str, files), "--stories", "10"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " stories 10 5 " in printed
+    assert "at equal numbers, with --stories 5" in printed
     evaluate.main([*map(str, files), "--stories", "5"])
     assert "at equal numbers" not in capsys.readouterr().out
 

@@ -86,10 +86,10 @@ def comparison(control, run=0.74):
 
 def test_the_sentence_splits_the_gain():
     assert sentence(comparison(0.53)) == (
-        "Of the gain of 0.24 in mean reward, 0.21 ± 0.039 comes from the teacher’s scores; 0.03 comes with the "
+        "Of the gain of 0.240 in mean reward, 0.210 ± 0.039 comes from the teacher’s scores; 0.030 comes with the "
         "same scores in random order."
     )
-    assert "gained nothing in mean reward (-0.1)" in sentence(comparison(0.5, run=0.4))
+    assert "gained nothing in mean reward (-0.100)" in sentence(comparison(0.5, run=0.4))
 
 
 def test_bits_per_byte_do_not_depend_on_a_scale_of_the_logits(place):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import story_record
@@ -259,12 +260,17 @@ def test_a_weighted_rubrics_score_is_the_weighted_one(tmp_path):
     ],
 )
 def test_a_reward_rose_or_fell_only_if_the_interval_of_the_paired_gains_excludes_0(
-    tmp_path, gains, said
+    tmp_path, gains, said, monkeypatch
 ):
+    """The colours in the table follow the same rule."""
     before = evaluation(0, dict.fromkeys(range(len(gains)), 0.5))
     after = evaluation(1, {i: 0.5 + gain for i, gain in enumerate(gains)})
     write(tmp_path / EVALUATIONS, before + after)
     assert said in " ".join(summary(tmp_path).split())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    is_coloured = "\033[32m" in summary(tmp_path) or "\033[31m" in summary(tmp_path)
+    assert is_coloured == ("rose" in said or "fell" in said)
 
 
 def test_a_gain_is_paired_by_opening(tmp_path):
@@ -337,7 +343,7 @@ def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
     assert "Before and after" not in text_of(write_report(run))
 
 
-def test_a_terminals_summary_fits_eighty_columns(run, monkeypatch):
+def test_a_terminals_summary_fits_eighty_columns_and_colours_the_gain(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     measures = {"judge": 0.25, "score": 0.5}
     records = [
@@ -347,3 +353,11 @@ def test_a_terminals_summary_fits_eighty_columns(run, monkeypatch):
     write(run / EVALUATIONS, records)
     assert max(map(len, summary(run).split("\n"))) <= 80
     assert summary(run).count("stories for held-out openings") == 1, "the table is not broken"
+
+    plain = summary(run)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = summary(run)
+    assert text.count("\033[32m") == 1 and "\033[32m0.58 ± 0\033[0m" in text  # the reward
+    assert text.count("\033[36m") == 2  # the two openings
+    assert re.sub(r"\033\[\d+m", "", text) == plain

@@ -1,4 +1,6 @@
-"""What is printed fits the terminal."""
+"""What is printed fits the terminal, and has colours only there."""
+
+import sys
 
 import pytest
 
@@ -12,6 +14,8 @@ STORY = "ran home.\n\nThe end of a story that takes more than a line of a narrow
 def narrow(monkeypatch):
     """A terminal of 30 columns."""
     monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
 
 
 def test_prose_takes_the_terminals_width_and_at_most_a_hundred_columns(monkeypatch):
@@ -20,28 +24,47 @@ def test_prose_takes_the_terminals_width_and_at_most_a_hundred_columns(monkeypat
         assert terminal.width() == expected
 
 
-def test_a_story_is_wrapped_to_the_terminal_and_its_opening_is_in_brackets(narrow):
+def test_a_story_is_wrapped_to_the_terminal_and_only_its_opening_is_coloured(narrow):
     text = terminal.story_text(OPENING, STORY)
-    opening, story = text.removeprefix("[").split("]")
-    for shown, given in ((opening, OPENING), (story, STORY)):  # lines break at hyphens too
-        assert "".join(shown.split()) == "".join(given.split())
-    assert max(map(len, text.split("\n"))) <= 30 and "\n\n" in story
+
+    cyan, reset = "\033[36m", "\033[0m"
+    assert text.startswith(cyan)
+    opening, story = text.removeprefix(cyan).split(reset)
+    assert opening.split() == OPENING.split()
+    assert story.split() == STORY.split()
+    assert max(map(len, f"{opening}{story}".split("\n"))) <= 30
+    assert "\n\n" in story
 
 
-def test_a_strangers_escape_sequences_do_not_reach_the_terminal(narrow):
+def test_colours_need_a_terminal_and_no_NO_COLOR(narrow, monkeypatch):
+    assert terminal.colour("better", "better") != "better"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.colour("better", "better") == "better"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert terminal.colour("better", "better") == "better"
+
+
+def test_a_strangers_escape_sequences_do_not_reach_the_terminal(narrow, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in terminal.story_text("Once\033[2J upon", "a\033]0;title\a time")
+
+
+def test_an_empty_opening_has_no_colour_of_its_own(narrow, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.story_text("", "A story.").split() == ["A", "story."]
 
 
 def test_a_table_puts_columns_that_do_not_fit_below_after_its_first_column(narrow):
     rows = [
         ["64 stories", "reward", "score", "clusters"],
-        ["before", "0.5", "4.5", "30"],
-        ["after", "0.6", "5.4", "40"],
+        ["before", "0.5", terminal.colour("4.5", "worse"), "30"],
+        ["after", "0.6", terminal.colour("5.4", "better"), "40"],
     ]
     assert terminal.aligned(rows) == [
         "64 stories  reward  score",
-        "before      0.5     4.5",
-        "after       0.6     5.4",
+        "before      0.5     \033[31m4.5\033[0m",
+        "after       0.6     \033[32m5.4\033[0m",
         "",
         "64 stories  clusters",
         "before      30",

@@ -3,10 +3,13 @@ printed."""
 
 import errno
 import gc
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +286,54 @@ def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
         (doctor.main, "--teacher-max-tokens=0"),
     ):
         assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
+
+
+class Keyboard(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def one_opening(monkeypatch):
+    """Used instead of the built-in openings, which do not fit the context of the tests' student."""
+    monkeypatch.setattr(sample, "Openings", lambda texts, seed: SimpleNamespace(held_out=["Once"]))
+
+
+@pytest.mark.parametrize("end", ["\nnever read\n", ""])
+def test_in_a_terminal_one_opening_after_another_is_asked_for(
+    place, one_opening, capsys, monkeypatch, end
+):
+    """Until an empty line or the end of the input. Openings have another colour than stories."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    too_long = "a b c d e f g " * 20
+    keyboard = Keyboard(f"Tom had a kite.\n{too_long}\nTom had a kite.\n{end}")
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    options = "--stories 2 --max-new-tokens 8 --device cpu --temperature 9".split()
+    sample.main([str(checkpoint.newest(place / "p")), *options])
+
+    own, first, refused, again, *_ = re.split("Your opening .*?: ", capsys.readouterr().out)
+    assert own.count("\x1b[36mOnce\x1b[0m") == 2
+    for printed in (first, again):
+        assert printed.count("\x1b[36mTom had a kite.\x1b[0m") == 2
+    stories = re.findall(r"\x1b\[0m(.*?)\n(?:\n|$)", first + again, re.S)
+    assert len(set(stories)) == 4, "each has random numbers of its own"
+    assert refused.startswith("error: the opening (") and "story" not in refused.split("\n")[1]
+    if end:
+        assert keyboard.read() == "never read\n"
+
+
+def test_no_opening_is_asked_for_beside_one_that_was_given(place, one_opening, capsys, monkeypatch):
+    """Nor without a terminal, where the output has no colours."""
+    run = str(checkpoint.newest(place / "p"))
+    options = "--stories 1 --max-new-tokens 8 --device cpu".split()
+    monkeypatch.setattr(sys, "stdin", Keyboard("Tom\n"))
+    sample.main([run, *options])
+    printed = capsys.readouterr().out
+    assert "Your opening" not in printed and "\x1b" not in printed
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample.main([run, *options, "--opening", "Once"])
+    assert "Your opening" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("temperature", ["0", "1e-9", "100"])

@@ -147,12 +147,20 @@ def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
 @pytest.mark.parametrize(
     "word, words",
     [
-        ("--batch_size", "did you mean --batch-size"),
+        *(
+            ("--batch_size", "did you mean --batch-size"),
+            ("--lr=1", "option --lr: did you mean --learning-rate"),
+        ),
+        ("--block-size", r"option --block-size: did you mean --context\?"),
+        ("--max-iters", r"option --max-iters: did you mean --words\?"),
+        ("--batch-size", r"mean --stories-per-step \(.* in a step.*\) or --minibatch-size \(.*\)"),
         *(("--epoch", "did you mean --epochs"), ("-x", "--help-all"), ("runs/a", "--help-all")),
     ],
 )
 def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
-    config_class = InteractConfig if word == "--epoch" else PretrainConfig
+    config_class = PretrainConfig
+    if word in ("--epoch", "--batch-size"):
+        config_class = InteractConfig
     with pytest.raises(UserError, match=words):
         parse(config_class, [word, "3"])
 

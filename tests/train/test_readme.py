@@ -22,6 +22,8 @@ from tinystory.config import InteractConfig
 from tinystory.config.command_line import FIRST
 from tinystory.evaluate.forecast import demo_stories, stories_to_grade
 from tinystory.rl.policy import RunState
+from tinystory.run.folder import read_config, write_config
+from tinystory.student import checkpoint
 from tinystory.teacher.ledger import Ledger
 
 # What is appended to each command, so that it takes seconds.
@@ -284,3 +286,24 @@ def test_a_resume_without_out_continues_the_newest_run_that_began_without_it(clo
     train_interact.main(["--resume", "--steps", "2", "--reward", "my_reward.py"])
     assert "--resume: the newest run without --out is runs/interact-2" in capsys.readouterr().out
     assert [len(metrics(clone / f"runs/interact{end}")) for end in ("", "-2", "-mine")] == [1, 2, 1]
+
+
+def test_a_pretraining_that_was_stopped_is_said_with_the_command_that_goes_on(clone, capsys):
+    run("python train_pretrain.py")
+    run("python train_interact.py --reward my_reward.py --out ended")
+    assert "of its pretraining" not in capsys.readouterr().out
+
+    pretraining = Path("runs/pretrain")
+    newest = checkpoint.newest(pretraining)
+    words = checkpoint.load(newest)[2]["words"]
+    record = read_config(pretraining)
+    record["options"]["words"] = 3000
+    write_config(pretraining, record)
+    for out, init in (("by-default", ""), ("named", f"--init {newest.absolute()}")):
+        run(f"python train_interact.py --reward my_reward.py --out {out} {init}")
+        (line,) = re.findall("^this student has read .*$", capsys.readouterr().out, re.M)
+        assert (
+            f"read {words // 30} % of the words of its pretraining; to continue the pretraining: "
+            in line
+        )
+        assert line.endswith("train_pretrain.py --out runs/pretrain --resume")

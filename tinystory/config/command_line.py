@@ -20,6 +20,23 @@ FIRST = set(
     "max_new_tokens budget_words diversity learner kl_coef "
     "teacher_prompt grades eval_graded temperature stories_per_opening judge".split()
 )
+# Flags of both commands, by names that nanoGPT and TRL have for them.
+OTHER_NAMES = {
+    "lr": ["--learning-rate"],
+    "batch-size": [
+        "--stories-per-step (stories sampled in a step, TRL's batch_size)",
+        "--minibatch-size (stories per gradient step)",
+    ],
+    "block-size": ["--context"],
+    "max-iters": ["--words", "--steps"],
+    "warmup-iters": ["--warmup"],
+    "eval-interval": ["--eval-every"],
+    "eval-iters": ["--eval-sequences", "--eval-stories"],
+    "gradient-accumulation-steps": ["--micro-batch-size"],
+    "dataset": ["--corpus"],
+    "out-dir": ["--out"],
+    "init-from": ["--init", "--resume"],
+}
 
 
 def parse(
@@ -38,6 +55,7 @@ def parse(
     parser = ScriptParser(
         usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False
     )
+    parser.other_names = OTHER_NAMES
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
     add_options(parser, config_class, shown=shown)
     typed = vars(parser.parse_args(words))

@@ -57,6 +57,7 @@ MEASURES = {
     "words": "words",
     "bits_per_byte": "bits per byte",
 }
+CLAIMED = ("reward", "judge")  # the first of these that is measured is the gain of the sentence
 
 # Values of the stories or texts by name in MEASURES. None: not scored.
 Measures = Mapping[str, Sequence[float | None]]
@@ -165,6 +166,10 @@ class Difference(NamedTuple):
     verdict: str
 
     @property
+    def gain(self) -> float:
+        return self.run - self.before
+
+    @property
     def by_teacher(self) -> float:
         return self.run - self.control
 
@@ -199,6 +204,11 @@ class Comparison:
                 trainings = [mean_of(student.get(name, ())) for student in self.shuffled]
                 result[name] = difference(rows, trainings)
         return result
+
+    def claimed(self) -> str:
+        """Name of the measure whose gain the report states; "" if none was measured."""
+        known = self.differences()
+        return next((name for name in CLAIMED if name in known), "")
 
 
 def difference(

@@ -22,15 +22,20 @@ def print_forecast(
     config: InteractConfig, state: RunState, grader: Grader, openings: Openings
 ) -> None:
     """Print a forecast of the cost of all grades in the run and the evaluations, if the grader can
-    make one. For a run without --grades, also print the forecast with FEW_GRADES."""
+    make one. For comparison, also print the forecast without --grades; or, for a teacher at
+    --teacher-url and a run without --grades, the forecast with FEW_GRADES."""
     opening = openings[0]
     count = stories_to_grade(config, state)
     forecast = grader.forecast(count, opening)
     if not forecast or not config.teacher_url:  # the built-in teacher costs a minute, not tokens
         return
     print(f"forecast: {forecast}")
+    if config.grades:
+        whole = stories_to_grade(replace(config, grades=0), state)
+        print(f"without --grades: {grader.forecast(whole, opening)}")
+        return
     few = stories_to_grade(replace(config, **FEW_GRADES), state)
-    if not config.grades and not state.step and few < count:
+    if not state.step and few < count:
         flags = " ".join(f"--{name.replace('_', '-')} {FEW_GRADES[name]}" for name in FEW_GRADES)
         print(f"with {flags}: {grader.forecast(few, opening)}")
 

@@ -17,7 +17,7 @@ from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
 from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, total
-from tinystory.run.terminal import aligned, story_text, wrapped
+from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import NOT_ASKED, highest_score
 
@@ -101,9 +101,10 @@ class BeforeAfter:
         )
         return rule, pairs[(len(pairs) - 1) // 2]
 
-    def table(self) -> list[list[str]]:
+    def table(self, coloured: bool = False) -> list[list[str]]:
         """A header, and a row for each measure with the means before and after; the means in
-        COMPARED have standard errors."""
+        COMPARED have standard errors. coloured: colour the cells of these means for a terminal, if
+        they `changed`."""
         before_means, before_errors = evaluation_means(self.before), group_errors(self.before)
         after_means, after_errors = evaluation_means(self.after), group_errors(self.after)
         rows = [[f"{len(self.before)} stories for held-out openings", *self.names]]
@@ -115,11 +116,12 @@ class BeforeAfter:
             if key == "score_mean":
                 records = self.before + self.after
                 title = f"score of {max(highest_score(record['scores']) for record in records)}"
-            cells = [
-                with_error(before, before_errors.get(key)),
-                with_error(after, after_errors.get(key)),
-            ]
-            rows.append([title, *cells])
+            cell = with_error(after, after_errors.get(key))
+            if coloured and key in COMPARED:
+                direction = changed([*self.gains(key).values()])
+                if direction:
+                    cell = colour(cell, "better" if direction == "rose" else "worse")
+            rows.append([title, with_error(before, before_errors.get(key)), cell])
         return rows
 
     def styles(self) -> str:
@@ -314,7 +316,7 @@ def summary(run: Path) -> str:
         measured if curve else "",
         comparison.best_student(),
     ]
-    lines += ["", *aligned(comparison.table()), *filter(None, sentences)]
+    lines += ["", *aligned(comparison.table(coloured=True)), *filter(None, sentences)]
     return wrapped("\n".join(lines))
 
 

@@ -1,6 +1,7 @@
 """How much of a run's gain comes from the teacher's scores, for the terminal and the report: the run
 beside its controls."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,18 +11,18 @@ from tinystory.evaluate.control import (
     FEWEST_CONTROLS,
     MEASURES,
     Comparison,
+    Difference,
     Measures,
     read_comparisons,
 )
 from tinystory.evaluate.intervals import Z, mean_of, standard_error
 from tinystory.report import page
-from tinystory.report.charts import Line, chart, number, with_error
+from tinystory.report.charts import Line, chart, number
 from tinystory.run.folder import read_config
 from tinystory.run.paths import hint
 from tinystory.run.terminal import wrapped
 
-# The first of these measures that all students have is the gain that the report states: its name in
-# a sentence.
+# Names of the measures in evaluate.control.CLAIMED, within a sentence.
 CLAIMED = {"reward": "mean reward", "judge": "the second judge’s mean score"}
 TITLE = "How much of it was the teacher?"
 
@@ -64,29 +65,33 @@ LIMITS = (
 
 def sentence(comparison: Comparison) -> str:
     """How much of the gain comes from the teacher's scores; "" if no story has a score."""
-    measure = claimed(comparison)
+    measure = comparison.claimed()
     if not measure:
         return ""
     title = CLAIMED[measure]
-    means = comparison.differences()[measure]
-    gain = means.run - means.before
-    by_teacher = with_error(means.by_teacher, means.half)
+    of = comparison.differences()[measure]
+    digits = decimals(of.half)
     learned = KINDS[comparison.name].learned
-    if gain > 0:
+    if of.gain > 0:
         return (
-            f"Of the gain of {number(gain)} in {title}, {by_teacher} comes from the teacher’s scores; "
-            f"{number(means.control - means.before)} comes {learned}."
+            f"Of the gain of {of.gain:.{digits}f} in {title}, {with_half(of)} comes from the teacher’s scores; "
+            f"{of.control - of.before:.{digits}f} comes {learned}."
         )
     return (
-        f"The run gained nothing in {title} ({number(gain)}). The difference from the same run {learned} is "
-        f"{by_teacher}."
+        f"The run gained nothing in {title} ({of.gain:.{digits}f}). The difference from the same run {learned} is "
+        f"{with_half(of)}."
     )
 
 
-def claimed(comparison: Comparison) -> str:
-    """The first measure in CLAIMED that all students have; "" if there is none."""
-    known = comparison.differences()
-    return next((name for name in CLAIMED if name in known), "")
+def with_half(of: Difference) -> str:
+    """Run minus control with half the width of the interval, such as 0.279 ± 0.032."""
+    digits = decimals(of.half)
+    return f"{of.by_teacher:.{digits}f} ± {of.half:.{digits}f}"
+
+
+def decimals(half: float) -> int:
+    """Number of decimals that show two digits of half the width of an interval."""
+    return max(1 - math.floor(math.log10(half)), 0) if half > 0 else 3
 
 
 def answer(run: Path) -> str:
@@ -113,14 +118,16 @@ def control_section(run: Path, steps: int) -> str:
     comparisons = read_comparisons(run)
     if not comparisons:
         return page.section(TITLE, "See with:", page.command(command(run)))
-    sentences = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
+    claimed = "".join(f"<p><b>{escape(sentence(each))}</b></p>" for each in comparisons)
     note = NOTE.format(stories=number(len(comparisons[0].run["words"])))
-    sentences += page.note(interval_note(comparisons[0]), note) + page.note(LIMITS)
+    claimed += (
+        f'<p class="note">{interval_note(comparisons[0])} {note}</p><p class="note">{LIMITS}</p>'
+    )
     if not comparisons[0].has_verdicts:
-        sentences += page.note(page.command(command(run)))
+        claimed += f'<p class="note">{escape(command(run))}</p>'
     measured = picture(steps, comparisons)
     measured += "".join(page.table(*table(each)) for each in comparisons)
-    body = page.block("hero", f"<div>{sentences}</div><div>{measured}</div>")
+    body = page.block("hero", f"<div>{claimed}</div><div>{measured}</div>")
     return f"<section><h2>{TITLE}</h2>{body}</section>"
 
 
@@ -130,12 +137,11 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     header = [f"{controls}: {KINDS[comparison.name].title}", "verdict: the run is"]
     header += ["run minus control", "before", "run", "control"]
     rows = []
-    for name, means in comparison.differences().items():
+    for name, of in comparison.differences().items():
+        means = [number(mean) for mean in (of.before, of.run, of.control)]
         title = MEASURES[name].format(group=comparison.group)
-        verdict = means.verdict or f"needs {FEWEST_CONTROLS} controls"
-        by_teacher = with_error(means.by_teacher, means.half)
-        cells = [number(mean) for mean in (means.before, means.run, means.control)]
-        rows.append([title, verdict, by_teacher, *cells])
+        verdict = of.verdict or f"needs {FEWEST_CONTROLS} controls"
+        rows.append([title, verdict, with_half(of), *means])
     return header, rows
 
 
@@ -143,7 +149,7 @@ def picture(steps: int, comparisons: Sequence[Comparison]) -> str:
     """The claimed measure before interaction and after `steps` steps, with 95 % intervals, of the
     run and of the first control of each kind."""
     first = comparisons[0]
-    key = claimed(first)
+    key = first.claimed()
     if not key:
         return ""
     lines = [line(key, first.before, first.run, steps, "reward", "run")]

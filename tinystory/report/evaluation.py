@@ -18,6 +18,17 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+def unequal_counts(records: Sequence[Record]) -> str:
+    """A warning if the records have different numbers of stories, else ""."""
+    counts = {record["stories"]["stories"] for record in records if "stories" in record}
+    if len(counts) < 2:
+        return ""
+    return (
+        "the numbers of stories differ, and distinct_4 falls and clusters rise with that number: compare "
+        f"both at equal numbers, with --stories {min(counts)}"
+    )
+
+
 def comparison(records: Sequence[Record], rows: Sequence[Row]) -> list[list[str]]:
     """A header with the records' names, and a row for each recorded measure: the measure's name,
     and each record's value with its 95 % interval."""

@@ -80,8 +80,9 @@ def definitions(cells: Iterable[tuple[str, str]]) -> str:
 
 
 def command(text: str) -> str:
-    """A command as HTML."""
-    return f"<code>{clip(text)}</code>"
+    """A command as HTML. Lines break between words only, as far as a word fits a line."""
+    words = " ".join(f"<span>{clip(word)}</span>" for word in text.split(" "))
+    return f"<code>{words}</code>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -149,7 +150,7 @@ h1 { font-size: clamp(1.4rem, 3vw, 2rem); text-wrap: pretty; }
 h2, summary { font-size: 1.35rem; }
 p { overflow-wrap: break-word; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--ink); }
-code { overflow-wrap: anywhere; }
+code span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 section, details { margin-top: 3rem; }
 details + details { margin-top: 1rem; }
 .note { margin: .3rem 0 .6rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }

@@ -1,6 +1,8 @@
 """Start of an interaction: the student, the frozen reference, the openings, and the numbers of
 words at which checkpoints are kept."""
 
+import contextlib
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.run.folder import newest_first, read_config
 from tinystory.run.paths import hint
+from tinystory.run.records import Record
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, require_room
 from tinystory.student.model import Student
@@ -100,6 +103,7 @@ def load_students(
         state = RunState(config.kl_coef)
         if config.temperature:
             begin_at(config.temperature, reference, policy)
+        print_rest_of_pretraining(start, policy.history)
         print_other_preset(config, policy.history)
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     return reference, policy, state
@@ -167,6 +171,28 @@ def recorded_options(
         "parameters": sum(parameter.numel() for parameter in policy.student.parameters()),
     }
     return options
+
+
+def print_rest_of_pretraining(start: Path, history: dict[str, Any]) -> None:
+    """Print a note if `start` is the newest checkpoint of a pretraining run that was stopped before
+    the last word."""
+    folder = Path(os.path.abspath(start))
+    run = folder.parent.parent
+    if checkpoint.newest(run) != folder:
+        return
+    record: Record = {}
+    with contextlib.suppress(UserError):  # the checkpoint is enough for an interaction
+        record = read_config(run)
+    planned = record.get("options", {}).get("words")
+    words = history.get("words")
+    if type(planned) is not int or words is None or not 0 <= words < planned:
+        return
+    go_on = hint("train_pretrain.py", "--out", os.path.relpath(run), "--resume")
+    percent = int(100 * words / planned)
+    print(
+        f"this student has read {percent} % of the words of its pretraining; to continue the "
+        f"pretraining: {go_on}"
+    )
 
 
 def print_other_preset(config: InteractConfig, history: dict[str, Any]) -> None:

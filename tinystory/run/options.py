@@ -87,6 +87,10 @@ def is_url(text: str) -> bool:
 class ScriptParser(argparse.ArgumentParser):
     """A parser that raises UserError for an unknown option and suggests a similar one."""
 
+    # Our flags, each with or without a description, by names from other libraries. Only the flags of
+    # this command are suggested.
+    other_names: Mapping[str, Sequence[str]] = {}
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
 
@@ -100,7 +104,10 @@ class ScriptParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, names, 1)
         help = "--help-all" if "help-all" in names else "--help"
         advice = f"{help} lists them all"
-        if near:
+        ours = [ours for ours in self.other_names.get(name, ()) if ours.split()[0][2:] in names]
+        if ours:
+            advice = f"did you mean {' or '.join(ours)}?"
+        elif near:
             advice = f"did you mean --{near[0]}?"
         raise UserError(f"there is no option {word}: {advice}")
 

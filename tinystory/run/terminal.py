@@ -1,12 +1,16 @@
-"""Tables and stories for the terminal, wrapped to its width."""
+"""Tables, stories and colours for the terminal, wrapped to its width."""
 
+import os
+import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 
 from tinystory.run.text import printable
 
 WIDEST = 100  # maximum columns of prose, and columns without a terminal
+COLOURS = {"opening": "36", "better": "32", "worse": "31"}  # cyan, green, red
 
 
 def width() -> int:
@@ -15,18 +19,33 @@ def width() -> int:
     return min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
 
 
+def colour(text: str, name: str) -> str:
+    """`text` in one of COLOURS, if stdout is a terminal and NO_COLOR (https://no-color.org) is
+    unset or empty; else `text`."""
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\033[{COLOURS[name]}m{text}\033[0m"
+
+
 def wrapped(text: str) -> str:
     """`text` with its lines wrapped to the width."""
     lines = []
     for line in text.split("\n"):
-        fits = len(line) <= width()
+        fits = visible(line) <= width()
         lines.append(line if fits else textwrap.fill(line, width()))
     return "\n".join(lines)
 
 
 def story_text(opening: str, story: str) -> str:
-    """An opening, in brackets, and its story as printable, wrapped text."""
-    return wrapped(printable(f"[{opening}] {story}"))
+    """An opening and its story as printable, wrapped text, with the opening in colour."""
+    opening = printable(opening)
+    text = wrapped(printable(f"{opening} {story}"))
+    # Wrapping changes only white space.
+    characters = len("".join(opening.split()))
+    beginning = re.match(rf"(\s*\S){{{characters}}}", text)
+    assert beginning is not None, "the text begins with its opening"
+    end = beginning.end()
+    return colour(text[:end], "opening") + text[end:]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -34,14 +53,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     terminal's width follow below, with the first column repeated."""
     columns: list[list[str]] = []
     for cells in zip(*rows, strict=True):
-        longest = max(map(len, cells))
-        columns.append([cell.ljust(longest) for cell in cells])
+        longest = max(map(visible, cells))
+        columns.append([cell + " " * (longest - visible(cell)) for cell in cells])
     names, *others = columns
     lines: list[str] = []
     block = names
     for column in others:
         wider = beside(block, column)
-        if len(wider[0]) > width() and block is not names:
+        if visible(wider[0]) > width() and block is not names:
             lines += [*block, ""]
             wider = beside(names, column)
         block = wider
@@ -50,3 +69,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def beside(left: Sequence[str], right: Sequence[str]) -> list[str]:
     return [f"{start}  {end}" for start, end in zip(left, right, strict=True)]
+
+
+def visible(text: str) -> int:
+    """The number of visible characters of a text, without the codes of `colour`."""
+    return len(re.sub(r"\033\[\d+m", "", text))
