@@ -128,9 +128,9 @@ kernel-report: .venv/tests
 	$(PY) tests/native/simt/grid_report.py
 
 # On a machine with a GPU: doctor, build, a launch of each kernel, speeds, tests, sanitizers, in this order, and each
-# result at once in build/gpu-day.json. Without .venv, the python3 that has PyTorch for CUDA runs it (lab/gpu_day.py).
+# result at once in build/gpu-day.json. Without .venv, the python3 that has PyTorch for CUDA runs it (scripts/gpu_day.py).
 gpu-day:
-	$$(test -x $(PY) && echo $(PY) || echo python3) lab/gpu_day.py
+	$$(test -x $(PY) && echo $(PY) || echo python3) scripts/gpu_day.py
 
 clean:
 	rm -rf .venv build runs/demo

@@ -1,4 +1,4 @@
-"""lab/gpu_day.py whole on the simulated device, which is in every process that the script
+"""scripts/gpu_day.py whole on the simulated device, which is in every process that the script
 starts, and what it records if steps fail."""
 
 import json
@@ -39,7 +39,7 @@ def gpu_day(tmp_path):
             | env
         )
         out = tmp_path / "gpu-day.json"
-        command = [sys.executable, ROOT / "lab/gpu_day.py", "--out", out, *arguments]
+        command = [sys.executable, ROOT / "scripts/gpu_day.py", "--out", out, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         return json.loads(out.read_text()), done.returncode, done.stdout + done.stderr
 
@@ -95,7 +95,7 @@ def test_a_step_that_hangs_ends_with_all_that_it_has_started(gpu_day):
 
 def test_without_a_gpu_it_says_so(tmp_path):
     out = tmp_path / "gpu-day.json"
-    command = [sys.executable, ROOT / "lab/gpu_day.py", "--parts", "doctor", "--out", out]
+    command = [sys.executable, ROOT / "scripts/gpu_day.py", "--parts", "doctor", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     (recorded,) = json.loads(out.read_text())["steps"]
     assert done.returncode == 1 and recorded["outcome"] != "ok"

@@ -24,6 +24,7 @@ from tinystory.evaluate.calibration import (
     calibrate,
     calibrated,
     known_texts,
+    require,
     scaled,
     verdict,
 )
@@ -166,8 +167,12 @@ def test_a_teacher_that_knows_gets_every_pair_right():
         (lambda told: [1 - score for score in knowing(told)], 'are reversed: give "good": "no"'),
     ],
 )
-def test_a_teacher_that_cannot_judge_is_said_so(teacher, says):
-    assert says in verdict(calibrate(teacher, STORIES))
+def test_a_teacher_that_cannot_judge_is_said_so_and_can_be_refused(teacher, says):
+    result = calibrate(teacher, STORIES)
+    assert says in verdict(result)
+    require(result, 0.0)
+    with pytest.raises(UserError, match=r"--require-judgement 0\.8 .*the teacher"):
+        require(result, 0.8)
 
 
 def test_some_stories_without_a_score_are_left_out_and_counted():
@@ -286,7 +291,10 @@ def test_a_teacher_at_chance_ends_the_run_before_it_spends_more(short_pauses, tm
         with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
             with pytest.raises(UserError, match=r"cannot distinguish a story.*--no-calibrate"):
                 calibrated(config, grader, ["builtin"])
-            config.calibrate = False
+            config.require_judgement = 0.7
+            with pytest.raises(UserError, match=r"--require-judgement 0\.7"):
+                calibrated(config, grader, ["builtin"])
+            config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader, ["builtin"]) == {}
 
 
@@ -334,7 +342,9 @@ def test_the_scale_of_a_teachers_answers_belongs_to_the_run(short_pauses, tmp_pa
                 assert scaled(grader, ["builtin"], damaged) == scale
 
 
-def test_a_callable_is_not_calibrated():
+def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):
     config = InteractConfig(reward="random")
     with open_grader(config) as grader:
         assert calibrated(config, grader, ["builtin"]) == {}
+        config.require_judgement = 0.3
+        assert calibrated(config, grader, ["builtin"])["calibration"]["unscored"] == 0

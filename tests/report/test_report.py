@@ -251,6 +251,15 @@ def test_one_opening_is_followed_over_the_evaluations(tmp_path):
     assert all(f"word {step}" in followed_text for step in range(3))
 
 
+def test_a_followed_story_that_hardly_changed_is_shown_first_and_last_only(tmp_path):
+    words = " ".join(f"word{i}" for i in range(40))
+    texts = [words, f"{words} more", f"{words} again", f"another {words[::-1]}", words]
+    interaction_run(tmp_path, 4)
+    with RunLog(tmp_path, resume_step=4) as log:
+        log.append(EVALUATIONS, [story(step, 0, story=text) for step, text in enumerate(texts)])
+    assert [record["step"] for record in followed(tmp_path)] == [0, 3, 4]
+
+
 def test_rewards_of_evaluations_have_standard_errors(tmp_path):
     evaluated_run(tmp_path, [[0.2, 0.4], [0.3, 0.7], [0.5, None]])
     bars = re.findall(
@@ -345,6 +354,18 @@ def test_pretrainings_page_says_what_is_next_and_why_the_loss_falls_at_its_end(t
         page = write_report(tmp_path).read_text()
         assert ("when the text comes back" in page) == explained
     assert "scripts/sample.py" in page
+    assert "train_interact.py" not in page  # there is no student yet
+
+
+@pytest.mark.parametrize("last, drawn", [(0.0104, False), (0.02, True)])
+def test_a_kl_coefficient_that_hardly_changes_has_no_chart(tmp_path, last, drawn):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({})
+        for step, coefficient in enumerate((0.0096, 0.01, last), 1):
+            log.metrics(step=step, reward_mean=0.5, kl=1.0, kl_coef=coefficient)
+    page = write_report(tmp_path).read_text()
+    assert ("KL coefficient</text>" in page) == drawn
+    assert f"<dt>kl_coef</dt><dd>{last}</dd>" in page
 
 
 def test_pretrainings_page_follows_one_opening_from_noise_to_the_last_story(tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import asdict
+from html import escape
 
 import pytest
 from conftest import SHORT, SMALL, cli, fails, metrics
@@ -122,6 +123,7 @@ def test_senseless_options_are_refused(argv):
         ("--judge judge.py --judge-model x", "--judge-model"),
         ("--kl-coef 0 --kl-target 3", "--kl-target"),
         ("--kl-coef 0 --kl-horizon 9000", "--kl-horizon"),
+        ("--teacher-url http://a --no-calibrate --require-judgement 0.8", "--require-judgement"),
     ],
 )
 def test_an_option_that_another_leaves_without_effect_is_refused(argv, flag):
@@ -419,6 +421,8 @@ def test_the_next_command_that_is_printed_works_or_there_is_none(
     corpus = ["--corpus", str(place / "corpus.txt"), "--words", "50", "--out", str(run)]
     pretrain.main([*corpus, *SMALL, "--context", context, "--preset", preset])
     (following,) = re.findall(r"^next: +(.*)$", capsys.readouterr().out, re.M)
+    report = re.sub("</?span>", "", (run / "report.html").read_text())
+    assert escape(following) in report
     _, tokenizer, _ = checkpoint.load(checkpoint.newest(run))
     room = int(context) - max(
         len(encode_opening(tokenizer, opening)) for opening in builtin_openings()

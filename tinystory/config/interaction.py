@@ -18,7 +18,7 @@ ENDPOINT_OPTIONS = (  # without effect on the built-in teacher
 )
 TEACHER_OPTIONS = (  # without use in a control, unless they are given
     *("teacher_url", "any_model", "teacher_concurrency", "teacher_per_minute", "teacher_timeout"),
-    *("reward", "calibrate"),
+    *("reward", "calibrate", "require_judgement"),
     *ENDPOINT_OPTIONS,
 )
 
@@ -114,6 +114,12 @@ class InteractConfig(RunConfig):
         True,
         "whether to measure before the run how well --teacher-url distinguishes real stories from "
         "bad texts",
+    )
+    require_judgement: float = option(
+        0.0,
+        "minimum AUC of the teacher's calibration, for the kind of bad text that it recognises "
+        "best; 0.5 is chance",
+        "[0, 1)",
     )
     max_unscored: float = option(
         0.1,
@@ -295,6 +301,8 @@ class InteractConfig(RunConfig):
             idle |= dict.fromkeys(ENDPOINT_OPTIONS, no_teacher)
         if not is_url(self.judge):
             idle["judge_model"] = idle["judge_prompt"] = "without a URL: give --judge URL"
+        if not self.calibrate:
+            idle["require_judgement"] = "with --no-calibrate: leave --no-calibrate out"
         if not self.kl_coef:
             no_penalty = "with --kl-coef 0, because the controller multiplies it: give a --kl-coef"
             idle["kl_target"] = idle["kl_horizon"] = no_penalty

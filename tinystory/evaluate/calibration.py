@@ -171,6 +171,15 @@ def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def require(result: Mapping[str, Any], least: float) -> None:
+    """Raises UserError if the judgement is below `least`."""
+    judgement = result["judgement"]
+    if least and (judgement is None or judgement < least):
+        raise UserError(
+            f"--require-judgement {least:g} is not reached: the teacher {verdict(result)}; choose another teacher"
+        )
+
+
 def scaled(
     grader: Grader, corpus: Sequence[str], recorded: object = None
 ) -> dict[str, tuple[float, float]]:
@@ -194,14 +203,17 @@ def scaled(
 def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) -> dict[str, Any]:
     """{"calibration": ...}, the result of a brief calibration before a run, for config.json. Prints
     the verdict. {} without a calibration: the built-in teacher needs none, and a human's time is
-    expensive. corpus: the student's corpus. Raises UserError if the judgement is not above chance."""
+    expensive. corpus: the student's corpus. Raises UserError if the judgement is below
+    --require-judgement, or not above chance."""
     is_model = isinstance(grader, Teacher) and grader.model != HUMAN
-    if not (config.teacher_url and config.calibrate and is_model):
+    measures = bool(config.teacher_url) and config.calibrate and is_model
+    if not measures and not config.require_judgement:
         return {}
     known = known_texts(corpus)
     announce("calibration", grader, known)
     result = calibrate(of_grader(grader), known)
-    if not can_judge(result):
+    require(result, config.require_judgement)
+    if measures and not can_judge(result):
         raise UserError(
             f"the run ends before its first step, because the teacher {verdict(result)}: try another "
             "--teacher-prompt (scripts/doctor.py --calibrate compares them) or a larger model, or go on all the "

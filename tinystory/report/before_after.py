@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
+from tinystory.evaluate.stories import cluster_sizes
 from tinystory.evaluate.story_records import (
     evaluation_means,
     held_out_metrics,
@@ -16,7 +17,7 @@ from tinystory.evaluate.story_records import (
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
-from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, total
+from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import NOT_ASKED, highest_score
@@ -193,6 +194,10 @@ class BeforeAfter:
         return NO_HELP
 
 
+def has_ended(pair: Sequence[Record]) -> bool:
+    return all(record["ended"] == "eos" for record in pair)
+
+
 def changed(gains: Sequence[float]) -> str:
     """ "rose" or "fell" if the 95 % interval of the mean gain excludes 0, else ""."""
     if len(gains) < 2:
@@ -217,22 +222,20 @@ def doubt(config: Record) -> str:
 def teaching(config: Record, metrics: Sequence[Record]) -> str:
     """A sentence on a language model that taught: what it was asked, what that cost, and how well it
     judged known texts; "" for other teachers."""
-    options = config.get("options", {})
-    match options:
+    match config.get("options", {}):
         case {"teacher_url": [_, *_], "teacher": {"model": str(model)}, "questions": {**questions}}:
             asked = " ".join(f'"{printable(str(question))}"' for question in questions.values())
-        case {"teacher_url": [_, *_], "teacher": {"model": str(model)}}:
-            asked = "for grades"
         case _:
             return ""
-    requests = total(metrics, "teacher_requests")
-    tokens = total(metrics, "teacher_tokens_in") + total(metrics, "teacher_tokens_out")
-    minutes = total(metrics, "teacher_s") / 60
+    costs = {"teacher_requests": 0.0, "teacher_tokens_in": 0.0, "teacher_tokens_out": 0.0}
+    for name in (*costs, "teacher_s"):
+        costs[name] = sum(record.get(name) or 0 for record in metrics)
+    tokens = costs["teacher_tokens_in"] + costs["teacher_tokens_out"]
     sentence = (
-        f"{printable(model)} was asked {asked}: {requests:,.0f} requests, {tokens:,.0f} tokens, "
-        f"{minutes:.1f} minutes of waiting during the steps."
+        f"{printable(model)} was asked {asked}: {costs['teacher_requests']:,.0f} requests, {tokens:,.0f} tokens, "
+        f"{costs['teacher_s'] / 60:.1f} minutes of waiting during the steps."
     )
-    match options.get("calibration"):
+    match config["options"].get("calibration"):
         case {"verdict": str(verdict)}:
             sentence += f" The calibration found that it {printable(verdict)}."
     return sentence
@@ -260,13 +263,19 @@ def best_step(run: Path) -> int | None:
 
 
 def followed(run: Path) -> Sequence[Record]:
-    """One story per evaluation, all for the last opening without an empty story. (A human teacher
-    compares stories for the first openings without labels, so these are not shown.)"""
+    """One story per evaluation, all for the last opening without an empty story, without stories
+    between the first and the last that are similar to the one before. (A human teacher compares
+    stories for the first openings without labels, so these are not shown.)"""
     chosen: Sequence[Record] = ()
     for stories in zip(*evaluations_by_step(run).values(), strict=False):
         if not any(is_blank(record["story"]) for record in stories):
             chosen = stories
-    return chosen
+    shown = [*chosen[:1]]
+    for story in chosen[1:]:
+        is_new = len(cluster_sizes([shown[-1]["story"], story["story"]])) == 2
+        if is_new or story is chosen[-1]:
+            shown.append(story)
+    return shown
 
 
 # Values of a story by the key of their mean. Reports compare these means with standard errors.

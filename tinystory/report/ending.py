@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tinystory.config import InteractConfig, PretrainConfig, RunConfig
 from tinystory.config.record import given_again
-from tinystory.data.openings import load_openings
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.control import read_comparisons
 from tinystory.human.progress import read_progress
 from tinystory.report.before_after import summary
+from tinystory.report.commands import next_command
 from tinystory.report.control import answer, command, interval_note, sentence, table
 from tinystory.report.page import count
 from tinystory.report.run import scorer, write_report
@@ -19,7 +19,6 @@ from tinystory.run.records import Record
 from tinystory.run.terminal import aligned, wrapped
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
-from tinystory.student.generate import encode_opening
 from tinystory.teacher.endpoint import HUMAN
 
 
@@ -70,23 +69,3 @@ def print_pretraining(config: PretrainConfig, metrics: Record, tokenizer: Tokeni
         )
     print(printable(f"report: {Path(config.out) / 'report.html'}"))
     print(f"next:   {next_command(config, tokenizer)}")
-
-
-def next_command(config: PretrainConfig, tokenizer: Tokenizer) -> str:
-    """The command for an interaction with this student, or a sentence on why it has no room for
-    one."""
-    openings = load_openings(InteractConfig.openings)
-    longest = max(len(encode_opening(tokenizer, opening)) for opening in openings)
-    room = config.context - longest
-    if room < 1:
-        return (
-            f"a student with a longer --context than {config.context}: the longest built-in opening "
-            f"has {longest} tokens, so no story fits; train_interact.py would need a short --opening"
-        )
-    arguments = ["--init", config.out]
-    if config.preset != InteractConfig.preset:
-        arguments += ["--preset", config.preset]
-    arguments += given_again(config)  # --corpus, if it holds files: the built-in teacher needs them
-    if room < InteractConfig.max_new_tokens:
-        arguments += ["--max-new-tokens", str(room)]
-    return hint("train_interact.py", *arguments)

@@ -20,24 +20,18 @@ from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
 from tinystory.report.before_after import doubt, followed, from_start, read_before_after, teaching
 from tinystory.report.charts import Line, Span, chart, number
+from tinystory.report.commands import recorded_next_command
 from tinystory.report.control import control_section
 from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
-from tinystory.run.records import (
-    EVALUATIONS,
-    Record,
-    column,
-    read_metrics,
-    read_records,
-    read_stories,
-    total,
-)
+from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records, read_stories
 from tinystory.run.text import printable
 from tinystory.teacher.prompt import TOP
 
 RANDOM = 6  # stories shown
+HARDLY = 1.25  # a curve needs no chart up to this ratio of its highest to its lowest value
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # while the run goes on
 
@@ -64,8 +58,8 @@ SAMPLES_NOTE = (
 )
 FOLLOWED_NOTE = (
     "These stories are for the last held-out opening without an empty story; the opening was not chosen by how good "
-    "the stories are. At every evaluation the student samples with the same random numbers. Each story shown is from "
-    "at least twice the step of the story before it."
+    "the stories are. At every evaluation the student samples with the same random numbers. Between the first and the "
+    "last evaluation, a story that is similar to the one before it is left out."
 )
 BARS_NOTE = "Bars are one standard error over an evaluation’s stories."
 CURVES_NOTE = (
@@ -198,6 +192,14 @@ def short_name(model: str) -> str:
     return PureWindowsPath(model).name if model.endswith(".gguf") else model
 
 
+def verdict(config: Record) -> str:
+    """The result of calibrating the scorer before the run, as a clause without a subject."""
+    calibration = config.get("options", {}).get("calibration")
+    if not isinstance(calibration, dict):
+        return "was not calibrated before the run"
+    return str(calibration.get("verdict"))
+
+
 def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     curves = from_start(run, metrics)
     steps = first_and_last(read_stories(run))
@@ -205,18 +207,29 @@ def interaction(run: Path, metrics: list[Record], config: Record) -> list[str]:
     for record in steps[-1] if steps else ():
         for name in record["scores"] or ():
             criteria[f"{name}_mean"] = printable(name.replace("_", " ").capitalize())
+    name = scorer(config)
+    scored_by = f"The scores are by {name}. This scorer {verdict(config)}." if name else ""
     return [
         first_screen(run, metrics, curves),
         control_section(run, metrics[-1]["step"]),
-        section("One opening during interaction", FOLLOWED_NOTE, cards(spread(followed(run)))),
+        section("One opening during interaction", FOLLOWED_NOTE, cards(followed(run))),
         sameness(curves, steps),
-        section("Scores", "", curve_charts(metrics, criteria, y_range=(0, TOP))),
-        section("The student", "", curve_charts(metrics, STUDENT_CURVES)),
+        section("Scores", page.clip(scored_by), curve_charts(metrics, criteria, y_range=(0, TOP))),
+        section("The student", "", curve_charts(metrics, student_curves(metrics))),
         *findings_sections(run),
         details("Samples of the last step", SAMPLES_NOTE, cards(drawn(steps))),
         details("Time, words and requests", TOTALS_NOTE, page.facts(totals(metrics))),
         section("What next", NEXT_NOTE, next_commands(run)),
     ]
+
+
+def student_curves(metrics: list[Record]) -> dict[str, str]:
+    """STUDENT_CURVES, without the KL coefficient if it hardly changed; its last value is among the
+    totals."""
+    values = [value for value in column(metrics, "kl_coef") if value is not None]
+    if values and max(values) <= HARDLY * min(values):
+        return {key: title for key, title in STUDENT_CURVES.items() if key != "kl_coef"}
+    return STUDENT_CURVES
 
 
 def next_commands(run: Path, interaction: str = "") -> str:
@@ -299,9 +312,10 @@ def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     or not recorded."""
     rows = []
     for key in (*LATEST, *SUMMED):
-        value = column(metrics, key)[-1] if key in LATEST else total(metrics, key)
-        if value:
-            rows.append((key, number(value)))
+        values = column(metrics, key)
+        total = values[-1] if key in LATEST else sum(filter(None, values))
+        if total:
+            rows.append((key, number(total)))
     return rows
 
 
@@ -336,10 +350,8 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
         figure += page.note(PAUSE_NOTE)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     stories = spread(read_records(run / EVALUATIONS))
-    for story in stories:
-        del story["reward"]  # nothing scores these stories
+    next_command = recorded_next_command(run, config)
     newest = cards(stories[-1:])
-    interact = f"python train_interact.py --init {shlex.quote(str(run))}"
     return [
         block("hero", f"<div>{figure}</div><div>{newest}{page.facts(rows)}</div>"),
         section(
@@ -351,7 +363,7 @@ def pretraining(run: Path, metrics: list[Record], config: Record) -> list[str]:
         section(
             "Training", "", curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
         ),
-        section("What next", NEXT_PRETRAINING_NOTE, next_commands(run, interact)),
+        section("What next", NEXT_PRETRAINING_NOTE, next_commands(run, next_command)),
     ]
 
 
@@ -366,9 +378,10 @@ def pauses(config: Record) -> bool:
 
 def spread(stories: Iterable[Record]) -> list[Record]:
     """The first story, then stories from at least twice the step of the one before, and the last
-    story."""
+    story. Rewards are removed, because nothing scores these stories."""
     shown: list[Record] = []
     for story in stories:
+        del story["reward"]
         if len(shown) > 1 and shown[-1]["step"] < 2 * shown[-2]["step"]:
             shown.pop()  # it was the last
         shown.append(story)
@@ -376,6 +389,13 @@ def spread(stories: Iterable[Record]) -> list[Record]:
 
 
 # ---- columns of the metrics ----------------------------------------------------------------------
+
+
+def column(metrics: list[Record], key: str) -> list[float | None]:
+    """The values of a key; None for each value that is not a number, such as a server may have
+    sent."""
+    values = [record.get(key) for record in metrics]
+    return [value if type(value) in (int, float) else None for value in values]
 
 
 def curve(

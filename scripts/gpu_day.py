@@ -1,9 +1,9 @@
 """Run everything that needs a GPU, the most informative parts first: doctor, build, one launch of
 each kernel, speeds, tests, sanitizers. Each result is written at once to one JSON file.
 
-    python lab/gpu_day.py                             all parts, about half an hour
-    python lab/gpu_day.py --minutes 10                what fits in ten minutes
-    python lab/gpu_day.py --parts doctor build launch
+    python scripts/gpu_day.py                             all parts, about half an hour
+    python scripts/gpu_day.py --minutes 10                what fits in ten minutes
+    python scripts/gpu_day.py --parts doctor build launch
 
 In a clone, by any Python that has PyTorch for CUDA and the packages of pyproject.toml; without make,
 network or .venv. Each step is a process with a time limit. A step that fails, hangs or runs out of
@@ -133,7 +133,7 @@ def python(script: str) -> list[str]:
 
 def own(step: str, argument: str = "") -> list[str]:
     """The command that runs a function of STEPS in a process of its own."""
-    return [*python("lab/gpu_day.py"), "--step", step, "--argument", argument]
+    return [*python("scripts/gpu_day.py"), "--step", step, "--argument", argument]
 
 
 # --- running the steps ----------------------------------------------------------------------------
