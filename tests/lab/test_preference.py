@@ -84,6 +84,7 @@ def samples(run, pairs=PAIRS):
             "story": story,
             "reply": None,
             "scores": None,
+            "score": None,
             "reward": None,
             "words": 2,
             "ended": "eos",

@@ -1,12 +1,14 @@
 """A second judge: which stories are judged, and how much of a run's gain the report says that the
 judge sees."""
 
+import contextlib
 import json
+import runpy
 import shutil
 
 import numpy as np
 import pytest
-from conftest import SHORT, fails
+from conftest import ROOT, SHORT, fails
 
 import train_interact
 from lab import judge, second_judge
@@ -32,7 +34,7 @@ from tinystory.ops.compute import resolve
 from tinystory.report.findings import read_findings
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
-from tinystory.teacher.grade import Grade
+from tinystory.teacher.grade import Grade, Grader
 
 READER = ["--reader", "short-words"]
 
@@ -227,3 +229,44 @@ def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
     assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
     assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
     assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
+
+
+@pytest.fixture
+def short_rubric(monkeypatch):
+    class Rubric:
+        def score(self, opening, story):
+            return dict.fromkeys("abc", 3 if story else 0)
+
+    monkeypatch.setattr("tinystory.rubric.rubric.Rubric", lambda documents: Rubric())
+
+
+def test_two_judges_give_one_reward(short_rubric, monkeypatch):
+    class Reader:
+        def sense(self, stories):
+            return np.array([-0.5 if story else np.nan for _, story in stories])
+
+    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader())
+    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
+    assert score(["Once", "Once"], ["a b c d e.", ""]) == [0.75, 0]
+
+
+def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkeypatch):
+    """A story that it does not score has no reward."""
+
+    class Teacher(Grader):
+        def grade_each(self, pairs):
+            return [Grade(None, None if "no" in story else 0.5) for _, story in pairs]
+
+    opened = []
+
+    def open_grader(config, *, corpus, examples):
+        opened.append((config.teacher_url, config.teacher_prompt, corpus))
+        return contextlib.nullcontext(Teacher({}))
+
+    monkeypatch.setattr("tinystory.evaluate.open_grader.open_grader", open_grader)
+    url = "http://127.0.0.1:9/v1"
+    options = f"--teacher-url {url} --teacher-prompt examples --no-calibrate"
+    monkeypatch.setenv("TEACHER", options)
+    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
+    assert opened == [([url], "examples", ["builtin"])]
+    assert score(["Once", "Once"], ["a b c.", "no"]) == [0.75, None]

@@ -126,22 +126,27 @@ def control_section(run: Path, steps: int) -> str:
     if not comparisons[0].has_verdicts:
         claimed += f'<p class="note">{escape(command(run))}</p>'
     measured = picture(steps, comparisons)
-    measured += "".join(page.table(*table(each)) for each in comparisons)
+    for each in comparisons:
+        measured += page.note(title(each)) + page.table(*table(each))
     body = page.block("hero", f"<div>{claimed}</div><div>{measured}</div>")
     return f"<section><h2>{TITLE}</h2>{body}</section>"
 
 
+def title(comparison: Comparison) -> str:
+    """The title of a table, such as "3 controls: scores in random order"."""
+    controls = page.count(len(comparison.controls), "control")
+    return f"{controls}: {KINDS[comparison.name].title}"
+
+
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the measures, with the verdicts."""
-    controls = page.count(len(comparison.controls), "control")
-    header = [f"{controls}: {KINDS[comparison.name].title}", "verdict: the run is"]
-    header += ["run minus control", "before", "run", "control"]
+    header = ["measure", "verdict: the run is", "run minus control", "before", "run", "control"]
     rows = []
     for name, of in comparison.differences().items():
         means = [number(mean) for mean in (of.before, of.run, of.control)]
-        title = MEASURES[name].format(group=comparison.group)
+        measure = MEASURES[name].format(group=comparison.group)
         verdict = of.verdict or f"needs {FEWEST_CONTROLS} controls"
-        rows.append([title, verdict, with_half(of), *means])
+        rows.append([measure, verdict, with_half(of), *means])
     return header, rows
 
 
