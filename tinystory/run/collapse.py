@@ -44,7 +44,7 @@ ADVICE = {
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
     "validation": "fewer --words, or a larger corpus",
-    "speed": "to end other programs, or fewer threads (OMP_NUM_THREADS=1)",
+    "speed": "to end other programs, OMP_WAIT_POLICY=passive, or fewer threads (OMP_NUM_THREADS=1)",
     "predicted": "more --grades, or another --teacher-prompt if the teacher was not calibrated, or only "
     "just above chance",
     "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
