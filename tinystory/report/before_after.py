@@ -3,7 +3,7 @@ stories, for the terminal and the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import mean_ci, mean_of, standard_error
@@ -219,6 +219,12 @@ def doubt(config: Record) -> str:
     return ""
 
 
+def short_name(model: str) -> str:
+    """The name of a model. llama.cpp's server names a model by the path of its file, of which only
+    the file's name is returned."""
+    return PureWindowsPath(model).name if model.endswith(".gguf") else model
+
+
 def teaching(config: Record, metrics: Sequence[Record]) -> str:
     """A sentence on a language model that taught: what it was asked, what that cost, and how well it
     judged known texts; "" for other teachers."""
@@ -232,7 +238,8 @@ def teaching(config: Record, metrics: Sequence[Record]) -> str:
         costs[name] = sum(record.get(name) or 0 for record in metrics)
     tokens = costs["teacher_tokens_in"] + costs["teacher_tokens_out"]
     sentence = (
-        f"{printable(model)} was asked {asked}: {costs['teacher_requests']:,.0f} requests, {tokens:,.0f} tokens, "
+        f"{printable(short_name(model))} was asked {asked}: "
+        f"{costs['teacher_requests']:,.0f} requests, {tokens:,.0f} tokens, "
         f"{costs['teacher_s'] / 60:.1f} minutes of waiting during the steps."
     )
     match config["options"].get("calibration"):

@@ -11,14 +11,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from tinystory.data.corpus import NO_STORIES
 from tinystory.evaluate.held_out import evaluations_by_step
 from tinystory.evaluate.intervals import standard_error
 from tinystory.evaluate.stories import cluster_sizes
 from tinystory.report import page
-from tinystory.report.before_after import doubt, followed, from_start, read_before_after, teaching
+from tinystory.report.before_after import (
+    doubt,
+    followed,
+    from_start,
+    read_before_after,
+    short_name,
+    teaching,
+)
 from tinystory.report.charts import Line, Span, chart, number
 from tinystory.report.commands import recorded_next_command
 from tinystory.report.control import control_section
@@ -184,12 +191,6 @@ def scorer(config: Record) -> str:
         return short_name(str(teacher["model"]))
     scored_by = options.get("scored_by")
     return Path(scored_by).name if isinstance(scored_by, str) else ""
-
-
-def short_name(model: str) -> str:
-    """The name of a model. llama.cpp's server names a model by the path of its file, of which only
-    the file's name is returned."""
-    return PureWindowsPath(model).name if model.endswith(".gguf") else model
 
 
 def verdict(config: Record) -> str:
