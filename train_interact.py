@@ -253,8 +253,10 @@ def warn(run: InteractionRun, detector: CollapseDetector, record: Record) -> boo
             f"{record['undone']}; each halved the learning rates for the rest of the run"
         )
     warnings = distributed.rank0_value(lambda: detector.add(record))
-    if run.config.control:
-        warnings.pop("signal", None)  # its scores are no teacher's
+    if run.config.control:  # its scores are no teacher's
+        warnings = {
+            kind: warnings[kind] for kind in warnings if kind not in ("signal", "predicted")
+        }
     for warning in warnings.values():
         run.bar.write(warning)
     is_serious = bool(warnings.keys() & {"collapse", "kl"})
