@@ -148,14 +148,17 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
 
 
-def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys, monkeypatch):
+def test_a_teacher_that_tells_nothing_apart_is_warned_of_once_and_beside_the_headline(
+    place, tmp_path, capsys, monkeypatch
+):
     """A score of 0.5 for every story, an empty one too; the rewards still differ, by length."""
     monkeypatch.setattr("tinystory.teacher.grade.is_blank", lambda text: False)
     (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
     flags = cli("--reward {}:flat --steps 7 --eval-every 0", tmp_path / "r.py")
     run_interact(place, tmp_path / "i", *flags)
+    run, headline, rest = "".join(capsys.readouterr()).partition("The mean reward ")
     said = "all stories of the last 5 steps had the same score (0.5 in the last)"
-    assert "".join(capsys.readouterr()).count(said) == 1
+    assert headline and (run + rest).count(said) == 2 and f"But from step 5: {said}" in rest
     assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 

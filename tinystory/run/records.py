@@ -114,10 +114,11 @@ def check_fields(record: Record, fields: Fields) -> None:
                 raise ValueError(f"its {name!r} is {value!r:.40}")
             check_size(name, value)
     if "story" in fields:
-        for score in (record["scores"] or {}).values():
-            if type(score) not in (int, float) or not 0 <= score <= 3:
+        for level in (record["scores"] or {}).values():
+            if type(level) not in (int, float) or not 0 <= level <= 3:
                 raise ValueError("a score in it is not a number from 0 to 3")
-        if record["score"] is not None and not 0 <= record["score"] <= 1:
+        score = record.get("score")  # a human's grades have none
+        if score is not None and not 0 <= score <= 1:
             raise ValueError("its 'score' is not a number from 0 to 1")
 
 
