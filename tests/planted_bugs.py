@@ -76,6 +76,15 @@ def planted_copy(bug: Bug | None, to: Path, *parts: str) -> Path:
     return to
 
 
+def included(source: Path) -> set[str]:
+    """The names of a CUDA source and of all headers in its folder that it includes, also those that
+    headers include."""
+    names = {source.name}
+    for name in re.findall(r'^#include "(\w+\.cuh)"', source.read_text(), re.MULTILINE):
+        names |= included(source.with_name(name))
+    return names
+
+
 def first_failure(binary: Path, *arguments: str, cpu_s: int = 600) -> str:
     """The first failed check of a native test; "" if it passes."""
     # A bug may never end. CPU time, not the clock, limits it: a busy machine must not fail the
@@ -155,8 +164,7 @@ class SimtTests:
                 linked.append(self.objects[traced and name == "test_trace.cpp", Path(name).name])
         for name in KERNELS[group]:
             source = root / "csrc/cuda" / name
-            text = source.read_text()
-            if name in changed or any(f'"{file}"' in text for file in changed):
+            if changed & included(source):
                 # A failing test is short, so optimizing it does not pay.
                 linked.append(self.built(source, root, traced, "-O0"))
             else:
