@@ -84,8 +84,8 @@ FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these 
 COREFERENCE = 300  # number of unseen stories for coreference
 # fields of a record that the table leaves out
 NOT_SHOWN = ("name", "seed", "rewards", "senses")
-# Measures on the unseen stories, at the row's temperature; best_bits are bits per byte at the
-# student's own best temperature. Rows that choose among stories have none.
+# Measures on the unseen stories, at the row's temperature. best_bits: bits per byte at the student's
+# own best temperature, a mean over the stories. Rows that choose among stories have none.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte", "best_bits")
 SENTENCES = 5  # sentences of a story whose sense is measured
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
@@ -314,8 +314,8 @@ def measure(
     unseen: Sequence[str] = (),
 ) -> Record:
     """The measures of a row. A reward compares a story with the other chosen stories, one per
-    opening. reader: adds the mean `sense` of the beginnings of the stories. unseen: texts for UNSEEN (default:
-    stories of the grammar)."""
+    opening. reader: adds the mean `sense` of the stories' first sentences. unseen: texts for UNSEEN
+    (default: stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(
         row.folder, row.temperature, prompts, config.max_new_tokens, config.device, grader

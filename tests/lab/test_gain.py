@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import fails
 
-from lab import gain
+from lab import gain, recipes
+from tinystory.student import checkpoint
 
 ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3", "--options", "", "shuffled: "]
 
@@ -73,3 +74,45 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
 def test_options_are_checked_before_the_first_run(argv, complaint, measured, tmp_path, capsys):
     assert complaint in fails(gain.main, ["--out", str(tmp_path / "out"), *argv], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
+    """The first scores are the interaction's, and the row at temperature 1 needs no reader."""
+    start = checkpoint.newest(place / "p")
+    run = tmp_path / "run"
+    run.mkdir()
+    scores = {1: [0.3, None, 0.5, 0.7], 2: [0.9]}
+    stories = [{"step": step, "score": score} for step in scores for score in scores[step]]
+    monkeypatch.setattr(gain, "read_stories", lambda folder: iter(stories) if folder == run else [])
+    rows = [
+        recipes.Row("before interaction", start, n=4),
+        recipes.Row("best of 4 by likelihood", start, n=4, chosen_by="likelihood"),
+        recipes.Row("before, temperature 0.5", start, 0.5),
+        recipes.Row("the demo", run),
+    ]
+    monkeypatch.setattr(recipes, "train_students", lambda *_: rows)
+    monkeypatch.setattr(recipes, "unseen_texts", lambda config: [])
+    calls = []
+
+    def measure(row, grader, config, openings, reader, unseen):
+        calls.append((row.name, row.n, row.temperature, reader))
+        return {"sense": len(openings)}
+
+    monkeypatch.setattr(recipes, "measure", measure)
+    arms = {"": recipes.arm_of("")}
+    argv = ["--corpus", str(place / "corpus.txt")]
+    out = tmp_path / "out"
+    out.mkdir()
+    student = gain.train_and_measure(out, 1, argv, arms, "reader", 5)
+    assert calls == [
+        ("before interaction", 4, 1.0, None),
+        ("before, temperature 0.5", 1, 0.5, "reader"),
+        ("the demo", 1, 1.0, "reader"),
+        (gain.BEST_OF_4, 4, 0.5, "reader"),
+        (gain.ENDED_OF_4, 4, 0.5, "reader"),
+        (gain.BEST_OF_4_AFTER, 4, 1.0, "reader"),
+    ]
+    assert (student["score_std"], student["score_mean"]) == pytest.approx((0.2, 0.5))
+    assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["sense"] == 5
+    calls.clear()
+    assert gain.train_and_measure(out, 1, argv, arms, "reader", 5) == student and not calls

@@ -77,9 +77,8 @@ def control_config(typed: dict[str, Any]) -> InteractConfig:
         InteractConfig, run, changes | typed, unused=unused, kept=()
     )
     config.out = str(folder)
-    if (
-        name == "shuffled"
-    ):  # further controls are in numbered folders; others would repeat themselves
+    # Another control in random order gets a numbered folder; the other kinds would repeat themselves.
+    if name == "shuffled":
         config.given -= {"out"}
     return config
 

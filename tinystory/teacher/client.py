@@ -258,9 +258,9 @@ class Teacher(Grader):
     async def _probe_all(self) -> list[Endpoint]:
         """The servers that can be asked, after probing all servers with about four requests each,
         or one request if the cache has a probe. Leaves out servers that cannot be reached, and
-        servers without log-probabilities beside servers that have them. Raises UserError if no server can be
-        reached, or if a server has no OpenAI-compatible API, lacks the model, refuses the request
-        or does not reply in time."""
+        servers without log-probabilities beside servers that have them. Raises UserError if no
+        server can be reached, or if a server has no OpenAI-compatible API, lacks the model, refuses
+        the request or does not reply in time."""
         probers = [Prober(endpoint, self.cache).examine() for endpoint in self.endpoints]
         failures = await asyncio.gather(*probers)
         for endpoint, failure in zip(self.endpoints, failures, strict=True):
