@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinystory.report.before_after import from_start, grade_line
 from tinystory.report.charts import number, text_curve
-from tinystory.report.run import column, is_interaction, number_option
+from tinystory.report.run import is_interaction, number_option
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config
 from tinystory.run.options import script_parser
-from tinystory.run.records import EVALUATIONS, read_metrics, read_records, read_stories
+from tinystory.run.records import EVALUATIONS, column, read_metrics, read_records, read_stories
 from tinystory.run.text import printable
 
 CURVES = {

@@ -1,7 +1,12 @@
-"""The experiment: the options of its runs, and what the report says."""
+"""The experiment: the options of its runs, that it does nothing twice and loses nothing, and what
+the report says."""
 
+import contextlib
+import itertools
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import cli, fails
@@ -15,7 +20,7 @@ from tinystory.data.builtin import dull
 from tinystory.report.charts import Line, chart
 from tinystory.run.folder import locked
 from tinystory.student import checkpoint
-from tinystory.teacher.callable import random_scores
+from tinystory.teacher.callable import CallableGrader, random_scores
 from tinystory.teacher.grade import Grade, Grader
 
 
@@ -73,6 +78,104 @@ def test_what_is_wrong_is_said_before_the_first_step(
 def test_two_commands_do_not_work_on_one_experiment(tmp_path, capsys):
     with locked(tmp_path):
         assert "is in use by process" in fails(reproduce.main, ["--out", str(tmp_path)], capsys)
+
+
+# ---- runs that train nothing ---------------------------------------------------------------------
+
+SMALLEST = "--milestones 1 --seeds 1 --controls --device cpu --out".split()
+
+
+class Trainer:
+    """Replaces both train commands: writes the files of a finished run, and keeps the options. A
+    run in `stopped` does not reach its end."""
+
+    def __init__(self):
+        self.calls = []  # (folder, the options after --out FOLDER)
+        self.stopped = set()
+
+    def __call__(self, argv):
+        out = Path(dict(itertools.pairwise(argv))["--out"])
+        assert ("--resume" in argv) == (out / "config.json").exists()
+        self.calls.append((out, argv[2:]))
+        if out.name == "pretrain":
+            words = {f"chck_{count // MILLION}M": count for count in MILESTONES}
+            first_step = 1
+        else:
+            words = {"step_9": 10**9 if out.parent.name == MORE else 0}
+            first_step = 99
+        for step, name in enumerate(words, first_step):
+            counters = {"step": step, "words": words[name], "words_in": 30, "words_out": 400}
+            folder = out / "checkpoints" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "trainer.json").write_text(json.dumps(counters))
+        (out / "config.json").write_text("{}")
+        if out.parent.name == INTERACT and out.name not in self.stopped:
+            (out / "samples.jsonl").write_text("")
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    trainer = Trainer()
+    monkeypatch.setattr(runs.train_pretrain, "main", trainer)
+    monkeypatch.setattr(runs.train_interact, "main", trainer)
+    monkeypatch.setattr(reproduce, "measure", lambda *_: {"score": 1.0})
+    grader = CallableGrader(random_scores, "<b>")
+    monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
+    return trainer
+
+
+def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer, tmp_path, capsys):
+    argv = [*SMALLEST, str(tmp_path)]
+    trainer.stopped = {"1M-0"}
+    assert "interact/1M-0 was stopped before its end" in fails(reproduce.main, argv, capsys)
+    trainer.stopped.clear()
+    reproduce.main(argv)
+    assert [out.name for out, _ in trainer.calls] == ["pretrain", "1M-0", "1M-0", "1M-0"]
+    assert trainer.calls[2][1] == ["--resume", "--device", "cpu"]
+    reproduce.main(argv)
+    assert len(trainer.calls) == 4
+
+
+def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(
+    trainer, tmp_path
+):
+    half_copied = tmp_path / MORE / "1M-0" / "checkpoints" / "chck_2M"
+    half_copied.mkdir(parents=True)
+    reproduce.main([*SMALLEST, str(tmp_path)])
+    out, options = trainer.calls[-1]
+    assert out == tmp_path / MORE / "1M-0"
+    assert options == "--resume --words 1000430 --device cpu".split()
+    assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
+    evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
+        *((BEFORE, words, words) for words in MILESTONES),
+        (INTERACT, MILLION, MILLION + 30),
+        (MORE, MILLION, MILLION + 430),
+    }
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udc80"])
+def test_a_damaged_record_is_named_and_nothing_is_trained(trainer, tmp_path, capsys, content):
+    argv = [*SMALLEST, str(tmp_path)]
+    reproduce.main(argv)
+    calls = len(trainer.calls)
+    evaluation = next((tmp_path / "evaluation").glob("*.json"))
+    for path in (evaluation, tmp_path / "experiment.json"):
+        whole = path.read_bytes()
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        assert str(path) in fails(reproduce.main, argv, capsys)
+        path.write_bytes(whole)
+    assert len(trainer.calls) == calls
+
+
+def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys):
+    reproduce.main([*SMALLEST, str(tmp_path)])
+    capsys.readouterr()
+    line = fails(reproduce.main, ["--interact", "--lam 0.9", "--out", str(tmp_path)], capsys)
+    assert "was begun with interact" in line and "--lam 0.9" in line and "another --out" in line
+
+
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():

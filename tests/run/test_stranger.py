@@ -444,6 +444,22 @@ def test_counters_out_of_range_are_a_sentence(own, tmp_path, capsys, name, value
     assert str(path) in fails(interact.main, resume(folder), capsys)
 
 
+@pytest.mark.parametrize(
+    "name", ["step", "written", "words_in", "words_out", "best_step", "kl_coef"]
+)
+def test_the_largest_counters_are_no_traceback(own, tmp_path, name):
+    folder = shutil.copytree(own, tmp_path / "run")
+    change_counter(folder, name, 1e9 if name == "kl_coef" else 2**53 - 1)
+    end_well(interact.main, resume(folder))
+
+
+@pytest.mark.parametrize("name", ["step", "words", "tokens"])
+def test_the_largest_counters_of_pretraining_are_no_traceback(place, tmp_path, name):
+    folder = shutil.copytree(place / "p", tmp_path / "run")
+    change_counter(folder, name, 2**53 - 1)
+    end_well(pretrain.main, ["--resume", "--words", "2700", "--out", str(folder)])
+
+
 def end_well(main, argv):
     """A run that ends, or a sentence."""
     try:

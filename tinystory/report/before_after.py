@@ -17,7 +17,7 @@ from tinystory.evaluate.story_records import (
 from tinystory.report.charts import number, text_curve, with_error
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
-from tinystory.run.records import SAMPLES, Record, read_metrics, read_records
+from tinystory.run.records import SAMPLES, Record, read_metrics, read_records, total
 from tinystory.run.terminal import aligned, colour, story_text, wrapped
 from tinystory.run.text import is_blank, printable
 from tinystory.teacher.grade import NOT_ASKED, highest_score
@@ -233,14 +233,12 @@ def teaching(config: Record, metrics: Sequence[Record]) -> str:
             asked = " ".join(f'"{printable(str(question))}"' for question in questions.values())
         case _:
             return ""
-    costs = {"teacher_requests": 0.0, "teacher_tokens_in": 0.0, "teacher_tokens_out": 0.0}
-    for name in (*costs, "teacher_s"):
-        costs[name] = sum(record.get(name) or 0 for record in metrics)
-    tokens = costs["teacher_tokens_in"] + costs["teacher_tokens_out"]
+    requests = total(metrics, "teacher_requests")
+    tokens = total(metrics, "teacher_tokens_in") + total(metrics, "teacher_tokens_out")
+    minutes = total(metrics, "teacher_s") / 60
     sentence = (
-        f"{printable(short_name(model))} was asked {asked}: "
-        f"{costs['teacher_requests']:,.0f} requests, {tokens:,.0f} tokens, "
-        f"{costs['teacher_s'] / 60:.1f} minutes of waiting during the steps."
+        f"{printable(short_name(model))} was asked {asked}: {requests:,.0f} requests, "
+        f"{tokens:,.0f} tokens, {minutes:.1f} minutes of waiting during the steps."
     )
     match config["options"].get("calibration"):
         case {"verdict": str(verdict)}:

@@ -33,7 +33,15 @@ from tinystory.report.findings import findings_sections
 from tinystory.report.page import block, details, grid, section, story_card
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import read_config
-from tinystory.run.records import EVALUATIONS, Record, read_metrics, read_records, read_stories
+from tinystory.run.records import (
+    EVALUATIONS,
+    Record,
+    column,
+    read_metrics,
+    read_records,
+    read_stories,
+    total,
+)
 from tinystory.run.text import printable
 from tinystory.teacher.prompt import TOP
 
@@ -313,10 +321,9 @@ def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     or not recorded."""
     rows = []
     for key in (*LATEST, *SUMMED):
-        values = column(metrics, key)
-        total = values[-1] if key in LATEST else sum(filter(None, values))
-        if total:
-            rows.append((key, number(total)))
+        value = column(metrics, key)[-1] if key in LATEST else total(metrics, key)
+        if value:
+            rows.append((key, number(value)))
     return rows
 
 
@@ -390,13 +397,6 @@ def spread(stories: Iterable[Record]) -> list[Record]:
 
 
 # ---- columns of the metrics ----------------------------------------------------------------------
-
-
-def column(metrics: list[Record], key: str) -> list[float | None]:
-    """The values of a key; None for each value that is not a number, such as a server may have
-    sent."""
-    values = [record.get(key) for record in metrics]
-    return [value if type(value) in (int, float) else None for value in values]
 
 
 def curve(

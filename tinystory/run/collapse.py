@@ -16,27 +16,29 @@ STORIES = 768
 LOSS_STEPS = 50
 # Kind, metric, text and factor. A factor below 1 is relative to the metric's first average, and a
 # factor above 1 to the lowest average. The factors are coarse on purpose: noise changes an average
-# over WINDOW steps far less.
+# over WINDOW steps far less. The metrics of an evaluation are not averaged, because every evaluation
+# has the same openings and random numbers.
 SIGNS = (
     ("collapse", "distinct_4", "the stories become alike", 0.6),
     ("collapse", "story_clusters", "few clusters of stories are left", 0.4),
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
+    ("collapse", "held_out_distinct_4", "the held-out stories become alike", 0.6),
+    (
+        "collapse",
+        "held_out_diversity_mean",
+        "the held-out stories become similar to one another",
+        0.6,
+    ),
+    ("collapse", "held_out_story_clusters", "few clusters of held-out stories are left", 0.4),
+    ("collapse", "held_out_teller_story", "fewer held-out texts are stories, not dull text", 0.7),
     ("speed", "tokens_per_s", "the tokens per second fall", 0.25),
     # where dull text pauses, the loss rises to 1.7 times its lowest average (demo, 3 seeds)
     ("loss", "loss", "the loss explodes", 2.2),
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
 )
-# Metric of an evaluation, text and factor relative to the first evaluation. An evaluation has few
-# stories, but the same openings and random numbers each time.
-HELD_OUT_SIGNS = (
-    ("held_out_distinct_4", "the held-out stories become alike", 0.6),
-    ("held_out_diversity_mean", "the held-out stories become similar to one another", 0.6),
-    ("held_out_story_clusters", "few clusters of held-out stories are left", 0.4),
-)
-DULL_RISE = 0.3  # rise of the fraction of held-out stories that are dull text
 OVERFITTED = 1.2  # ratio of the validation loss to its lowest value
 FAR = 3  # ratio of the KL to its target
 ADVICE = {
@@ -69,7 +71,6 @@ class CollapseDetector:
         self._losses: deque[Any] = deque(maxlen=LOSS_STEPS)
         self._base: dict[str, float] = {}
         self._judge_rose = False  # whether the second judge's score is above its first one
-        self._first_evaluation: dict[str, float] = {}
         self._lowest_validation = (math.inf, 0)  # the loss, and the words until then
         # (reward, second judge's score) of the last evaluations that have both
         self._evaluations: deque[tuple[float, float]] = deque(maxlen=3)
@@ -78,25 +79,22 @@ class CollapseDetector:
 
     def add(self, record: dict) -> dict[str, str]:
         """The sentences of new warnings, by kind, that the record of a further step causes."""
-        if record["step"] == 0:
-            self._held_out_signs(record)
-            return {}
-        self._last.append(record)
-        self._losses.append(record.get("loss"))
-        while self._stories() - graded_stories(self._last[0]) >= STORIES:
-            self._last.popleft()
+        if record["step"] > 0:
+            self._last.append(record)
+            self._losses.append(record.get("loss"))
+            while self._stories() - graded_stories(self._last[0]) >= STORIES:
+                self._last.popleft()
         signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
         for kind, metric, text, factor in SIGNS:
-            mean = self._mean(metric)
-            if mean is None:
+            level = record.get(metric) if metric.startswith("held_out_") else self._mean(metric)
+            if level is None:
                 continue
-            base = self._base.setdefault(metric, mean)
+            base = self._base.setdefault(metric, level)
             if factor > 1:
-                self._base[metric] = min(base, mean)
-            is_beyond = mean > factor * base if factor > 1 else mean < factor * base
+                self._base[metric] = min(base, level)
+            is_beyond = level > factor * base if factor > 1 else level < factor * base
             if is_beyond:
-                signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
-        signs["collapse"] += self._held_out_signs(record)
+                signs[kind].append(f"{text} ({base:.3g} to {level:.3g})")
         kl = record.get("kl")
         if kl is not None and kl > FAR * self.kl_target:
             signs["kl"].append(
@@ -158,25 +156,6 @@ class CollapseDetector:
             return None
         return fmean(values)
 
-    def _held_out_signs(self, record: dict) -> list[str]:
-        """Sentences on how the record's evaluation, if there is one, differs from the first."""
-        sentences = []
-        for metric, text, factor in HELD_OUT_SIGNS:
-            value = record.get(metric)
-            if value is None:
-                continue
-            first = self._first_evaluation.setdefault(metric, value)
-            if value < factor * first:
-                sentences.append(f"{text} ({first:.3g} to {value:.3g})")
-        story = record.get("held_out_teller_story")
-        if story is not None:
-            first = self._first_evaluation.setdefault("held_out_teller_story", story)
-            if story < first - DULL_RISE:
-                sentences.append(
-                    f"more held-out stories are dull text ({1 - first:.0%} to {1 - story:.0%})"
-                )
-        return sentences
-
     def _disagreement(self, record: dict) -> str:
         """A sentence if, in each of the last two evaluations, the reward rose and the second
         judge's score fell; else "". Without graded evaluations, the reward is that of the step."""
@@ -184,7 +163,7 @@ class CollapseDetector:
         if reward is None:
             reward = record.get("reward_mean")
         score = record.get("held_out_judge")
-        if reward is None or score is None:
+        if reward is None or score is None or record["step"] == 0:
             return ""
         self._evaluations.append((reward, score))
         changes = list(pairwise(self._evaluations))

@@ -168,6 +168,18 @@ def read_metrics(folder: Path) -> list[Record]:
     return list(read_records(folder / METRICS))
 
 
+def column(metrics: Iterable[Record], key: str) -> list[float | None]:
+    """The values of a key; None for each value that is not a number, such as a server may have
+    sent."""
+    values = [record.get(key) for record in metrics]
+    return [value if type(value) in (int, float) else None for value in values]
+
+
+def total(metrics: Iterable[Record], key: str) -> float:
+    """The sum of the numbers among the values of a key."""
+    return sum(filter(None, column(metrics, key)))
+
+
 def read_stories(folder: Path) -> Iterator[Record]:
     """Yields the records of stories.jsonl one at a time, because a long run's file is too large for
     memory."""
