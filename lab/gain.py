@@ -10,17 +10,17 @@ AMX). For each number of words and each seed, a student is pretrained and then t
 of --options, as in lab/recipes.py; the first text is the interaction, further texts are controls.
 Finished runs and measured rows are not repeated.
 
-A reader that taught nobody (--reader) measures the sense of the stories' first five sentences, a
-coherence score (lab/reader.py). The gain is the sense after interaction minus the sense before it,
-at the temperature with the highest mean sense, paired by opening. Names, pronouns and bits per byte
-of the student before interaction are measured at its temperature too. Further controls are the best
+A reader that taught nobody (--reader) scores the coherence of the stories' first five sentences
+(lab/reader.py). The gain is the coherence after interaction minus the coherence before it, at the
+temperature with the highest mean coherence, paired by opening. Names, pronouns and bits per byte of
+the student before interaction are measured at its temperature too. Further controls are the best
 of four stories by the interaction's teacher, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how much
 more the interaction gains than each control, over all students, paired by student; and
 least-squares fits of the gain of each student on two numbers that are known after the first step of
-interaction: the standard deviation of the first scores, and the room above their mean. It writes
-OUT/gain.json (every number of the tables), OUT/sense.svg and OUT/gain.svg."""
+interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
+OUT/gain.json (every number of the tables), OUT/coherence.svg and OUT/gain.svg."""
 
 import itertools
 import json
@@ -58,7 +58,16 @@ ENDED_OF_4 = "before, first of 4 that ends"
 BEST_OF_4_AFTER = "after, best of 4 by the teacher"
 CHOSEN = (BEST_OF_4, ENDED_OF_4, BEST_OF_4_AFTER)
 # measures of a row in the tables and in gain.json
-SHOWN = ("sense", "score", "ended", "words", "distinct_4", "clusters", "largest", *recipes.UNSEEN)
+SHOWN = (
+    "coherence",
+    "score",
+    "ended",
+    "words",
+    "distinct_4",
+    "clusters",
+    "largest",
+    *recipes.UNSEEN,
+)
 
 
 @command
@@ -134,8 +143,8 @@ def train_and_measure(
     with open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
         for row in rows:
             # at temperature 1, only the measures on unseen texts are of interest
-            sense_of = None if row.folder == start and row.temperature == 1 else reader
-            by_name[row.name] = measured(row, rubric, sense_of)
+            coherence_of = None if row.folder == start and row.temperature == 1 else reader
+            by_name[row.name] = measured(row, rubric, coherence_of)
     arm_rows = [row for row in rows if row.folder != start]
     teaching = interact_config(next(iter(arms.values())).words)
     with open_grader(teaching, corpus=config.corpus) as teacher:
@@ -167,7 +176,7 @@ def summarise(words: int, student: Record, before: str) -> Record:
     rows = student["rows"]
     gains = {}
     for name in (*CHOSEN, *student["arms"]):
-        gains[name] = paired_gain(rows[before]["senses"], rows[name]["senses"])
+        gains[name] = paired_gain(rows[before]["coherences"], rows[name]["coherences"])
     measures = {}
     for name, row in rows.items():
         measures[name] = {key: row[key] for key in SHOWN if row.get(key) is not None}
@@ -176,30 +185,30 @@ def summarise(words: int, student: Record, before: str) -> Record:
 
 
 def paired_gain(before: Sequence[float | None], after: Sequence[float | None]) -> float:
-    """The mean difference of the senses for the same openings; openings with None are left out."""
+    """The mean difference of the coherences for the same openings; openings with None are left out."""
     pairs = zip(before, after, strict=True)
     return fmean(new - old for old, new in pairs if old is not None and new is not None)
 
 
 def best_temperature(students: Sequence[Record]) -> str:
-    """Name of the row with the highest mean sense among the temperatures before interaction."""
+    """Name of the row with the highest mean coherence among the temperatures before interaction."""
     names = [f"before, temperature {temperature}" for temperature in TEMPERATURES]
 
-    def mean_sense(name: str) -> float:
-        return fmean(student["rows"][name]["sense"] for student in students)
+    def mean_coherence(name: str) -> float:
+        return fmean(student["rows"][name]["coherence"] for student in students)
 
-    return max(names, key=mean_sense)
+    return max(names, key=mean_coherence)
 
 
 def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     """Print the gains by words of pretraining, the other measures, and the fits."""
     names = (*CHOSEN, *arms)
-    header = ["words", "sense before", *(f"gain: {name}" for name in names)]
+    header = ["words", "coherence before", *(f"gain: {name}" for name in names)]
     header += ["first scores: standard deviation", "mean"]
     print_row(header)
     print_row(["---"] * len(header))
     for words, group in by_words(students).items():
-        before = interval([student["rows"][student["before"]]["sense"] for student in group])
+        before = interval([student["rows"][student["before"]]["coherence"] for student in group])
         cells = [f"{words:,}", f"{before} ({group[0]['before']})"]
         cells += [str(interval([student["gain"][name] for student in group])) for name in names]
         for key in ("score_std", "score_mean"):
@@ -222,9 +231,9 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
         print(f"interaction above {control}: {above} over {len(students)} students")
     gains = np.array([student["gain"][arms[0]] for student in students])
     deviation = np.array([student["score_std"] for student in students])
-    room = 1 - np.array([student["score_mean"] for student in students])
-    columns = {"standard deviation": deviation, "room": room}
-    for chosen in (["standard deviation"], ["room"], ["standard deviation", "room"]):
+    headroom = 1 - np.array([student["score_mean"] for student in students])
+    columns = {"standard deviation": deviation, "headroom": headroom}
+    for chosen in (["standard deviation"], ["headroom"], ["standard deviation", "headroom"]):
         print(fit(gains, {name: columns[name] for name in chosen}))
 
 
@@ -240,29 +249,29 @@ def fit(gains: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
 
 
 def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
-    """Write sense.svg, the sense by words of pretraining, and gain.svg, the gain by the standard
-    deviation of the first scores."""
+    """Write coherence.svg, the coherence by words of pretraining, and gain.svg, the gain by the
+    standard deviation of the first scores."""
     groups = by_words(students)
     millions = [words / 1e6 for words in groups]
     names = {BEST_OF_4: BEST_OF_4, arms[0]: "after interaction"}
     names |= {arm: arm.partition(":")[0].strip("`") for arm in arms[1:]}
-    curves = {"before": [student["rows"][student["before"]]["sense"] for student in students]}
+    curves = {"before": [student["rows"][student["before"]]["coherence"] for student in students]}
     for row, name in names.items():
-        curves[name] = [student["rows"][row]["sense"] for student in students]
+        curves[name] = [student["rows"][row]["coherence"] for student in students]
     lines = []
-    for (name, senses), colour in zip(curves.items(), COLOURS, strict=False):
-        by_group = np.array(senses).reshape(len(groups), -1)  # (words, seeds)
+    for (name, coherences), colour in zip(curves.items(), COLOURS, strict=False):
+        by_group = np.array(coherences).reshape(len(groups), -1)  # (words, seeds)
         intervals = [interval(group.tolist()) for group in by_group]
         means = [each.mean for each in intervals]
         errors = [each.half for each in intervals]
         lines.append(Line(millions, means, colour, name, errors))
-    sense = chart(
-        "Sense of stories, nats per token",
+    coherence = chart(
+        "Coherence of stories, nats per token",
         lines,
         x_name="million words of pretraining",
         size=(640, 320),
     )
-    atomic_write(out / "sense.svg", figures.standalone(sense))
+    atomic_write(out / "coherence.svg", figures.standalone(coherence))
 
     lines = []
     for (words, group), colour in zip(groups.items(), COLOURS, strict=False):
@@ -270,7 +279,7 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
         deviations, gains = zip(*points, strict=True)
         lines.append(Line(deviations, gains, colour, f"{words / 1e6:g} M"))
     gain = chart(
-        "Gain in sense, nats per token",
+        "Gain in coherence, nats per token",
         lines,
         x_name="standard deviation of the first scores",
         size=(640, 320),

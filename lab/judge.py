@@ -1,4 +1,4 @@
-"""Measure how coherent stories are ("sense") by a reader: a language model that was not their
+"""Score the coherence of stories by a reader: a language model that was not their
 teacher.
 
 python lab/judge.py runs/a runs/b             gain of these runs by the reader (default: the newest
@@ -45,7 +45,7 @@ from tinystory.student import checkpoint
 TITLE = "A judge that was not the teacher"
 NOTE = (
     "Stories for the same held-out openings, and real stories, scored by the teacher and by a "
-    "language model that was not the teacher (sense, a coherence score in nats per token: "
+    "language model that was not the teacher (a coherence score in nats per token: "
     "lab/reader.py), with 95 % intervals. If only the teacher's score rises, the student has "
     "learned to please the teacher. If a lower temperature gives the same gain, no training was "
     "needed."
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
     def grade(stories: Sequence[tuple[str, str]]) -> list[float | None]:
-        senses = reader.sense(stories).tolist()
-        return [None if math.isnan(sense) else sense for sense in senses]
+        coherences = reader.coherence(stories).tolist()
+        return [None if math.isnan(coherence) else coherence for coherence in coherences]
 
     known = known_stories(corpus_documents(options.corpus or ["builtin"]), options.per_kind)
     result = calibrate(grade, known)
@@ -103,17 +103,17 @@ def calibrate_reader(options: argparse.Namespace, reader: Reader) -> None:
 
 
 def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
-    """A header, and a row per file of stories: name, number of stories, mean sense."""
+    """A header, and a row per file of stories: name, number of stories, mean coherence."""
     rows = [["", "stories", "sense, nats per token"]]
     for name, stories in samples.items():
-        senses = reader.sense([(story.opening, story.text) for story in stories])
-        mean, ci = mean_and_bootstrap_ci(senses)
+        coherences = reader.coherence([(story.opening, story.text) for story in stories])
+        mean, ci = mean_and_bootstrap_ci(coherences)
         rows.append([name, str(len(stories)), with_ci(mean, ci)])
     return rows
 
 
 def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
-    """Measure the sense of each run's stories and controls, and print the gain."""
+    """Measure the coherence of each run's stories and controls, and print the gain."""
     typed = {name: value for name, value in vars(options).items() if name in AGAIN}
     pooled: list[Record] = []
     for run in runs:

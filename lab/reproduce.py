@@ -136,7 +136,7 @@ SCALES = {
     "small": Scale(
         pretrain="--weights-init gpt2 --optimizer adamw --packing stream --learning-rate 1.5e-3 --warmup 0.05 "
         "--corpus tinystories --words 10M --n-layer 4 --n-head 4 --n-embd 256 --vocab-size 8192 --batch-size 16",
-        interact="--stories-per-step 64 --steps 60 --learning-rate 1e-4 --no-lr-decay --sharpness-rate 0 "
+        interact="--stories-per-step 64 --steps 60 --learning-rate 1e-4 --no-lr-decay --logit-scale-lr 0 "
         "--learner gae --value-coef 1 --kl-coef 0.02 --kl-target 12 --kl-horizon 10000 --eval-every 0 "
         f"--max-new-tokens 90 --diversity 0 --unfinished 1 --openings {shlex.quote(PAPER_OPENING)}",
         starts=(1, 2, 5, 10),

@@ -49,7 +49,7 @@ def judge_run(
 ) -> list[Record]:
     """The records of judged.jsonl, which is written here: for each of GROUPS, stories for the
     openings of the run's evaluations, with the teacher's score (on the scale of `shown_scores`) and
-    the reader's sense.
+    the reader's coherence.
 
     BEFORE, AFTER and BEST are from the evaluations, and REAL from `corpus`. The student from before
     interaction writes the other groups. grade: the run's teacher. Raises UserError without
@@ -93,9 +93,9 @@ def judge_run(
             opening, text = story
             record = {"group": name, "index": index, "opening": opening, "story": text}
             records.append(record | {"score": scores[story]})
-    senses = reader.sense([(record["opening"], record["story"]) for record in records])
-    for record, sense in zip(records, senses.tolist(), strict=True):
-        record["sense"] = plain(sense)
+    coherences = reader.coherence([(record["opening"], record["story"]) for record in records])
+    for record, coherence in zip(records, coherences.tolist(), strict=True):
+        record["coherence"] = plain(coherence)
     atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
@@ -123,9 +123,9 @@ def real_stories(documents: Iterable[str], count: int, seed: int) -> list[list[s
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
-    """For each group: "mean", the mean score or sense of the stories; "ci", its bootstrap interval;
+    """For each group: "mean", the mean score or coherence of the stories; "ci", its bootstrap interval;
     and "gap", the fraction of the way from BEFORE to REAL (None unless BEFORE is below REAL's
-    interval). Values are None if they were not measured. measure: "score" or "sense"."""
+    interval). Values are None if they were not measured. measure: "score" or "coherence"."""
     table: dict[str, dict[str, Any]] = {}
     for name in GROUPS:
         values = [record[measure] for record in records if record["group"] == name]
@@ -141,32 +141,32 @@ def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]
 
 
 def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:
-    """The mean difference in sense between two groups' stories for the same openings, and its
+    """The mean difference in coherence between two groups' stories for the same openings, and its
     bootstrap interval."""
-    senses = sense_by_index(records, group)
-    others = sense_by_index(records, over)
-    differences = [senses[index] - others[index] for index in senses if index in others]
+    coherences = coherence_by_index(records, group)
+    others = coherence_by_index(records, over)
+    differences = [coherences[index] - others[index] for index in coherences if index in others]
     if not differences:
         return math.nan, (math.nan, math.nan)
     return fmean(differences), bootstrap_mean(np.array(differences))
 
 
-def sense_by_index(records: Sequence[Record], group: str) -> dict[int, float]:
-    """The sense of a group's stories by index, without stories that have none."""
-    senses = {}
+def coherence_by_index(records: Sequence[Record], group: str) -> dict[int, float]:
+    """The coherence of a group's stories by index, without stories that have none."""
+    coherences = {}
     for record in records:
-        if record["group"] == group and record["sense"] is not None:
-            senses[record["index"]] = record["sense"]
-    return senses
+        if record["group"] == group and record["coherence"] is not None:
+            coherences[record["index"]] = record["coherence"]
+    return coherences
 
 
 def conclusion(records: Sequence[Record]) -> str:
-    """A sentence with the gain in sense, compared with the best control."""
+    """A sentence with the gain in coherence, compared with the best control."""
     value, ci = gain(records, AFTER, BEFORE)
     text = f"{with_ci(value, ci, sign='+')} nats per token"
     if not ci[0] > 0:
-        return f"The reader, which was not the teacher, measures no gain in sense from interaction: {text}."
-    groups = summary(records, "sense")
+        return f"The reader, which was not the teacher, measures no gain in coherence from interaction: {text}."
+    groups = summary(records, "coherence")
     fraction = groups[AFTER]["gap"]
     if fraction is not None:
         text += f", {fraction:.0%} of the way to real stories"
@@ -180,7 +180,7 @@ def conclusion(records: Sequence[Record]) -> str:
     elif high < 0:
         verdict = "less than"
     return (
-        f"The reader, which was not the teacher, measures a gain in sense of {text}; that is {verdict} the "
+        f"The reader, which was not the teacher, measures a gain in coherence of {text}; that is {verdict} the "
         f"{control_gain:+.2f} for “{control}”, which needs no training "
         f"(difference {with_ci(beyond, (low, high), sign='+')})."
     )
@@ -189,14 +189,14 @@ def conclusion(records: Sequence[Record]) -> str:
 def judged_rows(records: Sequence[Record]) -> list[list[str]]:
     """A header, and a row per group: number of stories, mean by each judge, and the fraction of the
     way from before interaction to real stories."""
-    sense_title = "Sense, nats per token"
-    rows = [["Stories", "Number", "Teacher’s score", "of the way", sense_title, "of the way"]]
+    coherence_title = "Coherence, nats per token"
+    rows = [["Stories", "Number", "Teacher’s score", "of the way", coherence_title, "of the way"]]
     scores = summary(records, "score")
-    senses = summary(records, "sense")
+    coherences = summary(records, "coherence")
     for name in GROUPS:
         size = sum(record["group"] == name for record in records)
         row = [name, str(size)]
-        for measured in (scores[name], senses[name]):
+        for measured in (scores[name], coherences[name]):
             gap = measured["gap"]
             row.append(with_ci(measured["mean"], measured["ci"]))
             row.append(number(None) if gap is None else f"{gap:.0%}")

@@ -1,6 +1,6 @@
 """Two judges in one reward: the mean of the rubric's score and of a second judge's. The second
-judge is a reader (lab/reader.py), which gives a story's sense, a coherence score, or a language
-model behind an endpoint. A judge of coherence alone would reward bland sentences.
+judge is a reader (lab/reader.py), which scores coherence, or a language model behind an
+endpoint. A judge of coherence alone would reward bland sentences.
 
 CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py ...
 
@@ -32,7 +32,7 @@ from tinystory.teacher.grade import Grader
 
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
-NO_SENSE = -1.0  # nats per token that give a score of 0; 0 nats or more give the maximum score
+NO_COHERENCE = -1.0  # nats per token that give a score of 0; 0 nats or more give the maximum score
 
 corpus = os.environ.get("CORPUS", "builtin").split()
 
@@ -53,8 +53,9 @@ def open_teacher(options: str) -> Grader:
 
 def read(stories: Stories) -> np.ndarray:
     """The reader's scores, 0..1, float64 (n,)."""
-    senses = np.nan_to_num(reader.sense(stories), nan=NO_SENSE)  # nan: a story without words
-    return np.clip(1 - senses / NO_SENSE, 0, 1)
+    # nan: a story without words
+    coherences = np.nan_to_num(reader.coherence(stories), nan=NO_COHERENCE)
+    return np.clip(1 - coherences / NO_COHERENCE, 0, 1)
 
 
 def ask(stories: Stories) -> np.ndarray:

@@ -210,13 +210,13 @@ def print_choice(
 ) -> None:
     """Print which way of asking judges best (on the student's own texts, if --init gives a student),
     and the command for a run with it."""
-    known = {way: result for way, result in results.items() if result["judgement"] is not None}
+    known = {way: result for way, result in results.items() if result["best_auc"] is not None}
     if not known:
-        print(f"{'judgement':10} this teacher gave no scores: choose another model")
+        print(f"{'verdict':10} this teacher gave no scores: choose another model")
         return
     best = max(known, key=lambda way: calibration.value_as_teacher(known[way]))
     way = f", asked {best}," if len(results) > 1 else ""
-    print(f"{'judgement':10} the teacher{way} {calibration.verdict(known[best])}")
+    print(f"{'verdict':10} the teacher{way} {calibration.verdict(known[best])}")
     if not calibration.can_judge(known[best]):
         print(f"{'':10} choose another model, or test more texts (--per-kind)")
     elif config.teacher_url:

@@ -29,7 +29,7 @@ def test_a_seed_and_a_number_of_words_give_the_same_documents(documents):
 
 
 @pytest.mark.parametrize("kind", dull.STYLES[1:])
-def test_a_teller_is_known_by_its_sentences(kind, documents):
+def test_a_style_is_known_by_its_sentences(kind, documents):
     style = next(style for style in dull._DULL_STYLES if style.name == kind)
     rng = random.Random(0)
     assert all(
@@ -87,7 +87,7 @@ def test_a_run_records_who_tells_its_stories(documents):
     expected = [dull.STORY, *map(dull.style_of, documents[:3])]
     assert [record["teller"] for record in records] == expected
     means = story_means(records)
-    assert means["teller_story"] == 0.25
-    assert sum(means[f"teller_{kind}"] for kind in dull.STYLES) == 1
+    assert means["style_story"] == 0.25
+    assert sum(means[f"style_{kind}"] for kind in dull.STYLES) == 1
     unmixed = story_records(1, stories, grades, [0.5] * 4, [1.0] * 4, {})
     assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

@@ -144,7 +144,7 @@ def test_the_area_counts_ties_as_one_half():
 
 def test_a_teacher_that_knows_gets_every_pair_right():
     result = calibrate(knowing, STORIES)
-    assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
+    assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["best_auc"] == 1
     assert result["kinds"][REAL]["mean"] == 1 and result["unscored"] == 0
     beginning = "scores a story above sentences shuffled with probability 1.00 [0.7"
     assert verdict(result).startswith(beginning)
@@ -171,7 +171,7 @@ def test_a_teacher_that_cannot_judge_is_said_so_and_can_be_refused(teacher, says
     result = calibrate(teacher, STORIES)
     assert says in verdict(result)
     require(result, 0.0)
-    with pytest.raises(UserError, match=r"--require-judgement 0\.8 .*the teacher"):
+    with pytest.raises(UserError, match=r"--min-auc 0\.8 .*the teacher"):
         require(result, 0.8)
 
 
@@ -180,7 +180,7 @@ def test_some_stories_without_a_score_are_left_out_and_counted():
         return [None if i % 5 == 0 else score for i, score in enumerate(knowing(told))]
 
     result = calibrate(forgetful, STORIES)
-    assert result["judgement"] == 1 and result["unscored"] == len(range(0, len(STORIES), 5))
+    assert result["best_auc"] == 1 and result["unscored"] == len(range(0, len(STORIES), 5))
 
 
 # Commands
@@ -198,7 +198,7 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--teacher-prompt", "grades", "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert "judgement  the teacher cannot distinguish a story" in printed
+    assert "verdict    the teacher cannot distinguish a story" in printed
     assert "generic sentences" in printed
     known = known_stories(unseen_stories(1500), 12, (*KINDS, DULL))
     assert asked == 1 + len({each[1:] for each in known})  # the probe's, and each text
@@ -247,7 +247,7 @@ def test_the_doctor_says_the_whole_cost_first_and_each_result_at_once_and_keeps_
 def test_the_doctor_calibrates_a_callable(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", lambda: [])
     doctor.main(["--reward", "random", "--calibrate", "--per-kind", "4"])
-    assert "judgement  the teacher" in capsys.readouterr().out
+    assert "verdict    the teacher" in capsys.readouterr().out
 
 
 def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path):
@@ -258,7 +258,7 @@ def test_the_doctor_calibrates_the_builtin_teacher(capsys, monkeypatch, tmp_path
     assert "built-in teacher" in lines[0]
     words = next(line for line in lines if "words shuffled" in line)
     assert words.count("[") == 1  # the interval of its area
-    assert lines[-1].startswith("judgement  the teacher scores a story above")
+    assert lines[-1].startswith("verdict    the teacher scores a story above")
 
 
 KNOWN = known_texts(["builtin"])
@@ -291,10 +291,10 @@ def test_a_teacher_at_chance_ends_the_run_before_it_spends_more(short_pauses, tm
         with open_grader(config, replies=tmp_path / "replies.jsonl") as grader:
             with pytest.raises(UserError, match=r"cannot distinguish a story.*--no-calibrate"):
                 calibrated(config, grader, ["builtin"])
-            config.require_judgement = 0.7
-            with pytest.raises(UserError, match=r"--require-judgement 0\.7"):
+            config.min_auc = 0.7
+            with pytest.raises(UserError, match=r"--min-auc 0\.7"):
                 calibrated(config, grader, ["builtin"])
-            config.calibrate, config.require_judgement = False, 0.0
+            config.calibrate, config.min_auc = False, 0.0
             assert calibrated(config, grader, ["builtin"]) == {}
 
 
@@ -342,9 +342,9 @@ def test_the_scale_of_a_teachers_answers_belongs_to_the_run(short_pauses, tmp_pa
                 assert scaled(grader, ["builtin"], damaged) == scale
 
 
-def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):
+def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_an_auc_is_required(capsys):
     config = InteractConfig(reward="random")
     with open_grader(config) as grader:
         assert calibrated(config, grader, ["builtin"]) == {}
-        config.require_judgement = 0.3
+        config.min_auc = 0.3
         assert calibrated(config, grader, ["builtin"])["calibration"]["unscored"] == 0

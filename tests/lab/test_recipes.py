@@ -62,9 +62,9 @@ def test_a_corpus_without_the_grammar_is_measured_on_its_own_validation(place):
     assert texts and len(texts) < len(documents) and set(texts) <= set(documents)
 
 
-def test_a_reader_adds_the_sense_of_the_first_five_sentences(settings, place):
+def test_a_reader_adds_the_coherence_of_the_first_five_sentences(settings, place):
     class Length:
-        def sense(self, stories):
+        def coherence(self, stories):
             return np.array([len(story) for _, story in stories], dtype=float)
 
     assert recipes.beginning("A dog ran. " * 7) == " ".join(["A dog ran."] * 5)
@@ -73,8 +73,10 @@ def test_a_reader_adds_the_sense_of_the_first_five_sentences(settings, place):
     row = recipes.Row("", checkpoint.newest(place / "p"))
     measures = recipes.measure(row, grader, recipes.CONFIG, OPENINGS, Length())
     without = recipes.measure(row, grader, recipes.CONFIG, OPENINGS)
-    senses = measures.pop("senses")
-    assert len(senses) == len(OPENINGS) and np.mean(senses) == pytest.approx(measures.pop("sense"))
+    coherences = measures.pop("coherences")
+    assert len(coherences) == len(OPENINGS) and np.mean(coherences) == pytest.approx(
+        measures.pop("coherence")
+    )
     assert measures == without
 
 

@@ -46,12 +46,12 @@ def teacher(place):
 
 
 class Reader:
-    """A reader that gives short words the most sense, and a story without words none."""
+    """A reader that gives short words the most coherence, and a story without words none."""
 
     def __init__(self, name, device="auto"):
         assert name == "short-words"
 
-    def sense(self, stories):
+    def coherence(self, stories):
         return np.array(
             [
                 -np.mean([len(word) for word in text.split()]) if text.split() else np.nan
@@ -128,7 +128,7 @@ def test_a_run_of_the_likelihood_control_is_judged_by_its_own_score(place, tmp_p
     assert len(scores) == 4 and [record["score"] for record in records] == pytest.approx(scores)
 
 
-def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, monkeypatch):
+def test_the_coherence_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge, "Reader", Reader)
     for name, story in (("short", "a b c."), ("long", "abcdefgh abcdefgh.")):
         lines = [json.dumps({"opening": "Once", "story": story}) + "\n"] * 3
@@ -142,7 +142,7 @@ def test_the_sense_of_anybodys_stories_is_shown_side_by_side(tmp_path, capsys, m
 
 def test_a_reader_is_calibrated_as_a_teacher_is(capsys, monkeypatch, tmp_path):
     class Varied(Reader):
-        def sense(self, stories):
+        def coherence(self, stories):
             return np.array([-len(set(story.split())) + 0.0 for _, story in stories])
 
     monkeypatch.setattr(judge, "Reader", Varied)
@@ -165,8 +165,8 @@ def test_a_judged_storys_score_is_weighted_as_the_rubric_says(run):
     assert {round(record["score"], 6) for record in records} == {5}
 
 
-def judged(**senses):
-    """Records of stories with this mean sense and some noise, which is the same for all groups."""
+def judged(**coherences):
+    """Records of stories with this mean coherence and some noise, which is the same for all groups."""
     noise = np.random.default_rng(0).normal(0, 0.1, 40)
     noise -= noise.mean()
     groups = {
@@ -176,13 +176,13 @@ def judged(**senses):
         COLDER[1]: -1.1,
         BEST_OF_N: -1.1,
         REAL: -0.7,
-    } | senses
+    } | coherences
     return [
         {
             "group": name,
             "index": i,
             "score": 5 + value,
-            "sense": mean + value * (1 if name == AFTER else -1),
+            "coherence": mean + value * (1 if name == AFTER else -1),
         }
         for name, mean in groups.items()
         for i, value in enumerate(noise)
@@ -190,31 +190,33 @@ def judged(**senses):
 
 
 @pytest.mark.parametrize(
-    "senses, words",
+    "coherences, words",
     [
         ({}, "that is more than the +0.1"),
         ({COLDER[1]: -0.79}, "that is no different from the +0.41 for “before, temperature 0.5”"),
         ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, temperature 0.7”"),
-        ({AFTER: -1.2}, "measures no gain in sense from interaction"),
-        ({AFTER: -1.5}, "measures no gain in sense from interaction"),
+        ({AFTER: -1.2}, "measures no gain in coherence from interaction"),
+        ({AFTER: -1.5}, "measures no gain in coherence from interaction"),
     ],
 )
-def test_the_sentence_says_which_gain_the_reader_sees(senses, words):
-    records = judged(**senses)
+def test_the_sentence_says_which_gain_the_reader_sees(coherences, words):
+    records = judged(**coherences)
     assert words in conclusion(records)
-    if not senses:
+    if not coherences:
         assert "80% of the way to real stories" in conclusion(records)
 
 
 def test_no_fraction_of_a_way_that_is_none():
     """Untouched stories within the interval of real ones."""
-    assert {row["gap"] for row in summary(judged(**{BEFORE: -0.7001}), "sense").values()} == {None}
+    assert {row["gap"] for row in summary(judged(**{BEFORE: -0.7001}), "coherence").values()} == {
+        None
+    }
 
 
 def test_stories_that_one_judge_did_not_score_are_left_out():
     records = judged()
     for record in records[::7]:
-        record["sense"] = None
+        record["coherence"] = None
     value, (low, high) = gain(records, AFTER, BEFORE)
     assert low < value < high and value == pytest.approx(0.4, abs=0.05)
     for record in records:
@@ -242,7 +244,7 @@ def short_rubric(monkeypatch):
 
 def test_two_judges_give_one_reward(short_rubric, monkeypatch):
     class Reader:
-        def sense(self, stories):
+        def coherence(self, stories):
             return np.array([-0.5 if story else np.nan for _, story in stories])
 
     monkeypatch.setattr("lab.reader.Reader", lambda name: Reader())

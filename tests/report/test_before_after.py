@@ -287,9 +287,9 @@ CHANCE = "cannot tell a story from shuffled words: it puts the story first with 
 @pytest.mark.parametrize(
     "calibration, is_said",
     [
-        ({"judgement_ci": [0.3, 0.7], "verdict": CHANCE}, True),
-        ({"judgement_ci": None, "verdict": CHANCE}, True),
-        ({"judgement_ci": [0.6, 0.9], "verdict": "puts a story above shuffled words"}, False),
+        ({"best_auc_ci": [0.3, 0.7], "verdict": CHANCE}, True),
+        ({"best_auc_ci": None, "verdict": CHANCE}, True),
+        ({"best_auc_ci": [0.6, 0.9], "verdict": "puts a story above shuffled words"}, False),
         (None, False),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
     assert "before interaction, reward 0.5:" in text and "None" not in text and "score" not in text
 
 
-def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
+def test_the_shift_in_kinds_of_style_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
     comparison = BeforeAfter(*records)
     assert comparison.styles() == ""

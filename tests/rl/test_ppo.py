@@ -64,7 +64,7 @@ def random_batch(lengths, vocab, seed=0, openings=None) -> Batch:
     return batch
 
 
-def test_sharpness_scales_all_logits_along_the_gradient(student):
+def test_the_logit_scale_scales_all_logits_along_the_gradient(student):
     """The gradient of s is the derivative of the loss by the logarithm of a factor on the
     logits."""
     tokens = torch.arange(2 * 12).view(2, 12) % 50
@@ -78,22 +78,22 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
     optimizer = SharpAdam(
-        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, sharpness_rate=0.1)
+        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, logit_scale_lr=0.1)
     )
     loss().backward()
     optimizer.step()
     # Adam's first moment after one step
-    moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1
+    moment = optimizer.state[optimizer.log_scale]["exp_avg"] / 0.1
     torch.testing.assert_close(moment, slope, rtol=1e-2, atol=0)
     after = student(tokens).detach()
     torch.testing.assert_close(after, before * math.exp(-0.1 * slope.sign()), rtol=1e-4, atol=1e-5)
-    assert optimizer.sharpness == 0  # folded into the weights
+    assert optimizer.log_scale == 0  # folded into the weights
 
 
-def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
+def test_the_logit_scale_changes_no_value_and_takes_no_slope_from_them(student):
     tokens, head = torch.arange(2 * 12).view(2, 12) % 50, ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
-    config = dataclasses.replace(CONFIG, learning_rate=1e-30, sharpness_rate=0.1)
+    config = dataclasses.replace(CONFIG, learning_rate=1e-30, logit_scale_lr=0.1)
 
     def stepped(value_coef):
         copied, copied_head = copy.deepcopy(student), copy.deepcopy(head)
@@ -104,7 +104,7 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
         )
         (loss + value_coef * copied_head(hidden).square().mean()).backward()
         optimizer.step()
-        return copied, copied_head, optimizer.state[optimizer.sharpness]["exp_avg"]
+        return copied, copied_head, optimizer.state[optimizer.log_scale]["exp_avg"]
 
     moved, moved_head, slope = stepped(1.0)
     assert (moved.ln_f.weight - student.ln_f.weight).abs().max() > 0.01
@@ -115,14 +115,14 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
     torch.testing.assert_close(slope, stepped(0.0)[2], rtol=1e-3, atol=1e-5)
 
 
-def test_without_sharpness_it_is_adam_bit_for_bit(student):
+def test_without_a_logit_scale_it_is_adam_bit_for_bit(student):
     start = student
     tokens = torch.arange(2 * 12).view(2, 12) % 50
     trained = []
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, fused=True),
         lambda s: SharpAdam(
-            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, sharpness_rate=0.0)
+            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, logit_scale_lr=0.0)
         ),
     ):
         student = copy.deepcopy(start)
@@ -293,7 +293,7 @@ def test_a_step_that_moves_the_policy_too_far_is_undone_and_halves_the_rates(stu
     assert stats["update_kl"] > 1 and stats["undone"] == 1
     assert all(torch.equal(before[name], x) for name, x in student.state_dict().items())
     rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates == [0.025, config.sharpness_rate / 2]
+    assert rates == [0.025, config.logit_scale_lr / 2]
 
     small = dataclasses.replace(config, learning_rate=1e-5)
     learner = policy(student, head, SharpAdam(student, head, small), small)

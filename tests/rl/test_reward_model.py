@@ -70,4 +70,4 @@ def test_it_trains_and_is_calibrated(spec, place, tmp_path, capfd):
     )
     assert metrics(out)[0]["score_std"] > 0 and capfd.readouterr().out.count("reward model: ") == 3
     doctor.main(["--reward", spec, "--calibrate"])
-    assert "judgement  the teacher " in capfd.readouterr().out
+    assert "verdict    the teacher " in capfd.readouterr().out

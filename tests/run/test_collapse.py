@@ -219,7 +219,7 @@ def test_one_step_far_beyond_the_kl_target_is_said_at_once():
 
 
 FIRST = dict(held_out_distinct_4=0.867, held_out_diversity_mean=0.9, held_out_story_clusters=30)
-FIRST |= dict(held_out_teller_story=0.92)
+FIRST |= dict(held_out_style_story=0.92)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ FIRST |= dict(held_out_teller_story=0.92)
         (dict(held_out_diversity_mean=0.5), "become similar to one another (0.9 to 0.5)"),
         (dict(held_out_story_clusters=11), "few clusters of held-out stories are left (30 to 11)"),
         (
-            dict(held_out_teller_story=0.29),
+            dict(held_out_style_story=0.29),
             "fewer held-out texts are stories, not dull text (0.92 to 0.29)",
         ),
-        (dict(held_out_distinct_4=0.6, held_out_teller_story=0.7, held_out_diversity_mean=0.6), ""),
+        (dict(held_out_distinct_4=0.6, held_out_style_story=0.7, held_out_diversity_mean=0.6), ""),
     ],
 )
 def test_the_last_evaluation_is_compared_with_the_one_before_training(last, sentence):

@@ -53,15 +53,15 @@ def test_a_calibration_begins_with_a_forecast(capsys):
     lines = capsys.readouterr().out.splitlines()
     (forecast,) = [line for line in lines if line.startswith("forecast")]
     assert re.search(r"forecast +\d+ stories, .* (about|at most) \d+ min of grading", forecast)
-    (judgement,) = [line for line in lines if line.startswith("judgement")]
+    (verdict,) = [line for line in lines if line.startswith("verdict")]
     (asking,) = [line for line in lines if line.startswith("asking")]
-    assert lines.index(asking) < lines.index(forecast) < lines.index(judgement)
+    assert lines.index(asking) < lines.index(forecast) < lines.index(verdict)
 
 
 def test_the_built_in_teacher_is_announced_before_it_is_fitted(capsys):
     doctor.main(["--calibrate", "--per-kind", "2"])
     printed = capsys.readouterr().out
-    assert printed.index("\nfitting") < printed.index("\nforecast") < printed.index("\njudgement")
+    assert printed.index("\nfitting") < printed.index("\nforecast") < printed.index("\nverdict")
 
 
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):

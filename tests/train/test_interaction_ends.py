@@ -35,9 +35,9 @@ def test_weights_that_are_not_finite_are_not_saved_by_interaction(
         step = spoiling(interact.ppo.step, 2, lambda policy: policy.student)
         patch.setattr(interact.ppo, "step", step)
         line = fails(interact.main, argv, capsys)
-    assert "step 2 diverged" in line and "--sharpness-rate" in line
+    assert "step 2 diverged" in line and "--logit-scale-lr" in line
     assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
-    interact.main(["--resume", "--out", str(tmp_path / "i"), "--sharpness-rate", "0.01"])
+    interact.main(["--resume", "--out", str(tmp_path / "i"), "--logit-scale-lr", "0.01"])
     assert [record["step"] for record in metrics(tmp_path / "i")] == [1, 2, 3, 4]
 
 

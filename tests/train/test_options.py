@@ -97,7 +97,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --learner dpo --stories-per-opening 2 --kl-in loss|--learner dpo --stories-per-opening 2 --clip-ratio 0.1
 --learner dpo --stories-per-opening 2 --minibatch-size 3|--learner dpo --stories-per-opening 2 --micro-batch-size 1
 --grades 7|--grades 1537|--stories-per-step 8 --grades 9
---sharpness-rate 100|--stories-per-step 1e7 --kl-horizon 1e9|--eval-stories 1e7|--kl-horizon 1e-300|--kl-horizon 50"""
+--logit-scale-lr 100|--stories-per-step 1e7 --kl-horizon 1e9|--eval-stories 1e7|--kl-horizon 1e-300|--kl-horizon 50"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -123,7 +123,7 @@ def test_senseless_options_are_refused(argv):
         ("--judge judge.py --judge-model x", "--judge-model"),
         ("--kl-coef 0 --kl-target 3", "--kl-target"),
         ("--kl-coef 0 --kl-horizon 9000", "--kl-horizon"),
-        ("--teacher-url http://a --no-calibrate --require-judgement 0.8", "--require-judgement"),
+        ("--teacher-url http://a --no-calibrate --min-auc 0.8", "--min-auc"),
     ],
 )
 def test_an_option_that_another_leaves_without_effect_is_refused(argv, flag):

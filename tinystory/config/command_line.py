@@ -20,7 +20,7 @@ FIRST = set(
     "max_new_tokens budget_words diversity learner kl_coef "
     "teacher_prompt grades eval_graded temperature stories_per_opening judge".split()
 )
-# Flags of both commands, by names that nanoGPT and TRL have for them.
+# Flags of both commands, by names that nanoGPT and TRL have for them, and by earlier names.
 OTHER_NAMES = {
     "lr": ["--learning-rate"],
     "batch-size": [
@@ -36,6 +36,8 @@ OTHER_NAMES = {
     "dataset": ["--corpus"],
     "out-dir": ["--out"],
     "init-from": ["--init", "--resume"],
+    "require-judgement": ["--min-auc"],
+    "sharpness-rate": ["--logit-scale-lr"],
 }
 
 

@@ -18,7 +18,7 @@ ENDPOINT_OPTIONS = (  # without effect on the built-in teacher
 )
 TEACHER_OPTIONS = (  # without use in a control, unless they are given
     *("teacher_url", "any_model", "teacher_concurrency", "teacher_per_minute", "teacher_timeout"),
-    *("reward", "calibrate", "require_judgement"),
+    *("reward", "calibrate", "min_auc"),
     *ENDPOINT_OPTIONS,
 )
 
@@ -115,7 +115,7 @@ class InteractConfig(RunConfig):
         "whether to measure before the run how well --teacher-url distinguishes real stories from "
         "bad texts",
     )
-    require_judgement: float = option(
+    min_auc: float = option(
         0.0,
         "minimum AUC of the teacher's calibration, for the kind of bad text that it recognises "
         "best; 0.5 is chance",
@@ -177,7 +177,7 @@ class InteractConfig(RunConfig):
     lr_decay: bool = option(
         True, "linear decay of the learning rates to 0, over all updates of the run"
     )
-    sharpness_rate: float = option(
+    logit_scale_lr: float = option(
         0.03,
         "initial learning rate of the scale of all logits; 0: no separate learning rate",
         "[0, 10]",
@@ -302,7 +302,7 @@ class InteractConfig(RunConfig):
         if not is_url(self.judge):
             idle["judge_model"] = idle["judge_prompt"] = "without a URL: give --judge URL"
         if not self.calibrate:
-            idle["require_judgement"] = "with --no-calibrate: leave --no-calibrate out"
+            idle["min_auc"] = "with --no-calibrate: leave --no-calibrate out"
         if not self.kl_coef:
             no_penalty = "with --kl-coef 0, because the controller multiplies it: give a --kl-coef"
             idle["kl_target"] = idle["kl_horizon"] = no_penalty

@@ -13,7 +13,7 @@ _ENGLISH_PRETRAIN = dict(
     batch_size=16,
 )
 _ENGLISH_INTERACT = dict(
-    temperature=0.0, stories_per_step=768, learning_rate=4e-4, sharpness_rate=0.02
+    temperature=0.0, stories_per_step=768, learning_rate=4e-4, logit_scale_lr=0.02
 )
 # Source of `paper`: arXiv 2509.15714 and its public code. If these set no value, the defaults of
 # the libraries apply (gradient clipping in pretraining: transformers' Trainer; float32 in
@@ -55,7 +55,7 @@ _PAPER_INTERACT = dict(
     save_every=20,
     learning_rate=1e-6,
     lr_decay=False,
-    sharpness_rate=0.0,
+    logit_scale_lr=0.0,
     learner="gae",
     epochs=4,
     minibatch_size=0,

@@ -2,7 +2,7 @@
 judge's scores.
 
 The AUC of a kind of text is the probability that the judge scores a good text above a text of this
-kind (the area under the ROC curve; a tie counts one half). 0.5 is chance. `judgement` is the
+kind (the area under the ROC curve; a tie counts one half). 0.5 is chance. `best_auc` is the
 highest AUC over all kinds that are not TOO_EASY. A judge at chance for every kind teaches noise. A
 judge that recognises one kind can teach a student to avoid that kind."""
 
@@ -43,7 +43,7 @@ CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 STUDENT = "the student's texts"
 STUDENT_STORY = "the student's stories"
 STUDENT_DULL = "the student's dull texts"
-# Kinds that are no evidence of judgement, because the length of the text differs from a story's.
+# Kinds that are no evidence, because the length of the text differs from a story's.
 TOO_EASY = (GENERIC, ESSAY, PLEA)
 # The better kind to which a kind is compared, if it is not REAL. None: the kind is not compared.
 BETTER = {REAL: None, STUDENT_STORY: None, STUDENT_DULL: STUDENT_STORY}
@@ -60,11 +60,11 @@ GradeKnown = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     """Calibration results of a judge on `known`, from `known_stories`: {"stories", "unscored",
-    "judgement", "judgement_ci", "mean_auc", "kinds": {kind: {"mean", "auc", "ci"}}}. A value that
+    "best_auc", "best_auc_ci", "mean_auc", "kinds": {kind: {"mean", "auc", "ci"}}}. A value that
     could not be measured is None.
 
     Intervals are Wilson's. The number of trials is the number of stories of the smaller kind, which
-    is conservative. judgement_ci is wider than the interval of a single kind, because the judgement
+    is conservative. best_auc_ci is wider than the interval of a single kind, because best_auc
     is the best of several kinds."""
     scores = grade([(story.opening, story.story) for story in known])
     by_kind: dict[str, list[float]] = {story.kind: [] for story in known}
@@ -73,7 +73,7 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
             by_kind[story.kind].append(score)
 
     kinds: dict[str, dict[str, Any]] = {}
-    trials = {}  # number of trials per kind that counts for the judgement
+    trials = {}  # number of trials per kind that counts for best_auc
     for kind, values in by_kind.items():
         kinds[kind] = {"mean": mean_of(values)}
         better = BETTER.get(kind, REAL)
@@ -82,16 +82,16 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
         kinds[kind] |= area_and_interval(by_kind[better], values)
         if kinds[kind]["auc"] is not None and kind not in TOO_EASY:
             trials[kind] = min(len(by_kind[better]), len(values))
-    judgement = interval = None
+    best_auc = interval = None
     if trials:
         best = max(trials, key=lambda kind: kinds[kind]["auc"])
-        judgement = kinds[best]["auc"]
-        interval = list(wilson(judgement * trials[best], trials[best], len(trials)))
+        best_auc = kinds[best]["auc"]
+        interval = list(wilson(best_auc * trials[best], trials[best], len(trials)))
     return {
         "stories": len(known),
         "unscored": sum(score is None for score in scores),
-        "judgement": judgement,
-        "judgement_ci": interval,
+        "best_auc": best_auc,
+        "best_auc_ci": interval,
         "mean_auc": mean_of(kinds[kind]["auc"] for kind in trials),
         "kinds": kinds,
     }
@@ -113,7 +113,7 @@ def area_and_interval(better: Sequence[float], worse: Sequence[float]) -> dict[s
 
 def verdict(result: Mapping[str, Any]) -> str:
     """The result as a clause that completes the sentence "the teacher ..."."""
-    if result["judgement"] is None:
+    if result["best_auc"] is None:
         return (
             f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
         )
@@ -122,10 +122,10 @@ def verdict(result: Mapping[str, Any]) -> str:
         if value.get("auc") is not None and kind not in TOO_EASY:
             areas[kind] = value["auc"]
     listed = ", ".join(f"{kind} {area:.2f}" for kind, area in areas.items())
-    judgement = with_ci(result["judgement"], result["judgement_ci"])
+    best_auc = with_ci(result["best_auc"], result["best_auc_ci"])
     if can_judge(result):
         best = max(areas, key=areas.__getitem__)
-        return f"scores a story above {best} with probability {judgement} (all: {listed}; 0.5 is chance)"
+        return f"scores a story above {best} with probability {best_auc} (all: {listed}; 0.5 is chance)"
     worst = min(areas, key=areas.__getitem__)
     interval = result["kinds"][worst]["ci"]
     if interval[1] < 0.5:
@@ -135,7 +135,7 @@ def verdict(result: Mapping[str, Any]) -> str:
             '"good": "no" with a question to which no is the better answer (a JSON file for --teacher-prompt)'
         )
     return (
-        f"cannot distinguish a story from a bad text: it scores the story higher with probability {judgement} at "
+        f"cannot distinguish a story from a bad text: it scores the story higher with probability {best_auc} at "
         f"best ({listed}), where 0.5 is chance; the student would learn from noise"
     )
 
@@ -151,8 +151,8 @@ def value_as_teacher(result: Mapping[str, Any]) -> float:
 
 
 def can_judge(result: Mapping[str, Any]) -> bool:
-    """Whether the judgement is significantly better than chance: the interval lies above 0.5."""
-    return result["judgement"] is not None and result["judgement_ci"][0] > 0.5
+    """Whether best_auc is significantly better than chance: the interval lies above 0.5."""
+    return result["best_auc"] is not None and result["best_auc_ci"][0] > 0.5
 
 
 def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
@@ -172,11 +172,11 @@ def table(judge: str, result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def require(result: Mapping[str, Any], least: float) -> None:
-    """Raises UserError if the judgement is below `least`."""
-    judgement = result["judgement"]
-    if least and (judgement is None or judgement < least):
+    """Raises UserError if best_auc is below `least`."""
+    best_auc = result["best_auc"]
+    if least and (best_auc is None or best_auc < least):
         raise UserError(
-            f"--require-judgement {least:g} is not reached: the teacher {verdict(result)}; choose another teacher"
+            f"--min-auc {least:g} is not reached: the teacher {verdict(result)}; choose another teacher"
         )
 
 
@@ -203,16 +203,16 @@ def scaled(
 def calibrated(config: InteractConfig, grader: Grader, corpus: Sequence[str]) -> dict[str, Any]:
     """{"calibration": ...}, the result of a brief calibration before a run, for config.json. Prints
     the verdict. {} without a calibration: the built-in teacher needs none, and a human's time is
-    expensive. corpus: the student's corpus. Raises UserError if the judgement is below
-    --require-judgement, or not above chance."""
+    expensive. corpus: the student's corpus. Raises UserError if best_auc is below
+    --min-auc, or not above chance."""
     is_model = isinstance(grader, Teacher) and grader.model != HUMAN
     measures = bool(config.teacher_url) and config.calibrate and is_model
-    if not measures and not config.require_judgement:
+    if not measures and not config.min_auc:
         return {}
     known = known_texts(corpus)
     announce("calibration", grader, known)
     result = calibrate(of_grader(grader), known)
-    require(result, config.require_judgement)
+    require(result, config.min_auc)
     if measures and not can_judge(result):
         raise UserError(
             f"the run ends before its first step, because the teacher {verdict(result)}: try another "

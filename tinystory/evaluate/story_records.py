@@ -64,7 +64,7 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
     styles = [record["teller"] for record in records if "teller" in record]
     if styles:
         for style in dull.STYLES:
-            means[f"teller_{style}"] = styles.count(style) / len(styles)
+            means[f"style_{style}"] = styles.count(style) / len(styles)
     return means
 
 

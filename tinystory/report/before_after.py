@@ -132,8 +132,8 @@ class BeforeAfter:
         after = evaluation_means(self.after)
         shifts = []
         for key in before:
-            if key.startswith("teller_") and key in after:
-                style = key.removeprefix("teller_")
+            if key.startswith("style_") and key in after:
+                style = key.removeprefix("style_")
                 shifts.append(f"{style} {before[key]:.0%} → {after[key]:.0%}")
         if not shifts:
             return ""
@@ -212,9 +212,9 @@ def doubt(config: Record) -> str:
     """A sentence to show beside the conclusion if the calibration before the run found that the
     teacher cannot judge; "" otherwise, or without a calibration."""
     match config.get("options", {}).get("calibration"):
-        case {"judgement_ci": [float(low), _], "verdict": str(verdict)} if low <= 0.5:
+        case {"best_auc_ci": [float(low), _], "verdict": str(verdict)} if low <= 0.5:
             return f"But this teacher {printable(verdict)}."
-        case {"judgement_ci": None, "verdict": str(verdict)}:
+        case {"best_auc_ci": None, "verdict": str(verdict)}:
             return f"But this teacher {printable(verdict)}."
     return ""
 

@@ -24,7 +24,7 @@ from tinystory.student.model import Student, ValueHead
 EPS = 1e-8  # epsilon of Adam, as in PyTorch and TRL 0.9.4
 # Advice for a user after an update made weights that are not finite.
 TOO_LARGE = (
-    "lower --learning-rate, --sharpness-rate, --kl-coef or --value-coef, or give --grad-clip 1"
+    "lower --learning-rate, --logit-scale-lr, --kl-coef or --value-coef, or give --grad-clip 1"
 )
 
 
@@ -59,7 +59,7 @@ class RunState:
 
 class SharpAdam(torch.optim.Adam):
     """Adam for student, critic, and s. s is the logarithm of the logit scale (a factor on all
-    logits) and has its own learning rate, --sharpness-rate.
+    logits) and has its own learning rate, --logit-scale-lr.
 
     70 directions that each scale a part of the student were measured. s is the only direction with
     a gradient from 256 stories that is above noise (lab/LOG.md). After each step, s is folded into
@@ -70,13 +70,13 @@ class SharpAdam(torch.optim.Adam):
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
         self.norm = student.ln_f
-        self.sharpness = nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
+        self.log_scale = nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
         self.readers = [critic.linear.weight] if isinstance(critic, ValueHead) else []
         named = list(student.named_parameters())
         named += [(f"critic.{name}", parameter) for name, parameter in critic.named_parameters()]
         groups: list[dict[str, Any]] = [
             {"params": named, "lr": config.learning_rate},
-            {"params": [("sharpness", self.sharpness)], "lr": config.sharpness_rate},
+            {"params": [("log_scale", self.log_scale)], "lr": config.logit_scale_lr},
         ]
         super().__init__(groups, eps=EPS, fused=True)
         for group in self.param_groups:
@@ -92,15 +92,15 @@ class SharpAdam(torch.optim.Adam):
         # with respect to s is the sum of gradient times parameter, negated for the readers.
         slopes = [(p.grad * p).sum() for p in multiplied if p.grad is not None]
         slopes += [-(p.grad * p).sum() for p in divided if p.grad is not None]
-        self.sharpness.grad = torch.stack(slopes).sum()
+        self.log_scale.grad = torch.stack(slopes).sum()
         super().step()
 
-        factor = self.sharpness.exp()
+        factor = self.log_scale.exp()
         for p in multiplied:
             p.mul_(factor)
         for weight in divided:
             weight.div_(factor)
-        self.sharpness.zero_()
+        self.log_scale.zero_()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SIGNS = (
         0.6,
     ),
     ("collapse", "held_out_story_clusters", "few clusters of held-out stories are left", 0.4),
-    ("collapse", "held_out_teller_story", "fewer held-out texts are stories, not dull text", 0.7),
+    ("collapse", "held_out_style_story", "fewer held-out texts are stories, not dull text", 0.7),
     ("speed", "tokens_per_s", "the tokens per second fall", 0.25),
     # where dull text pauses, the loss rises to 1.7 times its lowest average (demo, 3 seeds)
     ("loss", "loss", "the loss explodes", 2.2),
