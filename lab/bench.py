@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> None:
         help="small: 4 layers of 256; gpt2s: GPT-2-small",
     )
     add_number(
-        parser, "--batch", 0, "[0, 1e6]", "number of sequences or stories; 0: as in lab/results.md"
+        parser,
+        "--batch",
+        0,
+        "[0, 1e6]",
+        "number of sequences or stories; 0: as in lab/results/speed.md",
     )
     add_number(parser, "--new", 90, "[1, 1e6]", "tokens per story")
     add(

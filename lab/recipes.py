@@ -1,5 +1,5 @@
 """Compare interaction recipes with controls that need no teacher or no training. This gives the
-tables of lab/results.md.
+tables of lab/results/demo.md.
 
 python lab/recipes.py --seeds 1 2 3
 python lab/recipes.py --seeds 1 2 3 --options "" "--lam 0.9" "shuffled: --grades 64 --steps 8"

@@ -121,7 +121,7 @@ class Plan:
     on_device: list[str]
 
 
-# `small` has the settings of lab/results.md, independent of the demo's. They learned most in
+# `small` has the settings of lab/results/pretraining.md, independent of the demo's. They learned most in
 # minutes on a CPU (lab/LOG.md): one epoch over more stories, a weak KL penalty, and the paper's
 # reward.
 SCALES = {

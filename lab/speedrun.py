@@ -1,12 +1,12 @@
 """The speedrun: seconds to train a student from scratch until it tells stories, with compiled
-kernels. lab/records.md has the rules, and lab/program.md explains how to take part.
+kernels. lab/speedrun.md has the rules and explains how to take part.
 
 python lab/speedrun.py                                       one seed of this checkout
 python lab/speedrun.py --seeds N N N --against COMMIT        ratio to a commit, interleaved
 python lab/speedrun.py --seeds N N N --against COMMIT --record "shorter contexts first"
 
 Each run has two threads, no GPU and an empty cache of corpora, and consists of the user's commands
-train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/records.md
+train_pretrain.py and train_interact.py with their defaults. --record adds a line to lab/speedrun.md
 for each checkout after the first with means that satisfy the rules. Give several commits with the
 oldest first, and a text of --record for each checkout after the oldest. The same teacher grades all
 checkouts.
@@ -37,7 +37,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.options import script_parser
 from tinystory.run.paths import ROOT, cache_dir
 
-RECORDS = ROOT / "lab" / "records.md"
+RECORDS = ROOT / "lab" / "speedrun.md"
 THREADS = 2
 # The minimum mean over the seeds of each measure of lab/recipes.py.
 RULES = {"reward": 0.65, "clusters": 39, "repeated_name": 0.91, "he_or_she": 0.90}
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="text for each change after a commit of --against; adds lines to lab/records.md",
+        help="text for each change after a commit of --against; adds lines to lab/speedrun.md",
     )
     options = parser.parse_args(argv)
     if options.record and len(options.record) != len(options.against):
@@ -206,7 +206,7 @@ def p_value(values: Sequence[float], least: float) -> float | None:
 
 
 def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
-    """Append a line to lab/records.md for each side after the first that meets the rules, with the
+    """Append a line to lab/speedrun.md for each side after the first that meets the rules, with the
     ratio to the previous record. changes: descriptions of the changes of the sides after the first.
     Raises UserError at the end if a side does not meet the rules."""
     record = sides[0]

@@ -4,7 +4,7 @@ endpoint. A judge of coherence alone would reward bland sentences.
 
 CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py ...
 
-docs/english.md has the other options. Environment variables:
+docs/corpus.md has the other options. Environment variables:
 
 CORPUS    the corpora and files to which the rubric is fitted, separated by spaces (default: builtin)
 READER    the reader: a value of --reader of lab/judge.py

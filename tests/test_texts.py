@@ -12,7 +12,7 @@ from tinystory.evaluate.forecast import stories_to_grade
 from tinystory.human.progress import COMPARED
 from tinystory.rl.policy import RunState
 
-PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("lab/*.md")]
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("lab/**/*.md")]
 WORDS = {"two": 2, "three": 3, "four": 4}
 
 
@@ -34,24 +34,24 @@ def row(path: str, *words: str) -> list[str]:
 
 def test_the_readmes_demo_has_the_figures_of_the_results():
     groups = [
-        row("lab/results.md", "before interaction"),
-        row("lab/results.md", "best temperature"),
-        row("lab/results.md", "--reward constant"),
-        row("lab/results.md", "the demo"),
+        row("lab/results/demo.md", "before interaction"),
+        row("lab/results/demo.md", "best temperature"),
+        row("lab/results/demo.md", "--reward constant"),
+        row("lab/results/demo.md", "the demo"),
     ]
     scores = [f"{float(group[2]):.1f}" for group in groups]
     clusters = [group[6].split(",")[0] for group in groups]
-    bits = re.search(r"bits per byte are ([\d.]+) and ([\d.]+)\.", text_of("lab/results.md"))
+    bits = re.search(r"bits per byte are ([\d.]+) and ([\d.]+)\.", text_of("lab/results/demo.md"))
     assert [cell for cell in row("README.md", "score", "0 to 9")[1:] if cell] == scores
     assert [cell for cell in row("README.md", "clusters", "64")[1:] if cell] == clusters
     assert [cell for cell in row("README.md", "bits per byte")[1:] if cell] == [*bits.groups()]
 
 
 def test_the_readmes_minutes_are_those_of_the_records():
-    stages = [float(cell) for cell in row("lab/records.md", "9f37e8f")[1:]]
+    stages = [float(cell) for cell in row("lab/speedrun.md", "9f37e8f")[1:]]
     _, _, corpus, pretraining, interaction = stages
     with_avx2 = re.search(
-        r"9f37e8f pretrains in (\d+) s and .* in (\d+) s", text_of("lab/records.md")
+        r"9f37e8f pretrains in (\d+) s and .* in (\d+) s", text_of("lab/speedrun.md")
     )
     seconds = [corpus + pretraining + interaction, corpus + sum(map(float, with_avx2.groups()))]
     said = re.findall(r"(\w+) and a half", text_of("README.md"))
@@ -89,7 +89,7 @@ def test_the_pages_describe_the_demo_by_its_options():
     assert million_words in row("lab/paper.md", "pretraining")[2]
     assert stories in row("lab/paper.md", "steps")[2]
     assert str(BUILTIN) in row("lab/paper.md", "opening")[2]
-    demo = text_of("lab/results.md")
+    demo = text_of("lab/results/demo.md")
     assert f"on {million_words}." in demo
     assert f"runs {interact.steps} PPO steps of {interact.stories_per_step} stories" in demo
     notebook = (ROOT / "examples" / "tinystory.ipynb").read_text()

@@ -36,8 +36,8 @@ def side(commit, seconds, measures=GOOD):
 
 
 def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, monkeypatch):
-    table = (ROOT / "lab" / "records.md").read_text()
-    records = tmp_path / "records.md"
+    table = (ROOT / "lab" / "speedrun.md").read_text()
+    records = tmp_path / "speedrun.md"
     records.write_text(table)
     monkeypatch.setattr(speedrun, "RECORDS", records)
     sides = [side("old", 90.0), side("newer", 40.0), side("newest", 30.0)]
@@ -58,7 +58,7 @@ def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, mo
 def test_a_side_that_breaks_a_rule_is_no_record_and_the_next_is_compared_with_the_one_before_it(
     tmp_path, monkeypatch, worse
 ):
-    records = tmp_path / "records.md"
+    records = tmp_path / "speedrun.md"
     records.write_text("")
     monkeypatch.setattr(speedrun, "RECORDS", records)
     sides = [side("old", 90.0), side("newer", 10.0, GOOD | worse), side("newest", 40.0)]

@@ -13,7 +13,8 @@ from tinystory.config.command_line import parse
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCS += [ROOT / "lab" / name for name in ("README.md", "results.md", "paper.md")]
+DOCS += [ROOT / "lab" / name for name in ("README.md", "findings.md", "paper.md")]
+DOCS += sorted((ROOT / "lab" / "results").glob("*.md"))
 OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port"
 OTHERS += " --max-logprobs --model --model_alias --gpu-memory-utilization --take_final --padding_side --no-deps"
 
@@ -88,7 +89,7 @@ def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_p
 def test_the_values_beside_trls_options_are_todays():
     paper = parse(InteractConfig, ["--preset", "paper"])
     compared = 0
-    for line in (ROOT / "docs" / "from-trl.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "learners.md").read_text().splitlines():
         cells = line.split(" | ")
         if len(cells) != 3:
             continue

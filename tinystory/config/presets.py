@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# TinyStories on two CPU cores: 16 minutes on a Zen 4, 86 on a Zen 3 (docs/english.md). The unlikely
+# TinyStories on two CPU cores: 16 minutes on a Zen 4, 86 on a Zen 3 (docs/corpus.md). The unlikely
 # tokens of so small a student are noise, so a temperature is chosen first.
 _ENGLISH_PRETRAIN = dict(
     n_layer=4,
@@ -84,7 +84,7 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "babylm-2026-strict-small": _PAPER_INTERACT,
 }
 # Option values for each learner of the table in tinystory/rl/learners.py, as measured on the demo
-# (lab/results.md). They apply unless the user or the preset gives others.
+# (lab/results/demo.md). They apply unless the user or the preset gives others.
 LEARNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "ridge": {},
     "gae": {},
