@@ -16,14 +16,16 @@ temperature with the highest mean coherence, paired by opening. Names, pronouns 
 the student before interaction are measured at its temperature too. Further controls are the best
 of four stories by the interaction's teacher, and the first of four that ends.
 
-The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how much
-more the interaction gains than each control, over all students, paired by student; and
+The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
+words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
+how much more the interaction gains than each control, over all students, paired by student; and
 least-squares fits of the gain of each student on two numbers that are known after the first step of
 interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
 OUT/gain.json (every number of the tables), OUT/coherence.svg and OUT/gain.svg."""
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -225,6 +227,8 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
                 cells.append("" if mean is None else f"{mean:.3f}")
             print_row(cells)
     print()
+    print_equivalents(students, names)
+    print()
     for control in (BEST_OF_4, ENDED_OF_4, *arms[1:]):
         differences = [student["gain"][arms[0]] - student["gain"][control] for student in students]
         above = interval(differences)
@@ -235,6 +239,55 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     columns = {"standard deviation": deviation, "headroom": headroom}
     for chosen in (["standard deviation"], ["headroom"], ["standard deviation", "headroom"]):
         print(fit(gains, {name: columns[name] for name in chosen}))
+
+
+def print_equivalents(students: Sequence[Record], names: Sequence[str]) -> None:
+    """Print the words of pretraining with the coherence of each row, divided by the words read: the
+    geometric mean over the seeds with its 95 % interval, and how many seeds' curves reach it."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for student in students:
+        before = student["rows"][student["before"]]["coherence"]
+        curves.setdefault(student["seed"], []).append((student["words"], before))
+    print_row(["words", *(f"times the words: {name}" for name in names)])
+    print_row(["---"] * (1 + len(names)))
+    for words, group in by_words(students).items():
+        cells = [f"{words:,}"]
+        for name in names:
+            ratios = []
+            for student in group:
+                curve = curves[student["seed"]]
+                level = dict(curve)[words] + student["gain"][name]
+                equivalent = words_equivalent(curve, words, level)
+                if equivalent is not None:
+                    ratios.append(math.log(equivalent / words))
+            cells.append(f"{shown_ratio(ratios)} ({len(ratios)} of {len(group)})")
+        print_row(cells)
+
+
+def words_equivalent(
+    curve: Sequence[tuple[int, float]], words: int, coherence: float
+) -> float | None:
+    """The words of pretraining, from `words` on, at which a curve of (words, coherence before
+    interaction) reaches a coherence, by interpolation over the logarithm of the words; None if the
+    curve ends below. A coherence below that of `words` counts as that of `words`."""
+    points = [point for point in sorted(curve) if point[0] >= words]
+    if coherence <= points[0][1]:
+        return words
+    for (lower, low), (upper, high) in itertools.pairwise(points):
+        if low <= coherence <= high:
+            fraction = (coherence - low) / (high - low)
+            return lower * (upper / lower) ** fraction
+    return None
+
+
+def shown_ratio(logarithms: Sequence[float]) -> str:
+    """The geometric mean of ratios with its 95 % interval, if there are two or more."""
+    if not logarithms:
+        return "above the curve"
+    if len(logarithms) == 1:
+        return f"{math.exp(logarithms[0]):.2f}"
+    mean, half = interval(logarithms)
+    return f"{math.exp(mean):.2f} [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
 
 
 def fit(gains: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:

@@ -19,8 +19,9 @@ Coreference is measured on unseen stories of the grammar or, for a student of an
 validation split.
 
 The command prints Markdown: means over the seeds, and the reward's standard error over the
-openings. It writes OUT/rows.jsonl, with each seed's measures and each story's reward and coherence, and
-OUT/reward.svg, README's picture. To measure with other options, delete OUT/rows.jsonl."""
+openings. It writes OUT/recipes.json (every number of the table), OUT/rows.jsonl (each seed's
+measures, and each story's reward and coherence) and OUT/reward.svg, README's picture. To measure
+with other options, delete OUT/rows.jsonl."""
 
 import json
 import math
@@ -31,7 +32,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -153,10 +154,10 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader) if options.reader else None
     with locked(out):
         records = compare(out, options.seeds, pretraining, arms, reader)
-    bars = print_table(records)
-    title = "Mean reward, 0 to 1, for held-out openings (± standard error over openings)"
-    figure = figures.bar_chart(title, bars, PLAIN_NAMES["the demo"])
-    atomic_write(out / "reward.svg", figures.standalone(figure))
+    rows = table(records)
+    print_table(rows)
+    atomic_write(out / "recipes.json", json.dumps(rows, indent=1) + "\n")
+    atomic_write(out / "reward.svg", draw(rows))
 
 
 def arm_of(text: str) -> Arm:
@@ -244,30 +245,43 @@ def again_for_control(pretraining: PretrainConfig, interaction: InteractConfig) 
     return again
 
 
-def print_table(records: Sequence[Record]) -> list[Bar]:
-    """A bar with the mean reward of each row, after printing the rows as Markdown."""
+def table(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """The means over the seeds by row and measure, each row's "standard_error" of the reward over
+    the openings, and its reward of each seed, "reward_by_seed"."""
     columns = [column for column in records[-1] if column not in NOT_SHOWN]
-    print(f"| | {' | '.join(columns)} | standard error |")
-    print("|---|" + "---|" * (len(columns) + 1))
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record["name"], []).append(record)
-    bars = []
+    rows: dict[str, dict[str, Any]] = {}
     for name, seeds in by_name.items():
-        openings = []
-        for rewards in zip(*(record["rewards"] for record in seeds), strict=True):
-            mean = mean_of(rewards)
-            if mean is not None:
-                openings.append(mean)
-        error = standard_error(openings)
+        by_opening = zip(*(seed["rewards"] for seed in seeds), strict=True)
+        rewards = [mean for opening in by_opening if (mean := mean_of(opening)) is not None]
+        error = standard_error(rewards)
         assert error is not None, "there are many openings"
-        options = name.strip("`")
-        bars.append(Bar(PLAIN_NAMES.get(options, options), fmean(openings), error))
-        values = [mean_of(record[column] for record in seeds) for column in columns]
-        values.append(error)
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        rows[name] = {column: mean_of(seed[column] for seed in seeds) for column in columns}
+        rows[name]["standard_error"] = error
+        rows[name]["reward_by_seed"] = [seed["reward"] for seed in seeds]
+    return rows
+
+
+def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the rows as Markdown."""
+    columns = [column for column in next(iter(rows.values())) if column != "reward_by_seed"]
+    print(f"| | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
+    for name, row in rows.items():
+        cells = ["" if row[column] is None else f"{row[column]:.3f}" for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
-    return bars
+
+
+def draw(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """README's picture, an SVG: the mean reward of each row."""
+    bars = []
+    for name, row in rows.items():
+        options = name.strip("`")
+        bars.append(Bar(PLAIN_NAMES.get(options, options), row["reward"], row["standard_error"]))
+    title = "Mean reward, 0 to 1, for held-out openings (± standard error over openings)"
+    return figures.standalone(figures.bar_chart(title, bars, PLAIN_NAMES["the demo"]))
 
 
 def load_student(folder: Path, device: torch.device) -> tuple[Student, Tokenizer]:
@@ -313,7 +327,7 @@ def measure(
     unseen: Sequence[str] = (),
 ) -> Record:
     """The measures of a row. A reward compares a story with the other chosen stories, one per
-    opening. reader: adds the mean `sense` of the stories' first sentences. unseen: texts for UNSEEN
+    opening. reader: adds the mean `coherence` of the stories' first sentences. unseen: texts for UNSEEN
     (default: stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(

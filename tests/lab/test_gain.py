@@ -1,6 +1,7 @@
 """lab/gain.py: the gain of each student, its intervals over seeds, and the fits."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -66,6 +67,17 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
     for name in ("coherence.svg", "gain.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
+
+
+def test_words_equivalent_is_on_the_students_own_curve():
+    curve = [(100, -0.8), (400, -0.4), (1600, -0.3)]
+    for coherence, words in {-0.9: 100, -0.6: 200, -0.4: 400, -0.35: 800, -0.2: None}.items():
+        assert gain.words_equivalent(curve, 100, coherence) == pytest.approx(words)
+    assert gain.words_equivalent(curve, 400, -0.6) == 400  # worse than before
+    assert gain.shown_ratio([]) == "above the curve"
+    assert gain.shown_ratio([0.0]) == "1.00"
+    # logarithms 0.1 apart: 12.706 * 0.1 / 2
+    assert gain.shown_ratio([math.log(2), math.log(2) + 0.1]) == "2.10 [1.11, 3.97]"
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,26 @@ def test_a_control_is_trained_beside_its_run(place, tmp_path):
     assert control.folder == run.folder / "controls" / "shuffled"
     assert [row.name for row in (run, control)] == [f"`{text}`" for text in arms]
     assert (control.folder / "comparison.json").exists()
+
+
+def test_the_table_has_means_over_the_seeds_and_an_error_over_the_openings(capsys):
+    seeds = [
+        {"name": name, "seed": seed, "rewards": rewards, "reward": np.mean(rewards), "bits": bits}
+        for seed, rewards in ((1, [0.2, 0.4]), (2, [0.4, 0.8]))
+        for name, bits in (("before interaction", 0.1 * seed), ("best of 4", None))
+    ]
+    rows = recipes.table(seeds)
+    before = rows["before interaction"]
+    assert before.pop("reward_by_seed") == pytest.approx([0.3, 0.6])
+    # openings have 0.3 and 0.6: a standard deviation of 0.212, divided by the root of 2
+    assert before == pytest.approx({"reward": 0.45, "bits": 0.15, "standard_error": 0.15})
+    before["reward_by_seed"] = [0.3, 0.6]
+    assert rows["best of 4"]["bits"] is None
+    recipes.print_table(rows)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "| | reward | bits | standard_error |"
+    assert printed[2:] == [
+        "| before interaction | 0.450 | 0.150 | 0.150 |",
+        "| best of 4 | 0.450 |  | 0.150 |",
+    ]
+    assert recipes.draw(rows).startswith("<svg xmlns")

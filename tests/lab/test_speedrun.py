@@ -4,10 +4,10 @@ import pytest
 from conftest import ROOT, fails
 
 from lab import speedrun
-from lab.speedrun import MEASURES, MOST_STORIES_BEFORE, RULES, Side, add_records, p_value
+from lab.speedrun import LEAST, MEASURES, MOST, Side, add_records, p_value
 
-GOOD = dict.fromkeys(MEASURES, 1.0) | {name: least * 1.02 for name, least in RULES.items()}
-GOOD["stories_before"] = MOST_STORIES_BEFORE / 1.02
+GOOD = dict.fromkeys(MEASURES, 1.0) | {name: least * 1.02 for name, least in LEAST.items()}
+GOOD |= {name: most / 1.02 for name, most in MOST.items()}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_records_are_appended_each_with_its_ratio_to_the_one_before(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "worse", [{"clusters": RULES["clusters"] - 1}, {"stories_before": MOST_STORIES_BEFORE * 1.02}]
+    "worse", [{"clusters": LEAST["clusters"] - 1}, {"best_bits": MOST["best_bits"] * 1.02}]
 )
 def test_a_side_that_breaks_a_rule_is_no_record_and_the_next_is_compared_with_the_one_before_it(
     tmp_path, monkeypatch, worse
