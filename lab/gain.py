@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TEXT",
         help="options of train_interact.py: the interaction, then controls (CONTROL: TEXT)",
     )
-    add("--reader", default=PACKAGED, metavar="NAME", help="language model that measures sense")
+    add("--reader", default=PACKAGED, metavar="NAME", help="language model that measures coherence")
     most = len(recipes.OPENINGS)
     add_number(parser, "--stories", 100, f"[2, {most}]", "number of stories per row")
     options = parser.parse_args(argv)

