@@ -20,8 +20,13 @@ def cpu_has_bf16() -> bool:
         return False
     # a private function, which some versions of torch do not have
     has_avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return has_avx512_bf16() or cpu_has_amx()
+
+
+def cpu_has_amx() -> bool:
+    """Whether the processor has AMX."""
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    return has_avx512_bf16() or has_amx()
+    return bool(has_amx())
 
 
 def upload(x: Tensor | ndarray, device: torch.device) -> Tensor:
