@@ -280,7 +280,7 @@ def against_backends(setup: Setup, T: int, runs: int, flush: Tensor) -> dict[str
 
 def overheads(device: torch.device, runs: int) -> dict[str, float]:
     """Microseconds that the host takes for a launch, and the device for a kernel launched by the
-    host and for a node of a graph, each a kernel without work; of these figures docs/kernels.md
+    host and for a node of a graph, each a kernel without work; of these figures lab/gpu.md
     makes estimates."""
     x = torch.zeros(1, device=device)
 

@@ -1,5 +1,5 @@
 """What one step must compute and move on a GPU, and what it asks of the host: the table in
-docs/kernels.md.
+lab/gpu.md.
 
 python lab/on_paper.py
 

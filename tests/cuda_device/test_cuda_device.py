@@ -55,7 +55,7 @@ def test_docs_have_the_table_on_paper():
     assert done.returncode == 0, done.stderr[-4000:]
     documented = {
         line.split("|")[1]: line
-        for line in (ROOT / "docs/kernels.md").read_text().splitlines()
+        for line in (ROOT / "lab/gpu.md").read_text().splitlines()
         if "|" in line
     }
     for line in done.stdout.splitlines()[2:]:

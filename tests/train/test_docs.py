@@ -13,7 +13,7 @@ from tinystory.config.command_line import parse
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCS += [ROOT / "lab" / name for name in ("README.md", "findings.md", "paper.md")]
+DOCS += [ROOT / "lab" / name for name in ("README.md", "findings.md", "gpu.md", "paper.md")]
 DOCS += sorted((ROOT / "lab" / "results").glob("*.md"))
 OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port"
 OTHERS += " --max-logprobs --model --model_alias --gpu-memory-utilization --take_final --padding_side --no-deps"
