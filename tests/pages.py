@@ -124,16 +124,19 @@ def main() -> int:
         )
         try:
             # the runs of `make demo`, which later pages name
-            demo = [
-                "python train_pretrain.py --out runs/demo/pretrain",
-                "python train_interact.py --init runs/demo/pretrain --out runs/demo/interact",
+            chosen = [
+                ("make demo", "python train_pretrain.py --out runs/demo/pretrain"),
+                (
+                    "make demo",
+                    "python train_interact.py --init runs/demo/pretrain --out runs/demo/interact",
+                ),
             ]
-            for page, command in [
-                *(("make demo", command) for command in demo),
-                *((page, command) for page in PAGES for command in commands(page)),
-            ]:
-                is_chosen = page == "make demo" or text in page or text in command
-                if is_chosen and not run(page, command, clone, environment):
+            for page in PAGES:
+                chosen += [
+                    (page, command) for command in commands(page) if text in page or text in command
+                ]
+            for page, command in chosen:
+                if not run(page, command, clone, environment):
                     failed.append(f"{page}: {command}")
         finally:
             server.kill()
