@@ -41,6 +41,7 @@ SMALLER = {
     "scripts/doctor.py": "--per-kind 2 --max-new-tokens 24",
     "lab/recipes.py": f"--seeds 1 2 --options '--steps 1 --stories-per-step 8' --pretrain '{SMALL_STUDENT}'",
     "lab/gain.py": "--help",
+    "lab/writing.py": "--help",
     "lab/reproduce.py": "--help",
     "lab/speedrun.py": "--help",
     "lab/verdicts.py": "--seeds 1",
