@@ -9,7 +9,7 @@ missing.
 
 The command builds nothing and changes nothing. Probing a teacher takes about six short requests.
 --calibrate measures how well a teacher judges texts of known quality, and with --init texts by that
-student. Without --teacher-prompt it compares all ways of asking, each with about 200 requests or
+student. Without --teacher-prompt it compares all prompts, each with about 200 requests or
 more (--per-kind sets the number). Replies are kept, so after Ctrl-C the same command continues. To
 test a human teacher, run scripts/teach.py and give the URL of its page."""
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
     """Print how the teacher scores texts of known quality. For a language model without
-    --teacher-prompt: by each way of asking."""
+    --teacher-prompt: by each prompt."""
     kinds = (*KINDS, DULL) if set(options.corpus) <= set(BUILTIN) else KINDS
     known = known_stories(corpus_documents(options.corpus), options.per_kind, kinds)
     if config.init:
@@ -181,10 +181,10 @@ def kept_replies() -> Path:
 
 
 def print_forecast(grader: Grader, known: Sequence[KnownStory], ways: int) -> None:
-    """Print what all ways of asking cost together. A way of asking has at most as many requests as
+    """Print what all prompts cost together. A prompt has at most as many requests as
     the first one."""
     forecast = grader.forecast(ways * len(known), known[0].opening) or f"{len(known)} texts"
-    title = f"{ways} ways of asking x {len(known)} texts: " if ways > 1 else ""
+    title = f"{ways} prompts x {len(known)} texts: " if ways > 1 else ""
     print(f"{'forecast':10} {title}{forecast}", flush=True)
 
 
@@ -198,7 +198,7 @@ def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print one column for each way of asking."""
+    """Print one column for each prompt."""
     columns = [calibration.table(way, result) for way, result in results.items()]
     rows = [[line[0][0], *(cells[-1] for cells in line)] for line in zip(*columns, strict=True)]
     for line in aligned(rows):
@@ -208,7 +208,7 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
 def print_choice(
     config: InteractConfig, corpus: Sequence[str], results: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Print which way of asking judges best (on the student's own texts, if --init gives a student),
+    """Print which prompt judges best (on the student's own texts, if --init gives a student),
     and the command for a run with it."""
     known = {way: result for way, result in results.items() if result["best_auc"] is not None}
     if not known:

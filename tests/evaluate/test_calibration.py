@@ -228,7 +228,7 @@ def test_the_doctor_says_the_whole_cost_first_and_each_result_at_once_and_keeps_
         assert ended.value.code in (130, -signal.SIGINT)
         lines = capsys.readouterr().out.splitlines()
         forecast = next(i for i, line in enumerate(lines) if line.startswith("forecast"))
-        assert "5 ways of asking x 144 texts: 720 stories, " in lines[forecast]
+        assert "5 prompts x 144 texts: 720 stories, " in lines[forecast]
         asked = [line.split()[1] for line in lines if line.startswith("asking")]
         assert asked == ["event", "examples", "sense"]
         first_table = next(i for i, line in enumerate(lines) if "words shuffled" in line)

@@ -53,9 +53,9 @@ def test_a_healthy_run_is_left_alone():
         ("collapse", "shrink", "--kl-coef", dict(length_mean=30.0)),
         ("collapse", "entropy", "--kl-coef", dict(entropy=20.0)),
         ("collapse", "have the same reward", "--kl-coef", dict(reward_std=0.001)),
-        ("kl", "the KL runs away", "--kl-horizon", dict(kl=12.0)),
-        ("loss", "the value loss explodes", "--learning-rate", dict(value_loss=90.0)),
-        ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
+        ("kl", "the KL far exceeds its target", "--kl-horizon", dict(kl=12.0)),
+        ("loss", "the value loss diverges", "--learning-rate", dict(value_loss=90.0)),
+        ("loss", "the gradient diverges", "--grad-clip", dict(grad_norm=300.0)),
         ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
         ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
         (
@@ -104,7 +104,7 @@ def test_a_loss_of_pretraining_that_rises_is_said():
     falling = [dict(step=step, loss=7 - step / 50) for step in range(200)]
     assert kinds(falling) == set() and kinds([*falling, *[dict(step=200, loss=6.5)] * 90]) == set()
     warnings = CollapseDetector([*falling, *[dict(step=200, loss=9.0)] * 90]).warnings
-    assert warnings.keys() == {"loss"} and "the loss explodes (3.51 to 7.8" in warnings["loss"][1]
+    assert warnings.keys() == {"loss"} and "the loss diverges (3.51 to 7.8" in warnings["loss"][1]
 
 
 def test_batches_of_dull_text_and_of_stories_are_no_explosion():
@@ -214,7 +214,7 @@ def test_one_step_far_beyond_the_kl_target_is_said_at_once():
     """As after the first update of a student with too high a learning rate."""
     records = [dict(step=1, kl=0.0), dict(step=2, kl=6.1)]
     step, warning = CollapseDetector(records, 2.0).warnings["kl"]
-    assert step == 2 and "the KL runs away (6.1 nats per story, target 2)" in warning
+    assert step == 2 and "the KL far exceeds its target (6.1 nats per story, target 2)" in warning
     assert kinds([dict(step=1, kl=0.0), dict(step=2, kl=5.9)]) == set()
 
 

@@ -282,7 +282,7 @@ def test_the_line_of_a_stopped_run_can_be_pasted(place, own, tmp_path, capsys, m
         out = str(tmp_path / module.__name__)
         with interrupted_at(module, step=2):
             module.main([*options, "--out", out])
-        (line,) = re.findall("go on with: (.*)", capsys.readouterr().out)
+        (line,) = re.findall("Resume with: (.*)", capsys.readouterr().out)
         assert "Once" not in line
         assert "--resume" in fails(module.main, [*options, "--out", out], capsys)
         assert "again on the command line" in fails(module.main, ["--resume", "--out", out], capsys)

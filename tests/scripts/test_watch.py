@@ -42,7 +42,7 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
     assert "▁" in text
     assert "█" in text
-    assert "Warning at step 4: the KL runs away" in " ".join(text.split())
+    assert "Warning at step 4: the KL far exceeds its target" in " ".join(text.split())
     assert [line for line in lines if line.startswith("Step 12")] == [
         f"Step 12, reward {i}: Once story {i} [31mred blue" for i in (6, 7, 8)
     ]

@@ -132,7 +132,7 @@ def test_a_signal_ends_pretraining_by_the_signal_after_it_saved(place, tmp_path)
     process.terminate()
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == -signal.SIGTERM
-    assert "all saved; go on with: " in output
+    assert "everything is saved. Resume with: " in output
     assert checkpoint.read_counters(checkpoint.newest(run))["step"] == metrics(run)[-1]["step"]
 
 

@@ -46,7 +46,7 @@ class InteractConfig(RunConfig):
     )
     stop_on_collapse: bool = option(
         False,
-        "whether to save and end the run when the stories collapse or the KL runs away",
+        "whether to save and end the run when the stories collapse or the KL far exceeds its target",
     )
 
     teacher_url: list[str] = option(
@@ -91,7 +91,7 @@ class InteractConfig(RunConfig):
     )
     teacher_prompt: str = option(
         "",
-        "way of asking the teacher: event, examples, sense or thread, which are yes-or-no questions; "
+        "prompt of the teacher: event, examples, sense or thread, which are yes-or-no questions; "
         "grades; or a JSON file with other criteria or questions (docs/teachers.md). Default: "
         "grades; for a student of the demo's corpora "
         f"{TEACHER_DEFAULTS['teacher_prompt']}, with further options that the run prints. "
@@ -206,7 +206,7 @@ class InteractConfig(RunConfig):
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(
         0.95,
-        "lambda of GAE; 1 is better with --learner gae, and with few stories per step",
+        "lambda of GAE; use 1 with --learner gae, or with few stories per step",
         "[0, 1]",
     )
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
@@ -249,7 +249,7 @@ class InteractConfig(RunConfig):
     )
     judge_model: str = option("", "model name of a --judge URL (default: the server's first model)")
     judge_prompt: str = option(
-        "", "way of asking a --judge URL; the values are those of --teacher-prompt"
+        "", "prompt of a --judge URL; the values are those of --teacher-prompt"
     )
 
     def check_together(self) -> None:

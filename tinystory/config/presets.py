@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# TinyStories on two CPU cores: 16 minutes on a Zen 4, 86 on a Zen 3 (docs/corpus.md). The unlikely
-# tokens of so small a student are noise, so a temperature is chosen first.
+# TinyStories on two CPU cores. The unlikely tokens of so small a student are noise, so a temperature
+# is chosen first.
 _ENGLISH_PRETRAIN = dict(
     n_layer=4,
     n_embd=256,

@@ -42,7 +42,7 @@ def print_forecast(
 
 def demo_stories(teacher_prompt: str) -> int:
     """Number of stories that a model grades in the demo, and of the texts by which the model is
-    measured before it. teacher_prompt: the way of asking; grades are given to all stories."""
+    measured before it. teacher_prompt: the prompt; grades are given to all stories."""
     options = TEACHER_DEFAULTS | {"teacher_prompt": teacher_prompt}
     if teacher_prompt in ("", "grades"):
         options = {}

@@ -1,4 +1,4 @@
-"""What the terminal shows when a run ends: how to go on with it, or its result and what comes
+"""What the terminal shows when a run ends: how to resume it, or its result and what comes
 next."""
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from tinystory.teacher.endpoint import HUMAN
 def print_stopped(config: RunConfig, command: str, after: str) -> None:
     """How to resume a run that was asked to stop. after: a step or a number of words."""
     resume = hint(command, "--out", Path(config.out), "--resume", *given_again(config))
-    print(f"stopped after {after}, all saved; go on with: {resume}")
+    print(f"stopped after {after}, everything is saved. Resume with: {resume}")
 
 
 def print_interaction(config: InteractConfig) -> None:

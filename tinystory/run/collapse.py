@@ -1,5 +1,5 @@
-"""Warnings from metrics.jsonl, once per kind: the stories collapse, the KL runs away, the loss
-explodes, the student overfits, the scores have no signal, or a second judge disagrees."""
+"""Warnings from metrics.jsonl, once per kind: the stories collapse, the KL exceeds its target, the
+loss diverges, the student overfits, the scores have no signal, or a second judge disagrees."""
 
 import math
 from collections import deque
@@ -35,9 +35,9 @@ SIGNS = (
     ("collapse", "held_out_style_story", "fewer held-out texts are stories, not dull text", 0.7),
     ("speed", "tokens_per_s", "the tokens per second fall", 0.25),
     # where dull text pauses, the loss rises to 1.7 times its lowest average (demo, 3 seeds)
-    ("loss", "loss", "the loss explodes", 2.2),
-    ("loss", "value_loss", "the value loss explodes", 10),
-    ("loss", "grad_norm", "the gradient explodes", 10),
+    ("loss", "loss", "the loss diverges", 2.2),
+    ("loss", "value_loss", "the value loss diverges", 10),
+    ("loss", "grad_norm", "the gradient diverges", 10),
 )
 OVERFITTED = 1.2  # ratio of the validation loss to its lowest value
 FAR = 3  # ratio of the KL to its target
@@ -49,10 +49,10 @@ ADVICE = {
     "speed": "to end other programs, OMP_WAIT_POLICY=passive, or fewer threads (OMP_NUM_THREADS=1)",
     "predicted": "more --grades, or another --teacher-prompt if the teacher was not calibrated, or only "
     "just above chance",
-    "judge": "a higher --kl-coef, fewer --steps, or another way of asking the teacher (--teacher-prompt)",
+    "judge": "a higher --kl-coef, fewer --steps, or another --teacher-prompt",
     "signal": "another --teacher-model, more discriminating criteria (--teacher-prompt), or a "
-    "student that was pretrained longer (scripts/doctor.py --calibrate distinguishes a teacher that "
-    "cannot judge)",
+    "student that was pretrained longer (scripts/doctor.py --calibrate measures whether the "
+    "teacher can judge)",
 }
 SAME = 0.9  # scores carry no signal if this fraction of a step's stories has the same score
 LEAST_R_SQUARED = 0.2  # minimum R-squared of predicted scores
@@ -98,7 +98,7 @@ class CollapseDetector:
         kl = record.get("kl")
         if kl is not None and kl > FAR * self.kl_target:
             signs["kl"].append(
-                f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})"
+                f"the KL far exceeds its target ({kl:.1f} nats per story, target {self.kl_target:g})"
             )
         if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
             signs["loss"].append("every step skips minibatches")

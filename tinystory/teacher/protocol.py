@@ -24,7 +24,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way of asking a teacher. preface: first sentences of the system message. scale: what
+    """A prompt of a teacher. preface: first sentences of the system message. scale: what
     `fitted` has measured."""
 
     criteria: tuple[Criterion, ...]
