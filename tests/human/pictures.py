@@ -33,7 +33,7 @@ def main() -> None:
         command = [*command_of(server), "--init", str(ROOT / "runs" / "demo" / "pretrain")]
         trainer = train(command, folder)
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": WIDTH, "height": 700})
+        page = chromium.new_page(viewport={"width": WIDTH, "height": 380})
         page.set_default_timeout(600_000)
 
         def draw(name: str) -> None:

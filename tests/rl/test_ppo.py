@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -364,6 +365,18 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == pytest.approx(stats[1] | {"unscored": 1}, rel=0, abs=0, nan_ok=True)
+
+
+def test_one_story_has_a_standard_deviation_of_zero(student):
+    batch = random_batch([5], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs, _ = ppo.response_logprobs(student, batch)
+    batch.ref_logprobs = batch.logprobs
+    head = ValueHead(student.config.n_embd)
+    learner = policy(student, head, SharpAdam(student, head, CONFIG), CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ppo.step(learner, batch, [0.5], 0.2)["reward_std"] == 0
 
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):

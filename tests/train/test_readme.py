@@ -90,6 +90,15 @@ def test_the_commands_of_the_readme_are_found():
     assert found[-1] == "python train_interact.py --reward my_reward.py"
 
 
+def test_the_two_commands_stand_in_the_first_block_with_their_price_and_ci_runs_the_second():
+    block = re.search(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    assert block.splitlines()[0] == "git clone URL && cd tinystory"
+    for command in ("make demo", "make test"):
+        price = rf"^{command} +# .*: \d+ minutes, after installing \d+ MB"
+        assert re.search(price, block, re.M), command
+    assert re.search("^make test$", (ROOT / ".ci" / "run").read_text(), re.M)
+
+
 def test_a_demo_installs_no_package_of_the_tests_and_make_test_does():
     def installs(target: str) -> str:
         command = ["make", "--dry-run", "--assume-new=pyproject.toml", target]
