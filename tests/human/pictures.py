@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from conftest import ROOT
 from fault_server import closed_port
+from PIL import Image
 from playwright import sync_api
 from test_browser import CHROMIUM, command_of, compare_by, grade_by, read, start, train
 
@@ -22,6 +23,7 @@ from tinystory.rubric.rubric import Rubric
 PICTURES = ROOT / ".github"
 GRADED = 46  # when the middle of the run is drawn
 WIDTH = 1000
+COLOURS = 64
 
 
 def main() -> None:
@@ -37,7 +39,10 @@ def main() -> None:
         page.set_default_timeout(600_000)
 
         def draw(name: str) -> None:
-            page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+            path = PICTURES / f"{name}.png"
+            page.screenshot(path=path, full_page=True)
+            with Image.open(path) as picture:
+                picture.convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
         try:
             page.goto(f"http://127.0.0.1:{port}")
