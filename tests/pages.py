@@ -93,9 +93,11 @@ def smaller(command: str) -> str:
     """The command with placeholders replaced and options that make it small. Of alternatives
     (a|b), the first is taken."""
     command = re.sub(r"(\w+)(?:\|\w+)+", r"\1", command)
-    if "--teacher-url" in command:  # README's servers, each with a model of its own
-        command = re.sub(r"--teacher-url \S+", f"--teacher-url {SERVER}", command)
-        command = re.sub(r"--teacher-model \S+", "--teacher-prompt grades", command)
+    if "--teacher-url" in command:  # of another model, which can answer questions
+        command = re.sub(r"--teacher-url( \S+)?", f"--teacher-url {SERVER}", command)
+        command = re.sub(r"--teacher-model \S+", "", command)
+        if "train_interact" in command and "--teacher-prompt" not in command:
+            command += " --teacher-prompt grades"
     for placeholder, value in PLACEHOLDERS.items():
         command = re.sub(rf"(?<![\w/-]){re.escape(placeholder)}(?![\w/-])", value, command)
     script = re.search(r"python (\S+)", command)[1]
