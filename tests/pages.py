@@ -65,6 +65,7 @@ LEFT_OUT = {
     "bench.py peers": "needs other programs",
     "--preset english": "needs a download",
     "lab/on_paper.py": "needs the simulated device",
+    "lab/compare.py": "needs a language model, which compares two stories",
     "lab/track.py": "needs a tracker's package (tests/lab/test_track.py)",
     "runs/positive": "needs a download",
     "models/small": "needs the runs of the BabyLM presets",
