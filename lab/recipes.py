@@ -84,8 +84,9 @@ FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these 
 COREFERENCE = 300  # number of unseen stories for coreference
 # fields of a record that the table leaves out
 NOT_SHOWN = ("name", "seed", "rewards", "coherences")
-# Measures on the unseen stories, at the row's temperature. best_bits: bits per byte at the student's
-# own best temperature, a mean over the stories. Rows that choose among stories have none.
+# Measures on the unseen stories, at the row's temperature. bits_per_byte is of a stream of stories,
+# cut at the context. best_bits is of whole stories at the student's own best temperature, so it is
+# lower. Rows that choose among stories have none.
 UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte", "best_bits")
 SENTENCES = 5  # sentences of a story whose coherence is measured
 CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many stories
@@ -93,6 +94,7 @@ CLUSTERED = 64  # distinct_4 and clusters are means over groups of this many sto
 PLAIN_NAMES = {
     "the demo": "PPO, the demo: 1 536 grades",
     "--grades 64 --steps 8 --eval-every 0": "PPO, 64 grades in 8 steps",
+    "shuffled: ": "PPO, the demo's scores in random order",
     "--reward likelihood": "PPO, own likelihood as the score",
     "--reward constant": "PPO, every score equal",
 }
