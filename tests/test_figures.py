@@ -10,6 +10,7 @@ from lab import gain
 from lab.gain import BEST_OF_4
 from lab.intervals import interval
 
+DEMO: dict[str, dict[str, Any]] = json.loads((ROOT / "lab" / "results" / "demo.json").read_text())
 STUDENTS: list[dict[str, Any]] = json.loads((ROOT / "lab" / "gain.json").read_text())
 # the arms of lab/gain.json: two seeds of interaction, and shuffled scores
 _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
@@ -17,6 +18,70 @@ _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
 
 def text_of(path: str) -> str:
     return " ".join((ROOT / path).read_text().split())
+
+
+def cells(path: str, words: str) -> list[str]:
+    """The cells of the page's first table row that begins with the words, without the first."""
+    for line in (ROOT / path).read_text().splitlines():
+        first, *others = (cell.strip(" *") for cell in line.strip().strip("|").split("|"))
+        if line.startswith("|") and first.startswith(words):
+            return others
+    raise AssertionError(f"{path} has no row that begins with {words!r}")
+
+
+def best_temperature() -> str:
+    """The row before interaction, at a lower temperature, with the highest score."""
+    rows = [name for name in DEMO if name.startswith("before, temperature")]
+    return max(rows, key=lambda name: DEMO[name]["score"])
+
+
+def test_the_readmes_table_of_the_demo():
+    before, after = "before interaction", "the demo"
+    columns = [before, best_temperature(), "`--reward constant`", "`shuffled: `", after]
+    for words, key, shown in (
+        ("teacher's score", "score", "{:.1f}"),
+        ("texts that are stories", "story", "{:.0%}"),
+        ("clusters among 64", "clusters", "{:.0f}"),
+        ("bits per byte", "best_bits", "{:.3f}"),
+    ):
+        expected = [shown.format(DEMO[name][key]).replace("%", " %") for name in columns]
+        assert cells("README.md", words) == expected
+
+
+def test_the_table_of_the_demo():
+    rows = {
+        "before interaction": "before interaction",
+        "before, at the best temperature": best_temperature(),
+        "before, best of 4 by log-likelihood": "before, best of 4 by likelihood",
+        "before, best of 4 by reward": "before, best of 4 by reward",
+        "the demo": "the demo",
+        "`--grades 64": "`--grades 64 --steps 8 --eval-every 0`",
+        "`--control`": "`shuffled: `",
+        "`--reward likelihood`": "`--reward likelihood`",
+        "`--reward constant`": "`--reward constant`",
+    }
+    for words, name in rows.items():
+        row = DEMO[name]
+        bits = row["best_bits"]
+        assert cells("lab/results/demo.md", words) == [
+            f"{row['reward']:.3f} ± {row['standard_error']:.3f}",
+            f"{row['score']:.2f}",
+            *(f"{row[key]:.2f}" for key in ("story", "ended", "distinct_4")),
+            f"{row['clusters']:.0f}, {row['largest']:.0f}",
+            "" if bits is None else f"{bits:.3f}",
+        ]
+
+
+def test_what_the_findings_say_of_the_demo():
+    before, demo, shuffled = (
+        DEMO[name] for name in ("before interaction", "the demo", "`shuffled: `")
+    )
+    text = text_of("lab/findings.md")
+    assert f"from {100 * before['story']:.0f} to {100 * demo['story']:.0f} %" in text
+    assert f"score from {before['score']:.1f} to {demo['score']:.1f} of 9" in text
+    assert f"they are {100 * shuffled['story']:.0f} % and {shuffled['score']:.1f}" in text
+    assert f"rise from {before['best_bits']:.3f} to {demo['best_bits']:.3f}" in text
+    assert f"to {shuffled['best_bits']:.3f} with the same scores in random order" in text
 
 
 def gains(words: int, name: str) -> list[float]:

@@ -32,19 +32,21 @@ def row(path: str, *words: str) -> list[str]:
     raise AssertionError(f"{path} has no row {words}")
 
 
-def test_the_readmes_demo_has_the_figures_of_the_results():
-    groups = [
-        row("lab/results/demo.md", "before interaction"),
-        row("lab/results/demo.md", "best temperature"),
-        row("lab/results/demo.md", "--reward constant"),
-        row("lab/results/demo.md", "the demo"),
-    ]
-    scores = [f"{float(group[2]):.1f}" for group in groups]
-    clusters = [group[6].split(",")[0] for group in groups]
-    bits = re.search(r"bits per byte are ([\d.]+) and ([\d.]+)\.", text_of("lab/results/demo.md"))
-    assert [cell for cell in row("README.md", "score", "0 to 9")[1:] if cell] == scores
-    assert [cell for cell in row("README.md", "clusters", "64")[1:] if cell] == clusters
-    assert [cell for cell in row("README.md", "bits per byte")[1:] if cell] == [*bits.groups()]
+def test_the_readmes_first_table_has_the_figures_of_the_results():
+    """In the order of README's rows: the results' rows with these words."""
+    results = {
+        "before interaction": "none: before interaction",
+        "best temperature": "none: the best temperature",
+        "in random order": "the 64 answers, shuffled",
+        "every score equal": "a constant score",
+        "make demo": "the demo: ridge regression",
+    }
+    for words, result in results.items():
+        cell = row("lab/results/demo.md", result)
+        score = cell[2] if result.startswith(("none", "the 64", "a const")) else cell[3]
+        assert row("README.md", words)[1] == f"{float(score):.1f}"
+    answers = float(row("lab/results/demo.md", "Qwen 1.5B, 64 answers")[2])
+    assert row("README.md", "64 answers of Qwen 1.5B, 8 steps")[1] == f"{answers:.1f}"
 
 
 def test_the_readmes_minutes_are_those_of_the_records():

@@ -124,7 +124,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(
     with FaultServer(script) as server:
         code, output = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
         assert code == -signal.SIGINT
-        assert "stopped after step 1, all saved" in output
+        assert "stopped after step 1, everything is saved" in output
         assert checkpoint.newest(stopped).name == "step_0000001"
         code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, *resumed(stopped, server.url))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2

@@ -134,7 +134,7 @@ train_interact.main(sys.argv[2:])
         "--steps 3 --reward random --init {} --out {}", tmp_path / "p", tmp_path / "i"
     )
     printed = on_two_processes(script, place / "cache", *argv, succeeds=False)
-    assert printed.count("stopped after step 1, all saved") == 1
+    assert printed.count("stopped after step 1, everything is saved") == 1
     assert "Mean reward" not in printed
     assert len(metrics(tmp_path / "i")) == 1
 
