@@ -85,9 +85,9 @@ def test_a_run_records_who_tells_its_stories(documents):
     )
     records = story_records(1, stories, grades, [0.5] * 4, [1.0] * 4, {"corpus": ["dull"]})
     expected = [dull.STORY, *map(dull.style_of, documents[:3])]
-    assert [record["teller"] for record in records] == expected
+    assert [record["style"] for record in records] == expected
     means = story_means(records)
     assert means["style_story"] == 0.25
     assert sum(means[f"style_{kind}"] for kind in dull.STYLES) == 1
     unmixed = story_records(1, stories, grades, [0.5] * 4, [1.0] * 4, {})
-    assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])
+    assert not any("style" in key for key in [*unmixed[0], *story_means(unmixed)])

@@ -331,7 +331,7 @@ def test_the_shift_in_kinds_of_style_is_shown(tmp_path):
     for record, kind in zip(
         (*records[0], *records[1]), ("list", "story", "story", "story"), strict=True
     ):
-        record["teller"] = kind
+        record["style"] = kind
     assert "list 50% → 0%" in comparison.styles() and "story 50% → 100%" in comparison.styles()
 
 

@@ -14,7 +14,7 @@ from tinystory.teacher.grade import NOT_ASKED, Grade, highest_score, score_means
 
 def learned_dull_text(history: Mapping[str, Any]) -> bool:
     """Whether a student with this history was trained on the built-in dull text, so that the style
-    of a story can be recognised (`teller` in the records)."""
+    of a story can be recognised (`style` in the records)."""
     return "dull" in (history.get("corpus") or ())
 
 
@@ -45,7 +45,7 @@ def story_records(
             "ended": story.ended,
         }
         if learned_dull_text(history):
-            record["teller"] = dull.style_of(story.text)
+            record["style"] = dull.style_of(story.text)
         records.append(record)
     return records
 
@@ -61,7 +61,7 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
     }
-    styles = [record["teller"] for record in records if "teller" in record]
+    styles = [record["style"] for record in records if "style" in record]
     if styles:
         for style in dull.STYLES:
             means[f"style_{style}"] = styles.count(style) / len(styles)
