@@ -70,12 +70,11 @@ PROMPTS = {
     f"{LIMITS}\n\nBeginning: {{opening}}\n\nThe child's continuation: {{story}}",
 }
 REPLY_TOKENS = 200
-# Options of the two ways of learning, each for two passes. A KL target that no step exceeds, because
-# the teacher's texts are not the student's samples.
-READ = (
-    "--learner sft-best --epochs 1 --steps 2 --temperature 1 --learning-rate 2e-4 --kl-target 1e6"
-)
-PREFER = "--learner dpo --steps 2 --learning-rate 1e-4 --kl-target 1e6"
+# Options of the two ways of learning: two passes, with an optimizer step per 16 texts. No step exceeds
+# the KL target, because the teacher's texts are not the student's samples.
+PASSES = "--steps 2 --minibatch-size 16 --kl-target 1e6"
+READ = f"{PASSES} --learner sft-best --epochs 1 --temperature 1 --learning-rate 2e-4"
+PREFER = f"{PASSES} --learner dpo --learning-rate 1e-4"
 READING = Learner(equal_targets, likelihood_loss)
 CORPUS_SHARE = 0.2  # of the words that "read" learns from
 
