@@ -1,7 +1,7 @@
 """Does a student learn more from what a teacher writes than from what it scores? An experiment.
 
 python lab/writing.py --seeds 71 72 73 --teacher-url URL --teacher-model NAME --reader GEMMA \\
-    --pretrain "--preset english --corpus FILE --words 1500000" \\
+    --pretrain "--preset english --corpus FILE --words 1500000 --val-fraction 0.1" \\
     --options "I --grades 256" "I --grades 256 --teacher-prompt examples --teacher-url URL"
 
 For each seed, a student is pretrained with --pretrain. The student then writes a story for each of
@@ -14,7 +14,7 @@ teacher's text against the student's own story ("prefer"), or by the one and the
 ("both"). Next-word prediction is mixed with a fifth of the student's corpus, and happens before the
 temperature is folded in, because text at temperature 1 would undo the fold. Controls: each story
 with the correction of another story ("shuffled"), and as many words of real stories that the
-student has not read. --options adds interactions by train_interact.py, as in lab/recipes.py: scores
+student has not read (held out, and not among those on which students are measured). --options adds interactions by train_interact.py, as in lab/recipes.py: scores
 at the same price. Finished students and measured rows are not repeated.
 
 The command prints the tokens of each kind of text, and a table of measures at --temperature for
