@@ -11,11 +11,12 @@ reply is kept in OUT/replies.jsonl with its tokens, and no request is repeated.
 
 The student learns from these texts by next-word prediction on them ("read"), by DPO with the
 teacher's text against the student's own story ("prefer"), or by the one and then the other
-("both"). Next-word prediction is mixed with a fifth of the student's corpus, and happens before the
+("both"). Next-word prediction is mixed with a fifth of real stories, and happens before the
 temperature is folded in, because text at temperature 1 would undo the fold. Controls: each story
-with the correction of another story ("shuffled"), and as many words of real stories that the
-student has not read (held out, and not among those on which students are measured). --options adds interactions by train_interact.py, as in lab/recipes.py: scores
-at the same price. Finished students and measured rows are not repeated.
+with the correction of another story ("shuffled"), and as many words of real stories. Real stories
+are held out, so the student has not read them, and are not those on which students are measured.
+--options adds interactions by train_interact.py, as in lab/recipes.py: scores at the same price.
+Finished students and measured rows are not repeated.
 
 The command prints the tokens of each kind of text, and a table of measures at --temperature for
 held-out openings: means over the seeds, and the gain in coherence with its 95 % interval."""
