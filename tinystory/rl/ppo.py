@@ -176,7 +176,7 @@ def step(
     mean_reward = float(rewards.mean())
     statistics = {
         "reward_mean": mean_reward,
-        "reward_std": float(rewards.std()) if len(scored) > 1 else 0.0,
+        "reward_std": float(rewards.std(correction=int(len(scored) > 1))),
         "unscored": len(story_rewards) - len(scored),
         "kl": mean_kl,
         "kl_coef": kl_coef,
