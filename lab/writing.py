@@ -21,6 +21,7 @@ Finished students and measured rows are not repeated.
 The command prints the tokens of each kind of text, and a table of measures at --temperature for
 held-out openings: means over the seeds, and the gain in coherence with its 95 % interval."""
 
+import argparse
 import json
 import os
 import sys
@@ -130,29 +131,24 @@ def main(argv: list[str] | None = None) -> None:
     students = []
     with locked(out), open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
         for seed in options.seeds:
-            folded = [options.temperature]
-            start, *_ = rows = [
+            temperature = options.temperature
+            untaught = recipes.train_students(out, seed, pretraining, arms, [temperature])
+            start = untaught[0].folder
+            lessons = collect(out, seed, start, options, write)
+            rows = [
                 row
-                for row in recipes.train_students(out, seed, pretraining, arms, folded)
-                if row.chosen_by == "first"
+                for row in untaught
+                if row.chosen_by == "first" and (row.folder != start or row.temperature != 1)
             ]
-            lessons = collect(out, seed, start.folder, options, write)
-            rows = rows[1:]  # without the row at temperature 1
-            rows += taught_rows(out, seed, start.folder, config, lessons, options.temperature)
+            rows += taught_rows(out, seed, start, config, lessons, temperature)
             unseen = recipes.unseen_texts(config)
-            students.append(
-                {
-                    row.name: recipes.measured(
-                        out / "rows.jsonl",
-                        row.name,
-                        seed,
-                        partial(
-                            recipes.measure, row, rubric, recipes.CONFIG, openings, reader, unseen
-                        ),
-                    )
-                    for row in rows
-                }
-            )
+            measures = {}
+            for row in rows:
+                measure = partial(
+                    recipes.measure, row, rubric, recipes.CONFIG, openings, reader, unseen
+                )
+                measures[row.name] = recipes.measured(out / "rows.jsonl", row.name, seed, measure)
+            students.append(measures)
     print_prices(out)
     print_table(students, f"before, temperature {options.temperature}")
 
@@ -186,7 +182,11 @@ def teacher(url: str, model: str) -> Callable[[str], Reply]:
 
 
 def collect(
-    out: Path, seed: int, start: Path, options: Any, write: Callable[[str], Reply]
+    out: Path,
+    seed: int,
+    start: Path,
+    options: argparse.Namespace,
+    write: Callable[[str], Reply],
 ) -> dict[str, list[Lesson]]:
     """The lessons by kind of text, after asking the teacher for those that are missing. A
     continuation does not depend on the student, so all seeds have the same."""
@@ -207,13 +207,13 @@ def collect(
         )
     path = out / "replies.jsonl"
     known = {(each["kind"], each["seed"], each["index"]): each for each in read_records(path)}
-    wanted = []
+    requests = []  # (key, prompt)
     for kind, prompt in PROMPTS.items():
         asked_by = seed if "{story}" in prompt else 0
         for i, story in enumerate(own):
             text = prompt.format(opening=story.opening, story=story.text)
-            wanted.append(((kind, asked_by, i), text))
-    missing = [(key, text) for key, text in wanted if key not in known]
+            requests.append(((kind, asked_by, i), text))
+    missing = [(key, text) for key, text in requests if key not in known]
     with open(path, "a") as file, ThreadPoolExecutor(options.concurrency) as pool:
         replies = pool.map(write, [text for _, text in missing])
         for (key, _), reply in zip(missing, replies, strict=True):
@@ -221,7 +221,7 @@ def collect(
             file.write(json.dumps(known[key]) + "\n")
             file.flush()
     lessons: dict[str, list[Lesson]] = {}
-    for (key, _), story in zip(wanted, own * len(PROMPTS), strict=True):
+    for (key, _), story in zip(requests, own * len(PROMPTS), strict=True):
         chosen = known[key]["text"].removeprefix(story.opening).strip()
         lessons.setdefault(key[0], []).append(Lesson(story.opening, chosen, story.text))
     corrections = lessons["correction"]
@@ -349,20 +349,23 @@ def as_story(tokenizer: Tokenizer, index: int, opening: str, text: str, context:
 
 def print_prices(out: Path) -> None:
     """Print the number of texts of each kind, and the words and tokens per text."""
-    print("| text | number | words | tokens in | tokens out |\n|---|---|---|---|---|")
+    gain.print_row(["text", "number", "words", "tokens in", "tokens out"])
+    gain.print_row(["---"] * 5)
     by_kind: dict[str, list[Record]] = {}
     for reply in read_records(out / "replies.jsonl"):
         by_kind.setdefault(reply["kind"], []).append(reply)
     for kind, replies in by_kind.items():
         words = mean_of(len(reply["text"].split()) for reply in replies)
         tokens = [mean_of(reply[key] for reply in replies) for key in ("tokens_in", "tokens_out")]
-        print(f"| {kind} | {len(replies)} | {words:.0f} | {tokens[0]:.0f} | {tokens[1]:.0f} |")
+        numbers = [len(replies), words, *tokens]
+        gain.print_row([kind, *(f"{number:.0f}" for number in numbers)])
 
 
 def print_table(students: Sequence[Mapping[str, Record]], before: str) -> None:
     """Print the measures of each row, and its gain in coherence over the row `before`."""
-    print(f"\n| | gain in coherence | {' | '.join(gain.SHOWN)} |")
-    print("|---" * (2 + len(gain.SHOWN)) + "|")
+    print()
+    gain.print_row(["", "gain in coherence", *gain.SHOWN])
+    gain.print_row(["---"] * (2 + len(gain.SHOWN)))
     for name in students[0]:
         gains = [
             gain.paired_gain(student[before]["coherences"], student[name]["coherences"])
@@ -370,7 +373,7 @@ def print_table(students: Sequence[Mapping[str, Record]], before: str) -> None:
         ]
         means = [mean_of(student[name].get(key) for student in students) for key in gain.SHOWN]
         cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
-        print(f"| {name} | {interval(gains)} | {' | '.join(cells)} |")
+        gain.print_row([name, str(interval(gains)), *cells])
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
     known = known_stories(corpus_documents(options.corpus), options.per_kind, kinds)
     if config.init:
         known += student_texts(config, options.per_kind)
-    ways = [config.teacher_prompt]
+    prompts = [config.teacher_prompt]
     replies = options.replies
     if config.teacher_url:
-        ways = [config.teacher_prompt] if config.teacher_prompt else list(PROTOCOLS)
+        prompts = [config.teacher_prompt] if config.teacher_prompt else list(PROTOCOLS)
         replies = replies or kept_replies()
     elif not config.reward:
         fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
@@ -142,25 +142,25 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
 
     results: dict[str, dict[str, Any]] = {}
     try:
-        for way in ways:
-            name = way or config.reward or "the teacher"
+        for prompt in prompts:
+            name = prompt or config.reward or "the teacher"
             print(f"{'asking':10} {name}", flush=True)
             with open_grader(
-                replace(config, teacher_prompt=way, any_model=True),
+                replace(config, teacher_prompt=prompt, any_model=True),
                 corpus=options.corpus,
                 replies=replies,
                 examples=lambda: worked_examples(corpus_documents(options.corpus)),
             ) as grader:
                 is_human = isinstance(grader, Teacher) and grader.model == HUMAN
                 if is_human:
-                    ways = [way]
-                if way == ways[0]:
-                    print_forecast(grader, known, len(ways))
+                    prompts = [prompt]
+                if prompt == prompts[0]:
+                    print_forecast(grader, known, len(prompts))
                 try:
                     results[name] = measured(grader, known)
                 except calibration.NoScores as error:
                     print(f"{'':10} {error}", flush=True)
-            if len(ways) > 1 and name in results:
+            if len(prompts) > 1 and name in results:
                 print_table({name: results[name]})
             if is_human:
                 break
@@ -180,11 +180,11 @@ def kept_replies() -> Path:
     return cache_dir() / "doctor_replies.jsonl"
 
 
-def print_forecast(grader: Grader, known: Sequence[KnownStory], ways: int) -> None:
+def print_forecast(grader: Grader, known: Sequence[KnownStory], prompts: int) -> None:
     """Print what all prompts cost together. A prompt has at most as many requests as
     the first one."""
-    forecast = grader.forecast(ways * len(known), known[0].opening) or f"{len(known)} texts"
-    title = f"{ways} prompts x {len(known)} texts: " if ways > 1 else ""
+    forecast = grader.forecast(prompts * len(known), known[0].opening) or f"{len(known)} texts"
+    title = f"{prompts} prompts x {len(known)} texts: " if prompts > 1 else ""
     print(f"{'forecast':10} {title}{forecast}", flush=True)
 
 
@@ -199,7 +199,7 @@ def measured(grader: Grader, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print one column for each prompt."""
-    columns = [calibration.table(way, result) for way, result in results.items()]
+    columns = [calibration.table(prompt, result) for prompt, result in results.items()]
     rows = [[line[0][0], *(cells[-1] for cells in line)] for line in zip(*columns, strict=True)]
     for line in aligned(rows):
         print(f"{'':10} {line}", flush=True)
@@ -210,13 +210,13 @@ def print_choice(
 ) -> None:
     """Print which prompt judges best (on the student's own texts, if --init gives a student),
     and the command for a run with it."""
-    known = {way: result for way, result in results.items() if result["best_auc"] is not None}
+    known = {prompt: result for prompt, result in results.items() if result["best_auc"] is not None}
     if not known:
         print(f"{'verdict':10} this teacher gave no scores: choose another model")
         return
-    best = max(known, key=lambda way: calibration.value_as_teacher(known[way]))
-    way = f", asked {best}," if len(results) > 1 else ""
-    print(f"{'verdict':10} the teacher{way} {calibration.verdict(known[best])}")
+    best = max(known, key=lambda prompt: calibration.value_as_teacher(known[prompt]))
+    prompt = f", asked {best}," if len(results) > 1 else ""
+    print(f"{'verdict':10} the teacher{prompt} {calibration.verdict(known[best])}")
     if not calibration.can_judge(known[best]):
         print(f"{'':10} choose another model, or test more texts (--per-kind)")
     elif config.teacher_url:

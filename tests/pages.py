@@ -17,7 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lab.runs import interact_config, pretrain_config
+from tinystory.evaluate.corruptions import unseen_stories
+from tinystory.run.errors import UserError
+from tinystory.run.paths import ROOT
+
 PAGES = (
     *("README.md", "docs/start.md", "docs/corpus.md", "docs/teachers.md", "docs/learners.md"),
     *("docs/metrics.md", "docs/evaluation.md", "docs/kernels.md", "lab/README.md"),
@@ -111,9 +117,6 @@ def smaller(command: str) -> str:
 
 def wrong_options(command: str) -> str:
     """What is wrong with the options of a train command that is left out, or ""."""
-    from lab.runs import interact_config, pretrain_config
-    from tinystory.run.errors import UserError
-
     words = shlex.split(command)
     parse = pretrain_config if "train_pretrain.py" in words else interact_config
     if not {"train_pretrain.py", "train_interact.py"} & set(words):
@@ -139,7 +142,6 @@ def main() -> int:
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(clone),
-            "WANDB_MODE": "offline",
         }
         server = subprocess.Popen(
             ["python", "scripts/serve_teacher.py"],
@@ -174,8 +176,6 @@ def main() -> int:
 
 def prepare(clone: Path) -> None:
     """Write the files that commands name: README's reward, a corpus and openings."""
-    from tinystory.evaluate.corruptions import unseen_stories
-
     reward = re.search(
         r"^```python\n(# my_reward\.py .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
     )

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from conftest import ROOT
+from test_texts import row, text_of
 
 from lab import gain
 from lab.gain import BEST_OF_4
@@ -14,19 +15,6 @@ DEMO: dict[str, dict[str, Any]] = json.loads((ROOT / "lab" / "results" / "demo.j
 STUDENTS: list[dict[str, Any]] = json.loads((ROOT / "lab" / "gain.json").read_text())
 # the arms of lab/gain.json: two seeds of interaction, and shuffled scores
 _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
-
-
-def text_of(path: str) -> str:
-    return " ".join((ROOT / path).read_text().split())
-
-
-def cells(path: str, words: str) -> list[str]:
-    """The cells of the page's first table row that begins with the words, without the first."""
-    for line in (ROOT / path).read_text().splitlines():
-        first, *others = (cell.strip(" *") for cell in line.strip().strip("|").split("|"))
-        if line.startswith("|") and first.startswith(words):
-            return others
-    raise AssertionError(f"{path} has no row that begins with {words!r}")
 
 
 def best_temperature() -> str:
@@ -45,7 +33,7 @@ def test_the_readmes_table_of_the_demo():
         ("bits per byte", "best_bits", "{:.3f}"),
     ):
         expected = [shown.format(DEMO[name][key]).replace("%", " %") for name in columns]
-        assert cells("README.md", words) == expected
+        assert row("README.md", words)[1:] == expected
 
 
 def test_the_table_of_the_demo():
@@ -61,13 +49,13 @@ def test_the_table_of_the_demo():
         "`--reward constant`": "`--reward constant`",
     }
     for words, name in rows.items():
-        row = DEMO[name]
-        bits = row["best_bits"]
-        assert cells("lab/results/demo.md", words) == [
-            f"{row['reward']:.3f} ± {row['standard_error']:.3f}",
-            f"{row['score']:.2f}",
-            *(f"{row[key]:.2f}" for key in ("story", "ended", "distinct_4")),
-            f"{row['clusters']:.0f}, {row['largest']:.0f}",
+        measures = DEMO[name]
+        bits = measures["best_bits"]
+        assert row("lab/results/demo.md", words)[1:] == [
+            f"{measures['reward']:.3f} ± {measures['standard_error']:.3f}",
+            f"{measures['score']:.2f}",
+            *(f"{measures[key]:.2f}" for key in ("story", "ended", "distinct_4")),
+            f"{measures['clusters']:.0f}, {measures['largest']:.0f}",
             "" if bits is None else f"{bits:.3f}",
         ]
 

@@ -1,7 +1,7 @@
 """Redraw .github/teach*.png: a run of the demo's student that is taught on the page for a human
 grader, by the rubric in a person's place.
 
-    make demo; python tests/human/pictures.py     five minutes on two cores; needs a Chromium"""
+    python tests/human/pictures.py     three minutes on two cores, after make demo and make test; needs a Chromium"""
 
 import sys
 import tempfile

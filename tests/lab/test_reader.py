@@ -66,7 +66,7 @@ def by_hand(context, words):
     return np.array(out)
 
 
-def test_sense_is_what_its_docstring_says(judge):
+def test_coherence_is_what_its_docstring_says(judge):
     prefix = ["<bos>", "A", "story", "for", "children:"]
     sentences = [
         "The dog saw a red cat.".split(),

@@ -324,7 +324,7 @@ def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
     assert "before interaction, reward 0.5:" in text and "None" not in text and "score" not in text
 
 
-def test_the_shift_in_kinds_of_style_is_shown(tmp_path):
+def test_the_shift_in_styles_is_shown(tmp_path):
     records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
     comparison = BeforeAfter(*records)
     assert comparison.styles() == ""

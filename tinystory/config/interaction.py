@@ -9,7 +9,7 @@ from tinystory.run.options import is_url, option
 
 FEWEST_GRADES = 8  # minimum of --grades
 LEAST_TEMPERATURE = 0.01
-# the named ways to ask a teacher: PROTOCOLS in tinystory/teacher/named_protocols.py
+# the named prompts: PROTOCOLS in tinystory/teacher/named_protocols.py
 PROMPTS = ("event", "examples", "sense", "thread", "grades")
 REWARDS = ("random", "constant", "likelihood")  # controls of --reward; else a function in a file
 ENDPOINT_OPTIONS = (  # without effect on the built-in teacher
@@ -95,7 +95,7 @@ class InteractConfig(RunConfig):
         "grades; or a JSON file with other criteria or questions (docs/teachers.md). Default: "
         "grades; for a student of the demo's corpora "
         f"{TEACHER_DEFAULTS['teacher_prompt']}, with further options that the run prints. "
-        "scripts/doctor.py measures which way judges best",
+        "scripts/doctor.py measures which one judges best",
     )
     price_in: float = option(0.0, "price of a million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(
