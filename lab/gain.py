@@ -12,9 +12,10 @@ Finished runs and measured rows are not repeated.
 
 A reader that taught nobody (--reader) scores the coherence of the stories' first five sentences
 (lab/reader.py). The gain is the coherence after interaction minus the coherence before it, at the
-temperature with the highest mean coherence, paired by opening. Names, pronouns and bits per byte of
-the student before interaction are measured at its temperature too. Further controls are the best
-of four stories by the interaction's teacher, and the first of four that ends.
+temperature that the interaction folds into the student, paired by opening. Names, pronouns and bits
+per byte of the student before interaction are measured at this temperature too. Further controls
+are a temperature of four fifths of it without training, the best of four stories by the
+interaction's teacher, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
 words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
@@ -53,7 +54,7 @@ from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record, read_stories
 from tinystory.teacher.grade import Grader
 
-TEMPERATURES = (0.5, 0.4)  # of the student before interaction
+LOWER = 0.8  # a control: this fraction of the interaction's temperature
 # names of rows: controls that choose among four stories, before and after interaction
 BEST_OF_4 = "before, best of 4 by the teacher"
 ENDED_OF_4 = "before, first of 4 that ends"
@@ -100,6 +101,13 @@ def main(argv: list[str] | None = None) -> None:
         pretrain_config([*pretraining, "--words", str(words)])
     for arm in arms.values():
         interact_config(arm.words)
+    teaching = interact_config(arms[options.options[0]].words)
+    if teaching.temperature == 0:
+        raise UserError(
+            "--options needs a --temperature above 0, for the student before interaction"
+        )
+    temperatures = (teaching.temperature, round(LOWER * teaching.temperature, 3))
+    before, lower = (f"before, temperature {temperature}" for temperature in temperatures)
     reader = Reader(options.reader)
     summaries = []
     with locked(out):
@@ -107,11 +115,10 @@ def main(argv: list[str] | None = None) -> None:
             argv = [*pretraining, "--words", str(words)]
             folder = out / str(words)
             students = [
-                train_and_measure(folder, seed, argv, arms, reader, options.stories)
+                train_and_measure(folder, seed, argv, arms, temperatures, reader, options.stories)
                 for seed in options.seeds
             ]
-            before = best_temperature(students)
-            summaries += [summarise(words, student, before) for student in students]
+            summaries += [summarise(words, student, before, lower) for student in students]
     atomic_write(out / "gain.json", json.dumps(summaries, indent=1) + "\n")
     print_tables(summaries, students[0]["arms"])
     draw(out, summaries, students[0]["arms"])
@@ -122,14 +129,16 @@ def train_and_measure(
     seed: int,
     pretraining: Sequence[str],
     arms: Mapping[str, Arm],
+    temperatures: Sequence[float],
     reader: Reader,
     stories: int,
 ) -> Record:
     """A student's record: `seed`; `rows`, the measures by the row's name; `score_std` and
-    `score_mean` of the first step of interaction, 0..1. Trains and measures what is missing."""
+    `score_mean` of the first step of interaction, 0..1. Trains and measures what is missing.
+    temperatures: of the student before interaction, that of the interaction first."""
     rows = [
         row
-        for row in recipes.train_students(out, seed, pretraining, arms, TEMPERATURES)
+        for row in recipes.train_students(out, seed, pretraining, arms, temperatures)
         if row.chosen_by == "first"
     ]
     start = rows[0].folder
@@ -151,8 +160,8 @@ def train_and_measure(
     teaching = interact_config(next(iter(arms.values())).words)
     with open_grader(teaching, corpus=config.corpus) as teacher:
         for row in (
-            Row(BEST_OF_4, start, TEMPERATURES[0], n=4, chosen_by="reward"),
-            Row(ENDED_OF_4, start, TEMPERATURES[0], n=4, chosen_by="ended"),
+            Row(BEST_OF_4, start, temperatures[0], n=4, chosen_by="reward"),
+            Row(ENDED_OF_4, start, temperatures[0], n=4, chosen_by="ended"),
             Row(BEST_OF_4_AFTER, arm_rows[0].folder, n=4, chosen_by="reward"),
         ):
             by_name[row.name] = measured(row, teacher, reader)
@@ -173,11 +182,12 @@ def first_scores(run: Path) -> list[float]:
     return [story["score"] for story in stories if story["score"] is not None]
 
 
-def summarise(words: int, student: Record, before: str) -> Record:
-    """A student's numbers for the tables. before: name of the row before interaction."""
+def summarise(words: int, student: Record, before: str, lower: str) -> Record:
+    """A student's numbers for the tables. before, lower: names of the rows before interaction, at
+    the interaction's temperature and at a lower one."""
     rows = student["rows"]
     gains = {}
-    for name in (*CHOSEN, *student["arms"]):
+    for name in (lower, *CHOSEN, *student["arms"]):
         gains[name] = paired_gain(rows[before]["coherences"], rows[name]["coherences"])
     measures = {}
     for name, row in rows.items():
@@ -192,19 +202,9 @@ def paired_gain(before: Sequence[float | None], after: Sequence[float | None]) -
     return fmean(new - old for old, new in pairs if old is not None and new is not None)
 
 
-def best_temperature(students: Sequence[Record]) -> str:
-    """Name of the row with the highest mean coherence among the temperatures before interaction."""
-    names = [f"before, temperature {temperature}" for temperature in TEMPERATURES]
-
-    def mean_coherence(name: str) -> float:
-        return fmean(student["rows"][name]["coherence"] for student in students)
-
-    return max(names, key=mean_coherence)
-
-
 def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     """Print the gains by words of pretraining, the other measures, and the fits."""
-    names = (*CHOSEN, *arms)
+    names = [*students[0]["gain"]]
     header = ["words", "coherence before", *(f"gain: {name}" for name in names)]
     header += ["first scores: standard deviation", "mean"]
     print_row(header)
@@ -229,7 +229,7 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     print()
     print_equivalents(students, names)
     print()
-    for control in (BEST_OF_4, ENDED_OF_4, *arms[1:]):
+    for control in (name for name in names if name not in (arms[0], BEST_OF_4_AFTER)):
         differences = [student["gain"][arms[0]] - student["gain"][control] for student in students]
         above = interval(differences)
         print(f"interaction above {control}: {above} over {len(students)} students")

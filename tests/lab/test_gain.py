@@ -10,7 +10,9 @@ from conftest import fails
 from lab import gain, recipes
 from tinystory.student import checkpoint
 
-ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3", "--options", "", "shuffled: "]
+OPTIONS = "--temperature 0.5"
+ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3"]
+ARGV += ["--options", OPTIONS, f"shuffled: {OPTIONS}"]
 
 
 def record(words, seed):
@@ -57,6 +59,7 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
         # the second opening has no coherence before, so it counts for no gain
         assert student["gain"]["`shuffled: `"] == pytest.approx(0.25)
         assert student["gain"][gain.BEST_OF_4] == pytest.approx(0)
+        assert student["gain"]["before, temperature 0.4"] == pytest.approx(-0.1)
         expected = 0.1 + student["score_std"] + (1 - student["score_mean"]) / 2
         assert student["gain"]["the demo"] == pytest.approx(expected)
         assert "rewards" not in student["rows"]["the demo"]
@@ -86,6 +89,10 @@ def test_words_equivalent_is_on_the_students_own_curve():
         (["--words", "400", "--seeds", "1"], "--seeds needs two seeds or more"),
         (["--words", "0", "--seeds", "1", "2"], "--words must be"),
         (["--words", "400", "--seeds", "1", "2", "--options", "--lam 7"], "--lam must be"),
+        (
+            ["--words", "400", "--seeds", "1", "2", "--options", "--temperature 0"],
+            "needs a --temperature above 0",
+        ),
     ],
 )
 def test_options_are_checked_before_the_first_run(argv, complaint, measured, tmp_path, capsys):
@@ -120,7 +127,7 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     argv = ["--corpus", str(place / "corpus.txt")]
     out = tmp_path / "out"
     out.mkdir()
-    student = gain.train_and_measure(out, 1, argv, arms, "reader", 5)
+    student = gain.train_and_measure(out, 1, argv, arms, (0.5, 0.4), "reader", 5)
     assert calls == [
         ("before interaction", 4, 1.0, None),
         ("before, temperature 0.5", 1, 0.5, "reader"),
@@ -132,4 +139,6 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     assert (student["score_std"], student["score_mean"]) == pytest.approx((0.2, 0.5))
     assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["coherence"] == 5
     calls.clear()
-    assert gain.train_and_measure(out, 1, argv, arms, "reader", 5) == student and not calls
+    assert (
+        gain.train_and_measure(out, 1, argv, arms, (0.5, 0.4), "reader", 5) == student and not calls
+    )
