@@ -307,7 +307,7 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
     groups = by_words(students)
     millions = [words / 1e6 for words in groups]
     names = {BEST_OF_4: BEST_OF_4, arms[0]: "after interaction"}
-    names |= {arm: arm.partition(":")[0].strip("`") for arm in arms[1:]}
+    names |= {arm: short_name(arm, arms[0]) for arm in arms[1:]}
     curves = {"before": [student["rows"][student["before"]]["coherence"] for student in students]}
     for row, name in names.items():
         curves[name] = [student["rows"][row]["coherence"] for student in students]
@@ -338,6 +338,15 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
         size=(640, 320),
     )
     atomic_write(out / "gain.svg", figures.standalone(gain))
+
+
+def short_name(arm: str, interaction: str) -> str:
+    """The name of an arm's control, or else the words that the interaction's options lack."""
+    control, colon, _ = arm.strip("`").partition(": ")
+    if colon:
+        return control
+    known = interaction.strip("`").split()
+    return " ".join(word for word in arm.strip("`").split() if word not in known)
 
 
 def by_words(students: Sequence[Record]) -> dict[int, list[Record]]:

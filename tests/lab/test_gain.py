@@ -83,6 +83,12 @@ def test_words_equivalent_is_on_the_students_own_curve():
     assert gain.shown_ratio([math.log(2), math.log(2) + 0.1]) == "2.10 [1.11, 3.97]"
 
 
+def test_a_lines_name_is_what_differs_from_the_interaction():
+    interaction = "`--steps 8 --reward lab/two_judges.py`"
+    assert gain.short_name("`shuffled: --steps 8`", interaction) == "shuffled"
+    assert gain.short_name("`--steps 8 --reward likelihood`", interaction) == "likelihood"
+
+
 @pytest.mark.parametrize(
     "argv, complaint",
     [
