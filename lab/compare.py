@@ -5,9 +5,11 @@ python lab/compare.py runs/demo/interact --teacher-url URL   before against afte
 python lab/compare.py A B --teacher-url URL                  the stories of A against those of B
 
 A and B are checkpoints, runs, folders saved by transformers, or .jsonl files with an `opening` and
-a `story` in each line. URL is the server of a language model. To compare the stories yourself, run
-scripts/teach.py with --teacher-prompt lab/comparison.json, and give the URL of its page. The result
-about a run is saved in the run's folder."""
+a `story` in each line. URL is the server of a language model. With --teacher-prompt
+lab/preference.json, a small model answers a yes-or-no question, and the probability of its answer
+counts. To compare the stories yourself, run scripts/teach.py with --teacher-prompt
+lab/comparison.json, and give the URL of its page. The result about a run is saved in the run's
+folder."""
 
 import sys
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 from lab import findings
 from lab.preference import (
     BEFORE_AFTER,
-    COMPARISON,
     compare,
     compared_pairs,
     preference_line,
@@ -35,9 +36,13 @@ from tinystory.run.folder import newest_run
 from tinystory.run.options import add_number, script_parser
 from tinystory.student import checkpoint
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.named_protocols import load_protocol
 
 TITLE = "Stories before and after, compared blindly"
 COMPARED = 40  # default number of stories
+# A comparison is the grade of a text that holds two stories, so it uses the client's parsing,
+# retries, cache and fence. The score says which story is better, and how clearly.
+COMPARISON = Path(__file__).with_name("comparison.json")
 
 
 @command
@@ -48,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(
         parser, "--stories", COMPARED, "[1, 1e6]", "number of stories that each checkpoint writes"
     )
+    add("--teacher-prompt", default=COMPARISON, metavar="FILE", help="what the judge is asked")
     add_sampling(parser)
     options = parser.parse_args(argv)
     config = typed_config(options, TYPED)
@@ -56,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             "a comparison needs a judge that reads two stories: give --teacher-url, of a model or of scripts/teach.py "
             "--teacher-prompt lab/comparison.json"
         )
+    protocol = load_protocol(options.teacher_prompt)
     paths = options.paths or [newest_run()]
     run = paths[0] if len(paths) == 1 else None
     samples = {path: read_samples(path) for path in paths if path.suffix == ".jsonl"}
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         cache=cache,
         concurrency=config.teacher_concurrency,
         seed=config.seed,
-        protocol=COMPARISON,
+        protocol=protocol,
     ) as teacher:
 
         def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:

@@ -2,8 +2,8 @@
 two students.
 
 The judge, a language model or a human, reads each pair in both orders, because many judges prefer
-the first or the last story (position bias). A story wins if it is preferred in both orders;
-otherwise the pair is a tie."""
+the first or the last story (position bias). The mean of the two answers decides, from which this
+bias cancels; equal answers are a tie."""
 
 import random
 from collections import defaultdict, deque
@@ -15,11 +15,9 @@ from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.evaluate.stories import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.records import SAMPLES, read_records
-from tinystory.teacher.named_protocols import load_protocol
 
 BEFORE_AFTER = ("the one before", "the story after interaction")
-# The better story, or ORDER if the two orders were judged differently (a tie).
-FIRST, SECOND, ORDER = "first", "second", "order"
+FIRST, SECOND, TIE = "first", "second", "tie"  # the better story
 # Function from pairs (opening, text to grade) to numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
@@ -74,14 +72,14 @@ def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Story
 
 
 def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
-    """{"pairs", "first", "second", "order", "rate", "ci"}: counts, the fraction of pairs won by the
+    """{"pairs", "first", "second", "tie", "rate", "ci"}: counts, the fraction of pairs won by the
     second story (a tie counts one half), and Wilson's interval of this fraction (None without
     pairs). A choice of None does not count."""
-    counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
+    counts = {name: choices.count(name) for name in (FIRST, SECOND, TIE)}
     pairs = sum(counts.values())
     if not pairs:
         return counts | {"pairs": 0, "rate": None, "ci": None}
-    won = counts[SECOND] + counts[ORDER] / 2
+    won = counts[SECOND] + counts[TIE] / 2
     return counts | {"pairs": pairs, "rate": won / pairs, "ci": wilson(won, pairs)}
 
 
@@ -91,15 +89,8 @@ def preference_line(judge: str, rates: Mapping[str, Any], names: Sequence[str]) 
     first, second = names
     return (
         f"{judge} preferred {second} in {rates['second']} of {rates['pairs']} pairs, {first} in {rates['first']}, "
-        f"and either one depending on the order in {rates['order']}: win rate {with_ci(rates['rate'], rates['ci'])}"
+        f"and neither in {rates['tie']}: win rate {with_ci(rates['rate'], rates['ci'])}"
     )
-
-
-# A comparison is the grade of a text that holds two stories, so it uses the client's parsing,
-# retries, cache and fence. The score says which story is better, and how clearly. scripts/teach.py
-# asks a person with the same file.
-COMPARISON_FILE = Path(__file__).with_name("comparison.json")
-COMPARISON = load_protocol(COMPARISON_FILE)
 
 
 def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -118,26 +109,25 @@ def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | None], float | None]:
     """The choice for each pair, judged in both orders (None without an answer), and the fraction of
-    answers that prefer the lower story (0.5 without position bias). grade: answers COMPARISON with
-    a number from 0 to 1, above 0.5 if the lower story is better."""
+    answers that prefer the lower story (0.5 without position bias). grade: answers with a number
+    from 0 to 1, above 0.5 if the lower story is better."""
     texts = [text for pair in pairs for text in both_orders(pair)]
     # a human must not be able to guess which story is which
     shuffled = random.Random(0).sample(texts, len(texts))
-    prefers_lower: dict[tuple[str, str], bool | None] = {}
-    for text, preference in zip(shuffled, grade(shuffled), strict=True):
-        prefers_lower[text] = None if preference is None else preference > 0.5
+    lower_is_better = dict(zip(shuffled, grade(shuffled), strict=True))
     choices = []
     for pair in pairs:
         second_below, first_below = both_orders(pair)
-        choices.append(choice(prefers_lower[second_below], prefers_lower[first_below]))
-    return choices, mean_of(prefers_lower.values())
+        choices.append(choice(lower_is_better[second_below], lower_is_better[first_below]))
+    answers = [answer for answer in lower_is_better.values() if answer is not None]
+    return choices, mean_of(answer > 0.5 for answer in answers)
 
 
-def choice(prefers_second: bool | None, prefers_first: bool | None) -> str | None:
-    """The choice of a judge that was asked twice: with the second story below, and with the first
-    story below."""
-    if prefers_second is None or prefers_first is None:
+def choice(second_is_better: float | None, first_is_better: float | None) -> str | None:
+    """The choice of a judge that was asked twice, with answers from 0 to 1: with the second story
+    below, and with the first story below."""
+    if second_is_better is None or first_is_better is None:
         return None
-    if prefers_second == prefers_first:
-        return ORDER
-    return SECOND if prefers_second else FIRST
+    if second_is_better == first_is_better:
+        return TIE
+    return SECOND if second_is_better > first_is_better else FIRST

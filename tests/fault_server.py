@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -181,6 +182,32 @@ def completion(reply):
     return json.dumps(
         {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}}]}
     )
+
+
+def with_logprobs(text, alternatives, before=()):
+    """A chat completion with the log-probabilities of the first token after white space."""
+    positions = [{"token": token, "logprob": 0.0, "top_logprobs": []} for token in before]
+    entries = [{"token": token, "logprob": logprob} for token, logprob in alternatives]
+    positions.append({"token": text, "logprob": -0.1, "top_logprobs": entries})
+    choice = {
+        "message": {"content": text},
+        "finish_reason": "length",
+        "logprobs": {"content": positions},
+    }
+    return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
+
+
+def answers(probability):
+    """A server that answers yes with a probability that depends on the last message."""
+
+    def other(body):
+        prompt = body["messages"][-1]["content"]
+        p = probability(prompt)
+        if not body.get("logprobs"):
+            return "Yes." if p > 0.5 else "No."
+        return with_logprobs("no", [("Yes", math.log(p)), ("no", math.log(1 - p))], before=(" ",))
+
+    return other
 
 
 def error(status, message, headers=None, **more):

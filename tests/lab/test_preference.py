@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import fails
-from fault_server import FaultServer
+from fault_server import FaultServer, answers
 
 from lab import compare as command
 from lab.preference import (
-    COMPARISON,
     FIRST,
-    ORDER,
     SECOND,
+    TIE,
     StoryPair,
     both_orders,
     compare,
@@ -27,6 +26,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.log import RunLog
 from tinystory.run.records import SAMPLES
 from tinystory.student import checkpoint
+from tinystory.teacher.named_protocols import load_protocol
 
 PAIRS = [StoryPair("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
 
@@ -37,13 +37,22 @@ def likes(word):
     return lambda samples: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in samples]
 
 
-def test_who_prefers_the_same_story_in_both_orders_wins_it():
+def test_the_story_that_the_judge_likes_wins_wherever_it_stands():
     assert compare(PAIRS, likes("fine")) == ([SECOND] * 10, 0.5)
     assert compare(PAIRS, likes("plain")) == ([FIRST] * 10, 0.5)
 
 
 def test_who_prefers_a_place_decides_nothing():
-    assert compare(PAIRS, lambda samples: [2 / 3] * len(samples)) == ([ORDER] * 10, 1.0)
+    assert compare(PAIRS, lambda samples: [2 / 3] * len(samples)) == ([TIE] * 10, 1.0)
+
+
+def test_position_bias_cancels():
+    """A judge that prefers the lower story, but less so if it is the plain one."""
+
+    def biased(samples):
+        return [0.9 if "fine" in text.rpartition("\n")[2] else 0.7 for _, text in samples]
+
+    assert compare(PAIRS, biased) == ([SECOND] * 10, 1.0)
 
 
 def test_a_pair_without_an_answer_is_left_out():
@@ -58,7 +67,7 @@ def test_a_pair_without_an_answer_is_left_out():
 
 
 def test_a_tie_counts_one_half():
-    result = win_rate([FIRST, SECOND, ORDER, ORDER, None])
+    result = win_rate([FIRST, SECOND, TIE, TIE, None])
     assert result["rate"] == 0.5
     assert result["ci"][0] < 0.5 < result["ci"][1]
     assert result["pairs"] == 4
@@ -113,7 +122,9 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         command.main([str(tmp_path), "--teacher-url", server.url])
         texts = {request["messages"][-1]["content"] for request in server.requests}
         system = {request["messages"][0]["content"] for request in server.requests}
-    assert len(texts) == 1 + 2 * len(PAIRS) and system == {COMPARISON.instructions}
+    assert len(texts) == 1 + 2 * len(PAIRS) and system == {
+        load_protocol(command.COMPARISON).instructions
+    }
     printed = capsys.readouterr().out
     assert "first preferred the story after interaction in 10 of 10 pairs" in printed
     assert "second story in 50% of the answers" in printed
@@ -123,6 +134,18 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         "first preferred the story after interaction in 10 of 10"
         in (tmp_path / "report.html").read_text()
     )
+
+
+def test_a_small_model_answers_with_a_probability(tmp_path, capsys, short_pauses):
+    """It says yes to every pair, but with a higher probability if the fine story is below."""
+    below = "--------\na fine"
+    other = answers(lambda asked: 0.9 if below in asked else 0.7)
+    prompt = ["--teacher-prompt", str(command.COMPARISON.with_name("preference.json"))]
+    with FaultServer(other=other) as server:
+        command.main([*files(tmp_path), *prompt, "--teacher-url", server.url])
+    printed = capsys.readouterr().out
+    assert "first preferred b.jsonl in 10 of 10 pairs" in printed
+    assert "second story in 100% of the answers" in printed
 
 
 def files(folder, pairs=PAIRS):
@@ -146,10 +169,7 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
         server.first = lambda: "1"
         command.main([*paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
-    assert (
-        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and either one depending on the order in 0: win"
-        in out
-    )
+    assert "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and neither in 0: win" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match="different stories for the same openings"):
         compared_pairs([Path(paths[0])] * 2, read_samples)
