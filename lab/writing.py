@@ -7,13 +7,15 @@ python lab/writing.py --seeds 71 72 73 --teacher-url URL --teacher-model NAME --
 For each seed, a student is pretrained with --pretrain. The student then writes a story for each of
 --texts training openings. For the same openings, a language model at an OpenAI-compatible endpoint
 (key: OPENAI_API_KEY) writes its own continuation, and a correction of the student's story. Every
-reply is kept in OUT/replies.jsonl with its tokens, and no request is repeated.
+reply is kept in OUT/replies.jsonl with its tokens, and no request is repeated. The model also says
+which of two stories by the student is better (lab/preference.py; OUT/pair_replies.jsonl).
 
 The student learns from these texts by next-word prediction on them ("read"), by DPO with the
 teacher's text against the student's own story ("prefer"), or by the one and then the other
 ("both"). Next-word prediction is mixed with a fifth of real stories, and happens before the
-temperature is folded in, because text at temperature 1 would undo the fold. Controls: each story
-with the correction of another story ("shuffled"), and as many words of real stories. Real stories
+temperature is folded in, because text at temperature 1 would undo the fold. From pairs of its own
+stories, it learns by DPO alone. Controls: each story with the correction of another story
+("shuffled"), pairs in random order, and as many words of real stories. Real stories
 are held out, so the student has not read them, and are not those on which students are measured.
 --options adds interactions by train_interact.py, as in lab/recipes.py: scores at the same price.
 Finished students and measured rows are not repeated.
@@ -24,6 +26,7 @@ held-out openings: means over the seeds, and the gain in coherence with its 95 %
 import argparse
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +43,7 @@ import torch
 
 from lab import gain, recipes
 from lab.intervals import interval
+from lab.preference import FIRST, SECOND, StoryPair, compare
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Row
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
@@ -62,6 +66,10 @@ from tinystory.run.options import add_number, script_parser
 from tinystory.run.records import Record, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate
+from tinystory.teacher.cache import Cache
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.named_protocols import load_protocol
 
 LIMITS = "60 to 100 simple words. Write only the continuation."
 PROMPTS = {
@@ -72,12 +80,16 @@ PROMPTS = {
     f"{LIMITS}\n\nBeginning: {{opening}}\n\nThe child's continuation: {{story}}",
 }
 REPLY_TOKENS = 200
+PREFERENCE = Path(__file__).with_name("preference.json")
+PAIR_REPLIES = "pair_replies.jsonl"
+PAIRS = ("pair", "shuffled pair")  # kinds of lessons with two stories by the student
 # Options of the two ways of learning: two passes, with an optimizer step per 16 texts. No step exceeds
 # the KL target, because the teacher's texts are not the student's samples.
 PASSES = "--steps 2 --minibatch-size 16 --kl-target 1e6"
 READ = f"{PASSES} --learner sft-best --epochs 1 --temperature 1 --learning-rate 2e-4"
 PREFER = f"{PASSES} --learner dpo --learning-rate 1e-4"
 READING = Learner(equal_targets, likelihood_loss)
+SENTENCE_ENDS = (".", "!", "?", '"', "\u201d")
 CORPUS_SHARE = 0.2  # of the words that "read" learns from
 
 
@@ -90,12 +102,12 @@ class Reply(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """Texts to learn from. opening: the prompt; chosen: the text to learn; own: the student's story
-    for this opening."""
+    """Texts to learn from. opening: the prompt; chosen: the text to learn; rejected: a story by the
+    student for this opening."""
 
     opening: str
     chosen: str
-    own: str
+    rejected: str
 
 
 @command
@@ -129,12 +141,19 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader)
     openings = recipes.OPENINGS[: options.stories]
     students = []
-    with locked(out), open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
+    judge = Teacher(
+        [options.teacher_url],
+        [options.teacher_model],
+        concurrency=options.concurrency,
+        cache=out / PAIR_REPLIES,
+        protocol=load_protocol(PREFERENCE),
+    )
+    with locked(out), judge, open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
         for seed in options.seeds:
             temperature = options.temperature
             untaught = recipes.train_students(out, seed, pretraining, arms, [temperature])
             start = untaught[0].folder
-            lessons = collect(out, seed, start, options, write)
+            lessons = collect(out, seed, start, options, write, judge)
             rows = [
                 row
                 for row in untaught
@@ -149,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 measures[row.name] = recipes.measured(out / "rows.jsonl", row.name, seed, measure)
             students.append(measures)
-    print_prices(out)
+    print_prices(out, options.texts * len(options.seeds))
     print_table(students, f"before, temperature {options.temperature}")
 
 
@@ -187,6 +206,7 @@ def collect(
     start: Path,
     options: argparse.Namespace,
     write: Callable[[str], Reply],
+    judge: Grader,
 ) -> dict[str, list[Lesson]]:
     """The lessons by kind of text, after asking the teacher for those that are missing. A
     continuation does not depend on the student, so all seeds have the same."""
@@ -194,17 +214,21 @@ def collect(
     openings = [training[i] for i in range(options.texts)]
     compute = resolve(recipes.CONFIG.device, "auto")
     student, tokenizer = recipes.load_student(start, compute.device)
-    with compute.autocast():
-        own = generate(
-            student,
-            None,
-            tokenizer,
-            openings,
-            first_index=0,
-            max_new_tokens=recipes.CONFIG.max_new_tokens,
-            temperature=options.temperature,
-            seed=seed,
-        )
+
+    def stories(first_index: int) -> list[Story]:
+        with compute.autocast():
+            return generate(
+                student,
+                None,
+                tokenizer,
+                openings,
+                first_index=first_index,
+                max_new_tokens=recipes.CONFIG.max_new_tokens,
+                temperature=options.temperature,
+                seed=seed,
+            )
+
+    own = stories(0)
     path = out / "replies.jsonl"
     known = {(each["kind"], each["seed"], each["index"]): each for each in read_records(path)}
     requests = []  # (key, prompt)
@@ -230,7 +254,37 @@ def collect(
         lesson._replace(chosen=other.chosen)
         for lesson, other in zip(corrections, others, strict=True)
     ]
-    return lessons
+    return lessons | preferred(own, stories(len(own)), judge)
+
+
+def preferred(
+    first: Sequence[Story], second: Sequence[Story], judge: Grader
+) -> dict[str, list[Lesson]]:
+    """The lessons of PAIRS: the story that the judge prefers, of two for the same opening, and one
+    of these two at random. Ties, and pairs without an answer, give none."""
+
+    def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:
+        return [answer.score for answer in judge.grade_each(texts)]
+
+    pairs = [
+        StoryPair(one.opening, one.text, other.text)
+        for one, other in zip(first, second, strict=True)
+    ]
+    choices, _ = compare(pairs, grade)
+    lessons = []
+    for pair, choice in zip(pairs, choices, strict=True):
+        if choice == FIRST:
+            lessons.append(Lesson(pair.opening, pair.first, pair.second))
+        elif choice == SECOND:
+            lessons.append(Lesson(pair.opening, pair.second, pair.first))
+    rng = random.Random(0)
+    shuffled = [
+        lesson._replace(chosen=lesson.rejected, rejected=lesson.chosen)
+        if rng.random() < 0.5
+        else lesson
+        for lesson in lessons
+    ]
+    return dict(zip(PAIRS, (lessons, shuffled), strict=True))
 
 
 # ---- learning from them --------------------------------------------------------------------------
@@ -257,18 +311,17 @@ def taught_rows(
     rows = []
     for kind, texts in lessons.items():
         name = kind.replace(" ", "-")
-        words = sum(len(lesson.chosen.split()) for lesson in texts)
         read, prefers, both = (out / f"{name}-{way}-{seed}" for way in ("read", "prefer", "both"))
+        pairs, rewards = pairs_of(texts)
+        learn(start, prefers, prefer, LEARNERS["dpo"], pairs, rewards)
+        rows.append(Row(f"{kind}, prefer", prefers))
+        if kind in PAIRS:
+            continue
+        words = sum(len(lesson.chosen.split()) for lesson in texts)
         mixed = [*texts_of(texts), *first_words(unread, words * CORPUS_SHARE / (1 - CORPUS_SHARE))]
         learn(start, read, READ, READING, mixed, [1.0] * len(mixed))
-        pairs, preferred = pairs_of(texts)
-        learn(start, prefers, prefer, LEARNERS["dpo"], pairs, preferred)
-        learn(read, both, prefer, LEARNERS["dpo"], pairs, preferred)
-        rows += [
-            Row(f"{kind}, read", read, temperature),
-            Row(f"{kind}, prefer", prefers),
-            Row(f"{kind}, both", both),
-        ]
+        learn(read, both, prefer, LEARNERS["dpo"], pairs, rewards)
+        rows += [Row(f"{kind}, read", read, temperature), Row(f"{kind}, both", both)]
     words = sum(len(lesson.chosen.split()) for lesson in lessons["correction"])
     more = out / f"real-stories-read-{seed}"
     real = first_words(unread, words / (1 - CORPUS_SHARE))
@@ -282,10 +335,10 @@ def texts_of(lessons: Sequence[Lesson]) -> list[tuple[str, str]]:
 
 
 def pairs_of(lessons: Sequence[Lesson]) -> tuple[list[tuple[str, str]], list[float]]:
-    """The teacher's text and the student's story for each opening, and their rewards, 1 and 0."""
+    """The chosen and the rejected text for each opening, and their rewards, 1 and 0."""
     pairs = []
     for lesson in lessons:
-        pairs += [(lesson.opening, lesson.chosen), (lesson.opening, lesson.own)]
+        pairs += [(lesson.opening, lesson.chosen), (lesson.opening, lesson.rejected)]
     return pairs, [1.0, 0.0] * len(lessons)
 
 
@@ -336,19 +389,24 @@ def learn(
 
 def as_story(tokenizer: Tokenizer, index: int, opening: str, text: str, context: int) -> Story:
     """A text as a story that the student might have written. Its log-probabilities are not known
-    here. A text that exceeds the context is cut."""
+    here. A text that stops in the middle of a sentence has no end token. A text that exceeds the
+    context is cut."""
     prompt = torch.tensor(encode_opening(tokenizer, opening))
-    begins = f" {text}" if opening else text
-    tokens = torch.tensor([*tokenizer.encode(begins), tokenizer.eos])[: context - len(prompt)]
+    ids = tokenizer.encode(f" {text}" if opening else text)
+    has_end = text.rstrip().endswith(SENTENCE_ENDS)
+    if has_end:
+        ids = [*ids, tokenizer.eos]
+    tokens = torch.tensor(ids[: context - len(prompt)])
     unknown = torch.zeros(len(tokens))
-    return Story(index, opening, text, prompt, tokens, unknown, unknown, unknown, "eos")
+    ended = "eos" if has_end else "length"
+    return Story(index, opening, text, prompt, tokens, unknown, unknown, unknown, ended)
 
 
 # ---- the tables ----------------------------------------------------------------------------------
 
 
-def print_prices(out: Path) -> None:
-    """Print the number of texts of each kind, and the words and tokens per text."""
+def print_prices(out: Path, pairs: int) -> None:
+    """Print the number of texts of each kind and of pairs, and the words and tokens of each."""
     gain.print_row(["text", "number", "words", "tokens in", "tokens out"])
     gain.print_row(["---"] * 5)
     by_kind: dict[str, list[Record]] = {}
@@ -359,6 +417,9 @@ def print_prices(out: Path) -> None:
         tokens = [mean_of(reply[key] for reply in replies) for key in ("tokens_in", "tokens_out")]
         numbers = [len(replies), words, *tokens]
         gain.print_row([kind, *(f"{number:.0f}" for number in numbers)])
+    tokens_in, tokens_out, _ = Cache(out / PAIR_REPLIES).charged
+    numbers = [pairs, 0, tokens_in / pairs, tokens_out / pairs]
+    gain.print_row(["pair", *(f"{number:.0f}" for number in numbers)])
 
 
 def print_table(students: Sequence[Mapping[str, Record]], before: str) -> None:

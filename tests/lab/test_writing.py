@@ -6,7 +6,7 @@ import json
 import numpy as np
 import torch
 from conftest import SMALL, fails
-from fault_server import FaultServer
+from fault_server import FaultServer, answers
 
 from lab import writing
 from lab.writing import Lesson, first_words, pairs_of
@@ -20,9 +20,11 @@ class Reader:
         return np.array([len(story.split()) for _, story in stories], float)
 
 
-def reply(asked: dict) -> str:
-    """A continuation that begins with the opening, or a correction."""
+def reply(asked: dict):
+    """A continuation that begins with the opening, a correction, or an answer about a pair."""
     text = asked["messages"][-1]["content"]
+    if "yes or no" in text:
+        return answers(lambda text: 1 / (2 + len(text.rpartition("--------")[2]) % 97))(asked)
     if "child's continuation" in text:
         return "The fox went home. The end."
     return f"{text.splitlines()[-1]} A fox came by. They sang."
@@ -47,15 +49,22 @@ def test_a_student_learns_from_a_teachers_texts_once(place, tmp_path, monkeypatc
         argv += ["--stories", "3"]
         writing.main(argv)
         # three continuations for both students, and three corrections for each
-        assert len(server.others) == 9
+        texts = [body for body in server.others if not body.get("logprobs")]
+        assert len(texts) == 9
+        asked = len(server.others)
         printed = capsys.readouterr().out
         writing.main(argv)
-        assert len(server.others) == 9
+        assert len(server.others) == asked
     assert capsys.readouterr().out.partition("| text |")[2] == printed.partition("| text |")[2]
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert [each["seed"] for each in replies] == [0] * 3 + [1] * 3 + [2] * 3
     assert "| correction | 6 | 6 |" in printed
-    for name in ("correction, read", "correction, prefer", "shuffled correction, both"):
+    for name in (
+        "correction, read",
+        "correction, prefer",
+        "shuffled correction, both",
+        "pair, prefer",
+    ):
         assert f"\n| {name} | " in printed
 
 
@@ -64,6 +73,26 @@ def test_the_teachers_text_is_preferred_to_the_students():
     texts, rewards = pairs_of(lessons)
     assert texts == [("Once", "good"), ("Once", "bad"), ("Then", "fine"), ("Then", "worse")]
     assert rewards == [1, 0, 1, 0]
+
+
+def test_of_two_stories_the_student_learns_the_one_that_the_judge_prefers():
+    def story(text):
+        return writing.Story(0, "Once", text, *[None] * 5, "eos")
+
+    class Judge(writing.Grader):
+        def grade_each(self, texts):
+            lower = [text.rpartition("--------\n")[2] for _, text in texts]
+            return [writing_grade(0.9 if "good" in text else 0.4) for text in lower]
+
+    def writing_grade(score):
+        return dataclasses.make_dataclass("Answer", ["score"])(score)
+
+    first, second = map(story, ("good a", "bad b")), map(story, ("bad a", "good b"))
+    lessons = writing.preferred([*first, story("same")], [*second, story("same")], Judge({}))
+    assert lessons["pair"] == [Lesson("Once", "good a", "bad a"), Lesson("Once", "good b", "bad b")]
+    assert {frozenset(each) for each in lessons["shuffled pair"]} == {
+        frozenset(each) for each in lessons["pair"]
+    }
 
 
 def test_learning_makes_the_chosen_texts_likelier(place, tmp_path):
@@ -91,6 +120,15 @@ def logprob(student, tokenizer, text) -> float:
     with torch.no_grad():
         logprobs, _ = writing.ppo.response_logprobs(student, batch)
     return float(logprobs.sum())
+
+
+def test_a_text_that_stops_in_a_sentence_has_no_end_token(place):
+    _, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"), torch.device("cpu"))
+    whole, cut = (
+        writing.as_story(tokenizer, 0, "Tom ran.", text, 64) for text in ("He sat.", "He sat on")
+    )
+    assert whole.tokens[-1] == tokenizer.eos and tokenizer.eos not in cut.tokens
+    assert (whole.ended, cut.ended) == ("eos", "length")
 
 
 def test_texts_are_taken_until_they_have_enough_words(tmp_path, capsys):
