@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from conftest import ROOT
-from test_texts import row, text_of
+from test_texts import cells, row, text_of
 
 from lab import gain
 from lab.gain import BEST_OF_4
@@ -13,6 +13,7 @@ from lab.intervals import interval
 
 DEMO: dict[str, dict[str, Any]] = json.loads((ROOT / "lab" / "results" / "demo.json").read_text())
 STUDENTS: list[dict[str, Any]] = json.loads((ROOT / "lab" / "gain.json").read_text())
+READERS: list[dict[str, Any]] = json.loads((ROOT / "lab/results/readings.json").read_text())
 # the gains of lab/gain.json: controls without training, two seeds of interaction, shuffled scores
 LOWER, _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
 
@@ -92,13 +93,13 @@ def test_the_table_of_gains_by_words_of_pretraining():
     rows = re.findall(r"^\| ([\d.]+) M \| (.*) \|$", page, re.M)
     by_words = gain.by_words(STUDENTS)
     assert [float(words) for words, _ in rows] == [words / 1e6 for words in by_words]
-    for (_, cells), (words, group) in zip(rows, by_words.items(), strict=True):
+    for (_, shown_cells), (words, group) in zip(rows, by_words.items(), strict=True):
         before = interval([student["rows"][student["before"]]["coherence"] for student in group])
         shown = [
             before,
             *(interval(gains(words, name)) for name in (FIRST, SECOND, SHUFFLED, LOWER, BEST_OF_4)),
         ]
-        assert cells.split(" | ")[:6] == [str(each) for each in shown]
+        assert shown_cells.split(" | ")[:6] == [str(each) for each in shown]
 
 
 def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
@@ -109,3 +110,42 @@ def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
     text = text_of("lab/findings.md")
     assert f"stands for {shown[0]} times the words" in text
     assert f"the best of four for {shown[1]}" in text
+
+
+def test_the_table_of_every_story_read():
+    lower, best_of_4, ended_of_4, best_of_4_after, read, shuffled, likelihood, constant = READERS[
+        0
+    ]["gain"]
+    rows = {
+        ("before",): READERS[0]["before"],
+        ("temperature 0.4",): lower,
+        ("before", "first of four"): ended_of_4,
+        ("before", "best of four"): best_of_4,
+        ("**every story read**",): read,
+        ("every story read", "best of four"): best_of_4_after,
+        ("same scores in random order",): shuffled,
+        ("own likelihood",): likelihood,
+        ("a constant score",): constant,
+    }
+    page = (ROOT / "lab/results/english.md").read_text()
+    table = page.partition("| seeds 61; 64 |")[2].partition("\n\n")[0].splitlines()[2:]
+    for (words, name), line in zip(rows.items(), table, strict=True):
+        assert all(word in line for word in words)
+        shown = [cell.split("; ") for cell in cells(line)[1:]]
+        expected = []
+        for student in READERS:
+            measures = student["rows"][name]
+            gained = student["gain"].get(name)
+            bits = measures.get("best_bits")
+            expected.append(
+                [
+                    f"{measures['coherence']:.3f}",
+                    "" if gained is None else f"{gained:.3f}",
+                    f"{measures['ended']:.2f}",
+                    f"{measures['clusters']:.0f}",
+                    f"{measures['score']:.1f}",
+                    "" if bits is None else f"{bits:.3f}",
+                ]
+            )
+        for cell, values in zip(shown, zip(*expected, strict=True), strict=True):
+            assert cell == ([""] if "" in values else [*values])
