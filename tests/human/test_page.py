@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S
 
-from lab import compare, preference
+from lab import compare
 from scripts import teach
 from tinystory.human import grading_queue
 from tinystory.human.grading_queue import GradingQueue
@@ -21,6 +21,7 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Submission
 from tinystory.teacher.grades import Grades
+from tinystory.teacher.named_protocols import load_protocol
 from tinystory.teacher.probe import HUMAN
 from tinystory.teacher.prompt import Criterion
 
@@ -207,7 +208,8 @@ def test_a_person_compares_stories_blindly_through_the_same_page(
             for i in range(3)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    with serving(GradingQueue(tmp_path / "grades.jsonl", preference.COMPARISON)) as url:
+    protocol = load_protocol(compare.COMPARISON)
+    with serving(GradingQueue(tmp_path / "grades.jsonl", protocol)) as url:
         files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
         asker = threading.Thread(
             target=compare.main, args=([*files, "--teacher-url", f"{url}/v1"],)
