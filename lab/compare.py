@@ -12,7 +12,6 @@ lab/comparison.json, and give the URL of its page. The result about a run is sav
 folder."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,9 +21,11 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 from lab import findings
 from lab.preference import (
     BEFORE_AFTER,
+    COMPARISON,
     compare,
     compared_pairs,
     preference_line,
+    scores_of,
     win_rate,
 )
 from scripts.evaluate import TYPED, add_sampling, name_of, openings_of, samples_of
@@ -40,9 +41,6 @@ from tinystory.teacher.named_protocols import load_protocol
 
 TITLE = "Stories before and after, compared blindly"
 COMPARED = 40  # default number of stories
-# A comparison is the grade of a text that holds two stories, so it uses the client's parsing,
-# retries, cache and fence. The score says which story is better, and how clearly.
-COMPARISON = Path(__file__).with_name("comparison.json")
 
 
 @command
@@ -85,11 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=config.seed,
         protocol=protocol,
     ) as teacher:
-
-        def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:
-            return [answer.score for answer in teacher.grade_each(texts)]
-
-        choices, second_place = compare(pairs, grade)
+        choices, second_place = compare(pairs, scores_of(teacher))
         judge = str(teacher.model)
     rates = win_rate(choices)
     if not rates["pairs"]:

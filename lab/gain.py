@@ -44,6 +44,7 @@ from lab.intervals import interval
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
+from tinystory.config import InteractConfig
 from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.open_grader import open_grader
 from tinystory.report.charts import Line, chart
@@ -106,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "--options needs a --temperature above 0, for the student before interaction"
         )
-    temperatures = (teaching.temperature, round(LOWER * teaching.temperature, 3))
-    before, lower = (f"before, temperature {temperature}" for temperature in temperatures)
+    before, lower = (f"before, temperature {each}" for each in temperatures_of(teaching))
     reader = Reader(options.reader)
     summaries = []
     with locked(out):
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             argv = [*pretraining, "--words", str(words)]
             folder = out / str(words)
             students = [
-                train_and_measure(folder, seed, argv, arms, temperatures, reader, options.stories)
+                train_and_measure(folder, seed, argv, arms, teaching, reader, options.stories)
                 for seed in options.seeds
             ]
             summaries += [summarise(words, student, before, lower) for student in students]
@@ -129,13 +129,14 @@ def train_and_measure(
     seed: int,
     pretraining: Sequence[str],
     arms: Mapping[str, Arm],
-    temperatures: Sequence[float],
+    teaching: InteractConfig,
     reader: Reader,
     stories: int,
 ) -> Record:
     """A student's record: `seed`; `rows`, the measures by the row's name; `score_std` and
     `score_mean` of the first step of interaction, 0..1. Trains and measures what is missing.
-    temperatures: of the student before interaction, that of the interaction first."""
+    teaching: the options of the interaction."""
+    temperatures = temperatures_of(teaching)
     rows = [
         row
         for row in recipes.train_students(out, seed, pretraining, arms, temperatures)
@@ -157,7 +158,6 @@ def train_and_measure(
             coherence_of = None if row.folder == start and row.temperature == 1 else reader
             by_name[row.name] = measured(row, rubric, coherence_of)
     arm_rows = [row for row in rows if row.folder != start]
-    teaching = interact_config(next(iter(arms.values())).words)
     with open_grader(teaching, corpus=config.corpus) as teacher:
         for row in (
             Row(BEST_OF_4, start, temperatures[0], n=4, chosen_by="reward"),
@@ -174,6 +174,11 @@ def train_and_measure(
         "score_std": stdev(scores),
         "score_mean": fmean(scores),
     }
+
+
+def temperatures_of(teaching: InteractConfig) -> tuple[float, float]:
+    """The temperatures of the student before interaction: the interaction's, and a lower one."""
+    return teaching.temperature, round(LOWER * teaching.temperature, 3)
 
 
 def first_scores(run: Path) -> list[float]:
@@ -237,6 +242,8 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     deviation = np.array([student["score_std"] for student in students])
     headroom = 1 - np.array([student["score_mean"] for student in students])
     columns = {"standard deviation": deviation, "headroom": headroom}
+    if len(students) <= 1 + len(columns):
+        return  # a fit would be exact
     for chosen in (["standard deviation"], ["headroom"], ["standard deviation", "headroom"]):
         print(fit(gains, {name: columns[name] for name in chosen}))
 

@@ -15,11 +15,19 @@ from tinystory.evaluate.intervals import mean_of, wilson, with_ci
 from tinystory.evaluate.stories import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.records import SAMPLES, read_records
+from tinystory.teacher.grade import Grader
 
 BEFORE_AFTER = ("the one before", "the story after interaction")
 FIRST, SECOND, TIE = "first", "second", "tie"  # the better story
 # Function from pairs (opening, text to grade) to numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
+
+
+# A comparison is the grade of a text that holds two stories, so it uses the client's parsing,
+# retries, cache and fence. The score says which story is better, and how clearly: in four levels,
+# or by the probability of yes.
+COMPARISON = Path(__file__).with_name("comparison.json")
+PREFERENCE = Path(__file__).with_name("preference.json")
 
 
 class StoryPair(NamedTuple):
@@ -105,6 +113,11 @@ def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
         pair.opening,
         f"{second}\n{mark}\n{first}",
     )
+
+
+def scores_of(grader: Grader) -> GradeTexts:
+    """A function from pairs (opening, text to grade) to their scores."""
+    return lambda texts: [grade.score for grade in grader.grade_each(texts)]
 
 
 def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | None], float | None]:

@@ -33,6 +33,7 @@ MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # limits for an opening, and for a stor
 # Tokens per forward pass, including padding. More are slower on a CPU: with a vocabulary of 262 144,
 # 2048 tokens have 2 GB of logits, and new memory costs more than the matmul saves.
 BATCH = 256
+SENTENCE_ENDS = (".", "!", "?", '"', "\u201d")
 PHRASE = 5  # tokens; a phrase of this length that occurred before is a repetition
 REPEATED = -2.0  # value of a repeated token, in nats
 SURPRISE = 3.0  # nats; a token with less surprisal (likelier than 1 in 20) is not penalised
@@ -131,7 +132,7 @@ class Reader:
         context: Ids = ()
         if before:
             context = self._encode(f" {before}")[-self._limit :]
-            if before[-1] not in '.!?"\u201d':
+            if not before.endswith(SENTENCE_ENDS):
                 unfinished = split_sentences(before)[-1]
         start = self._prefix
         if unfinished:

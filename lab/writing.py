@@ -43,8 +43,8 @@ import torch
 
 from lab import gain, recipes
 from lab.intervals import interval
-from lab.preference import FIRST, SECOND, StoryPair, compare
-from lab.reader import PACKAGED, Reader
+from lab.preference import FIRST, PREFERENCE, SECOND, StoryPair, compare, scores_of
+from lab.reader import PACKAGED, SENTENCE_ENDS, Reader
 from lab.recipes import Row
 from lab.runs import folder_of, interact_config, pretrain_config, words_of
 from tinystory.config import PretrainConfig
@@ -80,7 +80,6 @@ PROMPTS = {
     f"{LIMITS}\n\nBeginning: {{opening}}\n\nThe child's continuation: {{story}}",
 }
 REPLY_TOKENS = 200
-PREFERENCE = Path(__file__).with_name("preference.json")
 PAIR_REPLIES = "pair_replies.jsonl"
 PAIRS = ("pair", "shuffled pair")  # kinds of lessons with two stories by the student
 # Options of the two ways of learning: two passes, with an optimizer step per 16 texts. No step exceeds
@@ -89,7 +88,6 @@ PASSES = "--steps 2 --minibatch-size 16 --kl-target 1e6"
 READ = f"{PASSES} --learner sft-best --epochs 1 --temperature 1 --learning-rate 2e-4"
 PREFER = f"{PASSES} --learner dpo --learning-rate 1e-4"
 READING = Learner(equal_targets, likelihood_loss)
-SENTENCE_ENDS = (".", "!", "?", '"', "\u201d")
 CORPUS_SHARE = 0.2  # of the words that "read" learns from
 
 
@@ -141,14 +139,17 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader)
     openings = recipes.OPENINGS[: options.stories]
     students = []
-    judge = Teacher(
-        [options.teacher_url],
-        [options.teacher_model],
-        concurrency=options.concurrency,
-        cache=out / PAIR_REPLIES,
-        protocol=load_protocol(PREFERENCE),
-    )
-    with locked(out), judge, open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
+    with (
+        locked(out),
+        Teacher(
+            [options.teacher_url],
+            [options.teacher_model],
+            concurrency=options.concurrency,
+            cache=out / PAIR_REPLIES,
+            protocol=load_protocol(PREFERENCE),
+        ) as judge,
+        open_grader(recipes.CONFIG, corpus=config.corpus) as rubric,
+    ):
         for seed in options.seeds:
             temperature = options.temperature
             untaught = recipes.train_students(out, seed, pretraining, arms, [temperature])
@@ -263,14 +264,11 @@ def preferred(
     """The lessons of PAIRS: the story that the judge prefers, of two for the same opening, and one
     of these two at random. Ties, and pairs without an answer, give none."""
 
-    def grade(texts: Sequence[tuple[str, str]]) -> list[float | None]:
-        return [answer.score for answer in judge.grade_each(texts)]
-
     pairs = [
         StoryPair(one.opening, one.text, other.text)
         for one, other in zip(first, second, strict=True)
     ]
-    choices, _ = compare(pairs, grade)
+    choices, _ = compare(pairs, scores_of(judge))
     lessons = []
     for pair, choice in zip(pairs, choices, strict=True):
         if choice == FIRST:

@@ -83,7 +83,7 @@ def test_the_gain_of_fifteen_students_and_of_their_scores():
     above = [mean - control for mean, control in zip(gained, shuffled, strict=True)]
     for page, sentence in {
         "lab/results/english.md": "interaction gains {}, which is {} more than shuffled scores",
-        "lab/findings.md": "the gain is {}, of which {} is more than shuffled scores gain",
+        "lab/findings.md": "of the best of four**: {}. Shuffled scores gain {} less.",
     }.items():
         assert sentence.format(interval(gained), interval(above)) in text_of(page)
 
@@ -93,13 +93,13 @@ def test_the_table_of_gains_by_words_of_pretraining():
     rows = re.findall(r"^\| ([\d.]+) M \| (.*) \|$", page, re.M)
     by_words = gain.by_words(STUDENTS)
     assert [float(words) for words, _ in rows] == [words / 1e6 for words in by_words]
-    for (_, shown_cells), (words, group) in zip(rows, by_words.items(), strict=True):
+    for (_, row_cells), (words, group) in zip(rows, by_words.items(), strict=True):
         before = interval([student["rows"][student["before"]]["coherence"] for student in group])
         shown = [
             before,
             *(interval(gains(words, name)) for name in (FIRST, SECOND, SHUFFLED, LOWER, BEST_OF_4)),
         ]
-        assert shown_cells.split(" | ")[:6] == [str(each) for each in shown]
+        assert row_cells.split(" | ")[:6] == [str(each) for each in shown]
 
 
 def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
@@ -131,7 +131,7 @@ def test_the_table_of_every_story_read():
     table = page.partition("| seeds 61; 64 |")[2].partition("\n\n")[0].splitlines()[2:]
     for (words, name), line in zip(rows.items(), table, strict=True):
         assert all(word in line for word in words)
-        shown = [cell.split("; ") for cell in cells(line)[1:]]
+        on_page = [cell.split("; ") for cell in cells(line)[1:]]
         expected = []
         for student in READERS:
             measures = student["rows"][name]
@@ -147,5 +147,5 @@ def test_the_table_of_every_story_read():
                     "" if bits is None else f"{bits:.3f}",
                 ]
             )
-        for cell, values in zip(shown, zip(*expected, strict=True), strict=True):
+        for cell, values in zip(on_page, zip(*expected, strict=True), strict=True):
             assert cell == ([""] if "" in values else [*values])

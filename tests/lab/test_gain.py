@@ -131,9 +131,10 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "measure", measure)
     arms = {"": recipes.arm_of("")}
     argv = ["--corpus", str(place / "corpus.txt")]
+    teaching = gain.interact_config(["--temperature", "0.5"])
     out = tmp_path / "out"
     out.mkdir()
-    student = gain.train_and_measure(out, 1, argv, arms, (0.5, 0.4), "reader", 5)
+    student = gain.train_and_measure(out, 1, argv, arms, teaching, "reader", 5)
     assert calls == [
         ("before interaction", 4, 1.0, None),
         ("before, temperature 0.5", 1, 0.5, "reader"),
@@ -146,5 +147,5 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     assert student["arms"] == ["the demo"] and student["rows"]["the demo"]["coherence"] == 5
     calls.clear()
     assert (
-        gain.train_and_measure(out, 1, argv, arms, (0.5, 0.4), "reader", 5) == student and not calls
+        gain.train_and_measure(out, 1, argv, arms, teaching, "reader", 5) == student and not calls
     )

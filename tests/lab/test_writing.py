@@ -11,6 +11,7 @@ from fault_server import FaultServer, answers
 from lab import writing
 from lab.writing import Lesson, first_words, pairs_of
 from tinystory.student import checkpoint
+from tinystory.teacher.grade import Grade
 
 
 class Reader:
@@ -51,10 +52,10 @@ def test_a_student_learns_from_a_teachers_texts_once(place, tmp_path, monkeypatc
         # three continuations for both students, and three corrections for each
         texts = [body for body in server.others if not body.get("logprobs")]
         assert len(texts) == 9
-        asked = len(server.others)
+        requests = len(server.others)
         printed = capsys.readouterr().out
         writing.main(argv)
-        assert len(server.others) == asked
+        assert len(server.others) == requests
     assert capsys.readouterr().out.partition("| text |")[2] == printed.partition("| text |")[2]
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert [each["seed"] for each in replies] == [0] * 3 + [1] * 3 + [2] * 3
@@ -82,10 +83,7 @@ def test_of_two_stories_the_student_learns_the_one_that_the_judge_prefers():
     class Judge(writing.Grader):
         def grade_each(self, texts):
             lower = [text.rpartition("--------\n")[2] for _, text in texts]
-            return [writing_grade(0.9 if "good" in text else 0.4) for text in lower]
-
-    def writing_grade(score):
-        return dataclasses.make_dataclass("Answer", ["score"])(score)
+            return [Grade(None, 0.9 if "good" in text else 0.4) for text in lower]
 
     first, second = map(story, ("good a", "bad b")), map(story, ("bad a", "good b"))
     lessons = writing.preferred([*first, story("same")], [*second, story("same")], Judge({}))

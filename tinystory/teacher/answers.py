@@ -3,9 +3,9 @@ with a prefix cache processes the story once.
 
 The grades of a small model are hardly informative about a text. The probability with which the
 model answers yes to one plain question separates some kinds of texts (lab/results/judges.md). The
-log-odds are computed from the log-probabilities of the candidates for the first token of the reply. If a server
-gives no log-probabilities, the question is asked several times, and the log-odds are computed from
-the fraction of yes."""
+log-odds are computed from the log-probabilities of the candidates for the first token of the reply.
+If a server gives no log-probabilities, the question is asked several times, and the log-odds are
+computed from the fraction of yes."""
 
 import math
 import re
