@@ -9,7 +9,7 @@ and the best student is kept."""
 import tinystory  # isort: skip  # noqa: F401  (first: it sets up OpenMP's threads and Ctrl-C)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,8 @@ def interact(run: InteractionRun) -> None:
                 state.step, stories, grades, rewards, difference, policy.history
             )
             log_stories(run, records, grades, scores)
-            save_milestones(run, words_before)
             means = step_means(stories, grades, records)
-            record = end_step(run, statistics | prediction | means)
+            record = end_step(run, statistics | prediction | means, words_before)
             run.update_report()
             if warn(run, detector, record):
                 break
@@ -212,10 +211,10 @@ def log_stories(
     run.log.append(STORIES, records)
 
 
-def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
+def end_step(run: InteractionRun, metrics: dict[str, Any], words_before: int) -> Record:
     """The step's record, which is written after the evaluation that follows the step, if there is
-    one. Then a checkpoint is written. If the evaluation fails or is interrupted, both are written
-    without the evaluation, which a resumed run repeats."""
+    one. Then checkpoints are written. If the evaluation fails or is interrupted, both are written
+    without the evaluation, which a resumed run repeats. words_before: words in before the step."""
     config, state = run.config, run.state
     is_evaluated = held_out.is_evaluated(config, state.step)
     shown = {"reward": "reward_mean", "words": "length_mean", "kl": "kl"}
@@ -229,6 +228,7 @@ def end_step(run: InteractionRun, metrics: dict[str, Any]) -> Record:
     finally:
         record_models(run)
         record = run.log.metrics(**metrics, **run.graders.evaluator.stats())
+        save_milestones(run, words_before)
         if is_evaluated or state.step % config.save_every == 0:
             save(run)
     return record
@@ -271,10 +271,8 @@ def evaluate(run: InteractionRun) -> dict[str, Any]:
         run.policy, state.step, run.openings.held_out, run.graders, run.stop
     )
     log.append(EVALUATIONS, records)
-    words_before = state.words_in
     state.spend(stories, sum(grade.reply_words for grade in grades))
     state.evaluated_before = state.step + 1
-    save_milestones(run, words_before)
     if held_out.becomes_best(config, log.folder, state.step):
         state.best_step = state.step
         save(run, checkpoint.BEST, replace=True)
@@ -292,9 +290,11 @@ def evaluate_late(run: InteractionRun) -> None:
         return
     if state.step:
         save(run)
+    words_before = state.words_in
     metrics = evaluate(run)
     if state.step:
         run.log.add_metrics(state.step, metrics, run.graders.evaluator.stats())
+    save_milestones(run, words_before)
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
@@ -306,7 +306,8 @@ def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
 
 
 def save_milestones(run: InteractionRun, words_before: int) -> None:
-    """Write a checkpoint for each milestone between `words_before` and the present words in."""
+    """Write a checkpoint for each milestone between `words_before` and the present words in. A run may
+    be resumed from it, so the records must come first."""
     for name in run.budget.passed(words_before, run.state.words_in):
         save(run, name)
 
@@ -325,12 +326,12 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
     start, newest = starting_point(config)
-    config = replace(
-        config,
+    config = config.replaced(
         micro_batch_size=memory.micro_batch_size(config, compute.device),
         temperature=starting_temperature(config, newest),
     )
     reference, policy, state = load_students(config, compute, start, newest)
+    config = policy.config  # with a learning rate for the width of this student
     openings = open_openings(config, policy)
     milestones = words_of_milestones(config, policy.history)
 

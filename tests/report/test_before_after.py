@@ -68,7 +68,7 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
     for said in (
         "The mean reward went from 0.5 before interaction to 0.58 after step 2, which may be chance: the "
-        "95 % interval of the gain per held-out opening is -0.147 to 0.307.",
+        "95 % interval of the gain per held-out opening is -0.241 to 0.401.",
         "This pair has the median gain in reward among 5 held-out openings with two different, "
         "non-empty stories that end.",
     ):
@@ -241,11 +241,11 @@ def test_a_weighted_rubrics_score_is_the_weighted_one(tmp_path):
     "gains, said",
     [
         (
-            (0.1, 0.1, 0.2),
+            (0.1, 0.15, 0.15),
             "rose from 0.5 before interaction to 0.633 after step 1: the 95 % interval",
         ),
         (
-            (-0.1, -0.1, -0.2),
+            (-0.1, -0.15, -0.15),
             "fell from 0.5 before interaction to 0.367 after step 1: the 95 % int",
         ),
         (
@@ -298,7 +298,7 @@ def test_that_a_teacher_cannot_judge_stands_beside_the_headline(run, calibration
         log.config({"calibration": calibration})
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
     for text in (terminal, page):
-        _, _, after_headline = text.partition("-0.147 to 0.307.")
+        _, _, after_headline = text.partition("-0.241 to 0.401.")
         assert after_headline.startswith(f" But this teacher {CHANCE}.") == is_said
         assert ("But this teacher" in text) == is_said
 
@@ -311,11 +311,11 @@ def test_scores_that_look_random_are_said_beside_the_headline_of_the_terminal(ru
     terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
     warning = "had the same score (4.5 in the last), so the student learns nothing from the teacher"
     assert (
-        terminal.index("-0.147 to 0.307.")
+        terminal.index("-0.241 to 0.401.")
         < terminal.index(warning)
         < terminal.index("from step 0:")
     )
-    assert page.index(warning) < page.index("-0.147 to 0.307.")
+    assert page.index(warning) < page.index("-0.241 to 0.401.")
 
 
 def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):

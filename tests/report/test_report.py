@@ -228,7 +228,7 @@ def evaluated_run(folder, rewards):
     interaction_run(folder, len(rewards) - 1, [story(1, 0)])
     with RunLog(folder, resume_step=len(rewards) - 1) as log:
         for step, values in enumerate(rewards):
-            texts = [f"word {step}"] * len(values)
+            texts = [f"word {step} came home"] * len(values)
             if step == 1:
                 texts[-1] = ""
             log.append(

@@ -72,6 +72,13 @@ def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
     assert warning.count(": ") == 1
 
 
+def test_skipped_minibatches_are_said_however_many_stories_a_step_has():
+    for scored in (100, 384):
+        records = [dict(step=step, scored=scored, skipped=1) for step in range(1, 6)]
+        assert kinds(records) == {"loss"}
+        assert kinds([*records[:4], records[4] | {"skipped": 0}]) == set()
+
+
 def test_a_warning_comes_at_the_first_step_that_gives_reason_and_only_once():
     records = run(16, distinct_4=0.2)
     watch = CollapseDetector(kl_target=2.0)

@@ -146,6 +146,8 @@ def test_with_grades_the_score_model_learns_from_the_reordered_grades(place, tmp
 
 
 def test_a_control_ends_after_as_many_steps_as_its_run(run, capsys):
+    edit(run / "config.json", lambda record: record["options"].update(stop_on_collapse=True))
+    assert not parse(InteractConfig, ["--control", str(run)]).stop_on_collapse
     lines = (run / "stories.jsonl").read_text().splitlines(keepends=True)
     (run / "stories.jsonl").write_text("".join(lines[:18]))  # as if a budget had ended the run
     assert len(metrics(control(run))) == 3

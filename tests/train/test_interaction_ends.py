@@ -12,6 +12,7 @@ from runs import run_interact, spoiling, stops_by
 import train_interact as interact
 from tinystory.evaluate import held_out
 from tinystory.run.collapse import CollapseDetector
+from tinystory.run.log import RunLog
 from tinystory.run.records import EVALUATIONS, read_records
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
@@ -39,6 +40,23 @@ def test_weights_that_are_not_finite_are_not_saved_by_interaction(
     assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
     interact.main(["--resume", "--out", str(tmp_path / "i"), "--logit-scale-lr", "0.01"])
     assert [record["step"] for record in metrics(tmp_path / "i")] == [1, 2, 3, 4]
+
+
+def test_a_milestone_is_saved_after_its_steps_record(place, tmp_path, monkeypatch):
+    """A run may be resumed from the milestone, so a kill in between must lose no record."""
+    milestone = tmp_path / "i" / "checkpoints" / "chck_1"
+    write_record = RunLog.metrics
+
+    def checked(log, **values):
+        assert not milestone.exists()
+        return write_record(log, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interact, "words_of_milestones", lambda config, history: {"chck_1": 1})
+        patch.setattr(RunLog, "metrics", checked)
+        argv = ["--init", str(place / "p"), *SHORT, "--reward", "constant", "--steps", "1"]
+        interact.main([*argv, "--out", str(tmp_path / "i")])
+    assert milestone.exists()
 
 
 def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, whole, tmp_path):

@@ -5,11 +5,12 @@ from conftest import SHORT, assert_same_bits, cli, metrics
 from runs import interrupted_at
 
 import train_interact as interact
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.config.command_line import parse
 from tinystory.config.presets import INTERACT_PRESETS, LEARNER_DEFAULTS
 from tinystory.rl import learners
 from tinystory.rl.learners import check
+from tinystory.rl.start import learning_rate_for
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
@@ -80,6 +81,22 @@ def test_a_learner_has_defaults_which_a_preset_and_the_user_override():
     assert options("--learner dpo --preset paper") == (2, paper["learning_rate"], paper["kl_coef"])
     for learner in LEARNER_DEFAULTS:
         options(f"--learner {learner}")
+
+
+def test_the_learning_rate_falls_for_a_wider_student_unless_the_user_gave_one(capsys):
+    width = 2 * PretrainConfig.n_embd
+    usual = InteractConfig.learning_rate
+    for argv, rate in {
+        "": usual / 2,
+        f"--learning-rate {usual}": usual,
+        "--learner dpo": 2e-4,
+        "--learner dpo --learning-rate 4e-4": 4e-4,
+        "--preset paper": 1e-6,  # for a width of 768
+    }.items():
+        assert learning_rate_for(parse(InteractConfig, argv.split()), width) == rate
+        assert ("is for a width of" in capsys.readouterr().out) == (rate in (usual / 2, 2e-4))
+    config = parse(InteractConfig, ["--learning-rate", "1e-3"]).replaced(temperature=1.0)
+    assert learning_rate_for(config, width) == 1e-3
 
 
 def test_a_refusal_names_what_to_give():

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from tinystory.config.presets import PRETRAIN_PRESETS
 from tinystory.run.credentials import secret_in
@@ -13,6 +13,7 @@ from tinystory.run.options import flag_of, option, require_valid
 
 OUT_HELP = "folder of the run; if this folder is taken and --out is not given: NAME-2, NAME-3, ..."
 SAVE_HELP = "steps between two checkpoints for --resume"
+Config = TypeVar("Config", bound="RunConfig")
 SEEDS = "[0, 4294967295]"
 
 
@@ -23,8 +24,8 @@ class RunConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # option values by name of the preset
 
     # Two facts about the command line, which a run's record must not set: the names of the options
-    # that the user, the preset or the record of a resumed run gave; and, as arguments, the defaults
-    # of the learner and of the teacher that apply.
+    # that the user or the record of a resumed run gave; and, as arguments, the defaults of the
+    # learner and of the teacher that apply.
     given = frozenset[str]()
     defaults = ""
 
@@ -43,6 +44,13 @@ class RunConfig:
         ("auto", "float32", "tf32", "bfloat16"),
     )
     save_every: int = option(200, SAVE_HELP, "[1, 1e9]")
+
+    def replaced(self: Config, **values: Any) -> Config:
+        """A copy with other values, and with the same facts about the command line."""
+        copy = dataclasses.replace(self, **values)
+        copy.given = self.given
+        copy.defaults = self.defaults
+        return copy
 
     def changed_options(self) -> dict[str, str]:
         """Flags, by option name, of the options with a value that is neither the default nor the

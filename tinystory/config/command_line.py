@@ -74,7 +74,7 @@ def parse(
     defaults = {name: value for name, value in usual.items() if name not in given}
     config = config_class(**defaults | given)
     config.check()
-    config.given = frozenset(given)
+    config.given = frozenset(typed)
     config.defaults = " ".join(arguments(config_class, defaults))
     return config
 

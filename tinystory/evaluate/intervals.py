@@ -28,16 +28,19 @@ def wilson(correct: float, total: float, intervals: int = 1) -> tuple[float, flo
 
 
 def mean_ci(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % normal interval of the mean. For a single value, both bounds are the value."""
+    """The 95 % interval of the mean by Student's t. For a single value, both bounds are the value."""
     middle = fmean(values)
-    half = Z * (standard_error(values) or 0.0)
+    half = t_quantile(max(len(values), 2)) * (standard_error(values) or 0.0)
     return middle - half, middle + half
 
 
 def t_quantile(values: int) -> float:
-    """The 97.5 % quantile of Student's t distribution for the mean of `values` values, at least 2. For
-    more than 13 values, the quantile is up to 11 % too large."""
-    return T_QUANTILES[min(values - 1, len(T_QUANTILES)) - 1]
+    """The 97.5 % quantile of Student's t distribution for the mean of `values` values, at least 2:
+    within 2e-3 for more than 13 values (Abramowitz and Stegun 1964, 26.7.5)."""
+    freedom = values - 1
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    return Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
 
 
 def with_ci(

@@ -121,13 +121,13 @@ def cluster_sizes(texts: Sequence[str]) -> list[int]:
 def cluster_ids(texts: Sequence[str]) -> list[int]:
     """The cluster of each text, numbered by first appearance. The first text of a cluster is the
     founder. A text joins the first cluster in which the word 3-grams of founder and text overlap by
-    more than CLUSTER_OVERLAP; otherwise the text founds a new cluster. All capitalised
-    words count as one word."""
+    more than CLUSTER_OVERLAP; otherwise the text founds a new cluster. All texts of fewer than
+    three words are one cluster. All capitalised words count as one word."""
     ids: list[int] = []
     sizes: list[int] = []  # number of 3-grams of each founder
     founders: dict[tuple[str, ...], list[int]] = {}  # 3-gram -> clusters with it in the founder
     for text in texts:
-        grams = phrases(text, 3)
+        grams = phrases(text, 3) or {()}
         shared: Counter[int] = Counter()  # number of 3-grams shared with each founder
         for gram in grams:
             shared.update(founders.get(gram, ()))

@@ -44,10 +44,11 @@ NO_HELP = (
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """The evaluation before the first step, and a later one."""
+    """The evaluations before the first step and after the last one. (That of the checkpoint `best`
+    would be selected by its reward.)"""
 
     before: list[Record]
-    after: list[Record]  # of the checkpoint `best`; the latest if `best` is the start
+    after: list[Record]
     best: int | None = None  # step of the checkpoint `best`; None for an unfinished run
 
     @property
@@ -182,10 +183,10 @@ class BeforeAfter:
         if self.best is None:
             return ""
         if self.best > 0 and reward_mean(self.after) is None:
-            return f"checkpoints/best is the last student, {self.names[1]}: its evaluations have no rewards."
+            return "checkpoints/best is the last student: its evaluations have no rewards."
         if self.best > 0:
             return (
-                f"checkpoints/best is the student {self.names[1]}: the latest evaluation with a mean "
+                f"checkpoints/best is the student after step {number(self.best)}: the latest evaluation with a mean "
                 "reward within one standard error of the highest, and not below the mean reward "
                 "before interaction."
             )
@@ -247,16 +248,14 @@ def teaching(config: Record, metrics: Sequence[Record]) -> str:
 
 
 def read_before_after(run: Path) -> BeforeAfter | None:
-    """The comparison of step 0 with the evaluation of `best`, or with the latest if `best` is step 0
-    or the run is unfinished. None if there are fewer than two evaluations."""
+    """The comparison of step 0 with the latest evaluation. None if there are fewer than two
+    evaluations."""
     evaluations = evaluations_by_step(run)
     latest = max(evaluations, default=0)
-    best = best_step(run)
     before = evaluations.get(0)
-    after = evaluations.get(best or latest)
-    if latest == 0 or not before or not after:
+    if latest == 0 or not before:
         return None
-    return BeforeAfter(before, after, best)
+    return BeforeAfter(before, evaluations[latest], best_step(run))
 
 
 def best_step(run: Path) -> int | None:

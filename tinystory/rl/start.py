@@ -3,7 +3,7 @@ words at which checkpoints are kept."""
 
 import contextlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,12 @@ def new_policy(
     learner = LEARNERS[config.learner]
     critic = learner.critic(student.config.n_embd) if learner.critic else nn.Module()
     critic = critic.to(compute.device)
-    rate = learning_rate_for(config, student.config.n_embd)
+    config = config.replaced(learning_rate=learning_rate_for(config, student.config.n_embd))
     return Policy(
         student=student,
         learner=learner,
         critic=critic,
-        optimizer=SharpAdam(student, critic, replace(config, learning_rate=rate)),
+        optimizer=SharpAdam(student, critic, config),
         config=config,
         autocast=compute.autocast,
         tokenizer=tokenizer,
@@ -135,16 +135,16 @@ def new_policy(
 
 
 def learning_rate_for(config: InteractConfig, width: int) -> float:
-    """The learning rate for a student of this width. A rate that the user gave is returned as it
-    is. A preset's rate holds for the width of the preset's student, and falls in proportion for a
-    wider one: a step of Adam changes each weight by the learning rate, so the change of a logit
-    grows with the width (Yang et al. 2022, arXiv 2203.03466)."""
+    """The learning rate for a student of this width. A rate that the user or a run's record gave is
+    returned as it is. A preset's or a learner's rate holds for the width of the preset's student,
+    and falls in proportion for a wider one: a step of Adam changes each weight by the learning
+    rate, so the change of a logit grows with the width (Yang et al. 2022, arXiv 2203.03466)."""
     preset_width = PRETRAIN_PRESETS[config.preset].get("n_embd", PretrainConfig.n_embd)
-    if width <= preset_width or "learning_rate" in config.changed_options():
+    if width <= preset_width or "learning_rate" in config.given:
         return config.learning_rate
     rate = config.learning_rate * preset_width / width
     print(
-        f"learning rate {rate:.2g}: the preset's {config.learning_rate:.2g} is for a width of "
+        f"learning rate {rate:.2g}: the usual {config.learning_rate:.2g} is for a width of "
         f"{preset_width}, and this student has {width} (--learning-rate overrides this)"
     )
     return rate

@@ -69,6 +69,7 @@ class CollapseDetector:
         self.warnings: dict[str, tuple[int, str]] = {}
         self._last: deque[dict] = deque(maxlen=WINDOW)
         self._losses: deque[Any] = deque(maxlen=LOSS_STEPS)
+        self._skips: deque[bool] = deque(maxlen=WINDOW)
         self._base: dict[str, float] = {}
         self._judge_rose = False  # whether the second judge's score is above its first one
         self._lowest_validation = (math.inf, 0)  # the loss, and the words until then
@@ -82,6 +83,7 @@ class CollapseDetector:
         if record["step"] > 0:
             self._last.append(record)
             self._losses.append(record.get("loss"))
+            self._skips.append(bool(record.get("skipped")))
             while self._stories() - graded_stories(self._last[0]) >= STORIES:
                 self._last.popleft()
         signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
@@ -100,7 +102,7 @@ class CollapseDetector:
             signs["kl"].append(
                 f"the KL far exceeds its target ({kl:.1f} nats per story, target {self.kl_target:g})"
             )
-        if len(self._last) == WINDOW and all(past.get("skipped") for past in self._last):
+        if len(self._skips) == WINDOW and all(self._skips):
             signs["loss"].append("every step skips minibatches")
         judge = record.get("held_out_judge")
         if judge is not None:
