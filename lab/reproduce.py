@@ -137,8 +137,8 @@ SCALES = {
         pretrain="--weights-init gpt2 --optimizer adamw --packing stream --learning-rate 1.5e-3 --warmup 0.05 "
         "--corpus tinystories --words 10M --n-layer 4 --n-head 4 --n-embd 256 --vocab-size 8192 --batch-size 16",
         interact="--stories-per-step 64 --steps 60 --learning-rate 1e-4 --no-lr-decay --logit-scale-lr 0 "
-        "--learner gae --value-coef 1 --kl-coef 0.02 --kl-target 12 --kl-horizon 10000 --eval-every 0 "
-        f"--max-new-tokens 90 --diversity 0 --unfinished 1 --openings {shlex.quote(PAPER_OPENING)}",
+        "--temperature 1 --lam 1 --learner gae --value-coef 1 --kl-coef 0.02 --kl-target 12 --kl-horizon 10000 "
+        f"--eval-every 0 --max-new-tokens 90 --diversity 0 --unfinished 1 --openings {shlex.quote(PAPER_OPENING)}",
         starts=(1, 2, 5, 10),
         seeds=3,
         stories=256,
@@ -315,9 +315,12 @@ def evaluate(plan: Plan, students: Sequence[Student]) -> tuple[str, list[Record]
             parts = student.folder.relative_to(plan.out).parts
             path = plan.out / "evaluation" / f"{'-'.join(parts)}.json"
             if not path.exists():
-                measures = measure(
-                    student.folder, grader, plan.pretrain, plan.interact, plan.settings
-                )
+                # a student that interaction did not teach, at the temperature that interaction folds
+                # into the weights
+                is_pretrained = student.arm in (BEFORE, MORE)
+                temperature = plan.interact.temperature if is_pretrained else 1.0
+                row = recipes.Row("", student.folder, temperature or 1.0)
+                measures = measure(row, grader, plan.pretrain, plan.interact, plan.settings)
                 record = asdict(student) | {"measures": plain(measures)}
                 del record["folder"]
                 path.parent.mkdir(exist_ok=True)
@@ -334,15 +337,19 @@ def copy_milestone(milestone: Path, run: Path) -> None:
 
 
 def measure(
-    folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
+    row: recipes.Row,
+    grader: Grader,
+    pretrain: PretrainConfig,
+    config: InteractConfig,
+    settings: Record,
 ) -> Record:
     """The values of a checkpoint in the page's table. Random numbers, teacher and texts are the
     same for all checkpoints."""
     held_out = Openings(load_openings(config.openings), 0).held_out
     openings = list(itertools.islice(cycle(held_out), settings["stories"]))
-    row = recipes.Row("", folder)
     columns = recipes.measure(row, grader, config, openings)
-    student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
+    student, tokenizer, history = checkpoint.load(row.folder, pick_device(pretrain.device))
+    student.divide_logits(row.temperature)
     if not learned_dull_text(
         history
     ):  # such a student was not trained on the grammar's text either

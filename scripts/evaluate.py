@@ -1,6 +1,6 @@
 """Evaluate checkpoints and files of stories: bits per byte, the teacher's score, diversity.
 
-    python scripts/evaluate.py runs/demo/pretrain runs/demo/interact --stories 200
+    python scripts/evaluate.py runs/demo/interact/checkpoints/start runs/demo/interact --stories 200
     python scripts/evaluate.py gpt4.jsonl people.jsonl      two files of stories, side by side
 
 CHECKPOINT is a checkpoint, a run (its checkpoint `best`, or else the newest; default: the newest

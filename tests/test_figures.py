@@ -61,6 +61,22 @@ def test_the_table_of_the_demo():
         ]
 
 
+def test_what_the_demo_gains_over_its_controls():
+    few = "`--grades 64 --steps 8 --eval-every 0`"
+    text = text_of("lab/results/demo.md")
+    for name, words in {
+        "`shuffled: `": "{} above the same scores in random order",
+        "`--reward constant`": "{} above a constant score",
+        "`--reward likelihood`": "{} above likelihood",
+        "before, best of 4 by reward": "{} above the best of 4",
+        best_temperature(): "{} above the best temperature",
+        few: "({} more)",
+    }.items():
+        pairs = zip(DEMO["the demo"]["reward_by_seed"], DEMO[name]["reward_by_seed"], strict=True)
+        gains = [control - demo if name == few else demo - control for demo, control in pairs]
+        assert words.format(interval(gains)) in text
+
+
 def test_what_the_findings_say_of_the_demo():
     before, demo, shuffled = (
         DEMO[name] for name in ("before interaction", "the demo", "`shuffled: `")

@@ -205,7 +205,9 @@ def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path
         max_new_tokens=12, openings=str(tmp_path / "openings.txt"), device="cpu"
     )
     settings = {"stories": 6, "blimp": ""}
-    columns = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    columns = reproduce.measure(
+        reproduce.recipes.Row("", place / "p"), grader, pretrain, config, settings
+    )
     assert {
         *dull.STYLES,
         "repeated_name",
@@ -214,7 +216,9 @@ def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path
     } < columns.keys()
     assert columns["score"] == 4.5
     history["corpus"] = ["elsewhere"]
-    others = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    others = reproduce.measure(
+        reproduce.recipes.Row("", place / "p"), grader, pretrain, config, settings
+    )
     assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}
     assert {name: others[name] for name in reproduce.OF_STORIES} == {
         name: columns[name] for name in reproduce.OF_STORIES
