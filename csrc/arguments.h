@@ -42,6 +42,12 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
               " must begin at a multiple of 16 bytes on CUDA; call .clone() first");
 }
 
+// A gradient that autograd passes, in memory that kernels accept: the caller of backward() could not clone it.
+inline Tensor usable(const Tensor& grad) {
+  const Tensor t = grad.contiguous();
+  return t.is_cuda() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? t.clone() : t;
+}
+
 inline void check_head_size(int64_t D, const Tensor& t, const char* op, const char* name) {
   TORCH_CHECK(!t.is_cuda() || D == 32 || D == 64 || D == 128, op, ": ", name,
               "'s head size D must be 32, 64 or 128 on CUDA, not ", D);
@@ -103,7 +109,7 @@ struct AttentionBackward {
     check_like(grad_out_, qkv, op, "grad_out", "qkv");
     TORCH_CHECK(grad_out_.sizes() == out.sizes(), op, ": grad_out must have shape ", out.sizes(), ", not ",
                 grad_out_.sizes());
-    grad_out = grad_out_.contiguous();
+    grad_out = usable(grad_out_);
     check_contiguous(grad_out, op, "grad_out");
     grad_qkv = at::empty(qkv.sizes(), qkv.options());
     x.grad_out = grad_out.const_data_ptr();
@@ -172,7 +178,7 @@ struct Draw {
     const int64_t B = logits.size(0), V = logits.size(1);
     const DType dtype = dtype_of(logits, op, "logits");
     TORCH_CHECK(dtype != DType::f64, op, ": logits must be float32, bfloat16 or float16, not float64");
-    check_contiguous(logits, op, "logits");
+    TORCH_CHECK(logits.is_contiguous(), op, ": logits must be contiguous; call .contiguous() first");
     TORCH_CHECK(V >= 1 && V < (1 << 22), op, ": logits must have between 1 and 2^22 - 1 columns, not ", V);
     check_ids(rows_, B, logits, op, "rows");
     check_ids(steps_, B, logits, op, "step");
@@ -201,6 +207,7 @@ inline void check_logprob(const Tensor& hidden, const Tensor& weight, const Tens
   TORCH_CHECK(hidden.dim() == 2, op, ": hidden must have shape (N, C), not ", hidden.sizes());
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(1), op, ": weight must have shape (V, ",
               hidden.size(1), "), not ", weight.sizes());
+  TORCH_CHECK(hidden.size(1) > 0, op, ": hidden has no columns");
   TORCH_CHECK(weight.device() == hidden.device(), op, ": weight is on ", weight.device(), " but hidden is on ",
               hidden.device());
   const bool f64 = dtype_of(hidden, op, "hidden") == DType::f64;
@@ -276,7 +283,7 @@ struct NormBackward {
   NormBackward(const OptionalTensor& grad_sum_, const Tensor& grad_y_, const Tensor& x, const Tensor& weight,
                const Tensor& mean, const Tensor& scale, double dropout_p, int64_t seed,
                std::optional<at::ScalarType> branch_dtype)
-      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm_backward")), grad_y(grad_y_.contiguous()),
+      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm_backward")), grad_y(usable(grad_y_)),
         grad_x(at::empty_like(x)), grad_branch(branch_dtype ? at::empty(x.sizes(), x.options().dtype(*branch_dtype))
                                                             : at::empty({0}, x.options())) {
     constexpr auto op = "add_layer_norm_backward";
@@ -287,7 +294,7 @@ struct NormBackward {
     check_contiguous(grad_y, op, "grad_y");
     n.y_type = n.branch_type = norm_type(grad_y, op, "grad_y"), n.grad_y = grad_y.const_data_ptr();
     if (grad_sum_) {
-      grad_sum = grad_sum_->contiguous();
+      grad_sum = usable(*grad_sum_);
       check_part(grad_sum, x, x.sizes(), op, "grad_sum");
       n.grad_sum = grad_sum.const_data_ptr<float>();
     }

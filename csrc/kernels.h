@@ -59,7 +59,7 @@ enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 struct TokenLogprob {
   DType dtype, weight_dtype;
   int64_t N, C, V;
-  const void* hidden;       // (N, C) contiguous, of type dtype, which is also the type of the GEMMs
+  const void* hidden;       // (N, C) contiguous, of type dtype
   const void* weight;       // (V, C) contiguous, weight_dtype
   const int64_t* targets;   // (N,)
   void *logprob, *entropy;  // (N,) f32, or f64 for f64

@@ -2,8 +2,6 @@
 // cuda/ops.cpp has the CUDA implementations. Only these two files, arguments.h, autograd.cpp (the gradients),
 // parallel.h and module.cpp include headers of PyTorch.
 #include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -271,7 +269,8 @@ Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, at::ScalarT
               "do not fit: ", x.sizes(), " and ", weight.sizes());
   check_float(weight, weight.sizes(), op, "weight");
   const int64_t N = weight.size(0), K = weight.size(1);
-  TORCH_CHECK(N % 32 == 0 && K % 32 == 0, op, ": weight's sizes must be multiples of 32, not ", weight.sizes());
+  TORCH_CHECK(N > 0 && K > 0 && N % 32 == 0 && K % 32 == 0, op,
+              ": weight's sizes must be multiples of 32 above 0, not ", weight.sizes());
   return {.x_type = float_or_bf16(x, op, "x"),
           .y_type = {},
           .gemm_type = gemm_type(dtype, op),

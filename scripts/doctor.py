@@ -14,6 +14,8 @@ more (--per-kind sets the number). Replies are kept, so after Ctrl-C the same co
 test a human teacher, run scripts/teach.py and give the URL of its page."""
 
 import argparse
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -135,7 +137,7 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
     replies = options.replies
     if config.teacher_url:
         prompts = [config.teacher_prompt] if config.teacher_prompt else list(PROTOCOLS)
-        replies = replies or kept_replies()
+        replies = replies or kept_replies(config)
     elif not config.reward:
         fitting = "the built-in teacher to this corpus, which flatters it; about half a minute"
         print(f"{'fitting':10} {fitting}", flush=True)
@@ -158,6 +160,10 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
                     print_forecast(grader, known, len(prompts))
                 try:
                     results[name] = measured(grader, known)
+                    cached = grader.stats().get("teacher_cached")
+                    if cached:
+                        again = f"to ask again, delete {replies}"
+                        print(f"{'':10} {cached} of these replies are from before: {again}")
                 except calibration.NoScores as error:
                     print(f"{'':10} {error}", flush=True)
             if len(prompts) > 1 and name in results:
@@ -175,9 +181,12 @@ def calibrate(config: InteractConfig, options: argparse.Namespace) -> None:
     print_choice(config, options.corpus, results)
 
 
-def kept_replies() -> Path:
-    """The default of --replies."""
-    return cache_dir() / "doctor_replies.jsonl"
+def kept_replies(config: InteractConfig) -> Path:
+    """The default of --replies: a file for each teacher, because two servers may give the same name to
+    different models."""
+    teacher = json.dumps([config.teacher_url, config.teacher_model])
+    name = hashlib.sha256(teacher.encode()).hexdigest()[:8]
+    return cache_dir() / f"doctor_replies-{name}.jsonl"
 
 
 def print_forecast(grader: Grader, known: Sequence[KnownStory], prompts: int) -> None:

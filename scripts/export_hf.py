@@ -8,6 +8,7 @@ README.md, with its training data and licence. `hf upload NAME/REPO exported` up
 the Hub, and `hf upload NAME/REPO exported --revision chck_1M` to a branch.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     student, tokenizer, history = checkpoint.load(source)
     if options.gguf:
         gguf.write(options.gguf, student, tokenizer)
-        print(f'llama.cpp: llama-completion -m {options.gguf} -no-cnv -p "Once upon a time,"')
+        file = shlex.quote(str(options.gguf))
+        print(f'llama.cpp: llama-completion -m {file} -no-cnv -p "Once upon a time,"')
     if options.folder:
         card = model_card(options.folder.name, student, history)
         with atomic_folder(options.folder) as partial:
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             atomic_write(partial / "README.md", card)
     print(f"written: {', '.join(map(str, outputs))}")
     if options.folder:
-        print(printable(f"upload: hf upload NAME/REPO {options.folder}"))
+        print(printable(f"upload: hf upload NAME/REPO {shlex.quote(str(options.folder))}"))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def seeded() -> None:
 def own_replies(monkeypatch, tmp_path_factory) -> None:
     """The doctor finds no replies of other tests, and none of the user's."""
     path = tmp_path_factory.getbasetemp() / f"{uuid.uuid4()}.jsonl"
-    monkeypatch.setattr("scripts.doctor.kept_replies", lambda: path)
+    monkeypatch.setattr("scripts.doctor.kept_replies", lambda config: path)
 
 
 @pytest.fixture(scope="session")

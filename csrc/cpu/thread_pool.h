@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace tinystory::cpu {
@@ -22,7 +23,11 @@ class ThreadPool {
     if (threads <= 1 || busy_.test_and_set()) return f();
     {
       const std::lock_guard lock(mutex_);
-      for (; workers_ < threads - 1; ++workers_) std::thread(&ThreadPool::work, this).detach();
+      try {
+        for (; workers_ < threads - 1; ++workers_) std::thread(&ThreadPool::work, this).detach();
+      } catch (const std::system_error&) {
+        // no more threads are allowed: fewer workers do the job
+      }
       job_ = &f, wanted_ = threads - 1, error_ = nullptr;
     }
     wake_.notify_all();

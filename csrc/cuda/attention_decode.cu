@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
   for (int j0 = begin; j0 < end; j0 += kGroups * kUnroll) {
     Vec16 key[kUnroll], value[kUnroll];
     float s[kUnroll], m_new = m;
+    bool has_nan = false;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int j = j0 + u * kGroups + group;
@@ -99,8 +100,9 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
       dot = warp_sum<kLanes>(dot);
       s[u] = j0 + u * kGroups + group < end ? dot : -INFINITY;
       m_new = fmaxf(m_new, s[u]);
+      has_nan |= s[u] != s[u];  // fmaxf ignores NaN
     }
-    if (m_new == -INFINITY) continue;  // this group has no key yet; no shuffle follows in this iteration
+    if (m_new == -INFINITY && !has_nan) continue;  // this group has no key yet; no shuffle follows in this iteration
     const float rescale = exp2_fast(m - m_new);
     m = m_new;
     l *= rescale;

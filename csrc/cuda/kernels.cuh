@@ -1,8 +1,8 @@
 // The ops of ../kernels.h on a CUDA device: functions of the same structs, with device pointers, and of a stream.
 //
-// Every pointer except those to row ids, lengths and per-row results must be 16-byte aligned. float64, and head sizes
+// Every pointer except those to logits of `sample`, row ids, lengths and per-row results must be 16-byte aligned. float64, and head sizes
 // other than 32, 64 and 128, are not implemented and throw std::invalid_argument. A failed launch throws
-// std::runtime_error. The host does not check lengths and targets: one that is out of range fails a device-side
+// std::runtime_error. The host does not check lengths, spans and targets: one that is out of range fails a device-side
 // assertion.
 #pragma once
 #include "../kernels.h"

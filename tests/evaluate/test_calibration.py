@@ -233,7 +233,7 @@ def test_the_doctor_says_the_whole_cost_first_and_each_result_at_once_and_keeps_
         assert asked == ["event", "examples", "sense"]
         first_table = next(i for i, line in enumerate(lines) if "words shuffled" in line)
         assert forecast < first_table < lines.index("asking     examples")
-        assert f"kept in {doctor.kept_replies()}" in lines[-1]
+        assert f"kept in {doctor.kept_replies(None)}" in lines[-1]
 
         sent = len(server.others)
         doctor.main(argv)

@@ -154,5 +154,5 @@ def test_a_file_without_stories_is_one_sentence(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match='line 1 must be a JSON object with "opening" and "story"'):
         read_samples(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match='line 1 must be a JSON object with "opening" and "story"'):
+    with pytest.raises(UserError, match=r"there is no file .*nothing\.jsonl"):
         read_samples(tmp_path / "nothing.jsonl")

@@ -330,6 +330,11 @@ def test_flags_are_those_that_the_compiler_knows(tmp_path, monkeypatch):
     assert build.command() == [str(script), "-m64", *build.FLAGS, "-mcpu=native", "-pthread"]
 
 
+def test_a_launcher_before_the_compiler_is_left_out(monkeypatch):
+    monkeypatch.setenv("CXX", "/usr/bin/ccache c++ -m64")
+    assert build.command()[:2] == ["c++", "-m64"]
+
+
 def test_the_users_processor_takes_the_place_of_this_one(monkeypatch):
     monkeypatch.setenv("CXX", "c++ -march=x86-64-v3")
     assert not any("native" in flag for flag in build.command())

@@ -135,6 +135,20 @@ def test_what_the_kernel_does_not_fit_runs_in_pytorch():
     assert torch.equal(total, x + x) and torch.equal(y, F.layer_norm(x + x, (20,), w[0], w[1]))
 
 
+def test_what_the_kernel_does_not_fit_may_be_16_bit_or_empty():
+    torch.manual_seed(0)
+    x, w, b = torch.randn(3, 48).bfloat16(), torch.randn(48, 48), torch.randn(48)
+    torch.testing.assert_close(
+        ops.linear(x, w, b).float(), F.linear(x.float(), w, b), rtol=0.02, atol=0.1
+    )
+    assert torch.equal(ops.linear(torch.randn(3, 0), torch.randn(48, 0), b), b.expand(3, 48))
+    none = torch.randn(0, 32, requires_grad=True)
+    ops.linear(torch.randn(3, 32), none, torch.randn(0)).sum().backward()
+    assert none.grad.shape == (0, 32)
+    with pytest.raises(RuntimeError, match="hidden has no columns"):
+        ops.token_logprob(torch.randn(3, 0), torch.randn(5, 0), torch.zeros(3, dtype=torch.long))
+
+
 def test_reference_gradients():
     torch.manual_seed(0)
     x, w, b, r = (

@@ -95,6 +95,26 @@ def test_cross_entropy(which):
     assert_largest_no_worse(errors)
 
 
+def test_a_scaled_float16_loss_keeps_its_gradients():
+    """Without the scale, most gradients with respect to logits, below 1 / N, are no float16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, 8).half(), torch.randn(900, 8).half()
+    targets = torch.randint(900, (4096,))
+
+    def through(cross_entropy):
+        def f(h, w):
+            loss = 4096 * cross_entropy(h, w)
+            return (loss,), loss
+
+        return f
+
+    ours = through(lambda h, w: ops.cross_entropy(h, w, targets))
+    theirs = through(lambda h, w: F.cross_entropy(h @ w.T, targets))
+    exact = results(theirs, hidden, weight, torch.float64)
+    for x, e in zip(results(ours, hidden, weight, torch.float16), exact, strict=True):
+        assert (x - e).norm() < 1e-3 * e.norm()
+
+
 @pytest.mark.parametrize(
     "n, c, v", [(1, 1, 1), (1, 7, 2), (3, 64, 2), (2, 100, 257), (1500, 8, 9000)]
 )

@@ -501,3 +501,11 @@ def test_a_file_is_not_written_through_a_link_in_place_of_its_temporary_one(tmp_
     gguf.write(tmp_path / "run" / names[2], student, Tokenizer.train(tiny_stories(200), 320))
     assert private.read_text() == "mine"
     assert not any((tmp_path / "run" / name).is_symlink() for name in names)
+
+
+def test_an_output_never_replaces_a_pipe_or_a_device(tmp_path):
+    """As root, a rename would replace /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="it is not a regular file"):
+        require_output(pipe)

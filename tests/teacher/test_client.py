@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 
 import pytest
 from fault_server import FaultServer, closed_port, error, graded, time_out_hanging_requests
 from tqdm import tqdm
 
+from tinystory.run.errors import UserError
 from tinystory.teacher import api, pool
+from tinystory.teacher.api import requested_pause
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import PATIENCE, Endpoint, Options, Probe
 from tinystory.teacher.grade import Grade, Submission
@@ -95,8 +99,31 @@ def test_the_client_waits_as_long_as_the_server_asks():
     assert server.times[-1] - server.times[-2] >= 0.3
 
 
+def test_a_wait_that_no_story_can_wait_for_ends_the_run_at_once():
+    busy = error(429, "per day", headers={"Retry-After": "40000"})
+    with (
+        FaultServer(lambda story, n: busy) as server,
+        Teacher([server.url]) as teacher,
+        pytest.raises(UserError, match=r"per day.*no request for 40,000 s: continue after that"),
+    ):
+        graded(teacher, "Once", [f"Dog {i}." for i in range(30)])
+    assert sum(server.seen.values()) <= 4
+
+
+def test_a_servers_pause_is_read_in_each_form():
+    in_20_s = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=20), usegmt=True)
+    assert 15 < requested_pause({"retry-after": in_20_s}) <= 20
+    for headers, seconds in (
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "30"}, 30),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2s"}, 62),
+        ({"x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-requests": "30"}, 0),
+    ):
+        assert requested_pause(headers) == seconds
+
+
 def test_what_is_no_number_of_seconds_asks_for_no_wait():
-    nonsense = ["", "nan", "inf", "-5", "soon", "9" * 400, "Fri, 01 Jan 2027 00:00:00 GMT"]
+    nonsense = ["", "nan", "inf", "-5", "soon", "9" * 400, "Fri, 01 Jan 2021 00:00:00 GMT"]
     busy = {f"Dog {i}.": error(429, "slow", {"Retry-After": x}) for i, x in enumerate(nonsense)}
     script = lambda story, n: "3 3 3" if n else busy[story]  # noqa: E731
     with FaultServer(script) as server, Teacher([server.url]) as teacher:

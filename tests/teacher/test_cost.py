@@ -10,6 +10,7 @@ from fault_server import FaultServer, assert_one_clean_sentence, counted, graded
 from tinystory.run.errors import UserError
 from tinystory.teacher import client
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.named_protocols import load_protocol
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -70,6 +71,15 @@ def test_a_forecast_is_the_probe_times_the_stories():
                 f"8,000 stories, {tokens_in:,.0f} prompt tokens and 48,000 reply tokens, {24_000 + words:,} words for "
                 f"the student, cost {(tokens_in + 2 * 48_000) / 1e6:.2f}, at most 8.0 hours of grading"
             )
+
+
+def test_a_forecast_counts_the_replies_that_a_prompt_draws_once():
+    """Eight replies to one prompt, whose tokens the probe counted together."""
+    protocol = load_protocol("event")
+    with Counting() as server, Teacher([server.url], protocol=protocol) as teacher:
+        teacher.probes[0] = dataclasses.replace(teacher.probes[0], choices=True, tokens=[500, 48])
+        assert teacher.draws == 8 and teacher.requests_per_story == 8
+        assert "and 48,000 reply tokens" in teacher.forecast(1000, "Once")
 
 
 @pytest.mark.parametrize("counts", [True, False])

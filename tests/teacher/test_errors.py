@@ -157,6 +157,30 @@ def test_no_openai_compatible_api(models, words):
     assert_one_clean_sentence(caught, server.url, words)
 
 
+def test_a_judges_server_gets_no_key_of_a_teacher(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY_1", KEY)
+    keys = []
+
+    class Server(FaultServer):
+        async def _chat(self, request):
+            keys.append(request.headers["Authorization"].removeprefix("Bearer "))
+            return await super()._chat(request)
+
+    with Server() as server:
+        for role, expected in (("teacher", KEY), ("judge", "none")):
+            with Teacher([server.url], role=role):
+                assert set(keys) == {expected}
+            keys.clear()
+        monkeypatch.setenv("OPENAI_API_KEY_JUDGE", "the judge's")
+        with Teacher([server.url], role="judge"):
+            assert set(keys) == {"the judge's"}
+    with FaultServer(lambda story, n: error(401, "no")) as server:
+        server.other = lambda asked: error(401, "no")
+        server.models = lambda: error(401, "no")
+        with pytest.raises(UserError, match=r"set OPENAI_API_KEY_JUDGE$"):
+            Teacher([server.url], ["first"], role="judge")
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -165,6 +189,10 @@ def test_no_openai_compatible_api(models, words):
         "ftp://host/v1",
         "http://",
         "http://h?k=1",
+        "http://h:x/v1",
+        "http://h:99999",
+        "http://:8000/v1",
+        "http://[",
         "http://h/v1\x1b",
         f"http://me:{KEY}@127.0.0.1:9/v1",
     ],
@@ -175,9 +203,7 @@ def test_invalid_urls(url):
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
 
 
-@pytest.mark.parametrize(
-    "url", ["http://h:x/v1", "http://h:99999", "http://[", f"http://{'a' * 300}/v1", "http://a..b"]
-)
+@pytest.mark.parametrize("url", [f"http://{'a' * 300}/v1", "http://a..b"])
 def test_urls_that_no_server_can_have_are_one_sentence(url):
     with pytest.raises(UserError) as caught:
         Teacher([url])

@@ -67,6 +67,22 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
 
 
+@pytest.mark.parametrize("at", range(3))
+def test_a_request_refused_as_one_too_many_is_no_finding(at):
+    class Busy(FaultServer):
+        chats = 0
+
+        async def _chat(self, request):
+            self.chats += 1
+            if self.chats == at + 1:
+                return error(429, "slow down")
+            return await super()._chat(request)
+
+    other = lambda asked: numbers_if_held(asked, "grammar")  # noqa: E731
+    with Busy(other=other) as server, Teacher([server.url]) as teacher:
+        assert teacher.probes[0].scored and teacher.probes[0].held_to == "grammar"
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_json_is_for_models_that_give_no_plain_numbers(plain):
     scores = json.dumps(dict.fromkeys(CRITERIA, 2))

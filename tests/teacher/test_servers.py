@@ -108,6 +108,19 @@ def test_a_server_that_is_down_at_the_start_is_told_and_left_out(capsys):
         Teacher([away, closed_port()])
 
 
+def test_a_server_that_refuses_the_key_at_the_start_is_told_and_left_out(capsys):
+    class Locked(FaultServer):
+        async def _chat(self, request):
+            return error(401, "no entry")
+
+    with servers(good) as (there,), Locked(models=("m",)) as locked:
+        with Teacher([locked.url, there.url]) as teacher:
+            assert [probe.url for probe in teacher.probes] == [there.url]
+            assert "refuses the key (HTTP 401: no entry)" in capsys.readouterr().out
+        with pytest.raises(UserError, match="refuses the key"):
+            Teacher([locked.url])
+
+
 def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path, capsys):
     kept = tmp_path / "replies.jsonl"
     script = lambda story, n: honest(story)  # noqa: E731

@@ -107,7 +107,7 @@ def teacher_of(monkeypatch):
     monkeypatch.setattr(asyncio, "new_event_loop", SimulatedLoop)
 
     def open_teacher(server: SlowServer, **options) -> Teacher:
-        monkeypatch.setattr(client, "ChatClient", lambda url, key, role: server)
+        monkeypatch.setattr(client, "ChatClient", lambda *_: server)
         teacher = Teacher(["http://x"], concurrency=CONCURRENCY, **options)
         all_sent = threading.Event()
         grades, wait = teacher.grades, teacher._wait

@@ -135,6 +135,7 @@ def open_judge(
         teacher_concurrency=config.teacher_concurrency,
         teacher_timeout=config.teacher_timeout,
         teacher_per_minute=config.teacher_per_minute,
+        any_model=config.any_model,
     )
     with contextlib.ExitStack() as stack:
         print(f"second judge: {judge}")

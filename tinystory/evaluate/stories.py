@@ -42,6 +42,8 @@ def read_samples(path: Path) -> list[Sample]:
     """The stories of a .jsonl file. Each line is an object with `opening`, `story` and, optionally,
     `ended`. `story` continues the opening; if it begins with the opening, the opening is removed.
     Raises UserError for any other file."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
     stories = []
     records = list(read_records(path)) or [{}]  # so that an empty file is an error in line 1
     for number, record in enumerate(records, 1):

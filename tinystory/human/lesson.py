@@ -278,8 +278,10 @@ class Lesson:
             "by": who,
             "at": timestamp(),
         }
-        journal = Journal(self.folder / PAIRS, durable=True)
-        with refused_unless_kept(), contextlib.closing(journal):
+        with (
+            refused_unless_kept(),
+            contextlib.closing(Journal(self.folder / PAIRS, durable=True)) as journal,
+        ):
             journal.append(record)
         self._answers[pair.key] = record["preferred"]
         self._back_at = None

@@ -121,9 +121,12 @@ def kept_groups(hidden: Tensor, weight: Tensor) -> int:
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -logprob, with logprob as in token_logprob, for pretraining. If gradients are
-    required, the kernel computes them in the forward pass, so that the logits are computed once."""
+    required, the kernel computes them in the forward pass, so that the logits are computed once. Not
+    in float16, because gradients of 1 / N and less would underflow before a loss is scaled."""
     hidden = hidden.to(matmul_dtype(hidden))
-    if needs_gradient(hidden, weight) and implementation("cross_entropy", hidden) == "kernel":
+    is_wide = hidden.dtype != torch.float16
+    is_kernel = is_wide and implementation("cross_entropy", hidden) == "kernel"
+    if needs_gradient(hidden, weight) and is_kernel:
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
     logprob, _ = token_logprob(hidden, weight, targets)
     return -logprob.mean()
@@ -183,7 +186,8 @@ def add_layer_norm(
     kernel_fits = x.dtype == torch.float32 and fits(x, weight)
     if kernel_fits and implementation("add_layer_norm", x) == "kernel":
         if branch is not None:
-            branch = branch.contiguous()
+            is_unlike = on_gpu(x) and branch.dtype != dtype != torch.float32
+            branch = branch.to(dtype if is_unlike else branch.dtype).contiguous()
         total, y, _, _ = torch.ops.tinystory.add_layer_norm(
             x.contiguous(), branch, weight, bias, dropout_p, seed, dtype
         )
@@ -198,7 +202,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     dtypes = [torch.float32, torch.bfloat16]
     if on_gpu(x):
         dtypes.append(torch.float16)
-    if weight.dtype != torch.float32 or any(size % 32 for size in weight.shape):
+    if weight.dtype != torch.float32 or any(size % 32 or size == 0 for size in weight.shape):
         return False
     return x.dtype in dtypes and matmul_dtype(x) in dtypes
 

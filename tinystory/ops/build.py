@@ -52,6 +52,7 @@ FLAGS = [
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
 MINUTES = "a minute or more"
+LAUNCHERS = ("ccache", "sccache", "distcc")
 OLD = ".old"  # suffix of folders to remove
 # hides a warning about nvcc without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -237,9 +238,12 @@ def imported(name: str, library: Path) -> ModuleType:
 
 def command() -> list[str]:
     """The C++ compiler ($CXX, or the first of c++, g++, clang++) and our flags. The last flag is
-    the one for threads. The code is for this processor, unless $CXX names another processor, such
-    as "c++ -march=x86-64-v3". Raises UserError if there is no compiler."""
+    the one for threads. A launcher before the compiler, such as ccache, is left out. The code is for
+    this processor, unless $CXX names another processor, such as "c++ -march=x86-64-v3". Raises
+    UserError if there is no compiler."""
     chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen and Path(chosen[0]).name in LAUNCHERS:
+        del chosen[0]
     names = chosen[:1] or ["c++", "g++", "clang++"]
     found = [name for name in names if shutil.which(name)]
     if not found:
@@ -298,7 +302,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            say(f"waiting for another process that is compiling the kernels ({MINUTES})")
+            say(f"waiting for another process or thread that is compiling the kernels ({MINUTES})")
             held = lock.acquire()
     except OSError as error:
         problem = f"{folder} cannot be written or locked ({error.strerror})"

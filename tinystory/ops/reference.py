@@ -56,6 +56,8 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    if not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 

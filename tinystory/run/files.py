@@ -96,6 +96,8 @@ def require_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a new file would replace the device or pipe
+            raise OSError(errno.EINVAL, "it is not a regular file")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -3,12 +3,15 @@ size is bounded, their structure is checked, and control characters and an echoe
 before a message quotes any text."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinystory.run.credentials import SHORTEST_SECRET, redacted
@@ -24,6 +27,7 @@ LONGEST_ANSWER = 4 * 2**20
 # Seconds that an idle connection is kept. The value is shorter than every server's own (5 for
 # uvicorn, and so for vLLM), so that the server does not close a connection while we send.
 KEEP_ALIVE_S = 2.0
+CONNECT_S = 10.0  # time limit in seconds for a connection
 LEAST_LOGPROB = -1e4  # smallest accepted log-probability; OpenAI gives -9999 for impossible tokens
 LONGEST_PAUSE_S = 60.0  # maximum seconds without a request because the server asks for a pause
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
@@ -62,6 +66,7 @@ class Failure(Exception):
     busy: bool = False  # the server needs fewer requests
     fatal: bool = False  # every other request to this server would fail in the same way
     unreachable: bool = False  # no connection could be made
+    pause_s: float = 0.0  # announced seconds until the server accepts another request
     url: str = ""  # URL of the server, set when the request is given up
 
 
@@ -83,12 +88,13 @@ class Reply:
 class ChatClient:
     """Client of the server at `url` (including /v1), for use on one event loop. Only connecting has
     a time limit here; callers limit the time of a request. role: "teacher" or "judge", for errors
-    that name an option."""
+    that name an option. key_name: the environment variable of the key."""
 
-    def __init__(self, url: str, key: str, role: str = "teacher"):
+    def __init__(self, url: str, key: str, role: str = "teacher", key_name: str = "OPENAI_API_KEY"):
         self._url = url
         self._key = key.strip()
         self._role = role
+        self._key_name = key_name
         self.next_at = 0.0  # on the event loop's clock: when the next request may be sent
 
     @functools.cached_property
@@ -98,7 +104,7 @@ class ChatClient:
         import httpx2
         import openai
 
-        timeout = openai.Timeout(None, connect=10.0)
+        timeout = openai.Timeout(None, connect=CONNECT_S)
         # ServerPool limits the connections. For aiohttp, 0 means no limit, and None means a limit
         # of 100. Redirects are not followed, because a redirect could send the key to another host.
         # For a loopback URL, proxies are ignored, because a proxy cannot reach this machine's
@@ -234,7 +240,11 @@ class ChatClient:
         if isinstance(root, Failure):  # from _check_status; openai before 3.16 wraps the exception
             raise root
         message = self.one_line(str(root) or type(root).__name__)
-        if any(isinstance(cause, aiohttp.ClientConnectorError) for cause in causes):
+        is_refused = any(isinstance(cause, aiohttp.ClientConnectorError) for cause in causes)
+        is_late = isinstance(causes[0], openai.APITimeoutError)
+        if is_late and not is_refused:  # only connecting has a time limit
+            message = f"no connection within {CONNECT_S:.0f} s"
+        if is_refused or is_late:
             advice = "start it, or check the URL and any proxy (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
             message = f"cannot be reached ({message}): {advice}"
             raise Failure(message, again=True, fatal=True, unreachable=True)
@@ -245,7 +255,8 @@ class ChatClient:
         status except 2xx."""
         status = response.status_code
         headers = response.headers
-        self.pause(requested_pause(headers))
+        pause = requested_pause(headers)
+        self.pause(pause)
         if 200 <= status < 300:
             return
         if status < 400:
@@ -257,13 +268,14 @@ class ChatClient:
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
         elif status == 401 or WRONG_KEY in texts:
-            message = f"refuses the key ({error}): set OPENAI_API_KEY"
+            message = f"refuses the key ({error}): set {self._key_name}"
         elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is overloaded or failing ({error})",
                 status=status,
                 again=True,
                 busy=status in BUSY,
+                pause_s=pause,
             )
         elif status == 404:
             message = f"has no such page or model ({error}): check the URL and --{self._role}-model"
@@ -276,7 +288,7 @@ class ChatClient:
             fatal = False
             message = f"refuses the request ({error})"
             if status == 403:  # may concern only this story, such as OpenRouter's moderation
-                message += "; if it refuses every request, set OPENAI_API_KEY"
+                message += f"; if it refuses every request, set {self._key_name}"
         raise Failure(message, status=status, fatal=fatal)
 
     def one_line(self, text: str) -> str:
@@ -375,17 +387,25 @@ def _error_texts(answer: object) -> list[str]:
 
 
 def requested_pause(headers: Mapping[str, str]) -> float:
-    """Seconds until the server allows another request, from the headers Retry-After and
-    x-ratelimit-* (OpenAI's, and those of servers that follow it); 0 if it allows one now, or does
-    not say."""
+    """Seconds until the server allows another request, from the headers Retry-After, retry-after-ms
+    and x-ratelimit-* (OpenAI's, and those of servers that follow it); 0 if it allows one now, or
+    does not say."""
     pauses = [0.0]
     wait = headers.get("retry-after", "")
     if re.fullmatch(NUMBER, wait):
         pauses.append(float(wait))
+    else:  # an HTTP date (RFC 9110, 10.2.3)
+        with contextlib.suppress(ValueError, OverflowError):
+            pauses.append(parsedate_to_datetime(wait).timestamp() - time.time())
+    milliseconds = headers.get("retry-after-ms", "")
+    if re.fullmatch(NUMBER, milliseconds):
+        pauses.append(float(milliseconds) / 1000)
     for kind, needed in (("requests", 1), ("tokens", TOKENS_OF_A_REQUEST)):
         remaining = headers.get(f"x-ratelimit-remaining-{kind}", "")
         if re.fullmatch(NUMBER, remaining) and float(remaining) < needed:
             reset = headers.get(f"x-ratelimit-reset-{kind}", "")
+            if re.fullmatch(NUMBER, reset):
+                reset += "s"
             parts = re.findall(f"({NUMBER})(ms|s|m|h)", reset)
             pauses.append(sum(float(number) * UNITS[unit] for number, unit in parts))
     return max(pauses)

@@ -51,7 +51,8 @@ class Teacher(Grader):
     (wrong key, exhausted quota, unknown model, too short a context), every call that waits for a
     grade raises UserError, and no further story is sent.
 
-    urls: one URL per server; keys are OPENAI_API_KEY_1, _2, ... in this order, else OPENAI_API_KEY.
+    urls: one URL per server; keys are OPENAI_API_KEY_1, _2, ... in this order (of a judge:
+    OPENAI_API_KEY_JUDGE), else OPENAI_API_KEY.
     models: one name for all servers or one per server; none: the first model that a server lists.
     concurrency: maximum number of requests in flight per server.
     cache: file for replies (cache.py).
@@ -88,8 +89,10 @@ class Teacher(Grader):
         self.ledger = Ledger(price_in, price_out, budget_cost, self.cache.charged)
         self.endpoints: list[Endpoint] = []
         for i, url in enumerate(urls):
-            own_key = os.environ.get(f"OPENAI_API_KEY_{i + 1}")
-            client = ChatClient(url, own_key or os.environ.get("OPENAI_API_KEY", ""), role)
+            key_name = f"OPENAI_API_KEY_{'JUDGE' if role == 'judge' else i + 1}"
+            if not os.environ.get(key_name):
+                key_name = "OPENAI_API_KEY"
+            client = ChatClient(url, os.environ.get(key_name, ""), role, key_name)
             named = Probe(url=url, model=names[i % len(names)])
             endpoint = Endpoint(named, client, concurrency, self.ledger, self.options)
             self.endpoints.append(endpoint)
@@ -224,7 +227,8 @@ class Teacher(Grader):
         opening_words = len(opening.split())
         more_words = opening_words + STORY_WORDS - len(" ".join(FIRST_STORY).split())
         tokens_in = prompts * (prompt_tokens + more_words * TOKENS_PER_WORD)
-        tokens_out = requests * reply_tokens
+        # the probe counted all replies to a prompt
+        tokens_out = (prompts if first.choices and first.tokens else requests) * reply_tokens
         words_in = opening_words + requests * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""

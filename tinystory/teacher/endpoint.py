@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import BUSY, ChatClient, Failure, Reply, in_time
@@ -231,11 +232,20 @@ class Endpoint:
         return self.probe.tokens[0] + len(texts[-1].encode())
 
 
+def has_host(server: str) -> bool:
+    """Whether the beginning of a URL has a host, and no port or a valid one."""
+    try:
+        parts = urlsplit(server)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def base_url(url: str, role: str = "teacher") -> str:
     """The base URL of an API: `url`, with the path /v1 if it has no path. Raises UserError if `url`
     is not an http or https URL, or has a user name, a query or a fragment."""
     parts = URL.fullmatch(url.strip())
-    if parts is None or not url.isprintable():
+    if parts is None or not url.isprintable() or not has_host(parts["server"]):
         raise UserError(
             f"the {role}'s URL must look like http://127.0.0.1:8000/v1 or https://host/v1, without a key: set the "
             "key in OPENAI_API_KEY"

@@ -82,6 +82,11 @@ class ServerPool:
                 except Failure as error:
                     failure = error
                 endpoint.failed(failure)
+                if failure.pause_s > endpoint.deadline_s:  # no answer can come in time
+                    wait = (
+                        f"it accepts no request for {failure.pause_s:,.0f} s: continue after that"
+                    )
+                    failure = Failure(f"{failure}; {wait}", status=failure.status, fatal=True)
                 # a server that is left out does not count as a failure of the story
                 if self._is_left_out(endpoint, failure):
                     continue

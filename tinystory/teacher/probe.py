@@ -145,6 +145,7 @@ class Prober:
         self.protocol = endpoint.options.protocol
         self.model_flag = f"--{endpoint.options.role}-model"
         self.messages = self._messages(*FIRST_STORY)
+        self._pool = ServerPool([endpoint])
 
     def _messages(self, opening: str, story: str) -> list[dict]:
         """The messages of the first request about a story."""
@@ -152,9 +153,9 @@ class Prober:
         return next(iter(self.protocol.messages(opening, story, mark).values()))
 
     async def examine(self) -> Failure | None:
-        """None after the endpoint's probe was set; else the failure to reach the server. If the
-        server cannot be reached, a cached probe is used if its model is the one that the user
-        named. Raises UserError for any other failure."""
+        """None after the endpoint's probe was set; else the failure of a server that cannot be reached
+        or refuses every request. If the server cannot be reached, a cached probe is used if its
+        model is the one that the user named. Raises UserError for any other failure."""
         endpoint = self.endpoint
         url = endpoint.probe.url
         model = endpoint.probe.model
@@ -170,9 +171,10 @@ class Prober:
                 self.cache.forget(key)
                 self.cache.put(key, Reply(json.dumps(asdict(probe))), endpoint.ledger.charged)
         except Failure as failure:
-            if not failure.unreachable:
+            is_refused = failure.fatal and failure.status is not None
+            if not failure.unreachable and not is_refused:
                 raise UserError(f"{endpoint} {failure}") from None
-            if probe is None:
+            if probe is None or is_refused:
                 return failure
             if probe.model not in (model, HUMAN):
                 # The name of the model is not taken from the file, because it would be sent to the
@@ -203,7 +205,7 @@ class Prober:
                 raise
             if not named:
                 message = f"{failure} (if the server does not list models, name one with {self.model_flag})"
-                raise Failure(message, status=failure.status) from None
+                raise Failure(message, status=failure.status, fatal=failure.fatal) from None
             self._warn(f"{failure}; {named} is used although the server gave no list of models")
             return named
         if named and named not in models:
@@ -262,8 +264,18 @@ class Prober:
         return replace(self.form, seconds=await self._seconds_per_answer())
 
     async def _ask(self, messages: list[dict], count: int = 1) -> Reply:
-        """The first of `count` replies. Sets whether one request can have several replies."""
-        replies = await self.endpoint.chat(messages, self.endpoint.options.seed, count)
+        """The first of `count` replies. Sets whether one request can have several replies. Only a
+        request that is refused as one too many is repeated, because any other failure may be the
+        server's answer to the form of the request."""
+
+        async def request(endpoint: Endpoint) -> AsyncIterator[list[Reply]]:
+            try:
+                yield await endpoint.chat(messages, endpoint.options.seed, count)
+            except Failure as failure:
+                failure.again = failure.status in BUSY
+                raise
+
+        replies = await self._pool.ask(request)
         if count > 1:
             self._change_form(choices=len(replies) == count)
         return replies[0]
@@ -280,14 +292,13 @@ class Prober:
     async def _accepted_reply(self) -> Reply:
         """The reply to the first story, after changing the form until the server accepts the
         request."""
-        pool = ServerPool([self.endpoint])
 
-        async def request(_: Endpoint) -> AsyncIterator[Reply]:
-            yield await self._ask(self.messages)
+        async def request(endpoint: Endpoint) -> AsyncIterator[Reply]:
+            yield (await endpoint.chat(self.messages, endpoint.options.seed))[0]
 
         while True:
             try:
-                return await pool.ask(request)
+                return await self._pool.ask(request)
             except Failure as failure:
                 self.endpoint.probe = remedy(self.form, failure)
 
@@ -352,7 +363,9 @@ class Prober:
             self._change_form(held_to=kind)
             held = await self._try(OFF_TOPIC)
             if held is not None and self.protocol.is_bare(held):
-                return reply if self.protocol.reads(reply) else await self._ask(self.messages)
+                count = self.protocol.draws if self.form.choices else 1
+                is_read = self.protocol.reads(reply)
+                return reply if is_read else await self._ask(self.messages, count)
         self._change_form(held_to="nothing")
         return reply
 

@@ -85,6 +85,27 @@ void test_decode() {
     }
 }
 
+// A key that is NaN must not be ignored: the student's output shows that its weights are damaged.
+void test_nan_key() {
+  constexpr int64_t D = 64, T = 9;
+  std::mt19937_64 random(1);
+  for (int64_t key = 0; key < T; ++key) {
+    auto cache = normal<cuda::bf16>(random, T * 2 * D);
+    auto qkv = normal<cuda::bf16>(random, 3 * D);
+    std::fill_n(key + 1 < T ? &cache[key * 2 * D] : &qkv[D], D, cuda::from_float<cuda::bf16>(NAN));
+    const simt::Buffer<cuda::bf16> new_token(qkv);
+    const simt::Buffer<int64_t> used(std::vector<int64_t>{T - 1}), parts(std::vector<int64_t>{0, 0});
+    simt::Buffer<cuda::bf16> grown(cache.size()), out(D);
+    std::copy(cache.begin(), cache.end(), grown.data());
+    const DecodeAttention x{DType::bf16,  1,           0,         T, 1, D, new_token.data(), nullptr, parts.data(),
+                            grown.data(), used.data(), out.data()};
+    simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
+    cuda::decode_attention(x, workspace.data(), nullptr);
+    for (const double value : to_doubles(out.read()))
+      check(std::isnan(value), "decode ignores that key " + std::to_string(key) + " is NaN");
+  }
+}
+
 // An invalid value that only the kernel can see, and that would lead outside the buffers.
 template <class F>
 void expect_assertion(const std::string& words, const F& f) {
@@ -449,7 +470,7 @@ int main(int argc, char** argv) {  // names of ops to test, default all
   const auto wanted = [&](const std::string& op) {
     return argc == 1 || std::find(argv + 1, argv + argc, op) != argv + argc;
   };
-  if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>();
+  if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>(), test_nan_key();
   if (wanted("logprob")) test_logprob<float>(), test_logprob<bf16>(), test_logprob<f16>();
   if (wanted("gelu")) test_gelu<bf16>(), test_gelu<f16>();
   if (wanted("norm")) {
