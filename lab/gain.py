@@ -19,7 +19,7 @@ interaction's teacher, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
 words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
-how much more the interaction gains than each control, over all students, paired by student; and
+how much more the interaction gains than each control, averaged over the words of each seed; and
 least-squares fits of the gain of each student on two numbers that are known after the first step of
 interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
 OUT/gain.json (every number of the tables), OUT/coherence.svg and OUT/gain.svg."""
@@ -43,7 +43,15 @@ from lab.figures import COLOURS
 from lab.intervals import interval
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
-from lab.runs import folder_of, interact_config, pretrain_config, words_of
+from lab.runs import (
+    EXPERIMENT,
+    folder_of,
+    interact_config,
+    judges_in,
+    pretrain_config,
+    require_same,
+    words_of,
+)
 from tinystory.config import InteractConfig
 from tinystory.evaluate.intervals import mean_of
 from tinystory.evaluate.open_grader import open_grader
@@ -110,7 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     before, lower = (f"before, temperature {each}" for each in temperatures_of(teaching))
     reader = Reader(options.reader)
     summaries = []
+    settings = {
+        "pretrain": options.pretrain,
+        "interaction": options.options[0],
+        "reader": options.reader,
+        "stories": options.stories,
+    }
     with locked(out):
+        require_same(out / EXPERIMENT, settings | judges_in(options.options))
         for words in options.words:
             argv = [*pretraining, "--words", str(words)]
             folder = out / str(words)
@@ -148,17 +163,22 @@ def train_and_measure(
     openings = recipes.OPENINGS[:stories]
 
     def measured(row: Row, grader: Grader, reader: Reader | None) -> Record:
-        measure = partial(recipes.measure, row, grader, recipes.CONFIG, openings, reader, unseen)
+        scored_by = None if grader is rubric else rubric
+        measure = partial(
+            recipes.measure, row, grader, recipes.CONFIG, openings, reader, unseen, scored_by
+        )
         return recipes.measured(out / "rows.jsonl", row.name, seed, measure)
 
     by_name = {}
-    with open_grader(recipes.CONFIG, corpus=config.corpus) as rubric:
+    arm_rows = [row for row in rows if row.folder != start]
+    with (
+        open_grader(recipes.CONFIG, corpus=config.corpus) as rubric,
+        open_grader(teaching, corpus=config.corpus) as teacher,
+    ):
         for row in rows:
             # at temperature 1, only the measures on unseen texts are of interest
             coherence_of = None if row.folder == start and row.temperature == 1 else reader
             by_name[row.name] = measured(row, rubric, coherence_of)
-    arm_rows = [row for row in rows if row.folder != start]
-    with open_grader(teaching, corpus=config.corpus) as teacher:
         for row in (
             Row(BEST_OF_4, start, temperatures[0], n=4, chosen_by="reward"),
             Row(ENDED_OF_4, start, temperatures[0], n=4, chosen_by="ended"),
@@ -235,9 +255,8 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     print_equivalents(students, names)
     print()
     for control in (name for name in names if name not in (arms[0], BEST_OF_4_AFTER)):
-        differences = [student["gain"][arms[0]] - student["gain"][control] for student in students]
-        above = interval(differences)
-        print(f"interaction above {control}: {above} over {len(students)} students")
+        above = interval(seed_means(students, arms[0], control))
+        print(f"interaction above {control}: {above} over the seeds")
     gains = np.array([student["gain"][arms[0]] for student in students])
     deviation = np.array([student["score_std"] for student in students])
     headroom = 1 - np.array([student["score_mean"] for student in students])
@@ -246,6 +265,17 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
         return  # a fit would be exact
     for chosen in (["standard deviation"], ["headroom"], ["standard deviation", "headroom"]):
         print(fit(gains, {name: columns[name] for name in chosen}))
+
+
+def seed_means(students: Sequence[Record], name: str, control: str = "") -> list[float]:
+    """Each seed's gain of the row `name`, less that of `control`, averaged over the words of
+    pretraining: a seed's students are not independent."""
+    by_seed: dict[int, list[float]] = {}
+    for student in students:
+        gains = student["gain"]
+        difference = gains[name] - (gains[control] if control else 0.0)
+        by_seed.setdefault(student["seed"], []).append(difference)
+    return [fmean(values) for values in by_seed.values()]
 
 
 def print_equivalents(students: Sequence[Record], names: Sequence[str]) -> None:

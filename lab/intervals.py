@@ -23,8 +23,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean, and half the length of its 95 % interval, by Student's t distribution. For more
-    than 13 values, the interval is up to 11 % too long."""
+    """The mean, and half the length of its 95 % interval, by Student's t distribution."""
     half = t_quantile(len(values)) * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values), half)
 

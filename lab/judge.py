@@ -22,8 +22,9 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 
 from lab import findings
+from lab.intervals import interval
 from lab.reader import PACKAGED, Reader, mean_and_bootstrap_ci
-from lab.second_judge import conclusion, judge_run, judged_rows
+from lab.second_judge import AFTER, BEFORE, conclusion, gain, judge_run, judged_rows
 from tinystory.config import InteractConfig
 from tinystory.config.record import recorded_config
 from tinystory.data.corpus import recorded_corpus
@@ -115,7 +116,7 @@ def sense_rows(reader: Reader, samples: Mapping[str, Sequence[Sample]]) -> list[
 def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]) -> None:
     """Measure the coherence of each run's stories and controls, and print the gain."""
     typed = {name: value for name, value in vars(options).items() if name in AGAIN}
-    pooled: list[Record] = []
+    gains: list[float] = []
     for run in runs:
         unused = ["init", "control", *(["corpus"] if options.corpus else [])]
         config: InteractConfig = recorded_config(InteractConfig, run, typed, unused)
@@ -130,10 +131,9 @@ def judge_runs(options: argparse.Namespace, reader: Reader, runs: Sequence[Path]
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         findings.keep(run, TITLE, [conclusion(records), NOTE], judged_rows(records))
-        first = len(pooled)  # so that openings of different runs have different indices
-        pooled += [record | {"index": first + record["index"]} for record in records]
+        gains.append(gain(records, AFTER, BEFORE)[0])
     if len(runs) > 1:
-        print_judged(f"{len(runs)} runs together", pooled)
+        print(f"\n{len(runs)} runs: a gain in coherence of {interval(gains)} nats per token")
 
 
 def likelihood(run: Path, config: InteractConfig, device: torch.device) -> Likelihood:

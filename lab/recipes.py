@@ -44,10 +44,13 @@ from lab.coreference import coreference
 from lab.figures import Bar
 from lab.reader import Reader, mean_and_bootstrap_ci
 from lab.runs import (
+    EXPERIMENT,
     corpus_of_teacher,
     folder_of,
     interact_config,
+    judges_in,
     pretrain_config,
+    require_same,
     train,
     train_controls,
     words_of,
@@ -154,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         for arm in arms.values():
             interact_config(["--seed", str(seed), *arm.words])
     reader = Reader(options.reader) if options.reader else None
+    settings = {"pretrain": options.pretrain, "reader": options.reader}
     with locked(out):
+        require_same(out / EXPERIMENT, settings | judges_in(options.options))
         records = compare(out, options.seeds, pretraining, arms, reader)
     rows = table(records)
     print_table(rows)
@@ -327,9 +332,11 @@ def measure(
     openings: Sequence[str],
     reader: Reader | None = None,
     unseen: Sequence[str] = (),
+    rubric: Grader | None = None,
 ) -> Record:
     """The measures of a row. A reward compares a story with the other chosen stories, one per
-    opening. reader: adds the mean `coherence` of the stories' first sentences. unseen: texts for UNSEEN
+    opening. grader: chooses the stories. rubric: scores the chosen ones (default: the grader).
+    reader: adds the mean `coherence` of the stories' first sentences. unseen: texts for UNSEEN
     (default: stories of the grammar)."""
     prompts = tuple(openings) * row.n
     candidates, candidate_scores = written(
@@ -350,6 +357,9 @@ def measure(
     stories = [candidates[i] for i in chosen]
     scores = [candidate_scores[i] for i in chosen]
     texts = [story.text for story in stories]
+    if rubric:
+        grades = rubric.grade_each([(story.opening, story.text) for story in stories])
+        scores = [grade.score for grade in grades]
     rewards = story_rewards(config, stories, scores, differences(texts))
     score = mean_of(scores)
     starts = range(0, max(len(texts) - CLUSTERED, 0) + 1, CLUSTERED)

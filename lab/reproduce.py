@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -43,10 +44,12 @@ from lab import recipes
 from lab.figures import COLOURS
 from lab.pairs import evaluate_pairs, task_items
 from lab.runs import (
+    EXPERIMENT,
     corpus_of_teacher,
     folder_of,
     interact_config,
     pretrain_config,
+    require_same,
     train,
     words_of,
 )
@@ -210,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto")
     plan = make_plan(parser.parse_args(argv))
     with locked(plan.out):
-        require_same(plan.out / "experiment.json", plan.settings)
+        require_same(plan.out / EXPERIMENT, plan.settings)
         students = train_students(plan)
         scored_by, records = evaluate(plan, students)
         settings = plan.settings | {"scored by": scored_by}
@@ -229,6 +232,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         "interact": f"{scale.interact} {options.interact}".strip(),
         "stories": options.stories or scale.stories,
         "blimp": options.blimp,
+        "teacher": re.sub(r"https?://\S+", "URL", options.teacher),
     }
     arms = {INTERACT: words_of("--teacher", options.teacher)}
     for control in scale.controls if options.controls is None else options.controls:
@@ -260,19 +264,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
         seeds=options.seeds or scale.seeds,
         on_device=on_device,
     )
-
-
-def require_same(path: Path, settings: Record) -> None:
-    """Write the settings that all runs of an experiment share. Raises UserError if the file has
-    other settings."""
-    before = read_object(path) if path.exists() else settings
-    for name, new in settings.items():
-        old = before.get(name)
-        if old != new:
-            raise UserError(
-                f"{path.parent} was begun with {name} {old!r}, not {new!r}: choose another --out"
-            )
-    atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
 
 def train_students(plan: Plan) -> list[Student]:

@@ -1,6 +1,8 @@
 """Experiments with many runs of the two train commands. Options are checked before the first run.
 Finished runs are not repeated, and stopped runs are resumed."""
 
+import json
+import os
 import shlex
 from collections.abc import Sequence
 from itertools import islice
@@ -12,10 +14,21 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.config.command_line import parse
 from tinystory.config.record import given_again
 from tinystory.data.openings import load_openings
+from tinystory.run.credentials import redacted
 from tinystory.run.errors import UserError
+from tinystory.run.files import atomic_write
 from tinystory.run.folder import CONTROL_RUNS, numbered
-from tinystory.run.records import CONFIG, SAMPLES
+from tinystory.run.records import CONFIG, SAMPLES, Record, read_object
 from tinystory.student import checkpoint
+
+EXPERIMENT = "experiment.json"  # settings that all runs of an experiment share
+
+
+def judges_in(options: Sequence[str]) -> dict[str, str]:
+    """The settings of lab/two_judges.py, which come from the environment, if any option names it."""
+    if not any("two_judges" in text for text in options):
+        return {}
+    return {name: redacted(os.environ.get(name, "")) for name in ("CORPUS", "READER", "TEACHER")}
 
 
 def folder_of(out: str) -> Path:
@@ -24,6 +37,19 @@ def folder_of(out: str) -> Path:
     if not out:
         raise UserError("--out must be given: it is empty")
     return Path(out)
+
+
+def require_same(path: Path, settings: Record) -> None:
+    """Write the settings that all runs of an experiment share, whose results are not computed again.
+    Raises UserError if the file has other settings."""
+    before = read_object(path) if path.exists() else settings
+    for name, new in settings.items():
+        old = before.get(name)
+        if old != new:
+            raise UserError(
+                f"{path.parent} was begun with {name} {old!r}, not {new!r}: choose another --out"
+            )
+    atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
 
 def words_of(flag: str, text: str) -> list[str]:

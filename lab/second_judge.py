@@ -34,7 +34,7 @@ TEMPERATURES = (0.7, 0.5)
 BEST_OF = 4
 BEFORE, AFTER, BEST, REAL = "before", "after", "best checkpoint", "real stories"
 BEST_OF_N = f"before, best of {BEST_OF} by the teacher"
-COLDER = tuple(f"before, temperature {temperature}" for temperature in TEMPERATURES)
+COLDER = tuple(f"before, at {factor} of the temperature" for factor in TEMPERATURES)
 GROUPS = (BEFORE, AFTER, BEST, *COLDER, BEST_OF_N, REAL)
 StoryAfter: TypeAlias = tuple[str, str]  # opening and story
 

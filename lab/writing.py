@@ -46,7 +46,15 @@ from lab.intervals import interval
 from lab.preference import FIRST, PREFERENCE, SECOND, StoryPair, compare, scores_of
 from lab.reader import PACKAGED, SENTENCE_ENDS, Reader
 from lab.recipes import Row
-from lab.runs import folder_of, interact_config, pretrain_config, words_of
+from lab.runs import (
+    EXPERIMENT,
+    folder_of,
+    interact_config,
+    judges_in,
+    pretrain_config,
+    require_same,
+    words_of,
+)
 from tinystory.config import PretrainConfig
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
@@ -139,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader)
     openings = recipes.OPENINGS[: options.stories]
     students = []
+    names = ("pretrain", "reader", "stories", "texts", "temperature", "teacher_model")
+    settings = {name: getattr(options, name) for name in names}
     with (
         locked(out),
         Teacher(
@@ -150,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         ) as judge,
         open_grader(recipes.CONFIG, corpus=config.corpus) as rubric,
     ):
+        require_same(out / EXPERIMENT, settings | judges_in(options.options))
         for seed in options.seeds:
             temperature = options.temperature
             untaught = recipes.train_students(out, seed, pretraining, arms, [temperature])

@@ -66,7 +66,7 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     printed = capsys.readouterr().out
     # the gains of three seeds are 0.09 apart: 4.303 * 0.09 / sqrt(3)
     assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
-    assert "interaction above `shuffled: `: 0.230 ± 0.088 over 6 students" in printed
+    assert "interaction above `shuffled: `: 0.230 ± 0.224 over the seeds" in printed
     assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
     for name in ("coherence.svg", "gain.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
@@ -124,8 +124,9 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "unseen_texts", lambda config: [])
     calls = []
 
-    def measure(row, grader, config, openings, reader, unseen):
+    def measure(row, grader, config, openings, reader, unseen, rubric):
         calls.append((row.name, row.n, row.temperature, reader))
+        assert (rubric is None) == (row.name not in gain.CHOSEN)
         return {"coherence": len(openings)}
 
     monkeypatch.setattr(recipes, "measure", measure)

@@ -82,7 +82,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
     )
     judge.main([str(run), str(run), *READER, *teacher(place)])
     printed = capsys.readouterr().out
-    assert "2 runs together" in printed
+    assert "2 runs: a gain in coherence of " in printed and "± 0.000 nats" in printed
     assert "not the teacher" in printed
     assert printed.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
@@ -101,7 +101,7 @@ def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypa
         assert candidates[0] == before["score"]
         assert max(candidates) == best["score"]
     page = (run / "report.html").read_text()
-    assert "A judge that was not the teacher" in page and "temperature 0.5" in page
+    assert "A judge that was not the teacher" in page and "0.5 of the temperature" in page
     (finding,) = read_findings(run)  # the second judgement replaces the first
     assert finding["step"] == 4 and finding["table"] == judged_rows(records)
     assert finding["sentences"][0] == conclusion(records)
@@ -193,8 +193,11 @@ def judged(**coherences):
     "coherences, words",
     [
         ({}, "that is more than the +0.1"),
-        ({COLDER[1]: -0.79}, "that is no different from the +0.41 for “before, temperature 0.5”"),
-        ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, temperature 0.7”"),
+        (
+            {COLDER[1]: -0.79},
+            "that is no different from the +0.41 for “before, at 0.5 of the temperature”",
+        ),
+        ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, at 0.7 of the temperature”"),
         ({AFTER: -1.2}, "measures no gain in coherence from interaction"),
         ({AFTER: -1.5}, "measures no gain in coherence from interaction"),
     ],
