@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     config = typed_config(options, TYPED)
     count = options.stories
     samples = {path: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
+    paths = options.paths or [newest_run()]
+    # checked before the teacher starts, which takes seconds
+    folders = {path: checkpoint.find(path) for path in paths if path not in samples}
     if not samples and not options.corpus and not count:
         raise UserError(
             "nothing to evaluate: give --corpus, --stories N, or a .jsonl file of stories"
@@ -109,9 +112,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         require_output(options.out)
     openings = openings_of(options.openings, list(samples.values()))
-    paths = options.paths or [newest_run()]
-    # checked before the teacher starts, which takes seconds
-    folders = {path: checkpoint.find(path) for path in paths if path not in samples}
     corpus = open_corpus(options.corpus) if options.corpus else None
 
     records: list[dict[str, Any]] = []

@@ -270,7 +270,7 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 def test_names_that_are_nothing(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"the corpus tinystorys is not .*gz of either\) \(did you mean tinystories\?\): give "
+        match=r"there is no file tinystorys, .*name \(did you mean tinystories\?\): give "
         "another file, "
         "or one of builtin, dull, tin",
     ):

@@ -105,14 +105,15 @@ def test_anybodys_stories_stand_beside_a_students(student, tokenizer, tmp_path, 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ([], "nothing to evaluate"),
-        (["--stories", "4", "--openings", "missing.txt"], "cannot be read"),
-        (["--stories", "4"], "neither a checkpoint nor a run"),
+        (["p"], "nothing to evaluate"),
+        (["nothing"], "neither a checkpoint nor a run"),
+        (["p", "--stories", "4", "--openings", "missing.txt"], "cannot be read"),
+        (["nothing", "--stories", "4"], "neither a checkpoint nor a run"),
     ],
 )
 def test_a_wrong_call_is_one_sentence_before_a_teacher_is_fitted(
-    tmp_path, capsys, monkeypatch, arguments, complaint
+    place, capsys, monkeypatch, arguments, complaint
 ):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(place)
     monkeypatch.setattr(evaluate, "open_grader", lambda *_, **__: pytest.fail("fitted"))
-    assert complaint in fails(evaluate.main, ["nothing", "--device", "cpu", *arguments], capsys)
+    assert complaint in fails(evaluate.main, [*arguments, "--device", "cpu"], capsys)

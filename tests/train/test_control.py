@@ -12,7 +12,7 @@ import train_interact as interact
 from tinystory.config import InteractConfig
 from tinystory.config.command_line import parse
 from tinystory.data.openings import Openings
-from tinystory.evaluate.control import COMPARISON, note_on_grades
+from tinystory.evaluate.control import COMPARISON, note_on_grades, read_comparisons
 from tinystory.run.errors import UserError
 from tinystory.run.folder import newest_run
 from tinystory.student import checkpoint
@@ -260,3 +260,23 @@ def test_a_run_says_how_to_get_a_control(place, tmp_path, capsys):
     assert command in capsys.readouterr().out
     report = (tmp_path / "run" / "report.html").read_text()
     assert command in re.sub("<[^>]+>", "", report)
+
+
+def test_the_next_control_is_graded_as_this_one(place, tmp_path, capsys):
+    reward = tmp_path / "my_reward.py"
+    reward.write_text("def score(opening, stories):\n    return [0.5 for story in stories]\n")
+    run = tmp_path / "run"
+    init = str(checkpoint.newest(place / "p"))
+    interact.main(["--init", init, "--reward", str(reward), "--out", str(run), *SHORT])
+    control(run, "--reward", str(reward))
+    printed = capsys.readouterr().out.splitlines()
+    line = next(line for line in printed if "another control: " in line)
+    assert f"--control {run} shuffled --reward {reward}" in line
+    by_rubric = json.loads((run / "controls" / "shuffled" / COMPARISON).read_text())
+    for student in ("before", "run", "control"):
+        by_rubric[student]["judge"] = [0.5] * len(by_rubric[student]["judge"])
+    again = run / "controls" / "shuffled-2"
+    again.mkdir()
+    (again / COMPARISON).write_text(json.dumps(by_rubric))
+    (comparison,) = read_comparisons(run)
+    assert len(comparison.controls) == 1

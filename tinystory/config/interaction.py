@@ -67,7 +67,7 @@ class InteractConfig(RunConfig):
     corpus: list[str] = option(
         [],
         "corpora or files to which the built-in teacher is fitted, and from which --teacher-url's "
-        "calibration texts are taken (default: the student's corpus, unless that was a file)",
+        "calibration texts are taken (default: the student's corpus without dull, unless that was a file)",
     )
     teacher_concurrency: int = option(
         16, "maximum number of requests in flight per server", "[1, 10000]"

@@ -162,10 +162,14 @@ def _generated(name: str) -> Part:
 
 def _file(path: Path) -> Part:
     """The corpus in a file. Raises UserError if the file cannot be a corpus."""
-    if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
+    problem = ""
+    if not path.exists():
+        problem = f"there is no file {path}, and no corpus of this name"
+    elif not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
+        problem = f"the corpus {path} is not a .txt or .jsonl file (or .gz of either)"
+    if problem:
         raise UserError(
-            f"the corpus {path} is not a .txt or .jsonl file (or .gz of either)"
-            f"{did_you_mean(str(path), NAMES)}: give another file, or one of {', '.join(NAMES)}"
+            f"{problem}{did_you_mean(str(path), NAMES)}: give another file, or one of {', '.join(NAMES)}"
         )
     split = _records if _kind(path) == ".jsonl" else _passages
 

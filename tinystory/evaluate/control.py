@@ -271,13 +271,19 @@ def read_comparisons(run: Path) -> list[Comparison]:
 
 
 def controls_like(first: Record, records: Sequence[Record]) -> list[Measures]:
-    """The measures of the controls with the numbers of stories and texts of the record `first`."""
+    """The measures of the controls with the numbers of stories and texts, and with the scores, of the
+    record `first`: those by another grader are left out."""
     return [record["control"] for record in records if sizes(record) == sizes(first)]
 
 
 def sizes(record: Record) -> list[int]:
-    """Number of stories in a group, and of the values of each measure."""
-    return [record["group"], *(len(record["run"][name]) for name in MEASURES)]
+    """Number of stories in a group, and of the values and the known values of each measure of the run's
+    student."""
+    numbers = [record["group"]]
+    for name in MEASURES:
+        values = record["run"][name]
+        numbers += [len(values), len(values) - values.count(None)]
+    return numbers
 
 
 def read_records_of_kind(run: Path, name: str) -> list[Record]:

@@ -10,7 +10,7 @@ from tinystory.evaluate.control import read_comparisons
 from tinystory.human.progress import read_progress
 from tinystory.report.before_after import summary
 from tinystory.report.commands import next_command
-from tinystory.report.control import answer, command, interval_note, sentence, table, title
+from tinystory.report.control import answer, interval_note, sentence, table, title
 from tinystory.report.page import count
 from tinystory.report.run import scorer, write_report
 from tinystory.run.folder import read_config
@@ -51,7 +51,8 @@ def print_control(config: InteractConfig) -> None:
             print("\n".join([title(comparison), *aligned([header, *rows])]))
             print(wrapped(f"{sentence(comparison)}\n{interval_note(comparison)}"))
             if not comparison.has_verdicts:
-                print(f"another control: {command(run)}")
+                # with the same teacher, so that the controls are graded alike
+                print(f"another control: {hint('train_interact.py', *given_again(config))}")
     print(printable(f"report: {write_report(run)}"))
 
 

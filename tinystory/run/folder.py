@@ -116,7 +116,8 @@ def require_config(folder: Path) -> Record:
     cannot be read."""
     if not holds_run(folder):
         raise UserError(
-            f"--resume: {folder} holds no run and no checkpoint; start without --resume"
+            f"--resume: {folder} holds no run and no checkpoint; give the run's folder as --out, or "
+            "start without --resume"
         )
     try:
         return read_object(folder / CONFIG, FIELDS[CONFIG])

@@ -116,7 +116,9 @@ def script_parser(text: str | None) -> ScriptParser:
     """A parser with a script's docstring at the beginning of --help. Commands in the docstring are
     shown as the user can type them."""
     return ScriptParser(
-        description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=usage(text),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -204,7 +206,10 @@ def _note(default: Any, allowed: object) -> str:
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """A suggestion of the most similar name, such as " (did you mean demo?)"; "" if no name is
     similar."""
-    near = difflib.get_close_matches(word, names, 1)
+    known = list(names)
+    near = difflib.get_close_matches(word, known, 1)
+    if word.lower() == "ppo" and "gae" in known:
+        near = ["gae, or the default, ridge"]  # both are PPO
     return f" (did you mean {near[0]}?)" if near else ""
 
 
