@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     config = typed_config(options, TYPED)
     count = options.stories
+    if options.out:
+        require_output(options.out)
     samples = {path: read_samples(path) for path in options.paths if path.suffix == ".jsonl"}
     paths = options.paths or [newest_run()]
     # checked before the teacher starts, which takes seconds
@@ -109,8 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "nothing to evaluate: give --corpus, --stories N, or a .jsonl file of stories"
         )
-    if options.out:
-        require_output(options.out)
     openings = openings_of(options.openings, list(samples.values()))
     corpus = open_corpus(options.corpus) if options.corpus else None
 
