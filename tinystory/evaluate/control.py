@@ -277,12 +277,12 @@ def controls_like(first: Record, records: Sequence[Record]) -> list[Measures]:
 
 
 def sizes(record: Record) -> list[int]:
-    """Number of stories in a group, and of the values and the known values of each measure of the run's
-    student."""
+    """Number of stories in a group; and of each measure of the run's student, the number of values, and
+    whether any is known."""
     numbers = [record["group"]]
     for name in MEASURES:
         values = record["run"][name]
-        numbers += [len(values), len(values) - values.count(None)]
+        numbers += [len(values), any(value is not None for value in values)]
     return numbers
 
 
