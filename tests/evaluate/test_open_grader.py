@@ -82,7 +82,9 @@ def test_an_empty_story_scores_0_whoever_grades(tmp_path):
                 assert [grade.score for grade in graded(grader, "Once", empty)] == [0.0] * 3
 
 
-def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monkeypatch):
+def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(tmp_path, monkeypatch):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("A dog ran.\n")
     corpora = []
 
     @contextlib.contextmanager
@@ -93,10 +95,15 @@ def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(monk
     monkeypatch.setattr("tinystory.evaluate.open_grader.builtin_teacher", start)
     with (
         FaultServer() as server,
-        open_grader(InteractConfig(), corpus=["mine.txt", "dull"]) as grader,
+        open_grader(InteractConfig(), corpus=[str(mine), "dull"]) as grader,
     ):
         assert graded(grader, "Once", ["A dog ran."])[0].scores
-    assert corpora == [["mine.txt"]]
+    assert corpora == [[str(mine)]]
+    with (
+        pytest.raises(UserError, match="there is no file"),
+        open_grader(InteractConfig(), corpus=["missing.txt"]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("preset", ["demo", "babylm-2026-strict"])

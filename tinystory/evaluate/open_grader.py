@@ -9,7 +9,7 @@ from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data import babylm
-from tinystory.data.corpus import story_corpora
+from tinystory.data.corpus import open_corpus, story_corpora
 from tinystory.run.credentials import SECRET_NAME, secret_in
 from tinystory.run.errors import UserError
 from tinystory.run.options import is_url
@@ -69,7 +69,7 @@ def open_grader(
             urls = config.teacher_url
             if not urls:
                 assert corpus
-                urls = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
+                urls = [stack.enter_context(fitted_rubric(corpus))]
                 print(
                     f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}"
                 )
@@ -116,6 +116,13 @@ def open_grader(
             yield teacher
 
 
+def fitted_rubric(corpus: Sequence[str]) -> contextlib.AbstractContextManager[str]:
+    """The built-in teacher, fitted to the stories of these corpora. Raises UserError if there is no
+    such corpus."""
+    open_corpus(corpus)  # so that a wrong name is an error of this process, not of the server's
+    return builtin_teacher(story_corpora(corpus))
+
+
 @contextlib.contextmanager
 def open_judge(
     config: InteractConfig,
@@ -142,7 +149,7 @@ def open_judge(
         if is_url(judge):
             options.teacher_url = [judge]
         elif judge == "rubric":
-            options.teacher_url = [stack.enter_context(builtin_teacher(story_corpora(corpus)))]
+            options.teacher_url = [stack.enter_context(fitted_rubric(corpus))]
         else:
             score = stack.enter_context(load_score(judge, config.teacher_timeout, "--judge"))
             yield CallableGrader(score, judge)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from tinystory.data.corpus import open_corpus
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
 
@@ -19,8 +18,7 @@ READY = "listening on "
 @contextlib.contextmanager
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     """Yields the URL of a rubric fitted to `corpus`. The server process ends with the block, or
-    with this process. Raises UserError if there is no such corpus."""
-    open_corpus(corpus)  # so that a wrong name is this process's error
+    with this process."""
     names = [f"./{name}" if name.startswith("-") else name for name in corpus]  # not an option
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *names]
     environment = dict(os.environ)
