@@ -42,8 +42,8 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
               " must begin at a multiple of 16 bytes on CUDA; call .clone() first");
 }
 
-// A gradient that autograd passes, in memory that kernels accept: the caller of backward() could not clone it.
-inline Tensor usable(const Tensor& grad) {
+// An incoming gradient, contiguous and aligned as the kernels need it. Autograd chooses its memory, not the user.
+inline Tensor aligned_grad(const Tensor& grad) {
   const Tensor t = grad.contiguous();
   return t.is_cuda() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? t.clone() : t;
 }
@@ -109,7 +109,7 @@ struct AttentionBackward {
     check_like(grad_out_, qkv, op, "grad_out", "qkv");
     TORCH_CHECK(grad_out_.sizes() == out.sizes(), op, ": grad_out must have shape ", out.sizes(), ", not ",
                 grad_out_.sizes());
-    grad_out = usable(grad_out_);
+    grad_out = aligned_grad(grad_out_);
     check_contiguous(grad_out, op, "grad_out");
     grad_qkv = at::empty(qkv.sizes(), qkv.options());
     x.grad_out = grad_out.const_data_ptr();
@@ -283,7 +283,7 @@ struct NormBackward {
   NormBackward(const OptionalTensor& grad_sum_, const Tensor& grad_y_, const Tensor& x, const Tensor& weight,
                const Tensor& mean, const Tensor& scale, double dropout_p, int64_t seed,
                std::optional<at::ScalarType> branch_dtype)
-      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm_backward")), grad_y(usable(grad_y_)),
+      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm_backward")), grad_y(aligned_grad(grad_y_)),
         grad_x(at::empty_like(x)), grad_branch(branch_dtype ? at::empty(x.sizes(), x.options().dtype(*branch_dtype))
                                                             : at::empty({0}, x.options())) {
     constexpr auto op = "add_layer_norm_backward";
@@ -294,7 +294,7 @@ struct NormBackward {
     check_contiguous(grad_y, op, "grad_y");
     n.y_type = n.branch_type = norm_type(grad_y, op, "grad_y"), n.grad_y = grad_y.const_data_ptr();
     if (grad_sum_) {
-      grad_sum = usable(*grad_sum_);
+      grad_sum = aligned_grad(*grad_sum_);
       check_part(grad_sum, x, x.sizes(), op, "grad_sum");
       n.grad_sum = grad_sum.const_data_ptr<float>();
     }

@@ -23,7 +23,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import shlex
 import shutil
 import sys
@@ -51,6 +50,7 @@ from lab.runs import (
     pretrain_config,
     require_same,
     train,
+    without_urls,
     words_of,
 )
 from tinystory.config import InteractConfig, PretrainConfig
@@ -232,7 +232,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         "interact": f"{scale.interact} {options.interact}".strip(),
         "stories": options.stories or scale.stories,
         "blimp": options.blimp,
-        "teacher": re.sub(r"https?://\S+", "URL", options.teacher),
+        "teacher": without_urls(options.teacher),
     }
     arms = {INTERACT: words_of("--teacher", options.teacher)}
     for control in scale.controls if options.controls is None else options.controls:
@@ -243,6 +243,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     pretrain = pretrain_config(pretrain_argv + on_device)
     for scorer in arms.values():
         interact_config(interact_argv + scorer)
+    if interact_config(interact_argv).temperature == 0:
+        raise UserError("--interact needs a --temperature above 0, for students before interaction")
     starts = [start * MILLION for start in options.milestones or scale.starts]
     for start in starts:
         if start not in MILESTONES or start > pretrain.words:
@@ -306,11 +308,10 @@ def evaluate(plan: Plan, students: Sequence[Student]) -> tuple[str, list[Record]
             parts = student.folder.relative_to(plan.out).parts
             path = plan.out / "evaluation" / f"{'-'.join(parts)}.json"
             if not path.exists():
-                # a student that interaction did not teach, at the temperature that interaction folds
-                # into the weights
+                # interaction has folded its temperature into the weights of its students
                 is_pretrained = student.arm in (BEFORE, MORE)
                 temperature = plan.interact.temperature if is_pretrained else 1.0
-                row = recipes.Row("", student.folder, temperature or 1.0)
+                row = recipes.Row("", student.folder, temperature)
                 measures = measure(row, grader, plan.pretrain, plan.interact, plan.settings)
                 record = asdict(student) | {"measures": plain(measures)}
                 del record["folder"]

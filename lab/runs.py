@@ -3,6 +3,7 @@ Finished runs are not repeated, and stopped runs are resumed."""
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from itertools import islice
@@ -25,10 +26,16 @@ EXPERIMENT = "experiment.json"  # settings that all runs of an experiment share
 
 
 def judges_in(options: Sequence[str]) -> dict[str, str]:
-    """The settings of lab/two_judges.py, which come from the environment, if any option names it."""
+    """The environment variables of lab/two_judges.py, if any of the options names this file."""
     if not any("two_judges" in text for text in options):
         return {}
-    return {name: redacted(os.environ.get(name, "")) for name in ("CORPUS", "READER", "TEACHER")}
+    variables = {name: os.environ.get(name, "") for name in ("CORPUS", "READER", "TEACHER")}
+    return {name: redacted(without_urls(value)) for name, value in variables.items()}
+
+
+def without_urls(text: str) -> str:
+    """Options without the addresses of servers, which may change between two calls."""
+    return re.sub(r"https?://\S+", "URL", text)
 
 
 def folder_of(out: str) -> Path:
@@ -40,8 +47,8 @@ def folder_of(out: str) -> Path:
 
 
 def require_same(path: Path, settings: Record) -> None:
-    """Write the settings that all runs of an experiment share, whose results are not computed again.
-    Raises UserError if the file has other settings."""
+    """Write the settings that all results in an experiment's folder share. Raises UserError if the file
+    has other settings, because finished results are used again."""
     before = read_object(path) if path.exists() else settings
     for name, new in settings.items():
         old = before.get(name)

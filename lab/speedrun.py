@@ -44,8 +44,8 @@ THREADS = 2
 # stories among the texts before interaction.
 LEAST = {"reward": 0.65, "clusters": 39}
 MOST = {"best_bits": 0.13, "stories_before": 0.6}
-SEEDS = 3  # at least
-RATIO = 0.98  # of the seconds of a record and of the one before, below
+LEAST_SEEDS = 3
+MOST_RATIO = 0.98  # the seconds of a record, divided by those of the record before, are below it
 # Measures in the table of records; the others show whether stories became simpler.
 RECORDED = (*LEAST, "repeated_name", "he_or_she", "best_bits")
 MEASURES = (*RECORDED, "stories_before", "story", "distinct_4", "words", "largest")
@@ -70,7 +70,7 @@ class Side:
 
     def meets_the_rules(self) -> bool:
         means = self.means()
-        if len(self.measures) < SEEDS:
+        if len(self.measures) < LEAST_SEEDS:
             return False
         is_good = all(means[name] >= least for name, least in LEAST.items())
         return is_good and all(means[name] <= most for name, most in MOST.items())
@@ -220,15 +220,15 @@ def add_records(sides: Sequence[Side], changes: Sequence[str]) -> None:
     record = sides[0]
     failed = []
     for challenger, change in zip(sides[1:], changes, strict=True):
-        if challenger.meets_the_rules() and ratio(record, challenger) < RATIO:
+        if challenger.meets_the_rules() and ratio(record, challenger) < MOST_RATIO:
             add_record(record, challenger, change)
             record = challenger
         else:
             failed.append(challenger.commit)
     if failed:
         raise UserError(
-            f"no record: {', '.join(failed)}: the means over {SEEDS} seeds or more must be at least {LEAST}, and at "
-            f"most {MOST}, and the ratio of the seconds below {RATIO}"
+            f"no record: {', '.join(failed)}: the ratio of the seconds must be below {MOST_RATIO}, and the means over "
+            f"{LEAST_SEEDS} seeds or more at least {LEAST} and at most {MOST}"
         )
 
 

@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
       m_new = fmaxf(m_new, s[u]);
       has_nan |= s[u] != s[u];  // fmaxf ignores NaN
     }
-    if (m_new == -INFINITY && !has_nan) continue;  // this group has no key yet; no shuffle follows in this iteration
+    // A group without a key so far has nothing to add. No shuffle follows in this iteration.
+    if (m_new == -INFINITY && !has_nan) continue;
     const float rescale = exp2_fast(m - m_new);
     m = m_new;
     l *= rescale;

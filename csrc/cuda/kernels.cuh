@@ -1,9 +1,9 @@
 // The ops of ../kernels.h on a CUDA device: functions of the same structs, with device pointers, and of a stream.
 //
-// Every pointer except those to logits of `sample`, row ids, lengths and per-row results must be 16-byte aligned. float64, and head sizes
-// other than 32, 64 and 128, are not implemented and throw std::invalid_argument. A failed launch throws
-// std::runtime_error. The host does not check lengths, spans and targets: one that is out of range fails a device-side
-// assertion.
+// Every pointer must be 16-byte aligned, except those to logits of `sample`, row ids, lengths and per-row results.
+// float64, and head sizes other than 32, 64 and 128, are not implemented and throw std::invalid_argument. A failed
+// launch throws std::runtime_error. The host does not check lengths, spans and targets. If one is out of range, a
+// device-side assertion fails.
 #pragma once
 #include "../kernels.h"
 

@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Optiona
 std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_y_, const Tensor& x) {
   constexpr auto op = "gelu_backward";
   const DeviceScope on(x, op, "x");
-  const Tensor grad_y = usable(grad_y_);
+  const Tensor grad_y = aligned_grad(grad_y_);
   check_like(grad_y, x, op, "grad_y", "x");
   check_contiguous(grad_y, op, "grad_y"), check_contiguous(x, op, "x");
   TORCH_CHECK(x.dim() == 2 && grad_y.sizes() == x.sizes() && x.size(1) % 8 == 0, op, ": grad_y and x must have the ",

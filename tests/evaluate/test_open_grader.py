@@ -83,22 +83,22 @@ def test_an_empty_story_scores_0_whoever_grades(tmp_path):
 
 
 def test_the_builtin_teacher_measures_by_the_stories_of_the_students_corpus(tmp_path, monkeypatch):
-    mine = tmp_path / "mine.txt"
-    mine.write_text("A dog ran.\n")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("A dog ran.\n")
     corpora = []
 
     @contextlib.contextmanager
-    def start(corpus):
-        corpora.append(corpus)
+    def start(names):
+        corpora.append(names)
         yield server.url
 
     monkeypatch.setattr("tinystory.evaluate.open_grader.builtin_teacher", start)
     with (
         FaultServer() as server,
-        open_grader(InteractConfig(), corpus=[str(mine), "dull"]) as grader,
+        open_grader(InteractConfig(), corpus=[str(corpus), "dull"]) as grader,
     ):
         assert graded(grader, "Once", ["A dog ran."])[0].scores
-    assert corpora == [[str(mine)]]
+    assert corpora == [[str(corpus)]]
     with (
         pytest.raises(UserError, match="there is no file"),
         open_grader(InteractConfig(), corpus=["missing.txt"]),

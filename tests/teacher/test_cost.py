@@ -74,7 +74,7 @@ def test_a_forecast_is_the_probe_times_the_stories():
 
 
 def test_a_forecast_counts_the_replies_that_a_prompt_draws_once():
-    """Eight replies to one prompt, whose tokens the probe counted together."""
+    """The probe counts the tokens of all eight replies to a prompt."""
     protocol = load_protocol("event")
     with Counting() as server, Teacher([server.url], protocol=protocol) as teacher:
         teacher.probes[0] = dataclasses.replace(teacher.probes[0], choices=True, tokens=[500, 48])

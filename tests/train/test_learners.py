@@ -101,6 +101,7 @@ def test_the_learning_rate_falls_for_a_wider_student_unless_the_user_gave_one(ca
 
 def test_a_refusal_names_what_to_give():
     for argv, words in (
+        ("--learner ppo", ("--learner gae", "ridge")),
         ("--learner gae --value-coef 0", ("--value-coef",)),
         ("--value-coef 1", ("--value-coef", "gae")),
         (

@@ -10,6 +10,7 @@ from tinystory.config.control import control_config
 from tinystory.config.interaction import InteractConfig
 from tinystory.config.presets import LEARNER_DEFAULTS
 from tinystory.config.record import resumed_config
+from tinystory.run.errors import UserError
 from tinystory.run.options import ScriptParser, add_options, arguments
 
 # The options that --help lists; --help-all lists the others too.
@@ -40,6 +41,9 @@ OTHER_NAMES = {
     "sharpness-rate": ["--logit-scale-lr"],
 }
 
+# Values of options under the names that other trainers give them.
+OTHER_VALUES = {("learner", "ppo"): "PPO is --learner gae, or the default, ridge"}
+
 
 def parse(
     config_class: type[RunConfig],
@@ -62,6 +66,9 @@ def parse(
     add_options(parser, config_class, shown=shown)
     typed = vars(parser.parse_args(words))
     del typed["help_all"]
+    for (name, value), advice in OTHER_VALUES.items():
+        if typed.get(name) == value:
+            raise UserError(advice)
     if "control" in typed:
         return control_config(typed)
     if typed.get("resume"):

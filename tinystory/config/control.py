@@ -64,8 +64,7 @@ def control_config(typed: dict[str, Any]) -> InteractConfig:
     # The run's temperature is folded into its first checkpoint. The control ends after as many steps
     # as the run, whatever it writes.
     changes: dict[str, Any] = {"temperature": 1.0, "budget_words_out": MOST_WORDS}
-    changes |= {"stop_on_collapse": False}
-    changes |= {"eval_graded": True, "calibrate": False, "min_auc": 0.0}
+    changes |= {"stop_on_collapse": False, "eval_graded": True, "calibrate": False, "min_auc": 0.0}
     teachers = ("teacher_url", "reward")
     is_free = all(may_be_recorded(fields[each], recorded.get(each)) for each in teachers)
     if not is_free and not typed.keys() & set(teachers):

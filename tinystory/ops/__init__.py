@@ -124,9 +124,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     required, the kernel computes them in the forward pass, so that the logits are computed once. Not
     in float16, because gradients of 1 / N and less would underflow before a loss is scaled."""
     hidden = hidden.to(matmul_dtype(hidden))
-    is_wide = hidden.dtype != torch.float16
-    is_kernel = is_wide and implementation("cross_entropy", hidden) == "kernel"
-    if needs_gradient(hidden, weight) and is_kernel:
+    kernel_fits = hidden.dtype != torch.float16 and needs_gradient(hidden, weight)
+    if kernel_fits and implementation("cross_entropy", hidden) == "kernel":
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
     logprob, _ = token_logprob(hidden, weight, targets)
     return -logprob.mean()
@@ -186,8 +185,9 @@ def add_layer_norm(
     kernel_fits = x.dtype == torch.float32 and fits(x, weight)
     if kernel_fits and implementation("add_layer_norm", x) == "kernel":
         if branch is not None:
-            is_unlike = on_gpu(x) and branch.dtype != dtype != torch.float32
-            branch = branch.to(dtype if is_unlike else branch.dtype).contiguous()
+            if on_gpu(x) and dtype != torch.float32:  # a 16-bit result needs a branch of its type
+                branch = branch.to(dtype)
+            branch = branch.contiguous()
         total, y, _, _ = torch.ops.tinystory.add_layer_norm(
             x.contiguous(), branch, weight, bias, dropout_p, seed, dtype
         )

@@ -206,10 +206,7 @@ def _note(default: Any, allowed: object) -> str:
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """A suggestion of the most similar name, such as " (did you mean demo?)"; "" if no name is
     similar."""
-    known = list(names)
-    near = difflib.get_close_matches(word, known, 1)
-    if word.lower() == "ppo" and "gae" in known:
-        near = ["gae, or the default, ridge"]  # both are PPO
+    near = difflib.get_close_matches(word, names, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
