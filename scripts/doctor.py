@@ -81,7 +81,7 @@ STUDENT = "init openings temperature max_new_tokens device".split()
 DEMO_OPENING = (
     "Once upon a time, a fox lived in a hole under the old oak. One day, the fox found a map."
 )
-FIRST_INDEX = 4 * 10**9  # of the student's first text: no other texts use these random numbers
+FIRST_INDEX = 3_500_000_000  # of the student's first text: no other texts use these random numbers
 
 
 @command

@@ -15,6 +15,10 @@ from tinystory.evaluate.intervals import mean_of
 DEMO: dict[str, dict[str, Any]] = json.loads((ROOT / "lab" / "results" / "demo.json").read_text())
 STUDENTS: list[dict[str, Any]] = json.loads((ROOT / "lab" / "gain.json").read_text())
 READERS: list[dict[str, Any]] = json.loads((ROOT / "lab/results/readings.json").read_text())
+# pairs by comparison and seed: won by the control, by interaction, or a tie
+BLIND: dict[str, dict[str, dict[str, int]]] = json.loads(
+    (ROOT / "lab/results/blind.json").read_text()
+)
 # the gains of lab/gain.json: controls without training, two seeds of interaction, shuffled scores
 LOWER, _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
 
@@ -132,9 +136,17 @@ def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
 
 
 def test_the_table_of_every_story_read():
-    lower, best_of_4, ended_of_4, best_of_4_after, read, shuffled, likelihood, constant = READERS[
-        0
-    ]["gain"]
+    (
+        lower,
+        best_of_4,
+        ended_of_4,
+        best_of_4_after,
+        read,
+        shuffled,
+        likelihood,
+        constant,
+        two_steps,
+    ) = READERS[0]["gain"]
     rows = {
         ("before",): READERS[0]["before"],
         ("temperature 0.4",): lower,
@@ -144,10 +156,11 @@ def test_the_table_of_every_story_read():
         ("every story read", "best of four"): best_of_4_after,
         ("same scores in random order",): shuffled,
         ("own likelihood",): likelihood,
+        ("likelihood", "two steps"): two_steps,
         ("a constant score",): constant,
     }
     page = (ROOT / "lab/results/english.md").read_text()
-    header = "| students | coherence | gain, seeds 61; 62; 64; 65 |"
+    header = "| students | coherence | gain, seeds 61; 62; 63; 64; 65 |"
     table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
     for (words, name), line in zip(rows.items(), table, strict=True):
         assert all(word in line for word in words)
@@ -171,22 +184,38 @@ def test_the_table_of_every_story_read():
 
 
 def test_what_the_pages_say_of_every_story_read():
-    _, _, _, _, read, shuffled, likelihood, constant = READERS[0]["gain"]
-    gained = {
-        name: [student["gain"][name] for student in READERS]
-        for name in (read, shuffled, likelihood, constant)
-    }
+    _, best_of_4, _, _, read, shuffled, likelihood, constant, two_steps = READERS[0]["gain"]
 
     def more(name: str, control: str) -> str:
-        pairs = zip(gained[name], gained[control], strict=True)
-        return str(interval([gain - other for gain, other in pairs]))
+        gains = [
+            student["gain"] for student in READERS if {name, control} <= student["gain"].keys()
+        ]
+        return str(interval([each[name] - each[control] for each in gains]))
 
     english, findings = text_of("lab/results/english.md"), text_of("lab/findings.md")
-    gain_of_reading = interval(gained[read])
+    gain_of_reading = interval([student["gain"][read] for student in READERS])
     assert f"interaction gains {gain_of_reading}, {more(read, shuffled)} more than" in english
     assert f"and {more(read, constant)} more than a constant score" in english
     assert f"Likelihood gains {more(likelihood, read)} more" in english
+    assert f"interaction gains {more(read, best_of_4)} more than it" in english
+    assert f"interaction gains {more(read, two_steps)} more with" in english
     assert f"gain {gain_of_reading} nats per token" in findings
     assert f"(by {more(likelihood, read)})" in findings
-    lost = interval([-gained for gained in gained[shuffled]])
+    lost = interval([-student["gain"][shuffled] for student in READERS])
     assert f"The same scores in random order lose {lost}" in findings
+
+
+def test_the_blind_comparisons():
+    text = text_of("lab/results/english.md")
+    for control, words in {
+        "before": "to before in {}",
+        "a constant score": "to a constant score in {}",
+        "before, best of four": "to the best of four before in {}",
+        "likelihood, two steps": "to two steps of likelihood in {}",
+        "likelihood": "to likelihood in only {}",
+    }.items():
+        rates = [
+            (wins["interaction"] + wins["tie"] / 2) / sum(wins.values())
+            for wins in BLIND[control].values()
+        ]
+        assert words.format(interval(rates)) in text
