@@ -228,8 +228,8 @@ def train_students(
         rows.append(Row(f"before, temperature {temperature}", start, temperature))
     for text, arm in arms.items():
         is_control = arm.control in CONTROLS
-        options = arm.options if is_control else text
-        name = "_".join(options.replace("--", "").replace(":", "").replace("/", "_").split())
+        named_by = arm.options if is_control else text
+        name = "_".join(named_by.replace("--", "").replace(":", "").replace("/", "_").split())
         run = out / f"{name or 'default'}-{seed}"
         config = interact_config(arm.words)
         with controls.CHANGES["" if is_control else arm.control]():
