@@ -19,6 +19,18 @@ READERS: list[dict[str, Any]] = json.loads((ROOT / "lab/results/readings.json").
 BLIND: dict[str, dict[str, dict[str, int]]] = json.loads(
     (ROOT / "lab/results/blind.json").read_text()
 )
+# the gains of readings.json: controls without training, then interaction and trained controls
+(
+    COOLER,
+    BEST_BEFORE,
+    ENDED_BEFORE,
+    BEST_AFTER,
+    READ,
+    IN_RANDOM_ORDER,
+    LIKELIHOOD,
+    CONSTANT,
+    TWO_STEPS,
+) = READERS[0]["gain"]
 # the gains of lab/gain.json: controls without training, two seeds of interaction, shuffled scores
 LOWER, _, FIRST, SECOND, SHUFFLED = STUDENTS[0]["gain"]
 
@@ -136,28 +148,17 @@ def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
 
 
 def test_the_table_of_every_story_read():
-    (
-        lower,
-        best_of_4,
-        ended_of_4,
-        best_of_4_after,
-        read,
-        shuffled,
-        likelihood,
-        constant,
-        two_steps,
-    ) = READERS[0]["gain"]
     rows = {
         ("before",): READERS[0]["before"],
-        ("temperature 0.4",): lower,
-        ("before", "first of four"): ended_of_4,
-        ("before", "best of four"): best_of_4,
-        ("**every story read**",): read,
-        ("every story read", "best of four"): best_of_4_after,
-        ("same scores in random order",): shuffled,
-        ("own likelihood",): likelihood,
-        ("likelihood", "two steps"): two_steps,
-        ("a constant score",): constant,
+        ("temperature 0.4",): COOLER,
+        ("before", "first of four"): ENDED_BEFORE,
+        ("before", "best of four"): BEST_BEFORE,
+        ("**every story read**",): READ,
+        ("every story read", "best of four"): BEST_AFTER,
+        ("same scores in random order",): IN_RANDOM_ORDER,
+        ("own likelihood",): LIKELIHOOD,
+        ("likelihood", "two steps"): TWO_STEPS,
+        ("a constant score",): CONSTANT,
     }
     page = (ROOT / "lab/results/english.md").read_text()
     header = "| students | coherence | gain, seeds 61; 62; 63; 64; 65 |"
@@ -184,8 +185,6 @@ def test_the_table_of_every_story_read():
 
 
 def test_what_the_pages_say_of_every_story_read():
-    _, best_of_4, _, _, read, shuffled, likelihood, constant, two_steps = READERS[0]["gain"]
-
     def more(name: str, control: str) -> str:
         gains = [
             student["gain"] for student in READERS if {name, control} <= student["gain"].keys()
@@ -193,15 +192,17 @@ def test_what_the_pages_say_of_every_story_read():
         return str(interval([each[name] - each[control] for each in gains]))
 
     english, findings = text_of("lab/results/english.md"), text_of("lab/findings.md")
-    gain_of_reading = interval([student["gain"][read] for student in READERS])
-    assert f"interaction gains {gain_of_reading}, {more(read, shuffled)} more than" in english
-    assert f"and {more(read, constant)} more than a constant score" in english
-    assert f"Likelihood gains {more(likelihood, read)} more" in english
-    assert f"interaction gains {more(read, best_of_4)} more than it" in english
-    assert f"interaction gains {more(read, two_steps)} more with" in english
+    gain_of_reading = interval([student["gain"][READ] for student in READERS])
+    assert (
+        f"interaction gains {gain_of_reading}, {more(READ, IN_RANDOM_ORDER)} more than" in english
+    )
+    assert f"and {more(READ, CONSTANT)} more than a constant score" in english
+    assert f"Likelihood gains {more(LIKELIHOOD, READ)} more" in english
+    assert f"interaction gains {more(READ, BEST_BEFORE)} more than it" in english
+    assert f"interaction gains {more(READ, TWO_STEPS)} more with" in english
     assert f"gain {gain_of_reading} nats per token" in findings
-    assert f"(by {more(likelihood, read)})" in findings
-    lost = interval([-student["gain"][shuffled] for student in READERS])
+    assert f"(by {more(LIKELIHOOD, READ)})" in findings
+    lost = interval([-student["gain"][IN_RANDOM_ORDER] for student in READERS])
     assert f"The same scores in random order lose {lost}" in findings
 
 
