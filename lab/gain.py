@@ -158,7 +158,7 @@ def train_and_measure(
         if row.chosen_by == "first"
     ]
     start = rows[0].folder
-    config = pretrain_config(pretraining)
+    config = pretrain_config(["--seed", str(seed), *pretraining])
     unseen = recipes.unseen_texts(config)
     openings = recipes.OPENINGS[:stories]
 

@@ -8,7 +8,8 @@ For each seed, a student is pretrained with --pretrain. The student then writes 
 --texts training openings. For the same openings, a language model at an OpenAI-compatible endpoint
 (key: OPENAI_API_KEY) writes its own continuation, and a correction of the student's story. Every
 reply is kept in OUT/replies.jsonl with its tokens, and no request is repeated. The model also says
-which of two stories by the student is better (lab/preference.py; OUT/pair_replies.jsonl).
+which of two stories by the student is better, for --pairs openings (lab/preference.py;
+OUT/pair_replies.jsonl).
 
 The student learns from these texts by next-word prediction on them ("read"), by DPO with the
 teacher's text against the student's own story ("prefer"), or by the one and then the other
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(
         parser, "--texts", 256, "[2, 1e5]", "number of openings for which the teacher writes"
     )
+    add_number(parser, "--pairs", 128, "[2, 1e5]", "number of pairs that the teacher compares")
     add_number(parser, "--temperature", 0.5, "(0, 4]", "temperature of the student")
     most = len(recipes.OPENINGS)
     add_number(parser, "--stories", 200, f"[2, {most}]", "number of stories per row")
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--seeds needs two seeds or more, for an interval")
     out = folder_of(options.out)
     pretraining = words_of("--pretrain", options.pretrain)
-    config = pretrain_config(pretraining)
+    corpus = pretrain_config(pretraining).corpus
     arms = {text: recipes.arm_of(text) for text in options.options}
     for arm in arms.values():
         interact_config(arm.words)
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader)
     openings = recipes.OPENINGS[: options.stories]
     students = []
-    names = ("pretrain", "reader", "stories", "texts", "temperature", "teacher_model")
+    names = ("pretrain", "reader", "stories", "texts", "pairs", "temperature", "teacher_model")
     settings = {name: getattr(options, name) for name in names}
     with (
         locked(out),
@@ -158,11 +160,12 @@ def main(argv: list[str] | None = None) -> None:
             cache=out / PAIR_REPLIES,
             protocol=load_protocol(PREFERENCE),
         ) as judge,
-        open_grader(recipes.CONFIG, corpus=config.corpus) as rubric,
+        open_grader(recipes.CONFIG, corpus=corpus) as rubric,
     ):
         require_same(out / EXPERIMENT, settings | judges_in(options.options))
         for seed in options.seeds:
             temperature = options.temperature
+            config = pretrain_config(["--seed", str(seed), *pretraining])
             untaught = recipes.train_students(out, seed, pretraining, arms, [temperature])
             start = untaught[0].folder
             lessons = collect(out, seed, start, options, write, judge)
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 measures[row.name] = recipes.measured(out / "rows.jsonl", row.name, seed, measure)
             students.append(measures)
-    print_prices(out, options.texts * len(options.seeds))
+    print_prices(out, options.pairs * len(options.seeds))
     print_table(students, f"before, temperature {options.temperature}")
 
 
@@ -223,7 +226,7 @@ def collect(
     """The lessons by kind of text, after asking the teacher for those that are missing. A
     continuation does not depend on the student, so all seeds have the same."""
     training = Openings(load_openings(recipes.CONFIG.openings), seed=0)
-    openings = [training[i] for i in range(options.texts)]
+    openings = [training[i] for i in range(max(options.texts, options.pairs))]
     compute = resolve(recipes.CONFIG.device, "auto")
     student, tokenizer = recipes.load_student(start, compute.device)
 
@@ -240,7 +243,8 @@ def collect(
                 seed=seed,
             )
 
-    own = stories(0)
+    drafts = stories(0)
+    own = drafts[: options.texts]
     path = out / "replies.jsonl"
     known = {(each["kind"], each["seed"], each["index"]): each for each in read_records(path)}
     requests = []  # (key, prompt)
@@ -266,7 +270,8 @@ def collect(
         lesson._replace(chosen=other.chosen)
         for lesson, other in zip(corrections, others, strict=True)
     ]
-    return lessons | preferred(own, stories(len(own)), judge)
+    second = stories(len(openings))
+    return lessons | preferred(drafts[: options.pairs], second[: options.pairs], judge)
 
 
 def preferred(

@@ -121,12 +121,13 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
         recipes.Row("the demo", run),
     ]
     monkeypatch.setattr(recipes, "train_students", lambda *_: rows)
-    monkeypatch.setattr(recipes, "unseen_texts", lambda config: [])
+    monkeypatch.setattr(recipes, "unseen_texts", lambda config: [f"unseen by {config.seed}"])
     calls = []
 
     def measure(row, grader, config, openings, reader, unseen, rubric):
         calls.append((row.name, row.n, row.temperature, reader))
         assert (rubric is None) == (row.name not in gain.CHOSEN)
+        assert unseen == ["unseen by 1"]
         return {"coherence": len(openings)}
 
     monkeypatch.setattr(recipes, "measure", measure)

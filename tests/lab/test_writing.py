@@ -44,10 +44,16 @@ def test_a_student_learns_from_a_teachers_texts_once(place, tmp_path, monkeypatc
     monkeypatch.setattr(writing.recipes, "CONFIG", config)
     monkeypatch.setattr(writing.recipes, "OPENINGS", ["Once", "Tom", "Mia had"])
     monkeypatch.setattr(writing.recipes, "COREFERENCE", 2)
+    seeds, unseen_texts = [], writing.recipes.unseen_texts
+    monkeypatch.setattr(
+        writing.recipes,
+        "unseen_texts",
+        lambda config: seeds.append(config.seed) or unseen_texts(config),
+    )
     with FaultServer(other=reply) as server:
         argv = ["--out", str(tmp_path), "--seeds", "1", "2", "--pretrain", pretraining]
         argv += ["--teacher-url", server.url, "--teacher-model", "first", "--texts", "3"]
-        argv += ["--stories", "3"]
+        argv += ["--pairs", "2", "--stories", "3"]
         writing.main(argv)
         # three continuations for both students, and three corrections for each
         texts = [body for body in server.others if not body.get("logprobs")]
@@ -59,7 +65,8 @@ def test_a_student_learns_from_a_teachers_texts_once(place, tmp_path, monkeypatc
     assert capsys.readouterr().out.partition("| text |")[2] == printed.partition("| text |")[2]
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert [each["seed"] for each in replies] == [0] * 3 + [1] * 3 + [2] * 3
-    assert "| correction | 6 | 6 |" in printed
+    assert "| correction | 6 | 6 |" in printed and "\n| pair | 4 |" in printed
+    assert seeds == [1, 2] * 2  # each student's own validation split, which it has not read
     for name in (
         "correction, read",
         "correction, prefer",
