@@ -13,9 +13,9 @@ OUT/pair_replies.jsonl).
 
 The student learns from these texts by next-word prediction on them ("read"), by DPO with the
 teacher's text against the student's own story ("prefer"), or by the one and then the other
-("both"). Next-word prediction is mixed with a fifth of real stories, and happens before the
-temperature is folded in, because text at temperature 1 would undo the fold. From pairs of its own
-stories, it learns by DPO alone. Controls: each story with the correction of another story
+("both"). All this happens before the temperature is folded in, because texts at temperature 1 would
+undo the fold. Next-word prediction is mixed with a fifth of real stories. From pairs of its own
+stories, the student learns by DPO alone. Controls: each story with the correction of another story
 ("shuffled"), pairs in random order, and as many words of real stories. Real stories
 are held out, so the student has not read them, and are not those on which students are measured.
 --options adds interactions by train_interact.py, as in lab/recipes.py: scores at the same price.
@@ -94,8 +94,12 @@ PAIRS = ("pair", "shuffled pair")  # kinds of lessons with two stories by the st
 # Options of the two ways of learning: two passes, with an optimizer step per 16 texts. No step exceeds
 # the KL target, because the teacher's texts are not the student's samples.
 PASSES = "--steps 2 --minibatch-size 16 --kl-target 1e6"
-READ = f"{PASSES} --learner sft-best --epochs 1 --temperature 1 --learning-rate 2e-4"
-PREFER = f"{PASSES} --learner dpo --learning-rate 1e-4"
+READ = f"{PASSES} --temperature 1 --learner sft-best --epochs 1 --learning-rate 2e-4"
+# The student's stories are far likelier than the teacher's texts. With a learned temperature, a
+# larger rate or a smaller beta, one optimizer step makes the loss 0, and the student worse.
+PREFER = (
+    f"{PASSES} --temperature 1 --learner dpo --learning-rate 3e-5 --kl-coef 1 --logit-scale-lr 0"
+)
 READING = Learner(equal_targets, likelihood_loss)
 CORPUS_SHARE = 0.2  # of the words that "read" learns from
 
@@ -312,8 +316,8 @@ def taught_rows(
     lessons: Mapping[str, Sequence[Lesson]],
     temperature: float,
 ) -> list[Row]:
-    """A row for each student that learned from the lessons, after training those that are missing.
-    A student that only reads has no temperature folded in, so its row has one."""
+    """A row for each student that learned from the lessons, after training those that are
+    missing."""
     unread = list(
         islice(
             held_out_documents(open_corpus(config.corpus), config.val_fraction, config.seed),
@@ -321,21 +325,23 @@ def taught_rows(
             None,
         )
     )
-    prefer = f"{PREFER} --temperature {temperature}"
     rows = []
     for kind, texts in lessons.items():
         name = kind.replace(" ", "-")
         read, prefers, both = (out / f"{name}-{way}-{seed}" for way in ("read", "prefer", "both"))
         pairs, rewards = pairs_of(texts)
-        learn(start, prefers, prefer, LEARNERS["dpo"], pairs, rewards)
-        rows.append(Row(f"{kind}, prefer", prefers))
+        learn(start, prefers, PREFER, LEARNERS["dpo"], pairs, rewards)
+        rows.append(Row(f"{kind}, prefer", prefers, temperature))
         if kind in PAIRS:
             continue
         words = sum(len(lesson.chosen.split()) for lesson in texts)
         mixed = [*texts_of(texts), *first_words(unread, words * CORPUS_SHARE / (1 - CORPUS_SHARE))]
         learn(start, read, READ, READING, mixed, [1.0] * len(mixed))
-        learn(read, both, prefer, LEARNERS["dpo"], pairs, rewards)
-        rows += [Row(f"{kind}, read", read, temperature), Row(f"{kind}, both", both)]
+        learn(read, both, PREFER, LEARNERS["dpo"], pairs, rewards)
+        rows += [
+            Row(f"{kind}, read", read, temperature),
+            Row(f"{kind}, both", both, temperature),
+        ]
     words = sum(len(lesson.chosen.split()) for lesson in lessons["correction"])
     more = out / f"real-stories-read-{seed}"
     real = first_words(unread, words / (1 - CORPUS_SHARE))
