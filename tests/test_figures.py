@@ -19,6 +19,8 @@ READERS: list[dict[str, Any]] = json.loads((ROOT / "lab/results/readings.json").
 BLIND: dict[str, dict[str, dict[str, int]]] = json.loads(
     (ROOT / "lab/results/blind.json").read_text()
 )
+# gains from a teacher's texts, and blind comparisons with the student before them, by seed
+WRITING: dict[str, Any] = json.loads((ROOT / "lab/results/writing.json").read_text())
 # the gains of readings.json: controls without training, then interaction and trained controls
 (
     COOLER,
@@ -218,5 +220,44 @@ def test_the_blind_comparisons():
         rates = [
             (wins["interaction"] + wins["tie"] / 2) / sum(wins.values())
             for wins in BLIND[control].values()
+        ]
+        assert words.format(interval(rates)) in text
+
+
+def test_the_table_of_a_teacher_that_writes():
+    page = (ROOT / "lab/results/writing.md").read_text()
+    students = WRITING["students"]
+    header = "| learned from | gain, seeds 61; 62; 63 |"
+    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    words = ("before", "0.4", "best of four", "every story", "real", *("",) * 17)
+    for name, word, line in zip(students[0]["rows"], words, table, strict=True):
+        assert word in line and ("(200 stories)" in line) == (
+            students[0]["rows"][name]["stories"] == 200
+        )
+        gains = [student["gain"][name] for student in students if name in student["gain"]]
+
+        def shown(key: str, decimals: int, name=name) -> str:
+            mean = mean_of(student["rows"][name].get(key) for student in students)
+            return "" if mean is None else f"{mean:.{decimals}f}"
+
+        assert cells(line)[1:] == [
+            "; ".join(f"{gained:.3f}" for gained in gains),
+            str(interval(gains)) if gains else "",
+            shown("ended", 2),
+            *(shown(key, 0) for key in ("clusters", "words")),
+            shown("score", 1),
+        ]
+
+
+def test_the_blind_comparisons_of_a_teacher_that_writes():
+    text = text_of("lab/results/writing.md")
+    for name, words in {
+        "128 large corrections, read": "128 corrections by the large model in {}",
+        "correction, prefer": "preferred Qwen's corrections in {}",
+        "as many words of real stories, read": "read real stories in {}",
+    }.items():
+        rates = [
+            (wins["taught"] + wins["tie"] / 2) / sum(wins.values())
+            for wins in WRITING["blind"][name].values()
         ]
         assert words.format(interval(rates)) in text
