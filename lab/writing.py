@@ -95,8 +95,8 @@ PAIRS = ("pair", "shuffled pair")  # kinds of lessons with two stories by the st
 # the KL target, because the teacher's texts are not the student's samples.
 PASSES = "--steps 2 --minibatch-size 16 --kl-target 1e6"
 READ = f"{PASSES} --temperature 1 --learner sft-best --epochs 1 --learning-rate 2e-4"
-# The student's stories are far likelier than the teacher's texts. With a learned temperature, a
-# larger rate or a smaller beta, one optimizer step makes the loss 0, and the student worse.
+# To the student, its own stories are far likelier than the teacher's texts. At a rate of 1e-4 and
+# beta 0.1, the loss is 0 after a step or two, and the student worse (LOG.md, a teacher that writes).
 PREFER = (
     f"{PASSES} --temperature 1 --learner dpo --learning-rate 3e-5 --kl-coef 1 --logit-scale-lr 0"
 )
@@ -234,20 +234,20 @@ def collect(
     compute = resolve(recipes.CONFIG.device, "auto")
     student, tokenizer = recipes.load_student(start, compute.device)
 
-    def stories(first_index: int) -> list[Story]:
+    def stories(count: int, first_index: int) -> list[Story]:
         with compute.autocast():
             return generate(
                 student,
                 None,
                 tokenizer,
-                openings,
+                openings[:count],
                 first_index=first_index,
                 max_new_tokens=recipes.CONFIG.max_new_tokens,
                 temperature=options.temperature,
                 seed=seed,
             )
 
-    drafts = stories(0)
+    drafts = stories(len(openings), 0)
     own = drafts[: options.texts]
     path = out / "replies.jsonl"
     known = {(each["kind"], each["seed"], each["index"]): each for each in read_records(path)}
@@ -274,8 +274,8 @@ def collect(
         lesson._replace(chosen=other.chosen)
         for lesson, other in zip(corrections, others, strict=True)
     ]
-    second = stories(len(openings))
-    return lessons | preferred(drafts[: options.pairs], second[: options.pairs], judge)
+    second = stories(options.pairs, len(openings))
+    return lessons | preferred(drafts[: options.pairs], second, judge)
 
 
 def preferred(

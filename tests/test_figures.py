@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from typing import Any
 
 from conftest import ROOT
@@ -149,6 +150,21 @@ def test_the_words_of_pretraining_that_interaction_stands_for(capsys):
     assert f"the best of four for {shown[1]}" in text
 
 
+def shown_mean(students: list[dict[str, Any]], name: str, key: str, decimals: int) -> str:
+    """The mean of a measure over the students, as in a table; "" if none has it."""
+    mean = mean_of(student["rows"][name].get(key) for student in students)
+    return "" if mean is None else f"{mean:.{decimals}f}"
+
+
+def win_rates(counts: dict[str, dict[str, int]], winner: str) -> str:
+    """The mean over the seeds of the rate of won pairs, a tie counting one half, with its interval."""
+    return str(
+        interval(
+            [(wins[winner] + wins["tie"] / 2) / sum(wins.values()) for wins in counts.values()]
+        )
+    )
+
+
 def test_the_table_of_every_story_read():
     rows = {
         ("before",): READERS[0]["before"],
@@ -171,11 +187,7 @@ def test_the_table_of_every_story_read():
         if len(students) < len(READERS):
             assert f"({'; '.join(str(student['seed']) for student in students)})" in line
         gains = [student["gain"][name] for student in students if name in student["gain"]]
-
-        def shown(key: str, decimals: int, students=students, name=name) -> str:
-            mean = mean_of(student["rows"][name].get(key) for student in students)
-            return "" if mean is None else f"{mean:.{decimals}f}"
-
+        shown = partial(shown_mean, students, name)
         assert cells(line)[1:] == [
             shown("coherence", 3),
             "; ".join(f"{gained:.3f}" for gained in gains),
@@ -217,11 +229,7 @@ def test_the_blind_comparisons():
         "likelihood, two steps": "to two steps of likelihood in {}",
         "likelihood": "to likelihood in only {}",
     }.items():
-        rates = [
-            (wins["interaction"] + wins["tie"] / 2) / sum(wins.values())
-            for wins in BLIND[control].values()
-        ]
-        assert words.format(interval(rates)) in text
+        assert words.format(win_rates(BLIND[control], "interaction")) in text
 
 
 def test_the_table_of_a_teacher_that_writes():
@@ -229,17 +237,19 @@ def test_the_table_of_a_teacher_that_writes():
     students = WRITING["students"]
     header = "| learned from | gain, seeds 61; 62; 63 |"
     table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    words = ("before", "0.4", "best of four", "every story", "real", *("",) * 17)
+    words = (
+        *("before", "temperature 0.4", "best of four", "every story", "real stories"),
+        *("Qwen: continuations, read", "Qwen: continuations, preferred", "Qwen: corrections, read"),
+        *("Qwen: corrections, preferred", "read, then preferred", "corrections of other stories"),
+        *("better of two", "two at random", "64 answers", "in random order", "a constant score"),
+        *("large model: corrections, read", "large model: corrections, preferred"),
+        *("128 corrections, read", "128 corrections of other", "real stories", "best of four"),
+    )
     for name, word, line in zip(students[0]["rows"], words, table, strict=True):
-        assert word in line and ("(200 stories)" in line) == (
-            students[0]["rows"][name]["stories"] == 200
-        )
+        assert word in cells(line)[0]
+        assert ("(200 stories)" in line) == (students[0]["rows"][name]["stories"] == 200)
         gains = [student["gain"][name] for student in students if name in student["gain"]]
-
-        def shown(key: str, decimals: int, name=name) -> str:
-            mean = mean_of(student["rows"][name].get(key) for student in students)
-            return "" if mean is None else f"{mean:.{decimals}f}"
-
+        shown = partial(shown_mean, students, name)
         assert cells(line)[1:] == [
             "; ".join(f"{gained:.3f}" for gained in gains),
             str(interval(gains)) if gains else "",
@@ -256,8 +266,4 @@ def test_the_blind_comparisons_of_a_teacher_that_writes():
         "correction, prefer": "preferred Qwen's corrections in {}",
         "as many words of real stories, read": "read real stories in {}",
     }.items():
-        rates = [
-            (wins["taught"] + wins["tie"] / 2) / sum(wins.values())
-            for wins in WRITING["blind"][name].values()
-        ]
-        assert words.format(interval(rates)) in text
+        assert words.format(win_rates(WRITING["blind"][name], "taught")) in text
