@@ -242,8 +242,9 @@ def test_the_table_of_a_teacher_that_writes():
         *("Qwen: continuations, read", "Qwen: continuations, preferred", "Qwen: corrections, read"),
         *("Qwen: corrections, preferred", "read, then preferred", "corrections of other stories"),
         *("better of two", "two at random", "64 answers", "in random order", "64 grades"),
-        *("a constant score", "large model: corrections, read", "large model: corrections, preferred"),
-        *("128 corrections, read", "128 corrections of other", "real stories", "best of four"),
+        *("a constant score", "large model: corrections, read"),
+        *("large model: corrections, preferred", "128 corrections, read"),
+        *("128 corrections of other", "real stories", "best of four"),
     )
     for name, word, line in zip(students[0]["rows"], words, table, strict=True):
         assert word in cells(line)[0]
