@@ -366,14 +366,17 @@ def first_words(documents: Sequence[str], words: float) -> list[tuple[str, str]]
     """The first documents with this number of words in all, as texts without an opening. Raises
     UserError if there are too few."""
     texts: list[tuple[str, str]] = []
+    missing = words
     for document in documents:
-        if words <= 0:
-            return texts
+        if missing <= 0:
+            break
         texts.append(("", document))
-        words -= len(document.split())
-    raise UserError(
-        f"the corpus has too few held-out words ({words:.0f} are missing): give a larger corpus"
-    )
+        missing -= len(document.split())
+    if missing > 0:
+        raise UserError(
+            f"the corpus has too few held-out words ({missing:.0f} are missing): give a larger corpus"
+        )
+    return texts
 
 
 def learn(

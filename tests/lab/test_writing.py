@@ -138,5 +138,6 @@ def test_a_text_that_stops_in_a_sentence_has_no_end_token(place):
 
 def test_texts_are_taken_until_they_have_enough_words(tmp_path, capsys):
     assert first_words(["a b", "c d e", "f"], 3) == [("", "a b"), ("", "c d e")]
+    assert first_words(["a b", "c"], 3) == [("", "a b"), ("", "c")]
     argv = ["--seeds", "1", "--teacher-url", "http://127.0.0.1:9/v1", "--teacher-model", "x"]
     assert "--seeds needs two seeds" in fails(writing.main, argv, capsys)
