@@ -22,6 +22,8 @@ BLIND: dict[str, dict[str, dict[str, int]]] = json.loads(
 )
 # gains from a teacher's texts, and blind comparisons with the student before them, by seed
 WRITING: dict[str, Any] = json.loads((ROOT / "lab/results/writing.json").read_text())
+# gains and measures by number of scores
+SCORES: list[dict[str, Any]] = json.loads((ROOT / "lab/results/scores.json").read_text())
 # the gains of readings.json: controls without training, then interaction and trained controls
 (
     COOLER,
@@ -218,6 +220,32 @@ def test_what_the_pages_say_of_every_story_read():
     assert f"(by {more(LIKELIHOOD, READ)})" in findings
     lost = interval([-student["gain"][IN_RANDOM_ORDER] for student in READERS])
     assert f"The same scores in random order lose {lost}" in findings
+
+
+def test_the_table_by_number_of_scores():
+    page = (ROOT / "lab/results/english.md").read_text()
+    header = "| scores | gain, seeds 61; 62; 63 |"
+    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    for number, line in zip(SCORES[0]["gain"], table, strict=True):
+        students = [student for student in SCORES if number in student["gain"]]
+        gains = [student["gain"][number] for student in students]
+        label = cells(line)[0].partition(":")[0]
+        seeds = "; ".join(str(student["seed"]) for student in students)
+        shown_seeds = "" if len(students) == len(SCORES) else f" ({seeds})"
+        assert label.replace("3 072", "3072") == number + shown_seeds
+        assert cells(line)[1:] == [
+            "; ".join(f"{gained:.3f}" for gained in gains),
+            str(interval(gains)) if len(gains) > 1 else "",
+            shown_mean(students, number, "clusters", 0),
+            shown_mean(students, number, "first_r_squared", 2),
+        ]
+    english = text_of("lab/results/english.md")
+    for number, fewer, words in (
+        ("768", "256", "768 scores gain {} more than 256"),
+        ("3072", "768", "all scores {} more than 768"),
+    ):
+        more = [student["gain"][number] - student["gain"][fewer] for student in SCORES]
+        assert words.format(interval(more)) in english
 
 
 def test_the_blind_comparisons():
