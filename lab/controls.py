@@ -4,17 +4,30 @@ differently in one point. A control of train_interact.py (--control) is named in
 `shuffled: --grades 64` is the control of the run `--grades 64`."""
 
 import contextlib
+import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from torch import Tensor
 
+import train_interact
+from lab.reader import Reader, Stories, one_line
+from tinystory.config import InteractConfig
 from tinystory.config.control import CONTROLS
-from tinystory.rl import score_model
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.corruptions import split_sentences
+from tinystory.rl import ppo, score_model
+from tinystory.rl.batch import Batch
+from tinystory.rl.policy import Policy
+from tinystory.rl.reward import story_reward, story_rewards
 from tinystory.rl.score_model import ScoreModel
 from tinystory.run.errors import UserError
+from tinystory.student.generate import Story
+from tinystory.teacher import callable
 
 
 @contextlib.contextmanager
@@ -42,10 +55,81 @@ def no_model() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def by_sentence() -> Iterator[None]:
+    """With `--reward lab/two_judges.py`, the reader's part of a story's reward is given at the last
+    token of each sentence, as the sentence's part of the coherence, and not at the end of the story.
+    The story's reward is the same."""
+    from lab import two_judges  # loads the reader
+
+    coherences: dict[tuple[str, str], np.ndarray] = {}  # parts, by opening and story
+    parts_of: dict[int, np.ndarray] = {}  # parts of the reward, by the story's index in the run
+    ends_of: dict[int, list[int]] = {}  # bytes up to the end of each sentence, without spaces
+    tokenizers: list[Tokenizer] = []
+    parts_of_coherence = Reader.by_sentence
+    step = ppo.step
+    token_rewards = ppo.token_rewards
+
+    def read(reader: Reader, stories: Stories) -> list[np.ndarray]:
+        parts = parts_of_coherence(reader, stories)
+        coherences.update(zip(stories, parts, strict=True))
+        return parts
+
+    def rewards_of(
+        config: InteractConfig,
+        stories: Sequence[Story],
+        scores: Sequence[float | None],
+        differences: Sequence[float],
+    ) -> list[float | None]:
+        parts_of.clear()
+        for story, difference in zip(stories, differences, strict=True):
+            ended = story.ended == "eos"
+            best, worst = (
+                story_reward(config, score, difference, story.words, ended) for score in (1.0, 0.0)
+            )
+            # half of the score is the reader's, which rises by 1 from NO_COHERENCE to 0
+            scale = (best - worst) / 2 / -two_judges.NO_COHERENCE
+            parts = coherences.get((story.opening, story.text), np.zeros(0))
+            sentences = split_sentences(one_line(story.text))
+            lengths = [len("".join(sentence.split()).encode()) for sentence in sentences]
+            parts_of[story.index] = scale * parts
+            ends_of[story.index] = list(itertools.accumulate(lengths))
+        coherences.clear()
+        return story_rewards(config, stories, scores, differences)
+
+    def step_with(policy: Policy, *arguments: Any) -> dict[str, float]:
+        tokenizers[:] = [policy.tokenizer]
+        return step(policy, *arguments)
+
+    def rewards_by_sentence(batch: Batch, rewards: Tensor, kl_coef: float) -> Tensor:
+        token_bytes = tokenizers[0].token_bytes
+        by_token = token_rewards(batch, rewards, kl_coef)
+        stops = batch.lengths.cumsum()
+        for index, length, stop in zip(batch.indices, batch.lengths, stops, strict=True):
+            start = stop - length
+            ids = batch.tokens[start:stop].tolist()
+            written = np.cumsum([len(b"".join(token_bytes[id].split())) for id in ids])
+            for part, end in zip(parts_of[index], ends_of[index], strict=False):
+                last = min(int(np.searchsorted(written, end)), length - 1)
+                by_token[start + last] += part
+                by_token[stop - 1] -= part
+        return by_token
+
+    with (
+        patch.dict(callable.CONTROLS, {"lab/two_judges.py": two_judges.score}),
+        patch.object(Reader, "by_sentence", read),
+        patch.object(train_interact, "story_rewards", rewards_of),
+        patch.object(ppo, "step", step_with),
+        patch.object(ppo, "token_rewards", rewards_by_sentence),
+    ):
+        yield
+
+
 CHANGES: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
     "random choice": random_choice,
     "no model": no_model,
+    "by sentence": by_sentence,
 }
 
 

@@ -7,6 +7,7 @@ should not be the only teacher, because it rewards bland sentences. Its scores a
 register, so compare only texts of one kind."""
 
 import importlib.util
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lab.intervals import bootstrap_mean
 from tinystory.evaluate.corruptions import split_sentences
 from tinystory.ops.compute import pick_device, pick_dtype
-from tinystory.run.device import cpu_has_amx
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import clean
 
@@ -88,7 +88,14 @@ class Reader:
             ) from None
 
     def coherence(self, stories: Stories) -> np.ndarray:
-        """float64 (n,): the mean over a story's tokens, in nats, of
+        """The coherence of each story, float64 (n,), in nats per token: the sum of `by_sentence`; nan
+        for a story without words."""
+        parts = self.by_sentence(stories)
+        return np.array([part.sum() if len(part) else np.nan for part in parts])
+
+    def by_sentence(self, stories: Stories) -> list[np.ndarray]:
+        """Each story's coherence in parts, float64 (number of sentences,): the sum over a sentence's
+        tokens, divided by the number of tokens of the story, in nats, of
 
             min(0, full + SURPRISE) + clip(full - alone, LOW, HIGH), or REPEATED for a token in a
             repeated phrase
@@ -97,8 +104,8 @@ class Reader:
         PREFIX, the sentence so far). The first term penalises surprise, and is never positive,
         because a predictable token is not an achievement. The second term is the contribution of
         the earlier sentences (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a
-        few tokens do not decide. The mean is at most HIGH, about -0.7 for real children's stories,
-        and nan for a story without words."""
+        few tokens do not decide. The sum of the parts is at most HIGH, about -0.7 for real
+        children's stories. Empty for a story without words."""
         texts = [self._text(opening, story) for opening, story in stories]
         lengths: dict[Ids, int] = defaultdict(int)
         for text in texts:
@@ -107,18 +114,22 @@ class Reader:
             for sentence in text.sentences:
                 lengths[sentence.row] = max(lengths[sentence.row], sentence.length)
         logprobs = self._logprobs(lengths)
-        values = np.full(len(texts), np.nan)
-        for i, text in enumerate(texts):
-            if not text.sentences:
-                continue
-            parts = [logprobs[sentence.row][-sentence.length :] for sentence in text.sentences]
-            alone = np.concatenate(parts)
-            full = logprobs[text.whole][-len(alone) :]
-            contribution = np.clip(full - alone, LOW, HIGH)
-            value = np.minimum(0, full + SURPRISE) + contribution
-            repeated = _repeated(text.whole)[-len(alone) :]
-            values[i] = np.where(repeated, REPEATED, value).mean()
-        return values
+        parts_of_each = []
+        for text in texts:
+            by_sentence = np.zeros(len(text.sentences))
+            if text.sentences:
+                parts = [logprobs[sentence.row][-sentence.length :] for sentence in text.sentences]
+                alone = np.concatenate(parts)
+                full = logprobs[text.whole][-len(alone) :]
+                contribution = np.clip(full - alone, LOW, HIGH)
+                values = np.minimum(0, full + SURPRISE) + contribution
+                repeated = _repeated(text.whole)[-len(alone) :]
+                values = np.where(repeated, REPEATED, values)
+                sentence_lengths = [sentence.length for sentence in text.sentences]
+                starts = np.cumsum([0, *sentence_lengths[:-1]])
+                by_sentence = np.add.reduceat(values, starts) / len(alone)
+            parts_of_each.append(by_sentence)
+        return parts_of_each
 
     def _encode(self, text: str) -> Ids:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -209,11 +220,28 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    # PyTorch's bf16 matmuls with AVX-512 alone are slower than float32 (24 stories take 56 s of CPU
-    # time instead of 35 on a Xeon without AMX)
-    is_fast = device.type == "cuda" or cpu_has_amx()
-    dtype = pick_dtype("auto", device) if is_fast else torch.float32
+    dtype = pick_dtype("auto", device)
+    if device.type == "cpu" and not bf16_is_faster():
+        dtype = torch.float32
     return tokenizer, model.to(device, dtype).eval()
+
+
+def bf16_is_faster() -> bool:
+    """Whether this processor's bf16 matmuls take less than three quarters of the time of float32. It
+    is measured, because AVX-512's bf16 is 2 to 4 times as fast as float32 on an AMD Zen 4, and only
+    half as fast on a Xeon without AMX."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(BATCH, 576, dtype=dtype)
+        weight = torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.75 * seconds(torch.float32)
 
 
 def _repeated(ids: Ids) -> np.ndarray:
