@@ -81,6 +81,10 @@ def by_sentence() -> Iterator[None]:
         scores: Sequence[float | None],
         differences: Sequence[float],
     ) -> list[float | None]:
+        if not coherences:
+            raise UserError(
+                "'by sentence' changes --reward lab/two_judges.py: give it, by this name"
+            )
         parts_of.clear()
         for story, difference in zip(stories, differences, strict=True):
             ended = story.ended == "eos"

@@ -97,6 +97,13 @@ def test_the_readers_part_is_given_at_the_end_of_each_sentence(tokenizer, monkey
     assert ppo.token_rewards(batch, torch.tensor(rewards), 0.0)[places[0]] == 0  # afterwards
 
 
+def test_another_reward_has_no_sentences(monkeypatch):
+    judges = SimpleNamespace(NO_COHERENCE=-1.0, score=None)
+    monkeypatch.setattr(lab, "two_judges", judges, raising=False)
+    with controls.CHANGES["by sentence"](), pytest.raises(UserError, match="lab/two_judges.py"):
+        train_interact.story_rewards(InteractConfig(init="x"), [], [], [])
+
+
 def test_a_control_stands_before_the_options():
     assert controls.split("--lam 0.9") == ("", "--lam 0.9")
     assert controls.split("") == ("", "")
