@@ -100,7 +100,7 @@ def test_the_readers_part_is_given_at_the_end_of_each_sentence(tokenizer, monkey
 def test_another_reward_has_no_sentences(monkeypatch):
     judges = SimpleNamespace(NO_COHERENCE=-1.0, score=None)
     monkeypatch.setattr(lab, "two_judges", judges, raising=False)
-    with controls.CHANGES["by sentence"](), pytest.raises(UserError, match="lab/two_judges.py"):
+    with controls.CHANGES["by sentence"](), pytest.raises(UserError, match=r"lab/two_judges\.py"):
         train_interact.story_rewards(InteractConfig(init="x"), [], [], [])
 
 
