@@ -24,6 +24,7 @@ BLIND: dict[str, dict[str, dict[str, int]]] = json.loads(
 WRITING: dict[str, Any] = json.loads((ROOT / "lab/results/writing.json").read_text())
 # gains and measures by number of scores
 SCORES: list[dict[str, Any]] = json.loads((ROOT / "lab/results/scores.json").read_text())
+SENTENCES: list[dict[str, Any]] = json.loads((ROOT / "lab/results/sentences.json").read_text())
 # the gains of readings.json: controls without training, then interaction and trained controls
 (
     COOLER,
@@ -248,6 +249,24 @@ def test_the_table_by_number_of_scores():
         assert words.format(interval(more)) in english
 
 
+def test_the_table_of_rewards_by_sentence():
+    page = (ROOT / "lab/results/english.md").read_text()
+    header = "| reward | gain, seeds 61; 62 |"
+    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    names = list(SENTENCES[0]["rows"])
+    for name, line in zip(names, table, strict=True):
+        gains = [student["gain"].get(name) for student in SENTENCES]
+        shown_gains = "" if name == "before" else "; ".join(f"{gained:.3f}" for gained in gains)
+        assert cells(line) == [
+            name,
+            shown_gains,
+            shown_mean(SENTENCES, name, "coherence", 3),
+            shown_mean(SENTENCES, name, "ended", 2),
+            shown_mean(SENTENCES, name, "clusters", 0),
+            shown_mean(SENTENCES, name, "score", 1),
+        ]
+
+
 def test_the_blind_comparisons():
     text = text_of("lab/results/english.md")
     for control, words in {
@@ -285,6 +304,24 @@ def test_the_table_of_a_teacher_that_writes():
             shown("ended", 2),
             *(shown(key, 0) for key in ("clusters", "words")),
             shown("score", 1),
+        ]
+
+
+def test_the_table_of_rewards_by_sentence():
+    page = (ROOT / "lab/results/english.md").read_text()
+    header = "| reward | gain, seeds 61; 62 |"
+    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    names = list(SENTENCES[0]["rows"])
+    for name, line in zip(names, table, strict=True):
+        gains = [student["gain"].get(name) for student in SENTENCES]
+        shown_gains = "" if name == "before" else "; ".join(f"{gained:.3f}" for gained in gains)
+        assert cells(line) == [
+            name,
+            shown_gains,
+            shown_mean(SENTENCES, name, "coherence", 3),
+            shown_mean(SENTENCES, name, "ended", 2),
+            shown_mean(SENTENCES, name, "clusters", 0),
+            shown_mean(SENTENCES, name, "score", 1),
         ]
 
 
