@@ -307,24 +307,6 @@ def test_the_table_of_a_teacher_that_writes():
         ]
 
 
-def test_the_table_of_rewards_by_sentence():
-    page = (ROOT / "lab/results/english.md").read_text()
-    header = "| reward | gain, seeds 61; 62 |"
-    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    names = list(SENTENCES[0]["rows"])
-    for name, line in zip(names, table, strict=True):
-        gains = [student["gain"].get(name) for student in SENTENCES]
-        shown_gains = "" if name == "before" else "; ".join(f"{gained:.3f}" for gained in gains)
-        assert cells(line) == [
-            name,
-            shown_gains,
-            shown_mean(SENTENCES, name, "coherence", 3),
-            shown_mean(SENTENCES, name, "ended", 2),
-            shown_mean(SENTENCES, name, "clusters", 0),
-            shown_mean(SENTENCES, name, "score", 1),
-        ]
-
-
 def test_the_blind_comparisons_of_a_teacher_that_writes():
     text = text_of("lab/results/writing.md")
     for name, words in {
