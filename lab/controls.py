@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -63,9 +64,9 @@ def by_sentence() -> Iterator[None]:
     from lab import two_judges  # loads the reader
 
     coherences: dict[tuple[str, str], np.ndarray] = {}  # parts, by opening and story
-    parts_of: dict[int, np.ndarray] = {}  # parts of the reward, by the story's index in the run
-    ends_of: dict[int, list[int]] = {}  # bytes up to the end of each sentence, without spaces
-    tokenizers: list[Tokenizer] = []
+    # by the story's index in the run: the end of each sentence, in bytes without spaces, and the
+    # sentence's part of the reward
+    parts_of: dict[int, list[tuple[int, float]]] = {}
     parts_of_coherence = Reader.by_sentence
     step = ppo.step
     token_rewards = ppo.token_rewards
@@ -93,38 +94,39 @@ def by_sentence() -> Iterator[None]:
             )
             # half of the score is the reader's, which rises by 1 from NO_COHERENCE to 0
             scale = (best - worst) / 2 / -two_judges.NO_COHERENCE
-            parts = coherences.get((story.opening, story.text), np.zeros(0))
+            parts = scale * coherences.get((story.opening, story.text), np.zeros(0))
             sentences = split_sentences(one_line(story.text))
             lengths = [len("".join(sentence.split()).encode()) for sentence in sentences]
-            parts_of[story.index] = scale * parts
-            ends_of[story.index] = list(itertools.accumulate(lengths))
+            ends = itertools.accumulate(lengths)
+            # the reader cuts a long story, so it may have fewer sentences
+            parts_of[story.index] = list(zip(ends, parts.tolist(), strict=False))
         coherences.clear()
         return story_rewards(config, stories, scores, differences)
 
-    def step_with(policy: Policy, *arguments: Any) -> dict[str, float]:
-        tokenizers[:] = [policy.tokenizer]
-        return step(policy, *arguments)
-
-    def rewards_by_sentence(batch: Batch, rewards: Tensor, kl_coef: float) -> Tensor:
-        token_bytes = tokenizers[0].token_bytes
+    def rewards_by_sentence(
+        tokenizer: Tokenizer, batch: Batch, rewards: Tensor, kl_coef: float
+    ) -> Tensor:
         by_token = token_rewards(batch, rewards, kl_coef)
         stops = batch.lengths.cumsum()
         for index, length, stop in zip(batch.indices, batch.lengths, stops, strict=True):
             start = stop - length
-            ids = batch.tokens[start:stop].tolist()
-            written = np.cumsum([len(b"".join(token_bytes[id].split())) for id in ids])
-            for part, end in zip(parts_of[index], ends_of[index], strict=False):
+            pieces = [tokenizer.token_bytes[id] for id in batch.tokens[start:stop].tolist()]
+            written = np.cumsum([len(b"".join(piece.split())) for piece in pieces])
+            for end, part in parts_of[index]:
                 last = min(int(np.searchsorted(written, end)), length - 1)
                 by_token[start + last] += part
                 by_token[stop - 1] -= part
         return by_token
 
+    def step_by_sentence(policy: Policy, *arguments: Any) -> dict[str, float]:
+        with patch.object(ppo, "token_rewards", partial(rewards_by_sentence, policy.tokenizer)):
+            return step(policy, *arguments)
+
     with (
         patch.dict(callable.CONTROLS, {"lab/two_judges.py": two_judges.score}),
         patch.object(Reader, "by_sentence", read),
         patch.object(train_interact, "story_rewards", rewards_of),
-        patch.object(ppo, "step", step_with),
-        patch.object(ppo, "token_rewards", rewards_by_sentence),
+        patch.object(ppo, "step", step_by_sentence),
     ):
         yield
 

@@ -116,7 +116,7 @@ class Reader:
         logprobs = self._logprobs(lengths)
         parts_of_each = []
         for text in texts:
-            by_sentence = np.zeros(len(text.sentences))
+            sentence_parts = np.zeros(len(text.sentences))
             if text.sentences:
                 parts = [logprobs[sentence.row][-sentence.length :] for sentence in text.sentences]
                 alone = np.concatenate(parts)
@@ -127,8 +127,8 @@ class Reader:
                 values = np.where(repeated, REPEATED, values)
                 sentence_lengths = [sentence.length for sentence in text.sentences]
                 starts = np.cumsum([0, *sentence_lengths[:-1]])
-                by_sentence = np.add.reduceat(values, starts) / len(alone)
-            parts_of_each.append(by_sentence)
+                sentence_parts = np.add.reduceat(values, starts) / len(alone)
+            parts_of_each.append(sentence_parts)
         return parts_of_each
 
     def _encode(self, text: str) -> Ids:

@@ -265,6 +265,13 @@ def test_the_table_of_rewards_by_sentence():
             shown_mean(SENTENCES, name, "clusters", 0),
             shown_mean(SENTENCES, name, "score", 1),
         ]
+    english = text_of("lab/results/english.md")
+    above = [student["above_best_of_4"] for student in SENTENCES]
+    for name, words in zip(above[0], ("by sentence is", "at the end of the story"), strict=True):
+        first, second = (
+            f"{mean:.3f} ± {error:.3f}" for mean, error in (each[name] for each in above)
+        )
+        assert f"interaction {words} {first} and {second}" in english
 
 
 def test_the_blind_comparisons():

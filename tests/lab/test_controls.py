@@ -55,7 +55,7 @@ def test_without_a_model_only_graded_stories_have_a_reward(place, tmp_path):
 
 
 def test_the_readers_part_is_given_at_the_end_of_each_sentence(tokenizer, monkeypatch):
-    """Two stories; the reader's parts of the second sum to half of its score."""
+    """One story has two sentences and an end token; the other is cut off in its only sentence."""
     parts = {"Tom ran. Mia saw a ball!": [-0.4, 0.1], "Ben sat": [-0.2]}
     judges = SimpleNamespace(NO_COHERENCE=-1.0, score=None)
     monkeypatch.setattr(lab, "two_judges", judges, raising=False)
