@@ -30,7 +30,7 @@ from tinystory.rl import learners, ppo, score_model
 from tinystory.rl.batch import Batch, collate
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import differences, story_rewards
+from tinystory.rl.reward import differences, story_rewards, word_rewards
 from tinystory.rl.start import (
     load_students,
     open_openings,
@@ -42,7 +42,7 @@ from tinystory.rl.start import (
 )
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
-from tinystory.run.device import peak_memory_mb
+from tinystory.run.device import peak_memory_mb, upload
 from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import read_config
 from tinystory.run.log import RunLog
@@ -116,6 +116,8 @@ def interact(run: InteractionRun) -> None:
             stages.begin("update")
             difference = differences([story.text for story in stories])
             rewards = story_rewards(config, stories, scores, difference)
+            by_word = word_rewards(config, stories, grades, difference, policy.tokenizer)
+            batch.word_rewards = upload(by_word, run.compute.device)
             statistics = ppo.step(policy, batch, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 

@@ -4,7 +4,8 @@ endpoint. A judge of coherence alone would reward bland sentences.
 
 CORPUS=tinystories.txt python train_interact.py --preset english --reward lab/two_judges.py ...
 
-docs/corpus.md has the other options. Environment variables:
+docs/corpus.md has the other options. With lab/two_judges.py:by_sentence, a reader's part of the score
+is given at the end of each sentence. Environment variables:
 
 CORPUS    the corpora and files to which the rubric is fitted, separated by spaces (default: builtin)
 READER    the reader: a value of --reader of lab/judge.py
@@ -21,11 +22,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from lab.reader import PACKAGED, Reader
+from lab.reader import PACKAGED, Reader, one_line
 from lab.runs import interact_config, words_of
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate.calibration import calibrated, scaled
-from tinystory.evaluate.corruptions import corpus_documents, worked_examples
+from tinystory.evaluate.corruptions import corpus_documents, split_sentences, worked_examples
 from tinystory.evaluate.open_grader import open_grader
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.grade import Grader
@@ -53,8 +54,12 @@ def open_teacher(options: str) -> Grader:
 
 def read(stories: Stories) -> np.ndarray:
     """The reader's scores, 0..1, float64 (n,)."""
+    return scores_of(reader.coherence(stories))
+
+
+def scores_of(coherences: np.ndarray) -> np.ndarray:
     # nan: a story without words
-    coherences = np.nan_to_num(reader.coherence(stories), nan=NO_COHERENCE)
+    coherences = np.nan_to_num(coherences, nan=NO_COHERENCE)
     return np.clip(1 - coherences / NO_COHERENCE, 0, 1)
 
 
@@ -72,8 +77,37 @@ else:
     second = read
 
 
+def grades(stories: Stories) -> np.ndarray:
+    """The rubric's scores, 0..1, float64 (n,)."""
+    return np.array([sum(rubric.score(*pair).values()) / 9 for pair in stories])
+
+
 def score(openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
     pairs = list(zip(openings, stories, strict=True))
-    grades = np.array([sum(rubric.score(*pair).values()) / 9 for pair in pairs])
-    means = (grades + second(pairs)) / 2
+    means = (grades(pairs) + second(pairs)) / 2
     return [None if np.isnan(mean) else float(mean) for mean in means]
+
+
+def by_sentence(openings: Sequence[str], stories: Sequence[str]) -> list[list[float]]:
+    """The scores of `score`, in parts for each word of the stories."""
+    if "TEACHER" in os.environ:
+        raise ValueError("by_sentence needs a reader, which TEACHER replaces: unset TEACHER")
+    pairs = list(zip(openings, stories, strict=True))
+    parts_of_each = reader.by_sentence(pairs)
+    coherences = np.array([parts.sum() if len(parts) else np.nan for parts in parts_of_each])
+    means = (grades(pairs) + scores_of(coherences)) / 2
+    return [by_word(*each) for each in zip(stories, parts_of_each, means, strict=True)]
+
+
+def by_word(story: str, coherences: np.ndarray, score: float) -> list[float]:
+    """A story's score in parts, one per word: the last word of each sentence has the sentence's half of
+    the coherence, and the last word of the story has the rest. coherences: of the first sentences,
+    because the reader cuts a long story."""
+    sentences = split_sentences(one_line(story))[: len(coherences)]
+    sentence_ends = np.cumsum([len("".join(sentence.split())) for sentence in sentences])
+    word_ends = np.cumsum([len(word) for word in story.split()])
+    last_words = np.searchsorted(word_ends[:-1], sentence_ends)
+    parts = np.zeros(len(word_ends))
+    np.add.at(parts, last_words, coherences / -NO_COHERENCE / 2)
+    parts[-1] += score - parts.sum()
+    return parts.tolist()

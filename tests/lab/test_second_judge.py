@@ -255,6 +255,23 @@ def test_two_judges_give_one_reward(short_rubric, monkeypatch):
     assert score(["Once", "Once"], ["a b c d e.", ""]) == [0.75, 0]
 
 
+def test_the_readers_part_is_given_at_the_last_word_of_each_sentence(short_rubric, monkeypatch):
+    """The reader reads the first two sentences of the first story, and nothing of the second."""
+    stories = ["Tom ran. Mia saw\na  ball! It was red.", "\u200b"]
+
+    class Reader:
+        def by_sentence(self, pairs):
+            assert [story for _, story in pairs] == stories
+            return [np.array([-0.4, 0.1]), np.zeros(0)]
+
+    monkeypatch.setattr("lab.reader.Reader", lambda name: Reader())
+    by_sentence = runpy.run_path(str(ROOT / "lab/two_judges.py"))["by_sentence"]
+    first, second = by_sentence(["Once"] * 2, stories)
+    # half the rubric's 1, and half the reader's 0.7
+    assert first == pytest.approx([0, -0.2, 0, 0, 0, 0.05, 0, 0, 0.85 - 0.05 + 0.2])
+    assert second == [0.5]
+
+
 def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkeypatch):
     """A story that it does not score has no reward."""
 
@@ -272,6 +289,9 @@ def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkey
     url = "http://127.0.0.1:9/v1"
     options = f"--teacher-url {url} --teacher-prompt examples --no-calibrate"
     monkeypatch.setenv("TEACHER", options)
-    score = runpy.run_path(str(ROOT / "lab/two_judges.py"))["score"]
+    judges = runpy.run_path(str(ROOT / "lab/two_judges.py"))
+    score = judges["score"]
     assert opened == [([url], "examples", ["builtin"])]
     assert score(["Once", "Once"], ["a b c.", "no"]) == [0.75, None]
+    with pytest.raises(ValueError, match="unset TEACHER"):
+        judges["by_sentence"](["Once"], ["a b c."])

@@ -1,12 +1,26 @@
 """The reward: the paper's formula, and the difference from other stories."""
 
+import numpy as np
 import pytest
+import torch
+from conftest import AWKWARD
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.config import InteractConfig
 from tinystory.config.presets import INTERACT_PRESETS
-from tinystory.rl.reward import differences, phrases, story_reward
+from tinystory.rl import ppo
+from tinystory.rl.batch import collate
+from tinystory.rl.reward import (
+    differences,
+    phrases,
+    story_reward,
+    story_rewards,
+    word_ends,
+    word_rewards,
+)
+from tinystory.student.generate import Story
+from tinystory.teacher.grade import NOT_ASKED, Grade
 
 PAPER = InteractConfig(**INTERACT_PRESETS["paper"])
 
@@ -88,3 +102,81 @@ def test_phrases_count_names_as_one_word_and_ignore_punctuation():
         1.0,
         0.0,
     ]
+
+
+def story_of(tokenizer, text, ended="eos", index=0):
+    ids = tokenizer.encode(text)
+    tokens = torch.tensor(ids + [tokenizer.eos] * (ended == "eos"))
+    zeros = torch.zeros(len(tokens))
+    opening = torch.tensor([tokenizer.eos])
+    shown = tokenizer.decode(ids).strip()
+    return Story(index, "Once", shown, opening, tokens, zeros, zeros, zeros, ended)
+
+
+def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
+    config = InteractConfig(init="x", diversity=0.5, length_weight=0.25, unfinished=0.8)
+    stories = [
+        story_of(tokenizer, " Tom ran. Mia saw a ball!"),
+        story_of(tokenizer, " Ben sat", "length", 1),
+        story_of(tokenizer, " A cat sat.", "eos", 2),
+        story_of(tokenizer, " It ran.", "eos", 3),
+    ]
+    grades = [
+        Grade(None, 0.6, by_word=(0, -0.4, 0, 0, 0, 1.0)),
+        Grade(None, 0.7, by_word=(0.1, 0.6)),
+        Grade(None, 0.5),
+        NOT_ASKED,
+    ]
+    difference = [0.5, 1.0, 1.0, 1.0]
+    rewards = story_rewards(config, stories, [0.6, 0.7, 0.5, 0.25], difference)
+    batch = collate(stories, torch.device("cpu"))
+    batch.ref_logprobs = batch.logprobs - 1.0
+    whole = ppo.token_rewards(batch, torch.tensor(rewards), 0.1)
+    batch.word_rewards = word_rewards(config, stories, grades, difference, tokenizer)
+    by_word = ppo.token_rewards(batch, torch.tensor(rewards), 0.1)
+    torch.testing.assert_close(batch.story_sums(by_word), batch.story_sums(whole))
+
+    lengths = batch.lengths.tolist()
+    first, second, *others = (by_word + 0.1).split(lengths)  # without the KL penalty
+    place = int(first.nonzero()[0])
+    assert tokenizer.decode(stories[0].tokens[: place + 1].tolist()) == " Tom ran."
+    # with a difference of 0.5, a score counts three quarters
+    assert first[place].item() == pytest.approx(-0.4 * 0.75 / 1.25)
+    # the last token is the end token, with the reward's other terms
+    assert first[-2].item() == pytest.approx(1.0 * 0.75 / 1.25)
+    assert first.nonzero()[1:].flatten().tolist() == [len(first) - 2, len(first) - 1]
+    # a story that was cut off keeps a part of each word's reward
+    assert second[second.nonzero()[0]].item() == pytest.approx(0.1 * 0.8 / 1.25)
+    for one, reward in zip(others, rewards[2:], strict=True):
+        assert one[:-1].eq(0).all() and one[-1].item() == pytest.approx(reward)
+    # a part of the batch keeps its words
+    part = batch.rows(np.array([1, 2]))
+    expected = torch.cat(batch.word_rewards.split(lengths)[1:3])
+    torch.testing.assert_close(part.word_rewards, expected)
+
+
+pieces = [piece for piece in AWKWARD if piece != "\ufffd"] + ["Tom", "ran.", "“Look!”", "naïve"]
+
+
+@given(st.lists(st.sampled_from(pieces), min_size=1, max_size=12), st.integers(0, 3))
+def test_a_word_ends_at_the_first_token_after_which_the_story_contains_it(tokenizer, texts, cut):
+    """Also where a token has a part of a character, several words, or white space alone."""
+    story = story_of(tokenizer, "".join(texts), "length" if cut else "eos")
+    if 0 < cut < len(story.tokens):  # within a character, perhaps
+        story.tokens = story.tokens[:-cut]
+        story.text = tokenizer.decode(story.tokens.tolist()).strip()
+    last = len(story.tokens) - 1
+    ends = word_ends(story, tokenizer)
+    words = story.text.split()
+    assert len(ends) == len(words)
+    contained = []  # the characters after each token
+    for token in range(last + 1):
+        written = tokenizer.decode(story.tokens[: token + 1].tolist())
+        contained.append("".join(written.split()))
+    for count, end in enumerate(ends, 1):
+        wanted = "".join(words[:count])
+        if wanted.endswith("\ufffd"):  # half a character
+            assert end == last
+        else:
+            assert contained[end].startswith(wanted)
+            assert end == 0 or not contained[end - 1].startswith(wanted)

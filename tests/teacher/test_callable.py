@@ -34,6 +34,39 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
         scores(f"{tmp_path / 'r.txt'}:f")
 
 
+def test_a_callable_can_score_each_word(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "import math, numpy, torch\n"
+        "def lists(o, s): return [[-0.5, 1.0, 0], (0.1, 0.2), numpy.array([0.5]), torch.ones(1), 0.5, None]\n"
+        "def tenths(o, s): return [[0.1] * len(x.split()) for x in s]\n"
+        "def nan(o, s): return [[math.nan]]\n"
+        "def texts(o, s): return [['0.5']]\n"
+        "def nested(o, s): return [[[0.5]]]\n"
+        "def huge(o, s): return [[10**400, 1 - 10**400]]\n"
+    )
+    stories = ["a b  c", "a\nb.", " a", "a", "a b", "a"]
+    assert scores(f"{file}:lists", ["o"] * 6, stories) == [
+        (-0.5, 1.0, 0.0),
+        (0.1, 0.2),
+        (0.5,),
+        (1.0,),
+        0.5,
+        None,
+    ]
+    assert scores(f"{file}:tenths", stories=["a " * 10]) == [(0.1,) * 10]  # 1.0 but for rounding
+    for name, story, words in (
+        ("tenths", "a " * 11, "that sum to a score from 0 to 1"),
+        ("nan", "a", "that sum to a score from 0 to 1"),
+        ("nan", "a b", "1 numbers for a story of 2 words"),
+        ("texts", "a", "that sum to a score from 0 to 1"),
+        ("huge", "a b", "numbers from -1000 to 1000"),
+        ("nested", "a", "that sum to a score from 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            scores(f"{file}:{name}", stories=[story])
+
+
 def test_a_callable_can_import_a_file_beside_it(tmp_path, monkeypatch):
     """As `python FILE.py` can, from any folder."""
     (tmp_path / "mine").mkdir()
@@ -83,7 +116,10 @@ F = "def f(o, s):\n    "
         (F + "return '0'\n", "returned '0'; it must return a list"),
         (F + "return None\n", "returned None; it must return a list"),
         (F + "return 0.5\n", "TypeError"),
-        (F + "return ['0.5']\n", "returned '0.5'; a score must be a number from 0 to 1, or None"),
+        (
+            F + "return ['0.5']\n",
+            "returned '0.5'; a score must be a number from 0 to 1, a list",
+        ),
         (F + "return [float('nan')]\n", "returned nan; a score must be a number"),
         (F + "return [{}]\n", "returned {}; a score must be a number"),
         (F + "return [10**400]\n", "returned 1000"),
@@ -92,7 +128,7 @@ F = "def f(o, s):\n    "
         (F + "return [True]\n", "returned True; a score must be a number from 0 to 1"),
         (
             "import numpy\n" + F + "return numpy.array([True])\n",
-            "a score must be a number from 0 to 1, or None",  # the name varies by version
+            "a score must be a number from 0 to 1, a list",  # the name varies by version
         ),
         (
             "import torch\n" + F + "return torch.tensor([True])\n",

@@ -1,6 +1,7 @@
 """A run with the user's own function as the teacher, and the terminal's output of the run: neither
 is trusted."""
 
+import itertools
 import json
 
 import pytest
@@ -72,6 +73,36 @@ def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
         flags(place, tmp_path / "i", f"{body}; torch.set_num_threads(1 + torch.get_num_threads())")
     )
     assert_same_bits(whole, tmp_path / "i")
+
+
+BY_WORD = """
+def whole(opening, stories):
+    return [sum(each) for each in by_word(opening, stories)]
+def by_word(opening, stories):
+    return [[1 / (n + 1)] * n for n in map(len, map(str.split, stories))]
+def early(opening, stories):  # everything for the first word
+    return [[n / (n + 1), *[0] * (n - 1)] if n else [] for n in map(len, map(str.split, stories))]
+"""
+
+
+def test_scores_of_words_have_the_storys_reward_and_teach_otherwise(place, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(BY_WORD)
+    runs = {}
+    for name in ("whole", "by_word", "early"):
+        out = tmp_path / name
+        argv = cli("--init {} --reward {}:{} --out {}", place / "p", file, name, out)
+        interact.main([*SHORT, *argv, "--steps", "1", "--learner", "gae"])
+        runs[name] = out
+    recorded = {}
+    for name, out in runs.items():
+        stories = read_lines(out / "stories.jsonl")
+        recorded[name] = [(story["story"], round(story["reward"], 6)) for story in stories]
+        assert_rewards_follow_from_records(out)
+    assert recorded["whole"] == recorded["by_word"] == recorded["early"]
+    for one, other in itertools.combinations(runs.values(), 2):
+        with pytest.raises(AssertionError):
+            assert_same_bits(one, other)
 
 
 def assert_rewards_follow_from_records(run):

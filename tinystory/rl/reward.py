@@ -4,12 +4,19 @@ The score is multiplied by a diversity factor: how different the story is from t
 the step (as in DARLING, arXiv 2509.02534). Then the length term of the paper is added. The reward
 of a story that was cut off is multiplied by --unfinished."""
 
+import codecs
 import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from tinystory.config import InteractConfig
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.generate import Story
+from tinystory.teacher.grade import Grade
 
 
 def story_rewards(
@@ -44,6 +51,42 @@ def story_reward(
     length = min(words / config.length_words, 1.0)
     reward = (quality + config.length_weight * length) / (1 + config.length_weight)
     return reward if ended else reward * config.unfinished
+
+
+def word_rewards(
+    config: InteractConfig,
+    stories: Sequence[Story],
+    grades: Sequence[Grade],
+    differences: Sequence[float],
+    tokenizer: Tokenizer,
+) -> Tensor:
+    """Rewards that a teacher's scores of words move to the last tokens of the words, (n,) float32
+    for the n tokens of the stories in order. They are taken from the last token of the story, so
+    those of a story sum to 0, and its reward remains that of `story_rewards`."""
+    parts = []
+    for story, grade, difference in zip(stories, grades, differences, strict=True):
+        moved = np.zeros(len(story.tokens))
+        if grade.by_word:
+            ended = story.ended == "eos"
+            best, worst = (
+                story_reward(config, score, difference, story.words, ended) for score in (1.0, 0.0)
+            )
+            by_word = (best - worst) * np.array(grade.by_word)  # a reward is linear in the score
+            np.add.at(moved, word_ends(story, tokenizer), by_word)
+            moved[-1] -= by_word.sum()
+        parts.append(moved)
+    return torch.from_numpy(np.concatenate(parts)).float()
+
+
+def word_ends(story: Story, tokenizer: Tokenizer) -> np.ndarray:
+    """The index of the token with the last character of each word of the story, (words,) int64."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = [decoder.decode(tokenizer.token_bytes[id]) for id in story.tokens.tolist()]
+    written = np.cumsum([len("".join(piece.split())) for piece in pieces])
+    word_lengths = [len(word) for word in story.text.split()]
+    ends = np.searchsorted(written, np.cumsum(word_lengths))
+    # the last character may be half a character, which only the end of the story completes
+    return np.minimum(ends, len(pieces) - 1)
 
 
 def differences(stories: Sequence[str]) -> list[float]:

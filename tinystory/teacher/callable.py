@@ -2,8 +2,8 @@
 the function does not cost the run's results.
 
 The function is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once.
-It returns one score per story: 0..1 or None. A story with None has no reward and no gradient, and
-is counted as unscored."""
+It returns one score per story: a number in 0..1, a list of numbers that sum to one, for each word of
+the story, or None. A story with None has no reward and no gradient, and is counted as unscored."""
 
 import contextlib
 import hashlib
@@ -24,10 +24,11 @@ from typing import Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-from tinystory.teacher.grade import LocalGrader, Submission
+from tinystory.teacher.grade import LocalGrader, Score, Submission, total
 
 # Function from the openings and stories of a step to scores.
-ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
+ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[Score]]
+MOST_OF_A_WORD = 1000  # bound on the numbers in a list for a story's words, against overflow
 FUNCTION = "score"  # name of the function if --reward is FILE.py without :FUNCTION
 
 
@@ -38,7 +39,7 @@ class CallableGrader(LocalGrader):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def scores(self, submissions: Sequence[Submission]) -> Sequence[float | None]:
+    def scores(self, submissions: Sequence[Submission]) -> Sequence[Score]:
         openings = [submission.opening for submission in submissions]
         stories = [submission.story for submission in submissions]
         return self.function(openings, stories)
@@ -138,9 +139,9 @@ class RemoteFunction:
             raise UserError(f"{self.option}: {error}")
         return answer
 
-    def by_opening(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
+    def by_opening(self, openings: Sequence[str], stories: Sequence[str]) -> list[Score]:
         """Scores of all stories, in order, from one call of the function per opening."""
-        scores: list[float | None] = [None] * len(stories)
+        scores: list[Score] = [None] * len(stories)
         for opening in dict.fromkeys(openings):
             rows = [row for row, other in enumerate(openings) if other == opening]
             of_opening = self.ask(opening, [stories[row] for row in rows])
@@ -187,32 +188,56 @@ def _serve(file: str, name: str, connection: Connection) -> None:
     connection.send(("", parameters[0] if parameters else ""))
     while True:
         opening, stories = connection.recv()
-        connection.send(("", _checked(function(opening, stories), len(stories))))
+        connection.send(("", _checked(function(opening, stories), stories)))
 
 
-def _checked(scores: Any, count: int) -> list[float | None]:
-    """The scores as a list of `count` floats or None. Raises _Refused for any other value."""
+def _checked(scores: Any, stories: Sequence[str]) -> list[Score]:
+    """The scores, one per story. Raises _Refused for any other value."""
     is_list = scores is not None and not isinstance(scores, str | Mapping | Set)
     values = list(scores) if is_list else []
-    if len(values) != count:
-        given = f"{len(values)} scores for {count} stories" if is_list else reprlib.repr(scores)
+    if len(values) != len(stories):
+        given = reprlib.repr(scores)
+        if is_list:
+            given = f"{len(values)} scores for {len(stories)} stories"
         raise _Refused(
             f"the function returned {given}; it must return a list with one score per story"
         )
-    return [_score(value) for value in values]
+    return [_score(*pair) for pair in zip(values, stories, strict=True)]
 
 
-def _score(value: Any) -> float | None:
-    """The score as a float, or None. Scalars of NumPy and PyTorch count as numbers. Raises _Refused
-    for any other value."""
-    plain = value.item() if hasattr(value, "item") else value
+def _score(value: Any, story: str) -> Score:
+    """The score of a story. Scalars and arrays of NumPy and PyTorch count as numbers and lists.
+    Raises _Refused for any other value."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
     if plain is None:
         return None
+    if isinstance(plain, list | tuple):
+        return _by_word(plain, story)
     if type(plain) in (int, float) and 0 <= plain <= 1:
         return float(plain)
     raise _Refused(
-        f"the function returned {reprlib.repr(value)}; a score must be a number from 0 to 1, or None"
+        f"the function returned {reprlib.repr(value)}; a score must be a number from 0 to 1, a list of "
+        "numbers for the story's words, or None"
     )
+
+
+def _by_word(values: Sequence[Any], story: str) -> tuple[float, ...]:
+    """The scores of a story's words. Raises _Refused for any other value."""
+    words = len(story.split())
+    if len(values) != words:
+        raise _Refused(
+            f"the function returned {len(values)} numbers for a story of {words} words; a list must have "
+            "one number per word (story.split())"
+        )
+    are_numbers = all(
+        type(value) in (int, float) and abs(value) <= MOST_OF_A_WORD for value in values
+    )
+    if not are_numbers or not 0 <= total(values) <= 1:
+        raise _Refused(
+            f"the function returned {reprlib.repr(values)}; a list must have numbers from "
+            f"-{MOST_OF_A_WORD} to {MOST_OF_A_WORD} that sum to a score from 0 to 1"
+        )
+    return tuple(map(float, values))
 
 
 def _cause(error: BaseException, file: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tinystory.run.errors import Stop, UserError
 from tinystory.run.text import is_blank
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tinystory.student.generate import Story
 
 LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
+# A story's score, 0..1, or numbers that sum to it, one per word (story.split()); None: unscored
+Score: TypeAlias = float | tuple[float, ...] | None
 
 
 class Submission(NamedTuple):
@@ -42,6 +44,8 @@ class Grade:
     # count as words in.
     reply_words: int = 0
     error: str | None = None  # why there is no score
+    # numbers that sum to the score, one per word of the story; () for a score of the whole story
+    by_word: tuple[float, ...] = ()
     log_odds: Mapping[str, float] | None = None  # log-odds of yes, by question; None for grades
 
 
@@ -122,8 +126,8 @@ def on_every_rank(grade: Callable[[], list[Grade]]) -> list[Grade]:
 class LocalGrader(Grader):
     """A grader that computes scores on this machine."""
 
-    def scores(self, submissions: Sequence[Submission]) -> Sequence[float | None]:
-        """One score per submission, 0..1 or None. No story is empty."""
+    def scores(self, submissions: Sequence[Submission]) -> Sequence[Score]:
+        """One score per submission. No story is empty."""
         raise NotImplementedError
 
     def grades(self, submissions: Sequence[Submission], stop: Stop | None = None) -> list[Grade]:
@@ -135,9 +139,17 @@ class LocalGrader(Grader):
         for row, score in zip(rows, scores, strict=True):
             if score is None:
                 grades[row] = Grade(None, None, error=f"{self.facts['scored_by']} returned None")
+            elif isinstance(score, tuple):
+                grades[row] = Grade(None, total(score), by_word=score)
             else:
                 grades[row] = Grade(None, score)
         return grades
+
+
+def total(by_word: Sequence[float]) -> float:
+    """The score of a story of which each word has a score. Rounded, so that 0.1 + 0.9 is at most 1
+    in any order."""
+    return round(math.fsum(by_word), 9)
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
