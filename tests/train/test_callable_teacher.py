@@ -98,6 +98,10 @@ def test_scores_of_words_have_the_storys_reward_and_teach_otherwise(place, tmp_p
     for name, out in runs.items():
         stories = read_lines(out / "stories.jsonl")
         recorded[name] = [(story["story"], round(story["reward"], 6)) for story in stories]
+        for story in stories:
+            by_word = story.get("by_word", [])
+            assert len(by_word) == (0 if name == "whole" else story["words"])
+            assert not by_word or sum(by_word) == pytest.approx(story["score"])
         assert_rewards_follow_from_records(out)
     assert recorded["whole"] == recorded["by_word"] == recorded["early"]
     for one, other in itertools.combinations(runs.values(), 2):

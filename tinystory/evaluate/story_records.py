@@ -44,6 +44,8 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
+        if grade.by_word:
+            record["by_word"] = list(grade.by_word)
         if learned_dull_text(history):
             record["style"] = dull.style_of(story.text)
         records.append(record)
