@@ -117,7 +117,7 @@ def interact(run: InteractionRun) -> None:
             difference = differences([story.text for story in stories])
             rewards = story_rewards(config, stories, scores, difference)
             by_word = word_rewards(config, stories, grades, difference, policy.tokenizer)
-            batch.word_rewards = upload(by_word, run.compute.device)
+            batch.rewards = upload(by_word, run.compute.device)
             statistics = ppo.step(policy, batch, rewards, state.kl_coef, state.step)
             policy.require_finite(state.step + 1)
 

@@ -37,7 +37,6 @@ def estimate(critic, states, logprobs, returns, mask):
         values=logprobs[mask],
         ref_logprobs=logprobs[mask],
         ref_hidden=states[mask],
-        word_rewards=torch.zeros_like(logprobs[mask]),
         rewards=returns[mask],
         advantages=returns[mask],
         returns=returns[mask],

@@ -132,7 +132,7 @@ def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
     batch = collate(stories, torch.device("cpu"))
     batch.ref_logprobs = batch.logprobs - 1.0
     whole = ppo.token_rewards(batch, torch.tensor(rewards), 0.1)
-    batch.word_rewards = word_rewards(config, stories, grades, difference, tokenizer)
+    batch.rewards = word_rewards(config, stories, grades, difference, tokenizer)
     by_word = ppo.token_rewards(batch, torch.tensor(rewards), 0.1)
     torch.testing.assert_close(batch.story_sums(by_word), batch.story_sums(whole))
 
@@ -151,8 +151,8 @@ def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
         assert one[:-1].eq(0).all() and one[-1].item() == pytest.approx(reward)
     # a part of the batch keeps its words
     part = batch.rows(np.array([1, 2]))
-    expected = torch.cat(batch.word_rewards.split(lengths)[1:3])
-    torch.testing.assert_close(part.word_rewards, expected)
+    expected = torch.cat(batch.rewards.split(lengths)[1:3])
+    torch.testing.assert_close(part.rewards, expected)
 
 
 pieces = [piece for piece in AWKWARD if piece != "\ufffd"] + ["Tom", "ran.", "“Look!”", "naïve"]

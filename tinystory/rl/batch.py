@@ -17,7 +17,7 @@ from tinystory.student.generate import Story
 # Columns of a batch with one entry per story token.
 PER_TOKEN = (
     *("tokens", "logprobs", "values", "ref_logprobs", "ref_hidden"),
-    *("word_rewards", "rewards", "advantages", "returns"),
+    *("rewards", "advantages", "returns"),
 )
 
 
@@ -32,10 +32,9 @@ class Batch:
     ref_logprobs: (n,) float32, log-probabilities under the frozen starting checkpoint.
     ref_hidden: (n, C) float32, the hidden states of this checkpoint that predict the tokens; (n, 0)
     if nothing reads them.
-    word_rewards: (n,) float32, a result of `rl.reward.word_rewards`; 0 if a teacher scores whole
-    stories.
-    rewards, advantages, returns: (n,) float32; returns are the targets of the values.
-    A column without a default is NaN until it is computed.
+    rewards: (n,) float32, at first those of `rl.reward.word_rewards`, or 0; `ppo.step` adds the others.
+    advantages, returns: (n,) float32; returns are the targets of the values.
+    A column is NaN until it is computed.
 
     The NumPy arrays, (B,) int64, stay on the host, so that no micro-batch waits for a GPU:
     indices: the stories' indices in the run.
@@ -50,7 +49,6 @@ class Batch:
     values: Tensor
     ref_logprobs: Tensor
     ref_hidden: Tensor
-    word_rewards: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
@@ -130,8 +128,7 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         values=upload(torch.cat([story.values for story in stories]), device),
         ref_logprobs=not_computed,
         ref_hidden=logprobs.new_empty(len(logprobs), 0),
-        word_rewards=torch.zeros_like(logprobs),
-        rewards=not_computed,
+        rewards=torch.zeros_like(logprobs),
         advantages=not_computed,
         returns=not_computed,
         indices=np.array([story.index for story in stories]),

@@ -94,7 +94,7 @@ def token_rewards(batch: Batch, story_rewards: Tensor, kl_coef: float) -> Tensor
     """Token rewards, (n,): -kl_coef * (logprob - ref_logprob) at each token, plus the reward of the
     story at the story's last token, or in parts at the words that the teacher scored.
     story_rewards: (B,)."""
-    rewards = batch.word_rewards - kl_coef * (batch.logprobs - batch.ref_logprobs)
+    rewards = batch.rewards - kl_coef * (batch.logprobs - batch.ref_logprobs)
     last_tokens = upload(batch.lengths.cumsum() - 1, rewards.device)
     rewards[last_tokens] += story_rewards
     return rewards
