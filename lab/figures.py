@@ -1,10 +1,12 @@
-"""Figures of the lab's results as SVG files: bar charts, and charts of the report."""
+"""Figures of the lab's results as SVG files: bar charts, scatter plots, and charts of the report."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from tinystory.report.charts import STYLE, palette, svg, text
+import numpy as np
+
+from tinystory.report.charts import STYLE, number, padded_range, palette, svg, text, ticks
 
 COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # of curves
 
@@ -41,6 +43,45 @@ def bar_chart(title: str, bars: Sequence[Bar], highlighted: str) -> str:
             f'<text x="{left + length + 7:.1f}" y="{y + 12}">{value}</text>',
         ]
     return svg(title, (640, bottom + 20), parts)
+
+
+class Point(NamedTuple):
+    name: str
+    x: float
+    y: float
+
+
+def scatter_plot(
+    title: str, points: Sequence[Point], x_name: str, highlighted: Collection[str] = ()
+) -> str:
+    """An SVG of named points. highlighted: names of the points in colour."""
+    width, height = 640, 360
+    left, right, top, bottom = 48, width - 12, 34, height - 34
+    x_range = padded_range(np.array([point.x for point in points]))
+    y_range = padded_range(np.array([point.y for point in points]))
+    parts = [text(right, height - 3, "end", x_name)]
+    for tick in ticks(*y_range):
+        y = np.interp(tick, y_range, (bottom, top))
+        parts.append(f'<path class="grid" d="M{left},{y:.1f}H{right}"/>')
+        parts.append(text(left - 6, y + 4, "end", number(tick)))
+    for tick in ticks(*x_range):
+        parts.append(
+            text(np.interp(tick, x_range, (left, right)), bottom + 16, "middle", number(tick))
+        )
+    for point in points:
+        x = np.interp(point.x, x_range, (left, right))
+        y = np.interp(point.y, y_range, (bottom, top))
+        colour = "reward" if point.name in highlighted else "grey"
+        parts.append(
+            f'<circle class="dot" style="--tint: var(--{colour})" r="4" cx="{x:.1f}" cy="{y:.1f}"/>'
+        )
+        # a label has about 6 units per character
+        is_near_the_left = x - left < 6 * len(point.name) + 20
+        if is_near_the_left:
+            parts.append(text(x + 8, y + 4, "start", point.name))
+        else:
+            parts.append(text(x - 8, y + 4, "end", point.name))
+    return svg(title, (width, height), parts)
 
 
 def standalone(drawing: str) -> str:

@@ -22,13 +22,14 @@ words of pretraining give the same coherence, divided by the words read, on each
 how much more the interaction gains than each control, averaged over the words of each seed; and
 least-squares fits of the gain of each student on two numbers that are known after the first step of
 interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
-OUT/gain.json (every number of the tables), OUT/coherence.svg and OUT/gain.svg."""
+OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg and, for the most words,
+OUT/clusters.svg (coherence by diversity)."""
 
 import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,7 +40,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import numpy as np
 
 from lab import figures, recipes
-from lab.figures import COLOURS
+from lab.figures import COLOURS, Point
 from lab.intervals import interval
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
@@ -375,6 +376,28 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
         size=(640, 320),
     )
     atomic_write(out / "gain.svg", figures.standalone(gain))
+
+    most_words = [*groups.values()][-1]
+    rows = {most_words[0]["before"]: "before"} | names
+    atomic_write(out / "clusters.svg", draw_clusters(most_words, rows, [names[arms[0]]]))
+
+
+def draw_clusters(
+    students: Sequence[Record], names: Mapping[str, str], highlighted: Collection[str] = ()
+) -> str:
+    """An SVG file: coherence by clusters, means of each row over the students. names: the rows' names
+    in the figure; highlighted: some of these."""
+    points = []
+    for row, name in names.items():
+        clusters, coherence = (
+            mean_of(student["rows"].get(row, {}).get(key) for student in students)
+            for key in ("clusters", "coherence")
+        )
+        assert clusters is not None and coherence is not None
+        points.append(Point(name, clusters, coherence))
+    title = "Coherence of stories, nats per token, and diversity"
+    x_name = f"clusters of similar stories among {recipes.CLUSTERED}"
+    return figures.standalone(figures.scatter_plot(title, points, x_name, highlighted))
 
 
 def short_name(arm: str, interaction: str) -> str:

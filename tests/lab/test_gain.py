@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ def record(words, seed):
         rows[name] = {
             "coherences": coherences,
             "coherence": coherence,
+            "clusters": 50 + 10 * (name == "the demo"),
             "ended": 0.5,
             "rewards": [0.1, 0.2],
         }
@@ -68,8 +70,19 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
     assert "interaction above `shuffled: `: 0.230 ± 0.224 over the seeds" in printed
     assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
-    for name in ("coherence.svg", "gain.svg"):
+    for name in ("coherence.svg", "gain.svg", "clusters.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
+
+
+def test_a_row_with_more_clusters_and_coherence_is_right_of_the_others_and_above():
+    students = [record(100, seed) for seed in (1, 2)]
+    names = {"before, temperature 0.5": "before", "the demo": "after <b>"}
+    svg = gain.draw_clusters(students, names, ["after <b>"])
+    points = re.findall(r'--(\w+)\)" r="4" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    (grey, *before), (tint, *after) = points
+    assert (grey, tint) == ("grey", "reward")
+    assert float(after[0]) > float(before[0]) and float(after[1]) < float(before[1])
+    assert ">before</text>" in svg and ">after &lt;b&gt;</text>" in svg
 
 
 def test_words_equivalent_is_on_the_students_own_curve():
