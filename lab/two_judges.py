@@ -89,7 +89,7 @@ def score(openings: Sequence[str], stories: Sequence[str]) -> list[float | None]
 
 
 def by_sentence(openings: Sequence[str], stories: Sequence[str]) -> list[list[float]]:
-    """The scores of `score`, in parts for each word of the stories."""
+    """The scores of `score`, in parts for each word and for the end of each story."""
     if "TEACHER" in os.environ:
         raise ValueError("by_sentence needs a reader, which TEACHER replaces: unset TEACHER")
     pairs = list(zip(openings, stories, strict=True))
@@ -100,14 +100,13 @@ def by_sentence(openings: Sequence[str], stories: Sequence[str]) -> list[list[fl
 
 
 def by_word(story: str, coherences: np.ndarray, score: float) -> list[float]:
-    """A story's score in parts, one per word: the last word of each sentence has the sentence's half of
-    the coherence, and the last word of the story has the rest. coherences: of the first sentences,
-    because the reader cuts a long story."""
+    """A story's score in parts: the last word of each sentence has half of the sentence's coherence, and
+    the end of the story has the rest. coherences: of the first sentences, because the reader cuts a
+    long story."""
     sentences = split_sentences(one_line(story))[: len(coherences)]
     sentence_ends = np.cumsum([len("".join(sentence.split())) for sentence in sentences])
     word_ends = np.cumsum([len(word) for word in story.split()])
     last_words = np.searchsorted(word_ends[:-1], sentence_ends)
     parts = np.zeros(len(word_ends))
     np.add.at(parts, last_words, coherences / -NO_COHERENCE / 2)
-    parts[-1] += score - parts.sum()
-    return parts.tolist()
+    return [*parts.tolist(), score - parts.sum()]

@@ -268,8 +268,8 @@ def test_the_readers_part_is_given_at_the_last_word_of_each_sentence(short_rubri
     by_sentence = runpy.run_path(str(ROOT / "lab/two_judges.py"))["by_sentence"]
     first, second = by_sentence(["Once"] * 2, stories)
     # half the rubric's 1, and half the reader's 0.7
-    assert first == pytest.approx([0, -0.2, 0, 0, 0, 0.05, 0, 0, 0.85 - 0.05 + 0.2])
-    assert second == [0.5]
+    assert first == pytest.approx([0, -0.2, 0, 0, 0, 0.05, 0, 0, 0, 0.85 - 0.05 + 0.2])
+    assert second == [0, 0.5]
 
 
 def test_the_second_of_two_judges_can_be_behind_an_endpoint(short_rubric, monkeypatch):

@@ -122,8 +122,8 @@ def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
         story_of(tokenizer, " It ran.", "eos", 3),
     ]
     grades = [
-        Grade(None, 0.6, by_word=(0, -0.4, 0, 0, 0, 1.0)),
-        Grade(None, 0.7, by_word=(0.1, 0.6)),
+        Grade(None, 0.6, by_word=(0, -0.4, 0, 0, 0, 0.3, 0.7)),
+        Grade(None, 0.7, by_word=(0.1, 0.2, 0.4)),
         Grade(None, 0.5),
         NOT_ASKED,
     ]
@@ -142,8 +142,10 @@ def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
     assert tokenizer.decode(stories[0].tokens[: place + 1].tolist()) == " Tom ran."
     # with a difference of 0.5, a score counts three quarters
     assert first[place].item() == pytest.approx(-0.4 * 0.75 / 1.25)
-    # the last token is the end token, with the reward's other terms
-    assert first[-2].item() == pytest.approx(1.0 * 0.75 / 1.25)
+    # the end token has the score of the end and the reward's other terms
+    length = 0.25 * min(stories[0].words / config.length_words, 1)
+    assert first[-2].item() == pytest.approx(0.3 * 0.75 / 1.25)
+    assert first[-1].item() == pytest.approx((0.7 * 0.75 + length) / 1.25)
     assert first.nonzero()[1:].flatten().tolist() == [len(first) - 2, len(first) - 1]
     # a story that was cut off keeps a part of each word's reward
     assert second[second.nonzero()[0]].item() == pytest.approx(0.1 * 0.8 / 1.25)

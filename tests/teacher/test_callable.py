@@ -38,27 +38,28 @@ def test_a_callable_can_score_each_word(tmp_path):
     file = tmp_path / "r.py"
     file.write_text(
         "import math, numpy, torch\n"
-        "def lists(o, s): return [[-0.5, 1.0, 0], (0.1, 0.2), numpy.array([0.5]), torch.ones(1), 0.5, None]\n"
-        "def tenths(o, s): return [[0.1] * len(x.split()) for x in s]\n"
-        "def nan(o, s): return [[math.nan]]\n"
-        "def texts(o, s): return [['0.5']]\n"
-        "def nested(o, s): return [[[0.5]]]\n"
-        "def huge(o, s): return [[10**400, 1 - 10**400]]\n"
+        "def lists(o, s): return [[-0.5, 1.0, 0, 0], (0.1, 0.2, 0.5), "
+        "numpy.array([0.5, 0]), torch.ones(2) / 2, 0.5, None]\n"
+        "def tenths(o, s): return [[0.1] * (1 + len(x.split())) for x in s]\n"
+        "def nan(o, s): return [[math.nan, 0]]\n"
+        "def texts(o, s): return [['0.5', 0]]\n"
+        "def nested(o, s): return [[[0.5], 0]]\n"
+        "def huge(o, s): return [[10**400, 1 - 10**400, 0]]\n"
     )
     stories = ["a b  c", "a\nb.", " a", "a", "a b", "a"]
     assert scores(f"{file}:lists", ["o"] * 6, stories) == [
-        (-0.5, 1.0, 0.0),
-        (0.1, 0.2),
-        (0.5,),
-        (1.0,),
+        (-0.5, 1.0, 0.0, 0.0),
+        (0.1, 0.2, 0.5),
+        (0.5, 0.0),
+        (0.5, 0.5),
         0.5,
         None,
     ]
-    assert scores(f"{file}:tenths", stories=["a " * 10]) == [(0.1,) * 10]  # 1.0 but for rounding
+    assert scores(f"{file}:tenths", stories=["a " * 9]) == [(0.1,) * 10]  # 1.0 but for rounding
     for name, story, words in (
-        ("tenths", "a " * 11, "that sum to a score from 0 to 1"),
+        ("tenths", "a " * 10, "that sum to a score from 0 to 1"),
         ("nan", "a", "that sum to a score from 0 to 1"),
-        ("nan", "a b", "1 numbers for a story of 2 words"),
+        ("nan", "a b", "2 numbers for a story of 2 words"),
         ("texts", "a", "that sum to a score from 0 to 1"),
         ("huge", "a b", "numbers from -1000 to 1000"),
         ("nested", "a", "that sum to a score from 0 to 1"),

@@ -62,7 +62,10 @@ def word_rewards(
 ) -> Tensor:
     """Rewards that a teacher's scores of words move to the last tokens of the words, (n,) float32
     for the n tokens of the stories in order. They are taken from the last token of the story, so
-    those of a story sum to 0, and its reward remains that of `story_rewards`."""
+    those of a story sum to 0, and its reward remains that of `story_rewards`.
+
+    A reward for having ended well belongs to that last token, the end token, and not to the last
+    word: otherwise ending has a negative advantage, and stories become longer."""
     parts = []
     for story, grade, difference in zip(stories, grades, differences, strict=True):
         moved = np.zeros(len(story.tokens))
@@ -71,7 +74,7 @@ def word_rewards(
             best, worst = (
                 story_reward(config, score, difference, story.words, ended) for score in (1.0, 0.0)
             )
-            by_word = (best - worst) * np.array(grade.by_word)  # a reward is linear in the score
+            by_word = (best - worst) * np.array(grade.by_word[:-1])  # linear in the score
             np.add.at(moved, word_ends(story, tokenizer), by_word)
             moved[-1] -= by_word.sum()
         parts.append(moved)

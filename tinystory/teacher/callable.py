@@ -3,7 +3,8 @@ the function does not cost the run's results.
 
 The function is `f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once.
 It returns one score per story: a number in 0..1, a list of numbers that sum to one, for each word of
-the story, or None. A story with None has no reward and no gradient, and is counted as unscored."""
+the story and for its end, or None. A story with None has no reward and no gradient, and is counted as
+unscored."""
 
 import contextlib
 import hashlib
@@ -28,7 +29,7 @@ from tinystory.teacher.grade import LocalGrader, Score, Submission, total
 
 # Function from the openings and stories of a step to scores.
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[Score]]
-MOST_OF_A_WORD = 1000  # bound on the numbers in a list for a story's words, against overflow
+MOST_OF_A_WORD = 1000  # bound on the numbers in a list, against overflow
 FUNCTION = "score"  # name of the function if --reward is FILE.py without :FUNCTION
 
 
@@ -217,17 +218,17 @@ def _score(value: Any, story: str) -> Score:
         return float(plain)
     raise _Refused(
         f"the function returned {reprlib.repr(value)}; a score must be a number from 0 to 1, a list of "
-        "numbers for the story's words, or None"
+        "numbers for the story's words and its end, or None"
     )
 
 
 def _by_word(values: Sequence[Any], story: str) -> tuple[float, ...]:
-    """The scores of a story's words. Raises _Refused for any other value."""
+    """The scores of a story's words and of its end. Raises _Refused for any other value."""
     words = len(story.split())
-    if len(values) != words:
+    if len(values) != words + 1:
         raise _Refused(
             f"the function returned {len(values)} numbers for a story of {words} words; a list must have "
-            "one number per word (story.split())"
+            "one number per word (story.split()), and one for the end of the story"
         )
     are_numbers = all(
         type(value) in (int, float) and abs(value) <= MOST_OF_A_WORD for value in values

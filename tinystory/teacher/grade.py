@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tinystory.student.generate import Story
 
 LONGEST_REPLY = 1000  # maximum characters; a longer reply is treated as text without scores
-# A story's score, 0..1, or numbers that sum to it, one per word (story.split()); None: unscored
+# A story's score, 0..1, or numbers that sum to it, one per word (story.split()) and one for the end;
+# None: unscored
 Score: TypeAlias = float | tuple[float, ...] | None
 
 
@@ -44,7 +45,8 @@ class Grade:
     # count as words in.
     reply_words: int = 0
     error: str | None = None  # why there is no score
-    # numbers that sum to the score, one per word of the story; () for a score of the whole story
+    # numbers that sum to the score, one per word of the story and one for its end; () for a score of
+    # the whole story
     by_word: tuple[float, ...] = ()
     log_odds: Mapping[str, float] | None = None  # log-odds of yes, by question; None for grades
 
@@ -147,8 +149,8 @@ class LocalGrader(Grader):
 
 
 def total(by_word: Sequence[float]) -> float:
-    """The score of a story of which each word has a score. Rounded, so that 0.1 + 0.9 is at most 1
-    in any order."""
+    """The score of a story of which each word has a score. Rounded, so that ten tenths are not more
+    than 1."""
     return round(math.fsum(by_word), 9)
 
 
