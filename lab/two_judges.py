@@ -109,4 +109,4 @@ def by_word(story: str, coherences: np.ndarray, score: float) -> list[float]:
     last_words = np.searchsorted(word_ends[:-1], sentence_ends)
     parts = np.zeros(len(word_ends))
     np.add.at(parts, last_words, coherences / -NO_COHERENCE / 2)
-    return [*parts.tolist(), score - parts.sum()]
+    return [*parts.tolist(), float(score - parts.sum())]

@@ -39,7 +39,7 @@ def test_a_callable_can_score_each_word(tmp_path):
     file.write_text(
         "import math, numpy, torch\n"
         "def lists(o, s): return [[-0.5, 1.0, 0, 0], (0.1, 0.2, 0.5), "
-        "numpy.array([0.5, 0]), torch.ones(2) / 2, 0.5, None]\n"
+        "numpy.array([0.5, 0]), [torch.ones(()) / 2, numpy.float32(0.5)], 0.5, None]\n"
         "def tenths(o, s): return [[0.1] * (1 + len(x.split())) for x in s]\n"
         "def nan(o, s): return [[math.nan, 0]]\n"
         "def texts(o, s): return [['0.5', 0]]\n"

@@ -209,17 +209,22 @@ def _checked(scores: Any, stories: Sequence[str]) -> list[Score]:
 def _score(value: Any, story: str) -> Score:
     """The score of a story. Scalars and arrays of NumPy and PyTorch count as numbers and lists.
     Raises _Refused for any other value."""
-    plain = value.tolist() if hasattr(value, "tolist") else value
+    plain = _plain(value)
     if plain is None:
         return None
     if isinstance(plain, list | tuple):
-        return _by_word(plain, story)
+        return _by_word([_plain(each) for each in plain], story)
     if type(plain) in (int, float) and 0 <= plain <= 1:
         return float(plain)
     raise _Refused(
         f"the function returned {reprlib.repr(value)}; a score must be a number from 0 to 1, a list of "
         "numbers for the story's words and its end, or None"
     )
+
+
+def _plain(value: Any) -> Any:
+    """A scalar or an array of NumPy or PyTorch as Python's numbers; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _by_word(values: Sequence[Any], story: str) -> tuple[float, ...]:
