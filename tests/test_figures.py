@@ -248,29 +248,75 @@ def test_the_table_by_number_of_scores():
         assert words.format(interval(more)) in english
 
 
-def test_the_table_of_rewards_by_sentence():
+def test_the_table_of_scores_at_each_sentences_end():
     page = (ROOT / "lab/results/english.md").read_text()
-    header = "| reward | gain, seeds 61; 62 |"
+    header = "| reward | coherence | gain | ended |"
     table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    names = list(SENTENCES[0]["rows"])
-    for name, line in zip(names, table, strict=True):
-        gains = [student["gain"].get(name) for student in SENTENCES]
-        shown_gains = "" if name == "before" else "; ".join(f"{gained:.3f}" for gained in gains)
+    for name, line in zip(SENTENCES[0]["rows"], table, strict=True):
+        students = [student for student in SENTENCES if name in student["rows"]]
+        seeds = "; ".join(str(student["seed"]) for student in students)
+        gains = [student["gain"][name] for student in students if name in student["gain"]]
+        shown = partial(shown_mean, students, name)
         assert cells(line) == [
-            name,
-            shown_gains,
-            shown_mean(SENTENCES, name, "coherence", 3),
-            shown_mean(SENTENCES, name, "ended", 2),
-            shown_mean(SENTENCES, name, "clusters", 0),
-            shown_mean(SENTENCES, name, "score", 1),
+            name if len(students) == len(SENTENCES) else f"{name} ({seeds})",
+            shown("coherence", 3),
+            str(interval(gains)) if gains else "",
+            shown("ended", 2),
+            shown("clusters", 0),
+            shown("score", 1),
         ]
+
+
+def test_what_the_page_says_of_scores_at_each_sentences_end():
     english = text_of("lab/results/english.md")
-    above = [student["above_best_of_4"] for student in SENTENCES]
-    for name, words in zip(above[0], ("by sentence is", "at the end of the story"), strict=True):
-        first, second = (
-            f"{mean:.3f} ± {error:.3f}" for mean, error in (each[name] for each in above)
+    by_sentence, warmer, end, *controls = [*SENTENCES[0]["gain"]][1:]
+    in_random_order, _, two_steps, constant = controls
+    best = next(iter(SENTENCES[0]["gain"]))
+
+    def above(name: str, control: str) -> str:
+        return str(
+            interval(
+                [
+                    student["above"][name][control]
+                    for student in SENTENCES
+                    if control in student["above"][name]
+                ]
+            )
         )
-        assert f"interaction {words} {first} and {second}" in english
+
+    gain_by_sentence = interval([student["gain"][by_sentence] for student in SENTENCES])
+    for sentence in (
+        f"by sentence gains {gain_by_sentence}: {above(by_sentence, in_random_order)} more than random",
+        f"{above(by_sentence, constant)} more than a constant score",
+        f"{above(by_sentence, best)} more than the best of four",
+        f"{above(by_sentence, two_steps)} more than two steps of likelihood",
+        f"are {above(warmer, best)} above the best of four",
+        f"and {above(warmer, two_steps)} above two steps of likelihood",
+        f"By sentence gains {above(by_sentence, end)} more",
+    ):
+        assert sentence in english
+    for key, words in (
+        ("best_bits", "bits per byte at the best temperature go from {} to {}"),
+        ("repeated_name", "names at the folded one from {} to {}"),
+    ):
+        values = (shown_mean(SENTENCES, name, key, 3) for name in ("before", by_sentence))
+        assert words.format(*values) in english
+
+
+def test_the_picture_of_coherence_and_diversity():
+    names = {
+        "before": "before",
+        "before, best of 4 by the two judges": "best of 4",
+        "by sentence": "by sentence",
+        "by sentence, at temperature 0.55": "by sentence, at 0.55",
+        "at the end of the story": "at the end of the story",
+        "the same scores in random order": "random order",
+        "the student's own likelihood as the score": "likelihood",
+        "likelihood, in two steps instead of eight": "likelihood, two steps",
+        "a constant score": "constant",
+    }
+    picture = gain.draw_clusters(SENTENCES, names, ["by sentence", "by sentence, at 0.55"])
+    assert (ROOT / ".github/diversity.svg").read_text() == picture
 
 
 def test_the_blind_comparisons():
@@ -281,6 +327,9 @@ def test_the_blind_comparisons():
         "before, best of four": "to the best of four before in {}",
         "likelihood, two steps": "to two steps of likelihood in {}",
         "likelihood": "to likelihood in only {}",
+        "by sentence: before": "prefers by sentence to before in {}",
+        "by sentence: before, best of four": "to the best of four in {}",
+        "by sentence: likelihood, two steps": "to two steps of likelihood in {}",
     }.items():
         assert words.format(win_rates(BLIND[control], "interaction")) in text
 
