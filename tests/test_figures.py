@@ -309,7 +309,7 @@ def test_the_picture_of_coherence_and_diversity():
         "before, best of 4 by the two judges": "best of 4",
         "by sentence": "by sentence",
         "by sentence, at temperature 0.55": "by sentence, at 0.55",
-        "at the end of the story": "at the end of the story",
+        "at the end of the story": "at the end, three students",
         "the same scores in random order": "random order",
         "the student's own likelihood as the score": "likelihood",
         "likelihood, in two steps instead of eight": "likelihood, two steps",
