@@ -58,7 +58,7 @@ def read(stories: Stories) -> np.ndarray:
 
 
 def scores_of(coherences: np.ndarray) -> np.ndarray:
-    # nan: a story without words
+    """Scores, 0..1, float64 (n,), of coherences in nats per token. nan: a story without words."""
     coherences = np.nan_to_num(coherences, nan=NO_COHERENCE)
     return np.clip(1 - coherences / NO_COHERENCE, 0, 1)
 

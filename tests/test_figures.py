@@ -190,14 +190,14 @@ def test_the_table_of_every_story_read():
         if len(students) < len(READERS):
             assert f"({'; '.join(str(student['seed']) for student in students)})" in line
         gains = [student["gain"][name] for student in students if name in student["gain"]]
-        shown = partial(shown_mean, students, name)
+        mean = partial(shown_mean, students, name)
         assert cells(line)[1:] == [
-            shown("coherence", 3),
+            mean("coherence", 3),
             str(interval(gains)) if gains else "",
-            shown("ended", 2),
-            shown("clusters", 0),
-            shown("score", 1),
-            shown("best_bits", 3),
+            mean("ended", 2),
+            mean("clusters", 0),
+            mean("score", 1),
+            mean("best_bits", 3),
         ]
 
 
@@ -256,14 +256,14 @@ def test_the_table_of_scores_at_each_sentences_end():
         students = [student for student in SENTENCES if name in student["rows"]]
         seeds = "; ".join(str(student["seed"]) for student in students)
         gains = [student["gain"][name] for student in students if name in student["gain"]]
-        shown = partial(shown_mean, students, name)
+        mean = partial(shown_mean, students, name)
         assert cells(line) == [
             name if len(students) == len(SENTENCES) else f"{name} ({seeds})",
-            shown("coherence", 3),
+            mean("coherence", 3),
             str(interval(gains)) if gains else "",
-            shown("ended", 2),
-            shown("clusters", 0),
-            shown("score", 1),
+            mean("ended", 2),
+            mean("clusters", 0),
+            mean("score", 1),
         ]
 
 
@@ -274,15 +274,8 @@ def test_what_the_page_says_of_scores_at_each_sentences_end():
     best = next(iter(SENTENCES[0]["gain"]))
 
     def above(name: str, control: str) -> str:
-        return str(
-            interval(
-                [
-                    student["above"][name][control]
-                    for student in SENTENCES
-                    if control in student["above"][name]
-                ]
-            )
-        )
+        of_each = [student["above"][name] for student in SENTENCES]
+        return str(interval([above[control] for above in of_each if control in above]))
 
     gain_by_sentence = interval([student["gain"][by_sentence] for student in SENTENCES])
     for sentence in (
@@ -352,12 +345,12 @@ def test_the_table_of_a_teacher_that_writes():
         assert word in cells(line)[0]
         assert ("(200 stories)" in line) == (students[0]["rows"][name]["stories"] == 200)
         gains = [student["gain"][name] for student in students if name in student["gain"]]
-        shown = partial(shown_mean, students, name)
+        mean = partial(shown_mean, students, name)
         assert cells(line)[1:] == [
             str(interval(gains)) if gains else "",
-            shown("ended", 2),
-            *(shown(key, 0) for key in ("clusters", "words")),
-            shown("score", 1),
+            mean("ended", 2),
+            *(mean(key, 0) for key in ("clusters", "words")),
+            mean("score", 1),
         ]
 
 

@@ -109,8 +109,8 @@ def story_of(tokenizer, text, ended="eos", index=0):
     tokens = torch.tensor(ids + [tokenizer.eos] * (ended == "eos"))
     zeros = torch.zeros(len(tokens))
     opening = torch.tensor([tokenizer.eos])
-    shown = tokenizer.decode(ids).strip()
-    return Story(index, "Once", shown, opening, tokens, zeros, zeros, zeros, ended)
+    story_text = tokenizer.decode(ids).strip()
+    return Story(index, "Once", story_text, opening, tokens, zeros, zeros, zeros, ended)
 
 
 def test_the_score_of_a_word_is_a_reward_at_its_last_token(tokenizer):
@@ -176,9 +176,9 @@ def test_a_word_ends_at_the_first_token_after_which_the_story_contains_it(tokeni
         written = tokenizer.decode(story.tokens[: token + 1].tolist())
         contained.append("".join(written.split()))
     for count, end in enumerate(ends, 1):
-        wanted = "".join(words[:count])
-        if wanted.endswith("\ufffd"):  # half a character
+        beginning = "".join(words[:count])
+        if beginning.endswith("\ufffd"):  # half a character
             assert end == last
         else:
-            assert contained[end].startswith(wanted)
-            assert end == 0 or not contained[end - 1].startswith(wanted)
+            assert contained[end].startswith(beginning)
+            assert end == 0 or not contained[end - 1].startswith(beginning)

@@ -106,9 +106,11 @@ def test_scores_of_words_have_the_storys_reward_and_teach_otherwise(place, tmp_p
             assert not by_word or sum(by_word) == pytest.approx(story["score"])
         assert_rewards_follow_from_records(out)
     assert recorded["whole"] == recorded["by_word"] == recorded["early"]
-    for one, other in itertools.combinations(runs.values(), 2):
-        with pytest.raises(AssertionError):
-            assert_same_bits(one, other)
+    # a story of one word has the same rewards from by_word and early
+    if any(len(story.split()) > 1 for story, _ in recorded["whole"]):
+        for one, other in itertools.combinations(runs.values(), 2):
+            with pytest.raises(AssertionError):
+                assert_same_bits(one, other)
 
 
 def assert_rewards_follow_from_records(run):

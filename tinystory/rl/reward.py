@@ -64,21 +64,21 @@ def word_rewards(
     for the n tokens of the stories in order. They are taken from the last token of the story, so
     those of a story sum to 0, and its reward remains that of `story_rewards`.
 
-    A reward for having ended well belongs to that last token, the end token, and not to the last
-    word: otherwise ending has a negative advantage, and stories become longer."""
-    parts = []
+    The score of the end stays at that last token, which is the end token of a story that ended. With
+    it at the last word, one student stopped ending its stories (lab/results/english.md)."""
+    rewards_of_each = []
     for story, grade, difference in zip(stories, grades, differences, strict=True):
-        moved = np.zeros(len(story.tokens))
+        rewards = np.zeros(len(story.tokens))
         if grade.by_word:
             ended = story.ended == "eos"
             best, worst = (
                 story_reward(config, score, difference, story.words, ended) for score in (1.0, 0.0)
             )
             by_word = (best - worst) * np.array(grade.by_word[:-1])  # linear in the score
-            np.add.at(moved, word_ends(story, tokenizer), by_word)
-            moved[-1] -= by_word.sum()
-        parts.append(moved)
-    return torch.from_numpy(np.concatenate(parts)).float()
+            np.add.at(rewards, word_ends(story, tokenizer), by_word)
+            rewards[-1] -= by_word.sum()
+        rewards_of_each.append(rewards)
+    return torch.from_numpy(np.concatenate(rewards_of_each)).float()
 
 
 def word_ends(story: Story, tokenizer: Tokenizer) -> np.ndarray:

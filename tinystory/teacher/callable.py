@@ -197,11 +197,11 @@ def _checked(scores: Any, stories: Sequence[str]) -> list[Score]:
     is_list = scores is not None and not isinstance(scores, str | Mapping | Set)
     values = list(scores) if is_list else []
     if len(values) != len(stories):
-        given = reprlib.repr(scores)
+        answer = reprlib.repr(scores)
         if is_list:
-            given = f"{len(values)} scores for {len(stories)} stories"
+            answer = f"{len(values)} scores for {len(stories)} stories"
         raise _Refused(
-            f"the function returned {given}; it must return a list with one score per story"
+            f"the function returned {answer}; it must return a list with one score per story"
         )
     return [_score(*pair) for pair in zip(values, stories, strict=True)]
 

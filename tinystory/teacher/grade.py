@@ -149,8 +149,8 @@ class LocalGrader(Grader):
 
 
 def total(by_word: Sequence[float]) -> float:
-    """The score of a story of which each word has a score. Rounded, so that ten tenths are not more
-    than 1."""
+    """A story's score: the sum of the scores of its words and of its end, rounded to 9 decimals, so that
+    no rounding error takes it out of 0..1."""
     return round(math.fsum(by_word), 9)
 
 
