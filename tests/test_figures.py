@@ -274,8 +274,8 @@ def test_what_the_page_says_of_scores_at_each_sentences_end():
     best = next(iter(SENTENCES[0]["gain"]))
 
     def above(name: str, control: str) -> str:
-        of_each = [student["above"][name] for student in SENTENCES]
-        return str(interval([above[control] for above in of_each if control in above]))
+        differences = [student["above"][name] for student in SENTENCES]
+        return str(interval([each[control] for each in differences if control in each]))
 
     gain_by_sentence = interval([student["gain"][by_sentence] for student in SENTENCES])
     for sentence in (
