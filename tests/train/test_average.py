@@ -1,0 +1,69 @@
+"""average.py: the mean of the weights of two interactions of one student."""
+
+import pytest
+import torch
+from conftest import SHORT, cli, fails
+
+import train_interact as interact
+from scripts import average
+from tinystory.run.errors import UserError
+from tinystory.student import checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(place, tmp_path_factory):
+    """Two runs of one student, and a run of it at another temperature."""
+    folder = tmp_path_factory.mktemp("average")
+    for name, seed, temperature in (("a", 1, 0.5), ("b", 2, 0.5), ("warm", 3, 0.6)):
+        options = cli("--init {} --out {} --reward constant", place / "p", folder / name)
+        options += cli("--seed {} --temperature {}", seed, temperature)
+        interact.main([*SHORT, *options])
+    return folder
+
+
+def test_the_mean_is_the_students_and_its_words_are_those_of_both_runs(runs, tmp_path, capsys):
+    average.main([str(runs / "a"), str(runs / "b"), str(tmp_path / "mean")])
+    assert str(tmp_path / "mean") in capsys.readouterr().out
+    mean, _, history = checkpoint.load(checkpoint.find(tmp_path / "mean"))
+    a, _, a_history = checkpoint.load(checkpoint.find(runs / "a"))
+    b, _, b_history = checkpoint.load(checkpoint.find(runs / "b"))
+    assert not torch.equal(a.wte.weight, b.wte.weight)
+    for name, tensor in mean.state_dict().items():
+        expected = (a.state_dict()[name].double() + b.state_dict()[name].double()) / 2
+        assert torch.equal(tensor, expected.float()), name
+    for name in average.SPENT:
+        assert history[name] == a_history[name] + b_history[name] > 0
+    assert history["words"] == a_history["words"]
+
+
+def test_words_of_an_earlier_interaction_are_counted_once():
+    start = {"words": 5, "interaction_words_in": 100, "interaction_words_out": 1000}
+    a = start | {"interaction_words_in": 103, "interaction_words_out": 1200}
+    b = start | {"interaction_words_in": 104, "interaction_words_out": 1030}
+    total = {"words": 5, "interaction_words_in": 107, "interaction_words_out": 1230}
+    assert average.summed(start, [a, b]) == total
+    # a student that has not interacted before, and a run without a step
+    assert average.summed({"words": 5}, [{"words": 5}, total]) == total
+
+
+def test_a_mean_of_one_run_by_name_twice_is_that_run(runs, tmp_path):
+    average.main([str(runs / "a"), str(runs / "a"), str(tmp_path / "mean")])
+    mean, _, _ = checkpoint.load(tmp_path / "mean")
+    a, _, _ = checkpoint.load(checkpoint.find(runs / "a"))
+    assert all(tensor.equal(a.state_dict()[name]) for name, tensor in mean.state_dict().items())
+
+
+def test_errors_say_what_to_do(runs, place, tmp_path, capsys):
+    a, b, out = str(runs / "a"), str(runs / "b"), str(tmp_path / "mean")
+    assert "two runs or more" in fails(average.main, [a, out], capsys)
+    error = fails(average.main, [a, str(runs / "warm"), out], capsys)
+    assert "another temperature" in error and "--temperature" in error
+    assert "not a run of train_interact.py" in fails(
+        average.main, [a, str(place / "p"), out], capsys
+    )
+    assert not (tmp_path / "mean").exists()
+    # a run's own files, and whatever is in a folder, stay
+    for taken in (a, b + "/checkpoints/mean"):
+        assert taken in fails(average.main, [a, b, taken], capsys)
+    with pytest.raises(UserError):
+        checkpoint.find(runs / "a/checkpoints/mean")
