@@ -55,7 +55,7 @@ def scatter_plot(
     title: str, points: Sequence[Point], x_name: str, highlighted: Collection[str] = ()
 ) -> str:
     """An SVG of named points. highlighted: names of the points in colour."""
-    width, height = 640, 360
+    width, height = 760, 400
     left, right, top, bottom = 48, width - 12, 34, height - 34
     x_range = padded_range(np.array([point.x for point in points]))
     y_range = padded_range(np.array([point.y for point in points]))

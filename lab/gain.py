@@ -23,7 +23,7 @@ how much more the interaction gains than each control, averaged over the words o
 least-squares fits of the gain of each student on two numbers that are known after the first step of
 interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
 OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg and, for the most words,
-OUT/clusters.svg (coherence by diversity)."""
+OUT/clusters.svg (gain by diversity)."""
 
 import itertools
 import json
@@ -378,24 +378,26 @@ def draw(out: Path, students: Sequence[Record], arms: Sequence[str]) -> None:
     atomic_write(out / "gain.svg", figures.standalone(gain))
 
     most_words = [*groups.values()][-1]
-    rows = {most_words[0]["before"]: "before"} | names
-    atomic_write(out / "clusters.svg", draw_clusters(most_words, rows, [names[arms[0]]]))
+    before = most_words[0]["before"]
+    picture = draw_clusters(most_words, before, names, [names[arms[0]]])
+    atomic_write(out / "clusters.svg", picture)
 
 
 def draw_clusters(
-    students: Sequence[Record], names: Mapping[str, str], highlighted: Collection[str] = ()
+    students: Sequence[Record],
+    before: str,
+    names: Mapping[str, str],
+    highlighted: Collection[str] = (),
 ) -> str:
-    """An SVG file: coherence by clusters, means of each row over the students. names: the rows' names
-    in the figure; highlighted: some of these."""
+    """An SVG file: gain in coherence by clusters, means of each row over the students. before: the
+    row with a gain of 0; names: the other rows' names in the figure; highlighted: some of these."""
     points = []
-    for row, name in names.items():
-        clusters, coherence = (
-            mean_of(student["rows"].get(row, {}).get(key) for student in students)
-            for key in ("clusters", "coherence")
-        )
-        assert clusters is not None and coherence is not None
-        points.append(Point(name, clusters, coherence))
-    title = "Coherence of stories, nats per token, and diversity"
+    for row, name in ({before: "before"} | dict(names)).items():
+        clusters = mean_of(student["rows"].get(row, {}).get("clusters") for student in students)
+        gain = 0.0 if row == before else mean_of(student["gain"].get(row) for student in students)
+        assert clusters is not None and gain is not None
+        points.append(Point(name, clusters, gain))
+    title = "Gain in coherence, nats per token, and diversity"
     x_name = f"clusters of similar stories among {recipes.CLUSTERED}"
     return figures.standalone(figures.scatter_plot(title, points, x_name, highlighted))
 

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from conftest import ROOT
@@ -267,48 +268,75 @@ def test_the_table_of_scores_at_each_sentences_end():
         ]
 
 
-def test_what_the_page_says_of_scores_at_each_sentences_end():
-    english = text_of("lab/results/english.md")
-    by_sentence, warmer, end, *controls = [*SENTENCES[0]["gain"]][1:]
-    in_random_order, _, two_steps, constant = controls
-    best = next(iter(SENTENCES[0]["gain"]))
+def gained(*names: str) -> list[float]:
+    """By student, the mean gain of rows of sentences.json."""
+    gains = [student["gain"] for student in SENTENCES]
+    return [fmean(gain[name] for name in names) for gain in gains]
 
-    def above(name: str, control: str) -> str:
-        differences = [student["above"][name] for student in SENTENCES]
-        return str(interval([each[control] for each in differences if control in each]))
 
-    gain_by_sentence = interval([student["gain"][by_sentence] for student in SENTENCES])
+def above(control: str, *names: str) -> str:
+    """How much more coherence than the control rows have on the same openings: their mean by
+    student, with its interval over the students that have all of them."""
+    differences = []
+    for student in SENTENCES:
+        by_name = [student["above"][name].get(control) for name in names]
+        if None not in by_name:
+            differences.append(fmean(by_name))
+    return str(interval(differences))
+
+
+def test_what_the_pages_say_of_scores_at_each_sentences_end():
+    english, findings = text_of("lab/results/english.md"), text_of("lab/findings.md")
+    names = [*SENTENCES[0]["rows"]]
+    before, best, first, second, mean, first_at_055, mean_at_055, at_the_end, *controls = names
+    shuffled, _, _, averaged_likelihood, constant = controls
+    more_than_its_runs = [
+        of_mean - of_runs
+        for of_mean, of_runs in zip(gained(mean), gained(first, second), strict=True)
+    ]
     for sentence in (
-        f"by sentence gains {gain_by_sentence}: {above(by_sentence, in_random_order)} more than random",
-        f"{above(by_sentence, constant)} more than a constant score",
-        f"{above(by_sentence, best)} more than the best of four",
-        f"{above(by_sentence, two_steps)} more than two steps of likelihood",
-        f"are {above(warmer, best)} above the best of four",
-        f"and {above(warmer, two_steps)} above two steps of likelihood",
-        f"By sentence gains {above(by_sentence, end)} more",
+        f"gains {interval(gained(mean))}: {above(shuffled, mean)} more than random order",
+        f"{above(constant, mean)} more than a constant score",
+        f"{above(best, mean)} more than the best of four",
+        f"and {above(averaged_likelihood, mean)} more than two steps of likelihood averaged too",
+        f"**One run** gains {interval(gained(first, second))}",
+        f"{above(best, first, second)} more than the best of four",
+        f"The mean gains {interval(more_than_its_runs)} more than its runs",
+        f"the mean gains {interval(gained(mean_at_055))} with",
+        f"{above(best, mean_at_055)} more than the best of four",
+        f"{above(averaged_likelihood, mean_at_055)} more than two steps of likelihood averaged too",
+        f"One run gains {interval(gained(first_at_055))} with",
+        f"By sentence gains {above(at_the_end, first)} more",
     ):
         assert sentence in english
+    for sentence in (
+        f"gain {interval(gained(mean))} nats per token, {above(best, mean)} more than the best of four",
+        f"leave {shown_mean(SENTENCES, mean, 'clusters', 0)} clusters of",
+    ):
+        assert sentence in findings
     for key, words in (
         ("best_bits", "bits per byte at the best temperature go from {} to {}"),
         ("repeated_name", "names at the folded one from {} to {}"),
     ):
-        values = (shown_mean(SENTENCES, name, key, 3) for name in ("before", by_sentence))
+        values = (shown_mean(SENTENCES, name, key, 3) for name in (before, mean))
         assert words.format(*values) in english
+    pronouns = {shown_mean(SENTENCES, name, "he_or_she", 3) for name in (before, mean)}
+    assert len(pronouns) == 1 and f"pronouns stay at {pronouns.pop()}. BLiMP" in english
 
 
 def test_the_picture_of_coherence_and_diversity():
     names = {
-        "before": "before",
         "before, best of 4 by the two judges": "best of 4",
         "by sentence": "by sentence",
-        "by sentence, at temperature 0.55": "by sentence, at 0.55",
+        "by sentence, the mean of the two runs": "mean of two runs",
+        "the mean of the two runs, at temperature 0.55": "mean, at 0.55",
         "at the end of the story": "at the end, three students",
         "the same scores in random order": "random order",
         "the student's own likelihood as the score": "likelihood",
-        "likelihood, in two steps instead of eight": "likelihood, two steps",
+        "likelihood, in two steps, the mean of two runs": "likelihood, two steps, mean of two",
         "a constant score": "constant",
     }
-    picture = gain.draw_clusters(SENTENCES, names, ["by sentence", "by sentence, at 0.55"])
+    picture = gain.draw_clusters(SENTENCES, "before", names, ["mean of two runs", "mean, at 0.55"])
     assert (ROOT / ".github/diversity.svg").read_text() == picture
 
 
@@ -320,11 +348,16 @@ def test_the_blind_comparisons():
         "before, best of four": "to the best of four before in {}",
         "likelihood, two steps": "to two steps of likelihood in {}",
         "likelihood": "to likelihood in only {}",
-        "by sentence: before": "prefers by sentence to before in {}",
-        "by sentence: before, best of four": "to the best of four in {}",
-        "by sentence: likelihood, two steps": "to two steps of likelihood in {}",
+        "mean of two runs: before": "the mean of two runs to before in {}",
+        "mean of two runs: before, best of four": "to the best of four in {}",
+        "mean of two runs: likelihood, two steps": "to two steps of likelihood averaged too in {}",
     }.items():
         assert words.format(win_rates(BLIND[control], "interaction")) in text
+    of_one_run = [
+        win_rates(BLIND[f"by sentence: {control}"], "interaction")
+        for control in ("before", "before, best of four", "likelihood, two steps")
+    ]
+    assert f"One run: {', '.join(of_one_run)} (likelihood not averaged)" in text
 
 
 def test_the_table_of_a_teacher_that_writes():

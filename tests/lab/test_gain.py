@@ -75,9 +75,9 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
 
 
 def test_a_row_with_more_clusters_and_coherence_is_right_of_the_others_and_above():
-    students = [record(100, seed) for seed in (1, 2)]
-    names = {"before, temperature 0.5": "before", "the demo": "after <b>"}
-    svg = gain.draw_clusters(students, names, ["after <b>"])
+    before = "before, temperature 0.5"
+    students = [record(100, seed) | {"gain": {"the demo": 0.1 * seed}} for seed in (1, 2)]
+    svg = gain.draw_clusters(students, before, {"the demo": "after <b>"}, ["after <b>"])
     points = re.findall(r'--(\w+)\)" r="4" cx="([\d.]+)" cy="([\d.]+)"', svg)
     (grey, *before), (tint, *after) = points
     assert (grey, tint) == ("grey", "reward")
