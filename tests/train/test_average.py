@@ -1,5 +1,7 @@
 """average.py: the mean of the weights of two interactions of one student."""
 
+import copy
+
 import pytest
 import torch
 from conftest import SHORT, cli, fails
@@ -27,13 +29,25 @@ def test_the_mean_is_the_students_and_its_words_are_those_of_both_runs(runs, tmp
     mean, _, history = checkpoint.load(checkpoint.find(tmp_path / "mean"))
     a, _, a_history = checkpoint.load(checkpoint.find(runs / "a"))
     b, _, b_history = checkpoint.load(checkpoint.find(runs / "b"))
-    assert not torch.equal(a.wte.weight, b.wte.weight)
     for name, tensor in mean.state_dict().items():
         expected = (a.state_dict()[name].double() + b.state_dict()[name].double()) / 2
         assert torch.equal(tensor, expected.float()), name
     for name in average.SPENT:
         assert history[name] == a_history[name] + b_history[name] > 0
     assert history["words"] == a_history["words"]
+
+
+def test_every_weight_is_the_mean(student):
+    others = []
+    for factor in (1, 2, 6):
+        other = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(factor)
+        others.append(other)
+    average.load_mean(student, others)
+    for name, tensor in others[0].state_dict().items():  # the mean of the factors is 3
+        torch.testing.assert_close(student.state_dict()[name], 3 * tensor)
 
 
 def test_words_of_an_earlier_interaction_are_counted_once():
