@@ -1,7 +1,8 @@
 """Changes of train_interact.py for runs of lab/recipes.py. The name of a change precedes the options
 of a run: `no model: --grades 64`. Each change is a context in which train_interact.py behaves
 differently in one point. A control of train_interact.py (--control) is named in the same way:
-`shuffled: --grades 64` is the control of the run `--grades 64`."""
+`shuffled: --grades 64` is the control of the run `--grades 64`. So is the mean of this run and of a
+run with another seed (scripts/average.py): `mean: --grades 64`."""
 
 import contextlib
 import random
@@ -42,6 +43,7 @@ def no_model() -> Iterator[None]:
         yield
 
 
+MEAN = "mean"  # the mean of the weights of two runs of one student
 CHANGES: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
     "random choice": random_choice,
@@ -50,12 +52,12 @@ CHANGES: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 def split(text: str) -> tuple[str, str]:
-    """The control or change and the options of `NAME: OPTIONS`. Without a colon before the options,
+    """The name (of a control, a change or MEAN) and the options of `NAME: OPTIONS`. Without a colon before the options,
     the name is "". Raises UserError for an unknown name."""
     before, colon, after = text.partition(":")
     if not colon or before.lstrip().startswith("-"):
         return "", text
-    names = [*CONTROLS, *filter(None, CHANGES)]
+    names = [*CONTROLS, MEAN, *filter(None, CHANGES)]
     if before not in names:
         known = ", ".join(names)
         raise UserError(f"--options {text!r}: {before!r} is not a control: give one of {known}")

@@ -403,12 +403,12 @@ def draw_clusters(
 
 
 def short_name(arm: str, interaction: str) -> str:
-    """The name of an arm's control, or else the words that the interaction's options lack."""
-    control, colon, _ = arm.strip("`").partition(": ")
-    if colon:
-        return control
+    """The name of an arm's control, and the words that the interaction's options lack."""
+    control, colon, options = arm.strip("`").partition(": ")
+    if not colon:
+        control, options = "", arm.strip("`")
     known = interaction.strip("`").split()
-    return " ".join(word for word in arm.strip("`").split() if word not in known)
+    return " ".join([control, *(word for word in options.split() if word not in known)]).strip()
 
 
 def by_words(students: Sequence[Record]) -> dict[int, list[Record]]:

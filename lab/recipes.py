@@ -56,6 +56,7 @@ from lab.runs import (
     words_of,
 )
 from lab.second_judge import best_of_n
+from scripts import average
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.config.control import CONTROLS
 from tinystory.config.interaction import REWARDS
@@ -84,6 +85,7 @@ from tinystory.teacher.grade import Grader
 
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # index of the first measured story: no run uses these random numbers
+SECOND = 100  # added to the seed of a second interaction of the same student
 COREFERENCE = 300  # number of unseen stories for coreference
 # fields of a record that the table leaves out
 NOT_SHOWN = ("name", "seed", "rewards", "coherences")
@@ -118,7 +120,7 @@ class Row(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """An interaction. control: one of CONTROLS or of lab/controls.py's CHANGES, or "". options: of
+    """An interaction. control: one of CONTROLS or of lab/controls.py's names, or "". options: of
     train_interact.py, as one text; words: the same as arguments."""
 
     control: str
@@ -227,17 +229,24 @@ def train_students(
     for temperature in temperatures:
         rows.append(Row(f"before, temperature {temperature}", start, temperature))
     for text, arm in arms.items():
-        is_control = arm.control in CONTROLS
-        named_by = arm.options if is_control else text
+        is_changed = arm.control in controls.CHANGES
+        named_by = text if is_changed else arm.options
         name = "_".join(named_by.replace("--", "").replace(":", "").replace("/", "_").split())
         run = out / f"{name or 'default'}-{seed}"
         config = interact_config(arm.words)
-        with controls.CHANGES["" if is_control else arm.control]():
-            argv = ["--init", str(start), "--seed", str(seed)]
-            argv += corpus_of_teacher(pretrained, config)
-            train(run, argv, arm.words)
-        if is_control:
+        argv = ["--init", str(start), *corpus_of_teacher(pretrained, config)]
+        with controls.CHANGES[arm.control if is_changed else ""]():
+            train(run, [*argv, "--seed", str(seed)], arm.words)
+        if arm.control in CONTROLS:
             run = train_controls(run, arm.control, again_for_control(pretrained, config))
+        if arm.control == controls.MEAN:
+            second = run.with_name(f"{run.name}-second")
+            train(second, [*argv, "--seed", str(seed + SECOND)], arm.words)
+            mean = run.with_name(f"{run.name}-mean")
+            if not mean.exists():
+                newest = [str(checkpoint.newest(folder)) for folder in (run, second)]
+                average.main([*newest, str(mean)])
+            run = mean
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
 

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         "run",
         type=Path,
         nargs="+",
-        help="folders of two runs or more (of each, the checkpoint `best`, or else the newest)",
+        help="folders of two runs or more (of each, the checkpoint `best`, or else the newest), or "
+        "of checkpoints of different runs",
     )
     add("folder", type=Path, help="new folder for the checkpoint")
     options = parser.parse_args(argv)
@@ -45,12 +46,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give two runs or more, and then a new folder for their mean")
     require_output(options.folder)
 
-    start, tokenizer, start_history = checkpoint.load(start_of(options.run[0]))
+    folders = [checkpoint.find(run) for run in options.run]
+    start, tokenizer, start_history = checkpoint.load(start_of(folders[0]))
     students = []
     histories = []
-    for run in options.run:
-        require_same_start(run, start)
-        student, _, history = checkpoint.load(checkpoint.find(run))
+    for folder in folders:
+        require_same_start(folder, start)
+        student, _, history = checkpoint.load(folder)
         students.append(student)
         histories.append(history)
     load_mean(start, students)
@@ -65,24 +67,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {options.folder}")
 
 
-def start_of(run: Path) -> Path:
-    """The checkpoint from which an interaction started. Raises UserError if there is none."""
-    folder = run / "checkpoints" / "start"
-    if not folder.is_dir():
-        raise UserError(f"{run} is not a run of train_interact.py: give the folders of such runs")
-    return folder
+def start_of(folder: Path) -> Path:
+    """The checkpoint from which the interaction of a checkpoint started. Raises UserError if there
+    is none."""
+    start = folder.parent / "start"
+    if not start.is_dir():
+        raise UserError(
+            f"{folder} is not of a run of train_interact.py: give the folders of such runs"
+        )
+    return start
 
 
-def require_same_start(run: Path, start: Student) -> None:
-    """Raises UserError unless the run started from this student."""
-    student, _, _ = checkpoint.load(start_of(run))
+def require_same_start(folder: Path, start: Student) -> None:
+    """Raises UserError unless the checkpoint's run started from this student."""
+    student, _, _ = checkpoint.load(start_of(folder))
     same = student.config == start.config
     if same:
         weights = student.state_dict()
         same = all(tensor.equal(weights[name]) for name, tensor in start.state_dict().items())
     if not same:
         raise UserError(
-            f"{run} started from another student than the first run, or at another temperature: "
+            f"{folder} started from another student than the first run, or at another temperature: "
             "give all runs the same --init and the same --temperature, which is not 0"
         )
 

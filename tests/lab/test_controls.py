@@ -48,6 +48,7 @@ def test_a_control_stands_before_the_options():
     assert controls.split("--lam 0.9") == ("", "--lam 0.9")
     assert controls.split("") == ("", "")
     assert controls.split("shuffled: --grades 64") == ("shuffled", " --grades 64")
+    assert controls.split("mean: --grades 64") == ("mean", " --grades 64")
     assert controls.split("--teacher-url http://127.0.0.1:9")[0] == ""
     with pytest.raises(UserError, match="'mixed' is not a control: give one of shuffled"):
         controls.split("mixed: --grades 64")

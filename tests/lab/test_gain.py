@@ -100,6 +100,9 @@ def test_a_lines_name_is_what_differs_from_the_interaction():
     interaction = "`--steps 8 --reward lab/two_judges.py`"
     assert gain.short_name("`shuffled: --steps 8`", interaction) == "shuffled"
     assert gain.short_name("`--steps 8 --reward likelihood`", interaction) == "likelihood"
+    assert gain.short_name("`mean: --steps 2 --reward likelihood`", interaction) == (
+        "mean 2 likelihood"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHORT, SMALL, fails
 
 from lab import recipes
@@ -12,6 +13,7 @@ from tinystory.config import PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import open_corpus
 from tinystory.ops.compute import resolve
+from tinystory.run.folder import read_config
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
 
@@ -109,6 +111,23 @@ def test_a_control_is_trained_beside_its_run(place, tmp_path):
     assert control.folder == run.folder / "controls" / "shuffled"
     assert [row.name for row in (run, control)] == [f"`{text}`" for text in arms]
     assert (control.folder / "comparison.json").exists()
+
+
+def test_the_mean_is_of_two_runs_that_differ_by_their_seed(place, tmp_path, monkeypatch):
+    words = f"--reward random {' '.join(SHORT)}"
+    arms = {text: recipes.arm_of(text) for text in (words, f"mean: {words}")}
+    pretraining = ["--corpus", str(place / "corpus.txt"), "--words", "400", *SMALL]
+    *_, run, mean = recipes.train_students(tmp_path, 1, pretraining, arms, ())
+    second = tmp_path / f"{run.folder.name}-second"
+    seeds = [read_config(folder)["options"]["seed"] for folder in (run.folder, second)]
+    assert seeds == [1, 1 + recipes.SECOND]
+    student, _, _ = checkpoint.load(mean.folder)
+    students = [checkpoint.load(checkpoint.newest(folder))[0] for folder in (run.folder, second)]
+    weights = [student.wte.weight.double() for student in students]
+    assert torch.equal(student.wte.weight, (sum(weights) / 2).float())
+    # nothing is trained or averaged again
+    monkeypatch.setattr(recipes.average, "main", lambda *_: pytest.fail("again"))
+    assert recipes.train_students(tmp_path, 1, pretraining, arms, ())[-1] == mean
 
 
 def test_the_table_has_means_over_the_seeds_and_an_error_over_the_openings(capsys):

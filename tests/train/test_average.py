@@ -72,7 +72,7 @@ def test_errors_say_what_to_do(runs, place, tmp_path, capsys):
     assert "two runs or more" in fails(average.main, [a, out], capsys)
     error = fails(average.main, [a, str(runs / "warm"), out], capsys)
     assert "another temperature" in error and "--temperature" in error
-    assert "not a run of train_interact.py" in fails(
+    assert "not of a run of train_interact.py" in fails(
         average.main, [a, str(place / "p"), out], capsys
     )
     assert not (tmp_path / "mean").exists()
