@@ -52,8 +52,8 @@ CHANGES: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 def split(text: str) -> tuple[str, str]:
-    """The name (of a control, a change or MEAN) and the options of `NAME: OPTIONS`. Without a colon before the options,
-    the name is "". Raises UserError for an unknown name."""
+    """The name (of a control or a change, or MEAN) and the options of `NAME: OPTIONS`. Without a
+    colon before the options, the name is "". Raises UserError for an unknown name."""
     before, colon, after = text.partition(":")
     if not colon or before.lstrip().startswith("-"):
         return "", text

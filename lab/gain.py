@@ -40,6 +40,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import numpy as np
 
 from lab import figures, recipes
+from lab.controls import MEAN
 from lab.figures import COLOURS, Point
 from lab.intervals import interval
 from lab.reader import PACKAGED, Reader
@@ -111,7 +112,12 @@ def main(argv: list[str] | None = None) -> None:
         pretrain_config([*pretraining, "--words", str(words)])
     for arm in arms.values():
         interact_config(arm.words)
-    teaching = interact_config(arms[options.options[0]].words)
+    interaction = arms[options.options[0]]
+    if interaction.control == MEAN:
+        raise UserError(
+            "--options: the first text is the interaction: give its `mean:` as a later one"
+        )
+    teaching = interact_config(interaction.words)
     if teaching.temperature == 0:
         raise UserError(
             "--options needs a --temperature above 0, for the student before interaction"

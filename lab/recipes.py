@@ -8,7 +8,8 @@ python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --read
 For each seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain. Then
 train_interact.py trains it once for each text of --options (default: the demo, and the demo with
 the student's likelihood or a constant as the score). A control (train_interact.py --control) or a
-change of lab/controls.py can precede the options, separated by a colon. Finished runs and measured
+change of lab/controls.py can precede the options, separated by a colon. `mean: TEXT` is the mean of
+the weights of that run and of a second one, whose seed is larger by 100. Finished runs and measured
 rows are not repeated.
 
 Each student, before and after interaction, then writes a story for each held-out opening, and the
@@ -73,7 +74,7 @@ from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams
 from tinystory.evaluate.validation import best_temperature_bits, bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import differences, story_rewards
-from tinystory.run.errors import command
+from tinystory.run.errors import UserError, command
 from tinystory.run.files import atomic_write
 from tinystory.run.folder import locked
 from tinystory.run.options import script_parser
@@ -146,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=["", "--reward likelihood", "--reward constant"],
         metavar="TEXT",
-        help="options of train_interact.py, one text per run; CONTROL: TEXT for a control",
+        help="options of train_interact.py, one text per run; CONTROL: TEXT for a control, "
+        "mean: TEXT for the mean of two runs",
     )
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py")
     add("--reader", default="", metavar="NAME", help="language model that judges the stories too")
@@ -170,8 +172,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arm_of(text: str) -> Arm:
+    """The interaction of a text of --options. Raises UserError for options that it cannot have."""
     control, options = controls.split(text)
-    return Arm(control, options, words_of("--options", options))
+    words = words_of("--options", options)
+    if control == controls.MEAN and "seed" in interact_config(words).given:
+        raise UserError(
+            f"--options {text!r}: the runs of a mean have seeds of their own: leave --seed out"
+        )
+    return Arm(control, options, words)
 
 
 def compare(

@@ -5,9 +5,9 @@
     python scripts/average.py runs/a runs/b runs/mean
     python scripts/sample.py runs/mean
 
-What the scores teach is alike in the runs, and the noise of their own stories is not, so the mean
-keeps the first and has less of the second (model soups, Wortsman et al. 2022, arXiv 2203.05482).
-The runs can be trained at the same time. They must have started from the same student at the same
+The mean keeps what the changes of the runs have in common, and shrinks the rest, such as the noise
+of each run's own stories (model soups, Wortsman et al. 2022, arXiv 2203.05482). The runs can be
+trained at the same time. They must have started from the same student at the same
 temperature.
 """
 
@@ -23,6 +23,7 @@ import torch
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import require_output
 from tinystory.run.options import script_parser
+from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
 
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give two runs or more, and then a new folder for their mean")
     require_output(options.folder)
 
-    folders = [checkpoint.find(run) for run in options.run]
+    folders = [checkpoint.find(run).resolve() for run in options.run]
+    if len({folder.parent for folder in folders}) < len(folders):
+        raise UserError("two of these checkpoints are of one run: give different runs")
     start, tokenizer, start_history = checkpoint.load(start_of(folders[0]))
     students = []
     histories = []
@@ -64,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         state={},
         counters={"step": 0},
     )
-    print(f"written: {options.folder}")
+    for folder in folders:
+        print(printable(f"averaged: {folder} (step {checkpoint.read_counters(folder)['step']})"))
+    print(printable(f"written: {options.folder}"))
 
 
 def start_of(folder: Path) -> Path:

@@ -109,6 +109,10 @@ def test_a_lines_name_is_what_differs_from_the_interaction():
     "argv, complaint",
     [
         (["--words", "400", "--seeds", "1"], "--seeds needs two seeds or more"),
+        (
+            ["--words", "400", "--seeds", "1", "2", "--options", "mean: "],
+            "give its `mean:` as a later",
+        ),
         (["--words", "0", "--seeds", "1", "2"], "--words must be"),
         (["--words", "400", "--seeds", "1", "2", "--options", "--lam 7"], "--lam must be"),
         (

@@ -90,6 +90,7 @@ def test_a_reader_adds_the_coherence_of_the_first_five_sentences(settings, place
         (["--options", "'x"], '--options "\'x": no closing quotation'),
         (["--options", "", "--lam 7"], "--lam must be"),
         (["--options", "--openings nowhere.txt"], "nowhere.txt"),
+        (["--options", "mean: --seed=7"], "have seeds of their own: leave --seed out"),
         (["--seeds", "1", "-1"], "--seed must be"),
     ],
 )
