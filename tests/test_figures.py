@@ -289,7 +289,7 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
     english, findings = text_of("lab/results/english.md"), text_of("lab/findings.md")
     names = [*SENTENCES[0]["rows"]]
     before, best, first, second, mean, first_at_055, mean_at_055, at_the_end, *controls = names
-    shuffled, _, _, averaged_likelihood, constant = controls
+    shuffled, likelihood, _, averaged_likelihood, constant = controls
     more_than_its_runs = [
         of_mean - of_runs
         for of_mean, of_runs in zip(gained(mean), gained(first, second), strict=True)
@@ -305,13 +305,16 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
         f"the mean gains {interval(gained(mean_at_055))} with",
         f"{above(best, mean_at_055)} more than the best of four",
         f"{above(averaged_likelihood, mean_at_055)} more than two steps of likelihood averaged too",
-        f"One run gains {interval(gained(first_at_055))} with",
-        f"By sentence gains {above(at_the_end, first)} more",
+        f"The first runs gain {interval(gained(first_at_055))} with",
+        f"By sentence gains {above(at_the_end, first, second)} more",
+        f"(the mean gains {above(likelihood, mean)} more)",
+        f"{above(shuffled, first, second)} more than random order, "
+        f"{above(constant, first, second)} more than a constant score and",
     ):
         assert sentence in english
     for sentence in (
         f"gain {interval(gained(mean))} nats per token, {above(best, mean)} more than the best of four",
-        f"leave {shown_mean(SENTENCES, mean, 'clusters', 0)} clusters of",
+        f"leave {shown_mean(SENTENCES, mean, 'clusters', 0)} clusters among",
     ):
         assert sentence in findings
     for key, words in (
@@ -349,15 +352,15 @@ def test_the_blind_comparisons():
         "likelihood, two steps": "to two steps of likelihood in {}",
         "likelihood": "to likelihood in only {}",
         "mean of two runs: before": "the mean of two runs to before in {}",
-        "mean of two runs: before, best of four": "to the best of four in {}",
-        "mean of two runs: likelihood, two steps": "to two steps of likelihood averaged too in {}",
+        "mean of two runs: before, best of four": "from the best of four ({})",
+        "mean of two runs: likelihood, two steps": "from two steps of likelihood averaged too ({})",
     }.items():
         assert words.format(win_rates(BLIND[control], "interaction")) in text
-    of_one_run = [
+    of_first_runs = [
         win_rates(BLIND[f"by sentence: {control}"], "interaction")
         for control in ("before", "before, best of four", "likelihood, two steps")
     ]
-    assert f"One run: {', '.join(of_one_run)} (likelihood not averaged)" in text
+    assert f"The first runs: {', '.join(of_first_runs)} (likelihood not averaged)" in text
 
 
 def test_the_table_of_a_teacher_that_writes():
