@@ -337,7 +337,6 @@ def test_the_picture_of_coherence_and_diversity():
         "the same scores in random order": "random order",
         "the student's own likelihood as the score": "likelihood",
         "likelihood, in two steps, the mean of two runs": "likelihood, two steps, mean of two",
-        "a constant score": "constant",
     }
     picture = gain.draw_clusters(SENTENCES, "before", names, ["mean of two runs", "mean, at 0.55"])
     assert (ROOT / ".github/diversity.svg").read_text() == picture
