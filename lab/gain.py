@@ -397,8 +397,9 @@ def draw_clusters(
 ) -> str:
     """An SVG file: gain in coherence by clusters, means of each row over the students. before: the
     row with a gain of 0; names: the other rows' names in the figure; highlighted: some of these."""
+    rows = {before: "before"} | dict(names)
     points = []
-    for row, name in ({before: "before"} | dict(names)).items():
+    for row, name in rows.items():
         clusters = mean_of(student["rows"].get(row, {}).get("clusters") for student in students)
         gain = 0.0 if row == before else mean_of(student["gain"].get(row) for student in students)
         assert clusters is not None and gain is not None

@@ -8,8 +8,8 @@ python lab/recipes.py --seeds 1 2 3 --pretrain "--corpus tinystories.txt" --read
 For each seed, a student is pretrained with train_pretrain.py's defaults, or with --pretrain. Then
 train_interact.py trains it once for each text of --options (default: the demo, and the demo with
 the student's likelihood or a constant as the score). A control (train_interact.py --control) or a
-change of lab/controls.py can precede the options, separated by a colon. `mean: TEXT` is the mean of
-the weights of that run and of a second one, whose seed is larger by 100. Finished runs and measured
+change of lab/controls.py can precede the options, separated by a colon. `mean: TEXT` averages the
+weights of that run and of a second run, which has the seed plus 100. Finished runs and measured
 rows are not repeated.
 
 Each student, before and after interaction, then writes a story for each held-out opening, and the
@@ -237,26 +237,31 @@ def train_students(
     for temperature in temperatures:
         rows.append(Row(f"before, temperature {temperature}", start, temperature))
     for text, arm in arms.items():
-        is_changed = arm.control in controls.CHANGES
-        named_by = text if is_changed else arm.options
+        follows_a_run = arm.control in (*CONTROLS, controls.MEAN)
+        named_by = arm.options if follows_a_run else text
         name = "_".join(named_by.replace("--", "").replace(":", "").replace("/", "_").split())
         run = out / f"{name or 'default'}-{seed}"
         config = interact_config(arm.words)
         argv = ["--init", str(start), *corpus_of_teacher(pretrained, config)]
-        with controls.CHANGES[arm.control if is_changed else ""]():
+        with controls.CHANGES["" if follows_a_run else arm.control]():
             train(run, [*argv, "--seed", str(seed)], arm.words)
         if arm.control in CONTROLS:
             run = train_controls(run, arm.control, again_for_control(pretrained, config))
         if arm.control == controls.MEAN:
-            second = run.with_name(f"{run.name}-second")
-            train(second, [*argv, "--seed", str(seed + SECOND)], arm.words)
-            mean = run.with_name(f"{run.name}-mean")
-            if not mean.exists():
-                newest = [str(checkpoint.newest(folder)) for folder in (run, second)]
-                average.main([*newest, str(mean)])
-            run = mean
+            run = train_mean(run, [*argv, "--seed", str(seed + SECOND)], arm.words)
         rows.append(Row(f"`{text}`" if text else "the demo", run))
     return rows
+
+
+def train_mean(run: Path, argv: Sequence[str], words: Sequence[str]) -> Path:
+    """The checkpoint with the mean of the weights of a finished run and of a second run, after
+    finishing the second. argv, words: see `train`."""
+    second = run.with_name(f"{run.name}-second")
+    newest = [checkpoint.newest(run), train(second, argv, words)]
+    mean = run.with_name(f"{run.name}-mean")
+    if not mean.exists():
+        average.main([*map(str, newest), str(mean)])
+    return mean
 
 
 def again_for_control(pretraining: PretrainConfig, interaction: InteractConfig) -> list[str]:

@@ -80,11 +80,11 @@ def test_a_run_that_the_docs_name_is_there_after_make_demo_or_made_on_the_same_p
         text = page.read_text()
         commands = re.findall(r"^.*python (?:scripts|lab)/.*runs/.*", text, re.M)
         commands += re.findall(r"^.*(?:cp -r|evaluate\.py) .*runs/.*", text, re.M)
-        made = set(re.findall(r"average\.py runs/.* (runs/[\w-]+)", text))
+        outputs = set(re.findall(r"average\.py runs/.* (runs/[\w-]+)", text))
         for seed in "12":  # of a loop in the shell
-            made.update(re.findall(r"--out (runs/[\w/-]+)", text.replace("$seed", seed)))
+            outputs.update(re.findall(r"--out (runs/[\w/-]+)", text.replace("$seed", seed)))
         for run in re.findall(r"runs/[\w-]+(?:/(?!checkpoints)[\w-]+)?", "\n".join(commands)):
-            assert run in made | made_by_demo | any_run, (page, run)
+            assert run in outputs | made_by_demo | any_run, (page, run)
             named += 1
     assert named > 15
 
