@@ -15,12 +15,12 @@ A reader that taught nobody (--reader) scores the coherence of the stories' firs
 temperature that the interaction folds into the student, paired by opening. Names, pronouns and bits
 per byte of the student before interaction are measured at this temperature too. Further controls
 are a temperature of four fifths of it without training, the best of four stories by the
-interaction's teacher, and the first of four that ends.
+interaction's teacher at both temperatures, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
 words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
-how much more the interaction gains than each control, averaged over the words of each seed; and
-least-squares fits of the gain of each student on two numbers that are known after the first step of
+how much more the interaction, and its `mean:`, gain than each control, averaged over the words of
+each seed; and least-squares fits of the gain of each student on two numbers that are known after the first step of
 interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
 OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg and, for the most words,
 OUT/clusters.svg (gain by diversity)."""
@@ -68,9 +68,10 @@ from tinystory.teacher.grade import Grader
 LOWER = 0.8  # a control: this fraction of the interaction's temperature
 # names of rows: controls that choose among four stories, before and after interaction
 BEST_OF_4 = "before, best of 4 by the teacher"
+BEST_OF_4_LOWER = "before, best of 4 by the teacher, at the lower temperature"
 ENDED_OF_4 = "before, first of 4 that ends"
 BEST_OF_4_AFTER = "after, best of 4 by the teacher"
-CHOSEN = (BEST_OF_4, ENDED_OF_4, BEST_OF_4_AFTER)
+CHOSEN = (BEST_OF_4, ENDED_OF_4, BEST_OF_4_LOWER, BEST_OF_4_AFTER)
 # measures of a row in the tables and in gain.json
 SHOWN = (
     "coherence",
@@ -189,6 +190,7 @@ def train_and_measure(
         for row in (
             Row(BEST_OF_4, start, temperatures[0], n=4, chosen_by="reward"),
             Row(ENDED_OF_4, start, temperatures[0], n=4, chosen_by="ended"),
+            Row(BEST_OF_4_LOWER, start, temperatures[1], n=4, chosen_by="reward"),
             Row(BEST_OF_4_AFTER, arm_rows[0].folder, n=4, chosen_by="reward"),
         ):
             by_name[row.name] = measured(row, teacher, reader)
@@ -261,9 +263,15 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     print()
     print_equivalents(students, names)
     print()
-    for control in (name for name in names if name not in (arms[0], BEST_OF_4_AFTER)):
-        above = interval(seed_means(students, arms[0], control))
-        print(f"interaction above {control}: {above} over the seeds")
+    interactions = {arms[0]: "interaction"}
+    for arm in arms[1:]:
+        if is_mean_of(arm, arms[0]):
+            interactions[arm] = "the mean of two interactions"
+    for arm, shown in interactions.items():
+        for control in names:
+            if control not in (arm, BEST_OF_4_AFTER):
+                above = interval(seed_means(students, arm, control))
+                print(f"{shown} above {control}: {above} over the seeds")
     gains = np.array([student["gain"][arms[0]] for student in students])
     deviation = np.array([student["score_std"] for student in students])
     headroom = 1 - np.array([student["score_mean"] for student in students])
@@ -272,6 +280,13 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
         return  # a fit would be exact
     for chosen in (["standard deviation"], ["headroom"], ["standard deviation", "headroom"]):
         print(fit(gains, {name: columns[name] for name in chosen}))
+
+
+def is_mean_of(arm: str, interaction: str) -> bool:
+    """Whether a row is the mean of the interaction and of a second run of it."""
+    control, _, options = arm.strip("`").partition(":")
+    of_interaction = "" if interaction == "the demo" else interaction.strip("`")
+    return control == MEAN and options.split() == of_interaction.split()
 
 
 def seed_means(students: Sequence[Record], name: str, control: str = "") -> list[float]:

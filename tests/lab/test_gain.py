@@ -13,7 +13,7 @@ from tinystory.student import checkpoint
 
 OPTIONS = "--temperature 0.5"
 ARGV = ["--words", "400", "800", "--seeds", "1", "2", "3"]
-ARGV += ["--options", OPTIONS, f"shuffled: {OPTIONS}"]
+ARGV += ["--options", OPTIONS, f"shuffled: {OPTIONS}", f"mean: {OPTIONS}"]
 
 
 def record(words, seed):
@@ -26,9 +26,11 @@ def record(words, seed):
         "before, temperature 0.4": [-0.6, -0.6],
         gain.BEST_OF_4: [-0.5, -0.4],
         gain.ENDED_OF_4: [-0.5, -0.4],
+        gain.BEST_OF_4_LOWER: [-0.4, -0.4],
         gain.BEST_OF_4_AFTER: [-0.3, -0.2],
         "the demo": [gained - 0.5, 3.0],
         "`shuffled: `": [-0.25, 7.0],
+        "`mean: `": [-0.05, 7.0],
     }.items():
         coherence = float(np.mean([value for value in coherences if value is not None]))
         rows[name] = {
@@ -38,7 +40,7 @@ def record(words, seed):
             "ended": 0.5,
             "rewards": [0.1, 0.2],
         }
-    arms = ["the demo", "`shuffled: `"]
+    arms = ["the demo", "`shuffled: `", "`mean: `"]
     return dict(seed=seed, rows=rows, arms=arms, score_std=deviation, score_mean=mean)
 
 
@@ -69,6 +71,9 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     # the gains of three seeds are 0.09 apart: 4.303 * 0.09 / sqrt(3)
     assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
     assert "interaction above `shuffled: `: 0.230 ± 0.224 over the seeds" in printed
+    assert (
+        "the mean of two interactions above `shuffled: `: 0.200 ± 0.000 over the seeds" in printed
+    )
     assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
     for name in ("coherence.svg", "gain.svg", "clusters.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
@@ -103,6 +108,13 @@ def test_a_lines_name_is_what_differs_from_the_interaction():
     assert gain.short_name("`mean: --steps 2 --reward likelihood`", interaction) == (
         "mean 2 likelihood"
     )
+
+
+def test_the_mean_of_an_interaction_has_the_same_options():
+    assert gain.is_mean_of("`mean: --steps 8`", "`--steps 8`")
+    assert gain.is_mean_of("`mean:`", "the demo")
+    assert not gain.is_mean_of("`mean: --steps 2`", "`--steps 8`")
+    assert not gain.is_mean_of("`shuffled: --steps 8`", "`--steps 8`")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +175,7 @@ def test_a_student_is_measured_once(place, tmp_path, monkeypatch):
         ("the demo", 1, 1.0, "reader"),
         (gain.BEST_OF_4, 4, 0.5, "reader"),
         (gain.ENDED_OF_4, 4, 0.5, "reader"),
+        (gain.BEST_OF_4_LOWER, 4, 0.4, "reader"),
         (gain.BEST_OF_4_AFTER, 4, 1.0, "reader"),
     ]
     assert (student["score_std"], student["score_mean"]) == pytest.approx((0.2, 0.5))
