@@ -288,8 +288,8 @@ def above(control: str, *names: str) -> str:
 def test_what_the_pages_say_of_scores_at_each_sentences_end():
     english, findings = text_of("lab/results/english.md"), text_of("lab/findings.md")
     names = [*SENTENCES[0]["rows"]]
-    before, best, first, second, mean, first_at_055, mean_at_055, at_the_end, *controls = names
-    shuffled, likelihood, _, averaged_likelihood, constant = controls
+    before, cooler, best, best_at_04, first, second, mean, *others, constant = names
+    first_at_055, mean_at_055, at_the_end, shuffled, likelihood, _, averaged_likelihood = others
     more_than_its_runs = [
         of_mean - of_runs
         for of_mean, of_runs in zip(gained(mean), gained(first, second), strict=True)
@@ -305,6 +305,9 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
         f"the mean gains {interval(gained(mean_at_055))} with",
         f"{above(best, mean_at_055)} more than the best of four",
         f"{above(averaged_likelihood, mean_at_055)} more than two steps of likelihood averaged too",
+        f"alone gains {interval(gained(cooler))}",
+        f"the best of four there {interval(gained(best_at_04))}",
+        f"gains {above(cooler, mean)} more than the former, and {above(best_at_04, mean)} more than",
         f"The first runs gain {interval(gained(first_at_055))} with",
         f"By sentence gains {above(at_the_end, first, second)} more",
         f"(the mean gains {above(likelihood, mean)} more)",
@@ -314,6 +317,7 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
         assert sentence in english
     for sentence in (
         f"gain {interval(gained(mean))} nats per token, {above(best, mean)} more than the best of four",
+        f"{above(best_at_04, mean)} more than the best of four at temperature 0.4",
         f"leave {shown_mean(SENTENCES, mean, 'clusters', 0)} clusters among",
     ):
         assert sentence in findings
@@ -329,7 +333,9 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
 
 def test_the_picture_of_coherence_and_diversity():
     names = {
+        "temperature 0.4": "temperature 0.4",
         "before, best of 4 by the two judges": "best of 4",
+        "temperature 0.4, best of 4 by the two judges": "best of 4, at 0.4",
         "by sentence": "by sentence",
         "by sentence, the mean of the two runs": "mean of two runs",
         "the mean of the two runs, at temperature 0.55": "mean, at 0.55",
