@@ -20,10 +20,10 @@ interaction's teacher at both temperatures, and the first of four that ends.
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
 words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
 how much more the interaction, and its `mean:`, gain than each control, averaged over the words of
-each seed; and least-squares fits of the gain of each student on two numbers that are known after the first step of
-interaction: the standard deviation of the first scores, and the headroom above their mean. It writes
-OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg and, for the most words,
-OUT/clusters.svg (gain by diversity)."""
+each seed; and least-squares fits of the gain of each student on two numbers that are known after
+the first step of interaction: the standard deviation of the first scores, and the headroom above
+their mean. It writes OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg
+and, for the most words, OUT/clusters.svg (gain by diversity)."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import numpy as np
 
 from lab import figures, recipes
-from lab.controls import MEAN
+from lab.controls import MEAN, split
 from lab.figures import COLOURS, Point
 from lab.intervals import interval
 from lab.reader import PACKAGED, Reader
@@ -284,7 +284,7 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
 
 def is_mean_of(arm: str, interaction: str) -> bool:
     """Whether a row is the mean of the interaction and of a second run of it."""
-    control, _, options = arm.strip("`").partition(":")
+    control, options = split(arm.strip("`"))
     of_interaction = "" if interaction == "the demo" else interaction.strip("`")
     return control == MEAN and options.split() == of_interaction.split()
 
