@@ -19,11 +19,12 @@ interaction's teacher at both temperatures, and the first of four that ends.
 
 The command prints Markdown: a row per number of words, with 95 % intervals over the seeds; how many
 words of pretraining give the same coherence, divided by the words read, on each seed's own curve;
-how much more the interaction, and its `mean:`, gain than each control, averaged over the words of
-each seed; and least-squares fits of the gain of each student on two numbers that are known after
-the first step of interaction: the standard deviation of the first scores, and the headroom above
-their mean. It writes OUT/gain.json (every number of the tables), OUT/coherence.svg, OUT/gain.svg
-and, for the most words, OUT/clusters.svg (gain by diversity)."""
+how much more the interaction, and its `mean:`, gain than each control, and with how many more
+clusters, averaged over the words of each seed; and least-squares fits of the gain of each student
+on two numbers that are known after the first step of interaction: the standard deviation of the
+first scores, and the headroom above their mean. It writes OUT/gain.json (every number of the
+tables), OUT/coherence.svg, OUT/gain.svg and, for the most words, OUT/clusters.svg (gain by
+diversity)."""
 
 import itertools
 import json
@@ -42,7 +43,7 @@ import numpy as np
 from lab import figures, recipes
 from lab.controls import MEAN, split
 from lab.figures import COLOURS, Point
-from lab.intervals import interval
+from lab.intervals import Interval, interval
 from lab.reader import PACKAGED, Reader
 from lab.recipes import Arm, Row, arm_of
 from lab.runs import (
@@ -270,8 +271,8 @@ def print_tables(students: Sequence[Record], arms: Sequence[str]) -> None:
     for arm, shown in interactions.items():
         for control in names:
             if control not in (arm, BEST_OF_4_AFTER):
-                above = interval(seed_means(students, arm, control))
-                print(f"{shown} above {control}: {above} over the seeds")
+                gain, clusters = above(students, arm, control)
+                print(f"{shown} above {control}: {gain}, and {clusters} clusters, over the seeds")
     gains = np.array([student["gain"][arms[0]] for student in students])
     deviation = np.array([student["score_std"] for student in students])
     headroom = 1 - np.array([student["score_mean"] for student in students])
@@ -289,15 +290,22 @@ def is_mean_of(arm: str, interaction: str) -> bool:
     return control == MEAN and options.split() == of_interaction.split()
 
 
-def seed_means(students: Sequence[Record], name: str, control: str = "") -> list[float]:
-    """Each seed's gain of the row `name`, less that of `control`, averaged over the words of
-    pretraining: a seed's students are not independent."""
+def above(students: Sequence[Record], name: str, control: str) -> tuple[Interval, Interval]:
+    """How much more the row `name` gains than the row `control`, and how many more clusters it has,
+    over the seeds."""
+    gains = [student["gain"][name] - student["gain"][control] for student in students]
+    rows = [student["rows"] for student in students]
+    clusters = [row[name]["clusters"] - row[control]["clusters"] for row in rows]
+    return interval(seed_means(students, gains)), interval(seed_means(students, clusters))
+
+
+def seed_means(students: Sequence[Record], values: Sequence[float]) -> list[float]:
+    """The values of the students, averaged over each seed's words of pretraining: a seed's students
+    are not independent."""
     by_seed: dict[int, list[float]] = {}
-    for student in students:
-        gains = student["gain"]
-        difference = gains[name] - (gains[control] if control else 0.0)
-        by_seed.setdefault(student["seed"], []).append(difference)
-    return [fmean(values) for values in by_seed.values()]
+    for student, value in zip(students, values, strict=True):
+        by_seed.setdefault(student["seed"], []).append(value)
+    return [fmean(of_seed) for of_seed in by_seed.values()]
 
 
 def print_equivalents(students: Sequence[Record], names: Sequence[str]) -> None:

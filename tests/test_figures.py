@@ -119,7 +119,8 @@ def gains(words: int, name: str) -> list[float]:
 
 def test_the_gain_of_fifteen_students_and_of_their_scores():
     with_first, with_second, shuffled = (
-        gain.seed_means(STUDENTS, name) for name in (FIRST, SECOND, SHUFFLED)
+        gain.seed_means(STUDENTS, [student["gain"][name] for student in STUDENTS])
+        for name in (FIRST, SECOND, SHUFFLED)
     )
     gained = [sum(pair) / 2 for pair in zip(with_first, with_second, strict=True)]
     above = [mean - control for mean, control in zip(with_first, shuffled, strict=True)]

@@ -70,10 +70,10 @@ def test_the_gain_is_paired_by_opening_and_its_interval_is_over_seeds(measured, 
     printed = capsys.readouterr().out
     # the gains of three seeds are 0.09 apart: 4.303 * 0.09 / sqrt(3)
     assert "0.460 ± 0.224" in printed and "0.250 ± 0.000" in printed
-    assert "interaction above `shuffled: `: 0.230 ± 0.224 over the seeds" in printed
-    assert (
-        "the mean of two interactions above `shuffled: `: 0.200 ± 0.000 over the seeds" in printed
-    )
+    more = "0.230 ± 0.224, and 10.000 ± 0.000 clusters, over the seeds"
+    assert f"interaction above `shuffled: `: {more}" in printed
+    more = "0.200 ± 0.000, and 0.000 ± 0.000 clusters, over the seeds"
+    assert f"the mean of two interactions above `shuffled: `: {more}" in printed
     assert "gain = 0.100 +1.000 * standard deviation +0.500 * headroom: R-squared 1.00" in printed
     for name in ("coherence.svg", "gain.svg", "clusters.svg"):
         assert (tmp_path / name).read_text().startswith("<svg xmlns")
