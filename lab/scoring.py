@@ -1,6 +1,6 @@
 """Log-probabilities of many texts, batched by length. Logits are computed only where a
-log-probability is needed. As in BabyLM's pipeline, no token precedes a text, so the first token is
-not scored."""
+log-probability is needed, and a prefix that texts have in common once. As in BabyLM's pipeline, no
+token precedes a text, so the first token is not scored."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.rl.batch import spans
+from tinystory.rl.packing import hidden_at
 from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
@@ -40,50 +42,75 @@ def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) 
     i), in nats. The common prefix of a group's parts is left out, because it cannot decide between
     them. All parts must fit the student's context."""
     shortened = [after_common_prefix(group) for group in groups]
-    distinct = dict.fromkeys(chain.from_iterable(shortened))
-    waiting = sorted(distinct, key=lambda part: len(part.ids))
+    waiting = unscored_groups(shortened)
     sums: dict[Part, Tensor] = {}
-    total = len(waiting)
+    total = sum(map(len, waiting))
     with tqdm(total=total, desc=desc, unit=" texts", leave=False, delay=2, disable=None) as bar:
         while waiting:  # longest first, so that a lack of memory is noticed at once
-            longest = max(len(waiting[-1].ids), 1)
-            size = max(BATCH // longest, 1)
-            batch = waiting[-size:]
-            del waiting[-size:]
-            sums.update(zip(batch, batch_sums(student, batch), strict=True))
-            bar.update(len(batch))
+            batch = [waiting.pop()]
+            rows = BATCH // longest(batch[0])
+            while waiting and sum(map(len, batch)) + len(waiting[-1]) <= rows:
+                batch.append(waiting.pop())
+            parts = [*chain.from_iterable(batch)]
+            sums.update(zip(parts, batch_sums(student, batch), strict=True))
+            bar.update(len(parts))
     return [torch.stack([sums[part] for part in group]) for group in shortened]
 
 
-def batch_sums(student: Student, batch: Sequence[Part]) -> Tensor:
-    """`sum_logprobs` of each part: (len(batch),) float64 on the CPU."""
+def unscored_groups(groups: Sequence[Sequence[Part]]) -> list[list[Part]]:
+    """The groups, the longest last, in which each part occurs once. The parts of a group stay
+    together, so that a batch computes their common prefix once."""
+    known: set[Part] = set()
+    distinct_groups = []
+    for group in groups:
+        distinct = [part for part in dict.fromkeys(group) if part not in known]
+        known.update(distinct)
+        if distinct:
+            distinct_groups.append(distinct)
+    return sorted(distinct_groups, key=longest)
+
+
+def longest(group: Sequence[Part]) -> int:
+    """The length of the longest part, in tokens; at least 1."""
+    return max(1, max(len(part.ids) for part in group))
+
+
+def batch_sums(student: Student, groups: Sequence[Sequence[Part]]) -> Tensor:
+    """`sum_logprobs` of each part of the groups, in order: (parts,) float64 on the CPU."""
     device = student.wte.weight.device
-    rows: list[int] = []
-    positions: list[int] = []
-    for row, part in enumerate(batch):
-        scored = range(part.first, len(part.ids))
-        rows.extend([row] * len(scored))
-        positions.extend(scored)
-    sums = torch.zeros(len(batch), dtype=torch.float64)
-    if not rows:
+    parts = [*chain.from_iterable(groups)]
+    lengths = np.array([len(part.ids) for part in parts])
+    firsts = np.minimum([part.first for part in parts], lengths)
+    rows = np.repeat(np.arange(len(parts)), lengths - firsts)
+    sums = torch.zeros(len(parts), dtype=torch.float64)
+    if len(rows) == 0:
         return sums
 
-    row_ids = [torch.tensor(part.ids, device=device) for part in batch]
+    row_ids = [torch.tensor(part.ids, device=device) for part in parts]
     tokens = pad_sequence(row_ids, batch_first=True)  # padding is last: no token attends to it
-    row_index = torch.tensor(rows, device=device)
-    position = torch.tensor(positions, device=device)
-    hidden = student.hidden(tokens)[row_index, position - 1]
-    logprob, _ = ops.token_logprob(hidden, student.unembedding, tokens[row_index, position])
-    return sums.index_add_(0, torch.tensor(rows), logprob.double().cpu())
+    scored = spans(np.arange(len(parts)) * tokens.shape[1] + firsts, lengths - firsts)
+    positions = torch.from_numpy(scored).to(device)
+    sizes = [len(group) for group in groups]
+    group_of_row = np.repeat(np.arange(len(groups)), sizes)
+    prefix_lengths = np.repeat([common_prefix(group) for group in groups], sizes)
+    hidden = hidden_at(student, tokens, positions - 1, group_of_row, prefix_lengths, lengths)
+    logprob, _ = ops.token_logprob(hidden, student.unembedding, tokens.flatten()[positions])
+    return sums.index_add_(0, torch.from_numpy(rows), logprob.double().cpu())
 
 
 def after_common_prefix(group: Sequence[Part]) -> list[Part]:
     """The same parts, without scores for the tokens of the common prefix."""
     if len(group) == 1:
         return list(group)
+    common = common_prefix(group)
+    return [Part(part.ids, max(part.first, common)) for part in group]
+
+
+def common_prefix(group: Sequence[Part]) -> int:
+    """The number of tokens that all parts begin with."""
     common = 0
     for tokens in zip(*(part.ids for part in group), strict=False):
         if len(set(tokens)) > 1:
             break
         common += 1
-    return [Part(part.ids, max(part.first, common)) for part in group]
+    return common

@@ -21,7 +21,7 @@ from lab.reading_times import (
     evaluate_reading_times,
     explained,
 )
-from lab.scoring import part, sum_logprobs
+from lab.scoring import common_prefix, part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 
@@ -100,6 +100,22 @@ def test_batches_give_what_each_text_alone_gives(student, tokenizer):
     )
     for value, (ids, first) in zip(alone, texts, strict=True):
         assert float(value) == pytest.approx(logprob(student, list(ids), first), abs=1e-3)
+
+
+def test_a_common_prefix_is_computed_once(student, tokenizer, monkeypatch):
+    texts = [part(tokenizer, PREFIX, option) for option in ENTITIES[0]["options"]]
+    embedded = []
+    embed = student.embed
+
+    def counted(ids, positions):
+        embedded.append(len(ids))
+        return embed(ids, positions)
+
+    monkeypatch.setattr(student, "embed", counted)
+    sum_logprobs(student, [texts], "x")
+    common = common_prefix(texts)
+    assert common > 10
+    assert embedded == [common + sum(len(text.ids) - common for text in texts)]
 
 
 @pytest.mark.parametrize("name", ["blimp.jsonl", "blimp.jsonl.gz"])

@@ -81,7 +81,7 @@ def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openin
     weight, results = torch.randn(len(batch.logprobs)), []
     for packed in (True, False):
         if not packed:
-            monkeypatch.setattr(ppo, "pack", lambda *_: None)
+            monkeypatch.setattr("tinystory.rl.packing.pack", lambda *_: None)
         student.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             logprob, _ = ppo.response_logprobs(student, batch)

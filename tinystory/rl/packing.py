@@ -13,6 +13,28 @@ from tinystory.rl.batch import spans
 from tinystory.student.model import Student
 
 
+def hidden_at(
+    student: Student,
+    tokens: Tensor,
+    positions: Tensor,
+    openings: np.ndarray,
+    prompt_lengths: np.ndarray,
+    lengths: np.ndarray,
+) -> Tensor:
+    """The student's final hidden states at n padded positions of tokens (B, T): (n, C). positions:
+    (n,) int64. The other arguments are those of `pack`.
+
+    A CPU computes a shared opening once. A GPU does not, because there the sum of the opening's
+    gradients would depend on the order of the threads."""
+    packing = None
+    if not ops.on_gpu(tokens):
+        packing = pack(openings, prompt_lengths, lengths)
+    if packing is None:
+        return student.hidden(tokens).flatten(0, 1).index_select(0, positions)
+    packed_hidden = packing.hidden(student, tokens)
+    return packed_hidden.index_select(0, packing.source[positions])
+
+
 @dataclass(frozen=True)
 class Packing:
     """Int64 indices that pack (B, T) padded rows into one sequence of n tokens, each opening once.

@@ -19,7 +19,7 @@ from tinystory.config import InteractConfig
 from tinystory.data.batches import by_length
 from tinystory.rl.batch import Batch, spans
 from tinystory.rl.critic import RidgeCritic
-from tinystory.rl.packing import pack
+from tinystory.rl.packing import hidden_at
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
 from tinystory.run.device import upload
@@ -38,26 +38,21 @@ STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "mean_r
 
 def response_logprobs(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the stories' tokens, (n,), and the hidden states that predict these
-    tokens, (n, C). Columns that are padding in all rows are skipped. A CPU computes a shared
-    opening once. A GPU does not, because there the sum of the opening's gradients would depend on
-    the order of the threads."""
+    tokens, (n, C). Columns that are padding in all rows are skipped."""
     columns = int(batch.input_lengths.max())
     tokens = batch.inputs[:, :columns]
     # The hidden state at position p predicts token p + 1, so the last token of the prompt predicts
     # the first token of the story.
     row_starts = np.arange(len(batch)) * columns
     predictors = spans(row_starts + batch.prompt_lengths - 1, batch.lengths)
-    padded_positions = upload(predictors, tokens.device)
-
-    packing = None
-    if not ops.on_gpu(tokens):
-        packing = pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
-    if packing is None:
-        padded_hidden = student.hidden(tokens).flatten(0, 1)
-        hidden = padded_hidden.index_select(0, padded_positions)
-    else:
-        packed_hidden = packing.hidden(student, tokens)
-        hidden = packed_hidden.index_select(0, packing.source[padded_positions])
+    hidden = hidden_at(
+        student,
+        tokens,
+        upload(predictors, tokens.device),
+        batch.openings,
+        batch.prompt_lengths,
+        batch.input_lengths,
+    )
     logprobs, _ = ops.token_logprob(hidden, student.unembedding, batch.tokens)
     return logprobs, hidden
 
