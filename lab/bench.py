@@ -26,7 +26,7 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 from tqdm import tqdm
 
-from lab import kernels, timing
+from lab import kernel_times, timing
 from lab.timing import PROMPT, SHAPES, WORK, Setup, Work
 from tinystory import ops
 from tinystory.config import PretrainConfig
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     print(f"{args.bench} on {facts['device']}: {args.runs + 1} runs ...", file=sys.stderr)
     if args.bench == "kernels":
-        facts["kernels"] = kernels.compare(setup, args.runs)
+        facts["kernels"] = kernel_times.compare(setup, args.runs)
     elif args.bench == "peers":
         facts["peers"] = compare_peers(setup, args, options["optimizer"])
     else:
