@@ -1,7 +1,8 @@
 """The console entry points of a wheel: each is there, and in a wheel the commands that we print are
-entry points."""
+entry points. No script's name hides a package."""
 
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -49,6 +50,13 @@ def test_a_hint_runs_with_the_interpreter_that_printed_it(where, monkeypatch):
     assert done.returncode == 0 and "--top-k" in done.stdout, done.stderr
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert paths.hint("scripts/sample.py").startswith(f"{Path(sys.executable).name} ")
+
+
+def test_no_script_hides_a_package():
+    # a script's folder comes first on Python's path; transformers needs a package `kernels`
+    packages = {"kernels", *sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    ours = {path.stem for folder in ("lab", "scripts") for path in (ROOT / folder).glob("*.py")}
+    assert not ours & packages
 
 
 IMPORTS = """
