@@ -26,6 +26,7 @@ WRITING: dict[str, Any] = json.loads((ROOT / "lab/results/writing.json").read_te
 # gains and measures by number of scores
 SCORES: list[dict[str, Any]] = json.loads((ROOT / "lab/results/scores.json").read_text())
 SENTENCES: list[dict[str, Any]] = json.loads((ROOT / "lab/results/sentences.json").read_text())
+TWO_MORE: list[dict[str, Any]] = json.loads((ROOT / "lab/results/sentences_again.json").read_text())
 # the gains of readings.json: controls without training, then interaction and trained controls
 (
     COOLER,
@@ -339,6 +340,48 @@ def test_what_the_pages_say_of_scores_at_each_sentences_end():
         assert words.format(*values) in english
     pronouns = {shown_mean(SENTENCES, name, "he_or_she", 3) for name in (before, mean)}
     assert len(pronouns) == 1 and f"pronouns stay at {pronouns.pop()}. BLiMP" in english
+
+
+def test_two_more_students():
+    page = (ROOT / "lab/results/english.md").read_text()
+    header = "| reward, two more students |"
+    table = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    for name, line in zip(TWO_MORE[0]["rows"], table, strict=True):
+        gains = [student["gain"].get(name) for student in TWO_MORE]
+        assert cells(line) == [
+            name,
+            *("" if gain is None else f"{gain:.3f}" for gain in gains),
+            shown_mean(TWO_MORE, name, "ended", 2),
+            shown_mean(TWO_MORE, name, "clusters", 0),
+            shown_mean(TWO_MORE, name, "score", 1),
+            shown_mean(TWO_MORE, name, "best_bits", 3),
+        ]
+
+    english = text_of("lab/results/english.md")
+    of_five, of_two = "by sentence, the mean of the two runs", "by sentence, the mean of two runs"
+    gains = gained(of_five) + [student["gain"][of_two] for student in TWO_MORE]
+    assert f"Over all seven students, the mean of two runs gains {interval(gains)}," in english
+    for control, words in (
+        ("the same scores in random order", "random order"),
+        ("temperature 0.4", "temperature 0.4"),
+        ("before, best of 4 by the two judges", "the best of four"),
+        ("temperature 0.4, best of 4 by the two judges", "the best of four at temperature 0.4"),
+        (
+            "likelihood, in two steps, the mean of two runs",
+            "two steps of likelihood averaged too",
+        ),
+    ):
+        differences = [student["above"][of_five][control] for student in SENTENCES]
+        for student in TWO_MORE:
+            differences.append(student["gain"][of_two] - student["gain"][control])
+        assert f"{interval(differences)} more than {words}" in english
+    fewer = [
+        student["rows"]["before"]["clusters"] - student["rows"][name]["clusters"]
+        for students, name in ((SENTENCES, of_five), (TWO_MORE, of_two))
+        for student in students
+    ]
+    half = interval(fewer).half
+    assert f"It has {fmean(fewer):.1f} ± {half:.1f} clusters fewer than before" in english
 
 
 def test_the_picture_of_coherence_and_diversity():
